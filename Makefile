@@ -1,0 +1,32 @@
+# Set-up, demo and tests. Needs Python >= 3.10 and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+
+.PHONY: setup demo test test-fast test-all lint clean
+
+$(VENV)/.done: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 needed; set PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+setup: $(VENV)/.done
+
+demo: setup
+	$(RUN) docs/demo.py
+
+lint: setup
+	$(RUN) -m ruff check .
+
+test: lint
+	$(RUN) -m pytest -q -m "not slow"
+
+test-fast: lint
+	$(RUN) -m pytest -q -m "not slow and not scripts"
+
+test-all: lint
+	$(RUN) -m pytest -q
+
+clean:
+	rm -rf $(VENV) demo

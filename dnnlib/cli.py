@@ -1,0 +1,84 @@
+"""How the command-line scripts speak of mistakes: one line, an exit code, no traceback."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import click
+
+BAD_INPUT, BAD_USAGE, DIVERGED = 1, 2, 3
+
+
+class UserError(click.ClickException):
+    """One line for the user; printed by rank 0 alone under torchrun."""
+
+    def __init__(self, message: str, exit_code: int = BAD_INPUT):
+        super().__init__(" ".join(message.split()))
+        self.exit_code = exit_code
+
+    def show(self, file=None) -> None:
+        """Prints 'Error: ...' to stderr."""
+        if int(os.environ.get("RANK", "0")) == 0:
+            super().show(file)
+
+
+@contextlib.contextmanager
+def user_errors(exit_code: int = BAD_INPUT) -> Iterator[None]:
+    """Turns ValueError and OSError, which speak of the user's input, into UserError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(describe(error), exit_code) from error
+
+
+def describe(error: Exception) -> str:
+    """Returns the error's own words, without an errno number before them."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+class FloatList(click.ParamType):
+    """Comma-separated numbers."""
+
+    name = "list"
+
+    def convert(self, value, param, ctx):
+        """Returns a tuple of floats."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(item) for item in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 1,2,3", param, ctx)
+
+
+class IntList(click.ParamType):
+    """Comma-separated integers and ranges a-b, in the order given.
+
+    Args:
+        unique: drop what was there before.
+    """
+
+    name = "list"
+
+    def __init__(self, unique: bool = True):
+        self._unique = unique
+
+    def convert(self, value, param, ctx):
+        """Returns a tuple of integers."""
+        if isinstance(value, tuple):
+            return value
+        numbers: list[int] = []
+        try:
+            for item in str(value).split(","):
+                first, dash, last = item.strip().partition("-")
+                start = int(first)
+                stop = int(last) if dash else start
+                if stop < start or stop - start > 10**8:
+                    raise ValueError
+                numbers.extend(range(start, stop + 1))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of integers and ranges such as 0,5,10-19",
+                      param, ctx)
+        return tuple(dict.fromkeys(numbers) if self._unique else numbers)

@@ -1,0 +1,167 @@
+"""Attribute dictionaries, downloads into a cache, a log file beside the console, formatting."""
+
+import hashlib
+import io
+import os
+import re
+import sys
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import unquote, urlparse
+
+CACHE_DIR_ENV = "PFGMPP_CACHE_DIR"
+_CHUNK_BYTES = 1 << 20
+
+
+class EasyDict(dict):
+    """A dict whose keys are also attributes: `d.x` is `d['x']`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        try:
+            del self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Logger:
+    """Copies everything printed to stdout and stderr into a file too, until closed.
+
+    Used as a context manager. A file that can no longer be written (a full disk) is given up
+    with one warning on the console; printing goes on.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._stdout, self._stderr = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = _Tee(self, self._stdout), _Tee(self, self._stderr)
+
+    def write_file(self, text: str) -> None:
+        """Appends `text` to the file alone; terminal control such as progress bars stays out."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            self._file = None
+            self._stderr.write(f"Warning: log file given up: {error}\n")
+
+    def close(self) -> None:
+        """Restores stdout and stderr and closes the file."""
+        sys.stdout, sys.stderr = self._stdout, self._stderr
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+
+class _Tee(io.TextIOBase):
+    """One of the two streams that a Logger copies; progress bars reach the console alone."""
+
+    def __init__(self, logger: Logger, stream: IO[str]):
+        self._logger, self._stream = logger, stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(text)
+        if "\r" not in text:
+            self._logger.write_file(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+def format_time(seconds: float) -> str:
+    """Returns a duration as '12s', '3m 04s', '5h 06m 07s' or '2d 03h 04m'."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 60 * 60:
+        return f"{s // 60}m {s % 60:02}s"
+    if s < 24 * 60 * 60:
+        return f"{s // (60 * 60)}h {s // 60 % 60:02}m {s % 60:02}s"
+    return f"{s // (24 * 60 * 60)}d {s // (60 * 60) % 24:02}h {s // 60 % 60:02}m"
+
+
+def cache_dir(*parts: str) -> Path:
+    """Returns a folder for downloads and packed data: $PFGMPP_CACHE_DIR or ~/.cache/pfgmpp."""
+    root = os.environ.get(CACHE_DIR_ENV)
+    base = Path(root) if root else Path.home() / ".cache" / "pfgmpp"
+    return base.joinpath(*parts)
+
+
+def is_url(text: str) -> bool:
+    """Says whether `text` is an http(s) address."""
+    return urlparse(str(text)).scheme in ("http", "https")
+
+
+def open_url(url: str, sha256: str | None = None) -> IO[bytes]:
+    """Opens a local file or an http(s) address for reading in binary.
+
+    Downloads are kept in the cache folder and appear there only when complete.
+
+    Args:
+        url: a path or an address.
+        sha256: the expected hash of the whole file, or None for no check.
+
+    Raises:
+        OSError: the file or address can't be read, or it is not what it was said to be.
+    """
+    if not is_url(url):
+        return open(url, "rb")
+    name = re.sub(r"[^\w.-]", "_", unquote(os.path.basename(urlparse(url).path))) or "download"
+    target = cache_dir("downloads") / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{name}"
+    if not target.is_file():
+        _download(url, target, sha256)
+    return open(target, "rb")
+
+
+def _download(url: str, target: Path, sha256: str | None) -> None:
+    import requests  # late: commands that download nothing start faster
+    from tqdm import tqdm
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    digest, received = hashlib.sha256(), 0
+    try:
+        with requests.get(url, stream=True, timeout=30) as reply, open(part, "wb") as file:
+            reply.raise_for_status()
+            total = int(reply.headers.get("Content-Length", 0)) or None
+            if reply.headers.get("Content-Type", "").startswith("text/html"):
+                raise OSError(f"{url}: a web page came back instead of a file")
+            with tqdm(total=total, unit="B", unit_scale=True, desc=target.name,
+                      disable=None, leave=False) as bar:
+                for chunk in reply.iter_content(_CHUNK_BYTES):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    received += len(chunk)
+                    bar.update(len(chunk))
+        if total is not None and "Content-Encoding" not in reply.headers and received != total:
+            raise OSError(f"{url}: {received} of {total} bytes came")
+        if sha256 is not None and digest.hexdigest() != sha256:
+            raise OSError(f"{url}: sha256 is {digest.hexdigest()}, expected {sha256}")
+        os.replace(part, target)
+    except requests.RequestException as error:
+        raise OSError(f"{url}: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)

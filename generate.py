@@ -1,0 +1,152 @@
+"""Samples images from trained networks: checks the options, calls the sampler, writes PNGs."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import click
+
+from dnnlib.cli import BAD_USAGE, IntList, UserError, user_errors
+
+_LAST_SEEDS = ((49_999, "ckpt_"), (99_999, "ckpt_2_"), (math.inf, "ckpt_3_"))
+
+
+@click.command(context_settings={"max_content_width": 100, "show_default": True})
+@click.option("--network", metavar="PT|URL", help="Network snapshot or training state; without it, every training state of OUTDIR.")
+@click.option("--outdir", metavar="DIR", required=True, help="Where the images go; without --network, the run directory.")
+@click.option("--ckpt", metavar="KIMG", type=int, default=0, help="First training state, in thousands of images.")
+@click.option("--end_ckpt", metavar="KIMG", type=int, default=100_000_000, help="Last training state, in thousands of images.")
+@click.option("--seeds", metavar="LIST", type=IntList(), default="0-63", help="Random seeds, e.g. 1,2,5-10; one image each.")
+@click.option("--subdirs", is_flag=True, help="One subfolder per thousand seeds.")
+@click.option("--class", "class_idx", metavar="INT", type=int, help="Class label.  [default: random]")
+@click.option("--batch", "batch", metavar="INT", type=click.IntRange(min=1), default=64, help="Largest batch per process.")
+@click.option("--steps", "num_steps", metavar="INT", type=click.IntRange(min=1), default=18, help="Number of noise levels.")
+@click.option("--sigma_min", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=0.002, help="Lowest noise level.")
+@click.option("--sigma_max", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=80, help="Highest noise level.")
+@click.option("--rho", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=7, help="Exponent of the grid of noise levels.")
+@click.option("--S_churn", "S_churn", metavar="FLOAT", type=click.FloatRange(min=0), default=0, help="Strength of the stochastic sampler; for D = inf only.")
+@click.option("--S_min", "S_min", metavar="FLOAT", type=click.FloatRange(min=0), default=0, help="Lowest noise level that is churned.")
+@click.option("--S_max", "S_max", metavar="FLOAT", type=click.FloatRange(min=0), default=math.inf, help="Highest noise level that is churned.")
+@click.option("--S_noise", "S_noise", metavar="FLOAT", type=click.FloatRange(min=0), default=1, help="Factor on the noise of churn.")
+@click.option("--pfgmpp", type=click.BOOL, help="Checked against the network.  [default: the network knows]")
+@click.option("--aug_dim", metavar="D", type=float, help="Checked against the network.  [default: the network knows]")
+@click.option("--use_pickle", type=click.BOOL, is_flag=False, flag_value=True, hidden=True)
+@click.option("--edm", type=click.BOOL, is_flag=False, flag_value=True, hidden=True)
+@click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", help="Arithmetic inside the network.")
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to sample.")
+def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, class_idx, batch, pfgmpp, aug_dim,
+         use_pickle, edm, precision, device, **sampler_options):
+    r"""Samples images by Heun's method from the prior that fits the network.
+
+    Image k is a function of the network, seed k and the sampler's settings alone. Images that are
+    there already are kept, so a run that was killed is continued by running it again.
+
+    \b
+    # 64 images of a snapshot
+    python generate.py --network=runs/00000/network-snapshot-000200.pt --outdir=out
+
+    \b
+    # 50,000 images of every training state of a run, for FID
+    torchrun --standalone --nproc_per_node=8 generate.py --outdir=runs/00000 --seeds=0-49999
+    """
+    with user_errors():
+        sources = _find_networks(network, Path(outdir), ckpt, end_ckpt, seeds)
+
+        from torch_utils import distributed, misc
+        from training.sampling import SamplerConfig
+        sampler = SamplerConfig(**sampler_options)
+        misc.configure_backends(precision)
+        with distributed.process_group(device) as torch_device:
+            for source, folder in sources:
+                net, digest = _load_network(source, torch_device, precision)
+                _check_options(source, net, pfgmpp, aug_dim, class_idx)
+                sampler.check(net)
+                settings = {
+                    "weights": digest, "class": class_idx, "precision": precision,
+                    "device": torch_device.type, "D": _json_number(net.D),
+                    **{k: _json_number(v) for k, v in dataclasses.asdict(sampler).items()},
+                }
+                _generate(net, folder, settings, seeds, batch, sampler, class_idx, torch_device,
+                          subdirs=subdirs or network is None)
+
+
+def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds):
+    """Returns [(file or URL, folder for its images)].
+
+    Raises:
+        ValueError: no training state in OUTDIR between the two.
+    """
+    from training.checkpoint import state_tag, training_states
+    if network is not None:
+        return [(network, outdir)]
+    states = [(path, state_tag(path)) for path in training_states(outdir)]
+    chosen = [(path, tag) for path, tag in states if ckpt <= int(tag.split(".")[0]) <= end_ckpt]
+    if not chosen:
+        raise ValueError(
+            f"--outdir={outdir}: {len(states)} training states, none with {ckpt} <= kimg <= "
+            f"{end_ckpt}; name a run directory, or a file with --network")
+    prefix = next(prefix for last, prefix in _LAST_SEEDS if max(seeds) <= last)
+    return [(path, outdir / f"{prefix}{tag}") for path, tag in chosen]
+
+
+def _load_network(source, device, precision):
+    """Returns the EMA network on the device and the digest of its weights."""
+    from torch_utils.misc import compute_dtype
+    from training import checkpoint
+    content = checkpoint.load(source)
+    net = checkpoint.build_ema(content).to(device)
+    net.compute_dtype = compute_dtype(precision)
+    return net, checkpoint.digest(content["ema"])
+
+
+def _check_options(source, net, pfgmpp, aug_dim, class_idx) -> None:
+    """Raises UserError where a flag given disagrees with the network."""
+    given = None
+    if pfgmpp is False:
+        given = math.inf
+    elif aug_dim is not None:
+        given = aug_dim
+    elif pfgmpp and math.isinf(net.D):
+        raise UserError(f"--pfgmpp=1: {source} was trained with D = inf; leave --pfgmpp out")
+    if given is not None and given != net.D:
+        raise UserError(f"--pfgmpp/--aug_dim say D = {given:g}, but {source} was trained with "
+                        f"D = {net.D:g}; leave the flags out")
+    if class_idx is None:
+        return
+    if not net.label_dim:
+        raise UserError(f"--class={class_idx}: {source} is unconditional; leave --class out",
+                        BAD_USAGE)
+    if not 0 <= class_idx < net.label_dim:
+        raise UserError(f"--class={class_idx}: must be between 0 and {net.label_dim - 1}",
+                        BAD_USAGE)
+
+
+def _generate(net, folder, settings, seeds, batch, sampler, class_idx, device, *, subdirs) -> None:
+    """Makes the images of `folder` that are missing, this rank's share of them."""
+    from tqdm import tqdm
+
+    from torch_utils import distributed
+    from training.image_writer import ImageFolder, ImageWriter
+    from training.sampling import generate_images, to_uint8
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    images = ImageFolder(folder, shape, subdirs)
+    distributed.run_on_rank0(images.open, settings)
+    missing = distributed.run_on_rank0(images.missing, seeds)
+    if len(missing) < len(seeds):
+        distributed.print0(f"{folder}: {len(seeds) - len(missing)} of {len(seeds)} images are there")
+    batches = distributed.split_for_rank(missing, batch)
+    quiet = None if distributed.get_rank() == 0 else True
+    with ImageWriter(images) as writer, tqdm(total=sum(map(len, batches)), unit="img", desc=folder.name, disable=quiet) as bar:
+        for done in generate_images(net, batches, sampler=sampler, device=device, class_idx=class_idx):
+            writer.write(done.seeds, to_uint8(done.images).cpu().numpy())
+            bar.update(len(done.seeds))
+    distributed.barrier()
+    distributed.print0(f"{folder}: {len(missing)} images made")
+
+
+def _json_number(value):
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+if __name__ == "__main__":
+    main()

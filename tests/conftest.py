@@ -1,0 +1,71 @@
+"""A tiny data set and ways to run the scripts, shared by the tests."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from click.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    os.environ["PFGMPP_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def write_dataset(path: Path, num: int = 40, side: int = 8, classes: int = 2, channels: int = 3):
+    """Writes a ZIP of noisy images whose brightness tells the class; None labels if classes=0."""
+    rng = np.random.default_rng(0)
+    labels = []
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(num):
+            k = i % max(classes, 1)
+            pixels = rng.integers(0, 120, [side, side, channels]) + 120 * k
+            buffer = io.BytesIO()
+            PIL.Image.fromarray(pixels.astype(np.uint8).squeeze()).save(buffer, "PNG")
+            name = f"00000/img{i:08d}.png"
+            archive.writestr(name, buffer.getvalue())
+            labels.append([name, k])
+        archive.writestr("dataset.json", json.dumps({"labels": labels if classes else None}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def dataset_zip(tmp_path_factory) -> Path:
+    """40 RGB images 8x8 in 2 classes."""
+    return write_dataset(tmp_path_factory.mktemp("data") / "tiny.zip")
+
+
+# The smallest network with every part: two levels, attention, augmentation, dropout.
+TINY_NETWORK = ["--cbase=8", "--cres=1,2", "--nblock=1", "--arch=ncsnpp"]
+TINY_RUN = [*TINY_NETWORK, "--batch=8", "--lr=1e-2", "--lr-rampup=0.00001", "--ema=0.00001",
+            "--workers=0", "--seed=3", "--samples=0"]
+
+
+@pytest.fixture
+def invoke():
+    """Returns a function that runs a script's command in this process."""
+    def call(main, *args):
+        return CliRunner().invoke(main, [str(arg) for arg in args])
+    return call
+
+
+def run_script(*args, processes: int = 0, check: bool = True) -> subprocess.CompletedProcess:
+    """Runs a script in a subprocess, under torchrun if `processes` > 0."""
+    launch = [sys.executable]
+    if processes:
+        launch += ["-m", "torch.distributed.run", "--standalone",
+                   f"--nproc_per_node={processes}"]
+    done = subprocess.run([*launch, *map(str, args)], cwd=ROOT, text=True, capture_output=True,
+                          timeout=300)
+    if check and done.returncode:
+        raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done

@@ -1,0 +1,1 @@
+"""What any distributed PyTorch program of this kind needs: processes, statistics, files."""

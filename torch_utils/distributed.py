@@ -1,0 +1,175 @@
+"""Processes: the start and end of a process group, who is who, and who waits for whom.
+
+Without torchrun there is no process group and every function here is that of a single process.
+Under torchrun it is NCCL on GPUs and gloo on the CPU.
+"""
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+
+T = TypeVar("T")
+
+
+def init(device: str = "auto") -> torch.device:
+    """Starts the process group if torchrun launched this process; returns the device to use.
+
+    Args:
+        device: 'cuda', 'cpu', or 'auto' for CUDA where there is a GPU.
+
+    Raises:
+        ValueError: CUDA is asked for and there is none, or fewer GPUs than local processes.
+    """
+    chosen = _choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if "LOCAL_WORLD_SIZE" in os.environ and chosen.type == "cpu":
+        # torchrun sets OMP_NUM_THREADS=1 whatever the number of cores.
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(cores // int(os.environ["LOCAL_WORLD_SIZE"]), 1))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        kwargs = {"device_id": chosen} if chosen.type == "cuda" else {}
+        torch.distributed.init_process_group(backend, **kwargs)
+    return chosen
+
+
+def _choose_device(device: str) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        device = "cuda" if count else "cpu"
+    if device != "cuda":
+        return torch.device(device)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if count == 0:
+        raise ValueError("--device=cuda: no GPU found; use --device=cpu or auto")
+    if local_size > count:
+        raise ValueError(f"{local_size} processes for {count} GPU(s): "
+                         f"use torchrun --nproc_per_node={count}")
+    return torch.device("cuda", local_rank)
+
+
+def shutdown() -> None:
+    """Ends the process group. Drop every DDP module and its optimizer before."""
+    if not torch.distributed.is_initialized():
+        return
+    torch.distributed.barrier()
+    gc.collect()  # gloo sometimes aborts at exit while a DDP reducer is still alive
+    torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def process_group(device: str = "auto") -> Iterator[torch.device]:
+    """`init` on entry, `shutdown` on a normal exit.
+
+    After an error the group is left as it is: a barrier would wait for ranks that may be gone.
+    """
+    chosen = init(device)
+    yield chosen
+    shutdown()
+
+
+def get_rank() -> int:
+    """Returns this process's number, 0 without a process group."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Returns the number of processes, 1 without a process group."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def print0(*args, **kwargs) -> None:
+    """Prints on rank 0 alone."""
+    if get_rank() == 0:
+        print(*args, **kwargs, flush=True)
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums `tensor` over ranks in place and returns it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_object(value: T) -> T:
+    """Returns rank 0's `value` on every rank."""
+    if get_world_size() == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Returns every rank's `value`, in the order of ranks, on every rank."""
+    if get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def rank0_first() -> Iterator[None]:
+    """Runs the block on rank 0 before it runs on the others, so that they find its work done.
+
+    An error of rank 0 is raised on every rank, as the same ValueError or OSError.
+    """
+    if get_world_size() == 1:
+        yield
+        return
+    if get_rank() != 0:
+        _raise_if_error(broadcast_object(None))
+        yield
+        return
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        broadcast_object(error)
+        raise
+    broadcast_object(None)
+
+
+def run_on_rank0(function, *args) -> Any:
+    """Returns `function(*args)`, called on rank 0 alone, on every rank; so are its errors."""
+    result: Any = None
+    if get_rank() == 0:
+        try:
+            result = function(*args)
+        except (ValueError, OSError) as error:
+            result = error
+    result = broadcast_object(result)
+    _raise_if_error(result)
+    return result
+
+
+def _raise_if_error(value: Any) -> None:
+    if isinstance(value, Exception):
+        raise value
+
+
+def split_for_rank(items: Sequence[T], batch: int) -> list[list[T]]:
+    """Splits `items` into batches of at most `batch`; returns those of this rank, in order.
+
+    The number of batches is a multiple of the world size, so that ranks stay in step; some may
+    be empty.
+    """
+    world = get_world_size()
+    count = max(-(-len(items) // (batch * world)), 1) * world
+    base, extra = divmod(len(items), count)
+    starts = [i * base + min(i, extra) for i in range(count + 1)]
+    batches = [list(items[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+    return batches[get_rank()::world]

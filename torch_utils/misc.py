@@ -1,0 +1,53 @@
+"""Seeds, numerical backends, and a table of a network's parameters."""
+
+import os
+
+import numpy as np
+import torch
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """Returns the dtype in which the inside of the network runs at this precision."""
+    return _DTYPES.get(precision, torch.float32)
+
+
+def mix_seed(*words: int) -> int:
+    """Returns a 63-bit seed that depends on every word and on their order."""
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """Returns the generator that PyTorch uses on `device` when none is given."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
+
+
+def configure_backends(precision: str, *, benchmark: bool = True, deterministic: bool = False):
+    """Sets TF32 (off unless the precision is tf32), cuDNN autotuning and determinism."""
+    tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = benchmark and not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Returns the number of scalars in the module's parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def module_table(module: torch.nn.Module, depth: int = 2) -> str:
+    """Returns a text table of the parameters of each submodule down to `depth`."""
+    rows = []
+    for name, child in module.named_modules():
+        if name and name.count(".") < depth and count_parameters(child):
+            rows.append((name, type(child).__name__, count_parameters(child)))
+    rows.append(("total", type(module).__name__, count_parameters(module)))
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return "\n".join(f"{n:{widths[0]}}  {c:{widths[1]}}  {p:>12,}" for n, c, p in rows)

@@ -1,0 +1,235 @@
+"""Trains a PFGM++ or EDM model: checks the options, opens the data, starts the loop."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import click
+
+from dnnlib.cli import BAD_USAGE, DIVERGED, IntList, UserError, user_errors
+
+_BOOL = click.BOOL
+
+
+@click.command(context_settings={"max_content_width": 100, "show_default": True})
+# Main options.
+@click.option("--outdir", metavar="DIR", required=True, help="Where to make the run directory.")
+@click.option("--data", metavar="ZIP|DIR", required=True, help="Data set made by dataset_tool.py.")
+@click.option("--name", metavar="NAME", help="Run directory OUTDIR/NAME instead of a numbered one.")
+@click.option("--cond", type=_BOOL, default=False, help="Train a class-conditional model.")
+@click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]), default="ddpmpp", help="Network architecture.")
+@click.option("--precond", type=click.Choice(["vp", "ve", "edm", "iddpm"]), default="edm", help="Preconditioning and loss.")
+@click.option("--pfgmpp", type=_BOOL, default=False, help="Train PFGM++ instead of diffusion.")
+@click.option("--aug_dim", metavar="D", type=float, default=128, help="Augmented dimensions of PFGM++: any real above 0, or inf.")
+# Hyperparameters.
+@click.option("--duration", metavar="MIMG", type=float, default=200, help="Length of training in millions of images.")
+@click.option("--batch", metavar="INT", type=int, default=512, help="Batch size over all processes.")
+@click.option("--batch-gpu", metavar="INT", type=int, help="Largest batch per process; smaller means gradient accumulation.  [default: batch / processes]")
+@click.option("--cbase", metavar="INT", type=int, help="Channel multiplier.  [default: by architecture]")
+@click.option("--cres", metavar="LIST", type=IntList(unique=False), help="Channels per resolution, e.g. 1,2,2,2.  [default: by architecture]")
+@click.option("--nblock", metavar="INT", type=int, help="Residual blocks per resolution.  [default: by architecture]")
+@click.option("--lr", metavar="FLOAT", type=float, default=10e-4, help="Learning rate of Adam.")
+@click.option("--lr-rampup", metavar="MIMG", type=float, default=10, help="Linear rise of the learning rate, in millions of images.")
+@click.option("--ema", metavar="MIMG", type=float, default=0.5, help="Half-life of the weights' moving average.")
+@click.option("--dropout", metavar="FLOAT", type=float, default=0.13, help="Dropout probability.")
+@click.option("--augment", metavar="FLOAT", type=float, default=0.12, help="Augmentation probability; 0 is off.")
+@click.option("--xflip", type=_BOOL, default=False, help="Add a mirrored copy of the data set.")
+# Performance.
+@click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), help="Arithmetic inside the network.  [default: fp32]")
+@click.option("--fp16", type=_BOOL, default=False, help="The same as --precision=fp16.")
+@click.option("--ls", metavar="FLOAT", type=float, help="Loss scaling.  [default: dynamic for fp16, else 1]")
+@click.option("--max-bad-steps", metavar="INT", type=int, default=100, help="End the run after more steps in a row with gradients that are not finite.")
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to train.")
+@click.option("--compile", "compile_", type=click.Choice(["auto", "0", "1"]), default="auto", help="torch.compile the network; auto is off.")
+@click.option("--deterministic", type=_BOOL, is_flag=False, flag_value=True, default=False, help="Only deterministic GPU kernels.")
+@click.option("--bench", type=_BOOL, default=True, help="cuDNN autotuning.")
+@click.option("--cache", type=_BOOL, default=True, help="Decode the data once into a packed file that all processes map.")
+@click.option("--workers", metavar="INT", type=int, default=1, help="Data loader processes; 0 loads in the main process.")
+# Input and output.
+@click.option("--desc", metavar="STR", help="Text at the end of the run directory's name.")
+@click.option("--nosubdir", is_flag=True, help="Use OUTDIR itself as the run directory.")
+@click.option("--tick", metavar="KIMG", type=float, default=50, help="How often to report progress, in thousands of images.")
+@click.option("--snap", metavar="TICKS", type=int, default=50, help="How often to write network-snapshot-*.pt and samples-*.png.")
+@click.option("--dump", metavar="TICKS", type=int, default=50, help="How often to write training-state-*.pt.")
+@click.option("--samples", metavar="INT", type=int, help="Images in a samples-*.png; 0 writes none.  [default: 64 on a GPU, 16 on the CPU]")
+@click.option("--seed", metavar="INT", type=int, help="Random seed.  [default: random, or that of the resumed state]")
+@click.option("--transfer", metavar="PT|URL", help="Start from the weights of a snapshot or state.")
+@click.option("--resume", metavar="PT|auto", help="Go on from a training state; auto takes the newest of the run directory.")
+@click.option("-n", "--dry-run", is_flag=True, help="Print the options and stop.")
+def main(outdir, data, name, desc, nosubdir, device, resume, dry_run, **opts):
+    r"""Trains a PFGM++ or EDM diffusion model.
+
+    Two runs on 8 GPUs, PFGM++ with D = 2048 and class-conditional diffusion:
+
+    \b
+    torchrun --standalone --nproc_per_node=8 train.py --outdir=runs \
+        --data=datasets/cifar10-32x32.zip --arch=ncsnpp --pfgmpp=1 --aug_dim=2048
+
+    \b
+    torchrun --standalone --nproc_per_node=8 train.py --outdir=runs \
+        --data=datasets/cifar10-32x32.zip --arch=ncsnpp --cond=1
+    """
+    if nosubdir and (name or desc):
+        raise UserError("--nosubdir: can't be combined with --name or --desc", BAD_USAGE)
+    if resume == "auto" and not (name or nosubdir):
+        raise UserError("--resume=auto: needs --name or --nosubdir to know the run", BAD_USAGE)
+    if resume and opts["transfer"]:
+        raise UserError("--resume and --transfer: choose one", BAD_USAGE)
+    fixed_dir = Path(outdir) if nosubdir else Path(outdir, name) if name else None
+    with user_errors():
+        _check_writable(Path(outdir))
+
+    from torch_utils import distributed
+    from training import checkpoint
+    from training.training_loop import DivergedError
+
+    with user_errors(BAD_USAGE):
+        config = _config(data, opts)
+        config.rounds(int(os.environ.get("WORLD_SIZE", "1")))
+    with user_errors(), distributed.process_group(device) as torch_device:
+        state = None
+        if resume:
+            try:
+                state = _load_state(fixed_dir, resume)
+            except checkpoint.SnapshotGivenError as error:
+                raise UserError(str(error), BAD_USAGE) from error
+        config = _settle_seed(config, opts["seed"], state)
+        dataset = _open_dataset(config)
+        if dry_run:
+            _print_options(config, dataset)
+            return
+        run_dir = distributed.run_on_rank0(
+            _make_run_dir, config, dataset.name, Path(outdir), fixed_dir, desc, bool(resume))
+        try:
+            _train(config, dataset, run_dir, torch_device, state)
+        except DivergedError as error:
+            raise UserError(str(error), DIVERGED) from error
+
+
+def _config(data: str, opts: dict):
+    from training.config import TrainConfig
+    precision = opts["precision"] or ("fp16" if opts["fp16"] else "fp32")
+    if opts["fp16"] and precision != "fp16":
+        raise ValueError(f"--fp16=1 and --precision={precision}: choose one")
+    names = {"precision": precision, "compile": opts["compile_"], "seed": opts["seed"] or 0}
+    skipped = {"fp16", "compile_"}
+    return TrainConfig(data=data, **{k: v for k, v in opts.items() if k not in skipped} | names)
+
+
+def _settle_seed(config, given: int | None, state):
+    """Returns the config with the seed given, the resumed state's, or a random one, on all ranks.
+
+    Raises:
+        ValueError: the seed given is not the resumed state's.
+    """
+    import dataclasses
+
+    from torch_utils import distributed
+    if state is not None:
+        seed = state[1]["options"]["seed"]
+        if given is not None and given != seed:
+            raise ValueError(f"--seed={given}: the run to resume has seed {seed}; leave --seed out")
+    else:
+        seed = given if given is not None else distributed.broadcast_object(
+            int.from_bytes(os.urandom(4), "big") >> 1)
+    return dataclasses.replace(config, seed=seed)
+
+
+def _check_writable(outdir: Path) -> None:
+    """Raises ValueError where OUTDIR can't be made or written, before anything slow starts."""
+    existing = next(path for path in [outdir.absolute(), *outdir.absolute().parents]
+                    if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--outdir={outdir}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--outdir={outdir}: no permission to write in {existing}")
+
+
+def _load_state(fixed_dir: Path | None, resume: str):
+    """Returns (name, content) of the state to resume, or None if `auto` finds none."""
+    from torch_utils import distributed
+    from training import checkpoint
+    path = Path(resume)
+    if resume == "auto":
+        if not fixed_dir.is_dir():
+            return None
+        path, problems = distributed.run_on_rank0(checkpoint.newest_state, fixed_dir)
+        for problem in problems:
+            distributed.print0(f"Warning: skipped {problem}")
+        if path is None:
+            if problems:
+                raise ValueError(f"--resume=auto: no training state in {fixed_dir} verifies")
+            return None
+    return str(path), checkpoint.load_state(path)
+
+
+def _open_dataset(config):
+    """Returns the data set, checked against the options; packs it on first use."""
+    import torch
+
+    from training.dataset import ImageFolderDataset
+    from training.networks import build_network
+    kwargs = {"use_labels": config.cond, "xflip": config.xflip}
+    dataset = ImageFolderDataset(config.data, **kwargs)
+    if config.cond and not dataset.has_labels:
+        raise UserError(f"--cond=1: {config.data} has no labels; add them to its dataset.json or "
+                        "train with --cond=0", BAD_USAGE)
+    with torch.device("meta"):  # the network's own checks, without its memory
+        build_network(config.network(dataset.resolution, dataset.num_channels, dataset.label_dim))
+    if not config.cache:
+        dataset.check_uniform()
+        return dataset
+    return ImageFolderDataset(config.data, cache=True, **kwargs)
+
+
+def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Path:
+    """Makes and returns the run directory."""
+    from torch_utils import distributed
+    from training.checkpoint import training_states
+    if fixed_dir is not None:
+        fixed_dir.mkdir(parents=True, exist_ok=True)
+        if not resuming and training_states(fixed_dir):
+            raise ValueError(f"{fixed_dir} already holds a run; use --resume=auto to go on with it,"
+                             " or another --name")
+        return fixed_dir
+    outdir.mkdir(parents=True, exist_ok=True)
+    words = [dataset_name, "cond" if config.cond else "uncond", config.arch, config.precond,
+             f"gpus{distributed.get_world_size()}", f"batch{config.batch}", config.precision]
+    text = "-".join(words + ([desc] if desc else []))
+    while True:  # another run may take the number first: mkdir decides
+        numbers = [int(m[0]) for p in outdir.iterdir() if (m := re.match(r"\d+", p.name))]
+        run_dir = outdir / f"{max(numbers, default=-1) + 1:05d}-{text}"
+        try:
+            run_dir.mkdir()
+            return run_dir
+        except FileExistsError:
+            continue
+
+
+def _train(config, dataset, run_dir, device, state) -> None:
+    import contextlib
+
+    from dnnlib.util import Logger
+    from torch_utils import distributed
+    from training.training_loop import training_loop
+    log = Logger(run_dir / "log.txt") if distributed.get_rank() == 0 else contextlib.nullcontext()
+    with log:
+        distributed.print0(f"Run directory  {run_dir}")
+        if state:
+            distributed.print0(f"Resuming from  {state[0]}")
+        training_loop(config, dataset=dataset, run_dir=run_dir, device=device, resume=state)
+
+
+def _print_options(config, dataset) -> None:
+    from torch_utils import distributed
+    micro_batch, rounds = config.rounds(distributed.get_world_size())
+    distributed.print0(json.dumps(config.to_dict(), indent=2))
+    distributed.print0(
+        f"{len(dataset)} images {'x'.join(map(str, dataset.image_shape))}, "
+        f"{dataset.label_dim} label dimensions; {micro_batch} images x {rounds} round(s) x "
+        f"{distributed.get_world_size()} process(es)\nDry run: nothing was trained or written.")
+
+
+if __name__ == "__main__":
+    main()

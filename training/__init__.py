@@ -1,0 +1,1 @@
+"""PFGM++ and EDM: perturbation kernel, networks, losses, samplers and the training loop."""

@@ -1,0 +1,201 @@
+"""Options of a training run as plain data, and what follows from them.
+
+`TrainConfig` holds the values of train.py's flags in the units of the command line, checks them,
+and round-trips through JSON; it travels inside every checkpoint.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Sequence
+
+ARCHITECTURES: dict[str, dict] = {
+    "ddpmpp": {
+        "model_type": "SongUNet", "embedding_type": "positional", "encoder_type": "standard",
+        "decoder_type": "standard", "channel_mult_noise": 1, "resample_filter": [1, 1],
+        "model_channels": 128, "channel_mult": [2, 2, 2],
+    },
+    "ncsnpp": {
+        "model_type": "SongUNet", "embedding_type": "fourier", "encoder_type": "residual",
+        "decoder_type": "standard", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1],
+        "model_channels": 128, "channel_mult": [2, 2, 2],
+    },
+    "adm": {"model_type": "DhariwalUNet", "model_channels": 192, "channel_mult": [1, 2, 3, 4]},
+}
+PRECONDITIONERS = {"vp": "VPPrecond", "ve": "VEPrecond", "edm": "EDMPrecond"}
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+AUGMENT_DIM = 9  # augmentation labels, see training/augment.py
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What a run is trained on, with and how. Field names are those of train.py's flags.
+
+    Raises:
+        ValueError: an option outside its range, or options that exclude each other.
+    """
+
+    data: str
+    cond: bool = False
+    arch: str = "ddpmpp"
+    precond: str = "edm"
+    pfgmpp: bool = False
+    aug_dim: float = 128.0
+    duration: float = 200.0  # Mimg
+    batch: int = 512
+    batch_gpu: int | None = None  # None = batch / number of processes
+    cbase: int | None = None
+    cres: tuple[int, ...] | None = None
+    nblock: int | None = None
+    lr: float = 10e-4
+    lr_rampup: float = 10.0  # Mimg
+    ema: float = 0.5  # Mimg
+    dropout: float = 0.13
+    augment: float = 0.12
+    xflip: bool = False
+    precision: str = "fp32"
+    ls: float | None = None  # None = dynamic for fp16, 1 elsewhere
+    max_bad_steps: int = 100
+    bench: bool = True
+    compile: str = "auto"
+    deterministic: bool = False
+    cache: bool = True
+    workers: int = 1
+    tick: float = 50.0  # kimg
+    snap: int = 50  # ticks
+    dump: int = 50  # ticks
+    samples: int | None = None  # None = 64 on a GPU, 16 on the CPU
+    seed: int = 0
+    transfer: str | None = None
+
+    def __post_init__(self):
+        _require(self.arch in ARCHITECTURES, f"--arch={self.arch}", " or ".join(ARCHITECTURES))
+        _require(self.precond != "iddpm", "--precond=iddpm", "edm, ve or vp; no training loss is "
+                 "published for iddpm (such networks can be sampled)")
+        _require(self.precond in PRECONDITIONERS, f"--precond={self.precond}", "edm, ve or vp")
+        _require(not self.pfgmpp or self.aug_dim > 0, f"--aug_dim={self.aug_dim:g}",
+                 "positive; leave out --pfgmpp for D = inf")
+        for name in ("duration", "batch", "tick", "lr", "max_bad_steps", "snap", "dump"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"--{_flag(name)}={value:g}", "positive and finite")
+        for name in ("batch_gpu", "cbase", "nblock", "ls"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < math.inf, f"--{_flag(name)}={value}", "positive")
+        for name in ("lr_rampup", "ema", "workers", "samples", "seed"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"--{_flag(name)}={value}", "0 or more")
+        for name in ("dropout", "augment"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"--{name}={value:g}", "between 0 and 1")
+        _require(self.precision in PRECISIONS, f"--precision={self.precision}",
+                 ", ".join(PRECISIONS))
+        _require(self.compile in ("auto", "0", "1"), f"--compile={self.compile}", "auto, 0 or 1")
+        _require(self.cres is None or (self.cres and min(self.cres) > 0), f"--cres={self.cres}",
+                 "a list of positive integers such as 1,2,2,2")
+
+    @property
+    def D(self) -> float:
+        """Augmented dimensions, inf for Gaussian diffusion."""
+        return self.aug_dim if self.pfgmpp else math.inf
+
+    @property
+    def total_nimg(self) -> int:
+        """Number of images to train on."""
+        return round(self.duration * 1e6)
+
+    @property
+    def tick_nimg(self) -> int:
+        """Number of images between two progress reports, a multiple of the batch."""
+        return max(-(-round(self.tick * 1e3) // self.batch), 1) * self.batch
+
+    def tick_at(self, nimg: int) -> int | None:
+        """Returns the number of the tick that is due after `nimg` images, None if none is.
+
+        Tick 0 comes after the first step, so that a new run shows a sign of life. A function of
+        `nimg` alone: a resumed run reports when an undisturbed one would.
+        """
+        tick = (nimg - self.batch) // self.tick_nimg
+        return tick if tick > (nimg - 2 * self.batch) // self.tick_nimg else None
+
+    def rounds(self, world_size: int) -> tuple[int, int]:
+        """Returns (micro-batch per process, accumulation rounds) for this many processes.
+
+        Raises:
+            ValueError: batch is not micro-batch * rounds * processes.
+        """
+        if self.batch % world_size:
+            raise ValueError(f"--batch={self.batch} can't be split over {world_size} processes; "
+                             f"nearest: {_nearest_multiples(self.batch, world_size)}")
+        share = self.batch // world_size
+        micro = min(self.batch_gpu or share, share)
+        if share % micro:
+            divisors = [d for d in range(1, share + 1) if share % d == 0]
+            below = max(d for d in divisors if d < micro)
+            above = min(d for d in divisors if d > micro)
+            raise ValueError(f"--batch-gpu={micro} must divide --batch={self.batch} / {world_size} "
+                             f"process(es) = {share}; nearest: {below} or {above}")
+        return micro, share // micro
+
+    def network(self, img_resolution: int, img_channels: int, label_dim: int) -> dict:
+        """Returns the configuration of the network for this data, see networks.build_network."""
+        config = {
+            "class_name": PRECONDITIONERS[self.precond], "img_resolution": img_resolution,
+            "img_channels": img_channels, "label_dim": label_dim, "pfgmpp": self.pfgmpp,
+            "dropout": self.dropout, **ARCHITECTURES[self.arch],
+        }
+        if self.pfgmpp:
+            config["D"] = self.aug_dim
+        if self.augment > 0:
+            config["augment_dim"] = AUGMENT_DIM
+        overrides = {"model_channels": self.cbase, "num_blocks": self.nblock,
+                     "channel_mult": list(self.cres) if self.cres else None}
+        return config | {key: value for key, value in overrides.items() if value is not None}
+
+    def to_dict(self) -> dict:
+        """Returns plain data that JSON can hold; infinity becomes the string 'inf'."""
+        values = dataclasses.asdict(self)
+        values["cres"] = list(self.cres) if self.cres else None
+        values["aug_dim"] = "inf" if math.isinf(self.aug_dim) else self.aug_dim
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "TrainConfig":
+        """Returns the configuration that `to_dict` wrote.
+
+        Raises:
+            ValueError: an unknown key, or a value of the wrong kind.
+        """
+        hints = typing.get_type_hints(cls)
+        unknown = sorted(set(values) - set(hints))
+        if unknown:
+            raise ValueError(f"unknown training option {unknown[0]!r}")
+        return cls(**{key: _coerce(key, value, hints[key]) for key, value in values.items()})
+
+
+def _require(ok: object, given: str, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{given}: must be {allowed}")
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _nearest_multiples(value: int, factor: int) -> str:
+    below = value // factor * factor
+    return f"{below} or {below + factor}" if below else f"{factor}"
+
+
+def _coerce(key: str, value: object, hint: object) -> object:
+    """Returns `value` as the field's type: lists to tuples, whole numbers and 'inf' to floats."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    if float in kinds and (value == "inf" or isinstance(value, int | float)):
+        return float(value)
+    if any(typing.get_origin(kind) is tuple for kind in kinds) and isinstance(value, Sequence):
+        return tuple(int(item) for item in value)
+    if type(value) in kinds:
+        return value
+    raise ValueError(f"training option {key!r} can't be {value!r}")

@@ -1,0 +1,116 @@
+"""A folder of generated images: its names, its record of settings, what is missing, the writers.
+
+    DIR/generate.json            the settings that all images of the folder share
+    DIR/[SSS000/]SSSSSS.png      the image of a seed, in a subfolder per thousand if asked
+
+Every file appears under its name only when complete, so that a run that was killed is continued by
+running it again.
+"""
+
+import concurrent.futures
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from torch_utils.atomic import atomic_write, write_json
+
+SETTINGS_NAME = "generate.json"
+
+
+class ImageFolder:
+    """Where the images of one network and one setting of the sampler go.
+
+    Args:
+        path: the folder; made by `open`.
+        shape: (channels, height, width) of the images.
+        subdirs: one subfolder per thousand seeds.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], subdirs: bool):
+        self.path, self._shape, self._subdirs = path, shape, subdirs
+
+    def open(self, settings: dict[str, Any]) -> None:
+        """Makes the folder and records `settings`, plain JSON data.
+
+        Raises:
+            ValueError: the folder holds images made with other settings.
+            OSError: it can't be made or written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        record = self.path / SETTINGS_NAME
+        if not record.exists():
+            write_json(record, settings)
+            return
+        try:
+            there = json.loads(record.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{record}: not JSON; remove it or name another --outdir") from None
+        for key, value in settings.items():
+            if there.get(key) != value:
+                raise ValueError(
+                    f"{self.path} holds images of another setting ({key}: {there.get(key)} there, "
+                    f"{value} now); name another --outdir or remove it")
+
+    def image_path(self, seed: int) -> Path:
+        """Returns the name of the image of a seed."""
+        folder = self.path / f"{seed - seed % 1000:06d}" if self._subdirs else self.path
+        return folder / f"{seed:06d}.png"
+
+    def missing(self, seeds: Iterable[int]) -> list[int]:
+        """Returns those of `seeds` that have no whole image of the right shape yet."""
+        return [seed for seed in seeds if not self._is_whole(self.image_path(seed))]
+
+    def _is_whole(self, path: Path) -> bool:
+        try:
+            with PIL.Image.open(path) as image:
+                image.load()
+                channels = len(image.getbands())
+                return (channels, image.height, image.width) == self._shape
+        except (OSError, SyntaxError, ValueError):
+            return False
+
+
+class ImageWriter:
+    """Encodes and writes images in threads, at most one batch behind the sampler."""
+
+    def __init__(self, folder: ImageFolder):
+        self._folder = folder
+        self._pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
+        self._pending: list[concurrent.futures.Future] = []
+
+    def write(self, seeds: list[int], images: np.ndarray) -> None:
+        """Takes uint8 images [B, C, H, W]; returns when those of the call before are on disk.
+
+        Raises:
+            OSError: an image of this or the call before could not be written.
+        """
+        self._wait()
+        for path in {self._folder.image_path(seed).parent for seed in seeds}:
+            path.mkdir(parents=True, exist_ok=True)
+        self._pending = [self._pool.submit(self._write_one, seed, image)
+                         for seed, image in zip(seeds, images, strict=True)]
+
+    def _write_one(self, seed: int, image: np.ndarray) -> None:
+        pixels = image.transpose(1, 2, 0)
+        picture = PIL.Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+        with atomic_write(self._folder.image_path(seed), sync=False) as file:
+            picture.save(file, "PNG")
+
+    def _wait(self) -> None:
+        for future in self._pending:
+            future.result()
+        self._pending = []
+
+    def __enter__(self) -> "ImageWriter":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        try:
+            self._wait()
+        finally:
+            self._pool.shutdown()

@@ -1,0 +1,155 @@
+"""The denoising loss and its three published noise-level laws: EDM, VE, VP.
+
+    B batch    C channels    H W pixels    y clean image    n noise    sigma noise level
+
+Every loss is  weight(sigma) * (D_theta(y + n; sigma) - y)^2  per pixel, with n from the
+perturbation kernel of any D; the laws differ in how sigma is drawn and in the weight
+(Karras et al. 2022, arXiv 2206.00364, Table 1):
+
+    EDM   ln sigma ~ Normal(P_mean, P_std)                          1/sigma^2 + 1/sigma_data^2
+    VE    ln sigma ~ uniform between ln sigma_min and ln sigma_max   1/sigma^2
+    VP    t ~ uniform between epsilon_t and 1, sigma = sigma_VP(t)   1/sigma^2
+
+All randomness of a step is drawn first, for the whole global batch, and then sliced over ranks and
+gradient-accumulation rounds. So what image i of a step draws does not depend on how the batch is
+split.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from torch_utils.misc import default_generator
+from training.discretization import vp_sigma
+from training.perturbation import PerturbationKernel, per_image, scaled_noise
+
+
+@dataclasses.dataclass(frozen=True)
+class LossDraws:
+    """The random variates of a batch; `draws[a:b]` are those of images a to b - 1."""
+
+    sigma: torch.Tensor  # [B] float32
+    z: torch.Tensor  # [B, C, H, W] float32, standard normal
+    scale: torch.Tensor  # [B] float64, the kernel's sqrt(D/c)
+    augment: Any = None  # what the augmentation pipe drew
+
+    def __getitem__(self, index: slice) -> "LossDraws":
+        augment = None if self.augment is None else self.augment[index]
+        return LossDraws(self.sigma[index], self.z[index], self.scale[index], augment)
+
+
+class DenoisingLoss:
+    """Base of the three losses; a subclass says how sigma is drawn and weighted.
+
+    Args:
+        pfgmpp: whether the noise is that of PFGM++ with `D` augmented dimensions, else Gaussian.
+        D: augmented dimensions.
+    """
+
+    def __init__(self, *, pfgmpp: bool = False, D: float = 128):
+        self.kernel = PerturbationKernel(D if pfgmpp else math.inf)
+
+    def sample_sigma(self, batch: int, rng: torch.Generator) -> torch.Tensor:
+        """Returns noise levels [batch] float32."""
+        raise NotImplementedError
+
+    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Returns the weight of the squared error at sigma."""
+        raise NotImplementedError
+
+    def draw(
+        self, shape: tuple[int, ...], rng: torch.Generator, augment_pipe: Any = None
+    ) -> LossDraws:
+        """Returns the variates for images of `shape` [B, C, H, W].
+
+        The chi-square variate comes last, for it alone takes a number of draws that depends on D:
+        one seed gives the same augmentation, noise level and direction at every D.
+        """
+        augment = augment_pipe.draw(shape[0], rng) if augment_pipe is not None else None
+        sigma = self.sample_sigma(shape[0], rng)
+        z = torch.randn(shape, generator=rng, device=rng.device)
+        return LossDraws(sigma, z, self.kernel.scale(shape[0], rng), augment)
+
+    def __call__(
+        self, net: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None,
+        augment_pipe: Any = None, *, draws: LossDraws | None = None,
+    ) -> torch.Tensor:
+        """Returns the unreduced loss [B, C, H, W].
+
+        Args:
+            net: denoiser (x, sigma, labels, augment_labels=...) -> denoised.
+            images: clean images [B, C, H, W] in [-1, 1].
+            labels: one-hot or real labels [B, label_dim], or None.
+            augment_pipe: AugmentPipe or None.
+            draws: variates of these images; None draws them from PyTorch's default generator.
+        """
+        if draws is None:
+            draws = self.draw(images.shape, default_generator(images.device), augment_pipe)
+        augment_labels = None
+        if augment_pipe is not None:
+            images, augment_labels = augment_pipe(images, draws.augment)
+        noisy = images + scaled_noise(draws.z, draws.sigma, draws.scale)
+        denoised = net(noisy, draws.sigma, labels, augment_labels=augment_labels)
+        return per_image(self.weight(draws.sigma), images.ndim) * (denoised - images).square()
+
+
+class EDMLoss(DenoisingLoss):
+    """Log-normal noise levels, as in EDM.
+
+    Args (beyond the base's): P_mean, P_std: of ln sigma. sigma_data: standard deviation of the
+    data.
+    """
+
+    def __init__(self, P_mean: float = -1.2, P_std: float = 1.2, sigma_data: float = 0.5, **kwargs):
+        super().__init__(**kwargs)
+        self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
+
+    def sample_sigma(self, batch, rng):
+        normal = torch.randn([batch], generator=rng, device=rng.device)
+        return (normal * self.P_std + self.P_mean).exp()
+
+    def weight(self, sigma):
+        return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
+
+class VELoss(DenoisingLoss):
+    """Log-uniform noise levels, as for the VE networks of score-based models.
+
+    Args (beyond the base's): sigma_min, sigma_max: range of noise levels.
+    """
+
+    def __init__(self, sigma_min: float = 0.02, sigma_max: float = 100.0, **kwargs):
+        super().__init__(**kwargs)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def sample_sigma(self, batch, rng):
+        u = torch.rand([batch], generator=rng, device=rng.device)
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** u
+
+    def weight(self, sigma):
+        return 1 / sigma**2
+
+
+class VPLoss(DenoisingLoss):
+    """Uniform times of the variance-preserving schedule.
+
+    Args (beyond the base's): beta_d, beta_min: slope and start of the schedule. epsilon_t: the
+    smallest time.
+    """
+
+    def __init__(self, beta_d: float = 19.9, beta_min: float = 0.1, epsilon_t: float = 1e-5,
+                 **kwargs):
+        super().__init__(**kwargs)
+        self.beta_d, self.beta_min, self.epsilon_t = beta_d, beta_min, epsilon_t
+
+    def sample_sigma(self, batch, rng):
+        u = torch.rand([batch], generator=rng, device=rng.device)
+        return vp_sigma(1 + u * (self.epsilon_t - 1), self.beta_d, self.beta_min)
+
+    def weight(self, sigma):
+        return 1 / sigma**2
+
+
+LOSSES: dict[str, type[DenoisingLoss]] = {"edm": EDMLoss, "ve": VELoss, "vp": VPLoss}

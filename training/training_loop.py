@@ -1,0 +1,504 @@
+"""The training loop: one process, or many under torchrun, with the same result.
+
+    step k trains on images k*batch ... (k+1)*batch - 1 of the stream; cur_nimg = k*batch before it
+
+Order of a step: learning rate, gradients (all accumulation rounds, averaged over ranks),
+finiteness, Adam, EMA, cur_nimg += batch. Nothing in a step waits for the device; what is reported
+stays there until the tick reads it.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from dnnlib.util import format_time
+from torch_utils import distributed, misc, training_stats
+from torch_utils.atomic import write_json
+from training import checkpoint
+from training.augment import AugmentPipe
+from training.config import TrainConfig
+from training.dataset import ImageFolderDataset, TrainingOrder, order_at
+from training.ema import RAMPUP_RATIO, ema_beta, update_ema_
+from training.grid import image_grid, save_png
+from training.loss import LOSSES, DenoisingLoss
+from training.networks import Precond, build_network
+from training.sampling import SamplerConfig, generate_images, to_uint8
+
+_INIT_TAG, _STEP_TAG, _DROPOUT_TAG = 1, 2, 3  # set the uses of the run's seed apart
+_DYNAMIC_SCALE_START = 2.0**16
+_DYNAMIC_SCALE_PERIOD = 2000  # good steps between doublings
+_GRID_SEED = 0
+_GRID_POOL = 4096  # training images among which the grid of real images looks for each class
+_GRID_MAX_ROWS = 16
+
+
+class DivergedError(RuntimeError):
+    """Too many steps in a row had gradients that are not finite."""
+
+
+class _BatchReader(torch.utils.data.Dataset):
+    """Reads a whole list of indices at once, so that a loader worker hands over one array."""
+
+    def __init__(self, dataset: ImageFolderDataset):
+        self._dataset = dataset
+
+    def __getitem__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = self._dataset.get_batch(indices)
+        return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+class Trainer:
+    """The state of a run in one process, and its step.
+
+    Args:
+        config: the run's options.
+        dataset: the images.
+        device: where to train.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: ImageFolderDataset, device: torch.device):
+        self.config, self.dataset, self.device = config, dataset, device
+        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+        self.micro_batch, self.rounds = config.rounds(self.world_size)
+        self.cur_nimg = 0
+
+        torch.manual_seed(misc.mix_seed(config.seed, _INIT_TAG))
+        self.net = build_network(
+            config.network(dataset.resolution, dataset.num_channels, dataset.label_dim))
+        self.net.to(device).train().compute_dtype = misc.compute_dtype(config.precision)
+        self.ema_rampup: float | None = RAMPUP_RATIO
+        if config.transfer:
+            self._transfer(config.transfer)
+        self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.loss_fn = build_loss(config, self.net)
+        self.augment_pipe = AugmentPipe.standard(config.augment) if config.augment > 0 else None
+        self.optimizer = torch.optim.Adam(
+            self.net.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        # Counters that live on the device: scale of a dynamic loss, good steps since its last
+        # change, bad steps in all, bad steps in a row, the longest such row, its first step.
+        self.dynamic_scale = config.ls is None and config.precision == "fp16"
+        start = _DYNAMIC_SCALE_START if self.dynamic_scale else (config.ls or 1.0)
+        self.loss_scale = torch.tensor(start, device=device)
+        self.counters = {name: torch.zeros([], device=device) for name in
+                         ("good_since_change", "bad_total", "bad_row", "worst_row", "bad_step")}
+        self._step_rng = torch.Generator(device)
+        self.ddp: torch.nn.Module = self.net
+
+    def start(self) -> None:
+        """Opens the stream of batches at `cur_nimg` and couples the ranks."""
+        if self.config.compile == "1":
+            self.net.model.compile()
+        if torch.distributed.is_initialized():
+            ids = [self.device] if self.device.type == "cuda" else None
+            self.ddp = DistributedDataParallel(
+                self.net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self._batches = self._open_batches()
+
+    def close(self) -> None:
+        """Lets go of the process group's hooks and of the loader workers."""
+        self.ddp = self.net
+        self._batches = None
+        self.optimizer = None
+
+    def _open_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = TrainingOrder(
+            len(self.dataset), self.config.seed, self.config.batch, start=self.cur_nimg,
+            rank=self.rank, world_size=self.world_size, rounds=self.rounds)
+        loader = torch.utils.data.DataLoader(
+            _BatchReader(self.dataset), sampler=order, batch_size=None,
+            num_workers=self.config.workers, pin_memory=self.device.type == "cuda")
+        return iter(loader)
+
+    @property
+    def step(self) -> int:
+        """Number of steps taken."""
+        return self.cur_nimg // self.config.batch
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        rampup_nimg = self.config.lr_rampup * 1e6
+        ramp = min(self.cur_nimg / rampup_nimg, 1.0) if rampup_nimg > 0 else 1.0
+        return self.config.lr * ramp
+
+    def train_step(self) -> None:
+        """Trains on the next batch."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self._accumulate_gradients()
+        bad = self._finish_gradients()
+        self.optimizer.found_inf = bad
+        self.optimizer.grad_scale = self.loss_scale if self.dynamic_scale else None
+        self.optimizer.step()
+        beta = ema_beta(self.cur_nimg, self.config.batch, self.config.ema * 1e6, self.ema_rampup)
+        update_ema_(self.ema, self.net, beta, skip=bad)
+        self._count(bad)
+        self.cur_nimg += self.config.batch
+
+    def _accumulate_gradients(self) -> None:
+        draws = self._draw_step()
+        gain = self.loss_scale / (self.config.batch // self.world_size)
+        self.optimizer.zero_grad(set_to_none=True)
+        for i in range(self.rounds):
+            images, labels = next(self._batches)
+            images = images.to(self.device, non_blocking=True).to(torch.float32) / 127.5 - 1
+            labels = labels.to(self.device, non_blocking=True)
+            # Dropout takes no generator: it alone draws from PyTorch's default one.
+            torch.manual_seed(misc.mix_seed(
+                self.config.seed, _DROPOUT_TAG, self.step, self.rank, i))
+            with self._sync_on_last_round(i):
+                part = slice(i * self.micro_batch, (i + 1) * self.micro_batch)
+                loss = self.loss_fn(self.ddp, images, labels, self.augment_pipe, draws=draws[part])
+                training_stats.report("Loss/loss", loss.detach())
+                (loss.sum() * gain).backward()
+
+    def _draw_step(self):
+        """Returns this rank's part of what the whole global batch draws."""
+        batch, share = self.config.batch, self.config.batch // self.world_size
+        rng = self._step_rng.manual_seed(
+            misc.mix_seed(self.config.seed, _STEP_TAG, self.step))
+        draws = self.loss_fn.draw((batch, *self.dataset.image_shape), rng, self.augment_pipe)
+        return draws[self.rank * share:(self.rank + 1) * share]
+
+    def _sync_on_last_round(self, i: int) -> contextlib.AbstractContextManager:
+        if i == self.rounds - 1 or self.ddp is self.net:
+            return contextlib.nullcontext()
+        return self.ddp.no_sync()
+
+    def _finish_gradients(self) -> torch.Tensor:
+        """Returns 1 if any averaged gradient is not finite, else 0: a 0-d float on the device."""
+        grads = [p.grad for p in self.net.parameters() if p.grad is not None]
+        largest = torch.nn.utils.get_total_norm(grads, norm_type=math.inf)
+        return (~largest.isfinite()).to(torch.float32)
+
+    def _count(self, bad: torch.Tensor) -> None:
+        """Updates the counters and a dynamic loss scale, all on the device."""
+        c = self.counters
+        c["bad_total"] = c["bad_total"] + bad
+        c["bad_row"] = (c["bad_row"] + 1) * bad
+        longer = c["bad_row"] > c["worst_row"]
+        c["bad_step"] = torch.where(longer, self.step - c["bad_row"] + 1, c["bad_step"])
+        c["worst_row"] = torch.maximum(c["worst_row"], c["bad_row"])
+        if not self.dynamic_scale:
+            return
+        good = (c["good_since_change"] + 1) * (1 - bad)
+        double = good >= _DYNAMIC_SCALE_PERIOD
+        factor = torch.where(bad > 0, 0.5, torch.where(double, 2.0, 1.0))
+        self.loss_scale = self.loss_scale * factor
+        c["good_since_change"] = torch.where(double, torch.zeros_like(good), good)
+
+    def check_divergence(self) -> None:
+        """Raises DivergedError where too many steps in a row were bad. Waits for the device."""
+        row = int(self.counters["worst_row"])
+        self.counters["worst_row"].zero_()
+        if row <= self.config.max_bad_steps:
+            return
+        step = int(self.counters["bad_step"])
+        positions = np.arange(step, step + 1) * self.config.batch
+        first = order_at(len(self.dataset), self.config.seed, positions[:1] + np.arange(4))
+        raise DivergedError(
+            f"{row} steps in a row had loss or gradients that are not finite, from step {step} "
+            f"({step * self.config.batch / 1000:g} kimg; its images begin with data indices "
+            f"{', '.join(map(str, first))}); more than --max-bad-steps={self.config.max_bad_steps}"
+            ". The weights are those from before. Lower --lr, or use --precision=fp32")
+
+    def state(self) -> dict[str, Any]:
+        """Returns all that a resumed run needs, see training/checkpoint.py."""
+        progress = {"cur_nimg": self.cur_nimg, "loss_scale": self.loss_scale.cpu(),
+                    "counters": {name: value.cpu() for name, value in self.counters.items()}}
+        return {
+            "format": checkpoint.STATE_FORMAT, "network": self.net.config,
+            "net": dict(self.net.state_dict()), "ema": dict(self.ema.state_dict()),
+            "optimizer": self.optimizer.state_dict(), "progress": progress,
+            "options": self.config.to_dict(), "dataset": dataset_record(self.dataset),
+        }
+
+    def snapshot(self) -> dict[str, Any]:
+        """Returns what sampling needs, see training/checkpoint.py."""
+        return {
+            "format": checkpoint.SNAPSHOT_FORMAT, "network": self.net.config,
+            "ema": dict(self.ema.state_dict()), "progress": {"cur_nimg": self.cur_nimg},
+            "options": self.config.to_dict(),
+        }
+
+    def restore(self, state: dict[str, Any], source: str) -> None:
+        """Continues from a training state; call before `start`.
+
+        Raises:
+            ValueError: it belongs to another network or other data; names the first difference.
+        """
+        # The dtype follows --precision of this run, not of the one that wrote the state.
+        skip = {"use_fp16"}
+        ours = {k: v for k, v in self.net.config.items() if k not in skip}
+        theirs = {k: v for k, v in state["network"].items() if k not in skip}
+        difference = checkpoint.first_difference(ours, theirs)
+        if difference:
+            raise ValueError(f"{source}: the state is of another network ({difference})")
+        record = dataset_record(self.dataset)
+        if record["fingerprint"] != state["dataset"]["fingerprint"]:
+            raise ValueError(f"{source}: the data set has changed since the run began "
+                             f"({state['dataset']['size']} images then, {record['size']} now)")
+        self.net.load_state_dict(state["net"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.cur_nimg = state["progress"]["cur_nimg"]
+        if self.dynamic_scale:
+            self.loss_scale = state["progress"]["loss_scale"].to(self.device)
+        self.counters = {k: v.to(self.device) for k, v in state["progress"]["counters"].items()}
+
+    def _transfer(self, source: str) -> None:
+        content = checkpoint.load(source)
+        try:
+            self.net.load_state_dict(content["ema"])
+        except RuntimeError:
+            difference = checkpoint.first_difference(self.net.config, content["network"])
+            raise ValueError(
+                f"--transfer={source}: the weights are of another network ({difference})"
+            ) from None
+        self.ema_rampup = None  # the weights are good already: nothing to forget
+
+
+def build_loss(config: TrainConfig, net: Precond) -> DenoisingLoss:
+    """Returns the loss of the run's preconditioner, at the run's D."""
+    kwargs: dict[str, Any] = {"pfgmpp": config.pfgmpp, "D": config.aug_dim}
+    if config.precond == "edm":
+        kwargs["sigma_data"] = net.sigma_data
+    return LOSSES[config.precond](**kwargs)
+
+
+def dataset_record(dataset: ImageFolderDataset) -> dict[str, Any]:
+    """Returns what a state keeps of the data set to recognise it."""
+    return {"name": dataset.name, "size": len(dataset), "label_dim": dataset.label_dim,
+            "image_shape": list(dataset.image_shape), "fingerprint": dataset.fingerprint}
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Returns where a run comes from: commit, versions, device, world size."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, text=True,
+            capture_output=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None  # not a checkout
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "commit": commit, "python": platform.python_version(), "torch": torch.__version__,
+        "numpy": importlib.metadata.version("numpy"), "cuda": torch.version.cuda,
+        "device": str(device), "device_name": name, "world_size": distributed.get_world_size(),
+        "cpu_threads": torch.get_num_threads(), "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Times and image counts since the run and the tick began."""
+
+    start_time: float
+    tick_start_time: float
+    tick_start_nimg: int
+    maintenance_sec: float = 0.0
+
+
+def training_loop(
+    config: TrainConfig, *, dataset: ImageFolderDataset, run_dir: Path, device: torch.device,
+    resume: tuple[str, dict[str, Any]] | None = None,
+) -> None:
+    """Trains until `config.duration`; writes states, snapshots, grids and statistics to `run_dir`.
+
+    Args:
+        config: the run's options.
+        dataset: the images.
+        run_dir: an existing folder.
+        device: where to train.
+        resume: (name, content) of the training state to continue from.
+
+    Raises:
+        ValueError: the state or network to start from does not fit.
+        DivergedError: too many bad steps in a row.
+    """
+    misc.configure_backends(config.precision, benchmark=config.bench,
+                            deterministic=config.deterministic)
+    trainer = Trainer(config, dataset, device)
+    if resume:
+        trainer.restore(resume[1], resume[0])
+    _announce(trainer)
+    if distributed.get_rank() == 0:
+        write_json(run_dir / "training_options.json", {
+            "options": config.to_dict(), "dataset": dataset_record(dataset),
+            "network": finite_json(trainer.net.config, infinity="inf"),
+            "provenance": provenance(device)})
+        _save_real_grid(trainer, run_dir / "reals.png")
+    trainer.start()
+    try:
+        _run(trainer, run_dir)
+    finally:
+        trainer.close()
+
+
+def _run(trainer: Trainer, run_dir: Path) -> None:
+    config = trainer.config
+    collector = training_stats.Collector(trainer.device)
+    now = time.time()
+    clock = _Clock(now, now, trainer.cur_nimg)
+    bar = tqdm(total=config.total_nimg, initial=trainer.cur_nimg, unit="img", unit_scale=True,
+               leave=False, disable=None if trainer.rank == 0 else True)
+    if trainer.cur_nimg >= config.total_nimg:
+        distributed.print0(f"Nothing to do: {trainer.cur_nimg} of {config.total_nimg} images done")
+        return
+    with bar:
+        while trainer.cur_nimg < config.total_nimg:
+            trainer.train_step()
+            bar.update(config.batch)
+            done = trainer.cur_nimg >= config.total_nimg
+            tick = config.tick_at(trainer.cur_nimg)
+            if not done and tick is None:
+                continue
+            if tick is None:  # the last tick may be short
+                tick = (trainer.cur_nimg - config.batch) // config.tick_nimg + 1
+            _report_tick(trainer, collector, clock, tick, run_dir, bar)
+            trainer.check_divergence()
+            _save_files(trainer, run_dir, tick, done)
+            clock.maintenance_sec = time.time() - clock.tick_start_time
+    distributed.print0("Training finished")
+
+
+def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, bar) -> None:
+    """Prints the tick's line, appends it to stats.jsonl, and starts the clock of the next tick."""
+    device = trainer.device
+    collector.update()
+    now = time.time()
+    tick_sec = now - clock.tick_start_time - clock.maintenance_sec
+    kimg = (trainer.cur_nimg - clock.tick_start_nimg) / 1e3
+    gb = 2**30
+    fields = {
+        "Progress/tick": tick, "Progress/kimg": trainer.cur_nimg / 1e3,
+        "Progress/lr": trainer.lr, "Progress/loss_scale": float(trainer.loss_scale),
+        "Progress/bad_steps": int(trainer.counters["bad_total"]),
+        "Timing/total_sec": now - clock.start_time, "Timing/sec_per_tick": tick_sec,
+        "Timing/sec_per_kimg": tick_sec / kimg, "Timing/maintenance_sec": clock.maintenance_sec,
+        "Resources/cpu_mem_gb": psutil.Process().memory_info().rss / gb,
+        "Resources/peak_gpu_mem_gb": 0.0, "Resources/peak_gpu_mem_reserved_gb": 0.0,
+    }
+    if device.type == "cuda":
+        fields["Resources/peak_gpu_mem_gb"] = torch.cuda.max_memory_allocated(device) / gb
+        fields["Resources/peak_gpu_mem_reserved_gb"] = torch.cuda.max_memory_reserved(device) / gb
+        torch.cuda.reset_peak_memory_stats(device)
+    bad = fields["Progress/bad_steps"]
+    if trainer.rank == 0:
+        line = (f"tick {tick:<5d} kimg {fields['Progress/kimg']:<9.4g} "
+                f"loss {collector.mean('Loss/loss'):<8.5f} "
+                f"time {format_time(fields['Timing/total_sec']):<12s} "
+                f"img/s {1e3 / fields['Timing/sec_per_kimg']:<8.4g} "
+                f"mem {fields['Resources/cpu_mem_gb']:.2f} GB "
+                f"gpumem {fields['Resources/peak_gpu_mem_gb']:.2f} GB"
+                + (f" bad steps {bad}" if bad else ""))
+        bar.write(line, file=sys.stdout)
+        stats = {**collector.as_dict(), **{name: {"num": 1, "mean": value, "std": 0.0}
+                                           for name, value in fields.items()}}
+        append_stats(run_dir / "stats.jsonl", stats | {"timestamp": now})
+    clock.tick_start_nimg, clock.tick_start_time = trainer.cur_nimg, now
+
+
+def append_stats(path: Path, record: dict[str, Any]) -> None:
+    """Appends one JSON line; numbers that JSON lacks become null. A full disk only warns."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite_json(record)) + "\n")
+    except OSError as error:
+        distributed.print0(f"Warning: {path} not written: {error}")
+
+
+def finite_json(value: Any, infinity: str | None = None) -> Any:
+    """Returns plain data with NaN and infinities, which JSON lacks, replaced by `infinity`."""
+    if isinstance(value, dict):
+        return {key: finite_json(item, infinity) for key, item in value.items()}
+    return infinity if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _save_files(trainer: Trainer, run_dir: Path, tick: int, done: bool) -> None:
+    config = trainer.config
+    tag = checkpoint.kimg_tag(trainer.cur_nimg, fractional=config.tick < 1)
+    if done or tick % config.snap == 0:
+        if trainer.rank == 0:
+            checkpoint.save(run_dir / f"network-snapshot-{tag}.pt", trainer.snapshot())
+        _save_sample_grid(trainer, run_dir / f"samples-{tag}.png")
+    if (done or (tick > 0 and tick % config.dump == 0)) and trainer.rank == 0:
+        checkpoint.save(run_dir / f"training-state-{tag}.pt", trainer.state())
+
+
+def _save_sample_grid(trainer: Trainer, path: Path) -> None:
+    """Writes a grid of EMA samples of fixed seeds; rows are classes where there are classes."""
+    label_dim = trainer.net.label_dim
+    rows, columns = _grid_shape(trainer)
+    if rows == 0:
+        return
+    mine = {}
+    for row in range(rows)[trainer.rank::trainer.world_size]:
+        seeds = range(row * columns, (row + 1) * columns)
+        [batch] = generate_images(
+            trainer.ema, [seeds], sampler=SamplerConfig(), device=trainer.device,
+            class_idx=row if label_dim else None)
+        mine[row] = to_uint8(batch.images).cpu().numpy()
+    pictures = {row: images for part in distributed.gather_objects(mine)
+                for row, images in part.items()}
+    if trainer.rank == 0:
+        save_png(path, image_grid([pictures[row] for row in range(rows)],
+                                  [str(row) if label_dim else "" for row in range(rows)]))
+
+
+def _save_real_grid(trainer: Trainer, path: Path) -> None:
+    """Writes a grid of training images in the layout of the sample grids."""
+    dataset = trainer.dataset
+    rows, columns = _grid_shape(trainer)
+    if rows == 0:
+        return
+    images, labels = dataset.get_batch(
+        order_at(len(dataset), _GRID_SEED, range(min(len(dataset), _GRID_POOL))))
+    groups = [np.flatnonzero(labels[:, row]) for row in range(rows)] if dataset.label_dim else (
+        np.array_split(np.arange(min(rows * columns, len(images))), rows))
+    save_png(path, image_grid([images[group[:columns]] for group in groups],
+                              [str(row) if dataset.label_dim else "" for row in range(rows)]))
+
+
+def _grid_shape(trainer: Trainer) -> tuple[int, int]:
+    """Returns (rows, columns) of a grid of about `config.samples` images."""
+    count = trainer.config.samples
+    if count is None:
+        count = 64 if trainer.device.type == "cuda" else 16
+    if count == 0:
+        return 0, 0
+    rows = min(trainer.net.label_dim or math.isqrt(count), count, _GRID_MAX_ROWS)
+    return rows, count // rows
+
+
+def _announce(trainer: Trainer) -> None:
+    config, dataset = trainer.config, trainer.dataset
+    shape = "x".join(map(str, dataset.image_shape))
+    noise = f"PFGM++ with D = {config.D:g}" if config.pfgmpp else "Gaussian (D = inf)"
+    distributed.print0(misc.module_table(trainer.net))
+    distributed.print0(
+        f"\nData       {len(dataset)} images {shape} of {dataset.name}, "
+        f"{dataset.label_dim or 'no'} label dimensions\n"
+        f"Noise      {noise}\n"
+        f"Batch      {config.batch} = {trainer.micro_batch} images x {trainer.rounds} round(s) "
+        f"x {trainer.world_size} process(es), {trainer.device.type}, {config.precision}\n"
+        f"Training   {trainer.cur_nimg / 1e3:g} of {config.total_nimg / 1e3:g} kimg, "
+        f"seed {config.seed}\n")
