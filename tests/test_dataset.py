@@ -447,3 +447,12 @@ def test_positions_are_looked_up_in_any_order():
 def test_an_order_that_cannot_be_is_refused(kwargs):
     with pytest.raises(ValueError, match="must be"):
         TrainingOrder(**{"size": 4, "seed": 0, "batch": 8, **kwargs})
+
+
+def test_pictures_beside_generated_images_are_not_samples(tmp_path):
+    for name in ("000000.png", "vis/grid.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        PIL.Image.new("RGB", (4, 4)).save(tmp_path / name)
+    assert len(ImageFolderDataset(tmp_path)) == 2  # any folder may be called vis
+    (tmp_path / "generate.json").write_text("{}")
+    assert len(ImageFolderDataset(tmp_path)) == 1

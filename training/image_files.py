@@ -15,6 +15,8 @@ from typing import IO, Any
 import numpy as np
 
 LABELS_NAME = "dataset.json"
+GENERATE_RECORD = "generate.json"  # marks a folder of generated images
+PICTURES = "vis"  # its subfolder of grids and movies
 MAX_CLASSES = 1 << 16  # a class number beyond is an identifier, not a class
 _MAX_FLOAT = float(np.finfo(np.float32).max)
 
@@ -109,8 +111,10 @@ class Folder:
 
         self._path = path
         self.names = []
-        for folder, _, files in os.walk(path, onerror=refuse):
+        for folder, subfolders, files in os.walk(path, onerror=refuse):
             inside = Path(folder).relative_to(path)
+            if folder == str(path) and GENERATE_RECORD in files and PICTURES in subfolders:
+                subfolders.remove(PICTURES)  # grids and movies of generate.py, not samples
             self.names += [(inside / name).as_posix() for name in files]
 
     def open(self, name: str) -> IO[bytes]:

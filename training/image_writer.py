@@ -18,8 +18,7 @@ import numpy as np
 import PIL.Image
 
 from torch_utils.atomic import atomic_write, write_json
-
-SETTINGS_NAME = "generate.json"
+from training.image_files import GENERATE_RECORD
 
 
 class ImageFolder:
@@ -42,7 +41,7 @@ class ImageFolder:
             OSError: it can't be made or written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        record = self.path / SETTINGS_NAME
+        record = self.path / GENERATE_RECORD
         if not record.exists():
             write_json(record, settings)
             return

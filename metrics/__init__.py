@@ -1,0 +1,1 @@
+"""Scores of generated images: feature extractors, statistics of features, distances."""

@@ -1,0 +1,104 @@
+"""Feature extractors by name: uint8 images in, feature vectors out.
+
+A detector also knows what a Frechet distance between its features is called. Only Inception's is
+an FID.
+"""
+
+import math
+
+import torch
+
+from metrics import inception
+
+# A covariance of this many features takes 1.2 GB: 64x64 RGB images.
+MAX_PIXEL_FEATURES = 3 * 64 * 64
+
+
+class Detector:
+    """A callable from uint8 images [B, C, H, W] to float features [B, feature_dim].
+
+    Attributes:
+        name: what statistics files call it.
+        distance_name: what a Frechet distance between its features is called.
+        feature_dim: length of a feature vector; None where the first batch decides.
+        device: where the features are computed and returned.
+    """
+
+    name: str
+    distance_name: str
+    feature_dim: int | None = None
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the features; an empty batch is allowed and gives [0, feature_dim]."""
+        raise NotImplementedError
+
+
+class Inception(Detector):
+    """The 2048 pooled features of Inception-v3, which FID is defined by.
+
+    Args:
+        device: where to compute.
+        path: a local copy of the weights; None for the cached download.
+    """
+
+    name = "inception"
+    distance_name = "FID"
+    feature_dim = inception.FEATURE_DIM
+
+    def __init__(self, device: torch.device | str = "cpu", path: str | None = None):
+        super().__init__(device)
+        self._network = inception.InceptionV3(inception.load_weights(path), self.device)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return self._network(images)
+
+
+class Pixels(Detector):
+    """The pixels themselves, x/127.5 - 1, flattened.
+
+    A plain distance for small images that needs no download and says little about how they look.
+    """
+
+    name = "pixels"
+    distance_name = "pixels Frechet distance"
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.feature_dim = math.prod(images.shape[1:])
+        if self.feature_dim > MAX_PIXEL_FEATURES:
+            raise ValueError(f"detector pixels: {self.feature_dim} numbers per image, at most "
+                             f"{MAX_PIXEL_FEATURES} (64x64 RGB); use inception")
+        return images.to(self.device).flatten(1).to(torch.float32) / 127.5 - 1
+
+
+DETECTORS: dict[str, type[Detector]] = {
+    "inception": Inception,
+    "pixels": Pixels,
+}
+
+
+def detector_class(spec: str) -> type[Detector]:
+    """Returns the class that `build_detector(spec)` makes an object of.
+
+    Raises:
+        ValueError: `spec` is neither a name nor a weight file.
+    """
+    if spec in DETECTORS:
+        return DETECTORS[spec]
+    if spec.endswith(".pth"):
+        return Inception
+    raise ValueError(f"detector {spec!r}: must be {', '.join(DETECTORS)}, or a copy of "
+                     f"{inception.WEIGHTS_FILE}")
+
+
+def build_detector(spec: str, device: torch.device | str = "cpu") -> Detector:
+    """Returns the detector called `spec`: a name in `DETECTORS`, or a path of Inception's weights.
+
+    Raises:
+        ValueError: there is no such detector, or the weights are others.
+        OSError: the weights can't be read or downloaded.
+    """
+    cls = detector_class(spec)
+    return cls(device) if spec in DETECTORS else Inception(device, path=spec)

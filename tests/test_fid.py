@@ -1,0 +1,349 @@
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import PIL.Image
+import pytest
+import scipy.linalg
+import torch
+
+import fid
+from metrics import detectors, inception
+
+ROOT = Path(fid.__file__).parent
+PIXELS = ("--detector=pixels", "--device=cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads are ten times slower where another process has one of two cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_images(folder, n, seed=0, size=6):
+    """Writes n random RGB images as generate.py would; returns their features."""
+    pixels = np.random.RandomState(seed).randint(0, 256, [n, size, size, 3], dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        path = folder / "000000" / f"{i:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(image).save(path)
+    return pixels.transpose(0, 3, 1, 2).reshape(n, -1) / 127.5 - 1
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two hundred images and their reference file."""
+    root = tmp_path_factory.mktemp("data")
+    features = write_images(root / "images", 200, seed=0)
+    fid.main(["ref", f"--data={root / 'images'}", f"--dest={root / 'ref.npz'}", *PIXELS],
+             standalone_mode=False)
+    return root, features
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*args):
+        capsys.readouterr()
+        fid.main([str(arg) for arg in args], standalone_mode=False)
+        return capsys.readouterr().out
+    return run
+
+
+@pytest.fixture
+def fails(capsys):
+    def fails(*args, exit_code=1):
+        """Returns the one line that a failing command prints."""
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            fid.main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        assert caught.value.code == exit_code, err
+        assert out == ""
+        lines = err.strip().splitlines()
+        assert len(lines) == 1 or exit_code == 2  # which shows the usage too
+        assert lines[-1].startswith("Error: ")
+        return lines[-1]
+    return fails
+
+
+def frechet_by_sqrtm(x, y):
+    s1, s2 = np.cov(x.T), np.cov(y.T)
+    root = scipy.linalg.sqrtm(s1 @ s2).real
+    return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * root)
+
+
+# Scores
+
+
+def test_ref_writes_the_mean_and_covariance_of_the_images(data):
+    root, features = data
+    with np.load(root / "ref.npz") as ref:
+        np.testing.assert_allclose(ref["mu"], features.mean(0), atol=1e-6)
+        np.testing.assert_allclose(ref["sigma"], np.cov(features.T), atol=1e-6)
+        assert str(ref["detector"]) == "pixels"
+
+
+def test_images_are_at_distance_zero_from_their_own_statistics(data, run):
+    root, _ = data
+    out = run("calc", f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}", "--num=200",
+              *PIXELS)
+    assert float(re.fullmatch(r"pixels Frechet distance: (\S+)\n", out)[1]) < 1e-10
+
+
+def test_the_score_is_the_frechet_distance_of_the_two_sets(data, run, tmp_path):
+    root, features = data
+    expected = frechet_by_sqrtm(features, write_images(tmp_path, 150, seed=1))
+    out = run("calc", f"--images={tmp_path}", f"--ref={root / 'ref.npz'}", "--num=150", *PIXELS)
+    assert float(out.split(": ")[1]) == pytest.approx(expected, rel=1e-5)  # printed by %g
+
+
+def test_the_seed_chooses_which_images_are_scored(data, run):
+    root, features = data
+    args = ("calc", f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}", "--num=150",
+            *PIXELS)
+    chosen = np.arange(200)
+    np.random.RandomState(7).shuffle(chosen)  # the choice of the EDM code
+    expected = frechet_by_sqrtm(features, features[chosen[:150]])
+    assert float(run(*args, "--seed=7").split(": ")[1]) == pytest.approx(expected, rel=1e-5)
+    assert run(*args, "--seed=8") != run(*args, "--seed=7")
+
+
+class FakeInception(detectors.Pixels):
+    name = "inception"
+    distance_name = "FID"
+
+
+def test_the_last_line_for_inception_is_the_number_alone(data, run, tmp_path, monkeypatch):
+    root, _ = data
+    monkeypatch.setitem(detectors.DETECTORS, "inception", FakeInception)
+    images = root / "images"
+    run("ref", f"--data={images}", f"--dest={tmp_path / 'ref.npz'}", "--device=cpu")
+    out = run("calc", f"--images={images}", f"--ref={tmp_path / 'ref.npz'}", "--num=100",
+              "--device=cpu")
+    assert re.fullmatch(r"[0-9.]+\n", out)
+    assert 0 < float(out) < 20
+
+
+def test_scores_of_few_images_by_inception_come_with_a_warning(data, tmp_path, monkeypatch,
+                                                               capsys):
+    root, _ = data
+    monkeypatch.setitem(detectors.DETECTORS, "inception", FakeInception)
+    fid.main(["ref", f"--data={root / 'images'}", f"--dest={tmp_path / 'ref.npz'}",
+              "--device=cpu"], standalone_mode=False)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Warning: 200 images are fewer than the 2048 features" in err
+
+
+def test_other_files_beside_the_images_are_skipped(data, run, tmp_path):
+    root, _ = data
+    write_images(tmp_path, 5)
+    (tmp_path / "generate.json").write_text("{}")
+    out = run("calc", f"--images={tmp_path}", f"--ref={root / 'ref.npz'}", "--num=5", *PIXELS)
+    assert out.startswith("pixels Frechet distance: ")
+
+
+# Run directories
+
+FOLDERS = [
+    "ckpt_000002", "ckpt_000010", "ckpt_000010.500", "ckpt_1000000", "ckpt_2000000",
+    "ckpt_2_000010", "ckpt_3_000010", "ckpt_2_000010_alpha_0.1",
+    "ckpt_000010_alpha_0", "ckpt_000010_alpha_0.1", "ckpt_000010_steps_10", "ckpt_000010_quant_5",
+    "ckpt_000010_alpha_0_steps_10",
+    "ckpt_10", "ckpt_4_000010", "ckpt_000010_old", "ckpt_000010_alpha_", "ckpt_000010_prune_0.1",
+]
+
+
+@pytest.mark.parametrize("gen_seed, first, last, sweeps, expected", [
+    (1, 0, 1e6, "", ["000002", "000010", "000010.500", "1000000"]),
+    (1, 0, 3e6, "", ["000002", "000010", "000010.500", "1000000", "2000000"]),
+    (1, 10, 10, "", ["000010"]),
+    (1, 10.2, 11, "", ["000010.500"]),
+    (2, 0, 1e6, "", ["2_000010"]),
+    (3, 0, 1e6, "", ["3_000010"]),
+    (1, 0, 1e6, "alpha", ["000010_alpha_0", "000010_alpha_0.1"]),
+    (2, 0, 1e6, "alpha", ["2_000010_alpha_0.1"]),
+    (1, 0, 1e6, "steps", ["000010_steps_10"]),
+    (1, 0, 1e6, "quant", ["000010_quant_5"]),
+    (1, 0, 1e6, "alpha steps", ["000010_alpha_0_steps_10"]),
+])
+def test_folders_of_a_run_are_chosen_by_their_exact_names(tmp_path, gen_seed, first, last, sweeps,
+                                                          expected):
+    for name in FOLDERS:
+        (tmp_path / name).mkdir()
+    (tmp_path / "ckpt_000003").write_text("a file")
+    chosen = fid._ckpt_folders(str(tmp_path), gen_seed, first, last, set(sweeps.split()))
+    assert chosen == [str(tmp_path / f"ckpt_{name}") for name in expected]
+
+
+def test_each_folder_of_a_run_is_scored_like_a_plain_one(data, run, tmp_path):
+    root, _ = data
+    for seed, name in enumerate(["ckpt_000001", "ckpt_000002", "ckpt_000002_alpha_0.1"]):
+        write_images(tmp_path / name, 20, seed=seed)
+    args = [f"--ref={root / 'ref.npz'}", "--num=20", *PIXELS]
+    plain = {name: run("calc", f"--images={tmp_path / name}", *args)
+             for name in sorted(os.listdir(tmp_path))}
+    assert run("calc", f"--images={tmp_path}", *args) == "".join(
+        f"path:{tmp_path / name}, {plain[name]}" for name in ("ckpt_000001", "ckpt_000002"))
+    for flag in ("--alpha", "--alpha=True"):
+        name = "ckpt_000002_alpha_0.1"
+        out = run("calc", f"--images={tmp_path}", flag, *args)
+        assert out == f"path:{tmp_path / name}, {plain[name]}"
+
+
+def test_a_run_without_a_fitting_folder_is_refused(fails, data, tmp_path):
+    root, _ = data
+    (tmp_path / "ckpt_000005").mkdir()
+    args = ("calc", f"--ref={root / 'ref.npz'}", *PIXELS)
+    assert "none of 1 ckpt_* folders (such as ckpt_000005) is of --gen_seed=2" in fails(
+        *args, f"--images={tmp_path}", "--gen_seed=2")
+    assert "no run directory with ckpt_* folders" in fails(
+        *args, f"--images={root / 'images'}", "--steps")
+
+
+# Bad input
+
+
+@pytest.fixture
+def no_detector(monkeypatch):
+    """Fails the test if anything slow begins."""
+    def build(*_):
+        raise AssertionError("the detector was built")
+    monkeypatch.setattr(detectors, "build_detector", build)
+
+
+def test_fewer_images_than_num_are_refused_with_the_counts(fails, data, no_detector):
+    root, _ = data
+    args = ("calc", f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}", *PIXELS)
+    assert "images: 200 images, but --num=50000" in fails(*args)
+    assert "--num" in fails(*args, "--num=1", exit_code=2)
+
+
+def test_a_run_with_one_unfinished_folder_is_refused_before_the_first_score(fails, data, tmp_path):
+    root, _ = data
+    write_images(tmp_path / "ckpt_000001", 4)
+    write_images(tmp_path / "ckpt_000002", 3)
+    line = fails("calc", f"--images={tmp_path}", f"--ref={root / 'ref.npz'}", "--num=4", *PIXELS)
+    assert "ckpt_000002: 3 images, but --num=4" in line
+
+
+def test_statistics_of_one_image_are_refused(fails, tmp_path, no_detector):
+    write_images(tmp_path / "images", 1)
+    line = fails("ref", f"--data={tmp_path / 'images'}", f"--dest={tmp_path / 'r.npz'}", *PIXELS)
+    assert "1 image, at least 2" in line
+    assert not (tmp_path / "r.npz").exists()
+
+
+def test_a_reference_of_another_detector_is_refused_naming_both(fails, data, no_detector):
+    root, _ = data
+    line = fails("calc", f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}", "--num=200")
+    assert "made with detector pixels, but --detector=inception is inception" in line
+
+
+def test_a_reference_of_another_image_size_is_refused(fails, data, tmp_path):
+    root, _ = data
+    write_images(tmp_path, 4, size=5)
+    line = fails("calc", f"--images={tmp_path}", f"--ref={root / 'ref.npz'}", "--num=4", *PIXELS)
+    assert "statistics of 108 features, but detector pixels gives 75 for the 3x5x5" in line
+
+
+def test_bad_files_are_one_line(fails, data, tmp_path):
+    root, _ = data
+    images, ref = f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}"
+    assert "gone.npz" in fails("calc", images, f"--ref={tmp_path / 'gone.npz'}", *PIXELS)
+    assert "no such folder" in fails("calc", f"--images={tmp_path / 'gone'}", ref, *PIXELS)
+    assert "no images" in fails("calc", f"--images={tmp_path}", ref, *PIXELS)
+    np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
+    assert "not finite" in fails("calc", images, f"--ref={tmp_path / 'nan.npz'}", *PIXELS)
+    assert "detector 'clip'" in fails("calc", images, ref, "--detector=clip")
+    weights = tmp_path / "w.pth"
+    weights.write_bytes(b"x")
+    np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    assert f"not {inception.WEIGHTS_FILE}" in fails(
+        "calc", images, f"--ref={tmp_path / 'edm.npz'}", "--num=9", f"--detector={weights}")
+    (tmp_path / "folder.npz").mkdir()
+    assert "folder.npz" in fails("ref", f"--data={root / 'images'}",
+                                 f"--dest={tmp_path / 'folder.npz'}", *PIXELS)
+
+
+def test_a_damaged_image_is_one_line(fails, data, tmp_path):
+    root, _ = data
+    write_images(tmp_path, 5)
+    (tmp_path / "000000" / "000003.png").write_bytes(b"\x89PNG")
+    line = fails("calc", f"--images={tmp_path}", f"--ref={root / 'ref.npz'}", "--num=5", *PIXELS)
+    assert "000003.png" in line
+
+
+def test_prune_is_refused_and_its_default_accepted(fails, data, run):
+    root, _ = data
+    args = ("calc", f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}", "--num=200",
+            *PIXELS)
+    assert "--prune: pruned networks are not supported" in fails(*args, "--prune=1", exit_code=2)
+    assert run(*args, "--prune=False") == run(*args)
+
+
+def test_errors_are_click_exceptions_without_standalone_mode(tmp_path):
+    with pytest.raises(click.ClickException, match="no such folder"):
+        fid.main(["ref", f"--data={tmp_path / 'gone'}", "--dest=x.npz", *PIXELS],
+                 standalone_mode=False)
+
+
+# Command line and processes
+
+
+@pytest.mark.parametrize("args", [["--help"], ["calc", "--help"], ["ref", "--help"]])
+def test_help_needs_neither_torch_nor_numpy(args):
+    code = ("import sys, fid\n"
+            f"try: fid.main({args})\n"
+            "finally: assert not {'torch', 'numpy', 'scipy'} & sys.modules.keys()")
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: " in done.stdout
+    assert time.perf_counter() - start < 5  # 0.1 s on an idle machine
+
+
+def torchrun(nproc, *args):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         f"--nproc_per_node={nproc}", "--", "fid.py", *map(str, args)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.scripts
+def test_two_processes_give_the_score_of_one(data, tmp_path):
+    root, features = data
+    done = torchrun(2, "ref", f"--data={root / 'images'}", f"--dest={tmp_path / 'ref.npz'}",
+                    "--batch=7", *PIXELS)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "ref.npz") as split, np.load(root / "ref.npz") as whole:
+        np.testing.assert_allclose(split["mu"], whole["mu"], atol=1e-14)
+        np.testing.assert_allclose(split["sigma"], whole["sigma"], atol=1e-14)
+
+    expected = frechet_by_sqrtm(features, write_images(tmp_path / "images", 150, seed=1))
+    done = torchrun(2, "calc", f"--images={tmp_path / 'images'}", f"--ref={tmp_path / 'ref.npz'}",
+                    "--num=150", "--workers=1", *PIXELS)
+    assert done.returncode == 0, done.stderr
+    name, number = done.stdout.strip().split(": ")  # printed once
+    assert name == "pixels Frechet distance"
+    assert float(number) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.scripts
+def test_an_error_of_one_process_is_printed_once_and_ends_all(data, tmp_path):
+    root, _ = data
+    write_images(tmp_path, 6)
+    (tmp_path / "000000" / "000005.png").write_bytes(b"\x89PNG")  # read by the last process
+    done = torchrun(2, "calc", f"--images={tmp_path}", f"--ref={root / 'ref.npz'}", "--num=6",
+                    *PIXELS)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(re.findall(r"^Error: .*000005\.png", done.stderr, re.M)) == 1
