@@ -8,6 +8,7 @@ import click
 
 from dnnlib.cli import BAD_USAGE, IntList, UserError, user_errors
 
+_MAX_SHOWN = 64  # images in a grid
 _LAST_SEEDS = ((49_999, "ckpt_"), (99_999, "ckpt_2_"), (math.inf, "ckpt_3_"))
 
 
@@ -21,13 +22,18 @@ _LAST_SEEDS = ((49_999, "ckpt_"), (99_999, "ckpt_2_"), (math.inf, "ckpt_3_"))
 @click.option("--class", "class_idx", metavar="INT", type=int, help="Class label.  [default: random]")
 @click.option("--batch", "batch", metavar="INT", type=click.IntRange(min=1), default=64, help="Largest batch per process.")
 @click.option("--steps", "num_steps", metavar="INT", type=click.IntRange(min=1), default=18, help="Number of noise levels.")
-@click.option("--sigma_min", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=0.002, help="Lowest noise level.")
-@click.option("--sigma_max", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=80, help="Highest noise level.")
+@click.option("--sigma_min", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), help="Lowest noise level.  [default: 0.002, or the discretisation's]")
+@click.option("--sigma_max", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), help="Highest noise level.  [default: 80, 380 for --lsun networks, or the discretisation's]")
 @click.option("--rho", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=7, help="Exponent of the grid of noise levels.")
 @click.option("--S_churn", "S_churn", metavar="FLOAT", type=click.FloatRange(min=0), default=0, help="Strength of the stochastic sampler; for D = inf only.")
 @click.option("--S_min", "S_min", metavar="FLOAT", type=click.FloatRange(min=0), default=0, help="Lowest noise level that is churned.")
 @click.option("--S_max", "S_max", metavar="FLOAT", type=click.FloatRange(min=0), default=math.inf, help="Highest noise level that is churned.")
 @click.option("--S_noise", "S_noise", metavar="FLOAT", type=click.FloatRange(min=0), default=1, help="Factor on the noise of churn.")
+@click.option("--solver", type=click.Choice(["euler", "heun"]), help="Ablation sampler: solver.  [default: heun]")
+@click.option("--disc", "discretization", type=click.Choice(["vp", "ve", "iddpm", "edm"]), help="Ablation sampler: grid of noise levels.  [default: edm]")
+@click.option("--schedule", type=click.Choice(["vp", "ve", "linear"]), help="Ablation sampler: noise level over time.  [default: linear]")
+@click.option("--scaling", type=click.Choice(["vp", "none"]), help="Ablation sampler: scale of the state.  [default: none]")
+@click.option("--save_images", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write OUTDIR/vis/grid.png and movie.gif of the first images.")
 @click.option("--pfgmpp", type=click.BOOL, help="Checked against the network.  [default: the network knows]")
 @click.option("--aug_dim", metavar="D", type=float, help="Checked against the network.  [default: the network knows]")
 @click.option("--use_pickle", type=click.BOOL, is_flag=False, flag_value=True, hidden=True)
@@ -35,8 +41,10 @@ _LAST_SEEDS = ((49_999, "ckpt_"), (99_999, "ckpt_2_"), (math.inf, "ckpt_3_"))
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", help="Arithmetic inside the network.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to sample.")
 def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, class_idx, batch, pfgmpp, aug_dim,
-         use_pickle, edm, precision, device, **sampler_options):
+         use_pickle, edm, save_images, precision, device, **sampler_options):
     r"""Samples images by Heun's method from the prior that fits the network.
+
+    Any of --solver, --disc, --schedule, --scaling selects the ablation sampler of the EDM paper.
 
     Image k is a function of the network, seed k and the sampler's settings alone. Images that are
     there already are kept, so a run that was killed is continued by running it again.
@@ -58,16 +66,19 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, class_idx, batch, pfgm
         misc.configure_backends(precision)
         with distributed.process_group(device) as torch_device:
             for source, folder in sources:
-                net, digest = _load_network(source, torch_device, precision)
+                net, digest, net_sampler = _load_network(source, torch_device, precision, sampler)
                 _check_options(source, net, pfgmpp, aug_dim, class_idx)
-                sampler.check(net)
+                net_sampler.check(net)
                 settings = {
                     "weights": digest, "class": class_idx, "precision": precision,
                     "device": torch_device.type, "D": _json_number(net.D),
-                    **{k: _json_number(v) for k, v in dataclasses.asdict(sampler).items()},
+                    **{k: _json_number(v) for k, v in dataclasses.asdict(net_sampler).items()},
                 }
-                _generate(net, folder, settings, seeds, batch, sampler, class_idx, torch_device,
-                          subdirs=subdirs or network is None)
+                sampling = {"sampler": net_sampler, "device": torch_device, "class_idx": class_idx}
+                _generate(net, folder, settings, seeds, batch, sampling, subdirs or network is None)
+                if save_images and distributed.get_rank() == 0:
+                    _save_pictures(net, folder, seeds[:min(batch, _MAX_SHOWN)], sampling)
+                distributed.barrier()
 
 
 def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds):
@@ -89,14 +100,17 @@ def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds):
     return [(path, outdir / f"{prefix}{tag}") for path, tag in chosen]
 
 
-def _load_network(source, device, precision):
-    """Returns the EMA network on the device and the digest of its weights."""
+def _load_network(source, device, precision, sampler):
+    """Returns the EMA network on the device, the digest of its weights, and the sampler for it."""
     from torch_utils.misc import compute_dtype
     from training import checkpoint
+    from training.loss import LSUN_SIGMA_MAX
     content = checkpoint.load(source)
     net = checkpoint.build_ema(content).to(device)
     net.compute_dtype = compute_dtype(precision)
-    return net, checkpoint.digest(content["ema"])
+    if content["options"].get("lsun") and not sampler.discretization and sampler.sigma_max is None:
+        sampler = dataclasses.replace(sampler, sigma_max=LSUN_SIGMA_MAX)
+    return net, checkpoint.digest(content["ema"]), sampler
 
 
 def _check_options(source, net, pfgmpp, aug_dim, class_idx) -> None:
@@ -121,7 +135,7 @@ def _check_options(source, net, pfgmpp, aug_dim, class_idx) -> None:
                         BAD_USAGE)
 
 
-def _generate(net, folder, settings, seeds, batch, sampler, class_idx, device, *, subdirs) -> None:
+def _generate(net, folder, settings, seeds, batch, sampling, subdirs) -> None:
     """Makes the images of `folder` that are missing, this rank's share of them."""
     from tqdm import tqdm
 
@@ -137,11 +151,22 @@ def _generate(net, folder, settings, seeds, batch, sampler, class_idx, device, *
     batches = distributed.split_for_rank(missing, batch)
     quiet = None if distributed.get_rank() == 0 else True
     with ImageWriter(images) as writer, tqdm(total=sum(map(len, batches)), unit="img", desc=folder.name, disable=quiet) as bar:
-        for done in generate_images(net, batches, sampler=sampler, device=device, class_idx=class_idx):
+        for done in generate_images(net, batches, **sampling):
             writer.write(done.seeds, to_uint8(done.images).cpu().numpy())
             bar.update(len(done.seeds))
     distributed.barrier()
     distributed.print0(f"{folder}: {len(missing)} images made")
+
+
+def _save_pictures(net, folder, seeds, sampling) -> None:
+    """Writes a grid of the images of `seeds` and a movie of how they came about."""
+    from training.grid import save_gif, save_png, square_grid
+    from training.image_files import PICTURES
+    from training.sampling import trajectory
+    (folder / PICTURES).mkdir(exist_ok=True)
+    frames = [square_grid(images.numpy()) for images in trajectory(net, seeds, **sampling)]
+    save_png(folder / PICTURES / "grid.png", frames[-1])
+    save_gif(folder / PICTURES / "movie.gif", frames)
 
 
 def _json_number(value):

@@ -22,6 +22,9 @@ _BOOL = click.BOOL
 @click.option("--precond", type=click.Choice(["vp", "ve", "edm", "iddpm"]), default="edm", help="Preconditioning and loss.")
 @click.option("--pfgmpp", type=_BOOL, default=False, help="Train PFGM++ instead of diffusion.")
 @click.option("--aug_dim", metavar="D", type=float, default=128, help="Augmented dimensions of PFGM++: any real above 0, or inf.")
+@click.option("--stf", type=_BOOL, default=False, help="Stable targets: the mean over a reference batch, given the noisy image.")
+@click.option("--rbatch", metavar="INT", type=int, default=4096, help="Images in the reference batch of --stf, the batch included.")
+@click.option("--lsun", type=_BOOL, default=False, help="Noise levels for 256x256 images: 380/80 times higher.")
 # Hyperparameters.
 @click.option("--duration", metavar="MIMG", type=float, default=200, help="Length of training in millions of images.")
 @click.option("--batch", metavar="INT", type=int, default=512, help="Batch size over all processes.")

@@ -1,8 +1,13 @@
 """A tiny data set and ways to run the scripts, shared by the tests."""
 
+import os
+
+# Tensors are small here: a second thread that waits for a busy core only costs time. Set before
+# PyTorch is imported; scripts in subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import io
 import json
-import os
 import subprocess
 import sys
 import zipfile

@@ -10,22 +10,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import scipy.linalg
-import torch
 
 import fid
 from metrics import detectors, inception
 
 ROOT = Path(fid.__file__).parent
 PIXELS = ("--detector=pixels", "--device=cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads are ten times slower where another process has one of two cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_images(folder, n, seed=0, size=6):

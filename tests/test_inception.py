@@ -17,15 +17,6 @@ GOLDEN = [[0.3807327, 0.0, 0.1854435, 0.0113277],
           [0.3920735, 0.0, 0.1889108, 0.0078572]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads are ten times slower where another process has one of two cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_state():
     """Weights that keep activations at unit scale, so that no layer's error is hidden."""
     rng, state = np.random.RandomState(0), {}

@@ -20,15 +20,6 @@ from metrics.statistics import (
 RNG = np.random.RandomState
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads are ten times slower where another process has one of two cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_rotation(d, seed=0):
     return np.linalg.qr(RNG(seed).standard_normal([d, d]))[0]
 

@@ -90,6 +90,10 @@ def test_world_size_and_batch_gpu_change_nothing_but_rounding(dataset_zip, tmp_p
     run_script(*args, "--name=one")
     run_script(*args, "--name=rounds", "--batch-gpu=2")
     run_script(*args, "--name=two", "--batch-gpu=2", "--workers=1", processes=2)
+    stf = ["--stf=1", "--rbatch=20"]
+    run_script(*args, *stf, "--name=stf-one")
+    run_script(*args, *stf, "--name=stf-two", "--batch-gpu=2", processes=2)
+    assert losses(tmp_path / "stf-two") == pytest.approx(losses(tmp_path / "stf-one"), rel=1e-5)
     expected = losses(tmp_path / "one")
     assert len(expected) == 5
     for name in ("rounds", "two"):
@@ -109,6 +113,10 @@ def test_world_size_and_batch_gpu_change_nothing_but_rounding(dataset_zip, tmp_p
     ["--arch=adm", "--cbase=32", "--augment=0", "--xflip=1", "--precision=bf16"],
     ["--fp16=1", "--cache=0", "--augment=0"],
     ["--deterministic", "--ls=3", "--nosubdir"],
+    ["--stf=1", "--rbatch=30", "--augment=0"],
+    ["--stf=1", "--rbatch=30", "--precond=ve", "--pfgmpp=1", "--aug_dim=0.7"],
+    ["--stf=1", "--rbatch=8", "--precond=vp", "--lsun=0"],
+    ["--lsun=1"],
 ])
 def test_other_settings_train_and_their_snapshot_loads(flags, dataset_zip, tmp_path, invoke):
     from training.checkpoint import build_ema
@@ -118,6 +126,8 @@ def test_other_settings_train_and_their_snapshot_loads(flags, dataset_zip, tmp_p
     assert result.exit_code == 0, result.output
     [path] = tmp_path.rglob("network-snapshot-000000.pt")
     net = build_ema(load(path))
+    if "--lsun=1" in flags:
+        assert load(path)["options"]["lsun"]
     finite = "--pfgmpp=1" in flags and "--aug_dim=inf" not in flags
     expected = 0.7 if finite else math.inf
     assert expected == net.D
@@ -174,6 +184,8 @@ def one_line_error(result, code, *words):
     (["--fp16=1", "--precision=bf16"], 2, ["choose one"]),
     (["--transfer=nowhere.pt"], 1, ["nowhere.pt"]),
     (["--lr=0"], 2, ["--lr=0"]),
+    (["--stf=1", "--rbatch=7"], 2, ["--rbatch=7", "--batch=8"]),
+    (["--lsun=1", "--precond=vp"], 2, ["--lsun=1", "edm"]),
     (["--device=cuda"], 1, ["--device=cpu"]),
 ])
 def test_bad_options_get_one_line(flags, code, words, dataset_zip, tmp_path, invoke):

@@ -42,6 +42,9 @@ class TrainConfig:
     precond: str = "edm"
     pfgmpp: bool = False
     aug_dim: float = 128.0
+    stf: bool = False
+    rbatch: int = 4096
+    lsun: bool = False
     duration: float = 200.0  # Mimg
     batch: int = 512
     batch_gpu: int | None = None  # None = batch / number of processes
@@ -76,6 +79,10 @@ class TrainConfig:
         _require(self.precond in PRECONDITIONERS, f"--precond={self.precond}", "edm, ve or vp")
         _require(not self.pfgmpp or self.aug_dim > 0, f"--aug_dim={self.aug_dim:g}",
                  "positive; leave out --pfgmpp for D = inf")
+        _require(not self.stf or self.rbatch >= self.batch, f"--rbatch={self.rbatch}",
+                 f"at least --batch={self.batch}, whose images it contains")
+        _require(not self.lsun or self.precond == "edm", f"--lsun=1 with --precond={self.precond}",
+                 "used with --precond=edm")
         for name in ("duration", "batch", "tick", "lr", "max_bad_steps", "snap", "dump"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"--{_flag(name)}={value:g}", "positive and finite")

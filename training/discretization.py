@@ -1,13 +1,33 @@
-"""Grids of noise levels for the samplers, in float64, from high to low, ending in 0.
+"""Noise levels over time: schedules, and the grids of levels that samplers step through.
 
-    EDM:  sigma_i = (smax^(1/rho) + i/(n-1) * (smin^(1/rho) - smax^(1/rho)))^rho,  i = 0 .. n-1
+    t time    sigma noise level    s scale of the state    n number of steps    i = 0 .. n-1
 
-(Karras et al. 2022, arXiv 2206.00364, Eq. 5).
+A schedule says how sigma and s depend on t (Karras et al. 2022, arXiv 2206.00364, Table 1):
+
+    vp      sigma = sqrt(exp(beta_d t^2/2 + beta_min t) - 1)    s = 1/sqrt(1 + sigma^2) or 1
+    ve      sigma = sqrt(t)                                      likewise
+    linear  sigma = t                                            likewise
+
+A grid is n levels from high to low, float64, to which the sampler appends 0:
+
+    edm     (smax^(1/rho) + i/(n-1) (smin^(1/rho) - smax^(1/rho)))^rho
+    vp      sigma_vp(1 + i/(n-1) (epsilon_s - 1))
+    ve      smax (smin/smax)^(i/(n-1))
+    iddpm   every ((len-1)/(n-1))-th of the improved-DDPM levels between smin and smax
 """
 
+import dataclasses
+import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
+
+EPSILON_S = 1e-3  # smallest time of the VP sampler (Song et al. 2021)
+IDDPM_LEVELS = {"M": 1000, "C_1": 0.001, "C_2": 0.008}  # Nichol and Dhariwal 2021
+_VP_BETA_D, _VP_BETA_MIN = 19.9, 0.1  # Song et al. 2021
+
+TimeFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
 class HasSigmaRange(Protocol):
@@ -20,36 +40,7 @@ class HasSigmaRange(Protocol):
         """Returns the nearest noise levels that the network knows."""
 
 
-def edm_sigmas(
-    net: HasSigmaRange,
-    num_steps: int,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    rho: float = 7.0,
-) -> torch.Tensor:
-    """Returns the grid [num_steps + 1] float64 on the CPU, clipped to the network's range.
-
-    One step means the single level sigma_max, then 0.
-
-    Raises:
-        ValueError: no step, or levels that are not 0 < sigma_min <= sigma_max.
-    """
-    if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps}: must be at least 1")
-    sigma_min = max(sigma_min, net.sigma_min)
-    sigma_max = min(sigma_max, net.sigma_max)
-    if not 0 < sigma_min <= sigma_max:
-        raise ValueError(
-            f"sigma_min={sigma_min:g}, sigma_max={sigma_max:g}: "
-            f"need 0 < sigma_min <= sigma_max (the network knows {net.sigma_min:g} .. "
-            f"{net.sigma_max:g})"
-        )
-    if not rho > 0:
-        raise ValueError(f"rho={rho:g}: must be positive")
-    fraction = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
-    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    sigmas = net.round_sigma((high + fraction * (low - high)) ** rho)
-    return torch.cat([sigmas, sigmas.new_zeros(1)])
+# ------------------------------------------------------------------------------------- formulas
 
 
 def vp_sigma(t: torch.Tensor, beta_d: float, beta_min: float) -> torch.Tensor:
@@ -62,12 +53,157 @@ def vp_sigma_inv(sigma: torch.Tensor, beta_d: float, beta_min: float) -> torch.T
     return ((beta_min**2 + 2 * beta_d * (1 + sigma**2).log()).sqrt() - beta_min) / beta_d
 
 
+def vp_betas(sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    """Returns (beta_d, beta_min) with sigma_min at time EPSILON_S and sigma_max at time 1."""
+    low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+    beta_d = 2 * (low / EPSILON_S - high) / (EPSILON_S - 1)
+    return beta_d, high - beta_d / 2
+
+
 def iddpm_levels(M: int, C_1: float, C_2: float, dtype: torch.dtype) -> torch.Tensor:
     """Returns the levels u_0 .. u_M of the improved-DDPM cosine schedule, falling to 0."""
-    j = torch.arange(M + 1, dtype=dtype)
+    j = torch.arange(M + 1, dtype=dtype, device="cpu")  # also while building on "meta"
     abar = (torch.pi / 2 * j / (M * (C_2 + 1))).sin() ** 2
-    u = torch.zeros(M + 1, dtype=dtype)
+    u = torch.zeros_like(j)
     for k in range(M, 0, -1):
         ratio = (abar[k - 1] / abar[k]).clamp(min=C_1)
         u[k - 1] = ((u[k] ** 2 + 1) / ratio - 1).sqrt()
     return u
+
+
+# ------------------------------------------------------------------------------------ schedules
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """sigma and s as functions of time, with what a solver needs of them."""
+
+    sigma: TimeFunction
+    sigma_deriv: TimeFunction
+    sigma_inv: TimeFunction
+    scale: TimeFunction
+    scale_deriv: TimeFunction
+
+
+def make_schedule(name: str, scaling: str, sigma_min: float, sigma_max: float) -> Schedule:
+    """Returns the schedule 'vp', 've' or 'linear' with the scaling 'vp' or 'none'.
+
+    Args:
+        name: how sigma depends on t.
+        scaling: 'vp' keeps the variance of the state at that of unit data.
+        sigma_min: level at time EPSILON_S; used by 'vp'.
+        sigma_max: level at time 1; used by 'vp'.
+    """
+    sigma, sigma_deriv, sigma_inv = _SIGMAS[name](sigma_min, sigma_max)
+    if scaling == "none":
+        return Schedule(sigma, sigma_deriv, sigma_inv, torch.ones_like, torch.zeros_like)
+
+    def scale(t: torch.Tensor) -> torch.Tensor:
+        return (1 + sigma(t) ** 2).rsqrt()
+
+    def scale_deriv(t: torch.Tensor) -> torch.Tensor:
+        return -sigma(t) * sigma_deriv(t) * scale(t) ** 3
+
+    return Schedule(sigma, sigma_deriv, sigma_inv, scale, scale_deriv)
+
+
+def _vp(sigma_min: float, sigma_max: float) -> tuple[TimeFunction, TimeFunction, TimeFunction]:
+    beta_d, beta_min = vp_betas(sigma_min, sigma_max)
+
+    def sigma(t: torch.Tensor) -> torch.Tensor:
+        return vp_sigma(t, beta_d, beta_min)
+
+    def sigma_deriv(t: torch.Tensor) -> torch.Tensor:
+        return (beta_min + beta_d * t) / 2 * (sigma(t) + 1 / sigma(t))
+
+    return sigma, sigma_deriv, lambda level: vp_sigma_inv(level, beta_d, beta_min)
+
+
+def _ve(sigma_min: float, sigma_max: float) -> tuple[TimeFunction, TimeFunction, TimeFunction]:
+    return torch.sqrt, lambda t: t.rsqrt() / 2, torch.square
+
+
+def _linear(sigma_min: float, sigma_max: float) -> tuple[TimeFunction, TimeFunction, TimeFunction]:
+    return torch.clone, torch.ones_like, torch.clone
+
+
+_SIGMAS = {"vp": _vp, "ve": _ve, "linear": _linear}
+SCHEDULES = tuple(_SIGMAS)
+SCALINGS = ("vp", "none")
+
+# ---------------------------------------------------------------------------------------- grids
+
+
+def edm_sigmas(
+    net: HasSigmaRange, num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0,
+    rho: float = 7.0,
+) -> torch.Tensor:
+    """Returns EDM's grid of [num_steps + 1] levels, float64 on the CPU, ending in 0.
+
+    The levels are clipped to the network's range and rounded to those that it knows. One step
+    means the single level sigma_max, then 0.
+
+    Raises:
+        ValueError: no step, or levels that are not 0 < sigma_min <= sigma_max.
+    """
+    return sigma_grid("edm", net, num_steps, sigma_min, sigma_max, rho)[0]
+
+
+def sigma_grid(
+    name: str, net: HasSigmaRange, num_steps: int, sigma_min: float | None = None,
+    sigma_max: float | None = None, rho: float = 7.0,
+) -> tuple[torch.Tensor, float, float]:
+    """Returns (the grid `name` as `edm_sigmas` does, sigma_min, sigma_max after clipping).
+
+    None for a level means the grid's own published value.
+
+    Raises:
+        ValueError: as for `edm_sigmas`.
+    """
+    low, high = default_range(name)
+    low = max(low if sigma_min is None else sigma_min, net.sigma_min)
+    high = min(high if sigma_max is None else sigma_max, net.sigma_max)
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps}: must be at least 1")
+    if not rho > 0:
+        raise ValueError(f"rho={rho:g}: must be positive")
+    if not 0 < low <= high < math.inf:
+        raise ValueError(
+            f"sigma_min={low:g}, sigma_max={high:g}: need 0 < sigma_min <= sigma_max, finite "
+            f"(the network knows {net.sigma_min:g} .. {net.sigma_max:g})")
+    steps, last = torch.arange(num_steps, dtype=torch.float64), max(num_steps - 1, 1)
+    sigmas = net.round_sigma(_GRIDS[name](steps, last, low, high, rho))
+    return torch.cat([sigmas, sigmas.new_zeros(1)]), low, high
+
+
+def default_range(name: str) -> tuple[float, float]:
+    """Returns the published (sigma_min, sigma_max) of a grid."""
+    if name == "vp":
+        times = torch.tensor([EPSILON_S, 1.0], dtype=torch.float64)
+        low, high = vp_sigma(times, _VP_BETA_D, _VP_BETA_MIN).tolist()
+        return low, high
+    return {"edm": (0.002, 80.0), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0)}[name]
+
+
+def _edm_grid(i: torch.Tensor, last: int, low: float, high: float, rho: float) -> torch.Tensor:
+    return (high ** (1 / rho) + i / last * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+
+
+def _vp_grid(i: torch.Tensor, last: int, low: float, high: float, rho: float) -> torch.Tensor:
+    return vp_sigma(1 + i / last * (EPSILON_S - 1), *vp_betas(low, high))
+
+
+def _ve_grid(i: torch.Tensor, last: int, low: float, high: float, rho: float) -> torch.Tensor:
+    return high * (low / high) ** (i / last)
+
+
+def _iddpm_grid(i: torch.Tensor, last: int, low: float, high: float, rho: float) -> torch.Tensor:
+    levels = iddpm_levels(**IDDPM_LEVELS, dtype=torch.float64)
+    inside = levels[(levels >= low) & (levels <= high)]
+    if len(inside) == 0:
+        raise ValueError(f"no iddpm noise level lies between {low:g} and {high:g}")
+    return inside[((len(inside) - 1) / last * i).round().to(torch.int64)]
+
+
+_GRIDS = {"vp": _vp_grid, "ve": _ve_grid, "iddpm": _iddpm_grid, "edm": _edm_grid}
+DISCRETIZATIONS = tuple(_GRIDS)

@@ -1,5 +1,6 @@
-"""Grids of images as PNG files, rows labelled."""
+"""Grids of images as PNG files, rows labelled, and as animations."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import PIL.ImageDraw
 
 from torch_utils.atomic import atomic_write
 
+_FRAME_MSEC, _LAST_FRAME_MSEC = 100, 2000
 _GAP = 2  # pixels between images
 _MIN_SIDE = 64  # small images are enlarged by a whole factor to at least this
 
@@ -47,6 +49,19 @@ def image_grid(
 def _enlarged(image: np.ndarray, zoom: int) -> PIL.Image.Image:
     pixels = image.transpose(1, 2, 0).repeat(zoom, axis=0).repeat(zoom, axis=1)
     return PIL.Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+
+
+def square_grid(images: np.ndarray) -> PIL.Image.Image:
+    """Returns one picture of uint8 images [B, C, H, W], as square as their number allows."""
+    columns = math.ceil(math.sqrt(len(images)))
+    return image_grid([images[i:i + columns] for i in range(0, len(images), columns)])
+
+
+def save_gif(path: str | Path, pictures: Sequence[PIL.Image.Image]) -> None:
+    """Writes a looping animation atomically; the last picture stays longer."""
+    with atomic_write(path) as file:
+        pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], loop=0,
+                         duration=[_FRAME_MSEC] * (len(pictures) - 1) + [_LAST_FRAME_MSEC])
 
 
 def save_png(path: str | Path, picture: PIL.Image.Image) -> None:

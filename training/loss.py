@@ -10,6 +10,9 @@ perturbation kernel of any D; the laws differ in how sigma is drawn and in the w
     VE    ln sigma ~ uniform between ln sigma_min and ln sigma_max   1/sigma^2
     VP    t ~ uniform between epsilon_t and 1, sigma = sigma_VP(t)   1/sigma^2
 
+A stable target (Xu et al. 2023, arXiv 2302.00670) takes the place of y by its mean over a reference
+batch, given x: less variance, the same minimiser in the limit.
+
 All randomness of a step is drawn first, for the whole global batch, and then sliced over ranks and
 gradient-accumulation rounds. So what image i of a step draws does not depend on how the batch is
 split.
@@ -24,6 +27,8 @@ import torch
 from torch_utils.misc import default_generator
 from training.discretization import vp_sigma
 from training.perturbation import PerturbationKernel, per_image, scaled_noise
+
+EDM_SIGMA_MAX, LSUN_SIGMA_MAX = 80.0, 380.0  # highest levels of samplers, which --lsun relates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,7 @@ class DenoisingLoss:
     def __call__(
         self, net: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None,
         augment_pipe: Any = None, *, draws: LossDraws | None = None,
+        reference: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the unreduced loss [B, C, H, W].
 
@@ -84,6 +90,9 @@ class DenoisingLoss:
             labels: one-hot or real labels [B, label_dim], or None.
             augment_pipe: AugmentPipe or None.
             draws: variates of these images; None draws them from PyTorch's default generator.
+            reference: clean images [R, C, H, W], augmented where the images are, over which the
+                stable target is the posterior mean. It should contain the images themselves. None
+                makes the clean image the target.
         """
         if draws is None:
             draws = self.draw(images.shape, default_generator(images.device), augment_pipe)
@@ -91,24 +100,28 @@ class DenoisingLoss:
         if augment_pipe is not None:
             images, augment_labels = augment_pipe(images, draws.augment)
         noisy = images + scaled_noise(draws.z, draws.sigma, draws.scale)
+        target = images if reference is None else (
+            self.kernel.posterior_mean(noisy, draws.sigma, reference))
         denoised = net(noisy, draws.sigma, labels, augment_labels=augment_labels)
-        return per_image(self.weight(draws.sigma), images.ndim) * (denoised - images).square()
+        return per_image(self.weight(draws.sigma), images.ndim) * (denoised - target).square()
 
 
 class EDMLoss(DenoisingLoss):
     """Log-normal noise levels, as in EDM.
 
     Args (beyond the base's): P_mean, P_std: of ln sigma. sigma_data: standard deviation of the
-    data.
+    data. lsun: multiply sigma by 380/80, for 256x256 images, whose details survive more noise.
     """
 
-    def __init__(self, P_mean: float = -1.2, P_std: float = 1.2, sigma_data: float = 0.5, **kwargs):
+    def __init__(self, P_mean: float = -1.2, P_std: float = 1.2, sigma_data: float = 0.5,
+                 lsun: bool = False, **kwargs):
         super().__init__(**kwargs)
         self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
+        self.sigma_gain = LSUN_SIGMA_MAX / EDM_SIGMA_MAX if lsun else 1.0
 
     def sample_sigma(self, batch, rng):
         normal = torch.randn([batch], generator=rng, device=rng.device)
-        return (normal * self.P_std + self.P_mean).exp()
+        return (normal * self.P_std + self.P_mean).exp() * self.sigma_gain
 
     def weight(self, sigma):
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2

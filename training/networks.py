@@ -16,7 +16,7 @@ import math
 import torch
 
 from training.discretization import iddpm_levels, vp_sigma, vp_sigma_inv
-from training.perturbation import per_image
+from training.perturbation import PerturbationKernel, per_image
 from training.unets import DhariwalUNet, SongUNet, check_choice
 
 MODELS: dict[str, type[torch.nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
@@ -53,7 +53,7 @@ class Precond(torch.nn.Module):
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.label_dim = label_dim
         self.pfgmpp = bool(pfgmpp)
-        self.D = float(D) if pfgmpp else math.inf
+        self.D = PerturbationKernel(D if pfgmpp else math.inf).D  # refuses what is not in (0, inf]
         self.N = img_channels * img_resolution**2
         self.compute_dtype = torch.float16 if use_fp16 else torch.float32
         self.model_type, self.model_kwargs = model_type, model_kwargs

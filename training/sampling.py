@@ -15,12 +15,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from training.discretization import edm_sigmas
+from training.discretization import edm_sigmas, make_schedule, sigma_grid
 from training.networks import Precond
 from training.perturbation import PerturbationKernel, per_image
-from training.solvers import churn, heun
+from training.solvers import (
+    SOLVERS,
+    Denoiser,
+    RandnLike,
+    churn,
+    heun,
+    schedule_slope,
+    watched,
+)
 
+Watch = Callable[[torch.Tensor, torch.Tensor], None]
 _SEED_RANGE = 1 << 32
+_SHOWN_STD = 0.5  # about that of images in [-1, 1]
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -53,36 +63,12 @@ class StackedRandomGenerator:
         return torch.cat([kernel.scale(1, rng) for rng in self.generators])
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplerConfig:
-    """Settings of the EDM sampler (Karras et al. 2022, Algorithm 2 and Table 1)."""
-
-    num_steps: int = 18
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    S_churn: float = 0.0
-    S_min: float = 0.0
-    S_max: float = math.inf
-    S_noise: float = 1.0
-
-    def check(self, net: Precond) -> None:
-        """Raises ValueError where these settings can't be used with this network."""
-        if self.S_churn < 0 or self.S_noise < 0:
-            raise ValueError(f"S_churn={self.S_churn:g}, S_noise={self.S_noise:g}: "
-                             "must be 0 or more")
-        if self.S_churn > 0 and not math.isinf(net.D):
-            raise ValueError(
-                f"S_churn={self.S_churn:g} with D={net.D:g}: churn adds Gaussian noise, which "
-                "leaves the marginals of finite D; use S_churn=0")
-        edm_sigmas(net, self.num_steps, self.sigma_min, self.sigma_max, self.rho)
-
-
 def edm_sampler(
     net: Callable, latents: torch.Tensor, class_labels: torch.Tensor | None = None,
-    randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
+    randn_like: RandnLike = torch.randn_like,
     num_steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0,
     S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf, S_noise: float = 1.0,
+    *, watch: Watch | None = None,
 ) -> torch.Tensor:
     """Returns samples [B, C, H, W] in float64 by Heun's method on the EDM grid.
 
@@ -100,19 +86,109 @@ def edm_sampler(
         S_min: lowest noise level that is churned.
         S_max: highest noise level that is churned.
         S_noise: factor on the noise that churn adds.
+        watch: called with (state, sigma) before each step.
     """
-    grid = edm_sigmas(net, num_steps, sigma_min, sigma_max, rho)
-    sigmas = grid.to(latents.device)
+    sigmas = edm_sigmas(net, num_steps, sigma_min, sigma_max, rho).to(latents.device)
     before_step = None
     if S_churn > 0:
         before_step = churn(sigmas, randn_like, S_churn=S_churn, S_min=S_min, S_max=S_max,
                             S_noise=S_noise, round_sigma=net.round_sigma)
+    if watch:
+        before_step = watched(before_step, sigmas, watch)
+    start = _prior(latents, sigmas[0])
+    return heun(_float64_denoiser(net, class_labels), start, sigmas, before_step)
 
-    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return net(x, sigma, class_labels).to(torch.float64)
 
-    start = latents.to(torch.float64) * sigmas[0]
-    return heun(denoise, start.clamp(-_FLOAT32_MAX, _FLOAT32_MAX), sigmas, before_step)
+def ablation_sampler(
+    net: Callable, latents: torch.Tensor, class_labels: torch.Tensor | None = None,
+    randn_like: RandnLike = torch.randn_like,
+    num_steps: int = 18, sigma_min: float | None = None, sigma_max: float | None = None,
+    rho: float = 7.0, S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf,
+    S_noise: float = 1.0, solver: str = "heun", discretization: str = "edm",
+    schedule: str = "linear", scaling: str = "none", *, watch: Watch | None = None,
+) -> torch.Tensor:
+    """Returns samples [B, C, H, W] in float64 by any combination of published choices.
+
+    Karras et al. 2022, section 3 and Table 1. With the defaults it is the EDM sampler. It works at
+    every D, for the state is s(t) times that of the equation in sigma.
+
+    Args (beyond those of `edm_sampler`):
+        sigma_min: lowest noise level above 0; None is the discretisation's own.
+        sigma_max: highest noise level; None is the discretisation's own.
+        solver: 'euler' or 'heun'.
+        discretization: grid of noise levels: 'vp', 've', 'iddpm' or 'edm'.
+        schedule: how sigma depends on time: 'vp', 've' or 'linear'.
+        scaling: how the state is scaled: 'vp' or 'none'.
+    """
+    grid, low, high = sigma_grid(discretization, net, num_steps, sigma_min, sigma_max, rho)
+    path = make_schedule(schedule, scaling, low, high)
+    times = torch.cat([path.sigma_inv(grid[:-1]), grid.new_zeros(1)]).to(latents.device)
+    before_step = None
+    if S_churn > 0:
+        before_step = churn(times, randn_like, S_churn=S_churn, S_min=S_min, S_max=S_max,
+                            S_noise=S_noise, round_sigma=net.round_sigma, schedule=path)
+    if watch:
+        before_step = watched(before_step, times, lambda x, t: watch(x / path.scale(t),
+                                                                     path.sigma(t)))
+    start = _prior(latents, path.sigma(times[0])) * path.scale(times[0])
+    denoise = _float64_denoiser(net, class_labels)
+    return SOLVERS[solver](denoise, start, times, before_step, schedule_slope(path))
+
+
+def _prior(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Returns the state at the highest level; beyond float32 it saturates, as noise does."""
+    return (latents.to(torch.float64) * sigma).clamp(-_FLOAT32_MAX, _FLOAT32_MAX)
+
+
+def _float64_denoiser(net: Callable, class_labels: torch.Tensor | None) -> Denoiser:
+    return lambda x, sigma: net(x, sigma, class_labels).to(torch.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """Settings of the sampler; any of the last four selects the ablation sampler.
+
+    Karras et al. 2022, Algorithm 2 and Table 1. None for a noise level means the published value of
+    the discretisation.
+    """
+
+    num_steps: int = 18
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    rho: float = 7.0
+    S_churn: float = 0.0
+    S_min: float = 0.0
+    S_max: float = math.inf
+    S_noise: float = 1.0
+    solver: str | None = None
+    discretization: str | None = None
+    schedule: str | None = None
+    scaling: str | None = None
+
+    @property
+    def is_ablation(self) -> bool:
+        """Whether one of the ablation sampler's own settings was chosen."""
+        return any((self.solver, self.discretization, self.schedule, self.scaling))
+
+    def check(self, net: Precond) -> None:
+        """Raises ValueError where these settings can't be used with this network."""
+        if self.S_churn < 0 or self.S_noise < 0:
+            raise ValueError(f"S_churn={self.S_churn:g}, S_noise={self.S_noise:g}: "
+                             "must be 0 or more")
+        if self.S_churn > 0 and not math.isinf(net.D):
+            raise ValueError(
+                f"S_churn={self.S_churn:g} with D={net.D:g}: churn adds Gaussian noise, which "
+                "leaves the marginals of finite D; use S_churn=0")
+        sigma_grid(self.discretization or "edm", net, self.num_steps, self.sigma_min,
+                   self.sigma_max, self.rho)
+
+    def sample(self, net: Precond, latents: torch.Tensor, class_labels: torch.Tensor | None,
+               randn_like: RandnLike, watch: Watch | None = None) -> torch.Tensor:
+        """Returns samples [B, C, H, W] in float64, see `edm_sampler`."""
+        given = {name: value for name, value in dataclasses.asdict(self).items()
+                 if value is not None}
+        sampler = ablation_sampler if self.is_ablation else edm_sampler
+        return sampler(net, latents, class_labels, randn_like, **given, watch=watch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +223,7 @@ def draw_latents(
 @torch.inference_mode()
 def generate_images(
     net: Precond, batches: Iterable[Sequence[int]], *, sampler: SamplerConfig,
-    device: torch.device, class_idx: int | None = None,
+    device: torch.device, class_idx: int | None = None, watch: Watch | None = None,
 ) -> Iterator[SampleBatch]:
     """Yields the images of each batch of seeds.
 
@@ -157,14 +233,34 @@ def generate_images(
         sampler: settings, checked against the network before.
         device: where to draw and to sample.
         class_idx: sample this class instead of the seeds' own.
+        watch: called with (state, sigma) before each step of each batch.
     """
     for seeds in batches:
         if not seeds:
             continue
         latents, class_labels, rnd = draw_latents(net, seeds, device, class_idx)
-        images = edm_sampler(net, latents, class_labels, rnd.randn_like,
-                             **dataclasses.asdict(sampler))
+        images = sampler.sample(net, latents, class_labels, rnd.randn_like, watch)
         yield SampleBatch(list(seeds), images, class_labels)
+
+
+@torch.inference_mode()
+def trajectory(
+    net: Precond, seeds: Sequence[int], *, sampler: SamplerConfig, device: torch.device,
+    class_idx: int | None = None,
+) -> list[torch.Tensor]:
+    """Returns what the sampler passes through, first to last: uint8 images [B, C, H, W].
+
+    A state at level sigma is shown shrunk to the deviation of the data, so that noise fades into
+    the image; the last are the samples. Arguments as for `generate_images`.
+    """
+    frames = []
+
+    def watch(x: torch.Tensor, sigma: torch.Tensor) -> None:
+        frames.append(to_uint8(x * _SHOWN_STD / (sigma**2 + _SHOWN_STD**2).sqrt()).cpu())
+
+    [batch] = generate_images(net, [seeds], sampler=sampler, device=device, class_idx=class_idx,
+                              watch=watch)
+    return [*frames, to_uint8(batch.images).cpu()]
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

@@ -36,11 +36,12 @@ from training.config import TrainConfig
 from training.dataset import ImageFolderDataset, TrainingOrder, order_at
 from training.ema import RAMPUP_RATIO, ema_beta, update_ema_
 from training.grid import image_grid, save_png
-from training.loss import LOSSES, DenoisingLoss
+from training.loss import LOSSES, LSUN_SIGMA_MAX, DenoisingLoss, LossDraws
 from training.networks import Precond, build_network
 from training.sampling import SamplerConfig, generate_images, to_uint8
 
-_INIT_TAG, _STEP_TAG, _DROPOUT_TAG = 1, 2, 3  # set the uses of the run's seed apart
+# Set the uses of the run's seed apart.
+_INIT_TAG, _STEP_TAG, _DROPOUT_TAG, _REFERENCE_TAG = 1, 2, 3, 4
 _DYNAMIC_SCALE_START = 2.0**16
 _DYNAMIC_SCALE_PERIOD = 2000  # good steps between doublings
 _GRID_SEED = 0
@@ -153,28 +154,55 @@ class Trainer:
 
     def _accumulate_gradients(self) -> None:
         draws = self._draw_step()
-        gain = self.loss_scale / (self.config.batch // self.world_size)
+        reference = self._reference_batch(draws.augment) if self.config.stf else None
+        share = self.config.batch // self.world_size
+        draws = draws[self.rank * share:(self.rank + 1) * share]
+        gain = self.loss_scale / share
         self.optimizer.zero_grad(set_to_none=True)
         for i in range(self.rounds):
             images, labels = next(self._batches)
-            images = images.to(self.device, non_blocking=True).to(torch.float32) / 127.5 - 1
+            images = self._to_device(images)
             labels = labels.to(self.device, non_blocking=True)
             # Dropout takes no generator: it alone draws from PyTorch's default one.
             torch.manual_seed(misc.mix_seed(
                 self.config.seed, _DROPOUT_TAG, self.step, self.rank, i))
             with self._sync_on_last_round(i):
                 part = slice(i * self.micro_batch, (i + 1) * self.micro_batch)
-                loss = self.loss_fn(self.ddp, images, labels, self.augment_pipe, draws=draws[part])
+                loss = self.loss_fn(self.ddp, images, labels, self.augment_pipe, draws=draws[part],
+                                    reference=reference)
                 training_stats.report("Loss/loss", loss.detach())
                 (loss.sum() * gain).backward()
 
-    def _draw_step(self):
-        """Returns this rank's part of what the whole global batch draws."""
-        batch, share = self.config.batch, self.config.batch // self.world_size
+    def _draw_step(self) -> LossDraws:
+        """Returns what the whole global batch of this step draws."""
         rng = self._step_rng.manual_seed(
             misc.mix_seed(self.config.seed, _STEP_TAG, self.step))
-        draws = self.loss_fn.draw((batch, *self.dataset.image_shape), rng, self.augment_pipe)
-        return draws[self.rank * share:(self.rank + 1) * share]
+        shape = (self.config.batch, *self.dataset.image_shape)
+        return self.loss_fn.draw(shape, rng, self.augment_pipe)
+
+    def _reference_batch(self, augment_draws: Any) -> torch.Tensor:
+        """Returns the `rbatch` images over which stable targets are the mean, [R, C, H, W].
+
+        The global batch as it is augmented for training, then images of a stream of their own. A
+        function of the seed and the step alone, the same on every rank.
+        """
+        batch, extra = self.config.batch, self.config.rbatch - self.config.batch
+        seed = misc.mix_seed(self.config.seed, _REFERENCE_TAG)
+        size = len(self.dataset)
+        indices = np.concatenate([
+            order_at(size, self.config.seed, self.cur_nimg + np.arange(batch)),
+            order_at(size, seed, self.step * extra + np.arange(extra))])
+        images = self._to_device(torch.from_numpy(self.dataset.get_batch(indices)[0]))
+        if self.augment_pipe is None:
+            return images
+        rng = self._step_rng.manual_seed(misc.mix_seed(seed, self.step))
+        own, _ = self.augment_pipe(images[:batch], augment_draws)
+        others, _ = self.augment_pipe(images[batch:], self.augment_pipe.draw(extra, rng))
+        return torch.cat([own, others])
+
+    def _to_device(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns uint8 images as float32 in [-1, 1] on the device."""
+        return images.to(self.device, non_blocking=True).to(torch.float32) / 127.5 - 1
 
     def _sync_on_last_round(self, i: int) -> contextlib.AbstractContextManager:
         if i == self.rounds - 1 or self.ddp is self.net:
@@ -278,7 +306,7 @@ def build_loss(config: TrainConfig, net: Precond) -> DenoisingLoss:
     """Returns the loss of the run's preconditioner, at the run's D."""
     kwargs: dict[str, Any] = {"pfgmpp": config.pfgmpp, "D": config.aug_dim}
     if config.precond == "edm":
-        kwargs["sigma_data"] = net.sigma_data
+        kwargs |= {"sigma_data": net.sigma_data, "lsun": config.lsun}
     return LOSSES[config.precond](**kwargs)
 
 
@@ -450,11 +478,12 @@ def _save_sample_grid(trainer: Trainer, path: Path) -> None:
     rows, columns = _grid_shape(trainer)
     if rows == 0:
         return
+    sampler = SamplerConfig(sigma_max=LSUN_SIGMA_MAX if trainer.config.lsun else None)
     mine = {}
     for row in range(rows)[trainer.rank::trainer.world_size]:
         seeds = range(row * columns, (row + 1) * columns)
         [batch] = generate_images(
-            trainer.ema, [seeds], sampler=SamplerConfig(), device=trainer.device,
+            trainer.ema, [seeds], sampler=sampler, device=trainer.device,
             class_idx=row if label_dim else None)
         mine[row] = to_uint8(batch.images).cpu().numpy()
     pictures = {row: images for part in distributed.gather_objects(mine)

@@ -1,0 +1,246 @@
+"""The losses: laws of sigma, weights, minimiser, and draws that do not depend on the split."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from training.augment import AugmentPipe
+from training.loss import LOSSES, EDMLoss, VELoss, VPLoss
+from training.perturbation import PerturbationKernel
+
+INF = math.inf
+SHORT = (1, 2, 128, INF)
+ALL_LOSSES = (EDMLoss, VELoss, VPLoss)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def images(batch, channels=3, side=4):
+    return torch.rand(batch, channels, side, side, generator=seeded(99)) * 2 - 1
+
+
+def loss_of(cls, D, **kwargs):
+    return cls(pfgmpp=True, D=D, **kwargs)
+
+
+class Net(torch.nn.Module):
+    """A denoiser made of a function of (x, sigma); keeps what it was given."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.calls = function, []
+
+    def forward(self, x, sigma, labels=None, force_fp32=False, augment_labels=None):
+        self.calls.append((x, sigma, labels, augment_labels))
+        return self.function(x, sigma)
+
+
+def noise_of(draws):
+    factor = draws.sigma.double().flatten() * draws.scale.double().flatten()
+    return factor.reshape(-1, 1, 1, 1) * draws.z.double()
+
+
+# ---- noise levels and weights -------------------------------------------------------------------
+
+def vp_time_cdf(sigma):
+    """t is uniform and sigma^2 + 1 = exp(9.95 t^2 + 0.1 t); solved for t."""
+    log = np.log1p(np.float64(sigma) ** 2)
+    t = (np.sqrt(0.1**2 + 2 * 19.9 * log) - 0.1) / 19.9
+    return np.clip((t - 1e-5) / (1 - 1e-5), 0, 1)
+
+
+@pytest.mark.parametrize("cls, law", [
+    (EDMLoss, scipy.stats.lognorm(1.2, scale=math.exp(-1.2)).cdf),
+    (VELoss, scipy.stats.loguniform(0.02, 100).cdf),
+    (VPLoss, vp_time_cdf)])
+def test_sigma_follows_the_published_law(cls, law):
+    sigma = cls().sample_sigma(20_000, seeded(1))
+    assert sigma.dtype == torch.float32 and sigma.shape == (20_000,)
+    assert scipy.stats.kstest(sigma.double().numpy(), law).pvalue > 1e-3
+
+
+def test_sigma_laws_follow_their_options():
+    sigma = EDMLoss(P_mean=0.5, P_std=0.3).sample_sigma(20_000, seeded(2)).double().log().numpy()
+    assert scipy.stats.kstest(sigma, scipy.stats.norm(0.5, 0.3).cdf).pvalue > 1e-3
+    sigma = VELoss(sigma_min=0.1, sigma_max=10).sample_sigma(20_000, seeded(2)).double().numpy()
+    assert scipy.stats.kstest(sigma, scipy.stats.loguniform(0.1, 10).cdf).pvalue > 1e-3
+    sigma = VPLoss(beta_d=0, beta_min=2, epsilon_t=0.5).sample_sigma(20_000, seeded(2)).double()
+    t = torch.log1p(sigma.square()) / 2  # sigma^2 + 1 = exp(beta_min t)
+    assert scipy.stats.kstest(t.numpy(), scipy.stats.uniform(0.5, 0.5).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("cls, weight", [
+    (EDMLoss, lambda s: (s**2 + 0.25) / (s * 0.5) ** 2),
+    (VELoss, lambda s: 1 / s**2),
+    (VPLoss, lambda s: 1 / s**2)])
+def test_weights_are_the_published_ones(cls, weight):
+    sigma = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0])
+    np.testing.assert_allclose(cls().weight(sigma), weight(sigma.double().numpy()), rtol=1e-6)
+
+
+def test_edm_weight_follows_sigma_data():
+    assert EDMLoss(sigma_data=2.0).weight(torch.tensor(2.0)).item() == pytest.approx(0.5)
+
+
+def test_losses_are_listed_by_their_preconditioner():
+    assert {"edm": EDMLoss, "ve": VELoss, "vp": VPLoss} == LOSSES
+
+
+# ---- values of the loss -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("D", SHORT)
+@pytest.mark.parametrize("cls", ALL_LOSSES)
+def test_loss_is_weight_times_squared_error_per_pixel(cls, D):
+    loss_fn, y = loss_of(cls, D), images(6)
+    draws = loss_fn.draw(y.shape, seeded(3))
+    net = Net(lambda x, sigma: torch.zeros_like(x))
+    loss = loss_fn(net, y, draws=draws)
+    (x, sigma, _, _), = net.calls
+    weight = loss_fn.weight(sigma.double()).reshape(-1, 1, 1, 1)
+    assert loss.shape == y.shape
+    # D_theta = 0 leaves weight * y^2; D_theta = x leaves weight * n^2.
+    torch.testing.assert_close(loss.double(), weight * y.double().square(), rtol=1e-5, atol=0)
+    loss = loss_fn(Net(lambda x, sigma: x), y, draws=draws)
+    torch.testing.assert_close(loss.double(), weight * (x.double() - y).square(), rtol=1e-4,
+                               atol=0)
+    # x = y + n is rounded to float32.
+    torch.testing.assert_close(x.double(), y + noise_of(draws), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sigma.flatten(), draws.sigma.flatten())
+
+
+@pytest.mark.parametrize("D", SHORT)
+@pytest.mark.parametrize("cls", ALL_LOSSES)
+@pytest.mark.parametrize("augment", [False, True])
+def test_loss_of_a_perfect_denoiser_is_zero(cls, D, augment):
+    # With augmentation too: the target is the augmented image.
+    loss_fn, y = loss_of(cls, D), images(6, side=8)
+    pipe = AugmentPipe.standard(1.0) if augment else None
+    draws = loss_fn.draw(y.shape, seeded(4), pipe)
+    net = Net(lambda x, sigma: (x.double() - noise_of(draws)).float())
+    loss = loss_fn(net, y, None, pipe, draws=draws)
+    (x, sigma, _, _), = net.calls
+    # x holds y + n to 6e-8 of its size, and the error counts by the weight.
+    rounding = loss_fn.weight(sigma.reshape(-1, 1, 1, 1)) * (2e-7 * (x.abs() + 1)).square()
+    assert (loss <= rounding).all()
+    if augment:
+        worse = loss_fn(Net(lambda x, sigma: y), y, None, pipe, draws=draws)
+        assert (worse.mean([1, 2, 3]) > loss.mean([1, 2, 3])).all()
+
+
+@pytest.mark.parametrize("D", SHORT)
+def test_the_network_sees_noise_of_the_kernels_law(D):
+    loss_fn, y = loss_of(EDMLoss, D), images(8000, 3, 2)
+    net = Net(lambda x, sigma: x)
+    loss_fn(net, y, draws=loss_fn.draw(y.shape, seeded(5)))
+    (x, sigma, _, _), = net.calls
+    unit = (x.double() - y) / sigma.double().reshape(-1, 1, 1, 1)
+    squared = unit.square().sum([1, 2, 3]).numpy()
+    law = (scipy.stats.chi2(12) if math.isinf(D)
+           else scipy.stats.betaprime(6, D / 2, scale=D))
+    assert scipy.stats.kstest(squared, law.cdf).pvalue > 1e-3
+
+
+def test_noise_is_gaussian_unless_pfgmpp():
+    y = images(4)
+    plain = EDMLoss(pfgmpp=False, D=1).draw(y.shape, seeded(6))
+    assert torch.equal(plain.scale, torch.ones_like(plain.scale))
+    assert torch.equal(EDMLoss().draw(y.shape, seeded(6)).scale, plain.scale)
+
+
+def test_labels_and_augment_labels_reach_the_network():
+    y, labels = images(6, side=8), torch.eye(6)
+    loss_fn, pipe = EDMLoss(), AugmentPipe.standard(1.0)
+    draws = loss_fn.draw(y.shape, seeded(7), pipe)
+    net = Net(lambda x, sigma: x)
+    loss_fn(net, y, labels, pipe, draws=draws)
+    loss_fn(net, y, labels, None, draws=loss_fn.draw(y.shape, seeded(7)))
+    (_, _, seen, augment), (_, _, _, none) = net.calls
+    assert torch.equal(seen, labels)
+    torch.testing.assert_close(augment, draws.augment.labels())
+    assert augment.shape == (6, 9) and augment.abs().sum() > 0
+    assert none is None or none.abs().sum() == 0
+
+
+# ---- draws --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("D", SHORT)
+@pytest.mark.parametrize("cls", ALL_LOSSES)
+@pytest.mark.parametrize("augment", [False, True])
+def test_the_loss_of_a_slice_is_the_slice_of_the_loss(cls, D, augment):
+    loss_fn, y = loss_of(cls, D), images(8)
+    pipe = AugmentPipe.standard(0.5) if augment else None
+    draws = loss_fn.draw(y.shape, seeded(8), pipe)
+
+    def loss(part):
+        net = Net(lambda x, sigma: 0.5 * x)
+        return loss_fn(net, y[part], None, pipe, draws=draws[part])
+    whole = loss(slice(0, 8))
+    for part in (slice(0, 4), slice(4, 8), slice(2, 3), slice(5, 8)):
+        if augment:  # the warp is a matrix product, whose rounding depends on the batch
+            torch.testing.assert_close(loss(part), whole[part], rtol=1e-3, atol=1e-4)
+        else:
+            assert torch.equal(loss(part), whole[part])
+
+
+@pytest.mark.parametrize("cls", ALL_LOSSES)
+@pytest.mark.parametrize("augment", [False, True])
+def test_one_seed_gives_one_augmentation_level_and_direction_at_every_D(cls, augment):
+    pipe = AugmentPipe.standard(0.7) if augment else None
+    reference = loss_of(cls, INF).draw((5, 3, 4, 4), seeded(9), pipe)
+    other = loss_of(cls, INF).draw((5, 3, 4, 4), seeded(10), pipe)
+    assert not torch.equal(reference.z, other.z)
+    for D in (0.5, 1, 2, 128, 1e6):
+        draws = loss_of(cls, D).draw((5, 3, 4, 4), seeded(9), pipe)
+        assert torch.equal(draws.sigma, reference.sigma)
+        assert torch.equal(draws.z, reference.z)
+        assert (draws.scale != 1).all()
+        if augment:
+            assert torch.equal(draws.augment.labels(), reference.augment.labels())
+
+
+def test_without_draws_the_loss_draws_from_the_default_generator():
+    loss_fn, y = loss_of(EDMLoss, 2), images(4)
+    net = Net(lambda x, sigma: 0.5 * x)
+    torch.manual_seed(11)
+    implicit = loss_fn(net, y)
+    assert torch.equal(implicit, loss_fn(net, y, draws=loss_fn.draw(y.shape, seeded(11))))
+    assert not torch.equal(implicit, loss_fn(net, y))
+
+
+# ---- the minimiser ------------------------------------------------------------------------------
+
+DIRECTIONS = (
+    lambda x: torch.ones_like(x), torch.tanh, lambda x: torch.tanh(x) ** 2, lambda x: torch.cos(x),
+    lambda x: 1 / (1 + x.square().sum([1, 2, 3], keepdim=True)).expand_as(x))
+
+
+def slopes_at(denoiser_D, noise_D):
+    """Standard scores of the expected loss's slopes at a denoiser, in several directions.
+
+    The loss is quadratic in the denoiser, so (L(f + g) - L(f - g))/4 is half its slope along g.
+    """
+    sigma, batch = 0.7, 100_000
+    data = torch.tensor([[0.9, 0.2], [-0.5, -0.8]]).reshape(2, 1, 1, 2)
+    y = data[torch.randint(2, [batch], generator=seeded(12))]
+    loss_fn = loss_of(EDMLoss, noise_D, P_mean=math.log(sigma), P_std=0)
+    draws = loss_fn.draw(y.shape, seeded(13))
+    kernel, scores = PerturbationKernel(denoiser_D), []
+    for g in DIRECTIONS:
+        up, down = (loss_fn(Net(lambda x, s, g=g, sign=sign: kernel.posterior_mean(x, s, data)
+                                + sign * g(x)), y, draws=draws) for sign in (1, -1))
+        slope = (up - down).double().sum([1, 2, 3]) / 4
+        scores.append((slope.mean() / slope.std() * math.sqrt(batch)).item())
+    return np.array(scores)
+
+
+@pytest.mark.parametrize("D", SHORT)
+def test_the_ideal_denoiser_minimises_the_expected_loss(D):
+    # At the minimum every slope is zero: standard scores within 4 for five directions.
+    assert np.abs(slopes_at(D, D)).max() < 4
+    # The same test tells the denoiser of another D apart.
+    assert np.abs(slopes_at(INF if D < 100 else 2, D)).max() > 6

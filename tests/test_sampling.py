@@ -1,0 +1,243 @@
+"""Seeds to images: what a seed determines, in which order it draws, and nothing else."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from training.networks import EDMPrecond
+from training.perturbation import PerturbationKernel
+from training.sampling import (
+    SamplerConfig,
+    StackedRandomGenerator,
+    draw_latents,
+    edm_sampler,
+    generate_images,
+    to_uint8,
+)
+
+INF = math.inf
+SHORT = (1, 2, 128, INF)
+CPU = torch.device("cpu")
+CLASSES = 3
+
+
+class PixelModel(torch.nn.Module):
+    """Pixel by pixel and without matrix products: its rounding does not depend on the batch."""
+
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+        if class_labels is None or class_labels.shape[1] == 0:
+            return 0.25 * x
+        number = (class_labels * torch.arange(1.0, CLASSES + 1)).sum(1)
+        return 0.25 * x + number.reshape(-1, 1, 1, 1)
+
+
+def network(D, label_dim=CLASSES, pixelwise=True):
+    torch.manual_seed(0)
+    net = EDMPrecond(8, 3, label_dim=label_dim, pfgmpp=not math.isinf(D), D=D,
+                     model_type="SongUNet", model_channels=8, channel_mult=[1, 2], num_blocks=1,
+                     attn_resolutions=[4]).eval()
+    if pixelwise:
+        net.model = PixelModel()
+    return net
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def images_of(net, batches, class_idx=None, **settings):
+    settings = {"num_steps": 4, **settings}
+    found = {}
+    for batch in generate_images(net, batches, sampler=SamplerConfig(**settings), device=CPU,
+                                 class_idx=class_idx):
+        for seed, image in zip(batch.seeds, batch.images, strict=True):
+            assert seed not in found
+            found[seed] = image
+    return found
+
+
+# ---- generators ---------------------------------------------------------------------------------
+
+def test_rows_are_the_draws_of_each_seeds_own_generator():
+    seeds = [5, 0, 123456]
+    stack, singles = StackedRandomGenerator(CPU, seeds), [generator(s) for s in seeds]
+    for _ in range(2):  # the streams go on
+        drawn = stack.randn([3, 2, 4])
+        assert torch.equal(drawn, torch.stack([torch.randn([2, 4], generator=g) for g in singles]))
+        drawn = stack.randint(10, size=[3, 5])
+        assert torch.equal(
+            drawn, torch.stack([torch.randint(10, size=[5], generator=g) for g in singles]))
+        drawn = stack.randn_like(torch.zeros(3, 7, dtype=torch.float64))
+        assert torch.equal(drawn, torch.stack(
+            [torch.randn([7], generator=g, dtype=torch.float64) for g in singles]))
+
+
+def test_rows_do_not_depend_on_their_neighbours():
+    together = StackedRandomGenerator(CPU, [3, 9, 4]).randn([3, 2, 2])
+    for row, seed in zip(together, [3, 9, 4], strict=True):
+        assert torch.equal(StackedRandomGenerator(CPU, [seed]).randn([1, 2, 2])[0], row)
+    repeated = StackedRandomGenerator(CPU, [7, 7]).randn([2, 4])
+    assert torch.equal(repeated[0], repeated[1])
+
+
+def test_seeds_count_modulo_two_to_the_32():
+    large = StackedRandomGenerator(CPU, [2**32 + 5, 3 * 2**32 + 1]).randn([2, 6])
+    assert torch.equal(large, StackedRandomGenerator(CPU, [5, 1]).randn([2, 6]))
+    # The CPU's generator looks at 32 bits anyway; CUDA's does not.
+    stack = StackedRandomGenerator(CPU, [2**32 + 5, 2**32 - 1])
+    assert [rng.initial_seed() for rng in stack.generators] == [5, 2**32 - 1]
+
+
+@pytest.mark.parametrize("D", SHORT)
+def test_stacked_scales_are_those_of_the_kernel(D):
+    kernel = PerturbationKernel(D)
+    scale = StackedRandomGenerator(CPU, [8, 2]).kernel_scale(kernel)
+    assert scale.dtype == torch.float64
+    expected = torch.cat([kernel.scale(1, generator(8)), kernel.scale(1, generator(2))])
+    assert torch.equal(scale, expected)
+
+
+# ---- latents ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("label_dim", [0, CLASSES])
+@pytest.mark.parametrize("D", SHORT)
+def test_a_seed_draws_z_then_its_class_then_chi_square_then_noise(D, label_dim):
+    seeds = [11, 4, 2**32 + 4]
+    latents, labels, stack = draw_latents(network(D, label_dim), seeds, CPU)
+    noise = stack.randn_like(latents.double())
+    for i, seed in enumerate(seeds):
+        rng = generator(seed % 2**32)
+        z = torch.randn([3, 8, 8], generator=rng)
+        if label_dim:
+            k = torch.randint(label_dim, size=[], generator=rng)
+            assert torch.equal(labels[i], torch.eye(label_dim)[k])
+        scale = PerturbationKernel(D).scale(1, rng)
+        torch.testing.assert_close(latents[i].double(), z.double() * scale, rtol=1e-7, atol=0)
+        assert torch.equal(
+            noise[i], torch.randn([3, 8, 8], generator=rng, dtype=torch.float64))
+    assert label_dim or labels is None or labels.shape == (3, 0)
+
+
+def test_latents_at_D_inf_are_randn_of_the_seed_bit_for_bit():
+    latents, _, _ = draw_latents(network(INF), range(5), CPU)
+    expected = torch.stack([torch.randn([3, 8, 8], generator=generator(s)) for s in range(5)])
+    assert torch.equal(latents.double(), expected.double())
+
+
+def test_latents_at_finite_D_follow_the_kernels_prior():
+    N, D, count = 192, 2, 2000
+    latents, _, _ = draw_latents(network(D), range(count), CPU)
+    ratio = latents.double().square().sum([1, 2, 3]).numpy() / D
+    assert scipy.stats.kstest(ratio, scipy.stats.betaprime(N / 2, D / 2).cdf).pvalue > 1e-3
+
+
+def test_one_seed_shows_one_class_and_direction_at_every_D():
+    reference, labels, _ = draw_latents(network(INF), range(20), CPU)
+    flat = reference.double().flatten(1)
+    for D in (1, 2, 128):
+        latents, paired, _ = draw_latents(network(D), range(20), CPU)
+        assert torch.equal(paired, labels)
+        cosine = torch.nn.functional.cosine_similarity(latents.double().flatten(1), flat)
+        assert (cosine > 1 - 1e-6).all()
+
+
+def test_classes_are_uniform_over_seeds():
+    _, labels, _ = draw_latents(network(INF), range(900), CPU)
+    assert ((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all()
+    assert scipy.stats.chisquare(labels.sum(0).numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("D", SHORT)
+def test_an_overridden_class_leaves_all_else_of_a_seed(D):
+    net = network(D)
+    latents, _, stack = draw_latents(net, range(6), CPU)
+    chosen, labels, chosen_stack = draw_latents(net, range(6), CPU, class_idx=2)
+    assert torch.equal(labels, torch.eye(3)[2].expand(6, 3))
+    assert torch.equal(latents, chosen)
+    assert torch.equal(stack.randn([6, 4]), chosen_stack.randn([6, 4]))
+
+
+# ---- images -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("D", SHORT)
+def test_an_image_depends_on_its_seed_alone(D):
+    net = network(D)
+    whole = images_of(net, [range(6)])
+    for batches in ([[0], [1], [2], [3], [4], [5]], [[5, 3, 1], [], [0, 2, 4]]):
+        split = images_of(net, batches)
+        assert split.keys() == whole.keys()
+        assert all(torch.equal(split[seed], whole[seed]) for seed in whole)
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_an_image_depends_on_its_seed_alone_with_churn():
+    net = network(INF)
+    settings = {"S_churn": 2.0, "S_min": 0.01, "S_max": 50.0}
+    whole = images_of(net, [range(4)], **settings)
+    split = images_of(net, [[3], [1, 0], [2]], **settings)
+    assert all(torch.equal(split[seed], whole[seed]) for seed in whole)
+    quiet = images_of(net, [range(4)])
+    assert not torch.equal(quiet[0], whole[0])
+
+
+@pytest.mark.parametrize("D", SHORT)
+def test_a_real_network_gives_one_image_a_seed_whatever_the_batch(D):
+    net = network(D, pixelwise=False)
+    whole, split = images_of(net, [range(5)]), images_of(net, [[4], [0, 1], [3, 2]])
+    for seed in whole:
+        # Sums over channels may be ordered differently for another batch size.
+        torch.testing.assert_close(split[seed], whole[seed], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("D", SHORT)
+def test_images_are_the_sampler_applied_to_the_seeds_latents(D):
+    net = network(D)
+    settings = {"num_steps": 5, "sigma_min": 0.01, "sigma_max": 20.0, "rho": 5.0}
+    images = images_of(net, [range(4)], **settings)
+    latents, labels, _ = draw_latents(net, range(4), CPU)
+    expected = edm_sampler(net, latents, labels, **settings)
+    for seed in range(4):
+        assert torch.equal(images[seed].double(), expected[seed])
+
+
+def test_a_chosen_class_changes_images_and_is_recorded():
+    net = network(INF)
+    batch, = generate_images(net, [[0, 1]], sampler=SamplerConfig(num_steps=3), device=CPU,
+                             class_idx=1)
+    assert batch.seeds == [0, 1]
+    assert torch.equal(batch.class_labels, torch.eye(3)[1].expand(2, 3))
+    one, two = (images_of(net, [[0]], class_idx=k)[0] for k in (0, 2))
+    assert (one - two).abs().max() > 0.01
+
+
+def test_images_carry_no_graph():
+    assert not any(image.requires_grad for image in images_of(network(2), [[0]]).values())
+
+
+# ---- pixels -------------------------------------------------------------------------------------
+
+def test_uint8_is_the_clipped_scaled_value_truncated():
+    x = torch.linspace(-1.5, 1.5, 30_011, dtype=torch.float64)
+    expected = np.clip(x.numpy() * 127.5 + 128, 0, 255).astype(int)
+    pixels = to_uint8(x.reshape(1, 1, 1, -1))
+    assert pixels.dtype == torch.uint8
+    np.testing.assert_array_equal(pixels.flatten(), expected)
+    ends = torch.tensor([-1e30, -1.0, 0.0, 1.0, 1e30]).reshape(1, 1, 1, 5)
+    assert to_uint8(ends).flatten().tolist() == [0, 0, 128, 255, 255]
+
+
+def test_uint8_undoes_the_training_scale():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    assert torch.equal(to_uint8(pixels.float() / 127.5 - 1), pixels)
+
+
+@pytest.mark.parametrize("settings", [
+    {"num_steps": 0}, {"sigma_min": 3.0, "sigma_max": 2.0}, {"sigma_min": 0.0},
+    {"sigma_max": math.nan}], ids=str)
+def test_settings_that_make_no_grid_are_refused_before_any_sampling(settings):
+    with pytest.raises(ValueError) as error:
+        SamplerConfig(**settings).check(network(INF))
+    assert "\n" not in str(error.value) and str(error.value)
