@@ -98,19 +98,19 @@ def calc(images: str, ref_path: str, num: int, seed: int, ckpt: float, end_ckpt:
         sweeps = {name for name, on in zip(_SWEEPS, (alpha, steps, quant), strict=True) if on}
         folders = _ckpt_folders(images, gen_seed, ckpt, end_ckpt, sweeps)
 
-        from metrics.detectors import build_detector, detector_class
+        from metrics.detectors import build_detector, describe_detector
         from metrics.distances import frechet_distance
         from metrics.statistics import dataset_statistics, load_reference
         from torch_utils import distributed as dist
         from training.dataset import ImageFolderDataset
 
-        kind = detector_class(detector)
+        name, distance_name = describe_detector(detector)
         with dist.process_group(device) as chosen_device:
             with dist.rank0_first():
                 reference = load_reference(ref_path)
-                if reference.detector != kind.name:
+                if reference.detector != name:
                     raise ValueError(f"{ref_path}: made with detector {reference.detector}, but "
-                                     f"--detector={detector} is {kind.name}")
+                                     f"--detector={detector} is {name}")
                 datasets = [ImageFolderDataset(path, max_size=num, random_seed=seed)
                             for path in folders or [images]]
                 for dataset in datasets:
@@ -120,7 +120,7 @@ def calc(images: str, ref_path: str, num: int, seed: int, ckpt: float, end_ckpt:
                 for dataset in datasets:
                     _check_feature_dim(dataset, features, ref_path, len(reference.mu))
             _use_exact_kernels()
-            _warn_if_few(num, kind.name)
+            _warn_if_few(num, name)
 
             for path, dataset in zip(folders or [None], datasets, strict=True):
                 stats = dataset_statistics(dataset, features, batch=batch, workers=workers)
@@ -128,8 +128,8 @@ def calc(images: str, ref_path: str, num: int, seed: int, ckpt: float, end_ckpt:
                     distance = frechet_distance(stats.mean(), stats.cov(),
                                                 reference.mu, reference.sigma)
                     text = f"{distance:g}"
-                    if kind.distance_name != "FID":
-                        text = f"{kind.distance_name}: {text}"
+                    if distance_name != "FID":
+                        text = f"{distance_name}: {text}"
                     click.echo(text if path is None else f"path:{path}, {text}")
 
 
@@ -142,12 +142,12 @@ def calc(images: str, ref_path: str, num: int, seed: int, ckpt: float, end_ckpt:
 def ref(data: str, dest: str, batch: int, detector: str, device: str, workers: int) -> None:
     """Writes the reference statistics of a data set that 'calc' needs."""
     with user_errors():
-        from metrics.detectors import build_detector, detector_class
+        from metrics.detectors import build_detector, describe_detector
         from metrics.statistics import dataset_statistics, save_reference
         from torch_utils import distributed as dist
         from training.dataset import ImageFolderDataset
 
-        kind = detector_class(detector)
+        name, distance_name = describe_detector(detector)
         with dist.process_group(device) as chosen_device:
             with dist.rank0_first():
                 dataset = ImageFolderDataset(data)
@@ -155,9 +155,9 @@ def ref(data: str, dest: str, batch: int, detector: str, device: str, workers: i
                     raise ValueError(f"{data}: {len(dataset)} image, at least 2 needed")
                 features = build_detector(detector, chosen_device)
             _use_exact_kernels()
-            _warn_if_few(len(dataset), kind.name)
+            _warn_if_few(len(dataset), name)
             stats = dataset_statistics(dataset, features, batch=batch, workers=workers)
-            dist.run_on_rank0(save_reference, dest, stats, kind.name)
+            dist.run_on_rank0(save_reference, dest, stats, name)
 
 
 def _ckpt_folders(images: str, gen_seed: int, first: float, last: float,

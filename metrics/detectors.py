@@ -4,6 +4,7 @@ A detector also knows what a Frechet distance between its features is called. On
 an FID.
 """
 
+import hashlib
 import math
 
 import torch
@@ -39,9 +40,12 @@ class Detector:
 class Inception(Detector):
     """The 2048 pooled features of Inception-v3, which FID is defined by.
 
+    Other weights of the same graph are allowed, but then neither the features nor the distance are
+    called by these names.
+
     Args:
         device: where to compute.
-        path: a local copy of the weights; None for the cached download.
+        path: a local file of weights; None for the cached download.
     """
 
     name = "inception"
@@ -50,7 +54,13 @@ class Inception(Detector):
 
     def __init__(self, device: torch.device | str = "cpu", path: str | None = None):
         super().__init__(device)
-        self._network = inception.InceptionV3(inception.load_weights(path), self.device)
+        if path is not None:
+            self.name, self.distance_name = describe_detector(path)
+        weights = inception.load_weights(path)
+        try:
+            self._network = inception.InceptionV3(weights, self.device)
+        except ValueError as error:
+            raise ValueError(f"{path or inception.WEIGHTS_FILE}: {error}") from error
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return self._network(images)
@@ -79,26 +89,30 @@ DETECTORS: dict[str, type[Detector]] = {
 }
 
 
-def detector_class(spec: str) -> type[Detector]:
-    """Returns the class that `build_detector(spec)` makes an object of.
+def describe_detector(spec: str) -> tuple[str, str]:
+    """Returns (name, distance_name) of what `build_detector(spec)` makes, without making it.
 
     Raises:
         ValueError: `spec` is neither a name nor a weight file.
+        OSError: the weight file can't be read.
     """
     if spec in DETECTORS:
-        return DETECTORS[spec]
-    if spec.endswith(".pth"):
-        return Inception
-    raise ValueError(f"detector {spec!r}: must be {', '.join(DETECTORS)}, or a copy of "
-                     f"{inception.WEIGHTS_FILE}")
+        return DETECTORS[spec].name, DETECTORS[spec].distance_name
+    if not spec.endswith(".pth"):
+        raise ValueError(f"detector {spec!r}: must be {', '.join(DETECTORS)}, or a copy of "
+                         f"{inception.WEIGHTS_FILE}")
+    with open(spec, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    if digest == inception.WEIGHTS_SHA256:
+        return Inception.name, Inception.distance_name
+    return f"inception:{digest[:16]}", "Frechet distance by other Inception weights"
 
 
 def build_detector(spec: str, device: torch.device | str = "cpu") -> Detector:
     """Returns the detector called `spec`: a name in `DETECTORS`, or a path of Inception's weights.
 
     Raises:
-        ValueError: there is no such detector, or the weights are others.
+        ValueError: there is no such detector, or the file holds other than its weights.
         OSError: the weights can't be read or downloaded.
     """
-    cls = detector_class(spec)
-    return cls(device) if spec in DETECTORS else Inception(device, path=spec)
+    return DETECTORS[spec](device) if spec in DETECTORS else Inception(device, path=spec)

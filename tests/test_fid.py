@@ -12,7 +12,7 @@ import pytest
 import scipy.linalg
 
 import fid
-from metrics import detectors, inception
+from metrics import detectors
 
 ROOT = Path(fid.__file__).parent
 PIXELS = ("--detector=pixels", "--device=cpu")
@@ -257,8 +257,10 @@ def test_bad_files_are_one_line(fails, data, tmp_path):
     weights = tmp_path / "w.pth"
     weights.write_bytes(b"x")
     np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    assert f"not {inception.WEIGHTS_FILE}" in fails(
+    assert "detector inception, but" in fails(
         "calc", images, f"--ref={tmp_path / 'edm.npz'}", "--num=9", f"--detector={weights}")
+    assert "w.pth: " in fails("ref", f"--data={root / 'images'}", f"--dest={tmp_path / 'x.npz'}",
+                              f"--detector={weights}")
     (tmp_path / "folder.npz").mkdir()
     assert "folder.npz" in fails("ref", f"--data={root / 'images'}",
                                  f"--dest={tmp_path / 'folder.npz'}", *PIXELS)

@@ -142,8 +142,24 @@ def test_weights_of_another_network_are_refused(state, change, message):
 def test_a_local_file_of_other_content_is_refused(tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"x": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="other.pth: not pt_inception-2015.*expected 6726825d"):
+    with pytest.raises(ValueError, match="other.pth: not the Inception weights: 472 names missing"):
         build_detector(str(path))
+
+
+def test_a_local_file_of_other_weights_is_used_under_another_name(tmp_path, state, network):
+    path = tmp_path / "other.pth"
+    torch.save(state, path)
+    detector = build_detector(str(path))
+    assert detector.name.startswith("inception:") and detector.distance_name != "FID"
+    images = random_images(1, 3, 32, 32)
+    assert torch.equal(detector(images), network(images))
+
+
+def test_other_weights_in_the_place_of_the_published_ones_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv(dnnlib.util.CACHE_DIR_ENV, str(tmp_path))
+    torch.save({"x": torch.zeros(1)}, tmp_path / inception.WEIGHTS_FILE)
+    with pytest.raises(ValueError, match="not pt_inception-2015.*expected 6726825d"):
+        build_detector("inception")
 
 
 def test_offline_error_says_which_file_to_put_where(tmp_path, monkeypatch):

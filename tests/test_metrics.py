@@ -1,3 +1,4 @@
+import hashlib
 import threading
 import tracemalloc
 import zipfile
@@ -7,8 +8,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from metrics import statistics
-from metrics.detectors import MAX_PIXEL_FEATURES, Pixels, build_detector, detector_class
+from metrics import inception, statistics
+from metrics.detectors import MAX_PIXEL_FEATURES, Pixels, build_detector, describe_detector
 from metrics.distances import frechet_distance
 from metrics.statistics import (
     FeatureStatistics,
@@ -199,10 +200,14 @@ def test_pixels_refuses_images_whose_covariance_does_not_fit():
         Pixels()(torch.zeros(0, 3, 128, 128, dtype=torch.uint8))
 
 
-def test_only_inception_is_called_fid():
-    assert detector_class("inception").distance_name == "FID"
-    assert detector_class("some/copy.pth").distance_name == "FID"
-    assert "FID" not in detector_class("pixels").distance_name
+def test_only_the_published_inception_is_called_fid(tmp_path, monkeypatch):
+    assert describe_detector("inception") == ("inception", "FID")
+    assert "FID" not in describe_detector("pixels")[1]
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    name, distance_name = describe_detector(str(tmp_path / "w.pth"))
+    assert name.startswith("inception:") and "FID" not in distance_name
+    monkeypatch.setattr(inception, "WEIGHTS_SHA256", hashlib.sha256(b"weights").hexdigest())
+    assert describe_detector(str(tmp_path / "w.pth")) == ("inception", "FID")
 
 
 def test_an_unknown_detector_is_refused_with_the_known_ones():
