@@ -33,7 +33,7 @@ _LAST_SEEDS = ((49_999, "ckpt_"), (99_999, "ckpt_2_"), (math.inf, "ckpt_3_"))
 @click.option("--disc", "discretization", type=click.Choice(["vp", "ve", "iddpm", "edm"]), help="Ablation sampler: grid of noise levels.  [default: edm]")
 @click.option("--schedule", type=click.Choice(["vp", "ve", "linear"]), help="Ablation sampler: noise level over time.  [default: linear]")
 @click.option("--scaling", type=click.Choice(["vp", "none"]), help="Ablation sampler: scale of the state.  [default: none]")
-@click.option("--save_images", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write OUTDIR/vis/grid.png and movie.gif of the first images.")
+@click.option("--save_images", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write vis/grid.png and vis/movie.gif of the first images.")
 @click.option("--pfgmpp", type=click.BOOL, help="Checked against the network.  [default: the network knows]")
 @click.option("--aug_dim", metavar="D", type=float, help="Checked against the network.  [default: the network knows]")
 @click.option("--use_pickle", type=click.BOOL, is_flag=False, flag_value=True, hidden=True)
@@ -42,7 +42,7 @@ _LAST_SEEDS = ((49_999, "ckpt_"), (99_999, "ckpt_2_"), (math.inf, "ckpt_3_"))
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to sample.")
 def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, class_idx, batch, pfgmpp, aug_dim,
          use_pickle, edm, save_images, precision, device, **sampler_options):
-    r"""Samples images by Heun's method from the prior that fits the network.
+    """Samples images from trained networks, by Heun's method on the grid of EDM.
 
     Any of --solver, --disc, --schedule, --scaling selects the ablation sampler of the EDM paper.
 
@@ -56,7 +56,7 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, class_idx, batch, pfgm
     \b
     # 50,000 images of every training state of a run, for FID
     torchrun --standalone --nproc_per_node=8 generate.py --outdir=runs/00000 --seeds=0-49999
-    """
+    """  # noqa: D301 - \b is click's mark for lines to leave alone
     with user_errors():
         sources = _find_networks(network, Path(outdir), ckpt, end_ckpt, seeds)
 

@@ -61,18 +61,18 @@ _BOOL = click.BOOL
 @click.option("--resume", metavar="PT|auto", help="Go on from a training state; auto takes the newest of the run directory.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the options and stop.")
 def main(outdir, data, name, desc, nosubdir, device, resume, dry_run, **opts):
-    r"""Trains a PFGM++ or EDM diffusion model.
+    """Trains a PFGM++ or EDM diffusion model.
 
     Two runs on 8 GPUs, PFGM++ with D = 2048 and class-conditional diffusion:
 
     \b
-    torchrun --standalone --nproc_per_node=8 train.py --outdir=runs \
+    torchrun --standalone --nproc_per_node=8 train.py --outdir=runs \\
         --data=datasets/cifar10-32x32.zip --arch=ncsnpp --pfgmpp=1 --aug_dim=2048
 
     \b
-    torchrun --standalone --nproc_per_node=8 train.py --outdir=runs \
+    torchrun --standalone --nproc_per_node=8 train.py --outdir=runs \\
         --data=datasets/cifar10-32x32.zip --arch=ncsnpp --cond=1
-    """
+    """  # noqa: D301 - \b is click's mark for lines to leave alone
     if nosubdir and (name or desc):
         raise UserError("--nosubdir: can't be combined with --name or --desc", BAD_USAGE)
     if resume == "auto" and not (name or nosubdir):

@@ -10,8 +10,7 @@ and ranks are merged by the update of Chan, Golub and LeVeque (1983),
     M = M_a + M_b + n_a n_b/(n_a + n_b) (mu_b - mu_a)(mu_b - mu_a)^T,    sigma = M/(n-1).
 
 So large terms never cancel, unlike in sum f f^T - n mu mu^T, which loses the digits of
-mean^2/variance
-and can give a constant feature a variance below zero.
+mean^2/variance and can give a constant feature a variance below zero.
 """
 
 import collections

@@ -153,6 +153,12 @@ def test_transfer_starts_from_the_weights_without_ema_rampup(undisturbed, datase
     # The first step has learning rate 0, so the weights are still those transferred.
     after = load(tmp_path / "run" / "training-state-000000.008.pt")
     assert digest(after["net"]) == digest(load(source)["ema"])
+    assert after["progress"]["ema_rampup"] is None
+    result = invoke(train.main, *args, f"--outdir={tmp_path}", "--duration=0.000016",
+                    "--resume=auto")
+    assert result.exit_code == 0, result.output
+    resumed = load(tmp_path / "run" / "training-state-000000.016.pt")
+    assert resumed["progress"]["ema_rampup"] is None, "a resumed transfer stays one"
 
 
 def test_dry_run_writes_nothing(dataset_zip, tmp_path, invoke):
@@ -221,6 +227,7 @@ def test_resuming_something_else_gets_one_line(undisturbed, dataset_zip, tmp_pat
     one_line_error(invoke(train.main, *common, f"--resume={state}", "--aug_dim=64"), 1,
                    "D: 64.0 here, 128.0 there")
     one_line_error(invoke(train.main, *common, f"--resume={state}", "--seed=9"), 1, "--seed=9")
+    one_line_error(invoke(train.main, *common, f"--resume={state}", "--xflip=1"), 1, "--xflip")
     other = write_dataset(tmp_path / "other.zip", num=44)
     one_line_error(invoke(train.main, *common, f"--resume={state}", f"--data={other}"), 1,
                    "40 images then, 44 now")

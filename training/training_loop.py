@@ -44,6 +44,7 @@ from training.sampling import SamplerConfig, generate_images, to_uint8
 _INIT_TAG, _STEP_TAG, _DROPOUT_TAG, _REFERENCE_TAG = 1, 2, 3, 4
 _DYNAMIC_SCALE_START = 2.0**16
 _DYNAMIC_SCALE_PERIOD = 2000  # good steps between doublings
+_MAX_NAMED = 8  # images in an error message
 _GRID_SEED = 0
 _GRID_POOL = 4096  # training images among which the grid of real images looks for each class
 _GRID_MAX_ROWS = 16
@@ -82,7 +83,8 @@ class Trainer:
         torch.manual_seed(misc.mix_seed(config.seed, _INIT_TAG))
         self.net = build_network(
             config.network(dataset.resolution, dataset.num_channels, dataset.label_dim))
-        self.net.to(device).train().compute_dtype = misc.compute_dtype(config.precision)
+        self.net.to(device).train()
+        self.net.compute_dtype = misc.compute_dtype(config.precision)
         self.ema_rampup: float | None = RAMPUP_RATIO
         if config.transfer:
             self._transfer(config.transfer)
@@ -238,8 +240,8 @@ class Trainer:
         if row <= self.config.max_bad_steps:
             return
         step = int(self.counters["bad_step"])
-        positions = np.arange(step, step + 1) * self.config.batch
-        first = order_at(len(self.dataset), self.config.seed, positions[:1] + np.arange(4))
+        positions = step * self.config.batch + np.arange(self.config.batch)
+        first = order_at(len(self.dataset), self.config.seed, positions[:_MAX_NAMED])
         raise DivergedError(
             f"{row} steps in a row had loss or gradients that are not finite, from step {step} "
             f"({step * self.config.batch / 1000:g} kimg; its images begin with data indices "
@@ -248,7 +250,8 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Returns all that a resumed run needs, see training/checkpoint.py."""
-        progress = {"cur_nimg": self.cur_nimg, "loss_scale": self.loss_scale.cpu(),
+        progress = {"cur_nimg": self.cur_nimg, "ema_rampup": self.ema_rampup,
+                    "loss_scale": self.loss_scale.cpu(),
                     "counters": {name: value.cpu() for name, value in self.counters.items()}}
         return {
             "format": checkpoint.STATE_FORMAT, "network": self.net.config,
@@ -279,13 +282,14 @@ class Trainer:
         if difference:
             raise ValueError(f"{source}: the state is of another network ({difference})")
         record = dataset_record(self.dataset)
-        if record["fingerprint"] != state["dataset"]["fingerprint"]:
-            raise ValueError(f"{source}: the data set has changed since the run began "
+        if any(record[key] != state["dataset"][key] for key in ("fingerprint", "size")):
+            raise ValueError(f"{source}: the data set or --xflip has changed since the run began "
                              f"({state['dataset']['size']} images then, {record['size']} now)")
         self.net.load_state_dict(state["net"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.cur_nimg = state["progress"]["cur_nimg"]
+        self.ema_rampup = state["progress"]["ema_rampup"]
         if self.dynamic_scale:
             self.loss_scale = state["progress"]["loss_scale"].to(self.device)
         self.counters = {k: v.to(self.device) for k, v in state["progress"]["counters"].items()}
@@ -386,12 +390,11 @@ def _run(trainer: Trainer, run_dir: Path) -> None:
     collector = training_stats.Collector(trainer.device)
     now = time.time()
     clock = _Clock(now, now, trainer.cur_nimg)
-    bar = tqdm(total=config.total_nimg, initial=trainer.cur_nimg, unit="img", unit_scale=True,
-               leave=False, disable=None if trainer.rank == 0 else True)
     if trainer.cur_nimg >= config.total_nimg:
         distributed.print0(f"Nothing to do: {trainer.cur_nimg} of {config.total_nimg} images done")
         return
-    with bar:
+    with tqdm(total=config.total_nimg, initial=trainer.cur_nimg, unit="img", unit_scale=True,
+              leave=False, disable=None if trainer.rank == 0 else True) as bar:
         while trainer.cur_nimg < config.total_nimg:
             trainer.train_step()
             bar.update(config.batch)

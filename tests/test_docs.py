@@ -1,0 +1,334 @@
+"""What the documents say: commands run, names exist, numbers are right, versions agree."""
+
+import importlib
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import ROOT
+from scipy import stats
+from torch.distributed.run import get_args_parser
+
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = {f"{name}.py": importlib.import_module(name).main
+           for name in ("train", "generate", "fid", "dataset_tool")}
+PUBLISHED = "downloads/pfgmpp/"  # checkpoints of PFGM++, which can't be read yet
+OWN_NETWORK = "runs/cifar10-2048/network-snapshot-000000.pt"
+
+
+# ----------------------------------------------------------------------------------- commands
+
+
+def blocks(path):
+    """Returns the fenced code blocks of a document, continued lines joined."""
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    return re.findall(r"^```[^\n]*\n(.*?)^```", text, re.M | re.S)
+
+
+def documented_commands():
+    """Returns (file, words) of every `python ...` and `torchrun ...` line of the documents."""
+    found = []
+    for path in DOCS:
+        for line in "".join(blocks(path)).splitlines():
+            if match := re.match(r"(?:docker run .*?\s)?((?:python|torchrun) .*)", line):
+                found.append((path.name, shlex.split(match[1], comments=True)))
+    return found
+
+
+def script_and_args(words):
+    """Returns the script's name and its arguments, by torchrun's own parser where it starts it."""
+    if words[0] == "python":
+        return words[1], words[2:]
+    launch = get_args_parser().parse_args(words[1:])
+    return Path(launch.training_script).name, launch.training_script_args
+
+
+COMMANDS = documented_commands()
+
+
+@pytest.mark.parametrize("words", [words for _, words in COMMANDS],
+                         ids=[f"{where}-{i}" for i, (where, _) in enumerate(COMMANDS)])
+def test_documented_command_parses(words):
+    script, args = script_and_args(words)
+    command = SCRIPTS[script]
+    if script == "fid.py":
+        command, args = command.commands[args[0]], args[1:]
+    command.make_context(script, list(args))
+
+
+def test_every_script_is_documented_with_both_launchers():
+    started = {(words[0], script_and_args(words)[0]) for _, words in COMMANDS}
+    assert {script for _, script in started} == set(SCRIPTS)
+    assert {script for launcher, script in started if launcher == "torchrun"} == {
+        "train.py", "generate.py", "fid.py"}
+    assert len(COMMANDS) > 25
+
+
+def test_num_after_torchrun_needs_the_two_dashes(capsys):
+    words = ["--standalone", "--nproc_per_node=8", "fid.py", "calc", "--num", "50000"]
+    with pytest.raises(SystemExit):
+        get_args_parser().parse_args(words)
+    assert "ambiguous option: --num" in capsys.readouterr().err
+    launch = get_args_parser().parse_args([*words[:2], "--", *words[2:]])
+    assert launch.training_script == "fid.py"
+    assert launch.training_script_args == ["calc", "--num", "50000"]
+
+
+# ------------------------------------------------------------------------- the stand-in world
+
+
+def write_images(folder, classes, per_class, height, width):
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = rng.integers(0, 100, [height, width, 3]) + 30 * k
+            PIL.Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
+
+
+def make_world(root):
+    """Writes small pictures where the documents keep downloaded data sets."""
+    write_images(root / "downloads/cifar10", [f"{k}_class" for k in range(4)], 4, 8, 8)
+    write_images(root / "downloads/ffhq/images1024x1024", ["00000", "01000"], 8, 16, 16)
+    write_images(root / "downloads/afhqv2", ["test", "train"], 8, 16, 16)
+    write_images(root / "downloads/imagenet/ILSVRC/Data/CLS-LOC/train", ["n01", "n02"], 8, 14, 18)
+    folder = root / PUBLISHED / "cifar10_ncsnpp_D_2048"
+    folder.mkdir(parents=True)
+    torch.save({"ema": torch.nn.Linear(2, 2)}, folder / "training-state.pt")  # pickles a class
+
+
+def stand_in(arg):
+    """Returns an argument of the documents as it is in the small world."""
+    if match := re.fullmatch(r"--seeds=(\d+)-\d+", arg):
+        return f"--seeds={match[1]}-{int(match[1]) + 3}"
+    arg = arg.replace("--resolution=64x64", "--resolution=8x8")
+    arg = re.sub(r"(?<=network-snapshot-)\d+", "000000", arg)
+    arg = re.sub(r"(?<=--ckpt=)\d+", "0", arg)
+    return re.sub(r"(?<=--ref=)https://nvlabs-fi-cdn.nvidia.com/edm/", "", arg)
+
+
+SMALL_TRAIN = ["--duration=0.000016", "--batch=8", "--rbatch=16", "--nblock=1", "--workers=0",
+               "--samples=0", "--seed=0", "--device=cpu"]
+SMALLER = {
+    "generate.py": ["--steps=2", "--batch=4", "--device=cpu"],
+    "dataset_tool.py": ["--workers=1"],
+    "fid.py calc": ["--num=4", "--detector=pixels", "--workers=0", "--device=cpu"],
+    "fid.py ref": ["--detector=pixels", "--workers=0", "--device=cpu"],
+}
+
+
+def run(script, args, *, fails_with=None):
+    done = CliRunner().invoke(SCRIPTS[script], args)
+    text = f"{script} {shlex.join(args)}\n{done.output}"
+    if fails_with is None:
+        assert done.exit_code == 0, f"{text}\n{done.exception!r}"
+    else:
+        assert done.exit_code == 1 and fails_with in done.output, text
+    return done.output
+
+
+def run_documented(script, documented):
+    args = [stand_in(arg) for arg in documented]
+    if script == "train.py":
+        run(script, [*args, "--device=cpu", "--dry-run"])  # the values as documented
+        # ADM's attention has heads of 64 channels.
+        size = ["--cbase=64", "--cres=1"] if "--arch=adm" in args else ["--cbase=8", "--cres=1,2"]
+        run(script, [*args, *SMALL_TRAIN, *size])
+    elif script == "fid.py":
+        for name in re.findall(r"edm/fid-refs/([\w-]+)\.npz", " ".join(documented)):
+            run(script, ["ref", f"--data=datasets/{name}.zip", f"--dest=fid-refs/{name}.npz",
+                         *SMALLER["fid.py ref"]])
+        output = run(script, [*args, *SMALLER[f"fid.py {args[0]}"]])
+        assert args[0] == "ref" or re.search(r"pixels Frechet distance: [\d.e+-]+\n", output)
+    else:
+        run(script, [*args, *SMALLER[script]])
+
+
+def test_documented_commands_run_on_stand_in_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_world(tmp_path)
+    commands = [script_and_args(words) for _, words in COMMANDS]
+    commands.sort(key=lambda command: command[0] != "dataset_tool.py")  # else in their order
+    for script, args in commands:
+        if PUBLISHED in " ".join(args):
+            # Holds as long as the documents say that published checkpoints can't be read.
+            run(script, [*map(stand_in, args), *SMALLER[script]],
+                fails_with="not a training state or network snapshot of this project")
+            args = [f"--network={OWN_NETWORK}" if PUBLISHED in arg else arg for arg in args]
+        run_documented(script, args)
+    run_dir = tmp_path / "runs/cifar10-2048"
+    for folder, first in (("ckpt", 0), ("ckpt_2", 50000), ("ckpt_3", 100000)):
+        assert (run_dir / f"{folder}_000000/{first:06d}/{first:06d}.png").exists()
+    assert {path.name for path in (tmp_path / "out/vis").iterdir()} == {"grid.png", "movie.gif"}
+
+
+# ----------------------------------------------------------------------- help, names, links
+
+
+def make_help():
+    spec = importlib.util.spec_from_file_location("make_help", ROOT / "docs/make_help.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_help_texts_are_what_the_scripts_print():
+    texts = make_help().help_texts()
+    assert set(texts) == {path.name for path in (ROOT / "docs").glob("*-help.txt")}
+    for name, text in texts.items():
+        written = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert written == text, f"docs/{name} is out of date: run `python docs/make_help.py`"
+        assert max(map(len, text.splitlines())) <= make_help().WIDTH
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_leaves_lines_of_examples_alone(script):
+    output = CliRunner().invoke(SCRIPTS[script], ["--help"]).output
+    assert "\\b" not in output, "click's mark for such lines is printed: is the docstring raw?"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    headings = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")
+                for title in re.findall(r"^#+ (.*)$", text, re.M)}
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not re.match(r"https?://", target):
+            assert (path.parent / target).exists(), target
+
+
+def test_first_two_make_lines_are_demo_and_test():
+    lines = [line for line in "".join(blocks(ROOT / "README.md")).splitlines()
+             if line.startswith("make ")]
+    assert lines[:2] == ["make demo", "make test"]
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert {line.split()[1] for line in lines} <= set(targets)
+
+
+def resolve(module_name, dotted):
+    value = importlib.import_module(module_name)
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def test_mathematics_names_existing_code():
+    text = (ROOT / "docs/mathematics.md").read_text(encoding="utf-8")
+    found = re.findall(r"^Code: `([\w/]+)\.py`: (.*?)(?=\n\n|\nCode:|\Z)", text, re.M | re.S)
+    sections = text.split("\n## ")[1:]
+    assert len(found) >= len(sections) >= 15
+    for section in sections:
+        assert "\nCode: `" in section, section.splitlines()[0]
+    for file, names in found:
+        for dotted in re.findall(r"`([\w.]+)`", names):
+            assert resolve(file.replace("/", "."), dotted) is not None
+
+
+def test_migration_names_every_flag_and_existing_imports():
+    text = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
+    parts = {part.splitlines()[0]: part for part in text.split("\n## ")}
+    for script, command in SCRIPTS.items():
+        for each in getattr(command, "commands", {"": command}).values():
+            flags = {flag for option in each.params for flag in option.opts}
+            missing = {flag for flag in flags if f"`{flag}`" not in parts[script]
+                       and f"{each.name} {flag}`" not in parts[script]}
+            assert not missing, f"{script}: {missing}"
+    here = [row.split("|")[2] for row in parts["Imports"].splitlines() if row.startswith("| `")]
+    names = re.findall(r"`((?:training|metrics|dnnlib)\.\w+)\.(\w+)`", " ".join(here))
+    assert len(names) > 15
+    for module, name in names:
+        resolve(module, name)
+
+
+# ------------------------------------------------------------------------------------ numbers
+
+
+def table(path, first_header):
+    """Returns the cells of the rows of the table whose header begins so."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(first_header))
+    rows = []
+    for line in lines[start + 2:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+TRANSFER = ROOT / "docs/transfer.md"
+FOUR_DIGITS = 6e-4  # relative: the tables give four digits
+
+
+def test_quantiles_of_the_noise_are_those_of_the_chi_square_law():
+    rows = table(TRANSFER, "| D | 1% |")
+    assert len(rows) >= 7
+    for row in rows:
+        D = float(row[0])
+        expected = [np.sqrt(D / stats.chi2.ppf(1 - p, D)) for p in (0.01, 0.5, 0.99, 0.999)]
+        assert [float(cell) for cell in row[1:5]] == pytest.approx(expected, rel=FOUR_DIGITS)
+        if D > 2:
+            assert float(row[5]) == pytest.approx(D / (D - 2), rel=FOUR_DIGITS)
+        else:
+            assert row[5] == "infinite"
+
+
+def test_radii_of_the_worked_examples():
+    edm = [[float(cell) for cell in row[1:]] for row in table(TRANSFER, "| | sigma |")]
+    ddpm = [[float(cell) for cell in row] for row in table(TRANSFER, "| t | abar_t |")]
+    abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    for t, alpha, sigma, *_ in ddpm:
+        assert alpha == pytest.approx(abar[int(t) - 1], rel=FOUR_DIGITS)
+        assert sigma == pytest.approx(np.sqrt((1 - abar[int(t) - 1]) / abar[int(t) - 1]),
+                                      rel=FOUR_DIGITS)
+    assert len(edm) == 4 and len(ddpm) == 4
+    for sigma, *radii in [*edm, *(row[2:] for row in ddpm)]:
+        assert radii == pytest.approx([sigma * 128**0.5, sigma * 2048**0.5], rel=2 * FOUR_DIGITS)
+
+
+# ----------------------------------------------------------------------------------- versions
+
+
+def requirements():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_environment_has_the_packages_of_requirements():
+    text = (ROOT / "environment.yml").read_text()
+    above, _, below = text.partition("- pip:\n")
+    assert re.findall(r"^ +- (\S+)$", below, re.M) == requirements()
+    minor = int(re.search(r"- python=3\.(\d+)$", above, re.M)[1])
+    assert 10 <= minor <= 13  # what README promises
+
+
+def test_dockerfile_installs_requirements_before_code_as_another_user_than_root():
+    text = (ROOT / "Dockerfile").read_text()
+    code = re.sub(r"^#.*\n", "", text, flags=re.M).replace("\\\n", " ")
+    steps = [line for line in code.splitlines() if line.strip()]
+    [base] = [line.split()[1] for line in steps if line.startswith("FROM")]
+    assert re.fullmatch(r"[\w./]+:\d+\.\d+\.\d+[\w.-]*", base), "pinned to a patch release"
+    installs = [line for line in steps if "pip install" in line]
+    assert len(installs) == 1 and "pip install --requirement /tmp/requirements.txt" in installs[0]
+    order = [steps.index("COPY requirements.txt /tmp/requirements.txt"), steps.index(installs[0]),
+             steps.index("COPY . /workspace")]
+    assert order == sorted(order)
+    users = [line.split()[1] for line in steps if line.startswith("USER")]
+    assert users and users[-1].split(":")[0] not in ("root", "0")
+    assert "torchrun" in text
+
+
+def test_dockerfile_names_the_versions_of_requirements_and_of_its_base():
+    text = (ROOT / "Dockerfile").read_text()
+    [torch_version] = [line.split("==")[1] for line in requirements() if line.startswith("torch==")]
+    assert set(re.findall(r"torch[ =](?:==)?(\d+\.\d+\.\d+)", text)) == {torch_version}
+    cuda = re.search(r"^FROM nvidia/cuda:(\d+\.\d+)\.", text, re.M)[1]
+    assert f"torch.version.cuda.startswith('{cuda}')" in text
+    assert f"CUDA {cuda}" in text
