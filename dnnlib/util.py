@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlparse
 
 CACHE_DIR_ENV = "PFGMPP_CACHE_DIR"
 _CHUNK_BYTES = 1 << 20
+_HTML_STARTS = (b"<!doctype html", b"<html")
 
 
 class EasyDict(dict):
@@ -118,19 +119,25 @@ def is_url(text: str) -> bool:
 def open_url(url: str, sha256: str | None = None) -> IO[bytes]:
     """Opens a local file or an http(s) address for reading in binary.
 
-    Downloads are kept in the cache folder and appear there only when complete.
+    Downloads are kept in the cache folder and appear there only when complete and as expected; a
+    download that was cut short starts afresh.
 
     Args:
-        url: a path or an address.
+        url: a path or an address; an address may end in '#sha256:HEX', which pins its content.
         sha256: the expected hash of the whole file, or None for no check.
 
     Raises:
         OSError: the file or address can't be read, or it is not what it was said to be.
     """
     if not is_url(url):
+        if "://" in str(url):
+            raise OSError(f"{url}: only http and https addresses and local files can be opened")
         return open(url, "rb")
+    url, _, pin = url.partition("#sha256:")
+    sha256 = (sha256 or pin or "").lower() or None
     name = re.sub(r"[^\w.-]", "_", unquote(os.path.basename(urlparse(url).path))) or "download"
-    target = cache_dir("downloads") / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{name}"
+    key = hashlib.sha256(f"{url} {sha256}".encode()).hexdigest()[:16]
+    target = cache_dir("downloads") / f"{key}_{name}"
     if not target.is_file():
         _download(url, target, sha256)
     return open(target, "rb")
@@ -138,30 +145,39 @@ def open_url(url: str, sha256: str | None = None) -> IO[bytes]:
 
 def _download(url: str, target: Path, sha256: str | None) -> None:
     import requests  # late: commands that download nothing start faster
-    from tqdm import tqdm
 
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    digest, received = hashlib.sha256(), 0
     try:
         with requests.get(url, stream=True, timeout=30) as reply, open(part, "wb") as file:
             reply.raise_for_status()
-            total = int(reply.headers.get("Content-Length", 0)) or None
-            if reply.headers.get("Content-Type", "").startswith("text/html"):
-                raise OSError(f"{url}: a web page came back instead of a file")
-            with tqdm(total=total, unit="B", unit_scale=True, desc=target.name,
-                      disable=None, leave=False) as bar:
-                for chunk in reply.iter_content(_CHUNK_BYTES):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    received += len(chunk)
-                    bar.update(len(chunk))
-        if total is not None and "Content-Encoding" not in reply.headers and received != total:
-            raise OSError(f"{url}: {received} of {total} bytes came")
-        if sha256 is not None and digest.hexdigest() != sha256:
-            raise OSError(f"{url}: sha256 is {digest.hexdigest()}, expected {sha256}")
+            found = _receive(reply, url, file)
+        if sha256 is not None and found != sha256:
+            raise OSError(f"{url}: sha256 is {found}, expected {sha256}")
         os.replace(part, target)
     except requests.RequestException as error:
         raise OSError(f"{url}: {error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _receive(reply, url: str, file: IO[bytes]) -> str:
+    """Writes the body of a reply to `file`; returns its sha256."""
+    from tqdm import tqdm
+
+    expected = None  # unknown where the body is compressed on its way
+    if "Content-Encoding" not in reply.headers and "Content-Length" in reply.headers:
+        expected = int(reply.headers["Content-Length"])
+    digest, received = hashlib.sha256(), 0
+    with tqdm(total=expected, unit="B", unit_scale=True, desc=os.path.basename(file.name),
+              disable=None, leave=False) as bar:
+        for chunk in reply.iter_content(_CHUNK_BYTES):
+            if received == 0 and chunk.lstrip()[:15].lower().startswith(_HTML_STARTS):
+                raise OSError(f"{url}: a web page came back instead of a file; download it by hand")
+            file.write(chunk)
+            digest.update(chunk)
+            received += len(chunk)
+            bar.update(len(chunk))
+    if expected is not None and received != expected:
+        raise OSError(f"{url}: {received} of {expected} bytes came")
+    return digest.hexdigest()

@@ -1,0 +1,164 @@
+import hashlib
+import http.server
+import json
+import sys
+import threading
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from dnnlib import EasyDict, util
+from dnnlib.cli import FloatList, IntList, UserError, user_errors
+from dnnlib.util import Logger, cache_dir, format_time, open_url
+from torch_utils.atomic import atomic_write, write_json
+
+BODY = bytes(range(256)) * 5000
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves BODY, whole or in one of the ways in which servers fail."""
+
+    hits: list[str] = []
+
+    def do_GET(self):
+        self.hits.append(self.path)
+        if self.path == "/missing":
+            self.send_error(404)
+            return
+        body = b"  <!DOCTYPE html><p>Sign in</p>" if self.path == "/page" else BODY
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:1000] if self.path == "/cut" else body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv(util.CACHE_DIR_ENV, str(tmp_path))
+    Handler.hits = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def cached():
+    folder = cache_dir("downloads")
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_a_download_is_made_once_and_kept(server):
+    for _ in range(2):
+        with open_url(f"{server}/a/weights.bin?x=1") as file:
+            assert file.read() == BODY
+    assert Handler.hits == ["/a/weights.bin?x=1"]
+    [name] = cached()
+    assert name.endswith("_weights.bin")
+
+
+def test_the_right_hash_is_accepted_as_argument_and_as_pin(server):
+    digest = hashlib.sha256(BODY).hexdigest()
+    with open_url(f"{server}/x", sha256=digest) as file:
+        assert file.read() == BODY
+    with open_url(f"{server}/y#sha256:{digest.upper()}") as file:
+        assert file.read() == BODY
+    assert Handler.hits == ["/x", "/y"]
+
+
+@pytest.mark.parametrize("path, message", [
+    ("/missing", "404"), ("/page", "web page"), ("/cut", "1000"),
+    ("/x#sha256:" + "0" * 64, "expected 0000"),
+])
+def test_a_failed_download_leaves_the_cache_as_it_was(server, path, message):
+    open_url(f"{server}/good").close()
+    before = cached()
+    with pytest.raises(OSError, match=message):
+        open_url(server + path)
+    assert cached() == before
+
+
+def test_a_dead_server_and_other_schemes_are_one_line(server):
+    with pytest.raises(OSError, match="127.0.0.1"):
+        open_url("http://127.0.0.1:9/x")
+    for url in ("ftp://host/x", "file:///etc/passwd", "gdrive://x"):
+        with pytest.raises(OSError, match="only http and https"):
+            open_url(url)
+    assert cached() == []
+
+
+def test_a_local_file_is_opened_as_it_is(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    with open_url(str(tmp_path / "x")) as file:
+        assert file.read() == b"abc"
+
+
+def test_easydict_keys_are_attributes():
+    d = EasyDict(a=1)
+    d.b = 2
+    del d.a
+    assert d == {"b": 2} and d.b == 2
+    with pytest.raises(AttributeError):
+        _ = d.a
+
+
+def test_logger_copies_lines_and_leaves_progress_bars_out(tmp_path, capsys):
+    with Logger(tmp_path / "log.txt"):
+        print("one")
+        print("\r 10%|#", end="", file=sys.stderr)
+        print("two", file=sys.stderr)
+    print("three")
+    assert (tmp_path / "log.txt").read_text() == "one\ntwo\n"
+    assert capsys.readouterr().out == "one\nthree\n"
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0.4, "0s"), (59.6, "1m 00s"), (3599, "59m 59s"), (3661, "1h 01m 01s"),
+    (90061, "1d 01h 01m")])
+def test_durations_are_readable(seconds, text):
+    assert format_time(seconds) == text
+
+
+def test_lists_keep_order_and_ranges():
+    assert IntList().convert("5,1-3,2", None, None) == (5, 1, 2, 3)
+    assert IntList(unique=False).convert("2,2,2", None, None) == (2, 2, 2)
+    assert FloatList().convert("0,0.1", None, None) == (0.0, 0.1)
+    for text in ("", "a", "3-1", "1--2", "0-999999999"):
+        with pytest.raises(click.BadParameter):
+            IntList().convert(text, None, None)
+
+
+def test_user_errors_are_one_line_from_rank_0(monkeypatch):
+    @click.command()
+    def main():
+        with user_errors(2):
+            raise ValueError("bad\n  thing")
+    result = CliRunner().invoke(main)
+    assert result.exit_code == 2 and result.output == "Error: bad thing\n"
+    monkeypatch.setenv("RANK", "1")
+    result = CliRunner().invoke(main)
+    assert result.exit_code == 2 and result.output == ""
+
+
+def test_other_errors_are_not_hidden():
+    with pytest.raises(KeyError), user_errors():
+        raise KeyError("a bug")
+    with pytest.raises(UserError, match="^nowhere: No such file"), user_errors():
+        Path("nowhere").read_bytes()
+
+
+def test_an_interrupted_write_leaves_the_earlier_file_alone(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
