@@ -110,7 +110,7 @@ def calc(images: str, ref_path: str, num: int, seed: int, ckpt: float, end_ckpt:
                 reference = load_reference(ref_path)
                 if reference.detector != name:
                     raise ValueError(f"{ref_path}: made with detector {reference.detector}, but "
-                                     f"--detector={detector} is {name}")
+                                     f"--detector={detector} is {name}; give --detector={reference.detector}")
                 datasets = [ImageFolderDataset(path, max_size=num, random_seed=seed)
                             for path in folders or [images]]
                 for dataset in datasets:

@@ -65,6 +65,8 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, class_idx, batch, pfgm
         sampler = SamplerConfig(**sampler_options)
         misc.configure_backends(precision)
         with distributed.process_group(device) as torch_device:
+            if precision == "fp16" and torch_device.type != "cuda":
+                distributed.print0("Note: fp16 is for GPUs; on the CPU the network runs in fp32")
             for source, folder in sources:
                 net, digest, net_sampler = _load_network(source, torch_device, precision, sampler)
                 _check_options(source, net, pfgmpp, aug_dim, class_idx)
@@ -72,6 +74,7 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, class_idx, batch, pfgm
                 settings = {
                     "weights": digest, "class": class_idx, "precision": precision,
                     "device": torch_device.type, "D": _json_number(net.D),
+                    "subdirs": subdirs or network is None,
                     **{k: _json_number(v) for k, v in dataclasses.asdict(net_sampler).items()},
                 }
                 sampling = {"sampler": net_sampler, "device": torch_device, "class_idx": class_idx}
@@ -108,7 +111,8 @@ def _load_network(source, device, precision, sampler):
     content = checkpoint.load(source)
     net = checkpoint.build_ema(content).to(device)
     net.compute_dtype = compute_dtype(precision)
-    if content["options"].get("lsun") and not sampler.discretization and sampler.sigma_max is None:
+    is_edm_grid = sampler.discretization in (None, "edm")
+    if content["options"].get("lsun") and is_edm_grid and sampler.sigma_max is None:
         sampler = dataclasses.replace(sampler, sigma_max=LSUN_SIGMA_MAX)
     return net, checkpoint.digest(content["ema"]), sampler
 

@@ -42,7 +42,7 @@ _BOOL = click.BOOL
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), help="Arithmetic inside the network.  [default: fp32]")
 @click.option("--fp16", type=_BOOL, default=False, help="The same as --precision=fp16.")
 @click.option("--ls", metavar="FLOAT", type=float, help="Loss scaling.  [default: dynamic for fp16, else 1]")
-@click.option("--max-bad-steps", metavar="INT", type=int, default=100, help="End the run after more steps in a row with gradients that are not finite.")
+@click.option("--max-bad-steps", metavar="INT", type=int, default=100, help="End the run after more steps in a row with gradients that are not finite; looked at once a tick.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to train.")
 @click.option("--compile", "compile_", type=click.Choice(["auto", "0", "1"]), default="auto", help="torch.compile the network; auto is off.")
 @click.option("--deterministic", type=_BOOL, is_flag=False, flag_value=True, default=False, help="Only deterministic GPU kernels.")
@@ -85,7 +85,6 @@ def main(outdir, data, name, desc, nosubdir, device, resume, dry_run, **opts):
 
     from torch_utils import distributed
     from training import checkpoint
-    from training.training_loop import DivergedError
 
     with user_errors(BAD_USAGE):
         config = _config(data, opts)
@@ -98,16 +97,13 @@ def main(outdir, data, name, desc, nosubdir, device, resume, dry_run, **opts):
             except checkpoint.SnapshotGivenError as error:
                 raise UserError(str(error), BAD_USAGE) from error
         config = _settle_seed(config, opts["seed"], state)
-        dataset = _open_dataset(config)
+        dataset = _open_dataset(config, pack=config.cache and not dry_run)
         if dry_run:
             _print_options(config, dataset)
             return
         run_dir = distributed.run_on_rank0(
             _make_run_dir, config, dataset.name, Path(outdir), fixed_dir, desc, bool(resume))
-        try:
-            _train(config, dataset, run_dir, torch_device, state)
-        except DivergedError as error:
-            raise UserError(str(error), DIVERGED) from error
+        _train(config, dataset, run_dir, torch_device, state)
 
 
 def _config(data: str, opts: dict):
@@ -167,8 +163,8 @@ def _load_state(fixed_dir: Path | None, resume: str):
     return str(path), checkpoint.load_state(path)
 
 
-def _open_dataset(config):
-    """Returns the data set, checked against the options; packs it on first use."""
+def _open_dataset(config, pack: bool):
+    """Returns the data set, checked against the options; packs it on first use if asked to."""
     import torch
 
     from training.dataset import ImageFolderDataset
@@ -180,7 +176,7 @@ def _open_dataset(config):
                         "train with --cond=0", BAD_USAGE)
     with torch.device("meta"):  # the network's own checks, without its memory
         build_network(config.network(dataset.resolution, dataset.num_channels, dataset.label_dim))
-    if not config.cache:
+    if not pack:
         dataset.check_uniform()
         return dataset
     return ImageFolderDataset(config.data, cache=True, **kwargs)
@@ -215,13 +211,20 @@ def _train(config, dataset, run_dir, device, state) -> None:
 
     from dnnlib.util import Logger
     from torch_utils import distributed
-    from training.training_loop import training_loop
+    from training.training_loop import DivergedError, training_loop
     log = Logger(run_dir / "log.txt") if distributed.get_rank() == 0 else contextlib.nullcontext()
     with log:
         distributed.print0(f"Run directory  {run_dir}")
         if state:
             distributed.print0(f"Resuming from  {state[0]}")
-        training_loop(config, dataset=dataset, run_dir=run_dir, device=device, resume=state)
+        try:
+            training_loop(config, dataset=dataset, run_dir=run_dir, device=device, resume=state)
+        except (DivergedError, ValueError, OSError) as error:
+            if distributed.get_rank() == 0:
+                log.write_file(f"Error: {error}\n")  # the console shows it at the end
+            if isinstance(error, DivergedError):
+                raise UserError(str(error), DIVERGED) from error
+            raise
 
 
 def _print_options(config, dataset) -> None:

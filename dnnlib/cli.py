@@ -33,24 +33,9 @@ def user_errors(exit_code: int = BAD_INPUT) -> Iterator[None]:
 
 def describe(error: Exception) -> str:
     """Returns the error's own words, without an errno number before them."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename or repr('')}: {error.strerror}"
     return str(error)
-
-
-class FloatList(click.ParamType):
-    """Comma-separated numbers."""
-
-    name = "list"
-
-    def convert(self, value, param, ctx):
-        """Returns a tuple of floats."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(float(item) for item in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 1,2,3", param, ctx)
 
 
 class IntList(click.ParamType):

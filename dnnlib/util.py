@@ -17,20 +17,16 @@ _HTML_STARTS = (b"<!doctype html", b"<html")
 class EasyDict(dict):
     """A dict whose keys are also attributes: `d.x` is `d['x']`."""
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
+    __setattr__ = dict.__setitem__
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
+    def __getattr__(self, key: str) -> Any:
+        if key not in self:
+            raise AttributeError(f"no key {key!r}")
+        return self[key]
 
-    def __delattr__(self, name: str) -> None:
-        try:
-            del self[name]
-        except KeyError:
-            raise AttributeError(name) from None
+    def __delattr__(self, key: str) -> None:
+        if self.pop(key, self) is self:
+            raise AttributeError(f"no key {key!r}")
 
 
 class Logger:
@@ -116,7 +112,7 @@ def is_url(text: str) -> bool:
     return urlparse(str(text)).scheme in ("http", "https")
 
 
-def open_url(url: str, sha256: str | None = None) -> IO[bytes]:
+def open_url(url: str, sha256: str | None = None, *, verbose: bool = True) -> IO[bytes]:
     """Opens a local file or an http(s) address for reading in binary.
 
     Downloads are kept in the cache folder and appear there only when complete and as expected; a
@@ -125,6 +121,7 @@ def open_url(url: str, sha256: str | None = None) -> IO[bytes]:
     Args:
         url: a path or an address; an address may end in '#sha256:HEX', which pins its content.
         sha256: the expected hash of the whole file, or None for no check.
+        verbose: show a progress bar on a terminal.
 
     Raises:
         OSError: the file or address can't be read, or it is not what it was said to be.
@@ -139,11 +136,11 @@ def open_url(url: str, sha256: str | None = None) -> IO[bytes]:
     key = hashlib.sha256(f"{url} {sha256}".encode()).hexdigest()[:16]
     target = cache_dir("downloads") / f"{key}_{name}"
     if not target.is_file():
-        _download(url, target, sha256)
+        _download(url, target, sha256, verbose)
     return open(target, "rb")
 
 
-def _download(url: str, target: Path, sha256: str | None) -> None:
+def _download(url: str, target: Path, sha256: str | None, verbose: bool) -> None:
     import requests  # late: commands that download nothing start faster
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +148,7 @@ def _download(url: str, target: Path, sha256: str | None) -> None:
     try:
         with requests.get(url, stream=True, timeout=30) as reply, open(part, "wb") as file:
             reply.raise_for_status()
-            found = _receive(reply, url, file)
+            found = _receive(reply, url, file, verbose)
         if sha256 is not None and found != sha256:
             raise OSError(f"{url}: sha256 is {found}, expected {sha256}")
         os.replace(part, target)
@@ -161,7 +158,7 @@ def _download(url: str, target: Path, sha256: str | None) -> None:
         part.unlink(missing_ok=True)
 
 
-def _receive(reply, url: str, file: IO[bytes]) -> str:
+def _receive(reply, url: str, file: IO[bytes], verbose: bool) -> str:
     """Writes the body of a reply to `file`; returns its sha256."""
     from tqdm import tqdm
 
@@ -170,7 +167,7 @@ def _receive(reply, url: str, file: IO[bytes]) -> str:
         expected = int(reply.headers["Content-Length"])
     digest, received = hashlib.sha256(), 0
     with tqdm(total=expected, unit="B", unit_scale=True, desc=os.path.basename(file.name),
-              disable=None, leave=False) as bar:
+              disable=None if verbose else True, leave=False) as bar:
         for chunk in reply.iter_content(_CHUNK_BYTES):
             if received == 0 and chunk.lstrip()[:15].lower().startswith(_HTML_STARTS):
                 raise OSError(f"{url}: a web page came back instead of a file; download it by hand")

@@ -26,7 +26,8 @@ def _own_cache(tmp_path_factory):
     os.environ["PFGMPP_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
 
 
-def write_dataset(path: Path, num: int = 40, side: int = 8, classes: int = 2, channels: int = 3):
+def write_dataset(path: Path, num: int = 40, side: int = 8, classes: int = 2, channels: int = 3,
+                  vectors: bool = False):
     """Writes a ZIP of noisy images whose brightness tells the class; None labels if classes=0."""
     rng = np.random.default_rng(0)
     labels = []
@@ -38,7 +39,7 @@ def write_dataset(path: Path, num: int = 40, side: int = 8, classes: int = 2, ch
             PIL.Image.fromarray(pixels.astype(np.uint8).squeeze()).save(buffer, "PNG")
             name = f"00000/img{i:08d}.png"
             archive.writestr(name, buffer.getvalue())
-            labels.append([name, k])
+            labels.append([name, [0.0, float(k), -1.5] if vectors else k])
         archive.writestr("dataset.json", json.dumps({"labels": labels if classes else None}))
     return path
 

@@ -160,6 +160,10 @@ def test_a_folders_fingerprint_changes_when_a_file_does(tmp_path, name):
     first = ImageFolderDataset(path).fingerprint
     assert ImageFolderDataset(path).fingerprint == first
     os.utime(path / name, (1, 1))
+    assert ImageFolderDataset(path).fingerprint == first  # a copy elsewhere is the same data
+    data = bytearray((path / name).read_bytes())
+    data[-1] ^= 1
+    (path / name).write_bytes(data)
     assert ImageFolderDataset(path).fingerprint != first
 
 
@@ -456,3 +460,18 @@ def test_pictures_beside_generated_images_are_not_samples(tmp_path):
     assert len(ImageFolderDataset(tmp_path)) == 2  # any folder may be called vis
     (tmp_path / "generate.json").write_text("{}")
     assert len(ImageFolderDataset(tmp_path)) == 1
+
+
+def test_folders_of_equal_names_sizes_and_times_are_told_apart(tmp_path):
+    """Stored PNGs of one resolution have one size, and archives restore times."""
+    paths = []
+    for level in (10, 200):
+        paths.append(tmp_path / str(level))
+        paths[-1].mkdir()
+        file = paths[-1] / "a.png"
+        PIL.Image.new("L", (4, 4), level).save(file, compress_level=0)
+        os.utime(file, (0, 0))
+    assert paths[0].joinpath("a.png").stat().st_size == paths[1].joinpath("a.png").stat().st_size
+    first, second = (ImageFolderDataset(path, cache=True) for path in paths)
+    assert first.fingerprint != second.fingerprint
+    assert first[0][0].max() == 10 and second[0][0].max() == 200

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from dnnlib import EasyDict, util
-from dnnlib.cli import FloatList, IntList, UserError, user_errors
+from dnnlib.cli import IntList, UserError, user_errors
 from dnnlib.util import Logger, cache_dir, format_time, open_url
 from torch_utils.atomic import atomic_write, write_json
 
@@ -129,7 +129,6 @@ def test_durations_are_readable(seconds, text):
 def test_lists_keep_order_and_ranges():
     assert IntList().convert("5,1-3,2", None, None) == (5, 1, 2, 3)
     assert IntList(unique=False).convert("2,2,2", None, None) == (2, 2, 2)
-    assert FloatList().convert("0,0.1", None, None) == (0.0, 0.1)
     for text in ("", "a", "3-1", "1--2", "0-999999999"):
         with pytest.raises(click.BadParameter):
             IntList().convert(text, None, None)

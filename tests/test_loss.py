@@ -244,3 +244,23 @@ def test_the_ideal_denoiser_minimises_the_expected_loss(D):
     assert np.abs(slopes_at(D, D)).max() < 4
     # The same test tells the denoiser of another D apart.
     assert np.abs(slopes_at(INF if D < 100 else 2, D)).max() > 6
+
+
+@pytest.mark.parametrize("loss_fn", [EDMLoss(), VELoss(), VPLoss()])
+def test_the_network_sees_sigma_shaped_to_broadcast_over_the_images(loss_fn):
+    """As in the published losses, so that any denoiser written for them works."""
+    def net(x, sigma, labels=None, augment_labels=None):
+        assert sigma.shape == (4, 1, 1, 1)
+        return x / (1 + sigma**2)
+    assert loss_fn(net, torch.randn(4, 3, 8, 8), None, None).shape == (4, 3, 8, 8)
+
+
+def test_any_function_can_augment():
+    def pipe(images):
+        return -images, torch.full([len(images), 9], 2.0)
+
+    def net(x, sigma, labels=None, augment_labels=None):
+        assert (augment_labels == 2).all()
+        return -ones
+    ones = torch.ones(4, 3, 8, 8)
+    assert (EDMLoss()(net, ones, None, pipe) == 0).all()

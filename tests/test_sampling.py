@@ -241,3 +241,11 @@ def test_settings_that_make_no_grid_are_refused_before_any_sampling(settings):
     with pytest.raises(ValueError) as error:
         SamplerConfig(**settings).check(network(INF))
     assert "\n" not in str(error.value) and str(error.value)
+
+
+def test_stacked_generators_take_the_device_as_the_references_give_it():
+    rnd = StackedRandomGenerator("cpu", [1, 2])
+    z = rnd.randn([2, 3], device="cpu")
+    k = rnd.randint(10, size=[2], device="cpu")
+    again = StackedRandomGenerator("cpu", [1, 2])
+    assert torch.equal(z, again.randn([2, 3])) and torch.equal(k, again.randint(10, size=[2]))

@@ -168,6 +168,12 @@ def test_dry_run_writes_nothing(dataset_zip, tmp_path, invoke):
     assert not (tmp_path / "new").exists()
 
 
+def test_dry_run_packs_nothing(dataset_zip, tmp_path, invoke, monkeypatch):
+    monkeypatch.setenv("PFGMPP_CACHE_DIR", str(tmp_path / "cache"))
+    invoke(train.main, f"--outdir={tmp_path / 'new'}", f"--data={dataset_zip}", "-n", *TINY_RUN)
+    assert not (tmp_path / "cache").exists()
+
+
 def one_line_error(result, code, *words):
     assert result.exit_code == code, result.output
     [line] = [text for text in result.output.splitlines() if text.startswith("Error: ")]
@@ -234,6 +240,42 @@ def test_resuming_something_else_gets_one_line(undisturbed, dataset_zip, tmp_pat
     torn = tmp_path / "training-state-000000.pt"
     torn.write_bytes(state.read_bytes()[:-1000])
     one_line_error(invoke(train.main, *common, f"--resume={torn}"), 1, torn.name, "damaged")
+
+
+def test_auto_resume_goes_by_the_images_in_the_file(undisturbed, tmp_path, invoke):
+    run_dir, args = undisturbed
+    older, _, newest = states(run_dir)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "training-state-000000.pt").write_bytes(newest.read_bytes())
+    (tmp_path / "run" / older.name).write_bytes(older.read_bytes())
+    args = [a for a in args if not a.startswith("--outdir")]
+    result = invoke(train.main, *args, f"--outdir={tmp_path}", "--resume=auto")
+    assert "Resuming from" in result.output and "training-state-000000.pt" in result.output
+    assert "Nothing to do" in result.output
+
+
+def test_a_transfer_that_does_not_fit_names_the_weight(undisturbed, dataset_zip, tmp_path, invoke):
+    source = undisturbed[0] / "network-snapshot-000000.080.pt"
+    result = invoke(train.main, f"--outdir={tmp_path}", f"--data={dataset_zip}", *TINY_RUN,
+                    "--cbase=16", f"--transfer={source}")
+    one_line_error(result, 1, "model.", "here", "there")
+
+
+def test_a_run_on_label_vectors_trains_and_draws_its_grids(tmp_path, invoke):
+    data = write_dataset(tmp_path / "vectors.zip", vectors=True)
+    result = invoke(train.main, f"--outdir={tmp_path}", f"--data={data}", "--cond=1", *TINY_RUN,
+                    "--samples=4", "--duration=0.000008", "--name=run")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / "samples-000000.png").exists()
+
+
+def test_a_diverged_run_says_so_on_the_console_and_in_its_log(dataset_zip, tmp_path, invoke):
+    result = invoke(train.main, f"--outdir={tmp_path}", f"--data={dataset_zip}", *TINY_RUN,
+                    "--pfgmpp=1", "--aug_dim=0.001", "--max-bad-steps=2", "--duration=0.00004",
+                    "--tick=0.008", "--name=run")
+    one_line_error(result, 3, "steps in a row", "larger --aug_dim")
+    assert "Error: " in (tmp_path / "run" / "log.txt").read_text()
+    assert "Warning: noise of D = 0.001" in result.output
 
 
 def test_a_finished_run_is_not_overwritten(undisturbed, invoke):

@@ -5,6 +5,7 @@ Under torchrun it is NCCL on GPUs and gloo on the CPU.
 """
 
 import contextlib
+import datetime
 import gc
 import os
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,9 @@ import torch
 import torch.distributed
 
 T = TypeVar("T")
+
+# Long enough for rank 0 to pack a large data set while the others wait.
+_TIMEOUT = datetime.timedelta(hours=2)
 
 
 def init(device: str = "auto") -> torch.device:
@@ -28,14 +32,14 @@ def init(device: str = "auto") -> torch.device:
     chosen = _choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if "LOCAL_WORLD_SIZE" in os.environ and chosen.type == "cpu":
-        # torchrun sets OMP_NUM_THREADS=1 whatever the number of cores.
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and chosen.type == "cpu":
+        # torchrun sets OMP_NUM_THREADS=1 for several processes, whatever the number of cores.
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(cores // int(os.environ["LOCAL_WORLD_SIZE"]), 1))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         kwargs = {"device_id": chosen} if chosen.type == "cuda" else {}
-        torch.distributed.init_process_group(backend, **kwargs)
+        torch.distributed.init_process_group(backend, timeout=_TIMEOUT, **kwargs)
     return chosen
 
 
@@ -77,18 +81,22 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
 
 def get_rank() -> int:
     """Returns this process's number, 0 without a process group."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    return torch.distributed.get_rank() if _in_group() else 0
 
 
 def get_world_size() -> int:
     """Returns the number of processes, 1 without a process group."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return torch.distributed.get_world_size() if _in_group() else 1
 
 
-def print0(*args, **kwargs) -> None:
-    """Prints on rank 0 alone."""
+def _in_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def print0(*values, **options) -> None:
+    """Prints on rank 0 alone, at once."""
     if get_rank() == 0:
-        print(*args, **kwargs, flush=True)
+        print(*values, **{"flush": True, **options})
 
 
 def barrier() -> None:

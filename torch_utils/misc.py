@@ -5,7 +5,6 @@ import os
 import numpy as np
 import torch
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -36,8 +36,8 @@ def report(name: str, value: float | torch.Tensor) -> float | torch.Tensor:
 class Collector:
     """Takes what was reported since the last `update`, over all ranks."""
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device | str = "cpu"):
+        self._device = torch.device(device)
         self._moments: dict[str, list[float]] = {}
         _sums.clear()
 
@@ -62,6 +62,8 @@ class Collector:
 
 
 def _summary(num: float, total: float, squares: float) -> dict[str, float]:
+    if num == 0:
+        return {"num": 0, "mean": math.nan, "std": math.nan}
     mean = total / num
     variance = squares / num - mean**2
     std = math.nan if math.isnan(variance) else math.sqrt(max(variance, 0.0))

@@ -85,6 +85,7 @@ class AugmentDraws:
         return torch.stack([column.to(torch.float32) for column in columns], dim=1)
 
 
+@dataclasses.dataclass
 class AugmentPipe:
     """Draws augmentations and applies them: `images, labels = pipe(images)`.
 
@@ -100,34 +101,19 @@ class AugmentPipe:
         translate_frac_std: standard deviation of the shift as a fraction of the image size.
     """
 
-    def __init__(
-        self,
-        p: float = 1,
-        *,
-        xflip: float = 0,
-        yflip: float = 0,
-        scale: float = 0,
-        rotate_frac: float = 0,
-        aniso: float = 0,
-        translate_frac: float = 0,
-        scale_std: float = 0.2,
-        rotate_frac_max: float = 1,
-        aniso_std: float = 0.2,
-        aniso_rotate_prob: float = 0.5,
-        translate_frac_std: float = 0.125,
-    ):
-        self.p = float(p)
-        self.xflip = float(xflip)
-        self.yflip = float(yflip)
-        self.scale = float(scale)
-        self.rotate_frac = float(rotate_frac)
-        self.aniso = float(aniso)
-        self.translate_frac = float(translate_frac)
-        self.scale_std = float(scale_std)
-        self.rotate_frac_max = float(rotate_frac_max)
-        self.aniso_std = float(aniso_std)
-        self.aniso_rotate_prob = float(aniso_rotate_prob)
-        self.translate_frac_std = float(translate_frac_std)
+    p: float = 1.0
+    _: dataclasses.KW_ONLY
+    xflip: float = 0.0
+    yflip: float = 0.0
+    scale: float = 0.0
+    rotate_frac: float = 0.0
+    aniso: float = 0.0
+    translate_frac: float = 0.0
+    scale_std: float = 0.2
+    rotate_frac_max: float = 1.0
+    aniso_std: float = 0.2
+    aniso_rotate_prob: float = 0.5
+    translate_frac_std: float = 0.125
 
     @classmethod
     def standard(cls, p: float) -> "AugmentPipe":

@@ -17,26 +17,25 @@ import hashlib
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from dnnlib.util import open_url
+from dnnlib.util import is_url, open_url
+from torch_utils import distributed
 from torch_utils.atomic import atomic_write
 from training.networks import Precond, build_network
 
 STATE_FORMAT = "pfgmpp-training-state"
 SNAPSHOT_FORMAT = "pfgmpp-network-snapshot"
 VERSION = 1
-
+_STATE_NAME = re.compile(r"training-state-(\d{6,}(?:\.\d{3})?)\.pt")
+_READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError,
+                OSError)
 
 
 class SnapshotGivenError(ValueError):
     """A network snapshot stands where a training state is needed."""
-
-
-_STATE_NAME = re.compile(r"training-state-(\d{6,}(?:\.\d{3})?)\.pt")
-_READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError)
 
 
 def kimg_tag(nimg: int, *, fractional: bool) -> str:
@@ -106,7 +105,7 @@ def load(source: str | Path) -> dict[str, Any]:
         OSError: it can't be opened.
         ValueError: not one of our files, damaged, or of a newer version.
     """
-    with open_url(str(source)) as file:
+    with _open_source(source) as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except _READ_ERRORS:
@@ -122,6 +121,13 @@ def load(source: str | Path) -> dict[str, Any]:
     if digest(content) != checksum:
         raise ValueError(f"{source}: damaged (its checksum does not match)")
     return content
+
+
+def _open_source(source: str | Path) -> IO[bytes]:
+    if not is_url(source):
+        return open(source, "rb")
+    with distributed.rank0_first():  # one download for all
+        return open_url(str(source))
 
 
 def load_state(source: str | Path) -> dict[str, Any]:
@@ -143,7 +149,7 @@ def newest_state(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     Newest is by the number of images recorded in the file.
     """
     problems = []
-    for path in reversed(training_states(run_dir)):
+    for path in sorted(training_states(run_dir), key=_recorded_nimg, reverse=True):
         try:
             load_state(path)
         except (OSError, ValueError) as error:
@@ -151,6 +157,15 @@ def newest_state(run_dir: str | Path) -> tuple[Path | None, list[str]]:
             continue
         return path, problems
     return None, problems
+
+
+def _recorded_nimg(path: Path) -> float:
+    """Returns the images seen that a state records, unverified; by its name if it is damaged."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(content["progress"]["cur_nimg"])
+    except _READ_ERRORS:
+        return float(state_tag(path)) * 1000
 
 
 def build_ema(content: dict[str, Any]) -> Precond:

@@ -108,8 +108,8 @@ class TrainConfig:
 
     @property
     def total_nimg(self) -> int:
-        """Number of images to train on."""
-        return round(self.duration * 1e6)
+        """Number of images to train on, at least one."""
+        return max(round(self.duration * 1e6), 1)
 
     @property
     def tick_nimg(self) -> int:

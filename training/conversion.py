@@ -17,19 +17,18 @@ import os
 import re
 import shutil
 import signal
-import struct
 import threading
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 import PIL.Image
+from tqdm import tqdm
 
 from torch_utils.atomic import atomic_write
-from training.image_files import LABELS_NAME, label_array, parse_labels
+from training.image_files import DAMAGE, LABELS_NAME, label_array, parse_labels
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -38,9 +37,6 @@ _MAX_FILE_BYTES = 1 << 30  # one image file, unpacked from its ZIP
 _WINDOW = 8  # images in flight per worker
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest a ZIP can hold: equal images, equal files
 
-# What Pillow and zipfile raise for a damaged file.
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error,
-           zipfile.BadZipFile)
 
 
 @dataclasses.dataclass
@@ -105,7 +101,7 @@ def _open_zip(path: Path) -> Iterator[Source]:
         _check_file_size(name, archive.getinfo(name).file_size)
         try:
             return archive.read(name)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise ValueError(f"{path}: {name} can't be read: {error}") from error
 
     try:
@@ -200,7 +196,7 @@ def _decode(name: str, data: bytes, settings: Settings) -> tuple[PIL.Image.Image
     except bombs as error:
         raise ValueError(f"{name}: more pixels than the {PIL.Image.MAX_IMAGE_PIXELS} "
                          "allowed") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         problem = "not an image" if isinstance(error, PIL.UnidentifiedImageError) else error
         raise ValueError(f"{name}: can't be read: {problem}") from error
     if is_animated and not settings.first_frame:
@@ -283,7 +279,7 @@ _TRANSFORMS = {None: _resize, "center-crop": _center_crop, "center-crop-wide": _
 
 
 def select_images(source: Source, max_images: int | None,
-            classes: list[int] | None) -> tuple[list[str], list[Any] | None]:
+                  classes: list[int] | None) -> tuple[list[str], list[Any] | None]:
     """Returns the names to convert and their new labels, or None without labels.
 
     Raises:
@@ -323,10 +319,8 @@ class Outcome:
 
 
 def convert_all(source: Source, names: list[str], labels: list[Any] | None, settings: Settings,
-                 write: Callable[[str, bytes], None], workers: int) -> Outcome:
+                write: Callable[[str, bytes], None], workers: int) -> Outcome:
     """Converts and writes `names`, then dataset.json."""
-    from tqdm import tqdm
-
     outcome, first = Outcome(), None
     items = ((name, source.read(name)) for name in names)
     function = functools.partial(convert_image, settings=settings)

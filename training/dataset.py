@@ -22,10 +22,7 @@ import hashlib
 import io
 import operator
 import os
-import struct
 import warnings
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -38,14 +35,12 @@ from tqdm import tqdm
 from dnnlib.util import EasyDict, cache_dir
 from torch_utils.atomic import atomic_write
 from torch_utils.distributed import get_rank, rank0_first
-from training.image_files import LABELS_NAME, label_array, open_files, parse_labels
+from training.image_files import DAMAGE, LABELS_NAME, label_array, open_files, parse_labels
 
 _CHANNELS = {"L": 1, "RGB": 3}  # by Pillow's mode
 _DATA_TAG = int.from_bytes(b"data", "big")  # sets this stream apart from other uses of the seed
 
-# What Pillow and zipfile raise for a damaged image.
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error,
-           zipfile.BadZipFile, PIL.Image.DecompressionBombError)
+_DAMAGE = (*DAMAGE, PIL.Image.DecompressionBombError)
 
 
 class ImageFolderDataset(torch.utils.data.Dataset):
@@ -146,7 +141,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """Width and height."""
         return self.image_shape[1]
 
-    @property
+    @functools.cached_property
     def label_dim(self) -> int:
         """Length of a label; the number of classes, or 0 without labels."""
         if self.has_onehot_labels:
@@ -165,10 +160,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A sha256 that identifies images and labels without reading them.
+        """A sha256 over the names, sizes and CRCs of images and labels; a copy has the same.
 
-        It covers the names and sizes and, in a ZIP, the CRCs, so that a copy of it agrees; in a
-        folder the times of change.
+        A ZIP lists them; the files of a folder are read for it.
         """
         digest = hashlib.sha256()
         for name in sorted({*self._names, LABELS_NAME} & set(self._files.names)):

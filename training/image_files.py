@@ -7,7 +7,9 @@ Integers are class numbers; lists are vectors of numbers.
 
 import json
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +20,11 @@ LABELS_NAME = "dataset.json"
 GENERATE_RECORD = "generate.json"  # marks a folder of generated images
 PICTURES = "vis"  # its subfolder of grids and movies
 MAX_CLASSES = 1 << 16  # a class number beyond is an identifier, not a class
+# What Pillow and zipfile raise for a damaged file.
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error,
+          zipfile.BadZipFile)
 _MAX_FLOAT = float(np.finfo(np.float32).max)
+
 
 def parse_labels(text: bytes, where: str) -> dict[str, Any] | None:
     """Returns the labels of a `dataset.json` by image name, or None where it holds none.
@@ -103,7 +109,7 @@ def open_files(path: Path) -> "Folder | Zip":
 
 
 class Folder:
-    """The files below a folder by their '/'-separated names; `stamp` tells a change."""
+    """The files below a folder by their '/'-separated names; `stamp` tells a change of content."""
 
     def __init__(self, path: Path):
         def refuse(error):
@@ -121,8 +127,8 @@ class Folder:
         return open(self._path / name, "rb")
 
     def stamp(self, name: str) -> str:
-        stat = (self._path / name).stat()
-        return f"{stat.st_size} {stat.st_mtime_ns}"
+        data = (self._path / name).read_bytes()
+        return f"{len(data)} {zlib.crc32(data)}"
 
     def close(self) -> None:
         pass

@@ -62,7 +62,7 @@ class DenoisingLoss:
 
     def weight(self, sigma: torch.Tensor) -> torch.Tensor:
         """Returns the weight of the squared error at sigma."""
-        raise NotImplementedError
+        return 1 / sigma**2
 
     def draw(
         self, shape: tuple[int, ...], rng: torch.Generator, augment_pipe: Any = None
@@ -72,7 +72,8 @@ class DenoisingLoss:
         The chi-square variate comes last, for it alone takes a number of draws that depends on D:
         one seed gives the same augmentation, noise level and direction at every D.
         """
-        augment = augment_pipe.draw(shape[0], rng) if augment_pipe is not None else None
+        can_draw = hasattr(augment_pipe, "draw")
+        augment = augment_pipe.draw(shape[0], rng) if can_draw else None
         sigma = self.sample_sigma(shape[0], rng)
         z = torch.randn(shape, generator=rng, device=rng.device)
         return LossDraws(sigma, z, self.kernel.scale(shape[0], rng), augment)
@@ -88,7 +89,7 @@ class DenoisingLoss:
             net: denoiser (x, sigma, labels, augment_labels=...) -> denoised.
             images: clean images [B, C, H, W] in [-1, 1].
             labels: one-hot or real labels [B, label_dim], or None.
-            augment_pipe: AugmentPipe or None.
+            augment_pipe: AugmentPipe, any other function images -> (images, labels), or None.
             draws: variates of these images; None draws them from PyTorch's default generator.
             reference: clean images [R, C, H, W], augmented where the images are, over which the
                 stable target is the posterior mean. It should contain the images themselves. None
@@ -98,12 +99,14 @@ class DenoisingLoss:
             draws = self.draw(images.shape, default_generator(images.device), augment_pipe)
         augment_labels = None
         if augment_pipe is not None:
-            images, augment_labels = augment_pipe(images, draws.augment)
+            given = () if draws.augment is None else (draws.augment,)
+            images, augment_labels = augment_pipe(images, *given)
         noisy = images + scaled_noise(draws.z, draws.sigma, draws.scale)
         target = images if reference is None else (
             self.kernel.posterior_mean(noisy, draws.sigma, reference))
-        denoised = net(noisy, draws.sigma, labels, augment_labels=augment_labels)
-        return per_image(self.weight(draws.sigma), images.ndim) * (denoised - target).square()
+        sigma = per_image(draws.sigma, images.ndim)
+        denoised = net(noisy, sigma, labels, augment_labels=augment_labels)
+        return self.weight(sigma) * (denoised - target).square()
 
 
 class EDMLoss(DenoisingLoss):
@@ -141,9 +144,6 @@ class VELoss(DenoisingLoss):
         u = torch.rand([batch], generator=rng, device=rng.device)
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** u
 
-    def weight(self, sigma):
-        return 1 / sigma**2
-
 
 class VPLoss(DenoisingLoss):
     """Uniform times of the variance-preserving schedule.
@@ -160,9 +160,6 @@ class VPLoss(DenoisingLoss):
     def sample_sigma(self, batch, rng):
         u = torch.rand([batch], generator=rng, device=rng.device)
         return vp_sigma(1 + u * (self.epsilon_t - 1), self.beta_d, self.beta_min)
-
-    def weight(self, sigma):
-        return 1 / sigma**2
 
 
 LOSSES: dict[str, type[DenoisingLoss]] = {"edm": EDMLoss, "ve": VELoss, "vp": VPLoss}

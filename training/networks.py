@@ -138,9 +138,13 @@ class VPPrecond(Precond):
         times = torch.tensor([epsilon_t, 1.0], device="cpu")  # also while building on "meta"
         self.sigma_min, self.sigma_max = vp_sigma(times, beta_d, beta_min).tolist()
 
-    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
+    def sigma(self, t: float | torch.Tensor) -> torch.Tensor:
+        """Returns the noise level of the schedule at time t."""
+        return vp_sigma(torch.as_tensor(t), self.beta_d, self.beta_min)
+
+    def sigma_inv(self, sigma: float | torch.Tensor) -> torch.Tensor:
         """Returns the time t at which the schedule reaches sigma."""
-        return vp_sigma_inv(sigma, self.beta_d, self.beta_min)
+        return vp_sigma_inv(torch.as_tensor(sigma), self.beta_d, self.beta_min)
 
     def coefficients(self, sigma):
         return 1, -sigma, 1 / (sigma**2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
@@ -189,9 +193,10 @@ class iDDPMPrecond(Precond):  # noqa: N801 - the name users know
         flat = sigma.to(self.u.device, torch.float32).reshape(-1, 1)
         return (flat - self.u).abs().argmin(dim=1).reshape(sigma.shape)
 
-    def round_sigma(self, sigma):
+    def round_sigma(self, sigma, return_index: bool = False):
         sigma = torch.as_tensor(sigma)
-        return self.u[self.nearest_index(sigma)].to(sigma.device, sigma.dtype)
+        index = self.nearest_index(sigma)
+        return index if return_index else self.u[index].to(sigma.device, sigma.dtype)
 
     def coefficients(self, sigma):
         c_noise = self.M - 1 - self.nearest_index(sigma).to(torch.float32)

@@ -38,13 +38,15 @@ class StackedRandomGenerator:
     """One generator per seed; draws a batch whose row i depends on seed i alone."""
 
     def __init__(self, device: torch.device | str, seeds: Sequence[int]):
-        self.generators = [torch.Generator(device).manual_seed(int(seed) % _SEED_RANGE)
-                           for seed in seeds]
+        self.generators = [torch.Generator(device) for _ in seeds]
+        for rng, seed in zip(self.generators, seeds, strict=True):
+            rng.manual_seed(int(seed) % _SEED_RANGE)
 
     def _stack(self, draw: Callable, size: Sequence[int], **kwargs) -> torch.Tensor:
         assert size[0] == len(self.generators), "one row per seed"
-        return torch.stack([draw(size=list(size[1:]), generator=rng, device=rng.device, **kwargs)
-                            for rng in self.generators])
+        return torch.stack([
+            draw(size=list(size[1:]), generator=rng, **{"device": rng.device, **kwargs})
+            for rng in self.generators])
 
     def randn(self, size: Sequence[int], **kwargs) -> torch.Tensor:
         """Returns standard normal variates of shape `size`, [B, ...]."""

@@ -44,6 +44,7 @@ from training.sampling import SamplerConfig, generate_images, to_uint8
 _INIT_TAG, _STEP_TAG, _DROPOUT_TAG, _REFERENCE_TAG = 1, 2, 3, 4
 _DYNAMIC_SCALE_START = 2.0**16
 _DYNAMIC_SCALE_PERIOD = 2000  # good steps between doublings
+_HEAVY_TAILED_D = 0.5  # below, draws beyond float32 have been seen (training/perturbation.py)
 _MAX_NAMED = 8  # images in an error message
 _GRID_SEED = 0
 _GRID_POOL = 4096  # training images among which the grid of real images looks for each class
@@ -246,7 +247,14 @@ class Trainer:
             f"{row} steps in a row had loss or gradients that are not finite, from step {step} "
             f"({step * self.config.batch / 1000:g} kimg; its images begin with data indices "
             f"{', '.join(map(str, first))}); more than --max-bad-steps={self.config.max_bad_steps}"
-            ". The weights are those from before. Lower --lr, or use --precision=fp32")
+            f". The weights are those from before. {self._divergence_hint()}")
+
+    def _divergence_hint(self) -> str:
+        if self.config.D < _HEAVY_TAILED_D:
+            return f"Noise of D={self.config.D:g} can exceed float32: use a larger --aug_dim"
+        if self.config.precision != "fp32":
+            return "Lower --lr, or use --precision=fp32"
+        return "Lower --lr"
 
     def state(self) -> dict[str, Any]:
         """Returns all that a resumed run needs, see training/checkpoint.py."""
@@ -296,13 +304,13 @@ class Trainer:
 
     def _transfer(self, source: str) -> None:
         content = checkpoint.load(source)
-        try:
-            self.net.load_state_dict(content["ema"])
-        except RuntimeError:
-            difference = checkpoint.first_difference(self.net.config, content["network"])
+        ours, theirs = ({name: tuple(t.shape) for name, t in weights.items()}
+                        for weights in (self.net.state_dict(), content["ema"]))
+        difference = checkpoint.first_difference(ours, theirs)
+        if difference:
             raise ValueError(
-                f"--transfer={source}: the weights are of another network ({difference})"
-            ) from None
+                f"--transfer={source}: the weights are of another network ({difference})")
+        self.net.load_state_dict(content["ema"])
         self.ema_rampup = None  # the weights are good already: nothing to forget
 
 
@@ -442,6 +450,7 @@ def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, ba
                 f"gpumem {fields['Resources/peak_gpu_mem_gb']:.2f} GB"
                 + (f" bad steps {bad}" if bad else ""))
         bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
         stats = {**collector.as_dict(), **{name: {"num": 1, "mean": value, "std": 0.0}
                                            for name, value in fields.items()}}
         append_stats(run_dir / "stats.jsonl", stats | {"timestamp": now})
@@ -477,7 +486,7 @@ def _save_files(trainer: Trainer, run_dir: Path, tick: int, done: bool) -> None:
 
 def _save_sample_grid(trainer: Trainer, path: Path) -> None:
     """Writes a grid of EMA samples of fixed seeds; rows are classes where there are classes."""
-    label_dim = trainer.net.label_dim
+    by_class = trainer.dataset.has_onehot_labels
     rows, columns = _grid_shape(trainer)
     if rows == 0:
         return
@@ -487,13 +496,13 @@ def _save_sample_grid(trainer: Trainer, path: Path) -> None:
         seeds = range(row * columns, (row + 1) * columns)
         [batch] = generate_images(
             trainer.ema, [seeds], sampler=sampler, device=trainer.device,
-            class_idx=row if label_dim else None)
+            class_idx=row if by_class else None)
         mine[row] = to_uint8(batch.images).cpu().numpy()
     pictures = {row: images for part in distributed.gather_objects(mine)
                 for row, images in part.items()}
     if trainer.rank == 0:
         save_png(path, image_grid([pictures[row] for row in range(rows)],
-                                  [str(row) if label_dim else "" for row in range(rows)]))
+                                  [str(row) if by_class else "" for row in range(rows)]))
 
 
 def _save_real_grid(trainer: Trainer, path: Path) -> None:
@@ -504,10 +513,11 @@ def _save_real_grid(trainer: Trainer, path: Path) -> None:
         return
     images, labels = dataset.get_batch(
         order_at(len(dataset), _GRID_SEED, range(min(len(dataset), _GRID_POOL))))
-    groups = [np.flatnonzero(labels[:, row]) for row in range(rows)] if dataset.label_dim else (
+    by_class = dataset.has_onehot_labels
+    groups = [np.flatnonzero(labels[:, row]) for row in range(rows)] if by_class else (
         np.array_split(np.arange(min(rows * columns, len(images))), rows))
     save_png(path, image_grid([images[group[:columns]] for group in groups],
-                              [str(row) if dataset.label_dim else "" for row in range(rows)]))
+                              [str(row) if by_class else "" for row in range(rows)]))
 
 
 def _grid_shape(trainer: Trainer) -> tuple[int, int]:
@@ -517,7 +527,8 @@ def _grid_shape(trainer: Trainer) -> tuple[int, int]:
         count = 64 if trainer.device.type == "cuda" else 16
     if count == 0:
         return 0, 0
-    rows = min(trainer.net.label_dim or math.isqrt(count), count, _GRID_MAX_ROWS)
+    classes = trainer.net.label_dim if trainer.dataset.has_onehot_labels else 0
+    rows = min(classes or math.isqrt(count), count, _GRID_MAX_ROWS)
     return rows, count // rows
 
 
@@ -534,3 +545,8 @@ def _announce(trainer: Trainer) -> None:
         f"x {trainer.world_size} process(es), {trainer.device.type}, {config.precision}\n"
         f"Training   {trainer.cur_nimg / 1e3:g} of {config.total_nimg / 1e3:g} kimg, "
         f"seed {config.seed}\n")
+    if config.D < _HEAVY_TAILED_D:
+        distributed.print0(f"Warning: noise of D = {config.D:g} can exceed float32; steps with "
+                           "such draws are skipped and counted as bad steps")
+    if config.precision == "fp16" and trainer.device.type != "cuda":
+        distributed.print0("Note: fp16 is for GPUs; on the CPU the network runs in fp32")

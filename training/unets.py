@@ -7,6 +7,7 @@ DDPM++ and NCSN++ are from Song et al. 2021 (arXiv 2011.13456), ADM is from Dhar
 checkpoints. Parameters are float32; every layer runs in the dtype of its input.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -39,6 +40,9 @@ def _zeros(shape: Sequence[int], fan_in: int, fan_out: int) -> torch.Tensor:
 
 def _scaled(init: Init, gain: float) -> Init:
     return lambda shape, fan_in, fan_out: gain * init(shape, fan_in, fan_out)
+
+
+_SONG_INIT_ZERO = _scaled(_xavier_uniform, 1e-5)  # of layers before a sum
 
 
 class Linear(torch.nn.Module):
@@ -109,22 +113,19 @@ class Conv2d(torch.nn.Module):
         return F.conv2d(x, taps, stride=2, padding=padding, groups=x.shape[1])
 
 
-class GroupNorm(torch.nn.Module):
-    """Group normalisation with at most 32 groups of at least 4 channels."""
+class GroupNorm(torch.nn.GroupNorm):
+    """Group normalisation with at most 32 groups of at least 4 channels, in the dtype of x."""
 
     def __init__(self, num_channels: int, eps: float):
-        super().__init__()
-        self.num_groups = max(min(32, num_channels // 4), 1)
-        if num_channels % self.num_groups:
-            raise ValueError(f"{num_channels} channels can't be split into {self.num_groups} equal "
-                             f"groups; use a multiple of 32 (cbase, cres)")
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(num_channels))
-        self.bias = torch.nn.Parameter(torch.zeros(num_channels))
+        groups = min(max(num_channels // 4, 1), 32)
+        if num_channels % groups:
+            raise ValueError(f"{num_channels} channels can't be split into {groups} equal groups; "
+                             "use a multiple of 32 (cbase, cres)")
+        super().__init__(groups, num_channels, eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        scale, shift = (p.to(x.dtype) for p in (self.weight, self.bias))
+        return F.group_norm(x, self.num_groups, scale, shift, self.eps)
 
 
 class UNetBlock(torch.nn.Module):
@@ -156,10 +157,11 @@ class UNetBlock(torch.nn.Module):
         self.affine = Linear(emb_channels, emb_out, **plain)
         self.norm1 = GroupNorm(out_channels, eps)
         self.conv1 = Conv2d(out_channels, out_channels, 3, **zero)
+        widens, resamples = in_channels != out_channels, up or down
         self.skip = None
-        if out_channels != in_channels or up or down:
-            kernel = 1 if resample_proj or out_channels != in_channels else 0
-            self.skip = Conv2d(in_channels, out_channels, kernel, **resample, **plain)
+        if widens or resamples:
+            self.skip = Conv2d(in_channels, out_channels, int(widens or resample_proj),
+                               **resample, **plain)
         if self.num_heads:
             attn = {"init": init_attn or init, "init_bias": init_bias}
             self.norm2 = GroupNorm(out_channels, eps)
@@ -168,17 +170,19 @@ class UNetBlock(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         h = self.conv0(silu(self.norm0(x)))
-        params = self.affine(emb)[:, :, None, None].to(x.dtype)
-        if self.adaptive_scale:
-            scale, shift = params.chunk(2, dim=1)
-            h = silu(torch.addcmul(shift, scale + 1, self.norm1(h)))
-        else:
-            h = silu(self.norm1(h + params))
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        h = self._modulate(h, self.affine(emb).to(x.dtype)[:, :, None, None])
+        h = self.conv1(F.dropout(h, p=self.dropout, training=self.training))
+        x = self.skip_scale * (h + (self.skip(x) if self.skip is not None else x))
         if self.num_heads:
-            x = (self.proj(self._attend(self.norm2(x))) + x) * self.skip_scale
+            x = self.skip_scale * (x + self.proj(self._attend(self.norm2(x))))
         return x
+
+    def _modulate(self, h: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """Returns silu of norm1, with the embedding [B, C or 2C, 1, 1] worked in."""
+        if not self.adaptive_scale:
+            return silu(self.norm1(h + emb))
+        scale, shift = emb.chunk(2, dim=1)
+        return silu(torch.addcmul(shift, 1 + scale, self.norm1(h)))
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
@@ -216,20 +220,115 @@ class FourierEmbedding(torch.nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def _sin_first(emb: torch.Tensor) -> torch.Tensor:
-    """Reorders [cos, sin] to [sin, cos], the order of the Song U-Nets."""
-    cos, sin = emb.chunk(2, dim=1)
-    return torch.cat([sin, cos], dim=1)
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a block stands in a U-Net, and what passes through it."""
+
+    name: str
+    kind: str  # stem, down, block (encoder); in0, in1, up, block (decoder)
+    side: int  # of the image there
+    in_channels: int
+    out_channels: int
+    skip_channels: int = 0  # of the encoder's output that is concatenated to the input
+    closes: bool = False  # last block of its resolution
+
+    @property
+    def prefix(self) -> str:
+        """The resolution as names begin with it."""
+        return f"{self.side}x{self.side}"
 
 
-def _drop_labels(labels: torch.Tensor, p: float) -> torch.Tensor:
-    """Zeroes each image's label vector with probability p."""
-    keep = torch.rand([labels.shape[0], 1], device=labels.device) >= p
-    return labels * keep.to(labels.dtype)
+def _encoder_places(
+    sides: Sequence[int], widths: Sequence[int], num_blocks: int, in_channels: int, stem: int
+) -> list[_Place]:
+    """Returns the encoder from the image down; each output is also kept for the decoder."""
+    places, channels = [], in_channels
+    for level, (side, width) in enumerate(zip(sides, widths, strict=True)):
+        kinds = [("down", "down") if level else ("conv", "stem")]
+        kinds += [(f"block{i}", "block") for i in range(num_blocks)]
+        for suffix, kind in kinds:
+            out = {"stem": stem, "down": channels, "block": width}[kind]
+            places.append(_Place(f"{side}x{side}_{suffix}", kind, side, channels, out))
+            channels = out
+    return places
 
 
+def _decoder_places(
+    sides: Sequence[int], widths: Sequence[int], num_blocks: int, skips: list[int]
+) -> list[_Place]:
+    """Returns the decoder from the lowest resolution up; `skips` are the encoder's channels."""
+    places, channels, skips = [], skips[-1], list(skips)
+    for side, width in zip(reversed(sides), reversed(widths), strict=True):
+        heads = ["in0", "in1"] if side == sides[-1] else ["up"]
+        for kind in heads:
+            places.append(_Place(f"{side}x{side}_{kind}", kind, side, channels, channels))
+        for i in range(num_blocks + 1):
+            places.append(_Place(f"{side}x{side}_block{i}", "block", side, channels, width,
+                                 skip_channels=skips.pop(), closes=i == num_blocks))
+            channels = width
+    return places
 
-class SongUNet(torch.nn.Module):
+
+class _UNet(torch.nn.Module):
+    """The walk that both U-Nets share: down through `enc`, up through `dec`.
+
+    A subclass fills the two dicts in the order of the places and gives the embedding, and what
+    happens to the image beside the main path.
+    """
+
+    def __init__(self, img_resolution: int, in_channels: int, channel_mult: Sequence[int],
+                 model_channels: int, num_blocks: int, stem: int):
+        super().__init__()
+        _check_halvings(img_resolution, channel_mult)
+        widths = [model_channels * mult for mult in channel_mult]
+        self._sides = [img_resolution >> level for level in range(len(widths))]
+        self._encoder = _encoder_places(self._sides, widths, num_blocks, in_channels, stem)
+        self._decoder = _decoder_places(
+            self._sides, widths, num_blocks, [place.out_channels for place in self._encoder])
+
+    def forward(
+        self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns F(x), [B, out_channels, H, W]; noise_labels is c_noise, [B] or [1]."""
+        emb = self._embed(noise_labels, class_labels, augment_labels)
+        beside, skips = x, []
+        for place in self._encoder:
+            layer = self.enc[place.name]
+            x = layer(x) if place.kind == "stem" else layer(x, emb)
+            if place.kind == "down":
+                x, beside = self._mix_input(place, x, beside)
+            skips.append(x)
+        image = None
+        for place in self._decoder:
+            if place.skip_channels:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = self.dec[place.name](x, emb)
+            if place.closes:
+                image = self._mix_output(place, x, image)
+        return image
+
+    def _embed(self, noise_labels, class_labels, augment_labels) -> torch.Tensor:
+        """Returns the embedding of all labels, [B or 1, E] float32."""
+        raise NotImplementedError
+
+    def _mix_input(self, place: _Place, x: torch.Tensor, beside: torch.Tensor):
+        """Returns (x, the image beside the encoder) after a downsampling block."""
+        return x, beside
+
+    def _mix_output(self, place: _Place, x: torch.Tensor, image: torch.Tensor | None):
+        """Returns the output image after the last block of a resolution, None before there is."""
+        raise NotImplementedError
+
+    def _kept_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Returns the class labels, in training without those that label dropout takes."""
+        if not (self.training and self.label_dropout):
+            return labels
+        kept = torch.rand([len(labels), 1], device=labels.device) >= self.label_dropout
+        return labels * kept
+
+
+class SongUNet(_UNet):
     """DDPM++ and NCSN++: skip connections scaled by sqrt(1/2), optional multi-resolution inputs.
 
     Args:
@@ -260,18 +359,48 @@ class SongUNet(torch.nn.Module):
         channel_mult_noise: int = 1, encoder_type: str = "standard",
         decoder_type: str = "standard", resample_filter: Sequence[float] = (1, 1),
     ):
-        super().__init__()
         check_choice("embedding_type", embedding_type, ["positional", "fourier"])
         check_choice("encoder_type", encoder_type, ["standard", "skip", "residual"])
         check_choice("decoder_type", decoder_type, ["standard", "skip"])
-        _check_halvings(img_resolution, channel_mult)
+        super().__init__(img_resolution, in_channels, channel_mult, model_channels, num_blocks,
+                         stem=model_channels)
         self.label_dropout = label_dropout
+        self.encoder_type, self.decoder_type = encoder_type, decoder_type
+        self._resample = {"resample_filter": resample_filter}
         emb_channels = model_channels * channel_mult_emb
-        noise_channels = model_channels * channel_mult_noise
+        self._build_embedding(embedding_type, model_channels * channel_mult_noise, emb_channels,
+                              label_dim, augment_dim)
+        block = {
+            "emb_channels": emb_channels, "num_heads": 1, "dropout": dropout,
+            "skip_scale": _SQRT_HALF, "eps": 1e-6, "resample_proj": True,
+            "adaptive_scale": False, "init": _xavier_uniform, "init_bias": _zeros,
+            "init_zero": _SONG_INIT_ZERO, "init_attn": _scaled(_xavier_uniform, _SONG_ATTN_GAIN),
+            **self._resample,
+        }
+        self.enc = torch.nn.ModuleDict()
+        beside = in_channels
+        for place in self._encoder:
+            attention = place.kind == "block" and place.side in attn_resolutions
+            self.enc[place.name] = (
+                Conv2d(place.in_channels, place.out_channels, 3) if place.kind == "stem" else
+                UNetBlock(place.in_channels, place.out_channels, down=place.kind == "down",
+                          attention=attention, **block))
+            if place.kind == "down":
+                beside = self._build_input(place, beside)
+        self.dec = torch.nn.ModuleDict()
+        for place in self._decoder:
+            attention = place.kind == "in0" or (place.closes and place.side in attn_resolutions)
+            self.dec[place.name] = UNetBlock(
+                place.in_channels + place.skip_channels, place.out_channels,
+                up=place.kind == "up", attention=attention, **block)
+            if place.closes and self._has_output(place):
+                self._build_output(place, out_channels)
 
+    def _build_embedding(self, embedding_type: str, noise_channels: int, emb_channels: int,
+                         label_dim: int, augment_dim: int) -> None:
         self.map_noise = (
-            PositionalEmbedding(noise_channels, endpoint=True) if embedding_type == "positional"
-            else FourierEmbedding(noise_channels)
+            FourierEmbedding(noise_channels) if embedding_type == "fourier"
+            else PositionalEmbedding(noise_channels, endpoint=True)
         )
         self.map_label = Linear(label_dim, noise_channels) if label_dim else None
         self.map_augment = (
@@ -280,114 +409,60 @@ class SongUNet(torch.nn.Module):
         self.map_layer0 = Linear(noise_channels, emb_channels)
         self.map_layer1 = Linear(emb_channels, emb_channels)
 
-        init_zero = _scaled(_xavier_uniform, 1e-5)
-        block = {
-            "emb_channels": emb_channels, "num_heads": 1, "dropout": dropout,
-            "skip_scale": _SQRT_HALF, "eps": 1e-6, "resample_filter": resample_filter,
-            "resample_proj": True, "adaptive_scale": False, "init": _xavier_uniform,
-            "init_bias": _zeros, "init_zero": init_zero,
-            "init_attn": _scaled(_xavier_uniform, _SONG_ATTN_GAIN),
-        }
-        resample = {"resample_filter": resample_filter}
-        widths = [model_channels * mult for mult in channel_mult]
-        sides = [img_resolution >> level for level in range(len(widths))]
-
-        self.enc = torch.nn.ModuleDict()
-        channels, aux_channels = model_channels, in_channels
-        self.enc[f"{sides[0]}x{sides[0]}_conv"] = Conv2d(in_channels, channels, 3)
-        skips = [channels]
-        for level, (side, width) in enumerate(zip(sides, widths, strict=True)):
-            name = f"{side}x{side}"
-            if level:
-                self.enc[f"{name}_down"] = UNetBlock(channels, channels, down=True, **block)
-                skips.append(channels)
-                if encoder_type == "skip":
-                    self.enc[f"{name}_aux_down"] = Conv2d(
-                        aux_channels, aux_channels, 0, down=True, **resample)
-                    self.enc[f"{name}_aux_skip"] = Conv2d(aux_channels, channels, 1)
-                if encoder_type == "residual":
-                    self.enc[f"{name}_aux_residual"] = Conv2d(
-                        aux_channels, channels, 3, down=True, fused_resample=True, **resample)
-                    aux_channels = channels
-            for i in range(num_blocks):
-                self.enc[f"{name}_block{i}"] = UNetBlock(
-                    channels, width, attention=side in attn_resolutions, **block)
-                channels = width
-                skips.append(channels)
-
-        self.dec = torch.nn.ModuleDict()
-        lowest = len(sides) - 1
-        for level, (side, width) in reversed(list(enumerate(zip(sides, widths, strict=True)))):
-            name = f"{side}x{side}"
-            if level == lowest:
-                self.dec[f"{name}_in0"] = UNetBlock(channels, channels, attention=True, **block)
-                self.dec[f"{name}_in1"] = UNetBlock(channels, channels, **block)
-            else:
-                self.dec[f"{name}_up"] = UNetBlock(channels, channels, up=True, **block)
-            for i in range(num_blocks + 1):
-                attention = i == num_blocks and side in attn_resolutions
-                self.dec[f"{name}_block{i}"] = UNetBlock(
-                    channels + skips.pop(), width, attention=attention, **block)
-                channels = width
-            if decoder_type == "skip" or level == 0:
-                if decoder_type == "skip" and level < lowest:
-                    self.dec[f"{name}_aux_up"] = Conv2d(
-                        out_channels, out_channels, 0, up=True, **resample)
-                self.dec[f"{name}_aux_norm"] = GroupNorm(channels, eps=1e-6)
-                self.dec[f"{name}_aux_conv"] = Conv2d(channels, out_channels, 3, init=init_zero)
-
-    def forward(
-        self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
-        augment_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Returns F(x), [B, out_channels, H, W]; noise_labels is c_noise, [B] or [1]."""
-        emb = self._embed(noise_labels, class_labels, augment_labels)
-        x, skips = self._encode(x, emb)
-        return self._decode(x, emb, skips)
-
     def _embed(self, noise_labels, class_labels, augment_labels) -> torch.Tensor:
-        emb = _sin_first(self.map_noise(noise_labels))
+        cos, sin = self.map_noise(noise_labels).chunk(2, dim=1)
+        emb = torch.cat([sin, cos], dim=1)  # the order of the published networks
         if self.map_label is not None:
-            labels = class_labels
-            if self.training and self.label_dropout:
-                labels = _drop_labels(labels, self.label_dropout)
-            emb = emb + self.map_label(labels * math.sqrt(labels.shape[1]))
+            scale = math.sqrt(class_labels.shape[1])
+            emb = emb + self.map_label(self._kept_labels(class_labels) * scale)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
-        return silu(self.map_layer1(silu(self.map_layer0(emb))))
+        for layer in (self.map_layer0, self.map_layer1):
+            emb = silu(layer(emb))
+        return emb
 
-    def _encode(self, x, emb) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        skips, aux = [], x
-        for name, block in self.enc.items():
-            if name.endswith("_aux_down"):
-                aux = block(aux)
-            elif name.endswith("_aux_skip"):
-                x = skips[-1] = x + block(aux)
-            elif name.endswith("_aux_residual"):
-                x = skips[-1] = aux = (x + block(aux)) * _SQRT_HALF
-            else:
-                x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
-                skips.append(x)
-        return x, skips
+    def _build_input(self, place: _Place, channels: int) -> int:
+        """Adds the layers that bring the image in beside the encoder; returns its channels."""
+        width = place.out_channels
+        if self.encoder_type == "skip":
+            self.enc[f"{place.prefix}_aux_down"] = Conv2d(
+                channels, channels, 0, down=True, **self._resample)
+            self.enc[f"{place.prefix}_aux_skip"] = Conv2d(channels, width, 1)
+        if self.encoder_type == "residual":
+            self.enc[f"{place.prefix}_aux_residual"] = Conv2d(
+                channels, width, 3, down=True, fused_resample=True, **self._resample)
+            return width
+        return channels
 
-    def _decode(self, x, emb, skips) -> torch.Tensor:
-        aux = normed = None
-        for name, block in self.dec.items():
-            if name.endswith("_aux_up"):
-                aux = block(aux)
-            elif name.endswith("_aux_norm"):
-                normed = block(x)
-            elif name.endswith("_aux_conv"):
-                image = block(silu(normed))
-                aux = image if aux is None else image + aux
-            else:
-                if x.shape[1] != block.in_channels:
-                    x = torch.cat([x, skips.pop()], dim=1)
-                x = block(x, emb)
-        return aux
+    def _mix_input(self, place: _Place, x: torch.Tensor, beside: torch.Tensor):
+        if self.encoder_type == "skip":
+            beside = self.enc[f"{place.prefix}_aux_down"](beside)
+            x = x + self.enc[f"{place.prefix}_aux_skip"](beside)
+        if self.encoder_type == "residual":
+            x = beside = _SQRT_HALF * (x + self.enc[f"{place.prefix}_aux_residual"](beside))
+        return x, beside
+
+    def _has_output(self, place: _Place) -> bool:
+        return self.decoder_type == "skip" or place.side == self._sides[0]
+
+    def _build_output(self, place: _Place, out_channels: int) -> None:
+        """Adds the layers that turn the features of a resolution into an image."""
+        if self.decoder_type == "skip" and place.side != self._sides[-1]:
+            self.dec[f"{place.prefix}_aux_up"] = Conv2d(
+                out_channels, out_channels, 0, up=True, **self._resample)
+        self.dec[f"{place.prefix}_aux_norm"] = GroupNorm(place.out_channels, eps=1e-6)
+        self.dec[f"{place.prefix}_aux_conv"] = Conv2d(
+            place.out_channels, out_channels, 3, init=_SONG_INIT_ZERO)
+
+    def _mix_output(self, place: _Place, x: torch.Tensor, image: torch.Tensor | None):
+        if not self._has_output(place):
+            return image
+        own = silu(self.dec[f"{place.prefix}_aux_norm"](x))
+        own = self.dec[f"{place.prefix}_aux_conv"](own)
+        return own if image is None else own + self.dec[f"{place.prefix}_aux_up"](image)
 
 
-class DhariwalUNet(torch.nn.Module):
+class DhariwalUNet(_UNet):
     """ADM: the noise embedding scales and shifts every block; many attention heads.
 
     Args:
@@ -412,12 +487,11 @@ class DhariwalUNet(torch.nn.Module):
         attn_resolutions: Sequence[int] = (32, 16, 8), dropout: float = 0.10,
         label_dropout: float = 0.0,
     ):
-        super().__init__()
-        _check_halvings(img_resolution, channel_mult)
+        super().__init__(img_resolution, in_channels, channel_mult, model_channels, num_blocks,
+                         stem=model_channels * channel_mult[0])
         self.label_dropout = label_dropout
         emb_channels = model_channels * channel_mult_emb
         plain = {"init": _lecun_uniform, "init_bias": _lecun_uniform}
-
         self.map_noise = PositionalEmbedding(model_channels, endpoint=False)
         self.map_augment = (
             Linear(augment_dim, model_channels, bias=False, init=_zeros) if augment_dim else None
@@ -429,71 +503,37 @@ class DhariwalUNet(torch.nn.Module):
             if label_dim else None
         )
 
-        def block(in_channels: int, out_channels: int, *, attention: bool = False, **resample):
+        def block(place: _Place, **resample: bool) -> UNetBlock:
+            attention = place.kind == "in0" or (
+                place.kind == "block" and place.side in attn_resolutions)
             return UNetBlock(
-                in_channels, out_channels, emb_channels, dropout=dropout, attention=attention,
-                num_heads=out_channels // _ADM_HEAD_CHANNELS, **resample)
+                place.in_channels + place.skip_channels, place.out_channels, emb_channels,
+                dropout=dropout, attention=attention,
+                num_heads=place.out_channels // _ADM_HEAD_CHANNELS, **resample)
 
-        widths = [model_channels * mult for mult in channel_mult]
-        sides = [img_resolution >> level for level in range(len(widths))]
-
-        self.enc = torch.nn.ModuleDict()
-        channels = widths[0]
-        self.enc[f"{sides[0]}x{sides[0]}_conv"] = Conv2d(in_channels, channels, 3, **plain)
-        skips = [channels]
-        for level, (side, width) in enumerate(zip(sides, widths, strict=True)):
-            name = f"{side}x{side}"
-            if level:
-                self.enc[f"{name}_down"] = block(channels, channels, down=True)
-                skips.append(channels)
-            for i in range(num_blocks):
-                self.enc[f"{name}_block{i}"] = block(
-                    channels, width, attention=side in attn_resolutions)
-                channels = width
-                skips.append(channels)
-
-        self.dec = torch.nn.ModuleDict()
-        for level, (side, width) in reversed(list(enumerate(zip(sides, widths, strict=True)))):
-            name = f"{side}x{side}"
-            if level == len(sides) - 1:
-                self.dec[f"{name}_in0"] = block(channels, channels, attention=True)
-                self.dec[f"{name}_in1"] = block(channels, channels)
-            else:
-                self.dec[f"{name}_up"] = block(channels, channels, up=True)
-            for i in range(num_blocks + 1):
-                self.dec[f"{name}_block{i}"] = block(
-                    channels + skips.pop(), width, attention=side in attn_resolutions)
-                channels = width
-        self.out_norm = GroupNorm(channels, eps=1e-5)
-        self.out_conv = Conv2d(channels, out_channels, 3, init=_zeros)
-
-    def forward(
-        self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
-        augment_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Returns F(x), [B, out_channels, H, W]; noise_labels is c_noise, [B] or [1]."""
-        emb = self._embed(noise_labels, class_labels, augment_labels)
-        skips = []
-        for block in self.enc.values():
-            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
-            skips.append(x)
-        for block in self.dec.values():
-            if x.shape[1] != block.in_channels:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, emb)
-        return self.out_conv(silu(self.out_norm(x)))
+        self.enc = torch.nn.ModuleDict({
+            place.name: Conv2d(place.in_channels, place.out_channels, 3, **plain)
+            if place.kind == "stem" else block(place, down=place.kind == "down")
+            for place in self._encoder})
+        self.dec = torch.nn.ModuleDict({
+            place.name: block(place, up=place.kind == "up") for place in self._decoder})
+        width = self._decoder[-1].out_channels
+        self.out_norm = GroupNorm(width, eps=1e-5)
+        self.out_conv = Conv2d(width, out_channels, 3, init=_zeros)
 
     def _embed(self, noise_labels, class_labels, augment_labels) -> torch.Tensor:
-        emb = self.map_noise(noise_labels)
+        first = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels)
-        emb = self.map_layer1(silu(self.map_layer0(emb)))
-        if self.map_label is not None:
-            labels = class_labels
-            if self.training and self.label_dropout:
-                labels = _drop_labels(labels, self.label_dropout)
-            emb = emb + self.map_label(labels)
-        return silu(emb)
+            first = first + self.map_augment(augment_labels)
+        emb = self.map_layer1(silu(self.map_layer0(first)))
+        if self.map_label is None:
+            return silu(emb)
+        return silu(emb + self.map_label(self._kept_labels(class_labels)))
+
+    def _mix_output(self, place: _Place, x: torch.Tensor, image: torch.Tensor | None):
+        if place.side != self._sides[0]:
+            return None
+        return self.out_conv(silu(self.out_norm(x)))
 
 
 def check_choice(name: str, value: str, allowed: list[str]) -> None:
