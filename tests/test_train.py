@@ -8,6 +8,7 @@ from conftest import TINY_NETWORK, TINY_RUN, run_script, write_dataset
 import train
 from training.checkpoint import digest, load
 from training.config import TrainConfig
+from training.networks import build_network
 
 
 def states(run_dir):
@@ -76,7 +77,6 @@ def test_the_first_step_has_learning_rate_zero(undisturbed):
     first = load(run_dir / "network-snapshot-000000.008.pt")["ema"]
     torch.manual_seed(0)
     from torch_utils.misc import mix_seed
-    from training.networks import build_network
     from training.training_loop import _INIT_TAG
     content = load(run_dir / "training-state-000000.080.pt")
     torch.manual_seed(mix_seed(3, _INIT_TAG))
@@ -276,6 +276,18 @@ def test_a_diverged_run_says_so_on_the_console_and_in_its_log(dataset_zip, tmp_p
     one_line_error(result, 3, "steps in a row", "larger --aug_dim")
     assert "Error: " in (tmp_path / "run" / "log.txt").read_text()
     assert "Warning: noise of D = 0.001" in result.output
+
+
+def test_256x256_networks_build_and_take_a_step_with_lsun_noise(tmp_path, invoke):
+    data = write_dataset(tmp_path / "large.zip", num=2, side=256, classes=0)
+    result = invoke(train.main, f"--outdir={tmp_path}", f"--data={data}", "--lsun=1", "--name=run",
+                    "--arch=ddpmpp", "--cbase=8", "--cres=1,1,1,1,2", "--nblock=1", "--batch=2",
+                    "--workers=0", "--samples=0", "--duration=0.000004", "--pfgmpp=1")
+    assert result.exit_code == 0, result.output
+    assert all(math.isfinite(value) for value in losses(tmp_path / "run"))
+    with torch.device("meta"):
+        net = build_network(TrainConfig(data="x", cres=(1, 1, 2, 2, 4, 4)).network(256, 3, 0))
+    assert sum(p.numel() for p in net.parameters()) > 1e8
 
 
 def test_a_finished_run_is_not_overwritten(undisturbed, invoke):

@@ -1,0 +1,66 @@
+"""Checks that need a CUDA device: `pytest -m gpu`."""
+
+import math
+
+import pytest
+import torch
+
+from training.config import TrainConfig
+from training.dataset import ImageFolderDataset
+from training.networks import build_network
+from training.perturbation import PerturbationKernel
+from training.training_loop import Trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"pfgmpp": True}, {"precision": "bf16"}, {"precision": "fp16"},
+    {"precond": "vp"}, {"precond": "ve"}, {"arch": "adm", "cbase": 32, "augment": 0.0},
+])
+def test_a_training_step_never_waits_for_the_device(dataset_zip, options):
+    config = TrainConfig(data=str(dataset_zip), **({
+        "arch": "ncsnpp", "cbase": 8, "cres": (1, 2), "nblock": 1, "batch": 8, "workers": 0}
+        | options))
+    trainer = Trainer(config, ImageFolderDataset(dataset_zip, cache=True), torch.device("cuda", 0))
+    trainer.start()
+    for _ in range(3):
+        trainer.train_step()
+    images = [batch for _, batch in zip(range(3), trainer._batches, strict=False)]
+    pinned = [(i.pin_memory(), labels.pin_memory()) for i, labels in images]
+    trainer._batches = iter(pinned)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in pinned:
+            trainer.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in trainer.net.parameters())
+
+
+@pytest.mark.parametrize("arch, cbase", [("ncsnpp", 32), ("ddpmpp", 32), ("adm", 64)])
+def test_networks_agree_with_the_cpu(arch, cbase):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    config = TrainConfig(data="none", arch=arch, cbase=cbase, cres=(1, 2), nblock=1)
+    net = build_network(config.network(16, 3, 4)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    x, sigma, labels = torch.randn(4, 3, 16, 16), torch.tensor([0.01, 0.3, 2, 50]), torch.eye(4)
+    expected = net(x, sigma, labels)
+    given = net.cuda()(x.cuda(), sigma.cuda(), labels.cuda()).cpu()
+    assert (given - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("D", [0.7, 2, 128, 1e6, math.inf])
+def test_the_kernel_on_the_device_has_the_same_law(D):
+    """Medians of the radial factor, which need no moments to exist."""
+    scales = [PerturbationKernel(D).scale(200_000, torch.Generator(device).manual_seed(0))
+              for device in ("cpu", "cuda")]
+    cpu, gpu = (s.cpu().log() for s in scales)
+    for q in (0.1, 0.5, 0.9):
+        spread = cpu.quantile(0.6) - cpu.quantile(0.4)
+        assert abs(cpu.quantile(q) - gpu.quantile(q)) <= 0.1 * spread + 1e-12
