@@ -34,8 +34,8 @@ _LAST_SEEDS = ((49_999, "ckpt_"), (99_999, "ckpt_2_"), (math.inf, "ckpt_3_"))
 @click.option("--schedule", type=click.Choice(["vp", "ve", "linear"]), help="Ablation sampler: noise level over time.  [default: linear]")
 @click.option("--scaling", type=click.Choice(["vp", "none"]), help="Ablation sampler: scale of the state.  [default: none]")
 @click.option("--save_images", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write vis/grid.png and vis/movie.gif of the first images.")
-@click.option("--pfgmpp", type=click.BOOL, help="Checked against the network.  [default: the network knows]")
-@click.option("--aug_dim", metavar="D", type=float, help="Checked against the network.  [default: the network knows]")
+@click.option("--pfgmpp", type=click.BOOL, help="For files that do not record D; else checked against the file.")
+@click.option("--aug_dim", metavar="D", type=float, help="For files that do not record D; else checked against the file.")
 @click.option("--use_pickle", type=click.BOOL, is_flag=False, flag_value=True, hidden=True)
 @click.option("--edm", type=click.BOOL, is_flag=False, flag_value=True, hidden=True)
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", help="Arithmetic inside the network.")
@@ -61,6 +61,7 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, class_idx, batch, pfgm
         sources = _find_networks(network, Path(outdir), ckpt, end_ckpt, seeds)
 
         from torch_utils import distributed, misc
+        from training import checkpoint
         from training.sampling import SamplerConfig
         sampler = SamplerConfig(**sampler_options)
         misc.configure_backends(precision)
@@ -68,8 +69,9 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, class_idx, batch, pfgm
             if precision == "fp16" and torch_device.type != "cuda":
                 distributed.print0("Note: fp16 is for GPUs; on the CPU the network runs in fp32")
             for source, folder in sources:
-                net, digest, net_sampler = _load_network(source, torch_device, precision, sampler)
-                _check_options(source, net, pfgmpp, aug_dim, class_idx)
+                content = checkpoint.settle_D(checkpoint.load(source), source, pfgmpp, aug_dim)
+                net, digest, net_sampler = _build_network(content, torch_device, precision, sampler)
+                _check_class(source, net, class_idx)
                 net_sampler.check(net)
                 settings = {
                     "weights": digest, "class": class_idx, "precision": precision,
@@ -103,32 +105,21 @@ def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds):
     return [(path, outdir / f"{prefix}{tag}") for path, tag in chosen]
 
 
-def _load_network(source, device, precision, sampler):
+def _build_network(content, device, precision, sampler):
     """Returns the EMA network on the device, the digest of its weights, and the sampler for it."""
     from torch_utils.misc import compute_dtype
     from training import checkpoint
     from training.loss import LSUN_SIGMA_MAX
-    content = checkpoint.load(source)
     net = checkpoint.build_ema(content).to(device)
     net.compute_dtype = compute_dtype(precision)
     is_edm_grid = sampler.discretization in (None, "edm")
     if content["options"].get("lsun") and is_edm_grid and sampler.sigma_max is None:
         sampler = dataclasses.replace(sampler, sigma_max=LSUN_SIGMA_MAX)
-    return net, checkpoint.digest(content["ema"]), sampler
+    return net, checkpoint.digest(checkpoint.sampling_weights(content)), sampler
 
 
-def _check_options(source, net, pfgmpp, aug_dim, class_idx) -> None:
-    """Raises UserError where a flag given disagrees with the network."""
-    given = None
-    if pfgmpp is False:
-        given = math.inf
-    elif aug_dim is not None:
-        given = aug_dim
-    elif pfgmpp and math.isinf(net.D):
-        raise UserError(f"--pfgmpp=1: {source} was trained with D = inf; leave --pfgmpp out")
-    if given is not None and given != net.D:
-        raise UserError(f"--pfgmpp/--aug_dim say D = {given:g}, but {source} was trained with "
-                        f"D = {net.D:g}; leave the flags out")
+def _check_class(source, net, class_idx) -> None:
+    """Raises UserError where the network does not have the class."""
     if class_idx is None:
         return
     if not net.label_dim:

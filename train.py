@@ -125,13 +125,12 @@ def _settle_seed(config, given: int | None, state):
     import dataclasses
 
     from torch_utils import distributed
-    if state is not None:
-        seed = state[1]["options"]["seed"]
-        if given is not None and given != seed:
-            raise ValueError(f"--seed={given}: the run to resume has seed {seed}; leave --seed out")
-    else:
-        seed = given if given is not None else distributed.broadcast_object(
-            int.from_bytes(os.urandom(4), "big") >> 1)
+    recorded = state[1]["options"].get("seed") if state else None  # foreign states have none
+    if recorded is not None and given not in (None, recorded):
+        raise ValueError(f"--seed={given}: the run to resume has seed {recorded}; leave --seed out")
+    seed = recorded if given is None else given
+    if seed is None:
+        seed = distributed.broadcast_object(int.from_bytes(os.urandom(4), "big") >> 1)
     return dataclasses.replace(config, seed=seed)
 
 

@@ -27,6 +27,8 @@ def user_errors(exit_code: int = BAD_INPUT) -> Iterator[None]:
     """Turns ValueError and OSError, which speak of the user's input, into UserError."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # the reader of our output has gone; click ends quietly
     except (ValueError, OSError) as error:
         raise UserError(describe(error), exit_code) from error
 

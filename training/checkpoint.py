@@ -14,6 +14,8 @@ data order are functions of the seed in `options` and of `cur_nimg`, so no gener
 """
 
 import hashlib
+import json
+import math
 import pickle
 import re
 from pathlib import Path
@@ -24,7 +26,8 @@ import torch
 from dnnlib.util import is_url, open_url
 from torch_utils import distributed
 from torch_utils.atomic import atomic_write
-from training.networks import Precond, build_network
+from training import foreign
+from training.networks import Precond, build_network, network_D
 
 STATE_FORMAT = "pfgmpp-training-state"
 SNAPSHOT_FORMAT = "pfgmpp-network-snapshot"
@@ -75,9 +78,9 @@ def _update(sha, value: Any) -> None:
         sha.update(raw.numpy())
     elif isinstance(value, dict):
         sha.update(f"dict {len(value)};".encode())
-        for key, item in value.items():
+        for key in sorted(value, key=repr):  # containers differ in the order that they keep
             _update(sha, key)
-            _update(sha, item)
+            _update(sha, value[key])
     elif isinstance(value, list | tuple):
         sha.update(f"list {len(value)};".encode())
         for item in value:
@@ -101,16 +104,21 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
 def load(source: str | Path) -> dict[str, Any]:
     """Reads and verifies a state or snapshot from a path or URL; tensors are on the CPU.
 
+    Checkpoints of EDM and PFGM++ are read too, see training/foreign.py for what there is in them.
+
     Raises:
         OSError: it can't be opened.
-        ValueError: not one of our files, damaged, or of a newer version.
+        ValueError: not such a file, damaged, or of a newer version.
     """
     with _open_source(source) as file:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except _READ_ERRORS:
-            raise ValueError(f"{source}: damaged, or not a training state or network snapshot "
-                             "of this project") from None
+        head = file.read(foreign.HEAD_BYTES)
+        file.seek(0)
+        if foreign.is_foreign(head):
+            return foreign.read(file, str(source))
+        if head[8:9] == b"{":  # safetensors: the header's length, then the header in JSON
+            content = _read_safetensors(source, file.read())
+        else:
+            content = _read_torch(source, file)
     kind = content.get("format") if isinstance(content, dict) else None
     if kind not in (STATE_FORMAT, SNAPSHOT_FORMAT):
         raise ValueError(f"{source}: not a training state or network snapshot of this project")
@@ -123,11 +131,67 @@ def load(source: str | Path) -> dict[str, Any]:
     return content
 
 
+def _read_torch(source: str | Path, file: IO[bytes]) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except _READ_ERRORS:
+        raise ValueError(f"{source}: damaged, or not a training state or network snapshot of this "
+                         "project") from None
+
+
 def _open_source(source: str | Path) -> IO[bytes]:
     if not is_url(source):
         return open(source, "rb")
     with distributed.rank0_first():  # one download for all
         return open_url(str(source))
+
+
+def as_snapshot(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns the snapshot that is in a loaded state or snapshot."""
+    return {
+        "format": SNAPSHOT_FORMAT, "network": content["network"],
+        "ema": sampling_weights(content),
+        "progress": {"cur_nimg": content["progress"]["cur_nimg"]}, "options": content["options"],
+    }
+
+
+def save_safetensors(path: str | Path, snapshot: dict[str, Any]) -> None:
+    """Writes a snapshot as safetensors; all but the tensors goes into the metadata as JSON.
+
+    Raises:
+        OSError: the file can't be written.
+        ValueError: the package safetensors is missing.
+    """
+    content = {**snapshot, "version": VERSION}
+    content["checksum"] = digest(content)
+    metadata = {key: value for key, value in content.items() if key != "ema"}
+    tensors = {name: tensor.contiguous() for name, tensor in content["ema"].items()}
+    data = _safetensors().save(tensors, {SNAPSHOT_FORMAT: json.dumps(metadata)})
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def _read_safetensors(source: str | Path, data: bytes) -> dict[str, Any]:
+    """Returns the content of a file of `save_safetensors`, not verified yet."""
+    library = _safetensors()
+    from safetensors import SafetensorError
+    try:
+        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+        content = json.loads(header["__metadata__"][SNAPSHOT_FORMAT])
+        return {**content, "ema": library.load(data)}
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError,
+            SafetensorError) as error:
+        raise ValueError(f"{source}: damaged, or not a network snapshot of this project"
+                         ) from error
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("safetensors files need an extra package: pip install safetensors"
+                         ) from None
+    return safetensors.torch
 
 
 def load_state(source: str | Path) -> dict[str, Any]:
@@ -137,7 +201,7 @@ def load_state(source: str | Path) -> dict[str, Any]:
         ValueError: as for `load`; SnapshotGivenError where the file is a snapshot.
     """
     content = load(source)
-    if content["format"] != STATE_FORMAT:
+    if "optimizer" not in content:
         raise SnapshotGivenError(f"{source}: a network snapshot has no optimizer to resume from; "
                          "use --transfer for it, or resume from a training-state-*.pt")
     return content
@@ -171,8 +235,44 @@ def _recorded_nimg(path: Path) -> float:
 def build_ema(content: dict[str, Any]) -> Precond:
     """Returns the EMA network of a loaded state or snapshot, in evaluation mode, on the CPU."""
     net = build_network(content["network"])
-    net.load_state_dict(content["ema"])
+    net.load_state_dict(sampling_weights(content))
     return net.eval().requires_grad_(False)
+
+
+def sampling_weights(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Returns the averaged weights, or the plain ones where a foreign file has no average."""
+    return content["net"] if content.get("ema") is None else content["ema"]
+
+
+def settle_D(
+    content: dict[str, Any], source: str | Path, pfgmpp: bool | None, aug_dim: float | None
+) -> dict[str, Any]:
+    """Returns `content` with the D that the file records, or that was given where it records none.
+
+    Args:
+        content: what `load` returned.
+        source: what errors call the file.
+        pfgmpp: the user's word on whether it was trained on PFGM++ noise; None for no word.
+        aug_dim: the user's D; None for no word.
+
+    Raises:
+        ValueError: file and user disagree, or neither says.
+    """
+    given = math.inf if pfgmpp is False else aug_dim
+    network = content["network"]
+    if content.get("D_recorded", True):
+        recorded = network_D(network)
+        if given is None and pfgmpp and math.isinf(recorded):
+            raise ValueError(f"--pfgmpp=1: {source} was trained with D = inf; leave --pfgmpp out")
+        if given is not None and given != recorded:
+            raise ValueError(f"--pfgmpp/--aug_dim say D = {given:g}, but {source} was trained with "
+                             f"D = {recorded:g}; leave the flags out")
+        return content
+    if given is None:
+        raise ValueError(f"{source} does not record D; give --pfgmpp=1 --aug_dim=D as it was "
+                         "trained, or --pfgmpp=0 for D = inf")
+    noise = {"pfgmpp": False} if math.isinf(given) else {"pfgmpp": True, "D": given}
+    return {**content, "network": {**network, **noise}, "D_recorded": True}
 
 
 def first_difference(ours: dict, theirs: dict) -> str | None:

@@ -231,6 +231,11 @@ PRECONDS: dict[str, type[Precond]] = {
 }
 
 
+def network_D(config: dict) -> float:
+    """Returns the augmented dimensions that a network's configuration stands for."""
+    return float(config.get("D", 128)) if config.get("pfgmpp") else math.inf
+
+
 def build_network(config: dict) -> Precond:
     """Returns a freshly initialised network from what `Precond.config` returned.
 

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -282,13 +283,10 @@ class Trainer:
         Raises:
             ValueError: it belongs to another network or other data; names the first difference.
         """
-        # The dtype follows --precision of this run, not of the one that wrote the state.
-        skip = {"use_fp16"}
-        ours = {k: v for k, v in self.net.config.items() if k not in skip}
-        theirs = {k: v for k, v in state["network"].items() if k not in skip}
-        difference = checkpoint.first_difference(ours, theirs)
-        if difference:
-            raise ValueError(f"{source}: the state is of another network ({difference})")
+        self._check_network(state, source)
+        if state["format"] != checkpoint.STATE_FORMAT:
+            self._restore_foreign(state, source)
+            return
         record = dataset_record(self.dataset)
         if any(record[key] != state["dataset"][key] for key in ("fingerprint", "size")):
             raise ValueError(f"{source}: the data set or --xflip has changed since the run began "
@@ -302,15 +300,50 @@ class Trainer:
             self.loss_scale = state["progress"]["loss_scale"].to(self.device)
         self.counters = {k: v.to(self.device) for k, v in state["progress"]["counters"].items()}
 
-    def _transfer(self, source: str) -> None:
-        content = checkpoint.load(source)
-        ours, theirs = ({name: tuple(t.shape) for name, t in weights.items()}
-                        for weights in (self.net.state_dict(), content["ema"]))
+    def _check_network(self, state: dict[str, Any], source: str) -> None:
+        """Raises ValueError where a state is of another network than this run's."""
+        # The dtype follows --precision of this run, not of the one that wrote the state.
+        skip = {"use_fp16"}
+        if not state.get("D_recorded", True):
+            skip |= {"pfgmpp", "D"}
+        ours, theirs = self.net.config, state["network"]
+        if state["format"] != checkpoint.STATE_FORMAT:
+            # Foreign files spell out what ours leave at its default, and the other way round.
+            skip |= set(ours) ^ set(theirs)
+        difference = checkpoint.first_difference(
+            *({k: v for k, v in config.items() if k not in skip} for config in (ours, theirs)))
+        if difference:
+            raise ValueError(f"{source}: the state is of another network ({difference})")
+
+    def _restore_foreign(self, state: dict[str, Any], source: str) -> None:
+        """Continues from a state of EDM or PFGM++, and says what can't be restored."""
+        weights = state.get("net") or state["ema"]
+        self._check_weights(weights, f"--resume={source}")
+        self.net.load_state_dict(weights)
+        self.ema.load_state_dict(state["ema"] or weights)
+        moments = self.optimizer.state_dict() | {"state": state["optimizer"]["state"]}
+        self.optimizer.load_state_dict(moments)
+        nimg = state["progress"]["cur_nimg"]
+        named = re.search(r"training-state-(\d+)", Path(source).name)
+        self.cur_nimg = nimg if nimg is not None else int(named[1]) * 1000 if named else 0
+        self.ema_rampup = None  # these states follow long runs, whose ramp-up is over
+        lost = ["random state", "data position"] + ([] if state["ema"] else ["averaged weights"])
+        distributed.print0(
+            f"Note: {source} does not hold {', '.join(lost)}; the run goes on at "
+            f"{self.cur_nimg / 1000:g} kimg with draws and data order of its own seed")
+
+    def _check_weights(self, weights: dict[str, torch.Tensor], given: str) -> None:
+        """Raises ValueError, naming the first difference, where weights do not fit the network."""
+        ours, theirs = ({name: tuple(t.shape) for name, t in tensors.items()}
+                        for tensors in (self.net.state_dict(), weights))
         difference = checkpoint.first_difference(ours, theirs)
         if difference:
-            raise ValueError(
-                f"--transfer={source}: the weights are of another network ({difference})")
-        self.net.load_state_dict(content["ema"])
+            raise ValueError(f"{given}: the weights are of another network ({difference})")
+
+    def _transfer(self, source: str) -> None:
+        weights = checkpoint.sampling_weights(checkpoint.load(source))
+        self._check_weights(weights, f"--transfer={source}")
+        self.net.load_state_dict(weights)
         self.ema_rampup = None  # the weights are good already: nothing to forget
 
 

@@ -1,0 +1,83 @@
+"""Shows what is in a checkpoint, and converts it to this project's snapshot format."""
+
+import json
+import math
+
+import click
+
+from dnnlib.cli import user_errors
+
+
+@click.group(context_settings={"max_content_width": 100})
+def main():
+    """Shows what is in a checkpoint file, or converts it."""
+
+
+@main.command()
+@click.argument("source", metavar="FILE|URL")
+def show(source):
+    """Prints format, network, D, parameters, progress and options of FILE."""
+    with user_errors():
+        from training import checkpoint
+        content = checkpoint.load(source)
+        for name, value in _description(content).items():
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            click.echo(f"{name + ':':14s} {text}")
+
+
+def _description(content: dict) -> dict:
+    """Returns what there is to say of a loaded file, by name."""
+    from training import checkpoint
+    from training.networks import network_D
+    network = dict(content["network"])
+    weights = checkpoint.sampling_weights(content)
+    D = "not recorded" if not content.get("D_recorded", True) else f"{network_D(network):g}"
+    description = {
+        "format": f"{content['format']}, version {content.get('version', 'unknown')}",
+        "checksum": "verified" if "version" in content else "none in this format",
+        "architecture": f"{network.pop('class_name')} of {network.pop('model_type', 'default')}",
+        "D": D,
+        "parameters": f"{sum(t.numel() for t in weights.values()):,} numbers in "
+                      f"{len(weights)} tensors",
+        "network": {k: "inf" if v == math.inf else v for k, v in network.items()},
+        "parts": ", ".join(k for k in ("net", "ema", "optimizer") if content.get(k)),
+        "progress": _plain(content.get("progress", {})),
+        "options": content.get("options", {}),
+    }
+    if "dataset" in content:
+        description["data"] = content["dataset"]
+    return description
+
+
+def _plain(value):
+    """Returns nested data with tensors as numbers or lists."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+@main.command()
+@click.argument("source", metavar="FILE|URL")
+@click.argument("dest", metavar="DEST")
+@click.option("--pfgmpp", type=click.BOOL, help="Whether it was trained as PFGM++, if unrecorded.")
+@click.option("--aug_dim", metavar="D", type=float, help="Augmented dimensions, if unrecorded.")
+def convert(source, dest, pfgmpp, aug_dim):
+    """Writes the averaged network of FILE as a snapshot: DEST.pt, or DEST.safetensors.
+
+    Weights of published checkpoints keep their licence when they are converted.
+    """
+    with user_errors():
+        from training import checkpoint
+        content = checkpoint.settle_D(checkpoint.load(source), source, pfgmpp, aug_dim)
+        snapshot = checkpoint.as_snapshot(content)
+        if dest.endswith(".safetensors"):
+            checkpoint.save_safetensors(dest, snapshot)
+        elif dest.endswith(".pt"):
+            checkpoint.save(dest, snapshot)
+        else:
+            raise ValueError(f"{dest}: must end in .pt or .safetensors")
+        click.echo(f"{dest}: written")
+
+
+if __name__ == "__main__":
+    main()

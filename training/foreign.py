@@ -1,0 +1,372 @@
+"""Checkpoints of EDM and PFGM++ as the content of our own: what is in them, checked and renamed.
+
+    EDM      network-snapshot-*.pkl    edm-snapshot            EMA network
+    EDM      training-state-*.pt       edm-training-state      network, optimizer
+    PFGM++   training-state-*.pt/.pkl  pfgmpp-foreign-state    network, EMA, optimizer, progress
+    EDM2     network-snapshot-*.pkl    recognised and refused
+
+Both are pickles of the authors' classes with their source code. `torch_utils.safe_pickle` reads
+them as inert records; here a record's class name and constructor arguments, each checked against
+the tables below, become the configuration of a network of ours. That network is built without
+memory (on the "meta" device) and its names and shapes are compared with the file's tensors,
+strictly: whoever builds it afterwards needs no more memory than the file's tensors take.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import IO, Any, NamedTuple
+
+import torch
+
+from torch_utils import safe_pickle
+from torch_utils.safe_pickle import ZIP_MAGIC, Record, shown
+from training.networks import MODELS, PRECONDS, Precond, build_network
+
+EDM_SNAPSHOT_FORMAT = "edm-snapshot"
+EDM_STATE_FORMAT = "edm-training-state"
+PFGMPP_STATE_FORMAT = "pfgmpp-foreign-state"
+HEAD_BYTES = 512  # how much of a file `is_foreign` wants to see
+
+_MAX_MODULES = 10_000  # the largest published network has about 700
+_MAX_MODULE_DEPTH = 16
+_MAX_NAME = 64
+
+
+def is_foreign(first_bytes: bytes) -> bool:
+    """Returns whether a file that begins so is a pickle or torch.save ZIP that is not ours.
+
+    Ours name their format first of all, within the first `HEAD_BYTES`.
+    """
+    head = bytes(first_bytes[:HEAD_BYTES])
+    if head[:4] == ZIP_MAGIC:
+        return b"X\x06\x00\x00\x00format" not in head
+    return head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+
+
+def read(source: str | os.PathLike | IO[bytes], name: str | None = None) -> dict[str, Any]:
+    """Returns a checkpoint of EDM or PFGM++ in the shape of our own, see training/checkpoint.py.
+
+    Args:
+        source: a path, or a binary file that can seek.
+        name: what errors call it; the path where left out.
+
+    Returns:
+        format: one of the three above.
+        network: configuration for `networks.build_network`.
+        ema: state dict of float32 tensors in the order of our network, or None.
+        net, optimizer: state dicts; absent where the file has none.
+        progress: cur_nimg, None where it isn't recorded.
+        options: what is known of the run, named as in TrainConfig.
+        D_recorded: False where a PFGM++ file doesn't say which D it was trained with; `network`
+            then stands for D = inf.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: damaged, of another kind, or asks for something unknown; one line with `name`.
+    """
+    if name is None:
+        name = os.fspath(source) if isinstance(source, str | os.PathLike) else "file"
+    try:
+        _refuse_edm2(source)
+        return _content(safe_pickle.load(source))
+    except ValueError as error:
+        raise ValueError(f"{name}: not a training state or network snapshot that can be read: "
+                         f"{error}") from None
+
+
+def _refuse_edm2(source: str | os.PathLike | IO[bytes]) -> None:
+    """Raises ValueError for a file that begins as those of EDM2, whatever else is in it."""
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as file:
+            return _refuse_edm2(file)
+    source.seek(0)
+    head = source.read(HEAD_BYTES)
+    if head[:1] == b"\x80" and b"EasyDict" in head[:64] and b"encoder" in head[:128]:
+        raise ValueError("an EDM2 network; only those of EDM and PFGM++ are supported")
+    return None
+
+
+def _content(top: Any) -> dict[str, Any]:
+    _require(type(top) is dict, f"holds {shown(top)}, not a dictionary of networks")
+    has = {key for key in ("ema", "net", "optimizer_state", "step") if top.get(key) is not None}
+    _require(has & {"ema", "net"}, "holds no network (neither 'ema' nor 'net')")
+    records = {key: _read_network(top[key], key) for key in ("ema", "net") if key in has}
+    first = next(iter(records.values()))
+    for other in records.values():
+        _require(other.config == first.config and other.D_recorded == first.D_recorded,
+                 "'net' and 'ema' are different networks")
+    if has & {"net", "optimizer_state", "step"}:
+        kind = PFGMPP_STATE_FORMAT if has & {"ema", "step"} else EDM_STATE_FORMAT
+    else:
+        snapshot = "loss_fn" in top or "dataset_kwargs" in top or first.D_recorded is None
+        kind = EDM_SNAPSHOT_FORMAT if snapshot else PFGMPP_STATE_FORMAT
+    recorded = first.D_recorded is True or first.D_recorded is None and kind != PFGMPP_STATE_FORMAT
+    content = {"format": kind, "network": first.config, "ema": None,
+               **{key: record.tensors for key, record in records.items()}}
+    if "optimizer_state" in has:
+        owner = records.get("net", first)
+        content["optimizer"] = _optimizer(top["optimizer_state"], owner)
+    content["progress"] = {"cur_nimg": _checked("step", top["step"]) if "step" in has else None}
+    content["options"] = _options(first.config, recorded)
+    content["D_recorded"] = recorded
+    return content
+
+
+def _options(config: dict, recorded: bool) -> dict:
+    """Returns what a network's configuration says about the run, named as in TrainConfig."""
+    options = {"cond": config["label_dim"] > 0}
+    if "dropout" in config:
+        options["dropout"] = config["dropout"]
+    if recorded:
+        options["pfgmpp"] = config["pfgmpp"]
+        options |= {"aug_dim": config["D"]} if config["pfgmpp"] else {}
+    return options
+
+
+def _require(ok: object, problem: str) -> None:
+    if not ok:
+        raise ValueError(problem)
+
+
+# -------------------------------------------------------------------------------- what is allowed
+
+
+class _Rule(NamedTuple):
+    allowed: str
+    holds: Callable[[Any], bool]
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+def _whole(low: int, high: int) -> _Rule:
+    return _Rule(f"a whole number from {low} to {high}",
+                 lambda value: type(value) is int and low <= value <= high)
+
+
+def _real(low: float, high: float, *, above: bool = False) -> _Rule:
+    return _Rule(f"a number {'above' if above else 'from'} {low:g} to {high:g}",
+                 lambda value: type(value) in (int, float) and low <= value <= high
+                 and not (above and value == low))
+
+
+def _choice(*names: str) -> _Rule:
+    return _Rule(f"one of {', '.join(names)}", lambda value: type(value) is str and value in names)
+
+
+def _several(rule: _Rule, least: int, most: int) -> _Rule:
+    return _Rule(f"a list of {least} to {most}, each {rule.allowed}",
+                 lambda value: type(value) in (list, tuple) and least <= len(value) <= most
+                 and all(map(rule.holds, value)), list)
+
+
+_FLAG = _Rule("true or false", lambda value: type(value) in (bool, int) and value in (0, 1), bool)
+_BASE_RULES = {
+    "img_resolution": _whole(1, 1024), "img_channels": _whole(1, 64),
+    "label_dim": _whole(0, 100_000), "use_fp16": _FLAG, "model_type": _choice(*MODELS),
+    "pfgmpp": _FLAG, "D": _real(0, math.inf, above=True),
+}
+_PRECOND_RULES = {
+    "EDMPrecond": {"sigma_min": _real(0, 1e6), "sigma_max": _real(0, math.inf, above=True),
+                   "sigma_data": _real(0, 1e6, above=True)},
+    "VEPrecond": {"sigma_min": _real(0, 1e6), "sigma_max": _real(0, 1e6, above=True)},
+    "VPPrecond": {"beta_d": _real(0, 1000, above=True), "beta_min": _real(0, 1000),
+                  "M": _whole(2, 10_000), "epsilon_t": _real(0, 0.5, above=True)},
+    "iDDPMPrecond": {"C_1": _real(0, 1, above=True), "C_2": _real(0, 1, above=True),
+                     "M": _whole(2, 10_000)},
+}
+_COMMON_RULES = {
+    "augment_dim": _whole(0, 64), "model_channels": _whole(1, 1024),
+    "channel_mult": _several(_whole(1, 16), 1, 8), "channel_mult_emb": _whole(1, 16),
+    "num_blocks": _whole(1, 16), "attn_resolutions": _several(_whole(1, 1024), 0, 16),
+    "dropout": _real(0, 1), "label_dropout": _real(0, 1),
+}
+_MODEL_RULES = {
+    "SongUNet": _COMMON_RULES | {
+        "embedding_type": _choice("positional", "fourier"), "channel_mult_noise": _whole(1, 8),
+        "encoder_type": _choice("standard", "skip", "residual"),
+        "decoder_type": _choice("standard", "skip"),
+        "resample_filter": _several(_real(0, 1e3), 1, 8)},
+    "DhariwalUNet": _COMMON_RULES,
+}
+_OTHER_RULES = {"step": _whole(0, 1 << 48)}
+
+
+def _checked(key: str, value: Any, rules: dict[str, _Rule] = _OTHER_RULES) -> Any:
+    rule = rules[key]
+    _require(rule.holds(value), f"{key}={shown(value)}: must be {rule.allowed}")
+    return rule.convert(value)
+
+
+# --------------------------------------------------------------------------------------- networks
+
+
+class _Network(NamedTuple):
+    config: dict
+    tensors: dict[str, torch.Tensor]  # in the order of our network
+    stored_order: list[str]  # of the parameters
+    own_order: list[str]
+    D_recorded: bool | None  # None: neither pfgmpp nor D is mentioned, as in EDM's own files
+
+
+def _read_network(record: Any, key: str) -> _Network:
+    _require(type(record) is Record, f"{key!r} is {shown(record)}, not a network")
+    if record.class_name in ("Precond", "UNet"):
+        raise ValueError("an EDM2 network; only those of EDM and PFGM++ are supported")
+    _require(record.class_name in PRECONDS,
+             f"asks for the network class {shown(record.class_name)}; "
+             f"known are {', '.join(PRECONDS)}")
+    config, recorded = _configuration(record)
+    skeleton = _skeleton(config)
+    stored = dict(_stored_tensors(record))
+    parameters = [name for name, (_, is_parameter) in stored.items() if is_parameter]
+    own = [name for name, _ in skeleton.named_parameters()]
+    tensors = {name: tensor for name, (tensor, _) in stored.items()}
+    _compare(skeleton.state_dict(), tensors)
+    _require(set(parameters) == set(own), "takes a buffer for a parameter")
+    tensors = {name: tensors[name].float() for name in skeleton.state_dict()}
+    return _Network(skeleton.config, tensors, parameters, own, recorded)
+
+
+def _configuration(record: Record) -> tuple[dict, bool | None]:
+    """Returns checked keywords for `build_network`, and whether D is recorded."""
+    model = _dict(record.state, "_modules").get("model")
+    _require(type(model) is Record and model.class_name in MODELS,
+             f"asks for the model class {shown(getattr(model, 'class_name', model))}; "
+             f"known are {', '.join(MODELS)}")
+    given = _arguments(record) or _arguments(model, skip=("in_channels", "out_channels"))
+    own_rules = _BASE_RULES | _PRECOND_RULES[record.class_name]
+    # An attribute is what the network computes with, whatever it was constructed with.
+    given |= {key: record.state[key] for key in own_rules if key in record.state}
+    rules = own_rules | _MODEL_RULES[model.class_name]
+    for key in given:
+        _require(key in rules, f"{record.class_name}: unknown argument {shown(key)}")
+    config = {key: _checked(key, value, rules) for key, value in given.items()}
+    _require(config.setdefault("model_type", model.class_name) == model.class_name,
+             f"model_type={config['model_type']!r}, but the model is {model.class_name}")
+    for key in ("img_resolution", "img_channels"):
+        _require(key in config, f"does not record {key}")
+    recorded = None
+    if "pfgmpp" in config:
+        recorded = not config["pfgmpp"] or "D" in config
+    if recorded is not True or not config["pfgmpp"]:
+        config.pop("D", None)  # the PFGM++ code stores a D in plain EDM networks too
+        config["pfgmpp"] = False
+    return {"class_name": record.class_name, **config}, recorded
+
+
+_POSITIONAL = ("img_resolution", "img_channels", "label_dim")  # alike in EDM and PFGM++
+
+
+def _arguments(record: Record, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Returns the arguments that an object was constructed with, by name.
+
+    Past the third, positions mean different things in EDM and PFGM++, but what stands there is an
+    attribute too.
+    """
+    args, kwargs = record.state.get("_init_args") or (), record.state.get("_init_kwargs") or {}
+    _require(type(args) in (tuple, list) and type(kwargs) is dict,
+             f"{shown(record.class_name)} has arguments in an unknown form")
+    given = dict(zip(_POSITIONAL, args, strict=False))
+    return given | {key: value for key, value in kwargs.items() if key not in skip}
+
+
+def _dict(state: dict, key: str) -> dict:
+    value = state.get(key)
+    _require(type(value) is dict, f"has a module whose {key} is {shown(value)}")
+    return value
+
+
+def _skeleton(config: dict) -> Precond:
+    """Returns the network without memory for its tensors."""
+    with torch.device("meta"):
+        return build_network(config)
+
+
+def _stored_tensors(record: Record) -> Iterator[tuple[str, tuple[torch.Tensor, bool]]]:
+    """Yields (name, (tensor, whether a parameter)) in the order of registration."""
+    waiting, modules = [("", record)], 0
+    while waiting:
+        prefix, module = waiting.pop()
+        modules += 1
+        _require(type(module) is Record and type(module.state) is dict,
+                 f"has {shown(module)} for a module")
+        _require(modules <= _MAX_MODULES and prefix.count(".") <= _MAX_MODULE_DEPTH,
+                 "has too many modules")
+        for kind in ("_parameters", "_buffers"):
+            for key, tensor in _dict(module.state, kind).items():
+                _check_key(key)
+                if tensor is not None:
+                    _require(type(tensor) is torch.Tensor, f"{prefix}{key} is {shown(tensor)}")
+                    yield prefix + key, (tensor, kind == "_parameters")
+        inner = []
+        for key, child in _dict(module.state, "_modules").items():
+            _check_key(key)
+            if child is not None:
+                inner.append((f"{prefix}{key}.", child))
+        waiting += reversed(inner)
+
+
+def _check_key(key: Any) -> None:
+    _require(type(key) is str and len(key) <= _MAX_NAME and key.isascii() and key.isprintable()
+             and "." not in key, f"has a module or tensor named {shown(key)}")
+
+
+def _compare(ours: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError at the first name, shape or type of tensor that differs."""
+    for name in ours:
+        _require(name in stored, f"lacks the tensor {name}")
+    for name, tensor in stored.items():
+        _require(name in ours, f"has the tensor {shown(name)}, which its network has not")
+        _require(tensor.shape == ours[name].shape,
+                 f"tensor {name} is {list(tensor.shape)}, must be {list(ours[name].shape)}")
+        _require(tensor.dtype in (torch.float32, torch.float16, torch.bfloat16),
+                 f"tensor {name} is of {tensor.dtype}, must be float32 or float16")
+
+
+# -------------------------------------------------------------------------------------- optimizer
+
+
+_GROUP_RULES = {
+    "lr": _real(0, 1e3), "eps": _real(0, 1), "weight_decay": _real(0, 1e3),
+    "betas": _several(_real(0, 1), 2, 2), "amsgrad": _Rule("false", lambda v: v is False),
+    "maximize": _Rule("false", lambda v: v is False),
+}
+
+
+def _optimizer(stored: Any, network: _Network) -> dict[str, Any]:
+    """Returns Adam's state dict for our order of parameters."""
+    _require(type(stored) is dict, f"'optimizer_state' is {shown(stored)}")
+    groups, state, names = stored.get("param_groups"), _dict(stored, "state"), network.stored_order
+    _require(type(groups) is list and len(groups) == 1 and type(groups[0]) is dict,
+             "has an optimizer that is not of one group of parameters")
+    params = groups[0].get("params")
+    _require(type(params) is list and len(params) == len(names)
+             and all(type(one) is int and one == i for i, one in enumerate(params)),
+             f"has an optimizer that is not of the network's {len(names)} parameters")
+    group = {key: _checked(key, groups[0][key], _GROUP_RULES)
+             for key in _GROUP_RULES if key in groups[0]}
+    group["betas"] = tuple(group.get("betas", (0.9, 0.999)))
+    group["params"] = params
+    own_index = {name: i for i, name in enumerate(network.own_order)}
+    mapped = {}
+    for i, moments in state.items():
+        _require(type(i) is int and 0 <= i < len(names), f"has an optimizer state {shown(i)}")
+        name = names[i]
+        mapped[own_index[name]] = _moments(moments, name, network.tensors[name].shape)
+    return {"state": dict(sorted(mapped.items())), "param_groups": [group]}
+
+
+def _moments(stored: Any, name: str, shape: torch.Size) -> dict[str, torch.Tensor]:
+    _require(type(stored) is dict and {"step", "exp_avg", "exp_avg_sq"} == set(stored),
+             f"the optimizer's state of {name} is not Adam's")
+    step = stored["step"]
+    if type(step) is torch.Tensor and step.numel() == 1:
+        step = step.item()
+    _require(_real(0, 1e12).holds(step), f"the optimizer's step of {name} is {shown(step)}")
+    for key in ("exp_avg", "exp_avg_sq"):
+        moment = stored[key]
+        _require(type(moment) is torch.Tensor and moment.shape == shape
+                 and moment.dtype.is_floating_point,
+                 f"the optimizer's {key} of {name} does not fit")
+    return {"step": torch.tensor(float(step)), "exp_avg": stored["exp_avg"].float(),
+            "exp_avg_sq": stored["exp_avg_sq"].float()}
