@@ -1,5 +1,8 @@
+import functools
 import json
 import math
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ import torch
 
 from torch_utils import training_stats
 from torch_utils.misc import mix_seed
-from training.checkpoint import digest, kimg_tag, load, newest_state, save
+from training.checkpoint import build_ema, digest, kimg_tag, load, newest_state, save
 from training.config import TrainConfig
 from training.dataset import ImageFolderDataset, order_at
 from training.training_loop import DivergedError, Trainer, append_stats
@@ -248,3 +251,50 @@ def test_stats_lines_are_json_even_with_nan(tmp_path):
 def test_seeds_depend_on_every_word_and_their_order():
     words = [(1, 2), (2, 1), (1, 2, 0), (1,), (0, 1)]
     assert len({mix_seed(*w) for w in words}) == len(words)
+
+
+def test_files_of_format_version_1_are_read_for_ever():
+    """The file in tests/data is never written again; its weights are ramps of known slope."""
+    content = load(Path(__file__).parent / "data" / "network-snapshot-v1.pt")
+    assert content["progress"] == {"cur_nimg": 1234}
+    assert TrainConfig.from_dict(content["options"]).aug_dim == 128
+    net = build_ema(content)
+    assert net.D == 128 and net.img_resolution == 4 and not net.training
+    for i, p in enumerate(net.parameters()):
+        ramp = torch.linspace(-1, 1, p.numel()).reshape(p.shape) * (0.1 + i % 3 * 0.05)
+        torch.testing.assert_close(p.contiguous(), ramp)
+    assert net(torch.zeros(2, 1, 4, 4), torch.tensor(1.0)).isfinite().all()
+
+
+@pytest.mark.parametrize("claim", [
+    torch.zeros(1).expand(10**6, 10**6),  # a view of four bytes that would become terabytes
+    functools.reduce(lambda x, _: [x, x], range(60), 1),  # 2^60 items by sharing
+])
+def test_files_that_claim_more_than_they_hold_are_refused(tmp_path, claim):
+    path = tmp_path / "x.pt"
+    torch.save({"format": "pfgmpp-network-snapshot", "version": 1, "x": claim}, path)
+    with pytest.raises(ValueError, match="x.pt: damaged"):
+        load(path)
+
+
+def test_compressed_files_are_refused(tmp_path):
+    path, packed = tmp_path / "x.pt", tmp_path / "packed.pt"
+    save(path, {"format": "pfgmpp-network-snapshot", "x": torch.zeros(1000)})
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w") as target:
+        for name in source.namelist():
+            compression = zipfile.ZIP_DEFLATED if name.endswith("0") else zipfile.ZIP_STORED
+            target.writestr(name, source.read(name), compress_type=compression)
+    with pytest.raises(ValueError, match="packed.pt: "):
+        load(packed)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_channels": 10**9}, "model_channels"), ({"num_blocks": 10**9}, "num_blocks"),
+    ({"class_name": "os.system"}, "os.system"), ({"wat": 1}, "wat"),
+    ({"img_resolution": 8}, "lacks the tensor"),  # every block has another name
+    ({"num_blocks": 2}, "lacks the tensor"), ({"pfgmpp": True, "D": -1.0}, "D=-1"),
+])
+def test_a_snapshot_that_describes_another_network_builds_nothing(change, message):
+    content = load(Path(__file__).parent / "data" / "network-snapshot-v1.pt")
+    with pytest.raises(ValueError, match=message):
+        build_ema({**content, "network": {**content["network"], **change}})

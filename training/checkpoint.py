@@ -16,8 +16,11 @@ data order are functions of the seed in `options` and of `cur_nimg`, so no gener
 import hashlib
 import json
 import math
+import os
 import pickle
 import re
+import struct
+import zipfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,8 +36,9 @@ STATE_FORMAT = "pfgmpp-training-state"
 SNAPSHOT_FORMAT = "pfgmpp-network-snapshot"
 VERSION = 1
 _STATE_NAME = re.compile(r"training-state-(\d{6,}(?:\.\d{3})?)\.pt")
-_READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError,
-                OSError)
+_READ_ERRORS = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, MemoryError, EOFError,
+                KeyError, IndexError, AttributeError, ValueError, TypeError, OverflowError,
+                AssertionError, NotImplementedError, struct.error, OSError)
 
 
 class SnapshotGivenError(ValueError):
@@ -132,11 +136,39 @@ def load(source: str | Path) -> dict[str, Any]:
 
 
 def _read_torch(source: str | Path, file: IO[bytes]) -> Any:
+    """Returns the content of one of our files, not verified yet.
+
+    PyTorch builds plain data alone, but it believes the sizes that the file claims; here members
+    must be stored as they are, and tensors and items within what the file has bytes for.
+    """
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        size = os.fstat(file.fileno()).st_size
+        with zipfile.ZipFile(file) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise ValueError("compressed")
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        _check_claims(content, size)
     except _READ_ERRORS:
         raise ValueError(f"{source}: damaged, or not a training state or network snapshot of this "
                          "project") from None
+    return content
+
+
+def _check_claims(content: Any, size: int) -> None:
+    """Raises ValueError where nested data holds more bytes or items than a file of `size` can."""
+    pending, bytes_left, items_left = [content], size, size
+    while pending:
+        value = pending.pop()
+        items_left -= 1
+        if isinstance(value, torch.Tensor):
+            bytes_left -= value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            pending += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            pending += value
+        if min(bytes_left, items_left) < 0:
+            raise ValueError("claims more than the file holds")
 
 
 def _open_source(source: str | Path) -> IO[bytes]:
@@ -233,9 +265,15 @@ def _recorded_nimg(path: Path) -> float:
 
 
 def build_ema(content: dict[str, Any]) -> Precond:
-    """Returns the EMA network of a loaded state or snapshot, in evaluation mode, on the CPU."""
+    """Returns the EMA network of a loaded state or snapshot, in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: the file describes a network that is not allowed, or not that of its weights.
+    """
+    weights = sampling_weights(content)
+    foreign.check_network(content["network"], weights)
     net = build_network(content["network"])
-    net.load_state_dict(sampling_weights(content))
+    net.load_state_dict(weights)
     return net.eval().requires_grad_(False)
 
 

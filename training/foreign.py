@@ -200,6 +200,24 @@ def _checked(key: str, value: Any, rules: dict[str, _Rule] = _OTHER_RULES) -> An
 # --------------------------------------------------------------------------------------- networks
 
 
+def check_network(config: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Checks what a file says of its network before anything is built from it.
+
+    Raises:
+        ValueError: a keyword or value that is not allowed, or tensors of another network.
+    """
+    _require(type(config) is dict, f"describes its network by {shown(config)}")
+    for key, known in (("class_name", PRECONDS), ("model_type", MODELS)):
+        _require(type(config.get(key)) is str and config[key] in known,
+                 f"asks for the {key} {shown(config.get(key))}; known are {', '.join(known)}")
+    rules = _BASE_RULES | _PRECOND_RULES[config["class_name"]] | _MODEL_RULES[config["model_type"]]
+    for key, value in config.items():
+        if key != "class_name":
+            _require(key in rules, f"unknown argument {shown(key)}")
+            _checked(key, value, rules)
+    _compare(_skeleton(config).state_dict(), tensors)
+
+
 class _Network(NamedTuple):
     config: dict
     tensors: dict[str, torch.Tensor]  # in the order of our network
