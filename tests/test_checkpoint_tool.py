@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -77,6 +78,17 @@ def test_mistakes_get_one_line(args, words, snapshot, invoke):
     result = invoke(checkpoint_tool.main, *args)
     assert result.exit_code == 1 and words in result.output
     assert len(result.output.splitlines()) == 1
+
+
+def test_a_hostile_file_that_looks_like_ours_is_refused_by_what_it_asks_for(tmp_path, invoke):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+    path = tmp_path / "network-snapshot-000001.pt"
+    torch.save({"format": "pfgmpp-network-snapshot", "version": 1, "ema": Hostile()}, path)
+    result = invoke(checkpoint_tool.main, "show", path)
+    assert result.exit_code == 1 and "mkdir" in result.output and path.name in result.output
+    assert len(result.output.splitlines()) == 1 and not (tmp_path / "ran").exists()
 
 
 def recorded(D):

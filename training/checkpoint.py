@@ -36,7 +36,7 @@ STATE_FORMAT = "pfgmpp-training-state"
 SNAPSHOT_FORMAT = "pfgmpp-network-snapshot"
 VERSION = 1
 _STATE_NAME = re.compile(r"training-state-(\d{6,}(?:\.\d{3})?)\.pt")
-_READ_ERRORS = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, MemoryError, EOFError,
+_READ_ERRORS = (zipfile.BadZipFile, RuntimeError, MemoryError, EOFError,
                 KeyError, IndexError, AttributeError, ValueError, TypeError, OverflowError,
                 AssertionError, NotImplementedError, struct.error, OSError)
 
@@ -149,6 +149,9 @@ def _read_torch(source: str | Path, file: IO[bytes]) -> Any:
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True)
         _check_claims(content, size)
+    except pickle.UnpicklingError:
+        file.seek(0)
+        return foreign.read(file, str(source))  # names what the file asked for
     except _READ_ERRORS:
         raise ValueError(f"{source}: damaged, or not a training state or network snapshot of this "
                          "project") from None
@@ -260,7 +263,7 @@ def _recorded_nimg(path: Path) -> float:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return int(content["progress"]["cur_nimg"])
-    except _READ_ERRORS:
+    except (pickle.UnpicklingError, *_READ_ERRORS):
         return float(state_tag(path)) * 1000
 
 
