@@ -636,6 +636,7 @@ def test_a_refusal_names_what_was_asked_for(case, asked):
     assert asked in refusal(HOSTILE[case])
 
 
+@pytest.mark.scripts  # in a subprocess
 def test_bombs_stay_within_time_and_memory(tmp_path):
     bombs = [data for case, data in HOSTILE.items() if "bomb" in case or "tensor_lies" in case]
     code = ("import sys, io, resource\nfrom torch_utils import safe_pickle\n"
