@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 
 import click
 
 BAD_INPUT, BAD_USAGE, DIVERGED = 1, 2, 3
+_KILLED = re.compile(r"killed by signal: (\w[\w ]*)")
 
 
 class UserError(click.ClickException):
@@ -24,13 +26,23 @@ class UserError(click.ClickException):
 
 @contextlib.contextmanager
 def user_errors(exit_code: int = BAD_INPUT) -> Iterator[None]:
-    """Turns ValueError and OSError, which speak of the user's input, into UserError."""
+    """Turns ValueError and OSError, which speak of the user's input, into UserError.
+
+    And PyTorch's RuntimeError about a data loader process that was killed, which comes wherever
+    this process happens to be.
+    """
     try:
         yield
     except BrokenPipeError:
         raise  # the reader of our output has gone; click ends quietly
     except (ValueError, OSError) as error:
         raise UserError(describe(error), exit_code) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        killed = _KILLED.search(f"{error} {error.__cause__}")
+        raise UserError(f"a data loader process was killed ({killed[1] if killed else error}), "
+                        "perhaps for want of memory; use fewer --workers") from error
 
 
 def describe(error: Exception) -> str:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from dnnlib.util import format_time
 from torch_utils import distributed, misc, training_stats
 from torch_utils.atomic import write_json
+from torch_utils.loading import read_batches
 from training import checkpoint
 from training.augment import AugmentPipe
 from training.config import TrainConfig
@@ -54,17 +55,6 @@ _GRID_MAX_ROWS = 16
 
 class DivergedError(RuntimeError):
     """Too many steps in a row had gradients that are not finite."""
-
-
-class _BatchReader(torch.utils.data.Dataset):
-    """Reads a whole list of indices at once, so that a loader worker hands over one array."""
-
-    def __init__(self, dataset: ImageFolderDataset):
-        self._dataset = dataset
-
-    def __getitem__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        images, labels = self._dataset.get_batch(indices)
-        return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 class Trainer:
@@ -125,10 +115,8 @@ class Trainer:
         order = TrainingOrder(
             len(self.dataset), self.config.seed, self.config.batch, start=self.cur_nimg,
             rank=self.rank, world_size=self.world_size, rounds=self.rounds)
-        loader = torch.utils.data.DataLoader(
-            _BatchReader(self.dataset), sampler=order, batch_size=None,
-            num_workers=self.config.workers, pin_memory=self.device.type == "cuda")
-        return iter(loader)
+        return read_batches(self.dataset, order, workers=self.config.workers,
+                            pin_memory=self.device.type == "cuda")
 
     @property
     def step(self) -> int:
