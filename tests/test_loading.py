@@ -53,8 +53,8 @@ def test_an_error_of_the_reader_arrives_with_its_own_words(workers):
 
 
 def test_a_killed_worker_is_one_line_with_its_signal():
-    with pytest.raises(UserError, match="data loader process was killed .Killed.*--workers") as info, \
-            user_errors():
+    told = "data loader process was killed .Killed.*--workers"
+    with pytest.raises(UserError, match=told) as info, user_errors():
         list(read_batches(Numbers({5: die}), [[1], [5], [7]], workers=1))
     assert info.value.exit_code == 1
     assert "\n" not in info.value.message

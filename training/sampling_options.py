@@ -1,0 +1,35 @@
+"""The flags of every script that samples from a network; no PyTorch is needed for their help.
+
+`NetworkSampler.open` takes them by their names.
+"""
+
+import math
+from collections.abc import Callable
+
+import click
+
+_OPTIONS = (
+    click.option("--class", "class_idx", metavar="INT", type=int, help="Class label.  [default: random]"),
+    click.option("--steps", "num_steps", metavar="INT", type=click.IntRange(min=1), default=18, help="Number of noise levels."),
+    click.option("--sigma_min", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), help="Lowest noise level.  [default: 0.002, or the discretisation's]"),
+    click.option("--sigma_max", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), help="Highest noise level.  [default: 80, 380 for --lsun networks, or the discretisation's]"),
+    click.option("--rho", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=7, help="Exponent of the grid of noise levels."),
+    click.option("--S_churn", "S_churn", metavar="FLOAT", type=click.FloatRange(min=0), default=0, help="Strength of the stochastic sampler; for D = inf only."),
+    click.option("--S_min", "S_min", metavar="FLOAT", type=click.FloatRange(min=0), default=0, help="Lowest noise level that is churned."),
+    click.option("--S_max", "S_max", metavar="FLOAT", type=click.FloatRange(min=0), default=math.inf, help="Highest noise level that is churned."),
+    click.option("--S_noise", "S_noise", metavar="FLOAT", type=click.FloatRange(min=0), default=1, help="Factor on the noise of churn."),
+    click.option("--solver", type=click.Choice(["euler", "heun"]), help="Ablation sampler: solver.  [default: heun]"),
+    click.option("--disc", "discretization", type=click.Choice(["vp", "ve", "iddpm", "edm"]), help="Ablation sampler: grid of noise levels.  [default: edm]"),
+    click.option("--schedule", type=click.Choice(["vp", "ve", "linear"]), help="Ablation sampler: noise level over time.  [default: linear]"),
+    click.option("--scaling", type=click.Choice(["vp", "none"]), help="Ablation sampler: scale of the state.  [default: none]"),
+    click.option("--pfgmpp", type=click.BOOL, help="For files that do not record D; else checked against the file."),
+    click.option("--aug_dim", metavar="D", type=float, help="For files that do not record D; else checked against the file."),
+    click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", help="Arithmetic inside the network."),
+)
+
+
+def sampling_options(command: Callable) -> Callable:
+    """Adds the flags to a click command."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
