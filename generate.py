@@ -20,6 +20,9 @@ _LAST_SEEDS = ((49_999, "ckpt_"), (99_999, "ckpt_2_"), (math.inf, "ckpt_3_"))
 @click.option("--seeds", metavar="LIST", type=IntList(), default="0-63", help="Random seeds, e.g. 1,2,5-10; one image each.")
 @click.option("--subdirs", is_flag=True, help="One subfolder per thousand seeds.")
 @click.option("--batch", "batch", metavar="INT", type=click.IntRange(min=1), default=64, help="Largest batch per process.")
+@click.option("--cond-image", metavar="DIR|ZIP", help="Condition images, for networks that take them; seed k has image k mod n of n.")
+@click.option("--init-image", metavar="DIR|ZIP", help="Start from these images plus noise instead of noise; seed k has image k mod n of n.")
+@click.option("--init-sigma", metavar="S", type=click.FloatRange(min=0, min_open=True), help="Noise level at which to start from --init-image; takes the place of --sigma_max.")
 @click.option("--save_images", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write vis/grid.png and vis/movie.gif of the first images.")
 @sampling_options
 @click.option("--use_pickle", type=click.BOOL, is_flag=False, flag_value=True, hidden=True)
@@ -32,7 +35,8 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, use_pickle, edm
     Any of --solver, --disc, --schedule, --scaling selects the ablation sampler of the EDM paper.
 
     Image k is a function of the network, seed k and the sampler's settings alone. Images that are
-    there already are kept, so a run that was killed is continued by running it again.
+    there already are kept, so a run that was killed is continued by running it again. Given images
+    are taken in turn by the seeds: with n of them, --seeds=0-(3n-1) makes three of each.
 
     \b
     # 64 images of a snapshot
@@ -47,14 +51,15 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, use_pickle, edm
         subdirs = subdirs or network is None
 
         from torch_utils import distributed, misc
-        from training.network_sampler import ClassError, NetworkSampler
+        from training.network_sampler import NetworkSampler, UsageError
         misc.configure_backends(sampling["precision"])
         with distributed.process_group(device) as torch_device:
             for source, folder in sources:
                 try:
                     sampler = NetworkSampler.open(source, torch_device, **sampling)
-                except ClassError as error:
+                except UsageError as error:
                     raise UserError(str(error), BAD_USAGE) from error
+                _check_png(sampler, source)
                 _generate(sampler, folder, seeds, batch, subdirs)
                 if save_images and distributed.get_rank() == 0:
                     _save_pictures(sampler, folder, seeds[:min(batch, _MAX_SHOWN)])
@@ -78,6 +83,13 @@ def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds):
             f"{end_ckpt}; name a run directory, or a file with --network")
     prefix = next(prefix for last, prefix in _LAST_SEEDS if max(seeds) <= last)
     return [(path, outdir / f"{prefix}{tag}") for path, tag in chosen]
+
+
+def _check_png(sampler, source) -> None:
+    channels = sampler.image_shape[0]
+    if channels not in (1, 3):
+        raise ValueError(f"{source}: its images have {channels} channels, and PNGs have 1 or 3; "
+                         "sample it with NetworkSampler of training/network_sampler.py")
 
 
 def _generate(sampler, folder, seeds, batch, subdirs) -> None:

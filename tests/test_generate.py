@@ -5,7 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import run_script
+from conftest import run_script, write_dataset
 
 import generate
 from training import checkpoint
@@ -13,11 +13,12 @@ from training.config import TrainConfig
 from training.networks import build_network
 
 
-def write_snapshot(path, *, label_dim=2, **options):
+def write_snapshot(path, *, label_dim=2, shape=(3, 8, 8), cond_channels=0, seed=0, **options):
     """Writes a network snapshot with weights that are not those of initialisation."""
     config = TrainConfig(data="none", arch="ncsnpp", cbase=8, cres=(1, 2), nblock=1, **options)
-    torch.manual_seed(0)
-    net = build_network(config.network(8, 3, label_dim))
+    torch.manual_seed(seed)
+    net = build_network({**config.network(list(shape[1:]), shape[0], label_dim),
+                         **({"cond_channels": cond_channels} if cond_channels else {})})
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -168,3 +169,167 @@ def test_a_run_directory_without_states_gets_one_line(tmp_path, invoke):
     assert result.exit_code == 1 and "0 training states" in result.output
     result = invoke(generate.main, f"--outdir={tmp_path / 'nowhere'}")
     assert result.exit_code == 1 and "nowhere" in result.output
+
+
+# ---- shapes, guidance, given images -------------------------------------------------------------
+
+def test_images_that_are_not_square_come_out_as_they_are(tmp_path, invoke):
+    network = write_snapshot(tmp_path / "wide.pt", label_dim=0, shape=(1, 4, 12))
+    args = [f"--network={network}", "--steps=2", "--seeds=0-2", f"--outdir={tmp_path / 'out'}"]
+    result = invoke(generate.main, *args, "--save_images")
+    assert result.exit_code == 0, result.output
+    assert {image.shape for name, image in read(tmp_path / "out").items()
+            if name != "grid.png"} == {(4, 12)}
+    grid = np.asarray(PIL.Image.open(tmp_path / "out/vis/grid.png"))
+    images = read(tmp_path / "out")
+    for i in range(3):  # enlarged 16 times, two columns, gaps of 2 pixels
+        y, x = 2 + (i // 2) * 66, 2 + (i % 2) * 194
+        shown = grid[y:y + 64:16, x:x + 192:16, 0].astype(int)
+        assert np.abs(shown - images[f"00000{i}.png"]).max() <= 1
+    assert "3 of 3 images are there" in invoke(generate.main, *args).output
+
+
+def test_channels_that_no_png_has_are_refused_before_sampling(tmp_path, invoke):
+    network = write_snapshot(tmp_path / "five.pt", label_dim=0, shape=(5, 8, 8))
+    result = invoke(generate.main, f"--network={network}", f"--outdir={tmp_path / 'out'}")
+    assert result.exit_code == 1 and "5 channels" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_guidance_of_one_changes_neither_images_nor_the_record(snapshot, tmp_path, invoke):
+    args = [f"--network={snapshot}", "--steps=2", "--seeds=0-3"]
+    invoke(generate.main, *args, f"--outdir={tmp_path / 'plain'}")
+    result = invoke(generate.main, *args, "--guidance=1", f"--outdir={tmp_path / 'one'}")
+    assert result.exit_code == 0, result.output
+    plain, one = tmp_path / "plain", tmp_path / "one"
+    assert all(path.read_bytes() == (one / path.name).read_bytes() for path in plain.iterdir())
+    record = json.loads((plain / "generate.json").read_text())
+    assert not {"guidance", "gnet", "guidance_interval", "cond_image", "init_image"} & set(record)
+
+
+def test_guidance_is_recorded_and_changes_images(snapshot, tmp_path, invoke):
+    gnet = write_snapshot(tmp_path / "gnet.pt", seed=1, pfgmpp=True, aug_dim=2.5, label_dim=0)
+    other = write_snapshot(tmp_path / "other.pt", seed=2, pfgmpp=True, aug_dim=2.5)
+    runs = {"plain": [], "free": ["--guidance=2"], "auto": ["--guidance=2", f"--gnet={gnet}"],
+            "inside": ["--guidance=2", "--guidance-interval=0.1,inf"],
+            "other": ["--guidance=2", f"--gnet={other}"],
+            "nowhere": ["--guidance=2", "--guidance-interval=500,inf"]}
+    base = [f"--network={snapshot}", "--steps=3", "--seeds=0-3"]
+    for name, flags in runs.items():
+        result = invoke(generate.main, *base, *flags, f"--outdir={tmp_path / name}")
+        assert result.exit_code == 0, result.output
+    images = {name: read(tmp_path / name) for name in runs}
+    assert difference(images["plain"], images["nowhere"]) == 0
+    for a, b in (("plain", "free"), ("free", "auto"), ("auto", "other"), ("free", "inside")):
+        assert difference(images[a], images[b]) > 1, (a, b)
+    record = json.loads((tmp_path / "inside/generate.json").read_text())
+    assert record["guidance"] == 2 and record["guidance_interval"] == [0.1, "inf"]
+    for name in runs:  # every folder is continued by its own flags alone
+        for other_name, flags in runs.items():
+            result = invoke(generate.main, *base, *flags, f"--outdir={tmp_path / name}")
+            assert result.exit_code == (0 if other_name == name else 1), (name, other_name)
+
+
+def test_guidance_keeps_an_image_a_function_of_its_seed(snapshot, tmp_path, invoke):
+    args = [f"--network={snapshot}", "--steps=3", "--guidance=3"]
+    invoke(generate.main, *args, "--seeds=0-5", f"--outdir={tmp_path / 'whole'}")
+    invoke(generate.main, *args, "--seeds=4,1", "--batch=1", f"--outdir={tmp_path / 'part'}")
+    whole, part = read(tmp_path / "whole"), read(tmp_path / "part")
+    assert difference({name: whole[name] for name in part}, part) <= 1
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    return write_snapshot(tmp_path_factory.mktemp("cond") / "cond.pt", label_dim=0,
+                          cond_channels=1, pfgmpp=True, aug_dim=2.5)
+
+
+@pytest.fixture(scope="module")
+def gray(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("gray") / "gray.zip", num=3, channels=1)
+
+
+def test_seed_k_is_sampled_for_condition_k_mod_n(conditional, gray, tmp_path, invoke):
+    from training.dataset import ImageFolderDataset
+    from training.sampling import draw_latents, to_uint8
+    result = invoke(generate.main, f"--network={conditional}", f"--cond-image={gray}", "--steps=1",
+                    "--seeds=0-6", f"--outdir={tmp_path / 'out'}", "--batch=4")
+    assert result.exit_code == 0, result.output
+    net, data = checkpoint.build_ema(checkpoint.load(conditional)), ImageFolderDataset(gray)
+    for seed in range(7):
+        latents, _, _ = draw_latents(net, [seed], torch.device("cpu"))
+        condition = torch.from_numpy(data.get_batch([seed % 3])[0]).float() / 127.5 - 1
+        expected = to_uint8(net(latents * 80, torch.tensor(80.0), condition=condition))[0]
+        image = read(tmp_path / "out")[f"{seed:06d}.png"]
+        assert np.abs(image - expected.permute(1, 2, 0).numpy().astype(int)).max() <= 1
+    record = json.loads((tmp_path / "out/generate.json").read_text())
+    assert record["cond_image"] == data.fingerprint
+
+
+def test_a_folder_of_other_given_images_is_refused(snapshot, conditional, gray, tmp_path, invoke):
+    other = write_dataset(tmp_path / "other.zip", num=4, channels=1)
+    rgb = write_dataset(tmp_path / "rgb.zip", num=2)
+    args = ["--steps=1", "--seeds=0"]
+    for network, first, second in (
+            (conditional, [f"--cond-image={gray}"], [f"--cond-image={other}"]),
+            (snapshot, [f"--init-image={rgb}", "--init-sigma=1"], ["--sigma_max=1"]),
+            (snapshot, ["--sigma_max=1"], [f"--init-image={rgb}", "--init-sigma=1"])):
+        folder = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        base = [f"--network={network}", *args, f"--outdir={folder}"]
+        assert invoke(generate.main, *base, *first).exit_code == 0
+        result = invoke(generate.main, *base, *second)
+        assert result.exit_code == 1 and "_image:" in result.output
+        assert invoke(generate.main, *base, *first).exit_code == 0
+
+
+def test_starting_from_images_with_little_noise_returns_them(tmp_path, dataset_zip, invoke):
+    # An untrained network denoises by c_skip x to within 1e-3, which is 1 to 1e-4 at level 0.005.
+    config = TrainConfig(data="none", arch="ncsnpp", cbase=8, cres=(1, 2), nblock=1)
+    net = build_network(config.network(8, 3, 0))
+    checkpoint.save(tmp_path / "new.pt", {
+        "format": checkpoint.SNAPSHOT_FORMAT, "network": net.config,
+        "ema": dict(net.state_dict()), "progress": {"cur_nimg": 0}, "options": config.to_dict()})
+    result = invoke(generate.main, f"--network={tmp_path / 'new.pt'}", "--seeds=0-2,41",
+                    f"--init-image={dataset_zip}", "--init-sigma=0.005", "--steps=4",
+                    f"--outdir={tmp_path / 'out'}")
+    assert result.exit_code == 0, result.output
+    from training.dataset import ImageFolderDataset
+    data, images = ImageFolderDataset(dataset_zip), read(tmp_path / "out")
+    assert len(data) == 40
+    for seed in (0, 1, 2, 41):  # noise of 0.005 is 0.64 of a gray level; four deviations and more
+        expected = data[seed % 40][0].transpose(1, 2, 0).astype(int)
+        assert np.abs(images[f"{seed:06d}.png"] - expected).max() <= 4
+
+
+@pytest.mark.parametrize("which, flags, code, words", [
+    ("classes", ["--guidance=-1"], 2, "-1"),
+    ("classes", ["--guidance=inf"], 1, "guidance=inf"),
+    ("classes", ["--guidance=2", "--guidance-interval=3,1"], 2, "LO < HI"),
+    ("classes", ["--guidance=2", "--guidance-interval=3"], 2, "LO < HI"),
+    ("classes", ["--guidance-interval=1,3"], 2, "without --guidance"),
+    ("classes", ["--gnet=x.pt"], 2, "without --guidance"),
+    ("classes", ["--guidance=2", "--gnet=nowhere.pt"], 1, "nowhere.pt"),
+    ("classes", ["--guidance=2", "--gnet=EDM"], 1, "D inf, the network 2.5"),
+    ("plain", ["--guidance=2"], 2, "--gnet"),
+    ("plain", ["--cond-image=GRAY"], 2, "takes no condition"),
+    ("conditional", [], 2, "--cond-image=DIR|ZIP"),
+    ("conditional", ["--cond-image=RGB"], 1, "3x8x8 (channels x height x width), the network "),
+    ("conditional", ["--cond-image=nowhere.zip"], 1, "nowhere.zip"),
+    ("plain", ["--init-image=RGB"], 2, "give both or none"),
+    ("plain", ["--init-sigma=1"], 2, "give both or none"),
+    ("plain", ["--init-image=GRAY", "--init-sigma=1"], 1, "takes 3x8x8"),
+    ("plain", ["--init-image=RGB", "--init-sigma=1", "--sigma_max=2"], 2, "leave --sigma_max out"),
+    ("plain", ["--init-image=RGB", "--init-sigma=0.001"], 1, "sigma_max=0.001"),
+], ids=str)
+def test_flags_that_do_not_fit_the_network_get_one_line(which, flags, code, words, snapshot, gray,
+                                                        conditional, tmp_path, invoke):
+    rgb = write_dataset(tmp_path / "rgb.zip", num=2)
+    edm = write_snapshot(tmp_path / "edm.pt", label_dim=0)
+    network = {"classes": snapshot, "conditional": conditional, "plain": edm}[which]
+    flags = [flag.replace("GRAY", str(gray)).replace("RGB", str(rgb)).replace("EDM", str(edm))
+             for flag in flags]
+    result = invoke(generate.main, f"--network={network}", f"--outdir={tmp_path / 'out'}", *flags)
+    assert result.exit_code == code, result.output
+    [line] = [text for text in result.output.splitlines() if text.startswith("Error: ")]
+    assert words in line
+    assert not (tmp_path / "out").exists()

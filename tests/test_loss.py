@@ -1,5 +1,6 @@
 """The losses: laws of sigma, weights, minimiser, and draws that do not depend on the split."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,8 +9,11 @@ import scipy.stats
 import torch
 
 from training.augment import AugmentPipe
+from training.config import TrainConfig
 from training.loss import LOSSES, EDMLoss, VELoss, VPLoss
+from training.networks import EDMPrecond, build_network
 from training.perturbation import PerturbationKernel
+from training.training_loop import build_loss
 
 INF = math.inf
 SHORT = (1, 2, 128, INF)
@@ -85,6 +89,30 @@ def test_weights_are_the_published_ones(cls, weight):
 
 def test_edm_weight_follows_sigma_data():
     assert EDMLoss(sigma_data=2.0).weight(torch.tensor(2.0)).item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("D", SHORT)
+@pytest.mark.parametrize("sigma_data", [0.1, 0.5, 3.0])
+def test_sigma_data_of_the_network_makes_the_loss_that_of_F_at_every_sigma(sigma_data, D):
+    # D_theta - y = c_out (F - target), so with the same sigma_data on both sides the loss of a
+    # network is |F - target|^2: for F = 0, and data of that deviation, of mean 1 at every sigma.
+    config = TrainConfig(data="none", pfgmpp=not math.isinf(D), aug_dim=D)
+    net = EDMPrecond(2, 1, sigma_data=sigma_data, model_type="SongUNet", model_channels=4,
+                     channel_mult=[1], num_blocks=1, pfgmpp=not math.isinf(D), D=D)
+    net = build_network(net.config)  # as a checkpoint gives it back
+    net.model = Net(lambda x, sigma: torch.zeros_like(x))
+    loss_fn = build_loss(config, net)
+    assert loss_fn.sigma_data == net.sigma_data == sigma_data and loss_fn.kernel.D == net.D == D
+    y = sigma_data * torch.randn(4000, 1, 2, 2, generator=seeded(1))
+    draws = loss_fn.draw(y.shape, seeded(2))
+    draws = dataclasses.replace(draws, scale=torch.ones_like(draws.scale))  # variance 1
+    loss = loss_fn(net, y, draws=draws).double()
+    (x, *_), = net.model.calls
+    # 16,000 squares of unit normal numbers: their mean has a deviation of 0.011.
+    assert loss.mean().item() == pytest.approx(1, abs=0.05)
+    low, high = (loss[part].mean().item() for part in (draws.sigma < 0.3, draws.sigma >= 0.3))
+    assert low == pytest.approx(1, abs=0.07) and high == pytest.approx(1, abs=0.07)
+    assert x.double().square().mean().item() == pytest.approx(1, abs=0.05)  # what F sees
 
 
 def test_losses_are_listed_by_their_preconditioner():

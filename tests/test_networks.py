@@ -322,6 +322,93 @@ def test_adm_has_the_published_state_dict_keys():
     assert attention == {"8x8_in0", *(f"{r}x{r}_block{i}" for r in (8, 16, 32) for i in range(4))}
 
 
+# ---- sizes and channels -------------------------------------------------------------------------
+
+def sized(size, arch="ddpmpp", cls=EDMPrecond, channels=3, **kwargs):
+    torch.manual_seed(0)
+    options = {**NETWORKS[arch], "attn_resolutions": [], **kwargs}
+    net = cls(size, channels, label_dim=4, **options).eval().requires_grad_(False)
+    for p in net.parameters():
+        p.add_(0.1 * torch.randn(p.shape))
+    return net
+
+
+@pytest.mark.parametrize("attend", [[], [8], [16, 8]], ids=str)
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_height_and_width_are_treated_alike(arch, attend):
+    # The network of turned images is the same network with turned filters, under turned names.
+    wide, tall = (sized(size, arch, attn_resolutions=attend) for size in ([8, 16], [16, 8]))
+    turned = {}
+    for name, value in wide.state_dict().items():
+        for h, w in ((8, 16), (4, 8)):
+            name = name.replace(f".{h}x{w}_", f".{w}x{h}_")
+        turned[name] = value.transpose(2, 3) if value.ndim == 4 else value
+    tall.load_state_dict(turned, strict=True)
+    x, labels, augment = randn(2, 3, 8, 16), randn(2, 4, seed=1), randn(2, 9, seed=2)
+    sigma = torch.tensor([0.3, 4.0])
+    expected = wide(x, sigma, labels, augment_labels=augment)
+    result = tall(x.transpose(2, 3), sigma, labels, augment_labels=augment).transpose(2, 3)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)  # sums in another order
+    assert wide.image_shape == (3, 8, 16) and wide.N == 3 * 8 * 16
+    assert {name.split(".")[2].split("_")[0] for name in wide.state_dict() if ".enc." in name} == {
+        "8x16", "4x8"}
+
+
+@pytest.mark.parametrize("cls", PRECONDS)
+def test_two_equal_sides_are_one(cls):
+    one, two = sized(8, cls=cls), sized([8, 8], cls=cls)
+    assert one.config == two.config and two.config["img_resolution"] == 8
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert one.image_shape == two.image_shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+@pytest.mark.parametrize("size", [[8, 32], [32, 8]])
+def test_a_level_attends_where_its_longer_side_is_listed(arch, size):
+    with torch.device("meta"):
+        net = EDMPrecond(size, 3, **{**NETWORKS[arch], "attn_resolutions": [16],
+                                     "channel_mult": [1, 1, 1]})
+    attending = {name.split(".")[2].split("_")[0] for name in net.state_dict()
+                 if "qkv" in name and "in0" not in name}
+    assert attending == {f"{size[0] // 2}x{size[1] // 2}"}
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_any_number_of_channels_is_denoised(arch, channels):
+    net = sized([4, 8], arch, channels=channels)
+    copy = build_network(json.loads(json.dumps(net.config))).eval()
+    copy.load_state_dict(net.state_dict())
+    x = randn(2, channels, 4, 8)
+    with torch.no_grad():
+        denoised = net(x, 1.0)
+        assert torch.equal(copy(x, 1.0), denoised) and denoised.shape == x.shape
+        # Every channel of the input reaches every channel of the output beside its own c_skip.
+        for c in range(channels):
+            changed = x.clone()
+            changed[:, c] += 1
+            moved = (net(changed, 1.0) - denoised)
+            moved[:, c] -= 0.2  # c_skip = 0.25 / 1.25
+            assert (moved.abs().amax([0, 2, 3]) > 1e-4).all()
+
+
+@pytest.mark.parametrize("size, words", [
+    (30, ["30 can't be halved 2 times", "28 or 32"]),
+    (3, ["nearest sizes are 4 ("]),
+    ([30, 32], ["30x32 (height x width)", "height is 28 or 32", "width 32"]),
+    ([32, 2], ["height is 32", "width 4"]),
+    ([6, 10], ["height is 4 or 8", "width 8 or 12"]),
+    ([8], ["img_resolution=[8]", "[height, width]"]), ([8, 8, 8], ["[height, width]"]),
+    ([8, 0], ["positive whole"]), ([8, 8.0], ["positive whole"]), (0, ["positive whole"]),
+], ids=str)
+def test_sizes_that_do_not_work_are_refused_with_the_nearest_that_do(size, words):
+    for arch in ("ddpmpp", "adm"):
+        with pytest.raises(ValueError) as error:
+            EDMPrecond(size, 3, **{**NETWORKS[arch], "channel_mult": [1, 1, 1]})
+        assert "\n" not in str(error.value)
+        assert all(word in str(error.value) for word in words), error.value
+
+
 # ---- initial weights ----------------------------------------------------------------------------
 
 def fans(weight):
@@ -680,6 +767,29 @@ def test_label_dropout_drops_each_image_at_its_rate():
     # Each image has its label or none at all, nothing between.
     nearest = torch.where(dropped.reshape(-1, 1, 1, 1), bare, told)
     torch.testing.assert_close(mixed, nearest, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_label_dropout_keeps_labels_as_they_are_or_makes_them_zero(arch):
+    net = network(arch, label_dropout=0.5).train()
+    labels = randn(64, 4, seed=1)  # vectors, not classes alone
+    seen = inputs_of(net, ["model.map_label"], randn(64, 3, 8, 8), 1.0, labels)
+    rows = seen["model.map_label"][0][0] / (1 if arch == "adm" else 2)  # times sqrt(4), Song's
+    kept = (rows == labels).all(1)
+    assert (kept | (rows == 0).all(1)).all() and 0 < kept.sum() < 64
+    seen = inputs_of(net.eval(), ["model.map_label"], randn(64, 3, 8, 8), 1.0, labels)
+    assert torch.equal(seen["model.map_label"][0][0] / (1 if arch == "adm" else 2), labels)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_label_dropout_draws_in_training_alone_and_only_where_it_is_on(rate):
+    net, x, labels = network(label_dropout=rate), randn(2, 3, 8, 8), torch.eye(4)[:2]
+    for training in (False, True):
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        with torch.no_grad():
+            net.train(training)(x, 1.0, labels)
+        assert torch.equal(torch.get_rng_state(), before) is not (training and rate > 0)
 
 
 @pytest.mark.parametrize("arch", NETWORKS)

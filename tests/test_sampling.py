@@ -14,6 +14,7 @@ from training.sampling import (
     StackedRandomGenerator,
     draw_latents,
     edm_sampler,
+    from_data,
     generate_images,
     to_uint8,
 )
@@ -249,3 +250,85 @@ def test_stacked_generators_take_the_device_as_the_references_give_it():
     k = rnd.randint(10, size=[2], device="cpu")
     again = StackedRandomGenerator("cpu", [1, 2])
     assert torch.equal(z, again.randn([2, 3])) and torch.equal(k, again.randint(10, size=[2]))
+
+
+# ---- shapes, and starting from an image ---------------------------------------------------------
+
+@pytest.mark.parametrize("size, channels", [([4, 8], 3), ([8, 4], 1), (4, 5)])
+def test_latents_and_samples_have_the_networks_shape(size, channels):
+    net = EDMPrecond(size, channels, pfgmpp=True, D=2, model_type="SongUNet", model_channels=8,
+                     channel_mult=[1, 2], num_blocks=1, attn_resolutions=[]).eval()
+    latents, _, _ = draw_latents(net, [5], CPU)
+    z = torch.randn(list(net.image_shape), generator=(rng := generator(5)))
+    expected = z.double() * PerturbationKernel(2).scale(1, rng)
+    torch.testing.assert_close(latents[0], expected, rtol=1e-7, atol=0)
+    assert images_of(net, [[5]])[5].shape == net.image_shape
+
+
+ABLATIONS = [{}, {"solver": "euler", "discretization": "ve"},
+             {"schedule": "vp", "scaling": "vp"}, {"discretization": "vp", "schedule": "ve"}]
+
+
+@pytest.mark.parametrize("settings", ABLATIONS, ids=str)
+@pytest.mark.parametrize("D", SHORT)
+def test_sampling_starts_at_the_given_image_plus_noise_of_the_kernel(D, settings):
+    net, seeds, states = network(D), [7, 3], []
+    given = torch.rand(2, 3, 8, 8, generator=generator(1)) * 2 - 1
+    sampler = SamplerConfig(num_steps=4, sigma_max=2.5, **settings)
+    [_] = generate_images(net, [seeds], sampler=sampler, device=CPU, inits=lambda seeds: given,
+                          watch=lambda x, sigma: states.append((x, sigma)))
+    latents, _, _ = draw_latents(net, seeds, CPU)
+    x, sigma = states[0]
+    assert float(sigma) == pytest.approx(2.5, rel=1e-6)
+    # Relative to the noise: the schedules invert sigma to t and back.
+    torch.testing.assert_close(x, given.double() + 2.5 * latents, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("D", SHORT)
+def test_a_start_of_zeros_is_the_prior(D):
+    net = network(D)
+    zeros = [batch.images for batch in generate_images(
+        net, [[0, 1]], sampler=SamplerConfig(num_steps=4), device=CPU,
+        inits=lambda seeds: torch.zeros(len(seeds), 3, 8, 8))]
+    plain = images_of(net, [[0, 1]])
+    assert torch.equal(zeros[0][0], plain[0]) and torch.equal(zeros[0][1], plain[1])
+
+
+class TwoPoints:
+    """The ideal denoiser of two images."""
+
+    sigma_min, sigma_max, label_dim, image_shape = 0.0, INF, 0, (1, 4, 4)
+    round_sigma = staticmethod(torch.as_tensor)
+
+    def __init__(self, D):
+        self.D, self.points = D, torch.stack([torch.full([1, 4, 4], s) for s in (-1.0, 1.0)])
+
+    def __call__(self, x, sigma, class_labels=None):
+        return PerturbationKernel(self.D).posterior_mean(x, sigma, self.points.double())
+
+
+@pytest.mark.parametrize("settings", ABLATIONS[:2], ids=str)
+@pytest.mark.parametrize("D", (2, 128, INF))
+def test_little_noise_keeps_the_given_image_and_much_forgets_it(D, settings):
+    # The points are 8 apart. Noise of level 0.3 has |n| of 0.3 |z| sqrt(D/c), 1.2 at D = inf and
+    # with D = 2 beyond 4 for 13% of seeds at most; at level 80 it hides which one was given.
+    net, seeds = TwoPoints(D), range(40)
+
+    def kept(level):
+        [batch] = generate_images(
+            net, [seeds], sampler=SamplerConfig(num_steps=30, sigma_max=level, **settings),
+            device=CPU, inits=lambda seeds: net.points[[k % 2 for k in seeds]])
+        ends = (batch.images.mean([1, 2, 3]) > 0).long()
+        return (ends == torch.arange(40) % 2).float().mean().item()
+    assert kept(0.3) > 0.8
+    assert 0.2 < kept(80.0) < 0.8
+
+
+def test_images_of_a_data_set_are_scaled_by_their_type():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    assert torch.equal(to_uint8(from_data(pixels)), torch.from_numpy(pixels))
+    assert from_data(pixels).flatten()[[0, -1]].tolist() == [-1, 1]
+    for dtype in (np.float32, np.float64):
+        values = np.linspace(-3, 3, 12, dtype=dtype).reshape(1, 3, 2, 2)
+        assert from_data(values).dtype == torch.float32
+        np.testing.assert_allclose(from_data(values), values, rtol=1e-7)

@@ -18,6 +18,9 @@ All but the flips are one affine map q = A R s x + t, and the output at q is the
 
     x = 1/s R^-1 A^-1 (q - t).
 
+Coordinates are pixels, so a rotation is one whatever the shape of the image, and W and H of the
+translation are the image's own. All channels, however many, move alike.
+
 The source continues beyond its edges by reflection, without end. To resample it with little
 aliasing, the image is upsampled 2x, read bilinearly, and downsampled 2x, both with the sym6 wavelet
 filter h. That filter is orthonormal, so the two passes undo each other where the map is the

@@ -159,10 +159,19 @@ def _several(rule: _Rule, least: int, most: int) -> _Rule:
                  and all(map(rule.holds, value)), list)
 
 
+def _either(first: _Rule, second: _Rule) -> _Rule:
+    return _Rule(f"{first.allowed}, or {second.allowed}",
+                 lambda value: first.holds(value) or second.holds(value),
+                 lambda value: (first if first.holds(value) else second).convert(value))
+
+
+_SIDE = _whole(1, 1 << 14)
 _FLAG = _Rule("true or false", lambda value: type(value) in (bool, int) and value in (0, 1), bool)
 _BASE_RULES = {
-    "img_resolution": _whole(1, 1024), "img_channels": _whole(1, 64),
-    "label_dim": _whole(0, 100_000), "use_fp16": _FLAG, "model_type": _choice(*MODELS),
+    "img_resolution": _either(_SIDE, _several(_SIDE, 2, 2)),
+    "img_channels": _whole(1, 1 << 16), "cond_channels": _whole(0, 1 << 16),
+    "label_dim": _whole(0, 100_000), "use_fp16": _FLAG,
+    "model_type": _Rule("the name of the model", lambda value: type(value) is str),
     "pfgmpp": _FLAG, "D": _real(0, math.inf, above=True),
 }
 _PRECOND_RULES = {
@@ -177,7 +186,7 @@ _PRECOND_RULES = {
 _COMMON_RULES = {
     "augment_dim": _whole(0, 64), "model_channels": _whole(1, 1024),
     "channel_mult": _several(_whole(1, 16), 1, 8), "channel_mult_emb": _whole(1, 16),
-    "num_blocks": _whole(1, 16), "attn_resolutions": _several(_whole(1, 1024), 0, 16),
+    "num_blocks": _whole(1, 16), "attn_resolutions": _several(_SIDE, 0, 16),
     "dropout": _real(0, 1), "label_dropout": _real(0, 1),
 }
 _MODEL_RULES = {
@@ -187,7 +196,7 @@ _MODEL_RULES = {
         "decoder_type": _choice("standard", "skip"),
         "resample_filter": _several(_real(0, 1e3), 1, 8)},
     "DhariwalUNet": _COMMON_RULES,
-}
+}  # of the published classes; keywords of classes added to MODELS or PRECONDS are their own affair
 _OTHER_RULES = {"step": _whole(0, 1 << 48)}
 
 
@@ -210,11 +219,14 @@ def check_network(config: Any, tensors: dict[str, torch.Tensor]) -> None:
     for key, known in (("class_name", PRECONDS), ("model_type", MODELS)):
         _require(type(config.get(key)) is str and config[key] in known,
                  f"asks for the {key} {shown(config.get(key))}; known are {', '.join(known)}")
-    rules = _BASE_RULES | _PRECOND_RULES[config["class_name"]] | _MODEL_RULES[config["model_type"]]
+    published = config["class_name"] in _PRECOND_RULES and config["model_type"] in _MODEL_RULES
+    rules = (_BASE_RULES | _PRECOND_RULES.get(config["class_name"], {})
+             | _MODEL_RULES.get(config["model_type"], {}))
     for key, value in config.items():
-        if key != "class_name":
-            _require(key in rules, f"unknown argument {shown(key)}")
+        if key in rules:
             _checked(key, value, rules)
+        else:
+            _require(key == "class_name" or not published, f"unknown argument {shown(key)}")
     _compare(_skeleton(config).state_dict(), tensors)
 
 
@@ -230,9 +242,9 @@ def _read_network(record: Any, key: str) -> _Network:
     _require(type(record) is Record, f"{key!r} is {shown(record)}, not a network")
     if record.class_name in ("Precond", "UNet"):
         raise ValueError("an EDM2 network; only those of EDM and PFGM++ are supported")
-    _require(record.class_name in PRECONDS,
+    _require(record.class_name in _PRECOND_RULES,
              f"asks for the network class {shown(record.class_name)}; "
-             f"known are {', '.join(PRECONDS)}")
+             f"known are {', '.join(_PRECOND_RULES)}")
     config, recorded = _configuration(record)
     skeleton = _skeleton(config)
     stored = dict(_stored_tensors(record))
@@ -248,9 +260,9 @@ def _read_network(record: Any, key: str) -> _Network:
 def _configuration(record: Record) -> tuple[dict, bool | None]:
     """Returns checked keywords for `build_network`, and whether D is recorded."""
     model = _dict(record.state, "_modules").get("model")
-    _require(type(model) is Record and model.class_name in MODELS,
+    _require(type(model) is Record and model.class_name in _MODEL_RULES,
              f"asks for the model class {shown(getattr(model, 'class_name', model))}; "
-             f"known are {', '.join(MODELS)}")
+             f"known are {', '.join(_MODEL_RULES)}")
     given = _arguments(record) or _arguments(model, skip=("in_channels", "out_channels"))
     own_rules = _BASE_RULES | _PRECOND_RULES[record.class_name]
     # An attribute is what the network computes with, whatever it was constructed with.
@@ -260,7 +272,7 @@ def _configuration(record: Record) -> tuple[dict, bool | None]:
         _require(key in rules, f"{record.class_name}: unknown argument {shown(key)}")
     config = {key: _checked(key, value, rules) for key, value in given.items()}
     _require(config.setdefault("model_type", model.class_name) == model.class_name,
-             f"model_type={config['model_type']!r}, but the model is {model.class_name}")
+             f"model_type={shown(config['model_type'])}, but the model is {model.class_name}")
     for key in ("img_resolution", "img_channels"):
         _require(key in config, f"does not record {key}")
     recorded = None

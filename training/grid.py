@@ -12,7 +12,7 @@ from torch_utils.atomic import atomic_write
 
 _FRAME_MSEC, _LAST_FRAME_MSEC = 100, 2000
 _GAP = 2  # pixels between images
-_MIN_SIDE = 64  # small images are enlarged by a whole factor to at least this
+_MIN_SIDE = 64  # small images are enlarged by a whole factor to at least this height
 
 
 def image_grid(
@@ -21,34 +21,34 @@ def image_grid(
     """Returns one picture of the rows, on white.
 
     Args:
-        rows: uint8 images [C, H, W] of one shape, C 1 or 3.
+        rows: uint8 images [C, H, W] of one shape; unless C is 3, the first channel is shown.
         labels: text at the left of each row; none where all are empty.
         split: leave a wider gap before this column.
     """
     first = next(image for row in rows for image in row)
     zoom = max(-(-_MIN_SIDE // first.shape[1]), 1)
-    side = first.shape[1] * zoom + _GAP
-    font_size = max(side // 4, 10)
+    height, width = (side * zoom + _GAP for side in first.shape[1:])
+    font_size = max(height // 4, 10)
     margin = max((len(label) for label in labels), default=0) * font_size * 2 // 3
     margin += font_size // 2 if margin else 0
     columns = max(len(row) for row in rows)
-    extra = side // 2 if split is not None else 0
-    canvas = PIL.Image.new("RGB", (margin + columns * side + extra + _GAP, len(rows) * side + _GAP),
-                           "white")
+    extra = width // 2 if split is not None else 0
+    size = margin + columns * width + extra + _GAP, len(rows) * height + _GAP
+    canvas = PIL.Image.new("RGB", size, "white")
     draw = PIL.ImageDraw.Draw(canvas)
     for i, row in enumerate(rows):
         if margin:
-            draw.text((margin - font_size // 3, i * side + side // 2), labels[i], fill="black",
-                      anchor="rm", font_size=font_size)
+            draw.text((margin - font_size // 3, i * height + height // 2), labels[i],
+                      fill="black", anchor="rm", font_size=font_size)
         for j, image in enumerate(row):
-            x = margin + j * side + _GAP + (extra if split is not None and j >= split else 0)
-            canvas.paste(_enlarged(image, zoom), (x, i * side + _GAP))
+            x = margin + j * width + _GAP + (extra if split is not None and j >= split else 0)
+            canvas.paste(_enlarged(image, zoom), (x, i * height + _GAP))
     return canvas
 
 
 def _enlarged(image: np.ndarray, zoom: int) -> PIL.Image.Image:
     pixels = image.transpose(1, 2, 0).repeat(zoom, axis=0).repeat(zoom, axis=1)
-    return PIL.Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+    return PIL.Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
 
 
 def square_grid(images: np.ndarray) -> PIL.Image.Image:

@@ -49,11 +49,11 @@ class ImageFolder:
             there = json.loads(record.read_text(encoding="utf-8"))
         except ValueError:
             raise ValueError(f"{record}: not JSON; remove it or name another --outdir") from None
-        for key, value in settings.items():
-            if there.get(key) != value:
-                raise ValueError(
-                    f"{self.path} holds images of another setting ({key}: {there.get(key)} there, "
-                    f"{value} now); name another --outdir or remove it")
+        for key in {**settings, **there}:  # some are recorded only where they are used
+            now, then = settings.get(key), there.get(key)
+            if now != then:
+                raise ValueError(f"{self.path} holds images of another setting ({key}: {then} "
+                                 f"there, {now} now); name another --outdir or remove it")
 
     def image_path(self, seed: int) -> Path:
         """Returns the name of the image of a seed."""

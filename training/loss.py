@@ -11,7 +11,8 @@ perturbation kernel of any D; the laws differ in how sigma is drawn and in the w
     VP    t ~ uniform between epsilon_t and 1, sigma = sigma_VP(t)   1/sigma^2
 
 A stable target (Xu et al. 2023, arXiv 2302.00670) takes the place of y by its mean over a reference
-batch, given x: less variance, the same minimiser in the limit.
+batch, given x: less variance, the same minimiser in the limit. It takes no account of a condition
+image, which would have to be in the posterior too, and is refused with one.
 
 All randomness of a step is drawn first, for the whole global batch, and then sliced over ranks and
 gradient-accumulation rounds. So what image i of a step draws does not depend on how the batch is
@@ -20,6 +21,7 @@ split.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,32 +83,56 @@ class DenoisingLoss:
     def __call__(
         self, net: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None,
         augment_pipe: Any = None, *, draws: LossDraws | None = None,
-        reference: torch.Tensor | None = None,
+        reference: torch.Tensor | None = None, condition: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the unreduced loss [B, C, H, W].
 
         Args:
-            net: denoiser (x, sigma, labels, augment_labels=...) -> denoised.
-            images: clean images [B, C, H, W] in [-1, 1].
+            net: denoiser (x, sigma, labels, augment_labels=...) -> denoised; it takes condition=...
+                where a condition is given.
+            images: clean images [B, C, H, W] in [-1, 1], or vectors [B, N].
             labels: one-hot or real labels [B, label_dim], or None.
             augment_pipe: AugmentPipe, any other function images -> (images, labels), or None.
             draws: variates of these images; None draws them from PyTorch's default generator.
             reference: clean images [R, C, H, W], augmented where the images are, over which the
                 stable target is the posterior mean. It should contain the images themselves. None
                 makes the clean image the target.
+            condition: what the network is told of each image, [B, cond_channels, H, W]. It is
+                augmented like the image and gets no noise.
+
+        Raises:
+            ValueError: a reference batch with a condition.
         """
+        if condition is not None and reference is not None:
+            raise ValueError("stable targets with a condition image: the mean over a reference "
+                             "batch knows nothing of the condition; leave one of them out")
         if draws is None:
             draws = self.draw(images.shape, default_generator(images.device), augment_pipe)
         augment_labels = None
         if augment_pipe is not None:
-            given = () if draws.augment is None else (draws.augment,)
-            images, augment_labels = augment_pipe(images, *given)
+            pipe = augment_pipe if draws.augment is None else (
+                lambda images: augment_pipe(images, draws.augment))
+            images, condition, augment_labels = _augment_alike(pipe, images, condition)
         noisy = images + scaled_noise(draws.z, draws.sigma, draws.scale)
         target = images if reference is None else (
             self.kernel.posterior_mean(noisy, draws.sigma, reference))
         sigma = per_image(draws.sigma, images.ndim)
-        denoised = net(noisy, sigma, labels, augment_labels=augment_labels)
+        told = {} if condition is None else {"condition": condition}
+        denoised = net(noisy, sigma, labels, augment_labels=augment_labels, **told)
         return self.weight(sigma) * (denoised - target).square()
+
+
+def _augment_alike(
+    pipe: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], images: torch.Tensor,
+    condition: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Returns (images, condition, labels), both moved in the same way: channels of one image."""
+    if condition is None:
+        images, labels = pipe(images)
+        return images, None, labels
+    both, labels = pipe(torch.cat([images, condition], dim=1))
+    channels = images.shape[1]
+    return both[:, :channels], both[:, channels:], labels
 
 
 class EDMLoss(DenoisingLoss):

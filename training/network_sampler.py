@@ -1,8 +1,10 @@
 """A trained network from a file, and how it is sampled."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +12,58 @@ import torch
 from torch_utils import distributed
 from torch_utils.misc import compute_dtype
 from training import checkpoint
+from training.dataset import ImageFolderDataset
+from training.guidance import EVERYWHERE, GuidedDenoiser, guided
 from training.loss import LSUN_SIGMA_MAX
 from training.networks import Precond
-from training.sampling import SampleBatch, SamplerConfig, generate_images, trajectory
+from training.sampling import (
+    SampleBatch,
+    SamplerConfig,
+    from_data,
+    generate_images,
+    trajectory,
+)
+
+_OpenNetwork = Callable[[str], tuple[dict[str, Any], Precond]]
 
 
-class ClassError(ValueError):
+class UsageError(ValueError):
+    """A flag that this network has no use for, or that lacks another."""
+
+
+class ClassError(UsageError):
     """The network does not have the class that was asked for."""
+
+
+class SeedImages:
+    """The images of a folder or ZIP by seed: seed k has image k mod n of its n, by sorted name.
+
+    Args:
+        flag: what errors call it.
+        path: a folder or ZIP that `ImageFolderDataset` reads.
+        shape: (channels, height, width) that the images must have.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: not a data set, or of another shape.
+    """
+
+    def __init__(self, flag: str, path: str | os.PathLike, shape: tuple[int, int, int]):
+        self._dataset = ImageFolderDataset(path)
+        if tuple(self._dataset.image_shape) != shape:
+            given, allowed = ("x".join(map(str, s)) for s in (self._dataset.image_shape, shape))
+            raise ValueError(f"{flag}={path}: images are {given} (channels x height x width), the "
+                             f"network takes {allowed}; convert them with dataset_tool.py")
+
+    def __call__(self, seeds: Sequence[int]) -> torch.Tensor:
+        """Returns the images of `seeds`, [B, C, H, W] float32 in about [-1, 1]."""
+        images, _ = self._dataset.get_batch([seed % len(self._dataset) for seed in seeds])
+        return from_data(images)
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 over the files."""
+        return self._dataset.fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,22 +71,29 @@ class NetworkSampler:
     """A network with settings that have been checked against it.
 
     Attributes:
-        net: the averaged network, on `device`, in evaluation mode.
+        net: the averaged network, on `device`, in evaluation mode, under guidance where asked.
         sampler: how to sample it.
         device: where to sample.
         class_idx: the class to sample, None for the seeds' own.
         settings: what decides an image beside its seed, as plain JSON data.
+        conditions: the condition images, None for a network without.
+        inits: the images from which sampling starts, None for pure noise.
     """
 
-    net: Precond
+    net: Precond | GuidedDenoiser
     sampler: SamplerConfig
     device: torch.device
     class_idx: int | None
     settings: dict[str, Any]
+    conditions: SeedImages | None = None
+    inits: SeedImages | None = None
 
     @classmethod
     def open(cls, source: str, device: torch.device, *, class_idx: int | None = None,
              pfgmpp: bool | None = None, aug_dim: float | None = None, precision: str = "fp32",
+             guidance: float = 1.0, gnet: str | None = None,
+             guidance_interval: tuple[float, float] | None = None, cond_image: str | None = None,
+             init_image: str | None = None, init_sigma: float | None = None,
              **sampler_options: Any) -> "NetworkSampler":
         """Returns the network of a snapshot or state, ready to sample.
 
@@ -50,43 +104,89 @@ class NetworkSampler:
             pfgmpp: for files that do not record D, see `checkpoint.settle_D`.
             aug_dim: likewise.
             precision: arithmetic inside the network.
+            guidance: strength of guidance, see training/guidance.py; 1 is none.
+            gnet: a path or address of the guide; None is the network without its labels.
+            guidance_interval: noise levels (lo, hi] at which to guide; None is everywhere.
+            cond_image: folder or ZIP of condition images, see `SeedImages`.
+            init_image: folder or ZIP of images to start from, see `SeedImages`.
+            init_sigma: the noise level at which to start from them.
             sampler_options: fields of `SamplerConfig`.
 
         Raises:
-            ValueError: the file or a setting does not fit; ClassError for the class.
-            OSError: the file can't be read.
+            ValueError: the file or a setting does not fit; UsageError where a flag does not fit
+                the network or the other flags.
+            OSError: a file can't be read.
         """
         if precision == "fp16" and device.type != "cuda":
             distributed.print0("Note: fp16 is for GPUs; on the CPU the network runs in fp32")
-        content = checkpoint.settle_D(checkpoint.load(source), source, pfgmpp, aug_dim)
-        net = checkpoint.build_ema(content).to(device)
-        net.compute_dtype = compute_dtype(precision)
-        sampler = SamplerConfig(**sampler_options)
-        is_edm_grid = sampler.discretization in (None, "edm")
-        if content["options"].get("lsun") and is_edm_grid and sampler.sigma_max is None:
-            sampler = dataclasses.replace(sampler, sigma_max=LSUN_SIGMA_MAX)
+        open_network = functools.partial(_open_network, device=device, pfgmpp=pfgmpp,
+                                         aug_dim=aug_dim, precision=precision)
+        content, net = open_network(source)
+        sampler = _sampler_config(content, sampler_options, init_image, init_sigma)
         _check_class(source, net, class_idx)
-        sampler.check(net)
-        weights = checkpoint.digest(checkpoint.sampling_weights(content))
-        settings = {"weights": weights, "class": class_idx, "precision": precision,
-                    "device": device.type, "D": net.D, **dataclasses.asdict(sampler)}
-        return cls(net, sampler, device, class_idx,
-                   {key: _json_number(value) for key, value in settings.items()})
+        settings = {"weights": _weights_digest(content), "class": class_idx,
+                    "precision": precision, "device": device.type, "D": net.D,
+                    **dataclasses.asdict(sampler)}
+        denoiser, extra = _with_guidance(net, source, guidance, gnet, guidance_interval,
+                                         open_network)
+        sampler.check(denoiser)
+        conditions = _open_conditions(net, source, cond_image)
+        inits = SeedImages("--init-image", init_image, net.image_shape) if init_image else None
+        for name, images in (("cond_image", conditions), ("init_image", inits)):
+            extra |= {name: images.fingerprint} if images else {}
+        settings = {key: _json_number(value) for key, value in (settings | extra).items()}
+        return cls(denoiser, sampler, device, class_idx, settings, conditions, inits)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images."""
-        return self.net.img_channels, self.net.img_resolution, self.net.img_resolution
+        return self.net.image_shape
 
     def images(self, batches: Iterable[Sequence[int]]) -> Iterator[SampleBatch]:
         """Yields the images of each batch of seeds."""
-        return generate_images(self.net, batches, sampler=self.sampler, device=self.device,
-                               class_idx=self.class_idx)
+        return generate_images(self.net, batches, **self._how())
 
     def trajectory(self, seeds: Sequence[int]) -> list[torch.Tensor]:
         """Returns what the sampler passes through, see `sampling.trajectory`."""
-        return trajectory(self.net, seeds, sampler=self.sampler, device=self.device,
-                          class_idx=self.class_idx)
+        return trajectory(self.net, seeds, **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        return {"sampler": self.sampler, "device": self.device, "class_idx": self.class_idx,
+                "conditions": self.conditions, "inits": self.inits}
+
+
+def _open_network(
+    source: str, *, device: torch.device, pfgmpp: bool | None, aug_dim: float | None,
+    precision: str,
+) -> tuple[dict[str, Any], Precond]:
+    """Returns the content of a file and its network, ready to be evaluated."""
+    content = checkpoint.settle_D(checkpoint.load(source), source, pfgmpp, aug_dim)
+    net = checkpoint.build_ema(content).to(device)
+    net.compute_dtype = compute_dtype(precision)
+    return content, net
+
+
+def _weights_digest(content: dict[str, Any]) -> str:
+    return checkpoint.digest(checkpoint.sampling_weights(content))
+
+
+def _sampler_config(
+    content: dict[str, Any], options: dict[str, Any], init_image: str | None,
+    init_sigma: float | None,
+) -> SamplerConfig:
+    """Returns the sampler's settings, with the highest level that the network or the start asks."""
+    sampler = SamplerConfig(**options)
+    if (init_image is None) != (init_sigma is None):
+        raise UsageError("--init-image and --init-sigma: give both or none")
+    if init_sigma is not None:
+        if sampler.sigma_max is not None:
+            raise UsageError(f"--sigma_max={sampler.sigma_max:g} with --init-sigma={init_sigma:g}: "
+                             "both say where sampling starts; leave --sigma_max out")
+        return dataclasses.replace(sampler, sigma_max=init_sigma)
+    is_edm_grid = sampler.discretization in (None, "edm")
+    if content["options"].get("lsun") and is_edm_grid and sampler.sigma_max is None:
+        return dataclasses.replace(sampler, sigma_max=LSUN_SIGMA_MAX)
+    return sampler
 
 
 def _check_class(source: str, net: Precond, class_idx: int | None) -> None:
@@ -96,6 +196,46 @@ def _check_class(source: str, net: Precond, class_idx: int | None) -> None:
         raise ClassError(f"--class={class_idx}: {source} is unconditional; leave --class out")
     if not 0 <= class_idx < net.label_dim:
         raise ClassError(f"--class={class_idx}: must be between 0 and {net.label_dim - 1}")
+
+
+def _with_guidance(
+    net: Precond, source: str, guidance: float, gnet: str | None,
+    interval: tuple[float, float] | None, open_network: _OpenNetwork,
+) -> tuple[Precond | GuidedDenoiser, dict[str, Any]]:
+    """Returns (the network under guidance, the settings that say so); no settings without."""
+    if guidance == 1:
+        for flag, value in (("--gnet", gnet), ("--guidance-interval", interval)):
+            if value is not None:
+                raise UsageError(f"{flag} without --guidance: the guide is never asked; give "
+                                 "--guidance=W with W other than 1")
+        return net, {}
+    settings: dict[str, Any] = {"guidance": guidance}
+    guide = None
+    if gnet is not None:
+        content, guide = open_network(gnet)
+        settings["gnet"] = _weights_digest(content)
+    elif not net.label_dim:
+        raise UsageError(f"--guidance={guidance:g}: {source} has no labels to be guided by; give a "
+                         "second network with --gnet")
+    if interval is not None:
+        settings["guidance_interval"] = [_json_number(float(end)) for end in interval]
+    try:
+        denoiser = guided(net, guidance=guidance, gnet=guide, interval=interval or EVERYWHERE)
+    except ValueError as error:
+        raise ValueError(f"{source}, --gnet={gnet}: {error}" if guide else str(error)) from None
+    return denoiser, settings
+
+
+def _open_conditions(net: Precond, source: str, cond_image: str | None) -> SeedImages | None:
+    if not net.cond_channels:
+        if cond_image is not None:
+            raise UsageError(f"--cond-image={cond_image}: {source} takes no condition image; "
+                             "leave --cond-image out")
+        return None
+    if cond_image is None:
+        raise UsageError(f"{source} needs condition images of {net.cond_channels} channels; give "
+                         "--cond-image=DIR|ZIP")
+    return SeedImages("--cond-image", cond_image, (net.cond_channels, *net.image_shape[1:]))
 
 
 def _json_number(value: Any) -> Any:

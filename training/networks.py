@@ -7,33 +7,38 @@ A preconditioner turns a raw network F into a denoiser,
     D_theta(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma)),
 
 so that F sees inputs and targets of about unit variance (Karras et al. 2022, arXiv 2206.00364,
-Table 1). Names of classes, keywords and parameters are those of the published EDM and PFGM++
-checkpoints. F runs in `compute_dtype`, everything around it in float32.
+Table 1). A network with a condition image, such as a low-resolution or masked copy of what is
+wanted, sees it beside the noisy one: F([c_in x, condition]; c_noise).
+
+Names of classes, keywords and parameters are those of the published EDM and PFGM++ checkpoints. F
+runs in `compute_dtype`, everything around it in float32.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from training.discretization import iddpm_levels, vp_sigma, vp_sigma_inv
 from training.perturbation import PerturbationKernel, per_image
-from training.unets import DhariwalUNet, SongUNet, check_choice
+from training.unets import DhariwalUNet, SongUNet, check_choice, image_size
 
 MODELS: dict[str, type[torch.nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
-
 
 
 class Precond(torch.nn.Module):
     """Base of the denoisers D_theta(x; sigma); a subclass gives the four coefficients.
 
     Args:
-        img_resolution: image side.
-        img_channels: image channels.
+        img_resolution: image side, or [height, width].
+        img_channels: image channels, any number. Vectors of N numbers are images of N channels
+            and one pixel, for a model that takes such.
         label_dim: class or condition labels, 0 = unconditional.
         use_fp16: run F in float16 on CUDA.
-        model_type: 'SongUNet' or 'DhariwalUNet'.
+        model_type: a name in `MODELS`: 'SongUNet' or 'DhariwalUNet'.
         pfgmpp: whether the network was trained on PFGM++ noise of `D` augmented dimensions.
         D: augmented dimensions; without `pfgmpp` the attribute D is inf whatever is given here.
+        cond_channels: channels of the condition image, 0 = none.
         **model_kwargs: keywords of the model.
     """
 
@@ -44,22 +49,30 @@ class Precond(torch.nn.Module):
     sigma_max: float
 
     def __init__(
-        self, img_resolution: int, img_channels: int, label_dim: int = 0, use_fp16: bool = False,
-        *, model_type: str | None = None, pfgmpp: bool = False, D: float = 128, **model_kwargs,
+        self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int = 0,
+        use_fp16: bool = False, *, model_type: str | None = None, pfgmpp: bool = False,
+        D: float = 128, cond_channels: int = 0, **model_kwargs,
     ):
         super().__init__()
         model_type = model_type or self.default_model_type
         check_choice("model_type", model_type, list(MODELS))
-        self.img_resolution, self.img_channels = img_resolution, img_channels
+        height, width = image_size(img_resolution)
+        self.img_resolution = height if height == width else [height, width]
+        self.img_channels, self.cond_channels = img_channels, cond_channels
         self.label_dim = label_dim
         self.pfgmpp = bool(pfgmpp)
         self.D = PerturbationKernel(D if pfgmpp else math.inf).D  # refuses what is not in (0, inf]
-        self.N = img_channels * img_resolution**2
+        self.N = math.prod(self.image_shape)
         self.compute_dtype = torch.float16 if use_fp16 else torch.float32
         self.model_type, self.model_kwargs = model_type, model_kwargs
         self.model = MODELS[model_type](
-            img_resolution=img_resolution, in_channels=img_channels,
+            img_resolution=self.img_resolution, in_channels=img_channels + cond_channels,
             out_channels=img_channels * self.out_mult, label_dim=label_dim, **model_kwargs)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.img_channels, *image_size(self.img_resolution)
 
     @property
     def use_fp16(self) -> bool:
@@ -78,6 +91,7 @@ class Precond(torch.nn.Module):
             "img_channels": self.img_channels, "label_dim": self.label_dim,
             "use_fp16": self.use_fp16, "model_type": self.model_type, "pfgmpp": self.pfgmpp,
             **({"D": self.D} if self.pfgmpp else {}),
+            **({"cond_channels": self.cond_channels} if self.cond_channels else {}),
             **{name: getattr(self, name) for name in self.hyperparameters},
             **self.model_kwargs,
         }
@@ -93,16 +107,21 @@ class Precond(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, sigma: float | torch.Tensor,
         class_labels: torch.Tensor | None = None, force_fp32: bool = False,
-        augment_labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None, *, condition: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the denoised images [B, C, H, W] float32.
 
         Args:
-            x: noisy images [B, C, H, W].
+            x: noisy images [B, C, H, W]; vectors may also come as [B, N].
             sigma: noise level of any dtype, of shape [], [B] or [B, 1, 1, 1].
             class_labels: one-hot or real labels [B, label_dim]; None means zeros.
             force_fp32: run F in float32 whatever `compute_dtype` says.
             augment_labels: [B, augment_dim]; None means not augmented.
+            condition: [B, cond_channels, H, W], in about [-1, 1], where the network has one.
+
+        Raises:
+            ValueError: a condition that the network has not, or the other way round, or of another
+                shape.
         """
         x = x.to(torch.float32)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
@@ -116,10 +135,25 @@ class Precond(torch.nn.Module):
             dtype = torch.float32  # half precision on the CPU is slower and gains nothing
 
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        inner = (c_in * x).to(dtype, memory_format=torch.channels_last)
+        inner = self._with_condition(c_in * x, condition)
+        layout = torch.channels_last if inner.ndim == 4 else torch.preserve_format
+        inner = inner.to(dtype, memory_format=layout)
         raw = self.model(inner, c_noise.flatten(), labels, augment_labels=augment_labels)
         assert raw.dtype == dtype
         return c_skip * x + c_out * raw[:, :self.img_channels].to(torch.float32)
+
+    def _with_condition(self, x: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        """Returns what F sees of x and the condition, which must be there where it belongs."""
+        if condition is None:
+            if self.cond_channels:
+                raise ValueError(f"condition=None: the network needs a condition image of "
+                                 f"{self.cond_channels} channels; give condition=")
+            return x
+        expected = [len(x), self.cond_channels, *x.shape[2:]]
+        if not self.cond_channels or list(condition.shape) != expected:
+            allowed = f"must be {expected}" if self.cond_channels else "the network takes none"
+            raise ValueError(f"condition of shape {list(condition.shape)}: {allowed}")
+        return torch.cat([x, condition.to(torch.float32)], dim=1)
 
 
 class VPPrecond(Precond):

@@ -6,6 +6,10 @@ Image k is a function of (network, seed k, sampler settings) alone. Each seed ha
 on the sampling device, which draws in this order: the normal vector z [C, H, W]; the class where
 there are classes; the chi-square variate where D is finite; then the sampler's own noise, if it
 uses any. So one seed shows the same class and direction at every D, and D = inf gives EDM's images.
+
+Sampling may also begin at a given image y, at a level sigma below sigma_max: the state there is
+y + sigma * latents, which is what noise of the kernel makes of y, and the sampler goes on from it
+(Meng et al. 2021, SDEdit, arXiv 2108.01073, at D = inf).
 """
 
 import dataclasses
@@ -13,6 +17,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 from training.discretization import edm_sigmas, make_schedule, sigma_grid
@@ -29,6 +34,7 @@ from training.solvers import (
 )
 
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
+ImagesOfSeeds = Callable[[Sequence[int]], torch.Tensor]  # [B, C, H, W] float32, about [-1, 1]
 _SEED_RANGE = 1 << 32
 _SHOWN_STD = 0.5  # about that of images in [-1, 1]
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -70,7 +76,8 @@ def edm_sampler(
     randn_like: RandnLike = torch.randn_like,
     num_steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0,
     S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf, S_noise: float = 1.0,
-    *, watch: Watch | None = None,
+    *, watch: Watch | None = None, condition: torch.Tensor | None = None,
+    init: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns samples [B, C, H, W] in float64 by Heun's method on the EDM grid.
 
@@ -89,6 +96,8 @@ def edm_sampler(
         S_max: highest noise level that is churned.
         S_noise: factor on the noise that churn adds.
         watch: called with (state, sigma) before each step.
+        condition: [B, cond_channels, H, W], for networks with a condition image.
+        init: images [B, C, H, W] to which the noise of sigma_max is added at the start; None is 0.
     """
     sigmas = edm_sigmas(net, num_steps, sigma_min, sigma_max, rho).to(latents.device)
     before_step = None
@@ -97,8 +106,8 @@ def edm_sampler(
                             S_noise=S_noise, round_sigma=net.round_sigma)
     if watch:
         before_step = watched(before_step, sigmas, watch)
-    start = _prior(latents, sigmas[0])
-    return heun(_float64_denoiser(net, class_labels), start, sigmas, before_step)
+    start = _start(latents, sigmas[0], init)
+    return heun(_float64_denoiser(net, class_labels, condition), start, sigmas, before_step)
 
 
 def ablation_sampler(
@@ -108,6 +117,7 @@ def ablation_sampler(
     rho: float = 7.0, S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf,
     S_noise: float = 1.0, solver: str = "heun", discretization: str = "edm",
     schedule: str = "linear", scaling: str = "none", *, watch: Watch | None = None,
+    condition: torch.Tensor | None = None, init: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns samples [B, C, H, W] in float64 by any combination of published choices.
 
@@ -132,8 +142,8 @@ def ablation_sampler(
     if watch:
         before_step = watched(before_step, times, lambda x, t: watch(x / path.scale(t),
                                                                      path.sigma(t)))
-    start = _prior(latents, path.sigma(times[0])) * path.scale(times[0])
-    denoise = _float64_denoiser(net, class_labels)
+    start = _start(latents, path.sigma(times[0]), init) * path.scale(times[0])
+    denoise = _float64_denoiser(net, class_labels, condition)
     return SOLVERS[solver](denoise, start, times, before_step, schedule_slope(path))
 
 
@@ -142,8 +152,19 @@ def _prior(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return (latents.to(torch.float64) * sigma).clamp(-_FLOAT32_MAX, _FLOAT32_MAX)
 
 
-def _float64_denoiser(net: Callable, class_labels: torch.Tensor | None) -> Denoiser:
-    return lambda x, sigma: net(x, sigma, class_labels).to(torch.float64)
+def _start(
+    latents: torch.Tensor, sigma: torch.Tensor, init: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns the state at the highest level, around `init` where there is one."""
+    noise = _prior(latents, sigma)
+    return noise if init is None else init.to(torch.float64) + noise
+
+
+def _float64_denoiser(
+    net: Callable, class_labels: torch.Tensor | None, condition: torch.Tensor | None
+) -> Denoiser:
+    told = {} if condition is None else {"condition": condition}
+    return lambda x, sigma: net(x, sigma, class_labels, **told).to(torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,12 +206,15 @@ class SamplerConfig:
                    self.sigma_max, self.rho)
 
     def sample(self, net: Precond, latents: torch.Tensor, class_labels: torch.Tensor | None,
-               randn_like: RandnLike, watch: Watch | None = None) -> torch.Tensor:
+               randn_like: RandnLike, watch: Watch | None = None, *,
+               condition: torch.Tensor | None = None, init: torch.Tensor | None = None,
+               ) -> torch.Tensor:
         """Returns samples [B, C, H, W] in float64, see `edm_sampler`."""
         given = {name: value for name, value in dataclasses.asdict(self).items()
                  if value is not None}
         sampler = ablation_sampler if self.is_ablation else edm_sampler
-        return sampler(net, latents, class_labels, randn_like, **given, watch=watch)
+        return sampler(net, latents, class_labels, randn_like, **given, watch=watch,
+                       condition=condition, init=init)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +234,7 @@ def draw_latents(
     The class is drawn even where `class_idx` overrides it, so that all else of a seed stays.
     """
     rnd = StackedRandomGenerator(device, seeds)
-    shape = [len(seeds), net.img_channels, net.img_resolution, net.img_resolution]
-    z = rnd.randn(shape)
+    z = rnd.randn([len(seeds), *net.image_shape])
     class_labels = None
     if net.label_dim:
         classes = rnd.randint(net.label_dim, size=[len(seeds)])
@@ -226,29 +249,37 @@ def draw_latents(
 def generate_images(
     net: Precond, batches: Iterable[Sequence[int]], *, sampler: SamplerConfig,
     device: torch.device, class_idx: int | None = None, watch: Watch | None = None,
+    conditions: ImagesOfSeeds | None = None, inits: ImagesOfSeeds | None = None,
 ) -> Iterator[SampleBatch]:
     """Yields the images of each batch of seeds.
 
     Args:
-        net: the network, on `device`, in evaluation mode.
+        net: the network, on `device`, in evaluation mode; or a denoiser with its attributes, such
+            as training/guidance.py makes.
         batches: seeds of each batch; empty batches are passed over.
         sampler: settings, checked against the network before.
         device: where to draw and to sample.
         class_idx: sample this class instead of the seeds' own.
         watch: called with (state, sigma) before each step of each batch.
+        conditions: returns the condition images of seeds, for networks that have them.
+        inits: returns the images from which seeds start, at the sampler's sigma_max.
     """
     for seeds in batches:
         if not seeds:
             continue
         latents, class_labels, rnd = draw_latents(net, seeds, device, class_idx)
-        images = sampler.sample(net, latents, class_labels, rnd.randn_like, watch)
+        condition, init = (None if images_of is None else images_of(seeds).to(device)
+                           for images_of in (conditions, inits))
+        images = sampler.sample(net, latents, class_labels, rnd.randn_like, watch,
+                                condition=condition, init=init)
         yield SampleBatch(list(seeds), images, class_labels)
 
 
 @torch.inference_mode()
 def trajectory(
     net: Precond, seeds: Sequence[int], *, sampler: SamplerConfig, device: torch.device,
-    class_idx: int | None = None,
+    class_idx: int | None = None, conditions: ImagesOfSeeds | None = None,
+    inits: ImagesOfSeeds | None = None,
 ) -> list[torch.Tensor]:
     """Returns what the sampler passes through, first to last: uint8 images [B, C, H, W].
 
@@ -261,10 +292,20 @@ def trajectory(
         frames.append(to_uint8(x * _SHOWN_STD / (sigma**2 + _SHOWN_STD**2).sqrt()).cpu())
 
     [batch] = generate_images(net, [seeds], sampler=sampler, device=device, class_idx=class_idx,
-                              watch=watch)
+                              watch=watch, conditions=conditions, inits=inits)
     return [*frames, to_uint8(batch.images).cpu()]
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Returns clip(x*127.5 + 128, 0, 255) truncated to uint8."""
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def from_data(images: np.ndarray) -> torch.Tensor:
+    """Returns images of a data set as networks see them, float32 on the CPU.
+
+    uint8 becomes x/127.5 - 1; floating-point images are in their own scale, about [-1, 1], already.
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(images))
+    scaled = pixels.to(torch.float32)
+    return scaled if pixels.is_floating_point() else scaled / 127.5 - 1

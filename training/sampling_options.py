@@ -8,6 +8,25 @@ from collections.abc import Callable
 
 import click
 
+
+class _Interval(click.ParamType):
+    """LO,HI with 0 <= LO < HI, where HI may be inf; becomes a pair of numbers."""
+
+    name = "interval"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        try:
+            low, high = map(float, value.split(","))
+        except ValueError:
+            low = high = math.nan
+        if not 0 <= low < high:
+            self.fail(f"{value!r} is not LO,HI with 0 <= LO < HI, such as 0.3,5 or 0.3,inf",
+                      param, ctx)
+        return low, high
+
+
 _OPTIONS = (
     click.option("--class", "class_idx", metavar="INT", type=int, help="Class label.  [default: random]"),
     click.option("--steps", "num_steps", metavar="INT", type=click.IntRange(min=1), default=18, help="Number of noise levels."),
@@ -24,6 +43,9 @@ _OPTIONS = (
     click.option("--scaling", type=click.Choice(["vp", "none"]), help="Ablation sampler: scale of the state.  [default: none]"),
     click.option("--pfgmpp", type=click.BOOL, help="For files that do not record D; else checked against the file."),
     click.option("--aug_dim", metavar="D", type=float, help="For files that do not record D; else checked against the file."),
+    click.option("--guidance", metavar="W", type=click.FloatRange(min=0), default=1, help="Guidance away from the network without its labels, or from --gnet; 1 is none."),
+    click.option("--gnet", metavar="PT|URL", help="Guide of --guidance: another snapshot or state, of the same image shape and D.  [default: the network without its labels]"),
+    click.option("--guidance-interval", "guidance_interval", metavar="LO,HI", type=_Interval(), help="Noise levels LO < sigma <= HI at which to guide.  [default: all]"),
     click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", help="Arithmetic inside the network."),
 )
 

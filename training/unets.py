@@ -9,6 +9,7 @@ checkpoints. Parameters are float32; every layer runs in the dtype of its input.
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Sequence
 
 import torch
@@ -226,7 +227,7 @@ class _Place:
 
     name: str
     kind: str  # stem, down, block (encoder); in0, in1, up, block (decoder)
-    side: int  # of the image there
+    size: tuple[int, int]  # height and width of the image there
     in_channels: int
     out_channels: int
     skip_channels: int = 0  # of the encoder's output that is concatenated to the input
@@ -235,35 +236,40 @@ class _Place:
     @property
     def prefix(self) -> str:
         """The resolution as names begin with it."""
-        return f"{self.side}x{self.side}"
+        return _size_text(self.size)
+
+    def attends(self, resolutions: Sequence[int]) -> bool:
+        """Whether the longer side of the image is one of `resolutions`."""
+        return max(self.size) in resolutions
 
 
 def _encoder_places(
-    sides: Sequence[int], widths: Sequence[int], num_blocks: int, in_channels: int, stem: int
+    sizes: Sequence[tuple[int, int]], widths: Sequence[int], num_blocks: int, in_channels: int,
+    stem: int,
 ) -> list[_Place]:
     """Returns the encoder from the image down; each output is also kept for the decoder."""
     places, channels = [], in_channels
-    for level, (side, width) in enumerate(zip(sides, widths, strict=True)):
+    for level, (size, width) in enumerate(zip(sizes, widths, strict=True)):
         kinds = [("down", "down") if level else ("conv", "stem")]
         kinds += [(f"block{i}", "block") for i in range(num_blocks)]
         for suffix, kind in kinds:
             out = {"stem": stem, "down": channels, "block": width}[kind]
-            places.append(_Place(f"{side}x{side}_{suffix}", kind, side, channels, out))
+            places.append(_Place(f"{_size_text(size)}_{suffix}", kind, size, channels, out))
             channels = out
     return places
 
 
 def _decoder_places(
-    sides: Sequence[int], widths: Sequence[int], num_blocks: int, skips: list[int]
+    sizes: Sequence[tuple[int, int]], widths: Sequence[int], num_blocks: int, skips: list[int]
 ) -> list[_Place]:
     """Returns the decoder from the lowest resolution up; `skips` are the encoder's channels."""
     places, channels, skips = [], skips[-1], list(skips)
-    for side, width in zip(reversed(sides), reversed(widths), strict=True):
-        heads = ["in0", "in1"] if side == sides[-1] else ["up"]
+    for size, width in zip(reversed(sizes), reversed(widths), strict=True):
+        heads = ["in0", "in1"] if size == sizes[-1] else ["up"]
         for kind in heads:
-            places.append(_Place(f"{side}x{side}_{kind}", kind, side, channels, channels))
+            places.append(_Place(f"{_size_text(size)}_{kind}", kind, size, channels, channels))
         for i in range(num_blocks + 1):
-            places.append(_Place(f"{side}x{side}_block{i}", "block", side, channels, width,
+            places.append(_Place(f"{_size_text(size)}_block{i}", "block", size, channels, width,
                                  skip_channels=skips.pop(), closes=i == num_blocks))
             channels = width
     return places
@@ -276,15 +282,16 @@ class _UNet(torch.nn.Module):
     happens to the image beside the main path.
     """
 
-    def __init__(self, img_resolution: int, in_channels: int, channel_mult: Sequence[int],
-                 model_channels: int, num_blocks: int, stem: int):
+    def __init__(self, img_resolution: int | Sequence[int], in_channels: int,
+                 channel_mult: Sequence[int], model_channels: int, num_blocks: int, stem: int):
         super().__init__()
-        _check_halvings(img_resolution, channel_mult)
+        height, width = image_size(img_resolution)
+        _check_halvings((height, width), len(channel_mult) - 1)
         widths = [model_channels * mult for mult in channel_mult]
-        self._sides = [img_resolution >> level for level in range(len(widths))]
-        self._encoder = _encoder_places(self._sides, widths, num_blocks, in_channels, stem)
+        self._sizes = [(height >> level, width >> level) for level in range(len(widths))]
+        self._encoder = _encoder_places(self._sizes, widths, num_blocks, in_channels, stem)
         self._decoder = _decoder_places(
-            self._sides, widths, num_blocks, [place.out_channels for place in self._encoder])
+            self._sizes, widths, num_blocks, [place.out_channels for place in self._encoder])
 
     def forward(
         self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
@@ -332,7 +339,7 @@ class SongUNet(_UNet):
     """DDPM++ and NCSN++: skip connections scaled by sqrt(1/2), optional multi-resolution inputs.
 
     Args:
-        img_resolution: image side.
+        img_resolution: image side, or [height, width].
         in_channels: channels of the input image.
         out_channels: channels of the output image.
         label_dim: class or condition labels, 0 = unconditional.
@@ -341,7 +348,8 @@ class SongUNet(_UNet):
         channel_mult: multiplier per resolution, from the highest down.
         channel_mult_emb: embedding channels over model_channels.
         num_blocks: residual blocks per resolution.
-        attn_resolutions: image sides at which blocks attend.
+        attn_resolutions: image sides at which blocks attend; where the image is not square, its
+            longer side counts.
         dropout: probability in every block.
         label_dropout: probability of training without the class label.
         embedding_type: 'positional' (DDPM++) or 'fourier' (NCSN++) noise embedding.
@@ -352,10 +360,11 @@ class SongUNet(_UNet):
     """
 
     def __init__(
-        self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0,
-        augment_dim: int = 0, model_channels: int = 128, channel_mult: Sequence[int] = (1, 2, 2, 2),
-        channel_mult_emb: int = 4, num_blocks: int = 4, attn_resolutions: Sequence[int] = (16,),
-        dropout: float = 0.10, label_dropout: float = 0.0, embedding_type: str = "positional",
+        self, img_resolution: int | Sequence[int], in_channels: int, out_channels: int,
+        label_dim: int = 0, augment_dim: int = 0, model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2), channel_mult_emb: int = 4,
+        num_blocks: int = 4, attn_resolutions: Sequence[int] = (16,), dropout: float = 0.10,
+        label_dropout: float = 0.0, embedding_type: str = "positional",
         channel_mult_noise: int = 1, encoder_type: str = "standard",
         decoder_type: str = "standard", resample_filter: Sequence[float] = (1, 1),
     ):
@@ -380,7 +389,7 @@ class SongUNet(_UNet):
         self.enc = torch.nn.ModuleDict()
         beside = in_channels
         for place in self._encoder:
-            attention = place.kind == "block" and place.side in attn_resolutions
+            attention = place.kind == "block" and place.attends(attn_resolutions)
             self.enc[place.name] = (
                 Conv2d(place.in_channels, place.out_channels, 3) if place.kind == "stem" else
                 UNetBlock(place.in_channels, place.out_channels, down=place.kind == "down",
@@ -389,7 +398,7 @@ class SongUNet(_UNet):
                 beside = self._build_input(place, beside)
         self.dec = torch.nn.ModuleDict()
         for place in self._decoder:
-            attention = place.kind == "in0" or (place.closes and place.side in attn_resolutions)
+            attention = place.kind == "in0" or (place.closes and place.attends(attn_resolutions))
             self.dec[place.name] = UNetBlock(
                 place.in_channels + place.skip_channels, place.out_channels,
                 up=place.kind == "up", attention=attention, **block)
@@ -443,11 +452,11 @@ class SongUNet(_UNet):
         return x, beside
 
     def _has_output(self, place: _Place) -> bool:
-        return self.decoder_type == "skip" or place.side == self._sides[0]
+        return self.decoder_type == "skip" or place.size == self._sizes[0]
 
     def _build_output(self, place: _Place, out_channels: int) -> None:
         """Adds the layers that turn the features of a resolution into an image."""
-        if self.decoder_type == "skip" and place.side != self._sides[-1]:
+        if self.decoder_type == "skip" and place.size != self._sizes[-1]:
             self.dec[f"{place.prefix}_aux_up"] = Conv2d(
                 out_channels, out_channels, 0, up=True, **self._resample)
         self.dec[f"{place.prefix}_aux_norm"] = GroupNorm(place.out_channels, eps=1e-6)
@@ -466,7 +475,7 @@ class DhariwalUNet(_UNet):
     """ADM: the noise embedding scales and shifts every block; many attention heads.
 
     Args:
-        img_resolution: image side.
+        img_resolution: image side, or [height, width].
         in_channels: channels of the input image.
         out_channels: channels of the output image.
         label_dim: class or condition labels, 0 = unconditional.
@@ -475,16 +484,17 @@ class DhariwalUNet(_UNet):
         channel_mult: multiplier per resolution, from the highest down.
         channel_mult_emb: embedding channels over model_channels.
         num_blocks: residual blocks per resolution.
-        attn_resolutions: image sides at which blocks attend.
+        attn_resolutions: image sides at which blocks attend; where the image is not square, its
+            longer side counts.
         dropout: probability in every block.
         label_dropout: probability of training without the class label.
     """
 
     def __init__(
-        self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0,
-        augment_dim: int = 0, model_channels: int = 192, channel_mult: Sequence[int] = (1, 2, 3, 4),
-        channel_mult_emb: int = 4, num_blocks: int = 3,
-        attn_resolutions: Sequence[int] = (32, 16, 8), dropout: float = 0.10,
+        self, img_resolution: int | Sequence[int], in_channels: int, out_channels: int,
+        label_dim: int = 0, augment_dim: int = 0, model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4), channel_mult_emb: int = 4,
+        num_blocks: int = 3, attn_resolutions: Sequence[int] = (32, 16, 8), dropout: float = 0.10,
         label_dropout: float = 0.0,
     ):
         super().__init__(img_resolution, in_channels, channel_mult, model_channels, num_blocks,
@@ -505,7 +515,7 @@ class DhariwalUNet(_UNet):
 
         def block(place: _Place, **resample: bool) -> UNetBlock:
             attention = place.kind == "in0" or (
-                place.kind == "block" and place.side in attn_resolutions)
+                place.kind == "block" and place.attends(attn_resolutions))
             return UNetBlock(
                 place.in_channels + place.skip_channels, place.out_channels, emb_channels,
                 dropout=dropout, attention=attention,
@@ -531,7 +541,7 @@ class DhariwalUNet(_UNet):
         return silu(emb + self.map_label(self._kept_labels(class_labels)))
 
     def _mix_output(self, place: _Place, x: torch.Tensor, image: torch.Tensor | None):
-        if place.side != self._sides[0]:
+        if place.size != self._sizes[0]:
             return None
         return self.out_conv(silu(self.out_norm(x)))
 
@@ -542,13 +552,42 @@ def check_choice(name: str, value: str, allowed: list[str]) -> None:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
 
 
-def _check_halvings(img_resolution: int, channel_mult: Sequence[int]) -> None:
-    factor = 2 ** (len(channel_mult) - 1)
-    if img_resolution % factor:
-        below = img_resolution // factor * factor
-        sizes = f"{below} or {below + factor}" if below else f"{factor}"
-        raise ValueError(
-            f"image size {img_resolution} can't be halved {len(channel_mult) - 1} times; "
-            f"the nearest sizes are {sizes} (or use fewer levels in channel_mult)"
-        )
+def image_size(img_resolution: int | Sequence[int]) -> tuple[int, int]:
+    """Returns (height, width) of `img_resolution`, one side or [height, width].
 
+    Raises:
+        ValueError: it is neither.
+    """
+    single = isinstance(img_resolution, numbers.Integral)
+    sides = [img_resolution, img_resolution] if single else list(img_resolution)
+    if len(sides) != 2 or not all(isinstance(s, numbers.Integral) and s > 0 for s in sides):
+        raise ValueError(f"img_resolution={img_resolution}: must be a positive whole number, or "
+                         "[height, width]")
+    return int(sides[0]), int(sides[1])
+
+
+def _size_text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _check_halvings(size: tuple[int, int], halvings: int) -> None:
+    """Raises ValueError, naming the nearest sizes, where a side can't be halved so often."""
+    factor = 2**halvings
+    if not any(side % factor for side in size):
+        return
+    if size[0] == size[1]:
+        given, nearest = f"{size[0]}", f"the nearest sizes are {_nearest(size[0], factor)}"
+    else:
+        given = f"{_size_text(size)} (height x width)"
+        nearest = (f"the nearest height is {_nearest(size[0], factor)}, "
+                   f"the nearest width {_nearest(size[1], factor)}")
+    raise ValueError(f"image size {given} can't be halved {halvings} times; {nearest} "
+                     "(or use fewer levels in channel_mult)")
+
+
+def _nearest(side: int, factor: int) -> str:
+    """Returns 'a or b', the multiples of `factor` about `side`; itself where it is one."""
+    below = side // factor * factor
+    if below == side:
+        return f"{side}"
+    return f"{below} or {below + factor}" if below else f"{factor}"
