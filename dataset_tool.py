@@ -1,8 +1,8 @@
-"""Converts a folder or ZIP of images into a data set that train.py reads."""
+"""Converts images into a data set that train.py reads; verifies and shows data sets."""
 
-import collections
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,10 @@ import click
 from dnnlib.cli import user_errors
 
 if TYPE_CHECKING:  # imported late: help is instant
-    from training.conversion import Outcome, Source
+    import collections
+
+    from training.conversion import Outcome
+    from training.sources import Source
 
 _MAX_CLASS_LINES = 40
 
@@ -64,49 +67,67 @@ def _check_geometry(transform: str | None, size: tuple[int, int] | None) -> None
 
 def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[int] | None) -> None:
     """Prints what was written, and what a user may not expect."""
-    mode, width, height = outcome.kind
-    label = outcome.entries[0][1]
-    counts = collections.Counter(label for _, label in outcome.entries if type(label) is int)
-    labels = f"label vectors of {len(label)}" if isinstance(label, list) else \
-        f"{len(counts)} classes" if counts else "no labels"
-    click.echo(f"{dest}: {len(outcome.entries)} images, {width}x{height}, "
+    def origin(label):
+        old = classes[label] if classes else label
+        if source.class_names:
+            return f" ({source.class_names[old]})"
+        return f" (was {old})" if classes else ""
+
+    _print_counts(dest, outcome.num_images, outcome.kind, outcome.label_dim, outcome.classes, origin)
+    if outcome.too_small.count:
+        click.echo(f"Left out: {outcome.too_small.count} images smaller than --resolution, "
+                   f"the first {outcome.too_small.first}")
+    if outcome.misnamed.count:
+        click.echo(f"Note: {outcome.misnamed.count} images are of another format than their name "
+                   f"says, the first {outcome.misnamed.first}")
+    if source.note:
+        click.echo(f"Warning: {source.note}", err=True)
+    if outcome.cmyk.count:
+        click.echo(f"Warning: {outcome.cmyk.count} CMYK images were converted without a colour "
+                   f"profile, the first {outcome.cmyk.first}", err=True)
+
+
+def _print_counts(path: str, num_images: int, kind: tuple[str, int, int], label_dim: int | None,
+                  classes: "collections.Counter", origin: Callable[[int], str] = lambda _: "") -> None:
+    """Prints how many images there are, how large, and of which classes."""
+    mode, width, height = kind
+    labels = f"label vectors of {label_dim}" if label_dim else \
+        f"{len(classes)} classes" if classes else "no labels"
+    click.echo(f"{path}: {num_images} images, {width}x{height}, "
                f"{'1 channel' if mode == 'L' else '3 channels'}, {labels}")
-    if len(counts) > _MAX_CLASS_LINES:
-        click.echo(f"  {min(counts.values())} to {max(counts.values())} images a class")
-    else:
-        for label, count in sorted(counts.items()):
-            click.echo(f"  class {label}{_origin(label, source, classes)}: {count}")
-    if outcome.too_small:
-        click.echo(f"Left out: {len(outcome.too_small)} images smaller than --resolution, "
-                   f"the first {outcome.too_small[0]}")
-    if outcome.cmyk:
-        click.echo(f"Warning: {len(outcome.cmyk)} CMYK images were converted without a colour "
-                   f"profile, the first {outcome.cmyk[0]}", err=True)
-
-
-def _origin(label: int, source: "Source", classes: list[int] | None) -> str:
-    """Returns what a class was in the source, in brackets, where that is another name."""
-    old = classes[label] if classes else label
-    if source.class_names:
-        return f" ({source.class_names[old] or 'top folder'})"
-    return f" (was {old})" if classes else ""
+    if len(classes) > _MAX_CLASS_LINES:
+        click.echo(f"  {min(classes.values())} to {max(classes.values())} images a class")
+        return
+    for label, count in sorted(classes.items()):
+        click.echo(f"  class {label}{origin(label)}: {count}")
 
 
 def _tell_unused(source: "Source", max_images: int | None, num_selected: int) -> None:
     """Prints how many files of the source were not looked at, and why."""
-    num_used = len(source.names[:max_images])
+    num_used = len(range(source.num_images)[:max_images])
     for number, reason in [(source.num_others, "files that aren't images"),
-                           (len(source.names) - num_used, "images beyond --max-images"),
+                           (len(source.links), "links to folders, which aren't followed, the "
+                                               f"first {[*source.links, ''][0]}"),
+                           (source.num_images - num_used, "images beyond --max-images"),
                            (num_used - num_selected, "images of other classes")]:
         if number:
             click.echo(f"Left out: {number} {reason}")
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--source",       metavar="DIR|ZIP", required=True,
-              help="Images to convert")
-@click.option("--dest",         metavar="DIR|ZIP", required=True,
-              help="Data set to write; a ZIP is replaced, a folder must be empty")
+def _require(**given: str | None) -> None:
+    missing = " and ".join(f"--{name}" for name, value in given.items() if value is None)
+    if missing:
+        raise click.UsageError(f"{missing}: missing; or name a command: "
+                               f"{', '.join(sorted(main.commands))}")
+
+
+@click.group(context_settings={"show_default": True}, invoke_without_command=True,
+             options_metavar="--source=PATH --dest=DIR|ZIP [OPTIONS]",
+             subcommand_metavar="| COMMAND DATA")
+@click.option("--source",       metavar="PATH",
+              help="Images to convert: a folder, ZIP or published archive  [required]")
+@click.option("--dest",         metavar="DIR|ZIP",
+              help="Data set to write; a ZIP is replaced, a folder must be empty  [required]")
 @click.option("--max-images",   metavar="INT", type=click.IntRange(min=1),
               help="Use the first INT images of the source only  [default: all]")
 @click.option("--transform",    type=click.Choice(["center-crop", "center-crop-wide"]),
@@ -121,13 +142,24 @@ def _tell_unused(source: "Source", max_images: int | None, num_selected: int) ->
               help="Take the first frame of animations instead of refusing them")
 @click.option("--workers",      metavar="INT", type=click.IntRange(min=1),
               help="Processes that convert  [default: one a core]")
-def main(source: str, dest: str, max_images: int | None, transform: str | None,
-         resolution: tuple[int, int] | None, classes: list[int] | None,
+@click.pass_context
+def main(context: click.Context, source: str | None, dest: str | None, max_images: int | None,
+         transform: str | None, resolution: tuple[int, int] | None, classes: list[int] | None,
          background: tuple[int, int, int], first_frame: bool, workers: int | None) -> None:
-    """Converts a folder or ZIP of images into a data set for train.py.
+    """Converts images into a data set for train.py; the commands verify and show data sets.
 
-    Labels come from dataset.json, {"labels": [["NAME", 6], ...]} with class numbers or vectors,
-    or else from the folders at the top of --source DIR, numbered in the order of their names.
+    --source is recognised by its name:
+
+    \b
+    cifar-10-python.tar.gz       CIFAR-10, 50,000 training images with labels
+    train-images-idx3-ubyte.gz   MNIST, 32x32; the file of the labels must lie beside it
+    NAME_lmdb/                   LSUN (needs pip install lmdb)
+    NAME.zip                     all images in a ZIP
+    any other folder             all images below it
+
+    Labels of folders and ZIPs come from dataset.json, {"labels": [["NAME", 6], ...]} with class
+    numbers or vectors, or else from the folders at the top of a folder, numbered in the order of
+    their names.
 
     Without --transform, --resolution ignores the aspect. center-crop takes the central square;
     center-crop-wide crops rows to W:H, puts them on a black WxW square, and leaves out images
@@ -136,26 +168,103 @@ def main(source: str, dest: str, max_images: int | None, transform: str | None,
     Images are turned as their EXIF data says, palettes and CMYK become RGB, transparency shows
     --background, and of 16 bits the upper 8 are kept. All images must come out square, of one
     size, and gray or RGB throughout.
-    """
+    """  # noqa: D301 - \b is click's mark for lines to leave alone
+    if context.invoked_subcommand is not None:
+        _refuse_flags(context)
+        return
+    _require(source=source, dest=dest)
     _check_geometry(transform, resolution)
-    workers = workers or len(os.sched_getaffinity(0))
     with user_errors():
-        from training.conversion import (
-            Settings,
-            convert_all,
-            open_dest,
-            open_source,
-            select_images,
-        )
+        from torch_utils.ordered_pool import num_cores
+        from training.conversion import Settings, convert_all, open_dest, select_images
+        from training.sources import open_source
+
         settings = Settings(transform, resolution, background, first_frame)
         if os.path.exists(dest) and os.path.exists(source) and os.path.samefile(source, dest):
             raise ValueError(f"--dest={dest}: is the source itself")
         with open_source(Path(source)) as images:
-            names, labels = select_images(images, max_images, classes)
+            numbers, labels = select_images(images, max_images, classes)
             with open_dest(Path(dest)) as write:
-                outcome = convert_all(images, names, labels, settings, write, workers)
+                outcome = convert_all(images, numbers, labels, settings, write,
+                                      workers or num_cores())
             _summarise(dest, images, outcome, classes)
-            _tell_unused(images, max_images, len(names))
+            _tell_unused(images, max_images, len(numbers))
+
+
+def _refuse_flags(context: click.Context) -> None:
+    """Raises UsageError for flags of a conversion before the name of a command."""
+    for name in context.params:
+        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')}: not a flag of "
+                                   f"{context.invoked_subcommand}")
+
+
+@main.command()
+@click.argument("data", metavar="DATA")
+@click.option("--workers",      metavar="INT", type=click.IntRange(min=1),
+              help="Processes that decode  [default: one a core]")
+def check(data: str, workers: int | None) -> None:
+    """Verifies a data set: every image decodes, all are alike, labels and names are valid.
+
+    Lists the images that aren't right. The exit code is 0 if all is well and 1 if anything is
+    wrong.
+    """
+    with user_errors():
+        from torch_utils.ordered_pool import num_cores
+        from training.inspection import check_dataset
+
+        report = check_dataset(Path(data), workers or num_cores())
+        for line in report.problems:
+            click.echo(line)
+        if report.num_problems > len(report.problems):
+            click.echo(f"... and {report.num_problems - len(report.problems)} more")
+        if report.num_problems:
+            raise ValueError(f"{data}: {report.num_problems} problems in {report.num_images} "
+                             "images")
+        from training.dataset import ImageFolderDataset
+
+        _print_counts(data, report.num_images, report.kind, report.label_dim, report.classes)
+        _tell_empty_classes(report.classes)
+        click.echo(f"fingerprint: {ImageFolderDataset(data).fingerprint}")
+
+
+def _tell_empty_classes(classes: "collections.Counter") -> None:
+    empty = sorted(set(range(max(classes, default=-1) + 1)) - set(classes))
+    if empty:
+        click.echo(f"Note: {len(empty)} class numbers have no images, the first {empty[0]}")
+
+
+def _check_out(ctx, param, value: str | None) -> str | None:
+    if value is not None and not value.lower().endswith(".png"):
+        raise click.BadParameter(f"{value}: must end in .png")
+    return value
+
+
+@main.command()
+@click.argument("data", metavar="DATA")
+@click.option("--out",          metavar="FILE.png", callback=_check_out,
+              help="Picture to write  [default: NAME-show.png beside DATA]")
+@click.option("--workers",      metavar="INT", type=click.IntRange(min=1),
+              help="Processes that decode  [default: one a core]")
+def show(data: str, out: str | None, workers: int | None) -> None:
+    """Writes a picture of some images, a class a row, and prints statistics of all pixels.
+
+    They are those of training's scale, x/127.5 - 1, where the networks' sigma_data is 0.5.
+    """
+    with user_errors():
+        from torch_utils.ordered_pool import num_cores
+        from training.grid import save_png
+        from training.inspection import pixel_statistics, sample_grid, show_path
+
+        path = show_path(Path(data), out)
+        means, stds, overall = pixel_statistics(Path(data), workers or num_cores())
+        picture, shown = sample_grid(Path(data))
+        save_png(path, picture)
+        click.echo(f"{path}: {shown}")
+        names = ("gray",) if len(means) == 1 else ("red", "green", "blue")
+        for name, mean, std in zip(names, means, stds, strict=True):
+            click.echo(f"{name:6s} mean {mean:+.4f}, standard deviation {std:.4f}")
+        click.echo(f"all    standard deviation {overall:.4f}; the networks' sigma_data is 0.5")
 
 
 if __name__ == "__main__":

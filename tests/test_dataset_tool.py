@@ -241,6 +241,17 @@ def test_zip_and_folder_hold_the_same_files_and_the_pngs_are_stored_raw(tmp_path
     assert [chunk in png for chunk in (b"IHDR", b"iCCP", b"eXIf", b"tEXt")] == [1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("shape", [(7, 7, 3), (7, 7), (300, 300, 3)])
+def test_the_pngs_are_whole_by_their_own_checksums(tmp_path, shape):
+    pixels = random_pixels(*shape)
+    convert(write_source(tmp_path / "src", {"a.png": pixels}), tmp_path / "out.zip")
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        png = archive.read("00000/img00000000.png")
+    PIL.Image.open(io.BytesIO(png)).verify()
+    assert png.endswith(b"\0\0\0\0IEND\xae\x42\x60\x82")
+    assert np.array_equal(np.asarray(PIL.Image.open(io.BytesIO(png))), pixels)
+
+
 def test_the_reader_reads_what_the_tool_writes(tmp_path):
     for dest in (tmp_path / "out.zip", tmp_path / "out"):
         assert run(EMOJI, dest, "--max-images=40").exit_code == 0
@@ -447,7 +458,8 @@ def test_a_source_of_no_known_kind_is_refused_with_what_is_allowed(tmp_path):
     dest = tmp_path / "out" / "a.zip"
     (tmp_path / "a.rar").write_text("x")
     (tmp_path / "b.zip").write_text("x")
-    assert_refused(run(tmp_path / "a.rar", dest), tmp_path, "a.rar", "allowed: folder, .zip")
+    assert_refused(run(tmp_path / "a.rar", dest), tmp_path, "a.rar", "allowed: folder, .zip",
+                   "cifar-10-python.tar.gz")
     assert_refused(run(tmp_path / "b.zip", dest), tmp_path, "b.zip", "not a ZIP")
     assert_refused(run(tmp_path / "none", dest), tmp_path, "none", "no such")
     whole = EMOJI.read_bytes()
@@ -496,6 +508,8 @@ def test_a_killed_conversion_leaves_a_temporary_name_alone_and_its_workers_end(t
     process.kill()
     process.communicate(timeout=20)  # ends when the last process with this pipe does
     assert [name.endswith(".tmp") for name in os.listdir(tmp_path / "out")] == [True]
+    assert run(path, tmp_path / "out" / dest, "--max-images=3").exit_code == 0  # not in the way
+    assert len(ImageFolderDataset(tmp_path / "out" / dest)) == 3
 
 
 def test_a_folder_that_holds_something_is_not_written_to(tmp_path):

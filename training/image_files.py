@@ -5,13 +5,16 @@
 Integers are class numbers; lists are vectors of numbers.
 """
 
+import collections
 import json
 import os
+import re
+import stat
 import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
@@ -24,6 +27,44 @@ MAX_CLASSES = 1 << 16  # a class number beyond is an identifier, not a class
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error,
           zipfile.BadZipFile)
 _MAX_FLOAT = float(np.finfo(np.float32).max)
+_MAX_FILE_BYTES = 1 << 30  # one image file, unpacked
+
+
+def is_image(name: str) -> bool:
+    """Whether the extension is one that Pillow knows."""
+    import PIL.Image
+
+    PIL.Image.init()  # fills EXTENSION, of which opening an image fills a part
+    return os.path.splitext(name)[1].lower() in PIL.Image.EXTENSION
+
+
+def name_problem(name: str) -> str | None:
+    """Says what is wrong with the name of a member of an archive; None if it is fine."""
+    slashed = PurePosixPath(name.replace("\\", "/"))
+    if slashed.is_absolute() or ".." in slashed.parts or re.match("[A-Za-z]:", name):
+        return "leads out of the archive"
+    return "has a zero byte in its name" if "\0" in name else None
+
+
+def read_regular(path: str | os.PathLike) -> bytes:
+    """Returns the content of a file; not of a pipe, which might never end.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no regular file or too large.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    check_file_size(status.st_size)
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def check_file_size(size: int) -> None:
+    """Raises ValueError for a file that is too large to be one image."""
+    if size > _MAX_FILE_BYTES:
+        raise ValueError(f"{size} bytes are more than the {_MAX_FILE_BYTES} allowed")
 
 
 def parse_labels(text: bytes, where: str) -> dict[str, Any] | None:
@@ -72,14 +113,19 @@ def label_array(names: Sequence[str], labels: dict[str, Any], where: str) -> np.
         if label is None:
             raise ValueError(f"{where}: no label for {name}; {missing} of {len(names)} images "
                              "have none, and it must be all or none")
-        problem = _label_problem(label, first)
+        problem = label_problem(label, first)
         if problem:
-            raise ValueError(f"{where}: label {json.dumps(label)[:40]} of {name} {problem}")
+            raise ValueError(f"{where}: label {shown_label(label)} of {name} {problem}")
     dtype = np.float32 if isinstance(first, list) else np.int64
     return np.array([labels[name] for name in names], dtype=dtype)
 
 
-def _label_problem(label: Any, first: Any) -> str | None:
+def shown_label(label: Any) -> str:
+    """Returns a label as JSON, cut short."""
+    return json.dumps(label)[:40]
+
+
+def label_problem(label: Any, first: Any) -> str | None:
     """Says what is wrong with a label, given the first image's; None if it is fine."""
     if type(label) is int:
         if not 0 <= label < MAX_CLASSES:
@@ -141,10 +187,12 @@ class Zip:
         self._path = path
         self._zip, self._pid = None, None
         members = [info for info in self._handle().infolist() if not info.is_dir()]
-        self._stamps = {info.filename: f"{info.file_size} {info.CRC}" for info in members}
-        self.names = list(self._stamps)
-        if len(self.names) != len(members):
-            raise ValueError(f"{path}: several members share a name")
+        self.names = [info.filename for info in members]
+        if len(set(self.names)) != len(members):
+            counts = collections.Counter(self.names)
+            [(name, count)] = counts.most_common(1)
+            raise ValueError(f"{path}: {name} is there {count} times; no two members may share a "
+                             "name")
 
     def _handle(self) -> zipfile.ZipFile:
         if self._pid != os.getpid():  # a forked child shares the parent's file position
@@ -162,7 +210,16 @@ class Zip:
         return self._handle().open(name)
 
     def stamp(self, name: str) -> str:
-        return self._stamps[name]
+        info = self._handle().getinfo(name)
+        return f"{info.file_size} {info.CRC}"
+
+    def size(self, name: str) -> int:
+        """Returns how many bytes the member unpacks to."""
+        return self._handle().getinfo(name).file_size
+
+    def mode(self, name: str) -> int:
+        """Returns the member's type and permissions as Unix has them."""
+        return self._handle().getinfo(name).external_attr >> 16
 
     def close(self) -> None:
         if self._zip is not None and self._pid == os.getpid():

@@ -1,0 +1,235 @@
+"""What `dataset_tool.py --source` may name: folders, ZIPs and the archives of published data sets.
+
+| source | recognised by | labels |
+|---|---|---|
+| CIFAR-10 | a file *.tar.gz or *.tgz | its own |
+| MNIST | a file *-images-idx3-ubyte.gz | the file *-labels-idx1-ubyte.gz beside it |
+| LSUN | a folder *_lmdb | none |
+| ZIP | a file *.zip | dataset.json |
+| folder | any other folder | dataset.json, else the folders at its top |
+
+Images are named and counted here, and read one after the other when they are needed; none but
+those of CIFAR-10 and MNIST, a fixed size, are ever held.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import os
+import stat
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from training import archives
+from training.image_files import (
+    DAMAGE,
+    LABELS_NAME,
+    check_file_size,
+    is_image,
+    label_array,
+    name_problem,
+    parse_labels,
+    read_regular,
+)
+
+
+class Item(NamedTuple):
+    """One image to convert: its name, and its file's content, its file, or its pixels."""
+
+    name: str
+    data: bytes | Path | np.ndarray
+
+    def content(self) -> bytes | np.ndarray:
+        """Returns the file's content or the pixels.
+
+        Raises:
+            ValueError: naming the file, which can't be read.
+        """
+        if not isinstance(self.data, Path):
+            return self.data
+        try:
+            return read_regular(self.data)
+        except (OSError, ValueError) as error:
+            problem = getattr(error, "strerror", None) or error
+            raise ValueError(f"{self.name}: can't be read: {problem}") from error
+
+
+@dataclasses.dataclass
+class Source:
+    """Images to convert, numbered from 0 in their order.
+
+    Attributes:
+        num_images: how many there are.
+        read: yields the images of these rising numbers.
+        labels: returns the labels of the first n images; None where there are none.
+        class_names: what the classes are called in the source.
+        num_others: files that aren't images.
+        links: folders that are symbolic links, which aren't followed.
+        note: what a user may not expect.
+    """
+
+    num_images: int
+    read: Callable[[Iterable[int]], Iterator[Item]]
+    labels: Callable[[int], list[Any]] | None = None
+    class_names: Sequence[str] | None = None
+    num_others: int = 0
+    links: Sequence[str] = ()
+    note: str = ""
+
+
+@contextlib.contextmanager
+def open_source(path: Path) -> Iterator[Source]:
+    """Opens what `--source` names.
+
+    Raises:
+        OSError: it isn't there or can't be read.
+        ValueError: it is of no supported kind, or malformed.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"--source={path}: no such file or folder")
+    opener = _opener(path)
+    if opener is None:
+        raise ValueError(f"--source={path}: not supported; allowed: folder, .zip, *_lmdb, "
+                         f"cifar-10-python.tar.gz, *{archives.MNIST_IMAGES}")
+    with opener(path) as source:
+        if not source.num_images:
+            linked = f"; {source.links[0]} is a link to a folder, and those aren't followed" \
+                if source.links else ""
+            raise ValueError(f"--source={path}: no images found{linked}")
+        yield source
+
+
+def _opener(path: Path) -> Callable[[Path], contextlib.AbstractContextManager[Source]] | None:
+    name = os.path.basename(os.path.abspath(path)).lower()
+    if path.is_dir():
+        return _open_lmdb if name.endswith("_lmdb") else _open_folder
+    if name.endswith((".tar.gz", ".tgz")):
+        return _open_cifar10
+    if path.name.endswith(archives.MNIST_IMAGES):
+        return _open_mnist
+    return _open_zip if name.endswith(".zip") else None
+
+
+@contextlib.contextmanager
+def _open_folder(path: Path) -> Iterator[Source]:
+    def refuse(error):
+        raise error
+
+    names, links, others = [], [], 0
+    for folder, subfolders, files in os.walk(path, onerror=refuse):
+        inside = os.path.relpath(folder, path)
+        prefix = "" if inside == os.curdir else inside.replace(os.sep, "/") + "/"
+        links += [prefix + name for name in subfolders if os.path.islink(f"{folder}/{name}")]
+        images = [prefix + name for name in files if is_image(name)]
+        others += len(files) - len(images)
+        names += images
+    # By path component: "a/x" before "a-1/x". No name has a zero byte.
+    names.sort(key=lambda name: name.replace("/", "\0"))
+    source = Source(len(names), lambda numbers: (Item(names[i], path / names[i]) for i in numbers),
+                    num_others=others, links=sorted(links))
+    labels_path = path / LABELS_NAME
+    if labels_path.exists():
+        source.num_others -= 1
+        source.labels = _json_labels(names, Item(LABELS_NAME, labels_path).content(), path)
+    if source.labels is None:
+        source.labels, source.class_names = _folder_labels(names)
+    yield source
+
+
+def _folder_labels(names: list[str]) -> tuple[Callable[[int], list[int]] | None,
+                                              list[str] | None]:
+    """Returns the labels of the folders at the top and their names; None for fewer than two."""
+    def top(name):
+        folder, slash, _ = name.partition("/")
+        return folder if slash else ""
+
+    class_names = sorted(set(map(top, names)))
+    if len(class_names) < 2:
+        return None, None
+    numbers = {name: i for i, name in enumerate(class_names)}
+    return lambda num: [numbers[top(name)] for name in itertools.islice(names, num)], \
+        [name or "top folder" for name in class_names]
+
+
+def _json_labels(names: list[str], text: bytes, path: Path) -> Callable[[int], list[Any]] | None:
+    """Returns what looks up labels in a dataset.json; None where it holds none."""
+    where = f"{path}: {LABELS_NAME}"
+    labels = parse_labels(text, where)
+    if labels is None:
+        return None
+
+    def look_up(num):
+        label_array(names[:num], labels, where)
+        return [labels[name] for name in itertools.islice(names, num)]
+    return look_up
+
+
+@contextlib.contextmanager
+def _open_zip(path: Path) -> Iterator[Source]:
+    def read(name):
+        try:
+            check_file_size(archive.getinfo(name).file_size)
+            return archive.read(name)
+        except DAMAGE as error:
+            raise ValueError(f"{path}: {name} can't be read: {error}") from error
+
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"--source={path}: not a ZIP, or a damaged one ({error})") from error
+    with archive:
+        files = [info.filename for info in archive.infolist() if not info.is_dir()]
+        _check_members(path, archive)
+        names = sorted(filter(is_image, files))
+        source = Source(len(names), lambda numbers: (Item(names[i], read(names[i]))
+                                                     for i in numbers),
+                        num_others=len(files) - len(names))
+        if LABELS_NAME in files:
+            source.num_others -= 1
+            source.labels = _json_labels(names, read(LABELS_NAME), path)
+        yield source
+
+
+def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
+    """Raises ValueError for names that lead elsewhere or are there twice, and for links."""
+    for info in archive.infolist():
+        problem = name_problem(info.filename)
+        if stat.S_ISLNK(info.external_attr >> 16):
+            problem = "is a symbolic link"
+        if problem:
+            raise ValueError(f"{path}: {info.filename} {problem}")
+    if len(archive.NameToInfo) != len(archive.infolist()):
+        counts = collections.Counter(info.filename for info in archive.infolist())
+        [(name, count)] = counts.most_common(1)
+        raise ValueError(f"{path}: {name} is there {count} times")
+
+
+def _of_arrays(arrays: archives.Arrays, name: str, expected: int) -> Source:
+    """Returns a source of images that are held; they are called image 0, image 1, ..."""
+    num = len(arrays.images)
+    note = "" if num == expected else f"{name} has {expected} training images, this file {num}"
+    return Source(num, lambda numbers: (Item(f"image {i}", arrays.images[i]) for i in numbers),
+                  lambda num: arrays.labels[:num].tolist(), arrays.class_names, note=note)
+
+
+@contextlib.contextmanager
+def _open_cifar10(path: Path) -> Iterator[Source]:
+    yield _of_arrays(archives.read_cifar10(path), "CIFAR-10", archives.CIFAR10_SIZE)
+
+
+@contextlib.contextmanager
+def _open_mnist(path: Path) -> Iterator[Source]:
+    yield _of_arrays(archives.read_mnist(path), "MNIST", archives.MNIST_SIZE)
+
+
+@contextlib.contextmanager
+def _open_lmdb(path: Path) -> Iterator[Source]:
+    with archives.open_lmdb(path) as (num, items):
+        # Without labels nothing is left out before --max-images: the numbers are 0, 1, 2, ...
+        yield Source(num, lambda numbers: (Item(f"{path.name}: {key}", value) for _, (key, value)
+                                           in zip(numbers, items, strict=False)))
