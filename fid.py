@@ -1,11 +1,19 @@
-"""Frechet Inception Distance (FID) of images to reference statistics, and those statistics."""
+"""Scores of generated images: FID, KID, precision and recall, Inception score."""
 
+import contextlib
+import json
 import os
 import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from dnnlib.cli import BAD_USAGE, UserError, user_errors
+from dnnlib.cli import BAD_USAGE, IntList, UserError, user_errors
+from training.sampling_options import sampling_options
+
+if TYPE_CHECKING:  # imported late: help is instant
+    from metrics.score_sheet import ScoreSheet
 
 # As generate.py names folders: ckpt_[2_|3_]KIMG[_alpha_A][_steps_S][_quant_B].
 _CKPT_PREFIX = "ckpt_"
@@ -15,12 +23,15 @@ _CKPT_NAME = re.compile(
     r"(?:_quant_(?P<quant>\d+))?")
 _SWEEPS = ("alpha", "steps", "quant")
 
+_JSONL = "metrics.jsonl"
+_METRICS = ("fid", "kid", "pr", "is")
 _FEW_IMAGES = 2048  # the covariance of Inception's features is singular below
+_MAX_WORKERS = 3  # by default; a GPU's Inception waits for no more
 
 
 @click.group()
 def main() -> None:
-    """Scores generated images by Frechet Inception Distance (FID).
+    """Scores generated images: FID, KID, precision and recall, Inception score.
 
     \b
     # 50,000 images against published statistics, on 8 GPUs
@@ -30,6 +41,11 @@ def main() -> None:
     \b
     # every ckpt_* folder of a run that generate.py filled
     python fid.py calc --images=training-runs/exp_name --ref=fid-refs/cifar10-32x32.npz
+
+    \b
+    # a network, without writing its images; the lowest of three seed ranges
+    torchrun --standalone --nproc_per_node=8 fid.py gen --ref=fid-refs/cifar10-32x32.npz \\
+        --network=training-runs/exp_name/network-snapshot-200000.pt --ranges=3
 
     \b
     # reference statistics of a data set
@@ -43,8 +59,25 @@ def _switch(*names: str, help: str):
                         metavar="[BOOL]", help=help)
 
 
+def _parse_metrics(ctx, param, value: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(value.split(",")))
+    if unknown := [name for name in names if name not in _METRICS]:
+        raise click.BadParameter(f"{unknown[0]!r}: must be a list of {', '.join(_METRICS)}")
+    return names
+
+
+def _parse_gen_seed(ctx, param, value: tuple[int, ...]) -> tuple[int, ...]:
+    if not set(value) <= {1, 2, 3}:
+        raise click.BadParameter("must be 1, 2, 3 or a list of them such as 1,2,3")
+    return value
+
+
+def _parse_workers(ctx, param, value: int | None) -> int:
+    return min(_MAX_WORKERS, len(os.sched_getaffinity(0))) if value is None else value
+
+
 def _detector_options(command):
-    """The options that `calc` and `ref` share."""
+    """The options that all commands share."""
     for option in reversed((
         click.option("--batch",    metavar="INT", type=click.IntRange(min=1), default=64,
                      help="Images at a time on each device"),
@@ -52,8 +85,25 @@ def _detector_options(command):
                      help="Features to compare; FILE is a local copy of the Inception weights"),
         click.option("--device",   type=click.Choice(["auto", "cuda", "cpu"]), default="auto",
                      help="Where to compute"),
-        click.option("--workers",  metavar="INT", type=click.IntRange(min=0), default=3,
-                     help="Threads that read images ahead"),
+        click.option("--workers",  metavar="INT", type=click.IntRange(min=0),
+                     callback=_parse_workers,
+                     help="Processes that read images ahead; 0 reads in the main process  "
+                          "[default: up to 3]"),
+    )):
+        command = option(command)
+    return command
+
+
+def _score_options(command):
+    """The options of the commands that score."""
+    for option in reversed((
+        click.option("--ref", "ref_path", metavar="NPZ|URL|ZIP|DIR",
+                     help="Reference statistics, or the data set; needed for all but is"),
+        click.option("--metrics", metavar="LIST", default="fid", callback=_parse_metrics,
+                     help="What to compute, of fid, kid, pr (precision and recall), is "
+                          "(Inception score)"),
+        click.option("--out", metavar="JSONL",
+                     help="File that gets one line a score  [default: metrics.jsonl of the run]"),
     )):
         command = option(command)
     return command
@@ -62,8 +112,7 @@ def _detector_options(command):
 @main.command(context_settings={"show_default": True})
 @click.option("--images",     metavar="DIR|ZIP", required=True,
               help="Images to score, or a run directory with ckpt_* folders")
-@click.option("--ref", "ref_path", metavar="NPZ|URL", required=True,
-              help="Reference statistics")
+@_score_options
 @click.option("--num",        metavar="INT", type=click.IntRange(min=2), default=50000,
               help="Number of images to use")
 @click.option("--seed",       metavar="INT", type=int, default=0,
@@ -72,17 +121,22 @@ def _detector_options(command):
               help="Run directory: first checkpoint to score")
 @click.option("--end_ckpt",   metavar="KIMG", type=float, default=1000000,
               help="Run directory: last checkpoint to score")
-@click.option("--gen_seed",   metavar="1|2|3", type=click.IntRange(1, 3), default=1,
-              help="Run directory: score ckpt_*, ckpt_2_* or ckpt_3_*")
+@click.option("--gen_seed",   metavar="LIST", type=IntList(), callback=_parse_gen_seed, default="1",
+              help="Run directory: seed ranges to score, of 1 (ckpt_*), 2 (ckpt_2_*) and 3")
 @_switch("--steps",           help="Run directory: score the folders of a sweep over steps")
 @_switch("--alpha",           help="Run directory: score the folders of a sweep over alpha")
 @_switch("--quant",           help="Run directory: score the folders of a sweep over bits")
 @_switch("--prune",           help="Refused: there is no pruning here")
 @_detector_options
-def calc(images: str, ref_path: str, num: int, seed: int, ckpt: float, end_ckpt: float,
-         gen_seed: int, steps: bool, alpha: bool, quant: bool, prune: bool, batch: int,
-         detector: str, device: str, workers: int) -> None:
-    """Prints the FID of a folder or ZIP, or 'path:FOLDER, FID' for each ckpt_* folder of a run.
+def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str | None, num: int,
+         seed: int, ckpt: float, end_ckpt: float, gen_seed: tuple[int, ...], steps: bool,
+         alpha: bool, quant: bool, prune: bool, batch: int, detector: str, device: str,
+         workers: int) -> None:
+    """Scores a folder or ZIP, or each ckpt_* folder of a run.
+
+    The FID of one folder is printed alone, those of a run as 'path:FOLDER, FID'; several values
+    also as a table, with the lowest and the mean of each checkpoint's seed ranges. Each is appended
+    to metrics.jsonl in the run or folder.
 
     Scores can be compared only at equal --num. With --detector=pixels the number is called
     'pixels Frechet distance', because it is not an FID.
@@ -94,43 +148,94 @@ def calc(images: str, ref_path: str, num: int, seed: int, ckpt: float, end_ckpt:
     if prune:
         raise UserError("--prune: pruned networks are not supported; --quant, --alpha and --steps "
                         "are", BAD_USAGE)
+    _check_reference_given(ref_path, metrics)
     with user_errors():
         sweeps = {name for name, on in zip(_SWEEPS, (alpha, steps, quant), strict=True) if on}
         folders = _ckpt_folders(images, gen_seed, ckpt, end_ckpt, sweeps)
 
-        from metrics.detectors import build_detector, describe_detector
-        from metrics.distances import frechet_distance
-        from metrics.statistics import dataset_statistics, load_reference
+        from metrics.score_sheet import ScoreSheet
+        from metrics.scores import dataset_features
         from torch_utils import distributed as dist
         from training.dataset import ImageFolderDataset
+        from training.scoring import open_scorer
 
-        name, distance_name = describe_detector(detector)
         with dist.process_group(device) as chosen_device:
             with dist.rank0_first():
-                reference = load_reference(ref_path)
-                if reference.detector != name:
-                    raise ValueError(f"{ref_path}: made with detector {reference.detector}, but "
-                                     f"--detector={detector} is {name}; give --detector={reference.detector}")
-                datasets = [ImageFolderDataset(path, max_size=num, random_seed=seed)
-                            for path in folders or [images]]
+                jobs = folders or [_Job(images, Path(images).name)]
+                datasets = [ImageFolderDataset(job.path, max_size=num, random_seed=seed)
+                            for job in jobs]
                 for dataset in datasets:
                     if len(dataset) < num:
                         raise ValueError(f"{dataset.path}: {len(dataset)} images, but --num={num}")
-                features = build_detector(detector, chosen_device)
-                for dataset in datasets:
-                    _check_feature_dim(dataset, features, ref_path, len(reference.mu))
-            _use_exact_kernels()
-            _warn_if_few(num, name)
+            shapes = {str(dataset.path): dataset.image_shape for dataset in datasets}
+            _use_kernels("fp32")
+            scorer = open_scorer(detector, ref_path, metrics, chosen_device, shapes, batch=batch,
+                                 workers=workers)
+            _warn_if_few(num, scorer.detector.name, metrics)
 
-            for path, dataset in zip(folders or [None], datasets, strict=True):
-                stats = dataset_statistics(dataset, features, batch=batch, workers=workers)
-                if dist.get_rank() == 0:
-                    distance = frechet_distance(stats.mean(), stats.cov(),
-                                                reference.mu, reference.sigma)
-                    text = f"{distance:g}"
-                    if distance_name != "FID":
-                        text = f"{distance_name}: {text}"
-                    click.echo(text if path is None else f"path:{path}, {text}")
+            sheet = ScoreSheet(scorer, Path(out) if out else _jsonl_of_images(images))
+            for job, dataset in zip(jobs, datasets, strict=True):
+                found = dataset_features(dataset, scorer.detector, metrics=metrics, batch=batch,
+                                         workers=workers, title=Path(job.path).name)
+                values = scorer.evaluate(found)
+                facts = {"images": job.path, "num": num, **_facts_of_images(job.path, dataset, seed)}
+                _report(sheet, job, values, facts, alone=not folders)
+            _print_table(sheet)
+
+
+@main.command(context_settings={"show_default": True})
+@click.option("--network",    metavar="PT|URL", required=True,
+              help="Network snapshot or training state")
+@_score_options
+@click.option("--seeds",      metavar="LIST", type=IntList(), default="0-49999",
+              help="Random seeds; one image each")
+@click.option("--ranges",     metavar="INT", type=click.IntRange(min=1), default=1,
+              help="Number of seed ranges: --seeds, then as many seeds after them, and so on")
+@sampling_options
+@_detector_options
+def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str | None,
+        seeds: tuple[int, ...], ranges: int, batch: int, detector: str, device: str, workers: int,
+        **sampling) -> None:
+    """Scores the images of a network without writing them.
+
+    The scores are those of 'generate.py', then 'fid.py calc', for the same options. Papers report
+    the lowest FID of three seed ranges: --ranges=3. Each score is appended to metrics.jsonl beside
+    the network.
+    """
+    _check_reference_given(ref_path, metrics)
+    with user_errors():
+        from dnnlib.util import format_ranges, is_url
+        from metrics.score_sheet import ScoreSheet
+        from torch_utils import distributed as dist
+        from training.network_sampler import NetworkSampler, UsageError
+        from training.scoring import network_features, open_scorer
+
+        if len(seeds) < 2:
+            raise ValueError(f"--seeds: {len(seeds)} image, at least 2 needed")
+        with dist.process_group(device) as chosen_device:
+            try:
+                sampler = NetworkSampler.open(network, chosen_device, **sampling)
+            except UsageError as error:
+                raise UserError(str(error), BAD_USAGE) from error
+            _use_kernels("fp32")
+            scorer = open_scorer(detector, ref_path, metrics, chosen_device,
+                                 {network: sampler.image_shape}, batch=batch, workers=workers)
+            _warn_if_few(len(seeds), scorer.detector.name, metrics)
+
+            default = None if is_url(network) else Path(network).parent / _JSONL
+            sheet = ScoreSheet(scorer, Path(out) if out else default)
+            span = max(seeds) - min(seeds) + 1
+            for i in range(ranges):
+                own = [seed + i * span for seed in seeds]
+                job = _Job(network, f"seeds {format_ranges(own)}", network)
+                _use_kernels(sampling["precision"])
+                found = network_features(sampler, own, scorer.detector, metrics=metrics,
+                                         batch=batch, title=job.label)
+                _use_kernels("fp32")
+                facts = {"network": network, "num": len(own), "seeds": format_ranges(own),
+                         "sampler": sampler.settings}
+                _report(sheet, job, scorer.evaluate(found), facts, alone=ranges == 1)
+            _print_table(sheet)
 
 
 @main.command(context_settings={"show_default": True})
@@ -138,36 +243,118 @@ def calc(images: str, ref_path: str, num: int, seed: int, ckpt: float, end_ckpt:
               help="Images of the data set")
 @click.option("--dest",       metavar="NPZ", required=True,
               help="File to write")
+@_switch("--features",        help="Also keep the features, which kid and pr need")
 @_detector_options
-def ref(data: str, dest: str, batch: int, detector: str, device: str, workers: int) -> None:
-    """Writes the reference statistics of a data set that 'calc' needs."""
+def ref(data: str, dest: str, features: bool, batch: int, detector: str, device: str,
+        workers: int) -> None:
+    """Writes the reference statistics of a data set that 'calc' and 'gen' need."""
     with user_errors():
         from metrics.detectors import build_detector, describe_detector
-        from metrics.statistics import dataset_statistics, save_reference
+        from metrics.references import save_reference
+        from metrics.scorer import dataset_reference
         from torch_utils import distributed as dist
         from training.dataset import ImageFolderDataset
 
-        name, distance_name = describe_detector(detector)
+        name, _ = describe_detector(detector)
         with dist.process_group(device) as chosen_device:
             with dist.rank0_first():
                 dataset = ImageFolderDataset(data)
                 if len(dataset) < 2:
                     raise ValueError(f"{data}: {len(dataset)} image, at least 2 needed")
-                features = build_detector(detector, chosen_device)
-            _use_exact_kernels()
-            _warn_if_few(len(dataset), name)
-            stats = dataset_statistics(dataset, features, batch=batch, workers=workers)
-            dist.run_on_rank0(save_reference, dest, stats, name)
+                built = build_detector(detector, chosen_device)
+            _use_kernels("fp32")
+            _warn_if_few(len(dataset), name, ("fid",))
+            reference = dataset_reference(dataset, built, with_features=features, batch=batch,
+                                          workers=workers)
+            dist.run_on_rank0(save_reference, dest, reference)
 
 
-def _ckpt_folders(images: str, gen_seed: int, first: float, last: float,
-                  sweeps: set[str]) -> list[str]:
+class _Job(NamedTuple):
+    """A set of images to score; those of one `group` are the seed ranges of one network."""
+
+    path: str
+    label: str
+    group: str = ""
+
+
+def _check_reference_given(ref_path: str | None, metrics: tuple[str, ...]) -> None:
+    if ref_path is None and metrics != ("is",):
+        raise UserError("Missing option '--ref': reference statistics (.npz) or the data set, "
+                        "needed by " + ", ".join(m for m in metrics if m != "is"), BAD_USAGE)
+
+
+def _use_kernels(precision: str) -> None:
+    from torch_utils.misc import configure_backends
+
+    configure_backends(precision)
+
+
+def _warn_if_few(count: int, detector: str, metrics: tuple[str, ...]) -> None:
+    from torch_utils.distributed import get_rank
+
+    if (detector == "inception" and "fid" in metrics and count < _FEW_IMAGES
+            and get_rank() == 0):
+        click.echo(f"Warning: {count} images are fewer than the {_FEW_IMAGES} features: "
+                   "their covariance is singular and FID is biased upwards", err=True)
+
+
+def _jsonl_of_images(images: str) -> Path | None:
+    """Returns the file for scores of a folder: in its run, else in itself; None for a ZIP."""
+    path = Path(os.path.abspath(images))
+    if not path.is_dir():
+        return None
+    is_of_run = _CKPT_NAME.fullmatch(path.name) and any(path.parent.glob("training[-_]*"))
+    return (path.parent if is_of_run else path) / _JSONL
+
+
+def _facts_of_images(path: str, dataset, seed: int) -> dict:
+    """Returns what is recorded of the images in a folder or ZIP: seeds, sampler, the choice."""
+    from dnnlib.util import format_ranges
+    from training.image_files import GENERATE_RECORD
+
+    stems = [Path(name).stem for name in dataset.all_names]
+    facts = {"seeds": None, "sampler": None}
+    if all(stem.isdigit() for stem in stems):
+        facts["seeds"] = format_ranges(map(int, stems))
+    if len(dataset) < len(stems):
+        facts["chosen_from"], facts["choice_seed"] = len(stems), seed
+    with contextlib.suppress(OSError, ValueError):  # not a folder of generate.py
+        facts["sampler"] = json.loads(Path(path, GENERATE_RECORD).read_text(encoding="utf-8"))
+    return facts
+
+
+def _report(sheet: "ScoreSheet", job: _Job, values: dict, facts: dict, alone: bool) -> None:
+    """Prints the Frechet distance as the references do, and records all values."""
+    from metrics.score_sheet import Score
+    from torch_utils.distributed import get_rank
+
+    if get_rank() != 0:
+        return
+    sheet.add(Score(job.label, job.group, values), facts)
+    if "fid" in values:
+        text = f"{values['fid']:g}"
+        if sheet.distance_name != "FID":
+            text = f"{sheet.distance_name}: {text}"
+        if not alone:
+            text = f"path:{job.path}, {text}" if job.path != job.group else f"{job.label}: {text}"
+        click.echo(text)
+
+
+def _print_table(sheet: "ScoreSheet") -> None:
+    from torch_utils.distributed import get_rank
+
+    if get_rank() == 0 and sheet.has_more_than_one_value:
+        click.echo("\n" + sheet.table())
+
+
+def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: float,
+                  sweeps: set[str]) -> list[_Job]:
     """Returns the folders of a run directory to score, in order; none if it isn't one."""
     names = [entry.name for entry in os.scandir(images)
              if entry.is_dir() and entry.name.startswith(_CKPT_PREFIX)
              ] if os.path.isdir(images) else []
     if not names:
-        if sweeps or gen_seed != 1:
+        if sweeps or gen_seeds != (1,):
             raise ValueError(f"{images}: no run directory with ckpt_* folders, which --gen_seed, "
                              "--alpha, --steps and --quant choose from")
         return []
@@ -175,38 +362,17 @@ def _ckpt_folders(images: str, gen_seed: int, first: float, last: float,
     for match in filter(None, map(_CKPT_NAME.fullmatch, names)):
         kimg, values = float(match["kimg"]), [match[name] for name in _SWEEPS]
         has = {name for name, value in zip(_SWEEPS, values, strict=True) if value is not None}
-        if int(match["gen_seed"] or 1) == gen_seed and first <= kimg <= last and has == sweeps:
-            chosen.append((kimg, *(float(value or 0) for value in values), match[0]))
+        gen_seed = int(match["gen_seed"] or 1)
+        if gen_seed in gen_seeds and first <= kimg <= last and has == sweeps:
+            point = (kimg, *(float(value or 0) for value in values))
+            chosen.append((point, gen_seed, match[0]))
     if not chosen:
         wanted = " ".join(f"--{name}" for name in _SWEEPS if name in sweeps) or "no sweep"
-        raise ValueError(f"{images}: none of {len(names)} ckpt_* folders (such as {min(names)}) "
-                         f"is of --gen_seed={gen_seed}, {wanted}, and {first:g} to {last:g} kimg")
-    return [os.path.join(images, name) for *_, name in sorted(chosen)]
-
-
-def _check_feature_dim(dataset, detector, ref_path: str, expected: int) -> None:
-    import torch
-
-    empty = torch.empty([0, *dataset.image_shape], dtype=torch.uint8)
-    given = detector(empty).shape[1]
-    if given != expected:
-        shape = "x".join(map(str, dataset.image_shape))
-        raise ValueError(f"{ref_path}: statistics of {expected} features, but detector "
-                         f"{detector.name} gives {given} for the {shape} images of {dataset.path}")
-
-
-def _use_exact_kernels() -> None:
-    from torch_utils.misc import configure_backends
-
-    configure_backends("fp32")
-
-
-def _warn_if_few(count: int, detector: str) -> None:
-    from torch_utils.distributed import get_rank
-
-    if detector == "inception" and count < _FEW_IMAGES and get_rank() == 0:
-        click.echo(f"Warning: {count} images are fewer than the {_FEW_IMAGES} features: "
-                   "their covariance is singular and FID is biased upwards", err=True)
+        raise ValueError(f"{images}: none of {len(names)} ckpt_* folders (such as {min(names)}) is "
+                         f"of --gen_seed={','.join(map(str, gen_seeds))}, {wanted}, and {first:g} "
+                         f"to {last:g} kimg")
+    return [_Job(os.path.join(images, name), name, str(point))
+            for point, _, name in sorted(chosen)]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlparse
@@ -98,6 +99,17 @@ def format_time(seconds: float) -> str:
     if s < 24 * 60 * 60:
         return f"{s // (60 * 60)}h {s // 60 % 60:02}m {s % 60:02}s"
     return f"{s // (24 * 60 * 60)}d {s // (60 * 60) % 24:02}h {s // 60 % 60:02}m"
+
+
+def format_ranges(numbers: Iterable[int]) -> str:
+    """Returns integers as text such as '0,5,10-19', rising, each once."""
+    parts: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in parts)
 
 
 def cache_dir(*parts: str) -> Path:

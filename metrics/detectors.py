@@ -21,12 +21,14 @@ class Detector:
     Attributes:
         name: what statistics files call it.
         distance_name: what a Frechet distance between its features is called.
+        weights_sha256: of the weight file; None where there is none.
         feature_dim: length of a feature vector; None where the first batch decides.
         device: where the features are computed and returned.
     """
 
     name: str
     distance_name: str
+    weights_sha256: str | None = None
     feature_dim: int | None = None
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -35,6 +37,14 @@ class Detector:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the features; an empty batch is allowed and gives [0, feature_dim]."""
         raise NotImplementedError
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns unnormalised log probabilities of classes [B, classes] from features.
+
+        Raises:
+            ValueError: the detector has no classes.
+        """
+        raise ValueError(f"detector {self.name}: has no classes, which the Inception score needs")
 
 
 class Inception(Detector):
@@ -54,8 +64,10 @@ class Inception(Detector):
 
     def __init__(self, device: torch.device | str = "cpu", path: str | None = None):
         super().__init__(device)
+        self.weights_sha256 = inception.WEIGHTS_SHA256
         if path is not None:
             self.name, self.distance_name = describe_detector(path)
+            self.weights_sha256 = _file_sha256(path)
         weights = inception.load_weights(path)
         try:
             self._network = inception.InceptionV3(weights, self.device)
@@ -64,6 +76,9 @@ class Inception(Detector):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return self._network(images)
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        return self._network.logits(features)
 
 
 class Pixels(Detector):
@@ -101,11 +116,15 @@ def describe_detector(spec: str) -> tuple[str, str]:
     if not spec.endswith(".pth"):
         raise ValueError(f"detector {spec!r}: must be {', '.join(DETECTORS)}, or a copy of "
                          f"{inception.WEIGHTS_FILE}")
-    with open(spec, "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()
+    digest = _file_sha256(spec)
     if digest == inception.WEIGHTS_SHA256:
         return Inception.name, Inception.distance_name
     return f"inception:{digest[:16]}", "Frechet distance by other Inception weights"
+
+
+def _file_sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def build_detector(spec: str, device: torch.device | str = "cpu") -> Detector:

@@ -1,6 +1,7 @@
-"""Distances between two sets of images, computed from statistics of their features.
+"""Distances between two sets of images, computed from their features.
 
     d number of features    mu [d] mean    S [d, d] covariance    tr trace
+    x_i [d] features of image i of m generated, y_j [d] of image j of n real ones
 
 The Frechet distance between two Gaussians (Dowson and Landau 1982), called FID when the features
 are Inception's (Heusel et al. 2017, arXiv 1706.08500), is
@@ -14,12 +15,29 @@ With S = A A^T the eigenvalues of S1 S2 are the squared singular values of A1^T 
 These are the roots of the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2), but found without
 squaring: an eigenvalue that should be 0 comes out as 1e-16, its root as 1e-8, and a covariance of
 few images has up to d of them. Nothing is ever complex, and no rank is too low.
+
+The kernel distance, KID for Inception's features (Binkowski et al. 2018, arXiv 1801.01401), is the
+squared maximum mean discrepancy of the kernel k(x, y) = (x.y/d + 1)^3, without bias:
+
+    mean_(i != j) k(x_i, x_j) + mean_(i != j) k(y_i, y_j) - 2 mean_ij k(x_i, y_j)
+
+averaged over random subsets of both. It can be below 0.
+
+Precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991): a set covers a point that lies
+within the distance from one of its members to that member's k-th nearest neighbour in the set.
+Precision is the share of generated images that the real ones cover, recall the other way round.
 """
 
 import numpy as np
 import torch
 
 Array = torch.Tensor | np.ndarray
+
+NUM_SUBSETS = 100  # this and the next two: as torch-fidelity, so that scores agree
+SUBSET_SIZE = 1000
+SUBSET_SEED = 2020
+NUM_NEIGHBOURS = 3
+_CHUNK_ROWS = 1024  # rows of a distance matrix at a time: 200 MB against 50,000 columns
 
 
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
@@ -49,3 +67,91 @@ def _factor(sigma: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(sigma)
     keep = values > values[-1].abs() * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, keep] * values[keep].sqrt()
+
+
+def kernel_distance(x: torch.Tensor, y: torch.Tensor, *, subsets: int = NUM_SUBSETS,
+                    size: int = SUBSET_SIZE, seed: int = SUBSET_SEED) -> tuple[float, float]:
+    """Returns mean and standard deviation, over random subsets, of the kernel distance in float64.
+
+    Args:
+        x: features [m, d] of the generated images.
+        y: features [n, d] of the real ones.
+        subsets: how many subsets.
+        size: images in each, at most m and n.
+        seed: chooses them.
+
+    Raises:
+        ValueError: fewer than two images on a side, or other features.
+    """
+    _check_features(x, y, least=2)
+    rng, size = np.random.RandomState(seed), min(size, len(x), len(y))
+    values = []
+    for _ in range(subsets):
+        part_x = x[torch.from_numpy(rng.choice(len(x), size, replace=False))]
+        part_y = y[torch.from_numpy(rng.choice(len(y), size, replace=False))]
+        values.append(_squared_discrepancy(part_x.double(), part_y.double()))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def _squared_discrepancy(x: torch.Tensor, y: torch.Tensor) -> float:
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def mean_of_pairs(a: torch.Tensor) -> torch.Tensor:
+        matrix = kernel(a, a)
+        return (matrix.sum() - matrix.trace()) / (len(a) * (len(a) - 1))
+
+    return (mean_of_pairs(x) + mean_of_pairs(y) - 2 * kernel(x, y).mean()).item()
+
+
+def precision_recall(x: torch.Tensor, y: torch.Tensor, *, k: int = NUM_NEIGHBOURS,
+                     device: torch.device | str = "cpu") -> tuple[float, float]:
+    """Returns precision and recall, each in [0, 1].
+
+    Args:
+        x: features [m, d] of the generated images.
+        y: features [n, d] of the real ones.
+        k: which neighbour sets the radius.
+        device: where to compute.
+
+    Raises:
+        ValueError: no k neighbours on a side, or other features.
+    """
+    _check_features(x, y, least=k + 1)
+    # Distances are differences of squares: centred features lose fewer digits.
+    centre = y.to(torch.float64).mean(0).to(torch.float32)
+    x, y = (features.to(device) - centre.to(device) for features in (x, y))
+    precision = _covered(x, y, _neighbour_radii(y, k))
+    recall = _covered(y, x, _neighbour_radii(x, k))
+    return precision, recall
+
+
+def _neighbour_radii(x: torch.Tensor, k: int) -> torch.Tensor:
+    """Returns the squared distance [n] of each row of x to its k-th nearest other row."""
+    radii = []
+    for start in range(0, len(x), _CHUNK_ROWS):
+        distances = _squared_distances(x[start:start + _CHUNK_ROWS], x)
+        rows = torch.arange(len(distances), device=x.device)
+        distances[rows, start + rows] = torch.inf
+        radii.append(distances.topk(k, largest=False).values[:, -1])
+    return torch.cat(radii)
+
+
+def _covered(points: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor) -> float:
+    """Returns the share of points that lie within the radius of a centre."""
+    count = sum((_squared_distances(part, centres) <= radii).any(1).sum()
+                for part in points.split(_CHUNK_ROWS))
+    return count.item() / len(points)
+
+
+def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Returns |a_i - b_j|^2 [n, m]."""
+    squares = (a * a).sum(1)[:, None] + (b * b).sum(1)
+    return squares.addmm_(a, b.T, alpha=-2)
+
+
+def _check_features(x: torch.Tensor, y: torch.Tensor, least: int) -> None:
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"{x.shape[1]} features can't be compared with {y.shape[1]}")
+    if min(len(x), len(y)) < least:
+        raise ValueError(f"{len(x)} and {len(y)} images: at least {least} needed on each side")

@@ -201,6 +201,7 @@ class InceptionV3:
         _check_state(state)
         self.device = torch.device(device)
         self._folded = {name: _fold(state, name, self.device) for name in conv_shapes()}
+        self._class_weight = state["fc.weight"].to(self.device, torch.float64)
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -213,6 +214,14 @@ class InceptionV3:
         with cudnn.flags(enabled=True, benchmark=cudnn.benchmark,
                          deterministic=cudnn.deterministic, allow_tf32=False):
             return run(NETWORK, x, self._apply_conv).mean([2, 3])
+
+    @torch.inference_mode()
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns logits [B, 1008] float64 of features [B, 2048].
+
+        Without the bias, as the Inception score was defined by its authors' code.
+        """
+        return features.to(torch.float64) @ self._class_weight.T
 
     def _apply_conv(self, x: torch.Tensor, name: str, conv: Conv) -> torch.Tensor:
         weight, bias = self._folded[name]

@@ -1,40 +1,34 @@
-"""Mean and covariance of features, accumulated over batches and ranks, and their files.
+"""What is kept of the features of images, accumulated over batches and ranks.
 
     d number of features    n number of images    f_i [d] features of image i
 
+`FeatureStatistics` are mean and covariance,
+
     mu = 1/n sum_i f_i        sigma = 1/(n-1) sum_i (f_i - mu)(f_i - mu)^T
 
-Everything is float64. Each batch is centred on its own mean before it is squared, and batches
+in float64. Each batch is centred on its own mean before it is squared, and batches
 and ranks are merged by the update of Chan, Golub and LeVeque (1983),
 
     M = M_a + M_b + n_a n_b/(n_a + n_b) (mu_b - mu_a)(mu_b - mu_a)^T,    sigma = M/(n-1).
 
 So large terms never cancel, unlike in sum f f^T - n mu mu^T, which loses the digits of
 mean^2/variance and can give a constant feature a variance below zero.
+
+`FeatureBank` keeps the features themselves, for metrics that compare images one by one.
+`ClassStatistics` sum class probabilities for the Inception score. Both put images in the order of
+their numbers, so that neither the batches nor the number of ranks changes a result.
 """
 
-import collections
 import math
-import os
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, Protocol
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed
-from tqdm import tqdm
 
-import dnnlib.util
-from metrics.detectors import Detector
 from torch_utils import distributed as dist
-from torch_utils.atomic import atomic_write
 
-MAX_FEATURES = 1 << 14  # a covariance of 2 GiB
+NUM_SPLITS = 10  # Salimans et al. 2016
+SPLIT_SEED = 2020  # that of torch-fidelity, so that scores agree
 
 
 class FeatureStatistics:
@@ -92,150 +86,69 @@ class FeatureStatistics:
             raise ValueError(f"statistics of {self.count} images: at least {count} needed")
 
 
-class Images(Protocol):
-    """What `dataset_statistics` needs of a data set; `ImageFolderDataset` has it."""
+class FeatureBank:
+    """The features of every image, on the CPU."""
 
-    image_shape: Sequence[int]
+    def __init__(self):
+        self._features: list[torch.Tensor] = []
+        self._numbers: list[int] = []
 
-    def __len__(self) -> int: ...
+    def append(self, features: torch.Tensor, numbers: Sequence[int]) -> None:
+        """Adds features [n, d] of the images of these numbers."""
+        self._features.append(features.to("cpu", torch.float32))
+        self._numbers.extend(numbers)
 
-    def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray, Any]:
-        """Returns uint8 images [B, C, H, W], and anything."""
+    def gather(self) -> torch.Tensor | None:
+        """Returns the features of all ranks [n, d] in the order of their numbers, on rank 0.
 
-
-def dataset_statistics(images: Images, detector: Detector, *, batch: int,
-                       workers: int) -> FeatureStatistics:
-    """Returns the statistics of all images, split over ranks and merged again.
-
-    Args:
-        images: the data set.
-        detector: gives the features.
-        batch: the most images at a time on one rank.
-        workers: threads that read ahead; 0 reads when needed.
-
-    Raises:
-        ValueError: an image can't be read. All ranks raise the same.
-        OSError: likewise.
-    """
-    stats, error = FeatureStatistics(), None
-    own = [indices for indices in dist.split_for_rank(range(len(images)), batch) if indices]
-    try:
-        stats.append(detector(torch.empty([0, *images.image_shape], dtype=torch.uint8)))
-        with tqdm(total=sum(map(len, own)), unit="img", leave=False,
-                  disable=None if dist.get_rank() == 0 else True) as bar:
-            for pixels in _read_ahead(images, own, workers):
-                stats.append(detector(torch.from_numpy(pixels)))
-                bar.update(len(pixels))
-    except (ValueError, OSError) as caught:
-        error = caught
-    _raise_on_all_ranks(error)
-    stats.all_reduce()
-    return stats
+        None on the others. Every rank must call it.
+        """
+        features = dist.gather_to_rank0(torch.cat(self._features))
+        numbers = dist.gather_objects(self._numbers)
+        if features is None:
+            return None
+        order = np.argsort([number for part in numbers for number in part], kind="stable")
+        return torch.cat(features)[torch.from_numpy(order)]
 
 
-def _read_ahead(images: Images, batches: Iterable[list[int]],
-                workers: int) -> Iterator[np.ndarray]:
-    def read(indices: list[int]) -> np.ndarray:
-        return images.get_batch(indices)[0]
-
-    if workers == 0:
-        yield from map(read, batches)
-        return
-    pending: collections.deque = collections.deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for indices in batches:
-            pending.append(pool.submit(read, indices))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def _raise_on_all_ranks(error: Exception | None) -> None:
-    """Raises the error of the first rank that has one; without this the others would wait."""
-    errors = [error] * dist.get_world_size()
-    if len(errors) > 1:
-        torch.distributed.all_gather_object(errors, error)
-    for first in filter(None, errors):
-        raise first
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Statistics of the images to compare with: mu [d], sigma [d, d], and whose features."""
-
-    mu: np.ndarray
-    sigma: np.ndarray
-    detector: str
-
-
-def save_reference(path: str | os.PathLike, stats: FeatureStatistics, detector: str) -> None:
-    """Writes an .npz with float64 `mu` and `sigma`, and the name `detector`; makes its folder."""
-    mu, sigma = stats.mean().cpu().numpy(), stats.cov().cpu().numpy()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        np.savez(file, mu=mu, sigma=sigma, detector=np.array(detector))
-
-
-def load_reference(path: str) -> Reference:
-    """Reads a file of `save_reference`, or an .npz of EDM or PFGM++, which name no detector.
-
-    Nothing is unpickled, and sizes are checked before memory is asked for.
+class ClassStatistics:
+    """Sums over class probabilities p(c|i) of the images of each of `NUM_SPLITS` random splits.
 
     Args:
-        path: a file or an http(s) address.
-
-    Raises:
-        OSError: it can't be read or downloaded.
-        ValueError: it holds something else.
+        count: number of images that will come.
+        seed: assigns images to splits.
     """
-    try:
-        with dnnlib.util.open_url(path) as file, zipfile.ZipFile(file) as archive:
-            mu = _read_array(archive, "mu", "f")
-            sigma = _read_array(archive, "sigma", "f")
-            named = "detector.npy" in archive.namelist()
-            detector = str(_read_array(archive, "detector", "U")) if named else "inception"
-        _check_reference(mu, sigma)
-    # The last two: an unknown compression method, an encrypted member.
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError,
-            RuntimeError) as error:
-        reason = str(error).strip("'\"").split("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: not reference statistics: {reason}") from error
-    return Reference(mu.astype(np.float64), sigma.astype(np.float64), detector)
 
+    def __init__(self, count: int, seed: int = SPLIT_SEED):
+        self.count = count
+        splits = min(NUM_SPLITS, count)
+        shuffled = np.random.RandomState(seed).permutation(count)
+        self._split = np.empty(count, np.int64)
+        for k in range(splits):
+            self._split[shuffled[k * count // splits:(k + 1) * count // splits]] = k
+        self._num = torch.zeros(splits, dtype=torch.float64)
+        self._sum: torch.Tensor | None = None  # [splits, classes], of p
+        self._negative_entropy = torch.zeros(splits, dtype=torch.float64)  # sum of p log p
 
-def _read_array(archive: zipfile.ZipFile, name: str, kind: str) -> np.ndarray:
-    """Returns one array of an .npz after its header has been found plausible."""
-    info = archive.getinfo(f"{name}.npy")
-    with archive.open(info) as member:
-        shape, dtype = _read_header(member)
-        if dtype.kind != kind:
-            raise ValueError(f"{name} has type {dtype}, expected "
-                             f"{'floats' if kind == 'f' else 'text'}")
-        if len(shape) > 2 or any(size > MAX_FEATURES for size in (*shape, dtype.itemsize)):
-            raise ValueError(f"{name} has shape {list(shape)}, at most {MAX_FEATURES} features")
-        if member.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
-            raise ValueError(f"{name} has shape {list(shape)}, but not the bytes of it")
-    with archive.open(info) as member:
-        return np.lib.format.read_array(member, allow_pickle=False)
+    def append(self, logits: torch.Tensor, numbers: Sequence[int]) -> None:
+        """Adds logits [n, classes] of the images of these numbers."""
+        log_p = logits.to("cpu", torch.float64).log_softmax(1)
+        p = log_p.exp()
+        if self._sum is None:
+            self._sum = p.new_zeros([len(self._num), p.shape[1]])
+        split = torch.from_numpy(self._split[list(numbers)])
+        self._num.index_add_(0, split, p.new_ones(len(split)))
+        self._sum.index_add_(0, split, p)
+        self._negative_entropy.index_add_(0, split, (p * log_p).sum(1))
 
+    def all_reduce(self, device: torch.device) -> None:
+        """Adds up the sums of all ranks, each of which must call this once, at the end."""
+        for tensor in (self._num, self._sum, self._negative_entropy):
+            tensor.copy_(dist.all_reduce_sum_(tensor.to(device)))
 
-def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(member)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0,
-               (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"array format {version}, expected 1.0 or 2.0")
-    shape, _, dtype = readers[version](member)
-    return shape, dtype
-
-
-def _check_reference(mu: np.ndarray, sigma: np.ndarray) -> None:
-    if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"mu has shape {list(mu.shape)} and sigma {list(sigma.shape)}, "
-                         "expected [d] and [d, d]")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError("mu or sigma has values that are not finite")
-    tolerance = 1e-5 * np.abs(sigma).max()  # a covariance in float32 is symmetric to 1e-6
-    if np.abs(sigma - sigma.T).max() > tolerance or sigma.diagonal().min() < -tolerance:
-        raise ValueError("sigma is not a covariance")
+    def score(self) -> tuple[float, float]:
+        """Returns exp(E_i KL(p(.|i) | p(.))), its mean and standard deviation over the splits."""
+        p = self._sum / self._num[:, None]
+        marginal = torch.xlogy(p, p).sum(1)
+        scores = (self._negative_entropy / self._num - marginal).exp()
+        return scores.mean().item(), scores.std(correction=0).item()

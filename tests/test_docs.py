@@ -2,22 +2,29 @@
 
 import importlib
 import importlib.util
+import io
 import re
 import shlex
 from pathlib import Path
 
+import click
 import numpy as np
 import PIL.Image
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
+from published_archives import write_cifar10, write_lmdb, write_mnist
 from scipy import stats
 from test_generate import write_snapshot
 from torch.distributed.run import get_args_parser
 
+from training.sampling_options import sampling_options
+
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {f"{name}.py": importlib.import_module(name).main
            for name in ("train", "generate", "fid", "dataset_tool", "checkpoint_tool")}
+SAMPLING_FLAGS = {flag for option in sampling_options(click.Command("none")).params
+                  for flag in option.opts}
 PUBLISHED = "downloads/pfgmpp/"  # checkpoints of PFGM++; a snapshot of ours stands for them
 
 
@@ -56,7 +63,7 @@ COMMANDS = documented_commands()
 def test_documented_command_parses(words):
     script, args = script_and_args(words)
     command = SCRIPTS[script]
-    if hasattr(command, "commands"):
+    if args[0] in getattr(command, "commands", ()):
         command, args = command.commands[args[0]], args[1:]
     command.make_context(script, list(args))
 
@@ -93,7 +100,13 @@ def write_images(folder, classes, per_class, height, width):
 
 def make_world(root):
     """Writes small pictures where the documents keep downloaded data sets."""
-    write_images(root / "downloads/cifar10", [f"{k}_class" for k in range(4)], 4, 8, 8)
+    pixels = np.random.default_rng(0).integers(0, 256, [20, 32, 32, 3], np.uint8)
+    labels = np.arange(20) % 10
+    write_cifar10(root / "downloads/cifar10/cifar-10-python.tar.gz", pixels, labels)
+    write_mnist(root / "downloads/mnist", pixels[:, :28, :28, 0], labels)
+    photo = io.BytesIO()
+    PIL.Image.new("RGB", (40, 30), "teal").save(photo, "WEBP")
+    write_lmdb(root / "downloads/lsun/bedroom_train_lmdb", {"0": photo.getvalue()})
     write_images(root / "downloads/ffhq/images1024x1024", ["00000", "01000"], 8, 16, 16)
     write_images(root / "downloads/afhqv2", ["test", "train"], 8, 16, 16)
     write_images(root / "downloads/imagenet/ILSVRC/Data/CLS-LOC/train", ["n01", "n02"], 8, 14, 18)
@@ -107,6 +120,9 @@ def stand_in(arg):
     if match := re.fullmatch(r"--seeds=(\d+)-\d+", arg):
         return f"--seeds={match[1]}-{int(match[1]) + 3}"
     arg = arg.replace("--resolution=64x64", "--resolution=8x8")
+    arg = arg.replace("--metrics=fid,kid,pr,is", "--metrics=fid,kid,pr")  # pixels have no classes
+    arg = re.sub(r"(?<=--eval=)\d+", "0.008", arg)
+    arg = re.sub(r"(?<=--eval-num=)\d+", "4", arg)
     arg = re.sub(r"(?<=network-snapshot-)\d+", "000000", arg)
     arg = re.sub(r"(?<=--ckpt=)\d+", "0", arg)
     return re.sub(r"(?<=--ref=)https://nvlabs-fi-cdn.nvidia.com/edm/", "", arg)
@@ -118,6 +134,8 @@ SMALLER = {
     "generate.py": ["--steps=2", "--batch=4", "--device=cpu"],
     "dataset_tool.py": ["--workers=1"],
     "fid.py calc": ["--num=4", "--detector=pixels", "--workers=0", "--device=cpu"],
+    "fid.py gen": ["--seeds=0-3", "--steps=2", "--batch=4", "--detector=pixels", "--workers=0",
+                   "--device=cpu"],
     "fid.py ref": ["--detector=pixels", "--workers=0", "--device=cpu"],
 }
 
@@ -135,7 +153,8 @@ def run_documented(script, documented):
         run(script, [*args, "--device=cpu", "--dry-run"])  # the values as documented
         # ADM's attention has heads of 64 channels.
         size = ["--cbase=64", "--cres=1"] if "--arch=adm" in args else ["--cbase=8", "--cres=1,2"]
-        run(script, [*args, *SMALL_TRAIN, *size])
+        score = ["--eval-detector=pixels"] if "--eval-num=4" in args else []
+        run(script, [*args, *SMALL_TRAIN, *size, *score])
     elif script == "fid.py":
         for name in re.findall(r"edm/fid-refs/([\w-]+)\.npz", " ".join(documented)):
             run(script, ["ref", f"--data=datasets/{name}.zip", f"--dest=fid-refs/{name}.npz",
@@ -144,6 +163,9 @@ def run_documented(script, documented):
         assert args[0] == "ref" or re.search(r"pixels Frechet distance: [\d.e+-]+\n", output)
     elif script == "checkpoint_tool.py":
         run(script, args)
+    elif any("cifar-10-python" in arg for arg in args):
+        assert "20 images, 32x32" in run(script, args)
+        run(script, [*args, "--resolution=8x8"])  # for what comes after
     else:
         run(script, [*args, *SMALLER[script]])
 
@@ -231,8 +253,10 @@ def test_migration_names_every_flag_and_existing_imports():
     for script, command in SCRIPTS.items():
         if script == "checkpoint_tool.py":
             continue  # the references have no counterpart
-        for each in getattr(command, "commands", {"": command}).values():
-            flags = {flag for option in each.params for flag in option.opts}
+        for each in (command, *getattr(command, "commands", {}).values()):
+            flags = {flag for option in each.params for flag in option.opts if flag[0] == "-"}
+            if each.name == "gen":  # its flags of sampling are described with generate.py
+                flags -= SAMPLING_FLAGS
             missing = {flag for flag in flags if f"`{flag}`" not in parts[script]
                        and f"{each.name} {flag}`" not in parts[script]}
             assert not missing, f"{script}: {missing}"

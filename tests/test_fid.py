@@ -170,8 +170,8 @@ def test_folders_of_a_run_are_chosen_by_their_exact_names(tmp_path, gen_seed, fi
     for name in FOLDERS:
         (tmp_path / name).mkdir()
     (tmp_path / "ckpt_000003").write_text("a file")
-    chosen = fid._ckpt_folders(str(tmp_path), gen_seed, first, last, set(sweeps.split()))
-    assert chosen == [str(tmp_path / f"ckpt_{name}") for name in expected]
+    chosen = fid._ckpt_folders(str(tmp_path), (gen_seed,), first, last, set(sweeps.split()))
+    assert [job.path for job in chosen] == [str(tmp_path / f"ckpt_{name}") for name in expected]
 
 
 def test_each_folder_of_a_run_is_scored_like_a_plain_one(data, run, tmp_path):
@@ -181,8 +181,11 @@ def test_each_folder_of_a_run_is_scored_like_a_plain_one(data, run, tmp_path):
     args = [f"--ref={root / 'ref.npz'}", "--num=20", *PIXELS]
     plain = {name: run("calc", f"--images={tmp_path / name}", *args)
              for name in sorted(os.listdir(tmp_path))}
-    assert run("calc", f"--images={tmp_path}", *args) == "".join(
+    lines, table = run("calc", f"--images={tmp_path}", *args).split("\n\n")
+    assert lines + "\n" == "".join(
         f"path:{tmp_path / name}, {plain[name]}" for name in ("ckpt_000001", "ckpt_000002"))
+    assert [row.split()[0] for row in table.splitlines()] == ["images", "ckpt_000001",
+                                                              "ckpt_000002"]
     for flag in ("--alpha", "--alpha=True"):
         name = "ckpt_000002_alpha_0.1"
         out = run("calc", f"--images={tmp_path}", flag, *args)
@@ -242,18 +245,24 @@ def test_a_reference_of_another_image_size_is_refused(fails, data, tmp_path):
     root, _ = data
     write_images(tmp_path, 4, size=5)
     line = fails("calc", f"--images={tmp_path}", f"--ref={root / 'ref.npz'}", "--num=4", *PIXELS)
+    assert "of 6x6 images, but those of" in line and "are 5x5" in line
+    with np.load(root / "ref.npz") as ref:  # as those of the references, which record no size
+        np.savez(tmp_path / "old.npz", **{k: ref[k] for k in ("mu", "sigma", "detector")})
+    line = fails("calc", f"--images={tmp_path}", f"--ref={tmp_path / 'old.npz'}", "--num=4",
+                 *PIXELS)
     assert "statistics of 108 features, but detector pixels gives 75 for the 3x5x5" in line
 
 
 def test_bad_files_are_one_line(fails, data, tmp_path):
     root, _ = data
     images, ref = f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}"
-    assert "gone.npz" in fails("calc", images, f"--ref={tmp_path / 'gone.npz'}", *PIXELS)
+    few = ("--num=9", *PIXELS)
+    assert "gone.npz" in fails("calc", images, f"--ref={tmp_path / 'gone.npz'}", *few)
     assert "no such folder" in fails("calc", f"--images={tmp_path / 'gone'}", ref, *PIXELS)
     assert "no images" in fails("calc", f"--images={tmp_path}", ref, *PIXELS)
     np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
-    assert "not finite" in fails("calc", images, f"--ref={tmp_path / 'nan.npz'}", *PIXELS)
-    assert "detector 'clip'" in fails("calc", images, ref, "--detector=clip")
+    assert "not finite" in fails("calc", images, f"--ref={tmp_path / 'nan.npz'}", *few)
+    assert "detector 'clip'" in fails("calc", images, ref, "--num=9", "--detector=clip")
     weights = tmp_path / "w.pth"
     weights.write_bytes(b"x")
     np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))

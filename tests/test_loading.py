@@ -1,5 +1,6 @@
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from dnnlib.cli import UserError, user_errors
-from torch_utils.loading import read_batches
+from torch_utils.loading import read_in_processes, read_in_threads
 
 
 class Numbers:
@@ -36,17 +37,22 @@ def be_told_to_stop():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_batches_come_in_order_whatever_the_number_of_workers(workers):
+READERS = pytest.mark.parametrize("read", [read_in_processes, read_in_threads])
+
+
+@READERS
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_come_in_order_whatever_the_number_of_workers(read, workers):
     batches = [[3, 1], [4], [1, 5, 9], [2, 6]] * 5
-    found = list(read_batches(Numbers(), batches, workers=workers))
+    found = list(read(Numbers(), batches, workers=workers))
     assert [pair.tolist() for pair, _ in found] == [[[i, i] for i in batch] for batch in batches]
     assert all(isinstance(tensor, torch.Tensor) for pair in found for tensor in pair)
 
 
+@READERS
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_of_the_reader_arrives_with_its_own_words(workers):
-    reader = read_batches(Numbers({5: fail}), [[1], [5]], workers=workers)
+def test_an_error_of_the_reader_arrives_with_its_own_words(read, workers):
+    reader = read(Numbers({5: fail}), [[1], [5]], workers=workers)
     next(reader)
     with pytest.raises(ValueError, match="^image 5 is damaged$"):
         next(reader)
@@ -55,14 +61,30 @@ def test_an_error_of_the_reader_arrives_with_its_own_words(workers):
 def test_a_killed_worker_is_one_line_with_its_signal():
     told = "data loader process was killed .Killed.*--workers"
     with pytest.raises(UserError, match=told) as info, user_errors():
-        list(read_batches(Numbers({5: die}), [[1], [5], [7]], workers=1))
+        list(read_in_processes(Numbers({5: die}), [[1], [5], [7]], workers=1))
     assert info.value.exit_code == 1
     assert "\n" not in info.value.message
 
 
 def test_workers_leave_signals_to_their_parent():
-    found = list(read_batches(Numbers({5: be_told_to_stop}), [[1], [5], [7]], workers=1))
+    found = list(read_in_processes(Numbers({5: be_told_to_stop}), [[1], [5], [7]], workers=1))
     assert len(found) == 3
+
+
+@READERS
+def test_batches_are_read_ahead_but_not_far(read):
+    """An endless source is read no further than a few batches beyond what was taken."""
+    taken = []
+
+    def endless():
+        for i in range(10**9):
+            taken.append(i)
+            yield [i]
+
+    reader = read(Numbers(), endless(), workers=2)
+    next(reader)
+    assert 2 <= len(taken) <= 6
+    reader.close()
 
 
 def test_dropping_the_iterator_ends_the_workers():
@@ -77,9 +99,18 @@ def test_dropping_the_iterator_ends_the_workers():
             return False
 
     before = set(children())
-    reader = read_batches(Numbers(), ([i] for i in range(10**9)), workers=2)
+    reader = read_in_processes(Numbers(), ([i] for i in range(10**9)), workers=2)
     next(reader)
     assert len(set(children()) - before) >= 2
     reader.close()
     time.sleep(0.5)
     assert set(children()) <= before
+
+
+def test_closing_the_iterator_ends_the_threads():
+    before = threading.active_count()
+    reader = read_in_threads(Numbers(), ([i] for i in range(10**9)), workers=2)
+    next(reader)
+    assert threading.active_count() == before + 2
+    reader.close()
+    assert threading.active_count() == before

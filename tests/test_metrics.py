@@ -11,12 +11,9 @@ import torch
 from metrics import inception, statistics
 from metrics.detectors import MAX_PIXEL_FEATURES, Pixels, build_detector, describe_detector
 from metrics.distances import frechet_distance
-from metrics.statistics import (
-    FeatureStatistics,
-    dataset_statistics,
-    load_reference,
-    save_reference,
-)
+from metrics.references import Reference, load_reference, save_reference
+from metrics.scores import dataset_features
+from metrics.statistics import FeatureStatistics
 
 RNG = np.random.RandomState
 
@@ -164,10 +161,10 @@ class Noise:
         return self.pixels[indices], None
 
 
-@pytest.mark.parametrize("batch, workers", [(1, 0), (3, 1), (4, 2), (64, 3)])
+@pytest.mark.parametrize("batch, workers", [(1, 0), (3, 1), (4, 2), (64, 2)])
 def test_statistics_of_images_cover_each_image_once(batch, workers):
     x = Noise.pixels.reshape(10, -1) / 127.5 - 1
-    stats = dataset_statistics(Noise(), Pixels(), batch=batch, workers=workers)
+    stats = dataset_features(Noise(), Pixels(), batch=batch, workers=workers).moments
     assert stats.count == 10
     np.testing.assert_allclose(stats.mean(), x.mean(0), atol=1e-6)  # features are float32
     np.testing.assert_allclose(stats.cov(), np.cov(x.T), atol=1e-6)
@@ -181,7 +178,7 @@ def test_an_error_while_reading_ahead_arrives():
             return super().get_batch(indices)
 
     with pytest.raises(ValueError, match="^image 7 can't be read$"):
-        dataset_statistics(Damaged(), Pixels(), batch=2, workers=2)
+        dataset_features(Damaged(), Pixels(), batch=2, workers=2)
 
 
 # Detectors
@@ -220,10 +217,14 @@ def test_an_unknown_detector_is_refused_with_the_known_ones():
 
 def test_reference_statistics_survive_the_file_bit_for_bit(tmp_path):
     stats, path = stats_of(random_features(40, 12)), tmp_path / "new folder" / "ref.npz"
-    save_reference(path, stats, "pixels")
+    features = torch.rand(40, 12)
+    save_reference(path, Reference(stats.mean().numpy(), stats.cov().numpy(), "pixels", features,
+                                   (3, 2, 2), 40))
     loaded = load_reference(str(path))
     assert np.array_equal(loaded.mu, stats.mean()) and np.array_equal(loaded.sigma, stats.cov())
-    assert loaded.detector == "pixels"
+    assert (loaded.detector, loaded.image_shape, loaded.count) == ("pixels", (3, 2, 2), 40)
+    assert torch.equal(loaded.features, features)
+    assert loaded.digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert [p.name for p in path.parent.iterdir()] == ["ref.npz"]
 
 
@@ -253,6 +254,11 @@ GOOD = {"mu": np.zeros(2), "sigma": np.eye(2)}
     ({"mu": np.array([0, 1])}, "mu has type int64, expected floats"),
     ({"detector": np.array(3)}, "detector has type int64, expected text"),
     ({"detector": np.array("x" * 10**5)}, "detector has shape"),
+    ({"detector": np.array(["a", "b"])}, r"detector has shape \[2\], expected \[\]"),
+    ({"features": np.zeros([4, 3], np.float32)}, r"features has shape \[4, 3\]"),
+    ({"features": np.full([4, 2], np.nan)}, "not finite"),
+    ({"image_shape": np.array([3, 8])}, r"image_shape has shape \[2\], expected \[3\]"),
+    ({"count": np.array([1, 2])}, r"count has shape \[2\]"),
 ])
 def test_damaged_reference_statistics_are_refused_in_one_line(tmp_path, change, message):
     path = tmp_path / "ref.npz"

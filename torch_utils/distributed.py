@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 # Long enough for rank 0 to pack a large data set while the others wait.
 _TIMEOUT = datetime.timedelta(hours=2)
+_PIECE_ROWS = 4096  # rows that cross between processes at a time
 
 
 def init(device: str = "auto") -> torch.device:
@@ -128,6 +129,35 @@ def gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def gather_to_rank0(rows: torch.Tensor) -> list[torch.Tensor] | None:
+    """Returns every rank's CPU tensor [n, d], n of its own, on rank 0, and None on the others.
+
+    In pieces, so that no other rank and no device holds more than its own and a little.
+    """
+    if get_world_size() == 1:
+        return [rows]
+    device = _communication_device()
+    sizes = gather_objects(tuple(rows.shape))
+    if get_rank() != 0:
+        for piece in rows.split(_PIECE_ROWS):
+            torch.distributed.send(piece.contiguous().to(device), dst=0)
+        return None
+    parts = [rows]
+    for rank, size in enumerate(sizes[1:], start=1):
+        part = rows.new_empty(size)
+        for piece in part.split(_PIECE_ROWS):
+            box = torch.empty_like(piece, device=device)
+            torch.distributed.recv(box, src=rank)
+            piece.copy_(box)
+        parts.append(part)
+    return parts
+
+
+def _communication_device() -> torch.device:
+    is_nccl = torch.distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
 
 
 @contextlib.contextmanager

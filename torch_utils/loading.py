@@ -1,16 +1,23 @@
-"""Batches read ahead by worker processes, in order.
+"""Batches read ahead of their use, in order: by processes or by threads.
 
-A worker hands over whole batches, so that one array crosses the process boundary instead of many.
-Workers leave SIGINT and SIGTERM to the process that started them: a signal to the whole group must
+Processes suit sources that decode. Threads suit sources in memory or in mapped files, where the
+work is copying, which lets other threads run: nothing crosses a process boundary, and a batch costs
+a tenth of the time.
+
+Processes leave SIGINT and SIGTERM to the one that started them: a signal to the whole group must
 not take away the data of a step that is still to be finished.
 """
 
+import collections
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 import torch.utils.data
+
+_AHEAD = 2  # batches per process or thread that are ready or being read
 
 
 class Batched(Protocol):
@@ -18,6 +25,32 @@ class Batched(Protocol):
 
     def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray, ...]:
         """Returns arrays whose first axis runs over `indices`."""
+
+
+def read_in_processes(source: Batched, batches: Iterable[Sequence[int]], *, workers: int,
+                      pin_memory: bool = False) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yields `source.get_batch(indices)` as tensors for each list of indices, in order.
+
+    Close the iterator, or drop it, to end the processes.
+
+    Args:
+        source: where to read; each process has a copy of it.
+        batches: lists of indices; may be endless.
+        workers: how many processes; 0 reads in this one, when needed.
+        pin_memory: put the tensors where a GPU can fetch them asynchronously.
+
+    Raises:
+        ValueError: as `source.get_batch` raises it.
+        OSError: likewise.
+        RuntimeError: a process was killed; `dnnlib.cli.user_errors` makes one line of it.
+    """
+    for batch in torch.utils.data.DataLoader(
+            _BatchReader(source), sampler=batches, batch_size=None, num_workers=workers,
+            prefetch_factor=_AHEAD if workers else None, pin_memory=pin_memory,
+            worker_init_fn=_start_worker):
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 class _BatchReader(torch.utils.data.Dataset):
@@ -31,31 +64,36 @@ class _BatchReader(torch.utils.data.Dataset):
             return error  # raised there it would come back with the worker's traceback as its text
 
 
-def read_batches(source: Batched, batches: Iterable[Sequence[int]], *, workers: int,
-                 pin_memory: bool = False) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yields `source.get_batch(indices)` as tensors for each list of indices, in order.
-
-    Close the iterator, or drop it, to end the workers.
-
-    Args:
-        source: where to read; each worker has a copy of it.
-        batches: lists of indices; may be endless.
-        workers: processes that read ahead; 0 reads in this one, when needed.
-        pin_memory: put the tensors where a GPU can fetch them asynchronously.
-
-    Raises:
-        ValueError: as `source.get_batch` raises it.
-        OSError: likewise.
-        RuntimeError: a worker was killed; `dnnlib.cli.user_errors` makes one line of it.
-    """
-    for batch in torch.utils.data.DataLoader(
-            _BatchReader(source), sampler=batches, batch_size=None, num_workers=workers,
-            pin_memory=pin_memory, worker_init_fn=_start_worker):
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
-
-
 def _start_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def read_in_threads(source: Batched, batches: Iterable[Sequence[int]], *, workers: int,
+                    pin_memory: bool = False) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yields what `read_in_processes` does, read by threads; the arguments are the same."""
+    def read(indices: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        tensors = tuple(map(torch.from_numpy, source.get_batch(indices)))
+        return tuple(tensor.pin_memory() for tensor in tensors) if pin_memory else tensors
+
+    if workers == 0:
+        yield from map(read, batches)
+        return
+    pool = ThreadPoolExecutor(workers, initializer=_use_device,
+                              initargs=(torch.cuda.current_device() if pin_memory else None,))
+    pending: collections.deque = collections.deque()
+    try:
+        for indices in batches:
+            pending.append(pool.submit(read, indices))
+            if len(pending) > _AHEAD * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _use_device(device: int | None) -> None:
+    """Keeps a thread that pins memory from opening a context on the first GPU."""
+    if device is not None:
+        torch.cuda.set_device(device)

@@ -5,7 +5,7 @@ they load with `weights_only=True`. A state has all that a run needs to go on ex
 
     format, version, network   what the file is; class name and keywords of the network
     net, ema, optimizer        state dicts
-    progress                   cur_nimg, EMA ramp-up, loss scale, bad-step counters
+    progress                   cur_nimg, EMA ramp-up, lowest score, loss scale, bad-step counters
     options, dataset           the run's TrainConfig; name, size and fingerprint of the data
     checksum                   sha256 of everything else
 
@@ -35,6 +35,7 @@ from training.networks import Precond, build_network, network_D
 STATE_FORMAT = "pfgmpp-training-state"
 SNAPSHOT_FORMAT = "pfgmpp-network-snapshot"
 VERSION = 1
+BEST_STATE = "training-state-best.pt"  # of the lowest score so far; never taken by its age
 
 _STATE_NAME = re.compile(r"training-state-(\d{6,}(?:\.\d{3})?)\.pt")
 _READ_ERRORS = (zipfile.BadZipFile, RuntimeError, MemoryError, EOFError,

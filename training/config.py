@@ -69,6 +69,10 @@ class TrainConfig:
     snap: int = 50  # ticks
     dump: int = 50  # ticks
     samples: int | None = None  # None = 64 on a GPU, 16 on the CPU
+    eval: float | None = None  # kimg; None = never
+    eval_ref: str | None = None
+    eval_num: int = 50_000
+    eval_detector: str = "inception"
     seed: int = 0
     transfer: str | None = None
 
@@ -86,12 +90,15 @@ class TrainConfig:
         for name in ("duration", "batch", "tick", "lr", "max_bad_steps", "snap", "dump"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"--{_flag(name)}={value:g}", "positive and finite")
-        for name in ("batch_gpu", "cbase", "nblock", "ls"):
+        for name in ("batch_gpu", "cbase", "nblock", "ls", "eval"):
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, f"--{_flag(name)}={value}", "positive")
         for name in ("lr_rampup", "ema", "workers", "samples", "seed"):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"--{_flag(name)}={value}", "0 or more")
+        _require((self.eval is None) == (self.eval_ref is None), "--eval and --eval-ref",
+                 "given together")
+        _require(self.eval_num >= 2, f"--eval-num={self.eval_num}", "2 or more")
         for name in ("dropout", "augment"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"--{name}={value:g}", "between 0 and 1")
@@ -124,6 +131,13 @@ class TrainConfig:
         """
         tick = (nimg - self.batch) // self.tick_nimg
         return tick if tick > (nimg - 2 * self.batch) // self.tick_nimg else None
+
+    def is_eval_due(self, nimg: int) -> bool:
+        """Says whether the tick after `nimg` images is the first since a multiple of `eval`."""
+        if self.eval is None:
+            return False
+        eval_nimg = self.eval * 1e3
+        return nimg // eval_nimg > max(nimg - self.tick_nimg, 0) // eval_nimg
 
     def rounds(self, world_size: int) -> tuple[int, int]:
         """Returns (micro-batch per process, accumulation rounds) for this many processes.

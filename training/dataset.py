@@ -20,6 +20,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import math
 import operator
 import os
 import warnings
@@ -35,9 +36,12 @@ from tqdm import tqdm
 from dnnlib.util import EasyDict, cache_dir
 from torch_utils.atomic import atomic_write
 from torch_utils.distributed import get_rank, rank0_first
+from torch_utils.loading import read_in_processes
 from training.image_files import DAMAGE, LABELS_NAME, label_array, open_files, parse_labels
 
 _CHANNELS = {"L": 1, "RGB": 3}  # by Pillow's mode
+_PACK_BYTES = 1 << 22  # images decoded at a time while packing
+_PACK_ALONE = 2048  # fewer images are packed sooner than processes start
 _DATA_TAG = int.from_bytes(b"data", "big")  # sets this stream apart from other uses of the seed
 
 _DAMAGE = (*DAMAGE, PIL.Image.DecompressionBombError)
@@ -110,9 +114,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         if self._packed is not None:
             images = self._packed[rows]
         else:
-            images = np.empty([len(rows), *self.image_shape], np.uint8)
-            for image, raw_idx in zip(images, self._kept[rows], strict=True):
-                image[:] = self._decode(raw_idx)
+            images = self._decode_batch(self._kept[rows])
         images[mirrored] = images[mirrored, :, :, ::-1]
         return images, self._encode_labels(self._kept[rows])
 
@@ -130,6 +132,16 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def image_name(self, idx: int) -> str:
         """Returns the name of image `idx` inside the folder or ZIP."""
         return self._names[self._kept[self._locate([idx])[0][0]]]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether images come from an array instead of files."""
+        return self._packed is not None
+
+    @property
+    def all_names(self) -> Sequence[str]:
+        """The names of all images, in order, of which `max_size` may have chosen a part."""
+        return self._names
 
     @property
     def num_channels(self) -> int:
@@ -225,6 +237,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._check_header(raw_idx, header)
         return np.atleast_3d(pixels).transpose(2, 0, 1)
 
+    def _decode_batch(self, raw_indices: Sequence[int]) -> np.ndarray:
+        images = np.empty([len(raw_indices), *self.image_shape], np.uint8)
+        for image, raw_idx in zip(images, raw_indices, strict=True):
+            image[:] = self._decode(raw_idx)
+        return images
+
     def _load_labels(self) -> np.ndarray | None:
         if LABELS_NAME not in self._files.names:
             return None
@@ -254,7 +272,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                     self._write_packed(path)
                     self._packed = self._map_packed(path)
                 except OSError as error:  # damaged images are ValueErrors
-                    self._packed = np.stack(list(self._decode_all()))
+                    self._packed = np.concatenate(list(self._decode_all()))
                     if get_rank() == 0:
                         warnings.warn(f"{path} can't be written ({error}): every process keeps "
                                       "the images in its own memory", stacklevel=3)
@@ -278,13 +296,19 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                   "shape": (len(self._kept), *self.image_shape)}
         with atomic_write(path) as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for image in self._decode_all():
-                file.write(image.tobytes())
+            for images in self._decode_all():
+                file.write(images)
 
     def _decode_all(self) -> Iterator[np.ndarray]:
-        for raw_idx in tqdm(self._kept, desc=f"Packing {self.name}", unit="img", disable=None,
-                            leave=False, delay=1):
-            yield self._decode(raw_idx)
+        """Yields the images in order as uint8 [B, C, H, W], decoded on all cores."""
+        size = max(_PACK_BYTES // math.prod(self.image_shape), 1)
+        batches = np.split(self._kept, range(size, len(self._kept), size))
+        workers = len(os.sched_getaffinity(0)) if len(self._kept) >= _PACK_ALONE else 0
+        with tqdm(total=len(self._kept), desc=f"Packing {self.name}", unit="img", disable=None,
+                  leave=False, delay=1) as bar:
+            for images, in read_in_processes(_RawImages(self), batches, workers=workers):
+                yield images.numpy()
+                bar.update(len(images))
 
     def __getstate__(self) -> dict[str, Any]:
         # A mapped copy is mapped anew by the process that unpickles.
@@ -294,6 +318,16 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self.__dict__.update(state)
         if self._packed_path:
             self._packed = np.load(self._packed_path, mmap_mode="r").view(np.ndarray)
+
+
+class _RawImages:
+    """Images by their number among all sorted names, from their files."""
+
+    def __init__(self, dataset: ImageFolderDataset):
+        self._dataset = dataset
+
+    def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray]:
+        return (self._dataset._decode_batch(indices),)
 
 
 class TrainingOrder(torch.utils.data.Sampler):

@@ -28,10 +28,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dnnlib.util import format_time
+from dnnlib.util import format_ranges, format_time
+from metrics.score_sheet import Score, ScoreSheet
 from torch_utils import distributed, misc, training_stats
 from torch_utils.atomic import write_json
-from torch_utils.loading import read_batches
+from torch_utils.loading import read_in_processes, read_in_threads
 from training import checkpoint
 from training.augment import AugmentPipe
 from training.config import TrainConfig
@@ -39,8 +40,10 @@ from training.dataset import ImageFolderDataset, TrainingOrder, order_at
 from training.ema import RAMPUP_RATIO, ema_beta, update_ema_
 from training.grid import image_grid, save_png
 from training.loss import LOSSES, LSUN_SIGMA_MAX, DenoisingLoss, LossDraws
+from training.network_sampler import NetworkSampler
 from training.networks import Precond, build_network
 from training.sampling import SamplerConfig, generate_images, to_uint8
+from training.scoring import network_features, open_scorer
 
 # Set the uses of the run's seed apart.
 _INIT_TAG, _STEP_TAG, _DROPOUT_TAG, _REFERENCE_TAG = 1, 2, 3, 4
@@ -51,6 +54,7 @@ _MAX_NAMED = 8  # images in an error message
 _GRID_SEED = 0
 _GRID_POOL = 4096  # training images among which the grid of real images looks for each class
 _GRID_MAX_ROWS = 16
+_EVAL_BATCH = 64  # the most samples at a time; smaller where --batch-gpu is
 
 
 class DivergedError(RuntimeError):
@@ -71,6 +75,7 @@ class Trainer:
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         self.micro_batch, self.rounds = config.rounds(self.world_size)
         self.cur_nimg = 0
+        self.best_score: float | None = None
 
         torch.manual_seed(misc.mix_seed(config.seed, _INIT_TAG))
         self.net = build_network(
@@ -115,8 +120,9 @@ class Trainer:
         order = TrainingOrder(
             len(self.dataset), self.config.seed, self.config.batch, start=self.cur_nimg,
             rank=self.rank, world_size=self.world_size, rounds=self.rounds)
-        return read_batches(self.dataset, order, workers=self.config.workers,
-                            pin_memory=self.device.type == "cuda")
+        read = read_in_threads if self.dataset.is_packed else read_in_processes
+        return read(self.dataset, order, workers=self.config.workers,
+                    pin_memory=self.device.type == "cuda")
 
     @property
     def step(self) -> int:
@@ -248,7 +254,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Returns all that a resumed run needs, see training/checkpoint.py."""
         progress = {"cur_nimg": self.cur_nimg, "ema_rampup": self.ema_rampup,
-                    "loss_scale": self.loss_scale.cpu(),
+                    "best_score": self.best_score, "loss_scale": self.loss_scale.cpu(),
                     "counters": {name: value.cpu() for name, value in self.counters.items()}}
         return {
             "format": checkpoint.STATE_FORMAT, "network": self.net.config,
@@ -284,6 +290,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.cur_nimg = state["progress"]["cur_nimg"]
         self.ema_rampup = state["progress"]["ema_rampup"]
+        self.best_score = state["progress"].get("best_score")
         if self.dynamic_scale:
             self.loss_scale = state["progress"]["loss_scale"].to(self.device)
         self.counters = {k: v.to(self.device) for k, v in state["progress"]["counters"].items()}
@@ -407,14 +414,73 @@ def training_loop(
             "network": finite_json(trainer.net.config, infinity="inf"),
             "provenance": provenance(device)})
         _save_real_grid(trainer, run_dir / "reals.png")
+    evaluator = Evaluator(trainer, run_dir / "metrics.jsonl") if config.eval else None
     trainer.start()
     try:
-        _run(trainer, run_dir)
+        _run(trainer, run_dir, evaluator)
     finally:
         trainer.close()
 
 
-def _run(trainer: Trainer, run_dir: Path) -> None:
+class Evaluator:
+    """Scores the averaged weights as `fid.py gen` scores a snapshot.
+
+    Args:
+        trainer: whose weights.
+        path: the file that gets a JSON line a score.
+
+    Raises:
+        ValueError: reference, detector and images do not fit.
+        OSError: a file can't be read.
+    """
+
+    def __init__(self, trainer: Trainer, path: Path):
+        config, net = trainer.config, trainer.ema
+        self._trainer, self._num = trainer, config.eval_num
+        self._scorer = open_scorer(
+            config.eval_detector, config.eval_ref, ["fid"], trainer.device,
+            {"the data": trainer.dataset.image_shape}, batch=_EVAL_BATCH, workers=config.workers)
+        self._sheet = ScoreSheet(self._scorer, path)
+        sampler = SamplerConfig(sigma_max=LSUN_SIGMA_MAX if config.lsun else None)
+        self._sampler = NetworkSampler(net, sampler, trainer.device, None, {})
+
+    @property
+    def name(self) -> str:
+        """What the score is called."""
+        return self._scorer.detector.distance_name
+
+    def __call__(self) -> float:
+        """Returns the score of the present weights; lower is better."""
+        trainer, seeds = self._trainer, range(self._num)
+        found = network_features(self._sampler, seeds, self._scorer.detector, metrics=["fid"],
+                                 batch=min(trainer.micro_batch, _EVAL_BATCH), title=self.name)
+        values = self._scorer.evaluate(found)
+        if trainer.rank == 0:
+            kimg = trainer.cur_nimg / 1e3
+            self._sheet.add(Score(f"{kimg:g} kimg", "", values), {
+                "kimg": kimg, "num": self._num, "seeds": format_ranges(seeds),
+                "sampler": finite_json({**dataclasses.asdict(self._sampler.sampler),
+                                        "D": self._sampler.net.D}, infinity="inf")})
+        return values["fid"]
+
+
+def _evaluate(trainer: Trainer, evaluator: Evaluator, run_dir: Path, bar) -> dict[str, float]:
+    """Scores the run, keeps its best state, and returns what stats.jsonl says of it."""
+    value = evaluator()
+    kimg = trainer.cur_nimg / 1e3
+    is_best = trainer.best_score is None or value < trainer.best_score
+    if is_best:
+        trainer.best_score = value
+        if trainer.rank == 0:
+            checkpoint.save(run_dir / checkpoint.BEST_STATE, trainer.state())
+    if trainer.rank == 0:
+        standing = (f", the lowest so far: kept as {checkpoint.BEST_STATE}" if is_best else
+                    f"; the lowest so far is {trainer.best_score:.5g}")
+        bar.write(f"{evaluator.name} {value:.5g} at {kimg:g} kimg{standing}", file=sys.stdout)
+    return {"Metrics/" + evaluator.name.replace(" ", "_").lower(): value}
+
+
+def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None) -> None:
     config = trainer.config
     collector = training_stats.Collector(trainer.device)
     now = time.time()
@@ -433,14 +499,20 @@ def _run(trainer: Trainer, run_dir: Path) -> None:
                 continue
             if tick is None:  # the last tick may be short
                 tick = (trainer.cur_nimg - config.batch) // config.tick_nimg + 1
-            _report_tick(trainer, collector, clock, tick, run_dir, bar)
+            scores = {}
+            if evaluator and (done or config.is_eval_due(trainer.cur_nimg)):
+                started = time.time()
+                scores = _evaluate(trainer, evaluator, run_dir, bar)
+                clock.maintenance_sec += time.time() - started
+            _report_tick(trainer, collector, clock, tick, run_dir, bar, scores)
             trainer.check_divergence()
             _save_files(trainer, run_dir, tick, done)
             clock.maintenance_sec = time.time() - clock.tick_start_time
     distributed.print0("Training finished")
 
 
-def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, bar) -> None:
+def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, bar,
+                 scores: dict[str, float]) -> None:
     """Prints the tick's line, appends it to stats.jsonl, and starts the clock of the next tick."""
     device = trainer.device
     collector.update()
@@ -455,7 +527,7 @@ def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, ba
         "Timing/total_sec": now - clock.start_time, "Timing/sec_per_tick": tick_sec,
         "Timing/sec_per_kimg": tick_sec / kimg, "Timing/maintenance_sec": clock.maintenance_sec,
         "Resources/cpu_mem_gb": psutil.Process().memory_info().rss / gb,
-        "Resources/peak_gpu_mem_gb": 0.0, "Resources/peak_gpu_mem_reserved_gb": 0.0,
+        "Resources/peak_gpu_mem_gb": 0.0, "Resources/peak_gpu_mem_reserved_gb": 0.0, **scores,
     }
     if device.type == "cuda":
         fields["Resources/peak_gpu_mem_gb"] = torch.cuda.max_memory_allocated(device) / gb

@@ -1,0 +1,152 @@
+"""Reference statistics: what generated images are compared with, and its files.
+
+An .npz holds float64 `mu` [d] and `sigma` [d, d], and optionally the name of the `detector`
+(absent: inception), the `image_shape` [3] and `count` of the images, and their `features` [n, d].
+Nothing is unpickled, and sizes are checked before memory is asked for.
+"""
+
+import hashlib
+import math
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+import dnnlib.util
+from torch_utils.atomic import atomic_write
+
+MAX_FEATURES = 1 << 14  # a covariance of 2 GiB
+MAX_BANK = 50_000  # images whose features are kept: 410 MB of Inception's
+
+_REQUIRED = ("mu", "sigma")
+_ARRAYS = {"mu": "f", "sigma": "f", "detector": "U", "image_shape": "i", "count": "i",
+           "features": "f"}
+_KINDS = {"f": "floats", "i": "integers", "U": "text"}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What generated images are compared with.
+
+    Attributes:
+        mu: mean of the features, [d] float64.
+        sigma: their covariance, [d, d] float64.
+        detector: the name of the detector whose features they are.
+        features: the features themselves, [n, d] float32, for the metrics that need them.
+        image_shape: channels, height and width of the images; None where not recorded.
+        count: their number; None where not recorded.
+        digest: sha256 of the file, or fingerprint of the data set.
+    """
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    detector: str
+    features: torch.Tensor | None = None
+    image_shape: tuple[int, ...] | None = None
+    count: int | None = None
+    digest: str | None = None
+
+
+def save_reference(path: str | os.PathLike, reference: Reference) -> None:
+    """Writes an .npz: float64 `mu` and `sigma`, `detector`, `image_shape`, `count`, `features`.
+
+    The last three where they are known. Makes the folder.
+    """
+    arrays = {"mu": reference.mu, "sigma": reference.sigma,
+              "detector": np.array(reference.detector)}
+    for name in ("image_shape", "count", "features"):
+        value = getattr(reference, name)
+        if value is not None:
+            arrays[name] = np.asarray(value)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        np.savez(file, **arrays)
+
+
+def load_reference(path: str) -> Reference:
+    """Reads a file of `save_reference`, or an .npz of EDM or PFGM++, which hold less.
+
+    Nothing is unpickled, and sizes are checked before memory is asked for.
+
+    Args:
+        path: a file or an http(s) address.
+
+    Raises:
+        OSError: it can't be read or downloaded.
+        ValueError: it holds something else.
+    """
+    try:
+        with dnnlib.util.open_url(path) as file, zipfile.ZipFile(file) as archive:
+            arrays = {name: _read_array(archive, name, kind) for name, kind in _ARRAYS.items()
+                      if name in _REQUIRED or f"{name}.npy" in archive.namelist()}
+            file.seek(0)
+            digest = hashlib.sha256(file.read()).hexdigest()
+        reference = _checked_reference(arrays, digest)
+    # The last two: an unknown compression method, an encrypted member.
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError,
+            RuntimeError) as error:
+        reason = str(error).strip("'\"").split("\n")[0] or type(error).__name__
+        raise ValueError(f"{path}: not reference statistics: {reason}") from error
+    return reference
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, kind: str) -> np.ndarray:
+    """Returns one array of an .npz after its header has been found plausible."""
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as member:
+        shape, dtype = _read_header(member)
+        if dtype.kind != kind:
+            raise ValueError(f"{name} has type {dtype}, expected {_KINDS[kind]}")
+        most = MAX_BANK if name == "features" else MAX_FEATURES
+        if len(shape) > 2 or max(*shape, dtype.itemsize, 0) > most:
+            raise ValueError(f"{name} has shape {list(shape)}, at most {MAX_FEATURES} features")
+        if member.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
+            raise ValueError(f"{name} has shape {list(shape)}, but not the bytes of it")
+    with archive.open(info) as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
+
+
+def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(member)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0,
+               (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"array format {version}, expected 1.0 or 2.0")
+    shape, _, dtype = readers[version](member)
+    return shape, dtype
+
+
+def _checked_reference(arrays: dict[str, np.ndarray], digest: str) -> Reference:
+    """Returns the reference that an .npz describes.
+
+    Raises:
+        ValueError: its arrays are not of one set of features.
+    """
+    mu, sigma, features = arrays["mu"], arrays["sigma"], arrays.get("features")
+    if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f"mu has shape {list(mu.shape)} and sigma {list(sigma.shape)}, "
+                         "expected [d] and [d, d]")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError("mu or sigma has values that are not finite")
+    tolerance = 1e-5 * np.abs(sigma).max()  # a covariance in float32 is symmetric to 1e-6
+    if np.abs(sigma - sigma.T).max() > tolerance or sigma.diagonal().min() < -tolerance:
+        raise ValueError("sigma is not a covariance")
+    if features is not None and (features.ndim != 2 or features.shape[1] != len(mu)
+                                 or not np.isfinite(features).all()):
+        raise ValueError(f"features has shape {list(features.shape)}, or values that are not "
+                         f"finite; expected [n, {len(mu)}]")
+    for name, expected in (("detector", ()), ("count", ()), ("image_shape", (3,))):
+        if name in arrays and arrays[name].shape != expected:
+            raise ValueError(f"{name} has shape {list(arrays[name].shape)}, "
+                             f"expected {list(expected)}")
+    shape = arrays.get("image_shape")
+    return Reference(
+        mu.astype(np.float64), sigma.astype(np.float64), str(arrays.get("detector", "inception")),
+        None if features is None else torch.from_numpy(features.astype(np.float32)),
+        None if shape is None else tuple(map(int, shape)),
+        int(arrays["count"]) if "count" in arrays else None, digest)

@@ -1,0 +1,119 @@
+"""What is told of scores: one JSON line each as they come, and a table at the end.
+
+    {"metric": "fid", "value": 1.91, "images": ..., "num": 50000, "detector": "inception", ...}
+
+Only Inception's features, with the published weights, make an FID or KID; by other features the
+values are recorded as `frechet_distance` and `kernel_distance`.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metrics.detectors import Inception
+from metrics.scorer import Scorer
+
+_GENERAL_NAMES = {"fid": "frechet_distance", "kid": "kernel_distance",
+                  "kid_std": "kernel_distance_std"}
+_LOWER_IS_BETTER = ("fid", "kid")
+
+
+@dataclass(frozen=True)
+class Score:
+    """The values of one set of images: `group` holds the seed ranges of one network together."""
+
+    label: str
+    group: str
+    values: dict[str, float]
+
+
+class ScoreSheet:
+    """Scores of images that are compared with one reference by one detector.
+
+    Args:
+        scorer: whose scores they are.
+        path: the file that JSON lines are appended to; None for none.
+    """
+
+    def __init__(self, scorer: Scorer, path: Path | None):
+        self._detector, self._reference, self._path = scorer.detector, scorer.record, path
+        self._scores: list[Score] = []
+
+    @property
+    def distance_name(self) -> str:
+        """What a Frechet distance of these features is called."""
+        return self._detector.distance_name
+
+    @property
+    def has_more_than_one_value(self) -> bool:
+        """Whether a table tells more than the one Frechet distance."""
+        return len(self._scores) > 1 or any(set(s.values) != {"fid"} for s in self._scores)
+
+    def add(self, score: Score, details: dict[str, Any]) -> None:
+        """Takes the scores of one set of images; `details` go into its JSON lines."""
+        self._scores.append(score)
+        names = self._names()
+        facts = {**details, "detector": self._detector.name,
+                 "detector_sha256": self._detector.weights_sha256, **self._reference,
+                 "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        lines = [json.dumps({"metric": names[name], "value": value, **facts}) + "\n"
+                 for name, value in score.values.items()]
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        except OSError as error:
+            print(f"Warning: {self._path} not written: {error}", file=sys.stderr)
+
+    def table(self) -> str:
+        """Returns all scores as text, with the lowest and the mean of each group of several."""
+        columns = [name for name in self._scores[0].values if not name.endswith("_std")]
+        rows = [["images", *map(self._title, columns)]]
+        groups: dict[str, list[Score]] = {}
+        for score in self._scores:
+            groups.setdefault(score.group, []).append(score)
+        for scores in groups.values():
+            rows += [[score.label, *(_cell(score.values, name) for name in columns)]
+                     for score in scores]
+            if len(scores) > 1:
+                rows += _summaries(scores, columns)
+        return format_table(rows)
+
+    def _title(self, name: str) -> str:
+        if name == "fid":
+            return self.distance_name
+        return {"kid": "KID", "is": "IS"}.get(recorded := self._names()[name],
+                                              recorded.replace("_", " "))
+
+    def _names(self) -> dict[str, str]:
+        values = self._scores[0].values
+        general = {} if self._detector.name == Inception.name else _GENERAL_NAMES
+        return {name: general.get(name, name) for name in values}
+
+
+def _cell(values: dict[str, float], name: str) -> str:
+    text = f"{values[name]:.5g}"
+    return f"{text} ± {values[f'{name}_std']:.2g}" if f"{name}_std" in values else text
+
+
+def _summaries(scores: list[Score], columns: Sequence[str]) -> list[list[str]]:
+    lowest, mean = [f"  lowest of {len(scores)}"], [f"  mean of {len(scores)}"]
+    for name in columns:
+        values = [score.values[name] for score in scores]
+        lowest.append(f"{min(values):.5g}" if name in _LOWER_IS_BETTER else "")
+        mean.append(f"{sum(values) / len(values):.5g}")
+    return [lowest, mean]
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows of text in columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(
+        cell.ljust(width) if i == 0 else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)

@@ -1,0 +1,188 @@
+"""Scores of a set of images by name: what each needs of the features, in one pass over the images.
+
+    fid    Frechet distance of mean and covariance             Heusel et al. 2017
+    kid    kernel distance, mean and deviation over subsets    Binkowski et al. 2018
+    pr     precision and recall                                Kynkaanniemi et al. 2019
+    is     Inception score, mean and deviation over splits     Salimans et al. 2016
+
+docs/metrics.md has the definitions. Under torchrun every function here is called on all ranks, and
+scores are returned by rank 0.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from metrics.detectors import Detector
+from metrics.distances import frechet_distance, kernel_distance, precision_recall
+from metrics.references import Reference
+from metrics.statistics import ClassStatistics, FeatureBank, FeatureStatistics
+from torch_utils import distributed as dist
+from torch_utils.loading import read_in_processes
+
+
+class Images(Protocol):
+    """A data set whose images are scored; `training.dataset.ImageFolderDataset` is one."""
+
+    image_shape: Sequence[int]
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray, ...]:
+        """Returns uint8 images [B, C, H, W], and anything."""
+
+
+class FeatureSet:
+    """What the wanted metrics need of one set of images.
+
+    Args:
+        count: number of images that will come, over all ranks.
+        detector: gives the features.
+        metrics: names of the metrics.
+    """
+
+    def __init__(self, count: int, detector: Detector, metrics: Iterable[str]):
+        needs = {METRICS[name].needs for name in metrics}
+        self.count, self.detector = count, detector
+        self.moments = FeatureStatistics() if "moments" in needs else None
+        self.bank = FeatureBank() if "bank" in needs else None
+        self.classes = ClassStatistics(count) if "classes" in needs else None
+        self.features: torch.Tensor | None = None  # [n, d] on rank 0, after `finish`
+
+    def append(self, images: torch.Tensor, numbers: Sequence[int]) -> None:
+        """Adds uint8 images [B, C, H, W] of these numbers."""
+        features = self.detector(images)
+        if self.moments:
+            self.moments.append(features)
+        if self.bank:
+            self.bank.append(features, numbers)
+        if self.classes:
+            self.classes.append(self.detector.logits(features), numbers)
+
+    def finish(self) -> None:
+        """Merges what the ranks have."""
+        if self.moments:
+            self.moments.all_reduce()
+        if self.classes:
+            self.classes.all_reduce(self.detector.device)
+        if self.bank:
+            self.features = self.bank.gather()
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: what it needs, the names of its values, and how they are computed.
+
+    Attributes:
+        needs: 'moments', 'bank' or 'classes' of the images.
+        values: names of the values by which they are recorded, for Inception's features.
+        needs_reference_features: whether mean and covariance of the reference are not enough.
+        compute: from the images and the reference to the values.
+    """
+
+    needs: str
+    values: tuple[str, ...]
+    needs_reference_features: bool
+    compute: Callable[[FeatureSet, Reference], tuple[float, ...]]
+
+
+def _frechet(images: FeatureSet, reference: Reference) -> tuple[float]:
+    return (frechet_distance(images.moments.mean(), images.moments.cov(),
+                             reference.mu, reference.sigma),)
+
+
+def _kernel(images: FeatureSet, reference: Reference) -> tuple[float, float]:
+    return kernel_distance(images.features, reference.features)
+
+
+def _precision_recall(images: FeatureSet, reference: Reference) -> tuple[float, float]:
+    return precision_recall(images.features, reference.features, device=images.detector.device)
+
+
+def _inception_score(images: FeatureSet, reference: Reference) -> tuple[float, float]:
+    return images.classes.score()
+
+
+METRICS: dict[str, Metric] = {
+    "fid": Metric("moments", ("fid",), False, _frechet),
+    "kid": Metric("bank", ("kid", "kid_std"), True, _kernel),
+    "pr": Metric("bank", ("precision", "recall"), True, _precision_recall),
+    "is": Metric("classes", ("is", "is_std"), False, _inception_score),
+}
+
+
+def collect(batches: Iterable[tuple[torch.Tensor, Sequence[int]]], *, image_shape: Sequence[int],
+            count: int, detector: Detector, metrics: Iterable[str],
+            title: str | None = None) -> FeatureSet:
+    """Returns what `metrics` need of all images, split over ranks and merged again.
+
+    Args:
+        batches: this rank's uint8 images [B, C, H, W], each batch with the numbers of its images
+            among 0 ... count-1.
+        image_shape: channels, height and width.
+        count: number of images over all ranks.
+        detector: gives the features.
+        metrics: names of the metrics.
+        title: text before the progress bar.
+
+    Raises:
+        ValueError: an image can't be read. All ranks raise the same.
+        OSError: likewise.
+    """
+    features, error = FeatureSet(count, detector, metrics), None
+    try:
+        # No image: fixes the number of features on a rank that gets none.
+        features.append(torch.empty([0, *image_shape], dtype=torch.uint8), [])
+        with tqdm(total=count, unit="img", leave=False, desc=title,
+                  disable=None if dist.get_rank() == 0 else True) as bar:
+            for images, numbers in batches:
+                features.append(images, numbers)
+                bar.update(len(images) * dist.get_world_size())
+    except (ValueError, OSError) as caught:
+        error = caught
+    _raise_on_all_ranks(error)
+    features.finish()
+    return features
+
+
+def _raise_on_all_ranks(error: Exception | None) -> None:
+    """Raises the error of the first rank that has one; without this the others would wait."""
+    for first in filter(None, dist.gather_objects(error)):
+        raise first
+
+
+def dataset_features(images: Images, detector: Detector, *, metrics: Iterable[str] = ("fid",),
+                     batch: int, workers: int, title: str | None = None) -> FeatureSet:
+    """Returns what `metrics` need of a data set.
+
+    Args:
+        images: the data set.
+        detector: gives the features.
+        metrics: names of the metrics.
+        batch: the most images at a time on one rank.
+        workers: processes that read ahead; 0 reads when needed.
+        title: text before the progress bar.
+
+    Raises:
+        ValueError: an image can't be read. All ranks raise the same.
+        OSError: likewise.
+    """
+    own = [numbers for numbers in dist.split_for_rank(range(len(images)), batch) if numbers]
+    pixels = (read[0] for read in read_in_processes(_PixelsOnly(images), own, workers=workers))
+    return collect(zip(pixels, own, strict=True), image_shape=images.image_shape,
+                   count=len(images), detector=detector, metrics=metrics, title=title)
+
+
+class _PixelsOnly:
+    """A data set without its labels."""
+
+    def __init__(self, images: Images):
+        self._images = images
+
+    def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray]:
+        return (self._images.get_batch(indices)[0],)

@@ -1,0 +1,68 @@
+"""Scores of a network: from seeds to features, without writing images."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from metrics.detectors import Detector
+from metrics.scorer import Scorer
+from metrics.scores import FeatureSet, collect
+from torch_utils import distributed as dist
+from training.dataset import ImageFolderDataset
+from training.sampling import SampleBatch, to_uint8
+
+
+class Sampler(Protocol):
+    """What samples; `network_sampler.NetworkSampler` does."""
+
+    image_shape: tuple[int, int, int]
+
+    def images(self, batches: Iterable[Sequence[int]]) -> Iterator[SampleBatch]:
+        """Yields the images of each batch of seeds."""
+
+
+def open_scorer(detector: str, reference: str | None, metrics: Iterable[str], device: torch.device,
+                shapes: dict[str, Sequence[int]], *, batch: int, workers: int) -> Scorer:
+    """Returns what scores images of given shapes; what can be refused is refused at once.
+
+    Args:
+        detector: see `metrics.detectors.build_detector`.
+        reference: statistics (.npz, or their address), a data set (folder or .zip), or None.
+        metrics: names of the metrics.
+        device: where to compute.
+        shapes: [C, H, W] of the images by what errors call the images.
+        batch: the most images of a reference data set at a time.
+        workers: processes that read them ahead.
+
+    Raises:
+        ValueError: detector, reference, metrics and images do not fit.
+        OSError: a file can't be read.
+    """
+    is_data = reference is not None and (os.path.isdir(reference) or reference.endswith(".zip"))
+    scorer = Scorer(detector, ImageFolderDataset(reference) if is_data else reference, metrics,
+                    device, name=reference)
+    for name, shape in shapes.items():
+        scorer.check(shape, name)
+    scorer.prepare(batch, workers)
+    return scorer
+
+
+def network_features(sampler: Sampler, seeds: Sequence[int], detector: Detector, *,
+                     metrics: Iterable[str], batch: int, title: str | None = None) -> FeatureSet:
+    """Returns what `metrics` need of the images of `seeds`, as they would be written: in uint8.
+
+    Args:
+        sampler: gives the images.
+        seeds: one image each.
+        detector: gives the features.
+        metrics: names of the metrics.
+        batch: the most images at a time on one rank.
+        title: text before the progress bar.
+    """
+    numbers = [own for own in dist.split_for_rank(range(len(seeds)), batch) if own]
+    samples = sampler.images([seeds[i] for i in own] for own in numbers)
+    images: Iterator[torch.Tensor] = (to_uint8(sample.images) for sample in samples)
+    return collect(zip(images, numbers, strict=True), image_shape=sampler.image_shape,
+                   count=len(seeds), detector=detector, metrics=metrics, title=title)
