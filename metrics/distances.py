@@ -14,7 +14,9 @@ With S = A A^T the eigenvalues of S1 S2 are the squared singular values of A1^T 
 
 These are the roots of the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2), but found without
 squaring: an eigenvalue that should be 0 comes out as 1e-16, its root as 1e-8, and a covariance of
-few images has up to d of them. Nothing is ever complex, and no rank is too low.
+few images has up to d of them. Nothing is ever complex, and no rank is too low. Where both are far
+from singular the eigenvalues of A1^T S2 A1, with A1 from Cholesky's factorisation, are exact enough
+and found in a third of the time.
 
 The kernel distance, KID for Inception's features (Binkowski et al. 2018, arXiv 1801.01401), is the
 squared maximum mean discrepancy of the kernel k(x, y) = (x.y/d + 1)^3, without bias:
@@ -33,6 +35,8 @@ import torch
 
 Array = torch.Tensor | np.ndarray
 
+# Ratio of pivots from which squaring is harmless: it costs about eps/ratio of the trace.
+_WELL_CONDITIONED = 1e-7
 NUM_SUBSETS = 100  # this and the next two: as torch-fidelity, so that scores agree
 SUBSET_SIZE = 1000
 SUBSET_SEED = 2020
@@ -57,9 +61,24 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
     if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == (len(mu1), len(mu1)):
         raise ValueError(f"statistics of {len(mu1)} features can't be compared with "
                          f"those of {len(mu2)}")
-    cross = torch.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
+    cross = _trace_of_root(sigma1, sigma2)
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
     return max(distance.item(), 0.0)
+
+
+def _trace_of_root(sigma1: torch.Tensor, sigma2: torch.Tensor) -> torch.Tensor:
+    """Returns tr sqrt(S1 S2)."""
+    factors = [_quick_factor(sigma) for sigma in (sigma1, sigma2)]
+    if all(factor is not None for factor in factors):
+        return torch.linalg.eigvalsh(factors[0].T @ sigma2 @ factors[0]).clamp(min=0).sqrt().sum()
+    return torch.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
+
+
+def _quick_factor(sigma: torch.Tensor) -> torch.Tensor | None:
+    """Returns A [d, d] with A A^T = sigma, None where sigma is nearly singular."""
+    factor, failed = torch.linalg.cholesky_ex(sigma)
+    pivots = factor.diagonal().square()
+    return None if failed or pivots.min() <= _WELL_CONDITIONED * pivots.max() else factor
 
 
 def _factor(sigma: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from metrics import inception, statistics
+from metrics import distances, inception, statistics
 from metrics.detectors import MAX_PIXEL_FEATURES, Pixels, build_detector, describe_detector
 from metrics.distances import frechet_distance
 from metrics.references import Reference, load_reference, save_reference
@@ -48,6 +48,29 @@ def test_frechet_distance_has_the_closed_form_where_covariances_commute(zeros):
     expected = ((mu1 - mu2) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
     given = frechet_distance(mu1, q * a @ q.T, mu2, q * b @ q.T)
     assert given == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_quick_way_of_full_rank_agrees_with_the_exact_one(monkeypatch):
+    def full_rank(seed):
+        return random_features(500, 50, seed=seed) + RNG(seed).standard_normal([500, 50])
+
+    x, y = full_rank(1), full_rank(2)
+    few = full_rank(3)[:20]  # of low rank
+    statistics_of = {name: (z.mean(0), np.cov(z.T)) for name, z in
+                     (("x", x), ("y", y), ("few", few))}
+    pairs = [("x", "y"), ("y", "x"), ("x", "few"), ("few", "x")]
+    usual = [frechet_distance(*statistics_of[a], *statistics_of[b]) for a, b in pairs]
+    ways = []
+    svdvals = torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda x: ways.append("svd") or svdvals(x))
+    for a, b in pairs:
+        frechet_distance(*statistics_of[a], *statistics_of[b])
+        ways.append(None)
+    assert ways == [None, None, "svd", None, "svd", None]  # quick for full rank on both sides alone
+    monkeypatch.setattr(distances, "_WELL_CONDITIONED", np.inf)
+    for (a, b), distance in zip(pairs, usual, strict=True):
+        exact = frechet_distance(*statistics_of[a], *statistics_of[b])
+        assert distance == pytest.approx(exact, rel=1e-9)
 
 
 def test_frechet_distance_agrees_with_the_matrix_square_root():

@@ -433,3 +433,15 @@ def test_bad_evaluation_is_refused_before_training(data, capsys, tmp_path, flags
     assert caught.value.code == code
     assert words in capsys.readouterr().err
     assert not list(tmp_path.glob("a/training-state*"))
+
+
+@pytest.mark.scripts
+def test_two_processes_score_during_training_as_fid_py_does(data, tmp_path):
+    run_script("train.py", f"--data={data / 'real.zip'}", f"--outdir={tmp_path}", "--name=a",
+               "--duration=0.000016", f"--eval-ref={data / 'fake.zip'}", *EVAL, *TINY_RUN,
+               processes=2)
+    run_script("fid.py", "gen", f"--network={tmp_path / 'a' / checkpoint.BEST_STATE}",
+               "--seeds=0-5", f"--ref={data / 'fake.zip'}", f"--out={tmp_path / 'gen.jsonl'}",
+               *PIXELS)
+    [during], [after] = lines_of(tmp_path / "a/metrics.jsonl"), lines_of(tmp_path / "gen.jsonl")
+    assert during["value"] == pytest.approx(after["value"], rel=1e-9)
