@@ -1,14 +1,19 @@
 """Processes: the start and end of a process group, who is who, and who waits for whom.
 
 Without torchrun there is no process group and every function here is that of a single process.
-Under torchrun it is NCCL on GPUs and gloo on the CPU.
+Under torchrun there are two: NCCL on GPUs and gloo on the CPU for tensors, and gloo for what the
+hosts say to each other: objects, barriers, whether to stop.
+
+The two differ in their patience. Ranks meet in every step, so one that does not come to a tensor's
+all-reduce within half an hour hangs. Rank 0 may keep the others waiting longer while it packs a
+large data set or checks 50,000 images.
 """
 
 import contextlib
 import datetime
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,8 +21,13 @@ import torch.distributed
 
 T = TypeVar("T")
 
-# Long enough for rank 0 to pack a large data set while the others wait.
-_TIMEOUT = datetime.timedelta(hours=2)
+# $PFGMPP_TIMEOUT, in seconds, takes the place of the first. Writing a state happens between steps
+# too, and compiling a network in the first: both take minutes at the worst.
+TIMEOUT_ENV = "PFGMPP_TIMEOUT"
+_STEP_TIMEOUT = datetime.timedelta(minutes=30)
+_HOST_TIMEOUT = datetime.timedelta(hours=2)
+_BEGIN_TIMEOUT = datetime.timedelta(seconds=5)
+_host_group: torch.distributed.ProcessGroup | None = None
 _PIECE_ROWS = 4096  # rows that cross between processes at a time
 
 
@@ -40,8 +50,18 @@ def init(device: str = "auto") -> torch.device:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         kwargs = {"device_id": chosen} if chosen.type == "cuda" else {}
-        torch.distributed.init_process_group(backend, timeout=_TIMEOUT, **kwargs)
+        torch.distributed.init_process_group(backend, timeout=_step_timeout(), **kwargs)
+        global _host_group
+        _host_group = torch.distributed.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
     return chosen
+
+
+def _step_timeout() -> datetime.timedelta:
+    given = os.environ.get(TIMEOUT_ENV)
+    try:
+        return datetime.timedelta(seconds=float(given)) if given else _STEP_TIMEOUT
+    except ValueError:
+        raise ValueError(f"{TIMEOUT_ENV}={given}: must be a number of seconds") from None
 
 
 def _choose_device(device: str) -> torch.device:
@@ -64,7 +84,13 @@ def shutdown() -> None:
     """Ends the process group. Drop every DDP module and its optimizer before."""
     if not torch.distributed.is_initialized():
         return
-    torch.distributed.barrier()
+    barrier()
+    _leave()
+
+
+def _leave() -> None:
+    global _host_group
+    _host_group = None
     gc.collect()  # gloo sometimes aborts at exit while a DDP reducer is still alive
     torch.distributed.destroy_process_group()
 
@@ -78,6 +104,57 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
     chosen = init(device)
     yield chosen
     shutdown()
+
+
+class Agreement:
+    """What any rank has to say becomes what all ranks hear, once a step: the largest of numbers.
+
+    It travels between the hosts, beside the device's work, and nothing waits for the device. On
+    GPUs the ranks hear what was said a step ago, so that no host waits for another one to reach
+    the end of a step. On the CPU, where the ranks meet in every step anyway, they hear the present.
+    """
+
+    def __init__(self, device: torch.device):
+        self._is_delayed = device.type == "cuda"
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def __call__(self, numbers: Sequence[int]) -> list[int]:
+        """Returns the largest of each number over ranks; zeros where nobody was heard yet."""
+        if get_world_size() == 1:
+            return list(numbers)
+        box = torch.tensor(numbers)
+        work = torch.distributed.all_reduce(
+            box, torch.distributed.ReduceOp.MAX, group=_host_group, async_op=True)
+        heard = self._pending if self._is_delayed else (work, box)
+        self._pending = (work, box)
+        if heard is None:
+            return [0] * len(numbers)
+        heard[0].wait()
+        return heard[1].tolist()
+
+
+def run_while_others_wait(function: Callable[[], None]) -> None:
+    """Calls `function` on rank 0 while the other ranks wait for its end, if it begins soon.
+
+    Only their being there counts: a rank that leaves makes torchrun end the others. Nothing is
+    exchanged, so ranks may come here from different places; and rank 0, which may be waiting for
+    one of them in a collective, gets away once they leave.
+    """
+    if get_world_size() == 1:
+        function()
+        return
+    store = torch.distributed.distributed_c10d._get_default_store()
+    # The store may be gone: torchrun keeps it.
+    if get_rank() != 0:
+        with contextlib.suppress(RuntimeError):
+            store.wait(["begun"], _BEGIN_TIMEOUT)
+            store.wait(["ended"], _STEP_TIMEOUT)
+        return
+    with contextlib.suppress(RuntimeError):
+        store.set("begun", "")
+    function()
+    with contextlib.suppress(RuntimeError):
+        store.set("ended", "")
 
 
 def get_rank() -> int:
@@ -103,7 +180,7 @@ def print0(*values, **options) -> None:
 def barrier() -> None:
     """Waits until every rank is here."""
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        torch.distributed.barrier(group=_host_group)
 
 
 def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
@@ -118,7 +195,7 @@ def broadcast_object(value: T) -> T:
     if get_world_size() == 1:
         return value
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=0, group=_host_group)
     return box[0]
 
 
@@ -127,7 +204,7 @@ def gather_objects(value: T) -> list[T]:
     if get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=_host_group)
     return values
 
 
