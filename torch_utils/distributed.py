@@ -26,8 +26,9 @@ T = TypeVar("T")
 TIMEOUT_ENV = "PFGMPP_TIMEOUT"
 _STEP_TIMEOUT = datetime.timedelta(minutes=30)
 _HOST_TIMEOUT = datetime.timedelta(hours=2)
-_BEGIN_TIMEOUT = datetime.timedelta(seconds=5)
+STOP_TIMEOUT = datetime.timedelta(seconds=5)  # torchrun kills after 30
 _host_group: torch.distributed.ProcessGroup | None = None
+_stop_group: torch.distributed.ProcessGroup | None = None  # nothing else may be under way in it
 _PIECE_ROWS = 4096  # rows that cross between processes at a time
 
 
@@ -51,8 +52,9 @@ def init(device: str = "auto") -> torch.device:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         kwargs = {"device_id": chosen} if chosen.type == "cuda" else {}
         torch.distributed.init_process_group(backend, timeout=_step_timeout(), **kwargs)
-        global _host_group
-        _host_group = torch.distributed.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
+        global _host_group, _stop_group
+        _host_group, _stop_group = (
+            torch.distributed.new_group(backend="gloo", timeout=_HOST_TIMEOUT) for _ in range(2))
     return chosen
 
 
@@ -89,8 +91,8 @@ def shutdown() -> None:
 
 
 def _leave() -> None:
-    global _host_group
-    _host_group = None
+    global _host_group, _stop_group
+    _host_group = _stop_group = None
     gc.collect()  # gloo sometimes aborts at exit while a DDP reducer is still alive
     torch.distributed.destroy_process_group()
 
@@ -107,30 +109,48 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
 
 
 class Agreement:
-    """What any rank has to say becomes what all ranks hear, once a step: the largest of numbers.
+    """What any rank has to say becomes what all ranks hear: the largest of each of a few numbers.
 
     It travels between the hosts, beside the device's work, and nothing waits for the device. On
-    GPUs the ranks hear what was said a step ago, so that no host waits for another one to reach
-    the end of a step. On the CPU, where the ranks meet in every step anyway, they hear the present.
+    GPUs the ranks hear in a step what was said a step ago, so that no host waits for another one
+    to reach the end of a step. On the CPU, where they meet in every step anyway, it is the present.
     """
 
     def __init__(self, device: torch.device):
         self._is_delayed = device.type == "cuda"
         self._pending: tuple[Any, torch.Tensor] | None = None
 
-    def __call__(self, numbers: Sequence[int]) -> list[int]:
+    def in_step(self, numbers: Sequence[int]) -> list[int]:
         """Returns the largest of each number over ranks; zeros where nobody was heard yet."""
         if get_world_size() == 1:
             return list(numbers)
-        box = torch.tensor(numbers)
-        work = torch.distributed.all_reduce(
-            box, torch.distributed.ReduceOp.MAX, group=_host_group, async_op=True)
-        heard = self._pending if self._is_delayed else (work, box)
-        self._pending = (work, box)
+        said = self._say(numbers)
+        heard, self._pending = (self._pending if self._is_delayed else said), said
         if heard is None:
             return [0] * len(numbers)
         heard[0].wait()
         return heard[1].tolist()
+
+    def now(self, numbers: Sequence[int], timeout: datetime.timedelta | None = None
+            ) -> list[int] | None:
+        """Returns the largest of each number over ranks; None if some do not come in time."""
+        if get_world_size() == 1:
+            return list(numbers)
+        work, box = self._say(numbers)
+        if timeout is None:
+            work.wait()
+            return box.tolist()
+        try:
+            work.wait(timeout)
+        except RuntimeError:  # too late, or gone
+            return None
+        return box.tolist()
+
+    def _say(self, numbers: Sequence[int]) -> tuple[Any, torch.Tensor]:
+        box = torch.tensor(numbers)
+        work = torch.distributed.all_reduce(
+            box, torch.distributed.ReduceOp.MAX, group=_stop_group, async_op=True)
+        return work, box
 
 
 def run_while_others_wait(function: Callable[[], None]) -> None:
@@ -147,7 +167,7 @@ def run_while_others_wait(function: Callable[[], None]) -> None:
     # The store may be gone: torchrun keeps it.
     if get_rank() != 0:
         with contextlib.suppress(RuntimeError):
-            store.wait(["begun"], _BEGIN_TIMEOUT)
+            store.wait(["begun"], STOP_TIMEOUT)
             store.wait(["ended"], _STEP_TIMEOUT)
         return
     with contextlib.suppress(RuntimeError):

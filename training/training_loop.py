@@ -536,7 +536,6 @@ def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None) -> None:
     now = time.time()
     upkeep = _Upkeep(trainer, run_dir, evaluator, training_stats.Collector(trainer.device),
                      _Clock(now, now, trainer.cur_nimg))
-    agree = distributed.Agreement(trainer.device)
     is_due = upkeep.resume()
     if trainer.cur_nimg >= config.total_nimg and not is_due:
         distributed.print0(f"Nothing to do: {trainer.cur_nimg} of {config.total_nimg} images done")
@@ -549,11 +548,7 @@ def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None) -> None:
         while trainer.cur_nimg < config.total_nimg:
             trainer.train_step()
             bar.update(config.batch)
-            code, diverged = agree([signals.requested() or 0, int(trainer.seems_diverged())])
-            if diverged:
-                trainer.check_divergence()
-            if code:
-                upkeep.stop(code)
+            upkeep.after_step()
             if upkeep.is_due:
                 upkeep.run(bar)
     distributed.print0("Training finished")
@@ -575,6 +570,7 @@ class _Upkeep:
         self._trainer, self._run_dir, self._evaluator = trainer, run_dir, evaluator
         self._collector, self._clock = collector, clock
         self._files = RunFiles(run_dir, trainer.config.keep)
+        self._agreement = distributed.Agreement(trainer.device)
 
     @property
     def is_due(self) -> bool:
@@ -597,18 +593,14 @@ class _Upkeep:
         if tick is None:  # the last tick may be short
             tick = (nimg - config.batch) // config.tick_nimg + 1
         self._collector.update()
-        started, scores, pictures = time.time(), {}, None
-        try:
-            # These take long and leave the run as it is: a stop need not wait for their end.
-            with signals.immediate():
-                if self._evaluator and (done or config.is_eval_due(nimg)):
-                    scores = _evaluate(trainer, self._evaluator, self._files, bar)
-                if done or tick % config.snap == 0:
-                    pictures = _sample_grid(trainer)
-        except (signals.Stopped, RuntimeError) as error:
-            if signals.requested() is None:
-                raise
-            self._save_and_stop(signals.requested(), is_due=True, cause=error)
+        started = time.time()
+        has_eval = self._evaluator and (done or config.is_eval_due(nimg))
+        has_pictures = done or tick % config.snap == 0
+        scores, pictures = {}, None
+        if has_eval or has_pictures:
+            with self._stops_at_once():
+                scores = _evaluate(trainer, self._evaluator, self._files, bar) if has_eval else {}
+                pictures = _sample_grid(trainer) if has_pictures else None
         self._clock.maintenance_sec += time.time() - started
         _report_tick(trainer, self._collector, self._clock, tick, self._run_dir, bar, scores)
         trainer.check_divergence()
@@ -616,12 +608,39 @@ class _Upkeep:
             _save_files(trainer, self._files, tick, done, pictures)
         self._clock.maintenance_sec = time.time() - self._clock.tick_start_time
 
-    def stop(self, code: int) -> NoReturn:
-        """Writes a training state and ends the run; every rank must call it at the same step."""
-        self._collector.update()
-        self._save_and_stop(code, is_due=self.is_due)
+    def after_step(self) -> None:
+        """Stops or fails on all ranks where one of them has seen the reason."""
+        trainer = self._trainer
+        code, diverged = self._agreement.in_step(
+            [signals.requested() or 0, int(trainer.seems_diverged())])
+        if diverged:
+            trainer.check_divergence()
+        if code:
+            self._collector.update()
+            self._save_and_stop(code, is_due=self.is_due)
 
-    def _save_and_stop(self, code: int, is_due: bool, cause: Exception | None = None) -> NoReturn:
+    @contextlib.contextmanager
+    def _stops_at_once(self) -> Iterator[None]:
+        """Ends what is inside at a signal: it takes long, and leaves the run as it is."""
+        cause, timeout = None, None
+        try:
+            with signals.immediate():
+                yield
+        except (signals.Stopped, RuntimeError) as error:
+            if signals.requested() is None:
+                raise
+            # Ranks may be anywhere inside, waiting for this one in a collective: then it leaves.
+            cause, timeout = error, distributed.STOP_TIMEOUT
+        heard = self._agreement.now([signals.requested() or 0 if cause else 0], timeout)
+        if heard is None and self._trainer.rank != 0:
+            raise signals.Stopped(signals.requested()) from cause
+        if heard is None or heard[0]:
+            code = heard[0] if heard else signals.requested()
+            self._save_and_stop(code, is_due=True, cause=cause)
+
+    def _save_and_stop(self, code: int, is_due: bool,
+                       cause: BaseException | None = None) -> NoReturn:
+        """Writes a training state on rank 0 and ends the run."""
         trainer = self._trainer
         trainer.unfinished = {"stats": self._collector.moments, "is_due": is_due}
         path = self._run_dir / f"training-state-{_tag(trainer)}.pt"
