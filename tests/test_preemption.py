@@ -149,10 +149,10 @@ def test_a_stop_during_scoring_keeps_the_state_and_scores_when_resumed(dataset_z
     args = command(dataset_zip, tmp_path, "--eval=0.08", f"--eval-ref={dataset_zip}",
                    "--eval-detector=pixels", "--eval-num=3000", steps=20)
     script = Script(*args, folder=tmp_path, processes=2)
-    script.wait_for("^Training ")
-    wait_until(lambda: "pixels Frechet distance" in script.output, 60)  # the bar of tick 1
+    script.wait_for("^tick 0 ")
+    time.sleep(3)  # tick 1 is ten steps later, and its scoring takes a minute or more
     script.signal(signal.SIGTERM)
-    script.wait()
+    script.wait(LIMIT_SEC)
     path, _ = newest_state(tmp_path / "run")
     assert load(path)["progress"]["unfinished"]["is_due"], script.output
     script.assert_left_nothing(tmp_path)
