@@ -50,26 +50,21 @@ def user_errors(exit_code: int = BAD_INPUT) -> Iterator[None]:
     """Turns ValueError and OSError, which speak of the user's input, into UserError.
 
     And what PyTorch raises when memory runs out, a data loader process is killed or another rank
-    is gone. All of these are taken for `Stopped` once a signal has come: they follow from it.
+    is gone. All of these follow from a signal where one has ended the work that goes on here.
     """
     try:
         yield
     except BrokenPipeError:
         raise  # the reader of our output has gone; click ends quietly
     except (ValueError, OSError) as error:
-        _raise_if_stopped(error)
+        signals.raise_again()
         raise UserError(describe(error), exit_code) from error
     except (RuntimeError, MemoryError) as error:
-        _raise_if_stopped(error)
+        signals.raise_again()
         told = _machine_error(error)
         if told is None:
             raise
         raise told from error
-
-
-def _raise_if_stopped(error: Exception) -> None:
-    if signals.requested() is not None:
-        raise signals.Stopped(signals.requested()) from error
 
 
 def _machine_error(error: Exception) -> UserError | None:

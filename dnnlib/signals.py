@@ -25,7 +25,7 @@ class Stopped(SystemExit):
 
 
 _requested: int | None = None  # the exit code of the first signal
-_is_deferred = False
+_is_deferred = _was_raised = False
 
 
 def install() -> None:
@@ -42,6 +42,12 @@ def install() -> None:
 def requested() -> int | None:
     """Returns the exit code of the signal that came, None while none has come."""
     return _requested
+
+
+def raise_again() -> None:
+    """Raises `Stopped` if it was raised before: errors that come after that follow from it."""
+    if _was_raised:
+        raise Stopped(_requested)
 
 
 @contextlib.contextmanager
@@ -71,11 +77,12 @@ def _deferring(value: bool) -> Iterator[None]:
 
 
 def _handle(number: int, frame) -> None:
-    global _requested
+    global _requested, _was_raised
     if _requested is not None:
         return  # `_watch` sees to it
     _requested = EXIT_CODES[number]
     if not _is_deferred:
+        _was_raised = True
         raise Stopped(_requested)
 
 

@@ -13,6 +13,8 @@ import contextlib
 import datetime
 import gc
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +28,7 @@ T = TypeVar("T")
 TIMEOUT_ENV = "PFGMPP_TIMEOUT"
 _STEP_TIMEOUT = datetime.timedelta(minutes=30)
 _HOST_TIMEOUT = datetime.timedelta(hours=2)
+_POLL_SEC = 0.02
 STOP_TIMEOUT = datetime.timedelta(seconds=5)  # torchrun kills after 30
 _host_group: torch.distributed.ProcessGroup | None = None
 _stop_group: torch.distributed.ProcessGroup | None = None  # nothing else may be under way in it
@@ -51,11 +54,41 @@ def init(device: str = "auto") -> torch.device:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         kwargs = {"device_id": chosen} if chosen.type == "cuda" else {}
-        torch.distributed.init_process_group(backend, timeout=_step_timeout(), **kwargs)
+        store, rank, size = _fresh_store()
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=_step_timeout(), **kwargs)
         global _host_group, _stop_group
         _host_group, _stop_group = (
             torch.distributed.new_group(backend="gloo", timeout=_HOST_TIMEOUT) for _ in range(2))
     return chosen
+
+
+def _fresh_store() -> tuple[torch.distributed.Store, int, int]:
+    """Returns (store, rank, world size); in the store there is nothing of processes that are gone.
+
+    torchrun keeps one store for all its restarts (PyTorch 2.13). A restarted rank could find there
+    where another one listened before it died, and wait for it. So rank 0 chooses a prefix, and
+    gives it to those who ask under names that nobody has used before.
+    """
+    store, rank, size = next(torch.distributed.rendezvous(
+        "env://", timeout=_HOST_TIMEOUT))
+    own = uuid.uuid4().hex
+    if rank != 0:
+        store.set(f"asks/{rank}", own)
+        prefix = store.get(f"answer/{own}").decode()
+        store.set(f"{prefix}/{rank}", "")
+        return torch.distributed.PrefixStore(prefix, store), rank, size
+    waiting, end = set(range(1, size)), time.monotonic() + _HOST_TIMEOUT.total_seconds()
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"asks/{other}"]):  # perhaps one that is gone: then it asks again
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+            if store.check([f"{own}/{other}"]):
+                waiting.remove(other)
+        time.sleep(_POLL_SEC if waiting else 0)
+        if time.monotonic() > end:
+            raise OSError(f"ranks {sorted(waiting)} have not started in time")
+    return torch.distributed.PrefixStore(own, store), rank, size
 
 
 def _step_timeout() -> datetime.timedelta:
