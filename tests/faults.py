@@ -10,9 +10,19 @@ import time
 import uuid
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 _MARK = "PFGMPP_TEST_MARK"
+_started = []
+
+
+@pytest.fixture(autouse=True)
+def end_scripts():
+    """Ends what a failed test has left running."""
+    yield
+    while _started:
+        _started.pop().kill_all()
 
 
 def wait_until(condition, timeout=120.0, period=0.02):
@@ -39,6 +49,7 @@ class Script:
                 [*command, *map(str, args)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
                 env=os.environ | {_MARK: self.mark, "PYTHONUNBUFFERED": "1"} | env,
                 start_new_session=True)
+        _started.append(self)
 
     @property
     def output(self):

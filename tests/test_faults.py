@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, write_dataset
-from faults import Script, run_to_end, wait_until
+from faults import Script, end_scripts, run_to_end, wait_until  # noqa: F401 - a fixture
 
 import train
 from torch_utils.atomic import append_line, atomic_write, remove_stale

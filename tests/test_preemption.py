@@ -8,7 +8,7 @@ import time
 
 import pytest
 from conftest import TINY_RUN
-from faults import Script, run_to_end, wait_until
+from faults import Script, end_scripts, run_to_end, wait_until  # noqa: F401 - a fixture
 
 from training.checkpoint import digest, load, newest_state
 
@@ -274,13 +274,14 @@ def test_a_node_that_is_killed_and_started_again_goes_on(undisturbed_pair, datas
                   "--rdzv-id=test", "--max-restarts=3", "--local-addr=127.0.0.1",
                   f"--rdzv-conf=is_host={int(node == 0)}"]
         return Script(*command(dataset_zip, tmp_path, *LOADERS, "--resume=auto"),
-                      folder=tmp_path, processes=1, launch=launch, GLOO_SOCKET_IFNAME="lo")
+                      folder=tmp_path, processes=1, launch=launch, GLOO_SOCKET_IFNAME="lo",
+                      TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # see docs/cluster.md
 
     first, second = start(0), start(1)
     wait_until(lambda: "\ntick 3 " in first.output + second.output)
     second.kill_all()
-    second = start(1)
+    again = start(1)
     assert first.wait(240) == 0, first.output
-    assert second.wait(60) == 0, second.output
-    assert "Resuming from" in first.output + second.output
+    assert again.wait(60) == 0, again.output
+    assert "Resuming from" in first.output + again.output
     assert weights(tmp_path / "run", STEPS * 8) == weights(undisturbed_pair, STEPS * 8)

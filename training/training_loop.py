@@ -669,12 +669,13 @@ def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, ba
     tick_sec = now - clock.tick_start_time - clock.maintenance_sec
     kimg = (trainer.cur_nimg - clock.tick_start_nimg) / 1e3
     gb = 2**30
+    sec_per_kimg = tick_sec / kimg if kimg else math.nan  # a stopped run's tick that was left
     fields = {
         "Progress/tick": tick, "Progress/kimg": trainer.cur_nimg / 1e3,
         "Progress/lr": trainer.lr, "Progress/loss_scale": float(trainer.loss_scale),
         "Progress/bad_steps": int(trainer.counters["bad_total"]),
         "Timing/total_sec": now - clock.start_time, "Timing/sec_per_tick": tick_sec,
-        "Timing/sec_per_kimg": tick_sec / kimg, "Timing/maintenance_sec": clock.maintenance_sec,
+        "Timing/sec_per_kimg": sec_per_kimg, "Timing/maintenance_sec": clock.maintenance_sec,
         "Resources/cpu_mem_gb": psutil.Process().memory_info().rss / gb,
         "Resources/peak_gpu_mem_gb": 0.0, "Resources/peak_gpu_mem_reserved_gb": 0.0, **scores,
     }
