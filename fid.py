@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from dnnlib.cli import BAD_USAGE, IntList, UserError, user_errors
+from dnnlib.cli import BAD_USAGE, IntList, UserError, run, user_errors
 from training.sampling_options import sampling_options
 
 if TYPE_CHECKING:  # imported late: help is instant
@@ -376,4 +376,4 @@ def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: f
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from dnnlib.cli import BAD_USAGE, IntList, UserError, user_errors
+from dnnlib.cli import BAD_USAGE, IntList, UserError, run, user_errors
 from training.sampling_options import sampling_options
 
 _MAX_SHOWN = 64  # images in a grid
@@ -125,4 +125,4 @@ def _save_pictures(sampler, folder, seeds) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -250,7 +250,7 @@ def newest_state(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     Newest is by the number of images recorded in the file.
     """
     problems = []
-    for path in sorted(training_states(run_dir), key=_recorded_nimg, reverse=True):
+    for path in sorted(training_states(run_dir), key=recorded_nimg, reverse=True):
         try:
             load_state(path)
         except (OSError, ValueError) as error:
@@ -260,7 +260,16 @@ def newest_state(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def _recorded_nimg(path: Path) -> float:
+def verifies(path: Path) -> bool:
+    """Says whether a training state can be read and is undamaged."""
+    try:
+        load_state(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def recorded_nimg(path: Path) -> float:
     """Returns the images seen that a state records, unverified; by its name if it is damaged."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
