@@ -230,7 +230,8 @@ def _comparison_head(comparison: Comparison) -> list[str]:
             kimgs, key=lambda kimg: kimg or 0))] if len(kimgs) > 1 else []
     return [f"<h3>{_text(kind.title)}</h3>",
             f'<p class="soft">{_text(", ".join(filter(None, facts)))}. Points are means over seed '
-            "ranges, bars and the second line of a cell reach from the lowest to the highest.</p>", *_notes(notes)]
+            "ranges, bars and the second line of a cell reach from the lowest to the highest.</p>",
+            *_notes(notes)]
 
 
 def _spread(spread: Spread | None) -> str:
@@ -243,22 +244,30 @@ def _spread(spread: Spread | None) -> str:
 
 def _card_over_D(comparison: Comparison, names: Sequence[str]) -> str:
     known = [(curve, next(iter(curve.points.values()))) for curve in comparison.over_D]
-    finite = sorted(((curve.D, spread, curve.run) for curve, spread in known
-                     if curve.D is not None and math.isfinite(curve.D)), key=lambda item: item[0])
-    levels = [Level(spread.mean, spread.low, spread.high, curve.run) for curve, spread in known
-              if curve.D is not None and math.isinf(curve.D)]
-    picture = ""
-    if finite:
-        lines = [Line([D for D, *_ in finite], [spread.mean for _, spread, _ in finite], series=None)]
-        lines += [Line([D], *_ends([spread]), run) for D, spread, run in finite]
-        ticks = {D: f"{D:g}" for D, *_ in finite}
-        picture = _legend((curve.run, names[curve.run], curve.D == math.inf)
-                          for curve, _ in known) + plot(
-            lines, Axis("augmented dimensions D", ticks, is_log=True), comparison.kind.title, levels)
     rows = [[names[curve.run], _number(curve.kimg), _number(spread.mean), _number(spread.low),
              _number(spread.high), str(len(spread.values))] for curve, spread in known]
-    return _card("Over D", picture, _table(
+    legend = _legend((curve.run, names[curve.run], _is_diffusion(curve)) for curve, _ in known
+                     if curve.D is not None)
+    return _card("Over D", legend, _plot_over_D(known, comparison.kind.title), _table(
         ["run", "kimg", "mean", "lowest", "highest", "ranges"], rows))
+
+
+def _is_diffusion(curve: Curve) -> bool:
+    return curve.D is not None and math.isinf(curve.D)
+
+
+def _plot_over_D(known: Sequence[tuple[Curve, Spread]], y_label: str) -> str:
+    """Returns finite D as points and D = inf as a level, '' where no D is finite."""
+    finite = sorted(((curve.D, spread, curve.run) for curve, spread in known
+                     if curve.D is not None and not _is_diffusion(curve)), key=lambda item: item[0])
+    if not finite:
+        return ""
+    lines = [Line([D for D, *_ in finite], [spread.mean for _, spread, _ in finite], series=None)]
+    lines += [Line([D], *_ends([spread]), run) for D, spread, run in finite]
+    levels = [Level(spread.mean, spread.low, spread.high, curve.run) for curve, spread in known
+              if _is_diffusion(curve)]
+    ticks = {D: f"{D:g}" for D, *_ in finite}
+    return plot(lines, Axis("augmented dimensions D", ticks, is_log=True), y_label, levels)
 
 
 def _ends(spreads: Sequence[Spread]) -> tuple[list[float], list[float], list[float]]:

@@ -123,7 +123,7 @@ def _draw(axes, line: Line) -> None:
     if bars:
         x, y, low, high = zip(*bars, strict=True)
         below, above = ([abs(a - b) for a, b in zip(y, ends, strict=True)] for ends in (low, high))
-        axes.errorbar(x, y, yerr=(below, above), fmt="none", ecolor=colour, capsize=3)
+        axes.errorbar(x, y, yerr=(below, above), fmt="none", color=colour, capsize=3)
 
 
 def _scale_y(axes, values: Sequence[float], from_zero: bool) -> None:

@@ -70,9 +70,10 @@ th { font-weight: 600; }
 th:first-child, td.text { text-align: left; }
 td.text { overflow-wrap: break-word; max-width: 40ch; white-space: normal; }
 .card table { font-size: .8rem; } .card th, .card td { padding: .2rem .4rem; }
-.card .pairs th, .card .pairs td { padding: 2px; border: 0; text-align: center; vertical-align: middle; }
-.card .pairs th:first-child { position: sticky; left: 0; background: var(--card); padding-right: .75rem;
-  text-align: left; white-space: nowrap; z-index: 1; }
+.card .pairs th, .card .pairs td { padding: 2px; border: 0; text-align: center;
+  vertical-align: middle; }
+.card .pairs th:first-child { position: sticky; left: 0; background: var(--card);
+  padding-right: .75rem; text-align: left; white-space: nowrap; z-index: 1; }
 .pairs img { display: block; width: 72px; height: auto; image-rendering: pixelated; }
 .settings { display: grid; gap: .1rem 1.5rem; font-size: .85rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); }
