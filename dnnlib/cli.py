@@ -1,6 +1,7 @@
 """How the command-line scripts speak of mistakes: one line, an exit code, no traceback."""
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import click
 from dnnlib import signals
 
 BAD_INPUT, BAD_USAGE, DIVERGED = 1, 2, 3
+_KIND_NAMES = {int: "whole numbers", float: "numbers"}
 _KILLED = re.compile(r"killed by signal: (\w[\w ]*)")
 # What PyTorch says of a lost or silent process of the group: gloo, its store, NCCL.
 _LOST = re.compile(r"gloo|connection (closed|reset|was)|timed out|nccl|socket|broken pipe", re.I)
@@ -122,3 +124,33 @@ class IntList(click.ParamType):
             self.fail(f"{value!r} is not a list of integers and ranges such as 0,5,10-19",
                       param, ctx)
         return tuple(dict.fromkeys(numbers) if self._unique else numbers)
+
+
+class NumberList(click.ParamType):
+    """Comma-separated numbers within a range, in the order given, each once.
+
+    Args:
+        kind: int or float.
+        least: the smallest allowed.
+        most: the largest allowed.
+    """
+
+    name = "list"
+
+    def __init__(self, kind: type, least: float, most: float = math.inf):
+        self._kind, self._least, self._most = kind, least, most
+
+    def convert(self, value, param, ctx):
+        """Returns a tuple of numbers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(map(self._kind, str(value).split(",")))
+        except ValueError:
+            numbers = ()
+        most = "" if math.isinf(self._most) else f" and at most {self._most:g}"
+        if not numbers or not all(self._least <= number <= self._most and number < math.inf
+                                  for number in numbers):
+            self.fail(f"{value!r} is not a list of {_KIND_NAMES[self._kind]}, each at least "
+                      f"{self._least:g}{most}", param, ctx)
+        return tuple(dict.fromkeys(numbers))

@@ -22,7 +22,9 @@ from training.sampling_options import sampling_options
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {f"{name}.py": importlib.import_module(name).main
-           for name in ("train", "generate", "fid", "dataset_tool", "checkpoint_tool")}
+           for name in ("train", "generate", "generate_alpha", "generate_steps", "generate_quant",
+                        "fid", "dataset_tool", "checkpoint_tool")}
+PRESETS = {f"generate_{name}.py" for name in ("alpha", "steps", "quant")}  # of generate.py
 SAMPLING_FLAGS = {flag for option in sampling_options(click.Command("none")).params
                   for flag in option.opts}
 PUBLISHED = "downloads/pfgmpp/"  # checkpoints of PFGM++; a snapshot of ours stands for them
@@ -72,7 +74,7 @@ def test_every_script_is_documented_with_both_launchers():
     started = {(words[0], script_and_args(words)[0]) for _, words in COMMANDS}
     assert {script for _, script in started} == set(SCRIPTS)
     assert {script for launcher, script in started if launcher == "torchrun"} == {
-        "train.py", "generate.py", "fid.py"}
+        "train.py", "generate.py", "fid.py", *PRESETS}
     assert len(COMMANDS) > 25
 
 
@@ -138,6 +140,7 @@ SMALLER = {
                    "--device=cpu"],
     "fid.py ref": ["--detector=pixels", "--workers=0", "--device=cpu"],
 }
+PRESET_SMALLER = ["--batch=4", "--device=cpu"]  # with the published lists
 
 
 def run(script, args):
@@ -166,6 +169,8 @@ def run_documented(script, documented):
     elif any("cifar-10-python" in arg for arg in args):
         assert "20 images, 32x32" in run(script, args)
         run(script, [*args, "--resolution=8x8"])  # for what comes after
+    elif script in PRESETS:
+        run(script, [*args, *PRESET_SMALLER])
     else:
         run(script, [*args, *SMALLER[script]])
 
@@ -251,8 +256,8 @@ def test_migration_names_every_flag_and_existing_imports():
     text = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
     parts = {part.splitlines()[0]: part for part in text.split("\n## ")}
     for script, command in SCRIPTS.items():
-        if script == "checkpoint_tool.py":
-            continue  # the references have no counterpart
+        if script == "checkpoint_tool.py" or script in PRESETS:
+            continue  # the references have no counterpart; the flags are those of generate.py
         for each in (command, *getattr(command, "commands", {}).values()):
             flags = {flag for option in each.params for flag in option.opts if flag[0] == "-"}
             if each.name == "gen":  # its flags of sampling are described with generate.py

@@ -1,0 +1,8 @@
+"""generate.py over numbers of steps (PFGM++ paper, section 6)."""
+
+from generate import preset
+
+main = preset(steps="10,12,14,16,18,20,22,24", name_steps=True)
+
+if __name__ == "__main__":
+    main()
