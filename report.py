@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from dnnlib.cli import user_errors
+from dnnlib.cli import run, user_errors
 
 
 @click.command(context_settings={"max_content_width": 100, "show_default": True})
@@ -39,4 +39,4 @@ def main(run_dirs: tuple[str, ...], out: str, title: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,7 +16,7 @@ import click
 
 import fid
 import train
-from dnnlib.cli import BAD_USAGE, IntList, NumberList, UserError, user_errors
+from dnnlib.cli import BAD_USAGE, IntList, NumberList, UserError, run, user_errors
 from dnnlib.util import is_url
 
 if TYPE_CHECKING:  # imported late: help is instant
@@ -156,4 +156,4 @@ def _run_steps(steps: Sequence["Step"], nproc: int | None, dry_run: bool) -> Non
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

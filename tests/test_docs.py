@@ -153,7 +153,9 @@ def run(script, args):
 def run_documented(script, documented):
     args = [stand_in(arg) for arg in documented]
     if script == "train.py":
-        run(script, [*args, "--device=cpu", "--dry-run"])  # the values as documented
+        # The values as documented; the small world's states to resume have other ones.
+        fresh = [arg for arg in args if arg != "--resume=auto"]
+        run(script, [*fresh, "--device=cpu", "--dry-run"])
         # ADM's attention has heads of 64 channels.
         size = ["--cbase=64", "--cres=1"] if "--arch=adm" in args else ["--cbase=8", "--cres=1,2"]
         score = ["--eval-detector=pixels"] if "--eval-num=4" in args else []
