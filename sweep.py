@@ -72,7 +72,7 @@ def main(outdir, data, aug_dims, name, runs, nproc, report, dry_run, train_optio
     scoring["ref"] = scoring["ref"] or data
     with user_errors(BAD_USAGE):
         dims = _parse_dims(aug_dims) if aug_dims else []
-        folders = [Path(run) for run in runs.split(",")] if runs else [
+        folders = [Path(folder) for folder in runs.split(",")] if runs else [
             Path(outdir, f"{name or Path(data).stem}-D{D:.15g}") for D in dims]
         _check_options(train_options, bool(runs), scoring["ref"])
         steps = [_train_step(folder, D, data, scoring["device"], train_options)
@@ -109,9 +109,9 @@ def _check_options(train_options: Sequence[str], is_trained: bool, ref: str | No
 def _open_study(scoring: dict, runs: Sequence[Path], dry_run: bool) -> "Study":
     """Returns the study; what would fail after hours of training is refused at once."""
     from training.study import Study, has_network
-    for run in runs:
-        if not has_network(run):
-            raise ValueError(f"--runs: {run} holds no network-snapshot-*.pt or training-state-*.pt")
+    for folder in runs:
+        if not has_network(folder):
+            raise ValueError(f"--runs: {folder} holds no network-snapshot-*.pt or training-state-*.pt")
     if not is_url(scoring["ref"]) and not Path(scoring["ref"]).exists():
         raise ValueError(f"{scoring['ref']}: no such file or folder")
     if not dry_run and importlib.util.find_spec("matplotlib") is None:
