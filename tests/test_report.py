@@ -256,8 +256,8 @@ def test_colours_of_plots_are_of_the_style_sheet_and_follow_the_mode(page):
 
 def test_numbers_are_in_tables_and_in_csv(page, runs):
     parsed = Page(page)
-    assert {"Over D", "Noise before each step", "Fewer steps", "Rounded weights", "0..2", "35",
-            "19", "training images", "18 kimg"} <= set(parsed.text)
+    assert {"Over D", "Noise before each step", "Fewer steps", "Rounded weights", "0..2",
+            "10 (19)", "18 (35)", "training images", "18 kimg"} <= set(parsed.text)
     links = {attrs["download"]: base64.b64decode(attrs["href"].split(",")[1]).decode()
              for tag, attrs in parsed.elements if tag == "a" and "download" in attrs}
     assert len(links["scores.csv"].splitlines()) == 1 + 7 * len(runs)

@@ -36,7 +36,7 @@ _TICK_PLOTS = (  # title, column, unit, whether from zero
     ("Speed", "images_per_sec", "images a second", True))
 _AXES = {
     "noise_alpha": ("Noise before each step", "alpha, noise / noise level"),
-    "num_steps": ("Fewer steps", "network evaluations per image"),
+    "num_steps": ("Fewer steps", "network evaluations per image (NFE)"),
     "bits": ("Rounded weights", f"bits of the weights; {FULL_BITS}: as trained"),
 }
 
@@ -282,12 +282,12 @@ def _card_over(axis: str, curves: Sequence[Curve], comparison: Comparison,
     shown, x_axis = _positions(axis, values, label, comparison.kind.evaluations)
     lines = [Line([shown(x) for x in curve.points], *_ends(list(curve.points.values())), curve.run)
              for curve in curves]
-    head = {"noise_alpha": ["alpha"], "num_steps": ["steps", "evaluations"], "bits": ["bits"]}[axis]
-    rows = [[f"{x:g}", *([str(shown(x))] if axis == "num_steps" else []),
+    head = {"noise_alpha": "alpha", "num_steps": "steps (NFE)", "bits": "bits"}[axis]
+    rows = [[f"{x:g}" + (f" ({shown(x)})" if axis == "num_steps" else ""),
              *(_spread(curve.points.get(x)) for curve in curves)] for x in values]
     return _card(title, _legend((curve.run, names[curve.run], False) for curve in curves),
                  plot(lines, x_axis, comparison.kind.title),
-                 _table([*head, *(names[curve.run] for curve in curves)], rows))
+                 _table([head, *(names[curve.run] for curve in curves)], rows))
 
 
 def _positions(axis: str, values: Sequence[float], label: str,

@@ -117,7 +117,7 @@ def _draw(axes, line: Line) -> None:
         return
     colour = SERIES[line.series % len(SERIES)]
     mark = MARKS[line.series % len(MARKS)][0] if len(line.x) <= _MAX_MARKED else None
-    axes.plot(line.x, line.y, color=colour, marker=mark)
+    axes.plot(line.x, line.y, color=colour, marker=mark, clip_on=False)
     bars = [(x, y, low, high) for x, y, low, high
             in zip(line.x, line.y, line.low, line.high, strict=False) if high > low]
     if bars:
@@ -130,9 +130,7 @@ def _scale_y(axes, values: Sequence[float], from_zero: bool) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     if from_zero:
-        axes.set_ylim(bottom=0)
-        if not any(values):
-            axes.set_ylim(top=1)
+        axes.set_ylim(0, max(values, default=0) * 1.05 or 1)
         if all(value == int(value) for value in values):
             axes.yaxis.set_major_locator(MaxNLocator(_MAX_TICKS, integer=True))
     elif values and min(values) > 0 and max(values) > _LOG_RATIO * min(values):
