@@ -74,7 +74,9 @@ def _parse_gen_seed(ctx, param, value: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _parse_workers(ctx, param, value: int | None) -> int:
-    return min(_MAX_WORKERS, len(os.sched_getaffinity(0))) if value is None else value
+    from torch_utils.ordered_pool import num_cores
+
+    return min(_MAX_WORKERS, num_cores()) if value is None else value
 
 
 def _detector_options(command):
@@ -236,7 +238,8 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                 own = [seed + i * span for seed in seeds]
                 text = " ".join([*point.suffix.split("_")[1:], "seeds", format_ranges(own)])
                 job = _Job(network, text, network + point.suffix)
-                sampler = open_sampler(point)
+                if i == 0 and point is not points[0]:
+                    sampler = open_sampler(point)
                 _use_kernels(sampling["precision"])
                 found = network_features(sampler, own, scorer.detector, metrics=metrics,
                                          batch=batch, title=job.label)

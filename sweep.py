@@ -18,6 +18,7 @@ import fid
 import train
 from dnnlib.cli import BAD_USAGE, IntList, NumberList, UserError, run, user_errors
 from dnnlib.util import is_url
+from training.sweeps import FULL_BITS
 
 if TYPE_CHECKING:  # imported late: help is instant
     from training.study import Step, Study
@@ -42,7 +43,7 @@ _NOT_FOR_TRAINING = {"--outdir", "--name", "--data", "--pfgmpp", "--aug_dim", "-
 @click.option("--base-steps", metavar="INT", type=click.IntRange(min=1), default=18, help="Steps of the default point.")
 @click.option("--alpha", metavar="LIST", type=NumberList(float, 0), help="Also score with noise of these strengths before each step.")
 @click.option("--steps", metavar="LIST", type=NumberList(int, 1), help="Also score with these numbers of steps.")
-@click.option("--bits", metavar="LIST", type=NumberList(int, 1, 32), help="Also score with weights of these bits.")
+@click.option("--bits", metavar="LIST", type=NumberList(int, 1, FULL_BITS), help="Also score with weights of these bits.")
 @click.option("--images", metavar="INT", type=click.IntRange(min=0, max=1000), default=10, help="Images of each network for the report, by the same seeds.")
 @click.option("--nproc", metavar="INT", type=click.IntRange(min=1), help="Start the scripts by torchrun with so many processes.  [default: python]")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to compute.")

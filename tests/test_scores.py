@@ -21,7 +21,7 @@ from metrics.detectors import Pixels
 from metrics.distances import kernel_distance, precision_recall
 from metrics.inception import InceptionV3, state_shapes
 from metrics.scorer import Scorer, cached_reference
-from metrics.scores import dataset_features
+from metrics.scores import METRICS, dataset_features
 from metrics.statistics import ClassStatistics, FeatureBank
 from training import checkpoint
 
@@ -274,6 +274,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(data, capsys, 
     for reference in (ref, data / "real.zip"):
         assert re.search(r"8x8 images, but those of .*small.zip are 4x4", refused(
             capsys, "calc", f"--images={small}", f"--ref={reference}", "--num=50", *PIXELS))
+
+
+def test_the_command_line_knows_every_metric():
+    assert set(fid._METRICS) == set(METRICS)
 
 
 def test_the_inception_score_needs_no_reference(data, capsys, fake_inception, tmp_path):

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_dataset
 
 from torch_utils import training_stats
 from torch_utils.misc import mix_seed
+from training import training_loop
 from training.checkpoint import build_ema, digest, kimg_tag, load, newest_state, save
 from training.config import TrainConfig
 from training.dataset import ImageFolderDataset, order_at
@@ -298,3 +300,29 @@ def test_a_snapshot_that_describes_another_network_builds_nothing(change, messag
     content = load(Path(__file__).parent / "data" / "network-snapshot-v1.pt")
     with pytest.raises(ValueError, match=message):
         build_ema({**content, "network": {**content["network"], **change}})
+
+
+def test_grids_show_the_classes_that_have_images(tmp_path, monkeypatch):
+    """Classes may be numbered from anywhere: here the two classes are 40 and 41, of 42."""
+    source, data = write_dataset(tmp_path / "source.zip", num=12), tmp_path / "data.zip"
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(data, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "dataset.json":
+                labels = [[key, k + 40] for key, k in json.loads(content)["labels"]]
+                content = json.dumps({"labels": labels})
+            new.writestr(name, content)
+    shown = []
+    monkeypatch.setattr(training_loop, "image_grid",
+                        lambda rows, labels: shown.append((rows, labels)))
+    monkeypatch.setattr(training_loop, "save_png", lambda path, picture: None)
+    dataset = ImageFolderDataset(data, use_labels=True, xflip=True)
+    config = TrainConfig(data=str(data), cond=True, arch="ncsnpp", cbase=8, cres=(1, 2), nblock=1,
+                         batch=8, samples=6)
+    trainer = Trainer(config, dataset, CPU)
+    training_loop._save_real_grid(trainer, tmp_path / "reals.png")
+    training_loop._sample_grid(trainer)
+    (reals, real_labels), (samples, sample_labels) = shown
+    assert real_labels == sample_labels == ["40", "41"]
+    assert [len(row) for row in reals] == [len(row) for row in samples] == [3, 3]
+    assert reals[0].max() < 120 <= reals[1].min()  # brightness tells the class

@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 
+from torch_utils.ordered_pool import num_cores
+
 T = TypeVar("T")
 
 # $PFGMPP_TIMEOUT, in seconds, takes the place of the first. Writing a state happens between steps
@@ -49,8 +51,7 @@ def init(device: str = "auto") -> torch.device:
         torch.cuda.set_device(chosen)
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and chosen.type == "cpu":
         # torchrun sets OMP_NUM_THREADS=1 for several processes, whatever the number of cores.
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(cores // int(os.environ["LOCAL_WORLD_SIZE"]), 1))
+        torch.set_num_threads(max(num_cores() // int(os.environ["LOCAL_WORLD_SIZE"]), 1))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         kwargs = {"device_id": chosen} if chosen.type == "cuda" else {}

@@ -37,7 +37,15 @@ from dnnlib.util import EasyDict, cache_dir
 from torch_utils.atomic import atomic_write
 from torch_utils.distributed import get_rank, rank0_first
 from torch_utils.loading import read_in_processes
-from training.image_files import DAMAGE, LABELS_NAME, label_array, open_files, parse_labels
+from torch_utils.ordered_pool import num_cores
+from training.image_files import (
+    DAMAGE,
+    LABELS_NAME,
+    is_image,
+    label_array,
+    open_files,
+    parse_labels,
+)
 
 _CHANNELS = {"L": 1, "RGB": 3}  # by Pillow's mode
 _PACK_BYTES = 1 << 22  # images decoded at a time while packing
@@ -75,9 +83,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self.path = Path(path)
         self.name = Path(os.path.abspath(path)).stem
         self._files = open_files(self.path)
-        PIL.Image.init()  # fills EXTENSION
-        self._names = sorted(name for name in self._files.names
-                             if os.path.splitext(name)[1].lower() in PIL.Image.EXTENSION)
+        self._names = sorted(filter(is_image, self._files.names))
         if not self._names:
             raise ValueError(f"{self.path}: no images found")
 
@@ -169,6 +175,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def has_onehot_labels(self) -> bool:
         """Whether the labels are class numbers."""
         return self._labels.ndim == 1
+
+    @property
+    def class_numbers(self) -> np.ndarray:
+        """The class of each image, int64 [len]; for `has_onehot_labels` alone."""
+        return np.tile(self._labels[self._kept], self._copies)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -303,7 +314,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """Yields the images in order as uint8 [B, C, H, W], decoded on all cores."""
         size = max(_PACK_BYTES // math.prod(self.image_shape), 1)
         batches = np.split(self._kept, range(size, len(self._kept), size))
-        workers = len(os.sched_getaffinity(0)) if len(self._kept) >= _PACK_ALONE else 0
+        workers = num_cores() if len(self._kept) >= _PACK_ALONE else 0
         with tqdm(total=len(self._kept), desc=f"Packing {self.name}", unit="img", disable=None,
                   leave=False, delay=1) as bar:
             for images, in read_in_processes(_RawImages(self), batches, workers=workers):

@@ -16,7 +16,7 @@ from training.dataset import ImageFolderDataset
 from training.guidance import EVERYWHERE, GuidedDenoiser, guided
 from training.loss import LSUN_SIGMA_MAX
 from training.networks import Precond
-from training.quantization import FULL_BITS, quantise_
+from training.quantization import quantise_
 from training.sampling import (
     SampleBatch,
     SamplerConfig,
@@ -24,6 +24,7 @@ from training.sampling import (
     generate_images,
     trajectory,
 )
+from training.sweeps import FULL_BITS
 
 _OpenNetwork = Callable[[str], tuple[dict[str, Any], Precond]]
 

@@ -12,7 +12,8 @@ layer here is one.)
 
 import torch
 
-FULL_BITS = 32  # and above: the weights as they are
+from training.sweeps import FULL_BITS
+
 # Norms and embeddings are few, and an error in them moves whole images; the layers at 32x32 were
 # spared by the published experiment, whatever the resolution of the image.
 _SPARED = ("norm", "affine", "map", "32")

@@ -19,7 +19,8 @@ from training.comparison import Comparison, Curve, Spread, compare, over_kimg
 from training.image_files import DAMAGE
 from training.report_plots import Axis, Level, Line, plot
 from training.report_style import CSS, MARKS, NUM_COLOURS
-from training.run_record import FULL_BITS, RunRecord
+from training.run_record import RunRecord
+from training.sweeps import FULL_BITS
 
 _MAX_GRIDS = 6  # of samples over time
 _MAX_SIDE = 1024  # pixels of an embedded picture

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from training.image_files import GENERATE_RECORD
+from training.sweeps import FULL_BITS
 
 _OPTIONS, _STATS, _METRICS, _LOG = ("training_options.json", "stats.jsonl", "metrics.jsonl",
                                     "log.txt")
@@ -34,7 +35,6 @@ _SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"),
                      ("precision", "fp32")]
 # Of these, the first three are the axes of sweeps; the others do not tell one comparison apart.
 _NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs"}
-FULL_BITS = 32  # as in training/quantization.py, which needs PyTorch
 _GB_KEYS = {"cpu_mem_gb": "Resources/cpu_mem_gb", "gpu_mem_gb": "Resources/peak_gpu_mem_gb"}
 _TICK_KEYS = {"kimg": "Progress/kimg", "loss": "Loss/loss", "lr": "Progress/lr",
               "bad_steps": "Progress/bad_steps", **_GB_KEYS}

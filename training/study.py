@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.util import format_ranges
-from training.run_record import FULL_BITS, RunRecord, newest_network, read_scores
+from training.config import FREE_ON_RESUME
+from training.run_record import RunRecord, newest_network, read_scores
+from training.sweeps import FULL_BITS
 
 _NO_TAG = "NNNNNN"
 # Options of train.py that do not change what is learned, or only for how long.
-_FREE = {"duration", "tick", "snap", "dump", "samples", "batch_gpu", "workers", "cache", "bench",
-         "eval", "eval_ref", "eval_num", "eval_detector", "max_bad_steps"}
+_FREE = FREE_ON_RESUME.keys() - {"data", "seed", "transfer"}
 # What --metrics are recorded as: by the published Inception weights, by other features.
 _RECORDED = {"fid": {"fid", "frechet_distance"}, "kid": {"kid", "kernel_distance"},
              "pr": {"precision"}, "is": {"is"}}

@@ -8,6 +8,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+FULL_BITS = 32  # and above: the weights as they are
+
 
 @dataclass(frozen=True)
 class SweepPoint:
@@ -15,7 +17,7 @@ class SweepPoint:
 
     num_steps: int
     noise_alpha: float = 0.0
-    bits: int = 32
+    bits: int = FULL_BITS
     suffix: str = ""
 
     @property
@@ -41,5 +43,5 @@ def sweep_points(
         suffix = f"_alpha_{alpha:g}" if alpha is not None else ""
         suffix += f"_steps_{num_steps}" if len(steps) > 1 or is_steps_sweep else ""
         suffix += f"_quant_{num_bits}" if num_bits is not None else ""
-        points.append(SweepPoint(num_steps, alpha or 0.0, num_bits or 32, suffix))
+        points.append(SweepPoint(num_steps, alpha or 0.0, num_bits or FULL_BITS, suffix))
     return points

@@ -56,7 +56,6 @@ _DYNAMIC_SCALE_PERIOD = 2000  # good steps between doublings
 _HEAVY_TAILED_D = 0.5  # below, draws beyond float32 have been seen (training/perturbation.py)
 _MAX_NAMED = 8  # images in an error message
 _GRID_SEED = 0
-_GRID_POOL = 4096  # training images among which the grid of real images looks for each class
 _GRID_MAX_ROWS = 16
 _unwritten: set[Path] = set()  # files that have been warned of
 _EVAL_BATCH = 64  # the most samples at a time; smaller where --batch-gpu is
@@ -518,15 +517,16 @@ def _evaluate(trainer: Trainer, evaluator: Evaluator, files: RunFiles, bar) -> d
     """Scores the run, keeps its best state, and returns what stats.jsonl says of it."""
     value = evaluator()
     kimg = trainer.cur_nimg / 1e3
-    is_best = trainer.best_score is None or value < trainer.best_score
     before = trainer.best_score
+    is_best = before is None or value < before
     if is_best:
         trainer.best_score = value  # which the state records
         if trainer.rank == 0 and not files.save(checkpoint.BEST_STATE, trainer.state()):
-            trainer.best_score = before
+            trainer.best_score = before  # the next one may be kept
     if trainer.rank == 0:
-        standing = (f", the lowest so far: kept as {checkpoint.BEST_STATE}" if is_best else
-                    f"; the lowest so far is {trainer.best_score:.5g}")
+        standing = (f"; the lowest so far is {before:.5g}" if not is_best else
+                    f", the lowest so far: kept as {checkpoint.BEST_STATE}"
+                    if trainer.best_score == value else ", the lowest so far, but not kept")
         bar.write(f"{evaluator.name} {value:.5g} at {kimg:g} kimg{standing}", file=sys.stdout)
     return {"Metrics/" + evaluator.name.replace(" ", "_").lower(): value}
 
@@ -733,8 +733,7 @@ def _save_files(trainer: Trainer, files: RunFiles, tick: int, done: bool,
 
 def _sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
     """Returns a grid of EMA samples of fixed seeds on rank 0; rows are classes if there are any."""
-    by_class = trainer.dataset.has_onehot_labels
-    rows, columns = _grid_shape(trainer)
+    classes, rows, columns = _grid_layout(trainer)
     if rows == 0:
         return None
     sampler = SamplerConfig(sigma_max=LSUN_SIGMA_MAX if trainer.config.lsun else None)
@@ -743,41 +742,46 @@ def _sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
         seeds = range(row * columns, (row + 1) * columns)
         [batch] = generate_images(
             trainer.ema, [seeds], sampler=sampler, device=trainer.device,
-            class_idx=row if by_class else None)
+            class_idx=classes[row] if classes else None)
         mine[row] = to_uint8(batch.images).cpu().numpy()
     pictures = {row: images for part in distributed.gather_objects(mine)
                 for row, images in part.items()}
     if trainer.rank != 0:
         return None
-    return image_grid([pictures[row] for row in range(rows)],
-                      [str(row) if by_class else "" for row in range(rows)])
+    return image_grid([pictures[row] for row in range(rows)], list(map(str, classes)))
 
 
 def _save_real_grid(trainer: Trainer, path: Path) -> None:
     """Writes a grid of training images in the layout of the sample grids."""
     dataset = trainer.dataset
-    rows, columns = _grid_shape(trainer)
+    classes, rows, columns = _grid_layout(trainer)
     if rows == 0:
         return
-    images, labels = dataset.get_batch(
-        order_at(len(dataset), _GRID_SEED, range(min(len(dataset), _GRID_POOL))))
-    by_class = dataset.has_onehot_labels
-    groups = [np.flatnonzero(labels[:, row]) for row in range(rows)] if by_class else (
-        np.array_split(np.arange(min(rows * columns, len(images))), rows))
-    save_png(path, image_grid([images[group[:columns]] for group in groups],
-                              [str(row) if by_class else "" for row in range(rows)]))
+    order = order_at(len(dataset), _GRID_SEED, range(len(dataset)))
+    if classes:
+        labels = dataset.class_numbers[order]
+        groups = [order[labels == k][:columns] for k in classes]
+    else:
+        groups = np.array_split(order[:rows * columns], rows)
+    save_png(path, image_grid([dataset.get_batch(group)[0] for group in groups],
+                              list(map(str, classes))))
 
 
-def _grid_shape(trainer: Trainer) -> tuple[int, int]:
-    """Returns (rows, columns) of a grid of about `config.samples` images."""
+def _grid_layout(trainer: Trainer) -> tuple[list[int], int, int]:
+    """Returns (classes of the rows, if any, rows, columns) of about `config.samples` images.
+
+    The classes are the first that have images.
+    """
     count = trainer.config.samples
     if count is None:
         count = 64 if trainer.device.type == "cuda" else 16
     if count == 0:
-        return 0, 0
-    classes = trainer.net.label_dim if trainer.dataset.has_onehot_labels else 0
-    rows = min(classes or math.isqrt(count), count, _GRID_MAX_ROWS)
-    return rows, count // rows
+        return [], 0, 0
+    classes = []
+    if trainer.dataset.has_onehot_labels:
+        classes = np.unique(trainer.dataset.class_numbers)[:min(count, _GRID_MAX_ROWS)].tolist()
+    rows = len(classes) or min(math.isqrt(count), _GRID_MAX_ROWS)
+    return classes, rows, count // rows
 
 
 def _announce(trainer: Trainer) -> None:
