@@ -23,7 +23,7 @@ test: lint
 	$(RUN) -m pytest -q -m "not slow"
 
 test-fast: lint
-	$(RUN) -m pytest -q -m "not slow and not scripts"
+	$(RUN) -m pytest -q -m "not slow and not scripts and not long"
 
 test-all: lint
 	$(RUN) -m pytest -q

@@ -267,6 +267,7 @@ def test_a_pickled_data_set_maps_the_packed_copy_anew():
 
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.long
 def test_loader_workers_read_what_this_process_reads(cache, context):
     dataset = ImageFolderDataset(EMOJI, use_labels=True, xflip=True, cache=cache)
     dataset[0]  # opens the ZIP before the fork

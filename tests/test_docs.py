@@ -179,6 +179,7 @@ def run_documented(script, documented):
         run(script, [*args, *SMALLER[script]])
 
 
+@pytest.mark.long
 def test_documented_commands_run_on_stand_in_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_world(tmp_path)

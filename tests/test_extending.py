@@ -21,6 +21,8 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
 INF = math.inf
 SHORT = (1, 2, 128, INF)
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):

@@ -274,6 +274,7 @@ def test_keep_leaves_the_newest_states_once_one_of_them_verifies(tmp_path, capsy
     assert (tmp_path / BEST_STATE).exists() and (tmp_path / "network-snapshot-000001.pt").exists()
 
 
+@pytest.mark.long
 def test_a_run_with_keep_has_that_many_states_and_all_its_snapshots(dataset_zip, tmp_path,
                                                                     invoke):
     result = invoke(train.main, *command(dataset_zip, tmp_path, "--keep=3", "--snap=2"))
@@ -332,6 +333,7 @@ def test_changed_options_are_listed_with_both_values():
     assert "--rbatch=100" in str(changed_options(dataclasses.replace(now, stf=True), then))
 
 
+@pytest.mark.long
 def test_changed_options_end_a_resumed_run_unless_overridden(finished, dataset_zip, tmp_path,
                                                              invoke):
     state = training_states(finished)[3]
@@ -349,6 +351,7 @@ def test_changed_options_end_a_resumed_run_unless_overridden(finished, dataset_z
     assert invoke(train.main, *args, *free).exit_code == 0
 
 
+@pytest.mark.long
 def test_other_data_need_overriding_and_changed_data_are_refused(finished, dataset_zip, tmp_path,
                                                                  invoke):
     state = training_states(finished)[3]

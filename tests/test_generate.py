@@ -207,6 +207,7 @@ def test_guidance_of_one_changes_neither_images_nor_the_record(snapshot, tmp_pat
     assert not {"guidance", "gnet", "guidance_interval", "cond_image", "init_image"} & set(record)
 
 
+@pytest.mark.long
 def test_guidance_is_recorded_and_changes_images(snapshot, tmp_path, invoke):
     gnet = write_snapshot(tmp_path / "gnet.pt", seed=1, pfgmpp=True, aug_dim=2.5, label_dim=0)
     other = write_snapshot(tmp_path / "other.pt", seed=2, pfgmpp=True, aug_dim=2.5)

@@ -52,6 +52,7 @@ def test_a_good_data_set_is_described(tmp_path, folder):
         f"fingerprint: {ImageFolderDataset(path).fingerprint}"]
 
 
+@pytest.mark.long
 def test_what_the_tool_wrote_passes(tmp_path):
     for dest in ("a.zip", "a"):
         assert call(f"--source={EMOJI}", f"--dest={tmp_path / dest}").exit_code == 0

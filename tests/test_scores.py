@@ -387,6 +387,7 @@ EVAL = ["--eval=0.016", "--eval-num=6", "--eval-detector=pixels", "--tick=0.008"
         "--dump=1", "--device=cpu"]
 
 
+@pytest.mark.long
 def test_scores_during_training_are_those_of_the_states(data, capsys, tmp_path):
     args = [f"--data={data / 'real.zip'}", f"--outdir={tmp_path}", "--name=a",
             "--duration=0.000056", f"--eval-ref={data / 'fake.zip'}", *EVAL, *TINY_RUN]
@@ -410,6 +411,7 @@ def test_scores_during_training_are_those_of_the_states(data, capsys, tmp_path):
     assert checkpoint.BEST_STATE not in [path.name for path in checkpoint.training_states(run)]
 
 
+@pytest.mark.long
 def test_a_resumed_run_remembers_its_best_score(data, capsys, tmp_path):
     args = [f"--data={data / 'real.zip'}", f"--outdir={tmp_path}", *EVAL, *TINY_RUN,
             f"--eval-ref={data / 'fake.zip'}"]

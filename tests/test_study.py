@@ -74,6 +74,12 @@ def test_scores_by_other_settings_do_not_count(run_dir, change):
     assert words_of(run_dir, study)["scores"] is not None
 
 
+@pytest.mark.parametrize("point", [{"noise_alpha": 0.1}, {"num_steps": 10}, {"bits": 5}])
+def test_scores_around_the_default_point_are_not_scores_of_it(run_dir, point):
+    write_scores(run_dir, score_line(128, 1, "0-2", **point))
+    assert words_of(run_dir, dataclasses.replace(STUDY, ranges=1))["scores"] is not None
+
+
 def test_every_metric_must_be_there(run_dir):
     study = dataclasses.replace(STUDY, ranges=1, metrics="fid,kid")
     write_scores(run_dir, score_line(128, 1, "0-2"))
@@ -179,6 +185,7 @@ def in_this_process(command):
     return subprocess.CompletedProcess(command, done.exit_code)
 
 
+@pytest.mark.long
 def test_a_study_runs_and_a_second_call_does_nothing_again(dataset_zip, tmp_path, invoke,
                                                            monkeypatch):
     monkeypatch.setattr(sweep, "subprocess", types.SimpleNamespace(run=in_this_process))

@@ -160,6 +160,7 @@ def images(folder):
     (generate_steps, [f"steps_{n}" for n in (10, 12, 14, 16, 18, 20, 22, 24)]),
     (generate_quant, [f"quant_{b}" for b in (5, 6, 7, 8, 9)]),
 ])
+@pytest.mark.long
 def test_presets_make_the_published_folders(run_dir, script, names):
     call(script.main, f"--outdir={run_dir}", "--seeds=0-1", "--ckpt=200", "--end_ckpt=200")
     for name in names:

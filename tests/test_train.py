@@ -278,6 +278,7 @@ def test_a_diverged_run_says_so_on_the_console_and_in_its_log(dataset_zip, tmp_p
     assert "Warning: noise of D = 0.001" in result.output
 
 
+@pytest.mark.long
 def test_256x256_networks_build_and_take_a_step_with_lsun_noise(tmp_path, invoke):
     data = write_dataset(tmp_path / "large.zip", num=2, side=256, classes=0)
     result = invoke(train.main, f"--outdir={tmp_path}", f"--data={data}", "--lsun=1", "--name=run",
