@@ -5,7 +5,7 @@ import math
 
 import click
 
-from dnnlib.cli import user_errors
+from dnnlib.cli import run, user_errors
 
 
 @click.group(context_settings={"max_content_width": 100})
@@ -80,4 +80,4 @@ def convert(source, dest, pfgmpp, aug_dim):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dnnlib.cli import user_errors
+from dnnlib.cli import run, user_errors
 
 if TYPE_CHECKING:  # imported late: help is instant
     import collections
@@ -349,4 +349,4 @@ def show(data: str, out: str | None, workers: int | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

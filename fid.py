@@ -1,6 +1,7 @@
 """Scores of generated images: FID, KID, precision and recall, Inception score."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from dnnlib.cli import BAD_USAGE, IntList, UserError, user_errors
+from dnnlib.cli import BAD_USAGE, IntList, UserError, run, user_errors
 from training.sampling_options import sampling_options
 
 if TYPE_CHECKING:  # imported late: help is instant
@@ -195,6 +196,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
 @_detector_options
 def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str | None,
         seeds: tuple[int, ...], ranges: int, batch: int, detector: str, device: str, workers: int,
+        steps: tuple[int, ...], alpha: tuple[float, ...] | None, bits: tuple[int, ...] | None,
         **sampling) -> None:
     """Scores the images of a network without writing them.
 
@@ -209,14 +211,19 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
         from torch_utils import distributed as dist
         from training.network_sampler import NetworkSampler, UsageError
         from training.scoring import network_features, open_scorer
+        from training.sweeps import sweep_points
 
         if len(seeds) < 2:
             raise ValueError(f"--seeds: {len(seeds)} image, at least 2 needed")
         with dist.process_group(device) as chosen_device:
-            try:
-                sampler = NetworkSampler.open(network, chosen_device, **sampling)
-            except UsageError as error:
-                raise UserError(str(error), BAD_USAGE) from error
+            def open_sampler(point):
+                try:
+                    return NetworkSampler.open(network, chosen_device, **point.settings, **sampling)
+                except UsageError as error:
+                    raise UserError(str(error), BAD_USAGE) from error
+
+            points = sweep_points(steps, alpha, bits)
+            sampler = open_sampler(points[0])
             _use_kernels("fp32")
             scorer = open_scorer(detector, ref_path, metrics, chosen_device,
                                  {network: sampler}, batch=batch, workers=workers)
@@ -225,16 +232,19 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
             default = None if is_url(network) else Path(network).parent / _JSONL
             sheet = ScoreSheet(scorer, Path(out) if out else default)
             span = max(seeds) - min(seeds) + 1
-            for i in range(ranges):
+            for point, i in itertools.product(points, range(ranges)):
                 own = [seed + i * span for seed in seeds]
-                job = _Job(network, f"seeds {format_ranges(own)}", network)
+                text = " ".join([*point.suffix.split("_")[1:], "seeds", format_ranges(own)])
+                job = _Job(network, text, network + point.suffix)
+                sampler = open_sampler(point)
                 _use_kernels(sampling["precision"])
                 found = network_features(sampler, own, scorer.detector, metrics=metrics,
                                          batch=batch, title=job.label)
                 _use_kernels("fp32")
                 facts = {"network": network, "num": len(own), "seeds": format_ranges(own),
                          "sampler": sampler.settings}
-                _report(sheet, job, scorer.evaluate(found), facts, alone=ranges == 1)
+                _report(sheet, job, scorer.evaluate(found), facts,
+                        alone=len(points) * ranges == 1)
             _print_table(sheet)
 
 
@@ -336,7 +346,7 @@ def _report(sheet: "ScoreSheet", job: _Job, values: dict, facts: dict, alone: bo
         if sheet.distance_name != "FID":
             text = f"{sheet.distance_name}: {text}"
         if not alone:
-            text = f"path:{job.path}, {text}" if job.path != job.group else f"{job.label}: {text}"
+            text = f"path:{job.path}, {text}" if os.path.isdir(job.path) else f"{job.label}: {text}"
         click.echo(text)
 
 
@@ -376,4 +386,4 @@ def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: f
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,15 +1,23 @@
 """Samples images from trained networks: checks the options, calls the sampler, writes files."""
 
+import copy
+import itertools
 import math
 from pathlib import Path
 
 import click
 
-from dnnlib.cli import BAD_USAGE, IntList, UserError, user_errors
+from dnnlib.cli import BAD_USAGE, IntList, UserError, run, user_errors
 from training.sampling_options import sampling_options
+from training.sweeps import sweep_points
 
 _MAX_SHOWN = 64  # images in a grid
 _LAST_SEEDS = ((49_999, "ckpt_"), (99_999, "ckpt_2_"), (math.inf, "ckpt_3_"))
+
+
+def _refuse(ctx, param, value: bool | None) -> None:
+    if value:
+        raise UserError(f"{param.opts[0]}: not supported; PFGM is --pfgmpp=1 --aug_dim=1", BAD_USAGE)
 
 
 @click.command(context_settings={"max_content_width": 100, "show_default": True})
@@ -22,11 +30,15 @@ _LAST_SEEDS = ((49_999, "ckpt_"), (99_999, "ckpt_2_"), (math.inf, "ckpt_3_"))
 @click.option("--batch", "batch", metavar="INT", type=click.IntRange(min=1), default=64, help="Largest batch per process.")
 @click.option("--save_images", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write vis/grid.png and vis/movie.gif of the first images.")
 @sampling_options
+@click.option("--name-steps", is_flag=True, hidden=True)
 @click.option("--use_pickle", type=click.BOOL, is_flag=False, flag_value=True, hidden=True)
 @click.option("--edm", type=click.BOOL, is_flag=False, flag_value=True, hidden=True)
+@click.option("--pfgm", type=click.BOOL, callback=_refuse, expose_value=False, hidden=True)
+@click.option("--align", type=click.BOOL, callback=_refuse, expose_value=False, hidden=True)
+@click.option("--align_precond", type=click.BOOL, callback=_refuse, expose_value=False, hidden=True)
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to sample.")
-def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, use_pickle, edm, save_images,
-         device, **sampling):
+def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use_pickle, edm,
+         save_images, device, steps, alpha, bits, **sampling):
     """Samples images from trained networks, by Heun's method on the grid of EDM.
 
     Any of --solver, --disc, --schedule, --scaling selects the ablation sampler of the EDM paper.
@@ -38,6 +50,10 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, use_pickle, edm
     8-bit images of 1 or 3 channels become PNGs. All others become arrays, NAME.npy of [C, H, W],
     in the units of the data that the network was trained on.
 
+    Lists of --steps, --alpha and --bits make every combination, each in a folder named after it:
+    ckpt_000200_alpha_0.1_steps_12. With --network these folders, called ckpt_000000..., lie in
+    OUTDIR. 'fid.py calc --alpha|--steps|--quant' scores them.
+
     \b
     # 64 images of a snapshot
     python generate.py --network=runs/00000/network-snapshot-000200.pt --outdir=out
@@ -47,16 +63,19 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, use_pickle, edm
     torchrun --standalone --nproc_per_node=8 generate.py --outdir=runs/00000 --seeds=0-49999
     """  # noqa: D301 - \b is click's mark for lines to leave alone
     with user_errors():
-        sources = _find_networks(network, Path(outdir), ckpt, end_ckpt, seeds)
+        points = sweep_points(steps, alpha, bits, is_steps_sweep=name_steps)
+        sources = _find_networks(network, Path(outdir), ckpt, end_ckpt, seeds,
+                                 is_sweep=bool(points[0].suffix), is_pickle=bool(use_pickle))
         subdirs = subdirs or network is None
 
         from torch_utils import distributed, misc
         from training.network_sampler import NetworkSampler, UsageError
         misc.configure_backends(sampling["precision"])
         with distributed.process_group(device) as torch_device:
-            for source, folder in sources:
+            for (source, folder), point in itertools.product(sources, points):
+                folder = Path(f"{folder}{point.suffix}")
                 try:
-                    sampler = NetworkSampler.open(source, torch_device, **sampling)
+                    sampler = NetworkSampler.open(source, torch_device, **point.settings, **sampling)
                 except UsageError as error:
                     raise UserError(str(error), BAD_USAGE) from error
                 _generate(sampler, folder, seeds, batch, subdirs)
@@ -65,22 +84,31 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, use_pickle, edm
                 distributed.barrier()
 
 
-def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds):
+def preset(**defaults) -> click.Command:
+    """Returns the command with other defaults of its options, by their names in Python."""
+    command = copy.copy(main)
+    command.context_settings = {**main.context_settings, "default_map": defaults}
+    return command
+
+
+def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds, *, is_sweep: bool,
+                   is_pickle: bool):
     """Returns [(file or URL, folder for its images)].
 
     Raises:
         ValueError: no training state in OUTDIR between the two.
     """
     from training.checkpoint import state_tag, training_states
+    prefix = next(prefix for last, prefix in _LAST_SEEDS if max(seeds) <= last)
     if network is not None:
-        return [(network, outdir)]
-    states = [(path, state_tag(path)) for path in training_states(outdir)]
+        return [(network, outdir / f"{prefix}000000" if is_sweep else outdir)]
+    states = [(path, state_tag(path))
+              for path in training_states(outdir, "pkl" if is_pickle else "pt")]
     chosen = [(path, tag) for path, tag in states if ckpt <= int(tag.split(".")[0]) <= end_ckpt]
     if not chosen:
         raise ValueError(
             f"--outdir={outdir}: {len(states)} training states, none with {ckpt} <= kimg <= "
             f"{end_ckpt}; name a run directory, or a file with --network")
-    prefix = next(prefix for last, prefix in _LAST_SEEDS if max(seeds) <= last)
     return [(path, outdir / f"{prefix}{tag}") for path, tag in chosen]
 
 
@@ -116,4 +144,4 @@ def _save_pictures(sampler, folder, seeds) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,13 +1,13 @@
 """Trains a PFGM++ or EDM model: checks the options, opens the data, starts the loop."""
 
+import contextlib
 import json
 import os
-import re
 from pathlib import Path
 
 import click
 
-from dnnlib.cli import BAD_USAGE, DIVERGED, IntList, UserError, user_errors
+from dnnlib.cli import BAD_USAGE, DIVERGED, IntList, UserError, run, user_errors
 
 _BOOL = click.BOOL
 
@@ -53,7 +53,7 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), help="Arithmetic inside the network.  [default: fp32]")
 @click.option("--fp16", type=_BOOL, default=False, help="The same as --precision=fp16.")
 @click.option("--ls", metavar="FLOAT", type=float, help="Loss scaling.  [default: dynamic for fp16, else 1]")
-@click.option("--max-bad-steps", metavar="INT", type=int, default=100, help="End the run after more steps in a row with gradients that are not finite; looked at once a tick.")
+@click.option("--max-bad-steps", metavar="INT", type=int, default=100, help="End the run after more steps in a row with gradients that are not finite; looked at in passing, at the latest at a tick.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to train.")
 @click.option("--compile", "compile_", type=click.Choice(["auto", "0", "1"]), default="auto", help="torch.compile the network; auto is off.")
 @click.option("--deterministic", type=_BOOL, is_flag=False, flag_value=True, default=False, help="Only deterministic GPU kernels.")
@@ -66,6 +66,7 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--tick", metavar="KIMG", type=float, default=50, help="How often to report progress, in thousands of images.")
 @click.option("--snap", metavar="TICKS", type=int, default=50, help="How often to write network-snapshot-*.pt and samples-*.png.")
 @click.option("--dump", metavar="TICKS", type=int, default=50, help="How often to write training-state-*.pt.")
+@click.option("--keep", metavar="INT", type=int, help="Keep this many training states, the newest.  [default: all]")
 @click.option("--samples", metavar="INT", type=int, help="Images in a samples-*.png; 0 writes none.  [default: 64 on a GPU, 16 on the CPU]")
 @click.option("--eval", metavar="KIMG", type=float, help="How often to score samples, in thousands of images.  [default: never]")
 @click.option("--eval-ref", metavar="NPZ|URL|ZIP|DIR", help="Reference statistics or data set to score against.")
@@ -74,8 +75,9 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--seed", metavar="INT", type=int, help="Random seed.  [default: random, or that of the resumed state]")
 @click.option("--transfer", metavar="PT|URL", help="Start from the weights of a snapshot or state.")
 @click.option("--resume", metavar="PT|auto", help="Go on from a training state; auto takes the newest of the run directory.")
+@click.option("--override-options", is_flag=True, help="Resume although options that decide what is computed have changed.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the options and stop.")
-def main(outdir, data, name, desc, nosubdir, device, resume, dry_run, **opts):
+def main(outdir, data, name, desc, nosubdir, device, resume, override_options, dry_run, **opts):
     """Trains a PFGM++ or EDM diffusion model.
 
     Two runs on 8 GPUs, PFGM++ with D = 2048 and class-conditional diffusion:
@@ -104,7 +106,10 @@ def main(outdir, data, name, desc, nosubdir, device, resume, dry_run, **opts):
     with user_errors(BAD_USAGE):
         config = _config(data, opts)
         config.rounds(int(os.environ.get("WORLD_SIZE", "1")))
-    with user_errors(), distributed.process_group(device) as torch_device:
+    with user_errors(), distributed.process_group(device) as torch_device, \
+            contextlib.ExitStack() as stack:
+        if fixed_dir and not dry_run:  # before another run's newest state is read
+            distributed.run_on_rank0(_lock_if_there, stack, fixed_dir)
         state = None
         if resume:
             try:
@@ -112,7 +117,11 @@ def main(outdir, data, name, desc, nosubdir, device, resume, dry_run, **opts):
             except checkpoint.SnapshotGivenError as error:
                 raise UserError(str(error), BAD_USAGE) from error
         config = _settle_seed(config, opts["seed"], state)
+        if state and not override_options:
+            _check_options(config, state)
         dataset = _open_dataset(config, pack=config.cache and not dry_run)
+        if state:
+            state = _settle_data(config, dataset, state, override_options)
         if config.sigma_data is None and not dry_run:
             config = distributed.run_on_rank0(_measure_sigma_data, config, dataset)
         if dry_run:
@@ -120,7 +129,50 @@ def main(outdir, data, name, desc, nosubdir, device, resume, dry_run, **opts):
             return
         run_dir = distributed.run_on_rank0(
             _make_run_dir, config, dataset.name, Path(outdir), fixed_dir, desc, bool(resume))
+        distributed.run_on_rank0(_lock, stack, run_dir)  # a second time is none
         _train(config, dataset, run_dir, torch_device, state)
+
+
+def _lock(stack, run_dir: Path) -> None:
+    """Locks a run directory until `stack` is left."""
+    from torch_utils.run_lock import run_lock
+    stack.enter_context(run_lock(run_dir))
+
+
+def _lock_if_there(stack, run_dir: Path) -> None:
+    if run_dir.is_dir():
+        _lock(stack, run_dir)
+
+
+def _check_options(config, state) -> None:
+    """Raises UserError where options decide otherwise than those of the state to resume."""
+    from training import checkpoint
+    from training.config import changed_options
+    source, content = state
+    if content["format"] != checkpoint.STATE_FORMAT:
+        return  # foreign states do not say
+    changed = changed_options(config, content["options"])
+    if changed:
+        raise UserError(f"{source}: the run to resume has other options: {', '.join(changed)}; "
+                        "give them as they were, or --override-options to change them", BAD_USAGE)
+
+
+def _settle_data(config, dataset, state, override: bool):
+    """Returns the state, made out for other data where those were named and that is allowed."""
+    from training import checkpoint
+    from training.training_loop import dataset_record
+    source, content = state
+    is_named = config.data != content["options"].get("data")
+    if content["format"] != checkpoint.STATE_FORMAT or not is_named \
+            or dataset.fingerprint == content["dataset"]["fingerprint"]:
+        return state  # Trainer.restore compares
+    if not override:
+        raise UserError(
+            f"{source}: the run to resume has other data: --data={config.data} "
+            f"({content['options'].get('data')} in the state; {content['dataset']['size']} images "
+            f"then, {len(dataset)} now); give them as they were, or --override-options to change "
+            "them", BAD_USAGE)
+    return source, {**content, "dataset": dataset_record(dataset)}
 
 
 def _config(data: str, opts: dict):
@@ -221,6 +273,7 @@ def _measure_sigma_data(config, dataset):
 def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Path:
     """Makes and returns the run directory."""
     from torch_utils import distributed
+    from torch_utils.run_lock import numbered_dir
     from training.checkpoint import training_states
     if fixed_dir is not None:
         fixed_dir.mkdir(parents=True, exist_ok=True)
@@ -232,19 +285,10 @@ def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Pa
     words = [dataset_name, "cond" if config.cond else "uncond", config.arch, config.precond,
              f"gpus{distributed.get_world_size()}", f"batch{config.batch}", config.precision]
     text = "-".join(words + ([desc] if desc else []))
-    while True:  # another run may take the number first: mkdir decides
-        numbers = [int(m[0]) for p in outdir.iterdir() if (m := re.match(r"\d+", p.name))]
-        run_dir = outdir / f"{max(numbers, default=-1) + 1:05d}-{text}"
-        try:
-            run_dir.mkdir()
-            return run_dir
-        except FileExistsError:
-            continue
+    return numbered_dir(outdir, text)
 
 
 def _train(config, dataset, run_dir, device, state) -> None:
-    import contextlib
-
     from dnnlib.util import Logger
     from torch_utils import distributed
     from training.training_loop import DivergedError, training_loop
@@ -274,4 +318,4 @@ def _print_options(config, dataset) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -12,6 +13,7 @@ from urllib.parse import unquote, urlparse
 
 CACHE_DIR_ENV = "PFGMPP_CACHE_DIR"
 _CHUNK_BYTES = 1 << 20
+_ABANDONED_SEC = 24 * 3600
 _HTML_STARTS = (b"<!doctype html", b"<html")
 
 
@@ -156,6 +158,9 @@ def _download(url: str, target: Path, sha256: str | None, verbose: bool) -> None
     import requests  # late: commands that download nothing start faster
 
     target.parent.mkdir(parents=True, exist_ok=True)
+    for old in target.parent.glob("*.tmp"):  # of downloads that were killed
+        if time.time() - old.stat().st_mtime > _ABANDONED_SEC:
+            old.unlink(missing_ok=True)
     part = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         with requests.get(url, stream=True, timeout=30) as reply, open(part, "wb") as file:

@@ -16,6 +16,7 @@ from typing import Any
 
 from metrics.detectors import Inception
 from metrics.scorer import Scorer
+from torch_utils.atomic import append_line
 
 _GENERAL_NAMES = {"fid": "frechet_distance", "kid": "kernel_distance",
                   "kid_std": "kernel_distance_std"}
@@ -60,14 +61,13 @@ class ScoreSheet:
         facts = {**details, "detector": self._detector.name,
                  "detector_sha256": self._detector.weights_sha256, **self._reference,
                  "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        lines = [json.dumps({"metric": names[name], "value": value, **facts}) + "\n"
+        lines = [json.dumps({"metric": names[name], "value": value, **facts})
                  for name, value in score.values.items()]
         if self._path is None:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write("".join(lines))
+            append_line(self._path, "\n".join(lines))
         except OSError as error:
             print(f"Warning: {self._path} not written: {error}", file=sys.stderr)
 

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT
+from conftest import ROOT, write_dataset
 from published_archives import write_cifar10, write_lmdb, write_mnist
 from scipy import stats
 from test_generate import write_snapshot
@@ -22,7 +22,9 @@ from training.sampling_options import sampling_options
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {f"{name}.py": importlib.import_module(name).main
-           for name in ("train", "generate", "fid", "dataset_tool", "checkpoint_tool")}
+           for name in ("train", "generate", "generate_alpha", "generate_steps", "generate_quant",
+                        "fid", "dataset_tool", "checkpoint_tool")}
+PRESETS = {f"generate_{name}.py" for name in ("alpha", "steps", "quant")}  # of generate.py
 SAMPLING_FLAGS = {flag for option in sampling_options(click.Command("none")).params
                   for flag in option.opts}
 PUBLISHED = "downloads/pfgmpp/"  # checkpoints of PFGM++; a snapshot of ours stands for them
@@ -72,7 +74,7 @@ def test_every_script_is_documented_with_both_launchers():
     started = {(words[0], script_and_args(words)[0]) for _, words in COMMANDS}
     assert {script for _, script in started} == set(SCRIPTS)
     assert {script for launcher, script in started if launcher == "torchrun"} == {
-        "train.py", "generate.py", "fid.py"}
+        "train.py", "generate.py", "fid.py", *PRESETS}
     assert len(COMMANDS) > 25
 
 
@@ -98,6 +100,16 @@ def write_images(folder, classes, per_class, height, width):
             PIL.Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
 
 
+def run_own_data(numbers):
+    """Runs Python blocks of own-data.md, with less data, in the small world."""
+    text = (ROOT / "docs/own-data.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert len(found) == 5 and "NUM = 4000" in found[0]
+    for number in numbers:
+        code = stand_in(found[number]).replace("NUM = 4000", "NUM = 12")
+        exec(compile(code, f"docs/own-data.md, block {number}", "exec"), {})
+
+
 def make_world(root):
     """Writes small pictures where the documents keep downloaded data sets."""
     pixels = np.random.default_rng(0).integers(0, 256, [20, 32, 32, 3], np.uint8)
@@ -113,6 +125,9 @@ def make_world(root):
     folder = root / PUBLISHED / "cifar10_ncsnpp_D_2048"
     folder.mkdir(parents=True)
     write_snapshot(folder / "training-state.pt", pfgmpp=True, aug_dim=2048)
+    (root / "data").mkdir()
+    write_dataset(root / "data/emoji-google-32.zip", side=32, classes=9)
+    run_own_data([0, 2])
 
 
 def stand_in(arg):
@@ -138,6 +153,7 @@ SMALLER = {
                    "--device=cpu"],
     "fid.py ref": ["--detector=pixels", "--workers=0", "--device=cpu"],
 }
+PRESET_SMALLER = ["--batch=4", "--device=cpu"]  # with the published lists
 
 
 def run(script, args):
@@ -150,7 +166,9 @@ def run(script, args):
 def run_documented(script, documented):
     args = [stand_in(arg) for arg in documented]
     if script == "train.py":
-        run(script, [*args, "--device=cpu", "--dry-run"])  # the values as documented
+        # The values as documented; the small world's states to resume have other ones.
+        fresh = [arg for arg in args if arg != "--resume=auto"]
+        run(script, [*fresh, "--device=cpu", "--dry-run"])
         # ADM's attention has heads of 64 channels.
         size = ["--cbase=64", "--cres=1"] if "--arch=adm" in args else ["--cbase=8", "--cres=1,2"]
         score = ["--eval-detector=pixels"] if "--eval-num=4" in args else []
@@ -166,6 +184,8 @@ def run_documented(script, documented):
     elif any("cifar-10-python" in arg for arg in args):
         assert "20 images, 32x32" in run(script, args)
         run(script, [*args, "--resolution=8x8"])  # for what comes after
+    elif script in PRESETS:
+        run(script, [*args, *PRESET_SMALLER])
     else:
         run(script, [*args, *SMALLER[script]])
 
@@ -177,6 +197,9 @@ def test_documented_commands_run_on_stand_in_data(tmp_path, monkeypatch):
     commands.sort(key=lambda command: command[0] != "dataset_tool.py")  # else in their order
     for script, args in commands:
         run_documented(script, args)
+    run_own_data([1, 3, 4])
+    for name in ("fields", "sharpened", "guided"):
+        assert PIL.Image.open(tmp_path / f"runs/{name}.png").size > (200, 100)
     run_dir = tmp_path / "runs/cifar10-2048"
     for folder, first in (("ckpt", 0), ("ckpt_2", 50000), ("ckpt_3", 100000)):
         assert (run_dir / f"{folder}_000000/{first:06d}/{first:06d}.png").exists()
@@ -251,8 +274,8 @@ def test_migration_names_every_flag_and_existing_imports():
     text = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
     parts = {part.splitlines()[0]: part for part in text.split("\n## ")}
     for script, command in SCRIPTS.items():
-        if script == "checkpoint_tool.py":
-            continue  # the references have no counterpart
+        if script == "checkpoint_tool.py" or script in PRESETS:
+            continue  # the references have no counterpart; the flags are those of generate.py
         for each in (command, *getattr(command, "commands", {}).values()):
             flags = {flag for option in each.params for flag in option.opts if flag[0] == "-"}
             if each.name == "gen":  # its flags of sampling are described with generate.py

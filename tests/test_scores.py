@@ -330,7 +330,7 @@ def test_gen_gives_the_scores_of_generate_and_calc(run_dir, data, capsys, tmp_pa
 @pytest.mark.parametrize("flags, code, words", [
     (["--class=7"], 2, "--class=7: must be between|is unconditional"),
     (["--seeds=3"], 1, "1 image, at least 2 needed"),
-    (["--steps=0"], 2, "0 is not in the range"),
+    (["--steps=0"], 2, "'0' is not a list of whole numbers, each at least 1"),
     (["--S_churn=-1"], 2, "not in the range"),
 ])
 def test_gen_refuses_in_one_line(run_dir, data, capsys, flags, code, words):

@@ -1,14 +1,21 @@
 """Processes: the start and end of a process group, who is who, and who waits for whom.
 
 Without torchrun there is no process group and every function here is that of a single process.
-Under torchrun it is NCCL on GPUs and gloo on the CPU.
+Under torchrun there are two: NCCL on GPUs and gloo on the CPU for tensors, and gloo for what the
+hosts say to each other: objects, barriers, whether to stop.
+
+The two differ in their patience. Ranks meet in every step, so one that does not come to a tensor's
+all-reduce within half an hour hangs. Rank 0 may keep the others waiting longer while it packs a
+large data set or checks 50,000 images.
 """
 
 import contextlib
 import datetime
 import gc
 import os
-from collections.abc import Iterator, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,8 +23,15 @@ import torch.distributed
 
 T = TypeVar("T")
 
-# Long enough for rank 0 to pack a large data set while the others wait.
-_TIMEOUT = datetime.timedelta(hours=2)
+# $PFGMPP_TIMEOUT, in seconds, takes the place of the first. Writing a state happens between steps
+# too, and compiling a network in the first: both take minutes at the worst.
+TIMEOUT_ENV = "PFGMPP_TIMEOUT"
+_STEP_TIMEOUT = datetime.timedelta(minutes=30)
+_HOST_TIMEOUT = datetime.timedelta(hours=2)
+_POLL_SEC = 0.02
+STOP_TIMEOUT = datetime.timedelta(seconds=5)  # torchrun kills after 30
+_host_group: torch.distributed.ProcessGroup | None = None
+_stop_group: torch.distributed.ProcessGroup | None = None  # nothing else may be under way in it
 _PIECE_ROWS = 4096  # rows that cross between processes at a time
 
 
@@ -40,8 +54,49 @@ def init(device: str = "auto") -> torch.device:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         kwargs = {"device_id": chosen} if chosen.type == "cuda" else {}
-        torch.distributed.init_process_group(backend, timeout=_TIMEOUT, **kwargs)
+        store, rank, size = _fresh_store()
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=_step_timeout(), **kwargs)
+        global _host_group, _stop_group
+        _host_group, _stop_group = (
+            torch.distributed.new_group(backend="gloo", timeout=_HOST_TIMEOUT) for _ in range(2))
     return chosen
+
+
+def _fresh_store() -> tuple[torch.distributed.Store, int, int]:
+    """Returns (store, rank, world size); in the store there is nothing of processes that are gone.
+
+    torchrun keeps one store for all its restarts (PyTorch 2.13). A restarted rank could find there
+    where another one listened before it died, and wait for it. So rank 0 chooses a prefix, and
+    gives it to those who ask under names that nobody has used before.
+    """
+    store, rank, size = next(torch.distributed.rendezvous(
+        "env://", timeout=_HOST_TIMEOUT))
+    own = uuid.uuid4().hex
+    if rank != 0:
+        store.set(f"asks/{rank}", own)
+        prefix = store.get(f"answer/{own}").decode()
+        store.set(f"{prefix}/{rank}", "")
+        return torch.distributed.PrefixStore(prefix, store), rank, size
+    waiting, end = set(range(1, size)), time.monotonic() + _HOST_TIMEOUT.total_seconds()
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"asks/{other}"]):  # perhaps one that is gone: then it asks again
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+            if store.check([f"{own}/{other}"]):
+                waiting.remove(other)
+        time.sleep(_POLL_SEC if waiting else 0)
+        if time.monotonic() > end:
+            raise OSError(f"ranks {sorted(waiting)} have not started in time")
+    return torch.distributed.PrefixStore(own, store), rank, size
+
+
+def _step_timeout() -> datetime.timedelta:
+    given = os.environ.get(TIMEOUT_ENV)
+    try:
+        return datetime.timedelta(seconds=float(given)) if given else _STEP_TIMEOUT
+    except ValueError:
+        raise ValueError(f"{TIMEOUT_ENV}={given}: must be a number of seconds") from None
 
 
 def _choose_device(device: str) -> torch.device:
@@ -64,7 +119,13 @@ def shutdown() -> None:
     """Ends the process group. Drop every DDP module and its optimizer before."""
     if not torch.distributed.is_initialized():
         return
-    torch.distributed.barrier()
+    barrier()
+    _leave()
+
+
+def _leave() -> None:
+    global _host_group, _stop_group
+    _host_group = _stop_group = None
     gc.collect()  # gloo sometimes aborts at exit while a DDP reducer is still alive
     torch.distributed.destroy_process_group()
 
@@ -78,6 +139,75 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
     chosen = init(device)
     yield chosen
     shutdown()
+
+
+class Agreement:
+    """What any rank has to say becomes what all ranks hear: the largest of each of a few numbers.
+
+    It travels between the hosts, beside the device's work, and nothing waits for the device. On
+    GPUs the ranks hear in a step what was said a step ago, so that no host waits for another one
+    to reach the end of a step. On the CPU, where they meet in every step anyway, it is the present.
+    """
+
+    def __init__(self, device: torch.device):
+        self._is_delayed = device.type == "cuda"
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def in_step(self, numbers: Sequence[int]) -> list[int]:
+        """Returns the largest of each number over ranks; zeros where nobody was heard yet."""
+        if get_world_size() == 1:
+            return list(numbers)
+        said = self._say(numbers)
+        heard, self._pending = (self._pending if self._is_delayed else said), said
+        if heard is None:
+            return [0] * len(numbers)
+        heard[0].wait()
+        return heard[1].tolist()
+
+    def now(self, numbers: Sequence[int], timeout: datetime.timedelta | None = None
+            ) -> list[int] | None:
+        """Returns the largest of each number over ranks; None if some do not come in time."""
+        if get_world_size() == 1:
+            return list(numbers)
+        work, box = self._say(numbers)
+        if timeout is None:
+            work.wait()
+            return box.tolist()
+        try:
+            work.wait(timeout)
+        except RuntimeError:  # too late, or gone
+            return None
+        return box.tolist()
+
+    def _say(self, numbers: Sequence[int]) -> tuple[Any, torch.Tensor]:
+        box = torch.tensor(numbers)
+        work = torch.distributed.all_reduce(
+            box, torch.distributed.ReduceOp.MAX, group=_stop_group, async_op=True)
+        return work, box
+
+
+def run_while_others_wait(function: Callable[[], None]) -> None:
+    """Calls `function` on rank 0 while the other ranks wait for its end, if it begins soon.
+
+    Only their being there counts: a rank that leaves makes torchrun end the others. Nothing is
+    exchanged, so ranks may come here from different places; and rank 0, which may be waiting for
+    one of them in a collective, gets away once they leave.
+    """
+    if get_world_size() == 1:
+        function()
+        return
+    store = torch.distributed.distributed_c10d._get_default_store()
+    # The store may be gone: torchrun keeps it.
+    if get_rank() != 0:
+        with contextlib.suppress(RuntimeError):
+            store.wait(["begun"], STOP_TIMEOUT)
+            store.wait(["ended"], _STEP_TIMEOUT)
+        return
+    with contextlib.suppress(RuntimeError):
+        store.set("begun", "")
+    function()
+    with contextlib.suppress(RuntimeError):
+        store.set("ended", "")
 
 
 def get_rank() -> int:
@@ -103,7 +233,7 @@ def print0(*values, **options) -> None:
 def barrier() -> None:
     """Waits until every rank is here."""
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        torch.distributed.barrier(group=_host_group)
 
 
 def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
@@ -118,7 +248,7 @@ def broadcast_object(value: T) -> T:
     if get_world_size() == 1:
         return value
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=0, group=_host_group)
     return box[0]
 
 
@@ -127,7 +257,7 @@ def gather_objects(value: T) -> list[T]:
     if get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=_host_group)
     return values
 
 

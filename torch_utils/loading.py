@@ -4,8 +4,8 @@ Processes suit sources that decode. Threads suit sources in memory or in mapped 
 work is copying, which lets other threads run: nothing crosses a process boundary, and a batch costs
 a tenth of the time.
 
-Processes leave SIGINT and SIGTERM to the one that started them: a signal to the whole group must
-not take away the data of a step that is still to be finished.
+Processes leave SIGINT, SIGTERM and SIGUSR1 to the one that started them: a signal to the whole
+group must not take away the data of a step that is still to be finished.
 """
 
 import collections
@@ -65,7 +65,7 @@ class _BatchReader(torch.utils.data.Dataset):
 
 
 def _start_worker(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

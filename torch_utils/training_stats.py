@@ -33,28 +33,35 @@ def report(name: str, value: float | torch.Tensor) -> float | torch.Tensor:
     return value
 
 
+def resume(moments: dict[str, list[float]], device: torch.device) -> None:
+    """Adds what a `Collector` had read, in a run that goes on from there; call on every rank."""
+    for name, values in moments.items():
+        own = values if distributed.get_rank() == 0 else [0.0] * len(values)
+        _sums[name] = torch.tensor(own, dtype=torch.float64, device=device)
+
+
 class Collector:
     """Takes what was reported since the last `update`, over all ranks."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self._device = torch.device(device)
-        self._moments: dict[str, list[float]] = {}
+        self.moments: dict[str, list[float]] = {}  # per name: count, sum, sum of squares
         _sums.clear()
 
     def update(self) -> None:
         """Reads and clears the sums; every rank must call it at the same step."""
         names = sorted(_sums)
         if not names:
-            self._moments = {}
+            self.moments = {}
             return
         table = torch.stack([_sums[name].to(self._device) for name in names])
         distributed.all_reduce_sum_(table)
-        self._moments = dict(zip(names, table.tolist(), strict=True))
+        self.moments = dict(zip(names, table.tolist(), strict=True))
         _sums.clear()
 
     def as_dict(self) -> dict[str, dict[str, float]]:
         """Returns {name: {num, mean, std}}; std is the population's."""
-        return {name: _summary(*moments) for name, moments in self._moments.items()}
+        return {name: _summary(*moments) for name, moments in self.moments.items()}
 
     def mean(self, name: str) -> float:
         """Returns the mean of one statistic, NaN if nothing was reported."""

@@ -39,7 +39,7 @@ SNAPSHOT_FORMAT = "pfgmpp-network-snapshot"
 VERSION = 1
 BEST_STATE = "training-state-best.pt"  # of the lowest score so far; never taken by its age
 
-_STATE_NAME = re.compile(r"training-state-(\d{6,}(?:\.\d{3})?)\.pt")
+_STATE_NAME = re.compile(r"training-state-(\d{6,}(?:\.\d{3})?)\.(?P<suffix>pt|pkl)")
 _READ_ERRORS = (zipfile.BadZipFile, RuntimeError, MemoryError, EOFError,
                 KeyError, IndexError, AttributeError, ValueError, TypeError, OverflowError,
                 AssertionError, NotImplementedError, struct.error, OSError)
@@ -54,14 +54,18 @@ def kimg_tag(nimg: int, *, fractional: bool) -> str:
     return f"{nimg // 1000:06d}" + (f".{nimg % 1000:03d}" if fractional else "")
 
 
-def training_states(run_dir: str | Path) -> list[Path]:
+def training_states(run_dir: str | Path, suffix: str = "pt") -> list[Path]:
     """Returns the training states in a run directory, oldest first by the names' thousands.
+
+    Args:
+        run_dir: the folder.
+        suffix: 'pt', or 'pkl' for pickles of PFGM++.
 
     Raises:
         OSError: there is no such folder.
     """
     found = [(float(match[1]), path) for path in Path(run_dir).iterdir()
-             if (match := _STATE_NAME.fullmatch(path.name))]
+             if (match := _STATE_NAME.fullmatch(path.name)) and match["suffix"] == suffix]
     return [path for _, path in sorted(found)]
 
 
@@ -253,7 +257,7 @@ def newest_state(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     Newest is by the number of images recorded in the file.
     """
     problems = []
-    for path in sorted(training_states(run_dir), key=_recorded_nimg, reverse=True):
+    for path in sorted(training_states(run_dir), key=recorded_nimg, reverse=True):
         try:
             load_state(path)
         except (OSError, ValueError) as error:
@@ -263,7 +267,16 @@ def newest_state(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def _recorded_nimg(path: Path) -> float:
+def verifies(path: Path) -> bool:
+    """Says whether a training state can be read and is undamaged."""
+    try:
+        load_state(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def recorded_nimg(path: Path) -> float:
     """Returns the images seen that a state records, unverified; by its name if it is damaged."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -27,6 +27,34 @@ PRECONDITIONERS = {"vp": "VPPrecond", "ve": "VEPrecond", "edm": "EDMPrecond"}
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 AUGMENT_DIM = 9  # augmentation labels, see training/augment.py
 
+# What a resumed run may change without being asked, with the reason. Everything else, options that
+# are new here too, decides what is computed from the resumed step on: see `changed_options`.
+FREE_ON_RESUME = {
+    "data": "a data set may move: its content is compared, by its fingerprint",
+    "seed": "taken from the state; another one is refused",
+    "transfer": "decides where a run begins, not how it goes on",
+    "duration": "how long is no matter of how: going on for longer is a reason to resume",
+    "batch_gpu": "the split over rounds and processes changes rounding alone",
+    "bench": "which kernels, as the machine does",
+    "compile": "likewise",
+    "deterministic": "likewise",
+    "cache": "where the pixels come from, not which",
+    "workers": "likewise",
+    "max_bad_steps": "when to give up, not what is trained",
+    "tick": "when to report and to write",
+    "snap": "likewise",
+    "dump": "likewise",
+    "keep": "likewise",
+    "samples": "pictures are drawn from seeds of their own",
+    "eval": "scores too, and training does not see them",
+    "eval_ref": "likewise",
+    "eval_num": "likewise",
+    "eval_detector": "likewise",
+}
+# Options that are in the network itself, which is compared key by key with the state's.
+NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "label_dropout",
+                   "sigma_data", "cbase", "cres", "nblock"}
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -71,6 +99,7 @@ class TrainConfig:
     tick: float = 50.0  # kimg
     snap: int = 50  # ticks
     dump: int = 50  # ticks
+    keep: int | None = None  # training states; None = all
     samples: int | None = None  # None = 64 on a GPU, 16 on the CPU
     eval: float | None = None  # kimg; None = never
     eval_ref: str | None = None
@@ -99,7 +128,8 @@ class TrainConfig:
         for name in ("duration", "batch", "tick", "lr", "max_bad_steps", "snap", "dump"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"--{_flag(name)}={value:g}", "positive and finite")
-        for name in ("batch_gpu", "cbase", "nblock", "ls", "eval", "sigma_data"):
+        for name in ("batch_gpu", "cbase", "nblock", "ls", "eval", "keep",
+                     "sigma_data"):
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, f"--{_flag(name)}={value}", "positive")
         for name in ("lr_rampup", "ema", "workers", "samples", "seed"):
@@ -207,6 +237,27 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"unknown training option {unknown[0]!r}")
         return cls(**{key: _coerce(key, value, hints[key]) for key, value in values.items()})
+
+
+def changed_options(now: TrainConfig, then: dict) -> list[str]:
+    """Returns '--lr=0.01 (0.001 in the state)' for each option that goes on differently.
+
+    Args:
+        now: the options of the run that is resumed.
+        then: those that the state holds, of `to_dict`; one that it lacks had its default.
+    """
+    changed = []
+    for field in dataclasses.fields(now):
+        name, value = field.name, now.to_dict()[field.name]
+        before = then.get(name, field.default)
+        is_used = name != "rbatch" or now.stf
+        if name not in {*FREE_ON_RESUME, *NETWORK_OPTIONS} and is_used and value != before:
+            changed.append(f"--{_flag(name)}={_shown(value)} ({_shown(before)} in the state)")
+    return changed
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _require(ok: object, given: str, allowed: str) -> None:

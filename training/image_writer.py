@@ -5,10 +5,11 @@
     DIR/[SSS000/]SSSSSS.npy      the same, [C, H, W], where no PNG holds it
 
 Every file appears under its name only when complete, so that a run that was killed is continued by
-running it again.
+running it again. Two runs may fill one folder at the same time: what both make is the same.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from torch_utils.atomic import atomic_write, write_json
+from torch_utils.atomic import atomic_write, remove_stale, write_json
 from training import array_files
 from training.image_files import ARRAY_SUFFIX, GENERATE_RECORD, read_regular
 
@@ -43,15 +44,20 @@ class ImageFolder:
     def open(self, settings: dict[str, Any]) -> None:
         """Makes the folder and records `settings`, plain JSON data.
 
+        What a killed run has left unfinished is removed.
+
         Raises:
             ValueError: the folder holds images made with other settings.
             OSError: it can't be made or written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, *self.path.glob("*/")) if self._subdirs else (self.path,):
+            remove_stale(folder)
         record = self.path / GENERATE_RECORD
         if not record.exists():
-            write_json(record, settings)
-            return
+            with contextlib.suppress(FileExistsError):  # another run was faster
+                write_json(record, settings, replace=False)
+                return
         try:
             there = json.loads(record.read_text(encoding="utf-8"))
         except ValueError:

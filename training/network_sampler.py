@@ -16,6 +16,7 @@ from training.dataset import ImageFolderDataset
 from training.guidance import EVERYWHERE, GuidedDenoiser, guided
 from training.loss import LSUN_SIGMA_MAX
 from training.networks import Precond
+from training.quantization import FULL_BITS, quantise_
 from training.sampling import SampleBatch, SamplerConfig, generate_images, trajectory
 from training.scaling import EIGHT_BIT, Scaling
 
@@ -120,7 +121,7 @@ class NetworkSampler:
     @classmethod
     def open(cls, source: str, device: torch.device, *, class_idx: int | None = None,
              pfgmpp: bool | None = None, aug_dim: float | None = None, precision: str = "fp32",
-             guidance: float = 1.0, gnet: str | None = None,
+             bits: int = FULL_BITS, guidance: float = 1.0, gnet: str | None = None,
              guidance_interval: tuple[float, float] | None = None, cond_image: str | None = None,
              init_image: str | None = None, init_sigma: float | None = None,
              **sampler_options: Any) -> "NetworkSampler":
@@ -133,6 +134,7 @@ class NetworkSampler:
             pfgmpp: for files that do not record D, see `checkpoint.settle_D`.
             aug_dim: likewise.
             precision: arithmetic inside the network.
+            bits: what the network's weights are rounded to, see training/quantization.py.
             guidance: strength of guidance, see training/guidance.py; 1 is none.
             gnet: a path or address of the guide; None is the network without its labels.
             guidance_interval: noise levels (lo, hi] at which to guide; None is everywhere.
@@ -151,11 +153,17 @@ class NetworkSampler:
         open_network = functools.partial(_open_network, device=device, pfgmpp=pfgmpp,
                                          aug_dim=aug_dim, precision=precision)
         content, net = open_network(source)
+        quantise_(net, bits)
         sampler = _sampler_config(content, sampler_options, init_image, init_sigma)
         _check_class(source, net, class_idx)
         settings = {"weights": _weights_digest(content), "class": class_idx,
                     "precision": precision, "device": device.type, "D": net.D,
                     **dataclasses.asdict(sampler)}
+        # Recorded where they are used alone: folders of before know no such settings.
+        if not sampler.noise_alpha:
+            del settings["noise_alpha"]
+        if bits < FULL_BITS:
+            settings["bits"] = bits
         scaling = recorded_scaling(content, source, "scale", net.img_channels)
         denoiser, extra = _with_guidance(net, source, guidance, gnet, guidance_interval,
                                          open_network, scaling)

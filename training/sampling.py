@@ -29,6 +29,7 @@ from training.solvers import (
     Denoiser,
     RandnLike,
     churn,
+    disturbed,
     heun,
     schedule_slope,
     watched,
@@ -77,8 +78,8 @@ def edm_sampler(
     randn_like: RandnLike = torch.randn_like,
     num_steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0,
     S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf, S_noise: float = 1.0,
-    *, watch: Watch | None = None, condition: torch.Tensor | None = None,
-    init: torch.Tensor | None = None,
+    *, noise_alpha: float = 0.0, watch: Watch | None = None,
+    condition: torch.Tensor | None = None, init: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns samples [B, C, H, W] in float64 by Heun's method on the EDM grid.
 
@@ -96,6 +97,7 @@ def edm_sampler(
         S_min: lowest noise level that is churned.
         S_max: highest noise level that is churned.
         S_noise: factor on the noise that churn adds.
+        noise_alpha: strength of noise added before each step, to see how robust the sampler is.
         watch: called with (state, sigma) before each step.
         condition: [B, cond_channels, H, W], for networks with a condition image.
         init: images [B, C, H, W] to which the noise of sigma_max is added at the start; None is 0.
@@ -105,6 +107,8 @@ def edm_sampler(
     if S_churn > 0:
         before_step = churn(sigmas, randn_like, S_churn=S_churn, S_min=S_min, S_max=S_max,
                             S_noise=S_noise, round_sigma=net.round_sigma)
+    if noise_alpha > 0:
+        before_step = disturbed(before_step, sigmas, randn_like, noise_alpha=noise_alpha)
     if watch:
         before_step = watched(before_step, sigmas, watch)
     start = _start(latents, sigmas[0], init)
@@ -117,8 +121,9 @@ def ablation_sampler(
     num_steps: int = 18, sigma_min: float | None = None, sigma_max: float | None = None,
     rho: float = 7.0, S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf,
     S_noise: float = 1.0, solver: str = "heun", discretization: str = "edm",
-    schedule: str = "linear", scaling: str = "none", *, watch: Watch | None = None,
-    condition: torch.Tensor | None = None, init: torch.Tensor | None = None,
+    schedule: str = "linear", scaling: str = "none", *, noise_alpha: float = 0.0,
+    watch: Watch | None = None, condition: torch.Tensor | None = None,
+    init: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns samples [B, C, H, W] in float64 by any combination of published choices.
 
@@ -140,6 +145,9 @@ def ablation_sampler(
     if S_churn > 0:
         before_step = churn(times, randn_like, S_churn=S_churn, S_min=S_min, S_max=S_max,
                             S_noise=S_noise, round_sigma=net.round_sigma, schedule=path)
+    if noise_alpha > 0:
+        before_step = disturbed(before_step, times, randn_like, noise_alpha=noise_alpha,
+                                schedule=path)
     if watch:
         before_step = watched(before_step, times, lambda x, t: watch(x / path.scale(t),
                                                                      path.sigma(t)))
@@ -170,10 +178,11 @@ def _float64_denoiser(
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """Settings of the sampler; any of the last four selects the ablation sampler.
+    """Settings of the sampler.
 
-    Karras et al. 2022, Algorithm 2 and Table 1. None for a noise level means the published value of
-    the discretisation.
+    Karras et al. 2022, Algorithm 2 and Table 1. `solver`, `discretization`, `schedule` or `scaling`
+    select the ablation sampler. None for a noise level means the published value of the
+    discretisation.
     """
 
     num_steps: int = 18
@@ -188,6 +197,7 @@ class SamplerConfig:
     discretization: str | None = None
     schedule: str | None = None
     scaling: str | None = None
+    noise_alpha: float = 0.0
 
     @property
     def is_ablation(self) -> bool:
@@ -196,9 +206,9 @@ class SamplerConfig:
 
     def check(self, net: Precond) -> None:
         """Raises ValueError where these settings can't be used with this network."""
-        if self.S_churn < 0 or self.S_noise < 0:
-            raise ValueError(f"S_churn={self.S_churn:g}, S_noise={self.S_noise:g}: "
-                             "must be 0 or more")
+        if min(self.S_churn, self.S_noise, self.noise_alpha) < 0:
+            raise ValueError(f"S_churn={self.S_churn:g}, S_noise={self.S_noise:g}, "
+                             f"noise_alpha={self.noise_alpha:g}: must be 0 or more")
         if self.S_churn > 0 and not math.isinf(net.D):
             raise ValueError(
                 f"S_churn={self.S_churn:g} with D={net.D:g}: churn adds Gaussian noise, which "

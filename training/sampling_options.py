@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import click
 
+from dnnlib.cli import NumberList
+
 
 class _Interval(click.ParamType):
     """LO,HI with 0 <= LO < HI, where HI may be inf; becomes a pair of numbers."""
@@ -29,7 +31,9 @@ class _Interval(click.ParamType):
 
 _OPTIONS = (
     click.option("--class", "class_idx", metavar="INT", type=int, help="Class label.  [default: random]"),
-    click.option("--steps", "num_steps", metavar="INT", type=click.IntRange(min=1), default=18, help="Number of noise levels."),
+    click.option("--steps", metavar="LIST", type=NumberList(int, 1), default="18", help="Number of noise levels; several are a sweep."),
+    click.option("--alpha", metavar="LIST", type=NumberList(float, 0), help="Robustness study: noise of alpha times the level, added before each step."),
+    click.option("--bits", metavar="LIST", type=NumberList(int, 1, 32), help="Robustness study: bits that weights are rounded to; 32 leaves them."),
     click.option("--sigma_min", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), help="Lowest noise level.  [default: 0.002, or the discretisation's]"),
     click.option("--sigma_max", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), help="Highest noise level.  [default: 80, 380 for --lsun networks, or the discretisation's]"),
     click.option("--rho", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=7, help="Exponent of the grid of noise levels."),

@@ -8,6 +8,7 @@ are and 16 bits are spread over [-1, 1]. PyTorch is needed for tensors only.
 """
 
 import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ class Scaling:
 
         if self.is_8bit:  # in EDM's order of operations, to the bit
             return values.to(torch.float32) / 127.5 - 1
-        center, spread = self._columns(values)
+        center, spread = _columns(self, values.device)
         return ((values.to(torch.float64) - center) / spread).to(torch.float32)
 
     def to_data(self, images: "torch.Tensor") -> "torch.Tensor":
@@ -66,7 +67,7 @@ class Scaling:
 
         if self.is_8bit:
             return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
-        center, spread = self._columns(images)
+        center, spread = _columns(self, images.device)
         return (images.to(torch.float64) * spread + center).to(torch.float32)
 
     def to_picture(self, values: np.ndarray) -> np.ndarray:
@@ -76,13 +77,6 @@ class Scaling:
         if self.is_8bit:
             return values
         return EIGHT_BIT.to_data(self.to_network(torch.from_numpy(values))).numpy()
-
-    def _columns(self, like: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-        """Returns center and spread as [C, 1, 1] float64 on the device of `like`."""
-        import torch
-
-        return tuple(torch.tensor(numbers, dtype=torch.float64, device=like.device)[:, None, None]
-                     for numbers in (self.center, self.spread))
 
     def check_channels(self, channels: int) -> None:
         """Raises ValueError where this is not a scaling of so many channels."""
@@ -107,6 +101,16 @@ class Scaling:
                 type(number) in (int, float) for number in numbers) for numbers in lists):
             raise ValueError('must be {"center": [...], "spread": [...]}')
         return cls(*map(tuple, lists), is_8bit=record.get("dtype") == "uint8")
+
+
+@functools.lru_cache(maxsize=16)  # a copy to the device in every step would wait for it
+def _columns(scaling: Scaling, device: "torch.device") -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Returns center and spread as [C, 1, 1] float64 on the device."""
+    import torch
+
+    with torch.inference_mode(False):  # they outlive whoever asks first
+        return tuple(torch.tensor(numbers, dtype=torch.float64, device=device)[:, None, None]
+                     for numbers in (scaling.center, scaling.spread))
 
 
 EIGHT_BIT = Scaling((127.5,), (127.5,), is_8bit=True)

@@ -102,6 +102,25 @@ def watched(
     return before
 
 
+def disturbed(
+    before_step: BeforeStep | None, sigmas: torch.Tensor, randn_like: RandnLike, *,
+    noise_alpha: float, schedule: Schedule | None = None,
+) -> BeforeStep:
+    """Returns a `before_step` that adds noise_alpha * sigma * Normal(0, I) before the given one.
+
+    An error of the sampler on purpose (Xu et al. 2023, PFGM++, section 6): the level stays as it
+    is, so the state no longer belongs to it. Arguments as for `churn`.
+    """
+    starts = sigmas[:-1]
+    std = noise_alpha * (schedule.sigma(starts) * schedule.scale(starts) if schedule else starts)
+
+    def before(x: torch.Tensor, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x + std[i] * randn_like(x)
+        return before_step(x, i) if before_step else (x, sigmas[i])
+
+    return before
+
+
 def churn(
     sigmas: torch.Tensor, randn_like: RandnLike, *, S_churn: float, S_min: float = 0.0,
     S_max: float = math.inf, S_noise: float = 1.0,

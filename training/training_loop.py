@@ -20,18 +20,21 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+import PIL.Image
 import psutil
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from dnnlib import signals
+from dnnlib.cli import UserError
 from dnnlib.util import format_ranges, format_time
 from metrics.score_sheet import Score, ScoreSheet
 from torch_utils import distributed, misc, training_stats
-from torch_utils.atomic import write_json
+from torch_utils.atomic import append_line, write_json
 from torch_utils.loading import read_in_processes, read_in_threads
 from training import checkpoint
 from training.augment import AugmentPipe
@@ -42,6 +45,7 @@ from training.grid import image_grid, save_png
 from training.loss import LOSSES, LSUN_SIGMA_MAX, DenoisingLoss, LossDraws
 from training.network_sampler import NetworkSampler, SeedImages
 from training.networks import Precond, build_network
+from training.run_files import RunFiles
 from training.sampling import SamplerConfig, generate_images, to_uint8
 from training.scaling import Scaling
 from training.scoring import network_features, open_scorer
@@ -55,6 +59,7 @@ _MAX_NAMED = 8  # images in an error message
 _GRID_SEED = 0
 _GRID_POOL = 4096  # training images among which the grid of real images looks for each class
 _GRID_MAX_ROWS = 16
+_unwritten: set[Path] = set()  # files that have been warned of
 _EVAL_BATCH = 64  # the most samples at a time; smaller where --batch-gpu is
 
 
@@ -77,6 +82,8 @@ class Trainer:
         self.micro_batch, self.rounds = config.rounds(self.world_size)
         self.cur_nimg = 0
         self.best_score: float | None = None
+        # What a tick has collected and still has to do, in a state that a signal had written.
+        self.unfinished: dict[str, Any] | None = None
 
         torch.manual_seed(misc.mix_seed(config.seed, _INIT_TAG))
         self.net = build_network(
@@ -99,6 +106,9 @@ class Trainer:
         self.loss_scale = torch.tensor(start, device=device)
         self.counters = {name: torch.zeros([], device=device) for name in
                          ("good_since_change", "bad_total", "bad_row", "worst_row", "bad_step")}
+        self._step_loss = torch.zeros([], device=device)  # mean of this rank's share
+        self._good_loss = self._bad_loss = torch.full([], math.nan, device=device)
+        self._seen_row = _HostCopy(device)
         self._step_rng = torch.Generator(device)
         self.ddp: torch.nn.Module = self.net
 
@@ -159,6 +169,7 @@ class Trainer:
         draws = draws[self.rank * share:(self.rank + 1) * share]
         gain = self.loss_scale / share
         self.optimizer.zero_grad(set_to_none=True)
+        self._step_loss = torch.zeros_like(self._step_loss)
         for i in range(self.rounds):
             images, labels, *conditions = next(self._batches)
             images = self._to_device(images, self.dataset.scaling)
@@ -173,6 +184,7 @@ class Trainer:
                 loss = self.loss_fn(self.ddp, images, labels, self.augment_pipe, draws=draws[part],
                                     reference=reference, condition=condition)
                 training_stats.report("Loss/loss", loss.detach())
+                self._step_loss += loss.detach().mean() / self.rounds
                 (loss.sum() * gain).backward()
 
     def _draw_step(self) -> LossDraws:
@@ -226,6 +238,8 @@ class Trainer:
         longer = c["bad_row"] > c["worst_row"]
         c["bad_step"] = torch.where(longer, self.step - c["bad_row"] + 1, c["bad_step"])
         c["worst_row"] = torch.maximum(c["worst_row"], c["bad_row"])
+        self._bad_loss = torch.where(c["bad_row"] == 1, self._step_loss, self._bad_loss)
+        self._good_loss = torch.where(bad > 0, self._good_loss, self._step_loss)
         if not self.dynamic_scale:
             return
         good = (c["good_since_change"] + 1) * (1 - bad)
@@ -234,8 +248,15 @@ class Trainer:
         self.loss_scale = self.loss_scale * factor
         c["good_since_change"] = torch.where(double, torch.zeros_like(good), good)
 
+    def seems_diverged(self) -> bool:
+        """Says whether too many steps in a row were bad, as far as is known without waiting."""
+        return self._seen_row(self.counters["worst_row"]) > self.config.max_bad_steps
+
     def check_divergence(self) -> None:
-        """Raises DivergedError where too many steps in a row were bad. Waits for the device."""
+        """Raises DivergedError where too many steps in a row were bad. Waits for the device.
+
+        Every rank must call it at the same step.
+        """
         row = int(self.counters["worst_row"])
         self.counters["worst_row"].zero_()
         if row <= self.config.max_bad_steps:
@@ -243,9 +264,12 @@ class Trainer:
         step = int(self.counters["bad_step"])
         positions = step * self.config.batch + np.arange(self.config.batch)
         first = order_at(len(self.dataset), self.config.seed, positions[:_MAX_NAMED])
+        losses = distributed.all_reduce_sum_(torch.stack([self._bad_loss, self._good_loss]))
+        bad_loss, good_loss = (losses / self.world_size).tolist()
         raise DivergedError(
             f"{row} steps in a row had loss or gradients that are not finite, from step {step} "
-            f"({step * self.config.batch / 1000:g} kimg; its images begin with data indices "
+            f"({step * self.config.batch / 1000:g} kimg; its loss is {bad_loss:.5g}, the last good "
+            f"one was {good_loss:.5g}; its images begin with data indices "
             f"{', '.join(map(str, first))}); more than --max-bad-steps={self.config.max_bad_steps}"
             f". The weights are those from before. {self._divergence_hint()}")
 
@@ -259,7 +283,8 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Returns all that a resumed run needs, see training/checkpoint.py."""
         progress = {"cur_nimg": self.cur_nimg, "ema_rampup": self.ema_rampup,
-                    "best_score": self.best_score, "loss_scale": self.loss_scale.cpu(),
+                    "best_score": self.best_score, "unfinished": self.unfinished,
+                    "loss_scale": self.loss_scale.cpu(),
                     "counters": {name: value.cpu() for name, value in self.counters.items()}}
         return {
             "format": checkpoint.STATE_FORMAT, "network": self.net.config,
@@ -287,8 +312,8 @@ class Trainer:
             self._restore_foreign(state, source)
             return
         record = dataset_record(self.dataset)
-        if any(record[key] != state["dataset"][key] for key in ("fingerprint", "size")):
-            raise ValueError(f"{source}: the data set or --xflip has changed since the run began "
+        if record["fingerprint"] != state["dataset"]["fingerprint"]:
+            raise ValueError(f"{source}: the data set has changed since the run began "
                              f"({state['dataset']['size']} images then, {record['size']} now)")
         self.net.load_state_dict(state["net"])
         self.ema.load_state_dict(state["ema"])
@@ -296,6 +321,7 @@ class Trainer:
         self.cur_nimg = state["progress"]["cur_nimg"]
         self.ema_rampup = state["progress"]["ema_rampup"]
         self.best_score = state["progress"].get("best_score")
+        self.unfinished = state["progress"].get("unfinished")
         if self.dynamic_scale:
             self.loss_scale = state["progress"]["loss_scale"].to(self.device)
         self.counters = {k: v.to(self.device) for k, v in state["progress"]["counters"].items()}
@@ -310,6 +336,8 @@ class Trainer:
         if state["format"] != checkpoint.STATE_FORMAT:
             # Foreign files spell out what ours leave at its default, and the other way round.
             skip |= set(ours) ^ set(theirs)
+        else:
+            skip.add("dropout")  # an option without weights, see config.changed_options
         difference = checkpoint.first_difference(
             *({k: v for k, v in config.items() if k not in skip} for config in (ours, theirs)))
         if difference:
@@ -345,6 +373,27 @@ class Trainer:
         self._check_weights(weights, f"--transfer={source}")
         self.net.load_state_dict(weights)
         self.ema_rampup = None  # the weights are good already: nothing to forget
+
+
+class _HostCopy:
+    """The value of a number on the device as it was a moment ago, for the host to look at."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._value = 0.0
+        self._box = torch.zeros([], pin_memory=self._on_gpu)
+        self._copied: torch.cuda.Event | None = None
+
+    def __call__(self, number: torch.Tensor) -> float:
+        """Starts copying `number` if no copy is under way; returns the last that has arrived."""
+        if not self._on_gpu:
+            return float(number)
+        if self._copied is None or self._copied.query():
+            self._value = float(self._box)
+            self._box.copy_(number, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return self._value
 
 
 def build_loss(config: TrainConfig, net: Precond) -> DenoisingLoss:
@@ -418,6 +467,7 @@ def training_loop(
         trainer.restore(resume[1], resume[0])
     _announce(trainer)
     if distributed.get_rank() == 0:
+        RunFiles(run_dir, config.keep).tidy()
         write_json(run_dir / "training_options.json", {
             "options": config.to_dict(), "dataset": dataset_record(dataset),
             "network": finite_json(trainer.net.config, infinity="inf"),
@@ -475,15 +525,16 @@ class Evaluator:
         return values["fid"]
 
 
-def _evaluate(trainer: Trainer, evaluator: Evaluator, run_dir: Path, bar) -> dict[str, float]:
+def _evaluate(trainer: Trainer, evaluator: Evaluator, files: RunFiles, bar) -> dict[str, float]:
     """Scores the run, keeps its best state, and returns what stats.jsonl says of it."""
     value = evaluator()
     kimg = trainer.cur_nimg / 1e3
     is_best = trainer.best_score is None or value < trainer.best_score
+    before = trainer.best_score
     if is_best:
-        trainer.best_score = value
-        if trainer.rank == 0:
-            checkpoint.save(run_dir / checkpoint.BEST_STATE, trainer.state())
+        trainer.best_score = value  # which the state records
+        if trainer.rank == 0 and not files.save(checkpoint.BEST_STATE, trainer.state()):
+            trainer.best_score = before
     if trainer.rank == 0:
         standing = (f", the lowest so far: kept as {checkpoint.BEST_STATE}" if is_best else
                     f"; the lowest so far is {trainer.best_score:.5g}")
@@ -493,50 +544,149 @@ def _evaluate(trainer: Trainer, evaluator: Evaluator, run_dir: Path, bar) -> dic
 
 def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None) -> None:
     config = trainer.config
-    collector = training_stats.Collector(trainer.device)
     now = time.time()
-    clock = _Clock(now, now, trainer.cur_nimg)
-    if trainer.cur_nimg >= config.total_nimg:
+    upkeep = _Upkeep(trainer, run_dir, evaluator, training_stats.Collector(trainer.device),
+                     _Clock(now, now, trainer.cur_nimg))
+    is_due = upkeep.resume()
+    if trainer.cur_nimg >= config.total_nimg and not is_due:
         distributed.print0(f"Nothing to do: {trainer.cur_nimg} of {config.total_nimg} images done")
         return
-    with tqdm(total=config.total_nimg, initial=trainer.cur_nimg, unit="img", unit_scale=True,
-              leave=False, disable=None if trainer.rank == 0 else True) as bar:
+    with signals.deferred(), tqdm(
+            total=config.total_nimg, initial=trainer.cur_nimg, unit="img", unit_scale=True,
+            leave=False, disable=None if trainer.rank == 0 else True) as bar:
+        if is_due:
+            upkeep.run(bar)
         while trainer.cur_nimg < config.total_nimg:
             trainer.train_step()
             bar.update(config.batch)
-            done = trainer.cur_nimg >= config.total_nimg
-            tick = config.tick_at(trainer.cur_nimg)
-            if not done and tick is None:
-                continue
-            if tick is None:  # the last tick may be short
-                tick = (trainer.cur_nimg - config.batch) // config.tick_nimg + 1
-            scores = {}
-            if evaluator and (done or config.is_eval_due(trainer.cur_nimg)):
-                started = time.time()
-                scores = _evaluate(trainer, evaluator, run_dir, bar)
-                clock.maintenance_sec += time.time() - started
-            _report_tick(trainer, collector, clock, tick, run_dir, bar, scores)
-            trainer.check_divergence()
-            _save_files(trainer, run_dir, tick, done)
-            clock.maintenance_sec = time.time() - clock.tick_start_time
+            upkeep.after_step()
+            if upkeep.is_due:
+                upkeep.run(bar)
     distributed.print0("Training finished")
+
+
+class _Upkeep:
+    """What is done at ticks: scores, the report, files. And at a stop.
+
+    Args:
+        trainer: the run.
+        run_dir: its folder.
+        evaluator: gives the scores; None for none.
+        collector: gives the statistics.
+        clock: times the ticks.
+    """
+
+    def __init__(self, trainer: Trainer, run_dir: Path, evaluator: Evaluator | None,
+                 collector: training_stats.Collector, clock: _Clock):
+        self._trainer, self._run_dir, self._evaluator = trainer, run_dir, evaluator
+        self._collector, self._clock = collector, clock
+        self._files = RunFiles(run_dir, trainer.config.keep)
+        self._agreement = distributed.Agreement(trainer.device)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a tick ends at the images seen so far."""
+        nimg, config = self._trainer.cur_nimg, self._trainer.config
+        return nimg >= config.total_nimg or config.tick_at(nimg) is not None
+
+    def resume(self) -> bool:
+        """Takes over what a stopped run has left of its tick; says whether the tick is due now."""
+        left, self._trainer.unfinished = self._trainer.unfinished, None
+        if left:
+            training_stats.resume(left["stats"], self._trainer.device)
+        return bool(left and left["is_due"])
+
+    def run(self, bar) -> None:
+        """Scores, reports and writes what is due at this tick."""
+        trainer, config = self._trainer, self._trainer.config
+        nimg, done = trainer.cur_nimg, trainer.cur_nimg >= config.total_nimg
+        tick = config.tick_at(nimg)
+        if tick is None:  # the last tick may be short
+            tick = (nimg - config.batch) // config.tick_nimg + 1
+        self._collector.update()
+        started = time.time()
+        has_eval = self._evaluator and (done or config.is_eval_due(nimg))
+        has_pictures = done or tick % config.snap == 0
+        scores, pictures = {}, None
+        if has_eval or has_pictures:
+            with self._stops_at_once():
+                scores = _evaluate(trainer, self._evaluator, self._files, bar) if has_eval else {}
+                pictures = _sample_grid(trainer) if has_pictures else None
+        self._clock.maintenance_sec += time.time() - started
+        _report_tick(trainer, self._collector, self._clock, tick, self._run_dir, bar, scores)
+        trainer.check_divergence()
+        if trainer.rank == 0:
+            _save_files(trainer, self._files, tick, done, pictures)
+        self._clock.maintenance_sec = time.time() - self._clock.tick_start_time
+
+    def after_step(self) -> None:
+        """Stops or fails on all ranks where one of them has seen the reason."""
+        trainer = self._trainer
+        code, diverged = self._agreement.in_step(
+            [signals.requested() or 0, int(trainer.seems_diverged())])
+        if diverged:
+            trainer.check_divergence()
+        if code:
+            self._collector.update()
+            self._save_and_stop(code, is_due=self.is_due)
+
+    @contextlib.contextmanager
+    def _stops_at_once(self) -> Iterator[None]:
+        """Ends what is inside at a signal: it takes long, and leaves the run as it is."""
+        cause, timeout = None, None
+        try:
+            with signals.immediate():
+                yield
+        except (signals.Stopped, RuntimeError) as error:
+            if signals.requested() is None:
+                raise
+            # Ranks may be anywhere inside, waiting for this one in a collective: then it leaves.
+            cause, timeout = error, distributed.STOP_TIMEOUT
+        heard = self._agreement.now([signals.requested() or 0 if cause else 0], timeout)
+        if heard is None and self._trainer.rank != 0:
+            raise signals.Stopped(signals.requested()) from cause
+        if heard is None or heard[0]:
+            code = heard[0] if heard else signals.requested()
+            self._save_and_stop(code, is_due=True, cause=cause)
+
+    def _save_and_stop(self, code: int, is_due: bool,
+                       cause: BaseException | None = None) -> NoReturn:
+        """Writes a training state on rank 0 and ends the run."""
+        trainer = self._trainer
+        trainer.unfinished = {"stats": self._collector.moments, "is_due": is_due}
+        path = self._run_dir / f"training-state-{_tag(trainer)}.pt"
+
+        def save() -> None:
+            try:
+                checkpoint.save(path, trainer.state())
+            except OSError as error:
+                raise UserError(f"stopped by a signal, but {path} can't be written: "
+                                f"{error.strerror or error}") from error
+            distributed.print0(f"Stopped at {trainer.cur_nimg / 1e3:g} kimg: {path} goes on from "
+                               "here with --resume=auto")
+        distributed.run_while_others_wait(save)
+        raise signals.Stopped(code) from cause
+
+
+def _tag(trainer: Trainer) -> str:
+    return checkpoint.kimg_tag(trainer.cur_nimg, fractional=trainer.config.tick < 1)
 
 
 def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, bar,
                  scores: dict[str, float]) -> None:
     """Prints the tick's line, appends it to stats.jsonl, and starts the clock of the next tick."""
     device = trainer.device
-    collector.update()
     now = time.time()
     tick_sec = now - clock.tick_start_time - clock.maintenance_sec
     kimg = (trainer.cur_nimg - clock.tick_start_nimg) / 1e3
     gb = 2**30
+    sec_per_kimg = tick_sec / kimg if kimg else math.nan  # a stopped run's tick that was left
     fields = {
         "Progress/tick": tick, "Progress/kimg": trainer.cur_nimg / 1e3,
         "Progress/lr": trainer.lr, "Progress/loss_scale": float(trainer.loss_scale),
         "Progress/bad_steps": int(trainer.counters["bad_total"]),
         "Timing/total_sec": now - clock.start_time, "Timing/sec_per_tick": tick_sec,
-        "Timing/sec_per_kimg": tick_sec / kimg, "Timing/maintenance_sec": clock.maintenance_sec,
+        "Timing/sec_per_kimg": sec_per_kimg, "Timing/maintenance_sec": clock.maintenance_sec,
         "Resources/cpu_mem_gb": psutil.Process().memory_info().rss / gb,
         "Resources/peak_gpu_mem_gb": 0.0, "Resources/peak_gpu_mem_reserved_gb": 0.0, **scores,
     }
@@ -562,12 +712,14 @@ def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, ba
 
 
 def append_stats(path: Path, record: dict[str, Any]) -> None:
-    """Appends one JSON line; numbers that JSON lacks become null. A full disk only warns."""
+    """Appends one JSON line; numbers that JSON lacks become null. A full disk only warns, once."""
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite_json(record)) + "\n")
+        append_line(path, json.dumps(finite_json(record)))
+        _unwritten.discard(path)
     except OSError as error:
-        distributed.print0(f"Warning: {path} not written: {error}")
+        if path not in _unwritten:
+            distributed.print0(f"Warning: {path} not written: {error}")
+        _unwritten.add(path)
 
 
 def finite_json(value: Any, infinity: str | None = None) -> Any:
@@ -577,19 +729,21 @@ def finite_json(value: Any, infinity: str | None = None) -> Any:
     return infinity if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _save_files(trainer: Trainer, run_dir: Path, tick: int, done: bool) -> None:
-    config = trainer.config
-    tag = checkpoint.kimg_tag(trainer.cur_nimg, fractional=config.tick < 1)
+def _save_files(trainer: Trainer, files: RunFiles, tick: int, done: bool,
+                pictures: PIL.Image.Image | None) -> None:
+    config, tag = trainer.config, _tag(trainer)
     if done or tick % config.snap == 0:
-        if trainer.rank == 0:
-            checkpoint.save(run_dir / f"network-snapshot-{tag}.pt", trainer.snapshot())
-        _save_sample_grid(trainer, run_dir / f"samples-{tag}.png")
-    if (done or (tick > 0 and tick % config.dump == 0)) and trainer.rank == 0:
-        checkpoint.save(run_dir / f"training-state-{tag}.pt", trainer.state())
+        files.save(f"network-snapshot-{tag}.pt", trainer.snapshot())
+    if pictures is not None:
+        files.write(f"samples-{tag}.png", save_png, pictures)
+    is_state_due = done or (tick > 0 and tick % config.dump == 0)
+    if is_state_due and files.save(f"training-state-{tag}.pt", trainer.state()):
+        files.prune()
+    files.end_occasion(last=done)
 
 
-def _save_sample_grid(trainer: Trainer, path: Path) -> None:
-    """Writes a grid of EMA samples of fixed seeds; rows are classes where there are classes.
+def _sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
+    """Returns a grid of EMA samples of fixed seeds on rank 0; rows are classes if there are any.
 
     With condition images, row i has the condition image of training image i, then samples, then
     the image itself.
@@ -597,7 +751,7 @@ def _save_sample_grid(trainer: Trainer, path: Path) -> None:
     has_conditions, by_class = trainer.dataset.cond_channels > 0, _rows_are_classes(trainer)
     rows, columns = _grid_shape(trainer)
     if rows == 0:
-        return
+        return None
     sampler = SamplerConfig(sigma_max=LSUN_SIGMA_MAX if trainer.config.lsun else None)
     mine = {}
     for row in range(rows)[trainer.rank::trainer.world_size]:
@@ -612,9 +766,10 @@ def _save_sample_grid(trainer: Trainer, path: Path) -> None:
             mine[row] = _with_truth(trainer.dataset, number, mine[row])
     pictures = {row: images for part in distributed.gather_objects(mine)
                 for row, images in part.items()}
-    if trainer.rank == 0:
-        save_png(path, image_grid([pictures[row] for row in range(rows)],
-                                  [str(row) if by_class else "" for row in range(rows)]))
+    if trainer.rank != 0:
+        return None
+    return image_grid([pictures[row] for row in range(rows)],
+                      [str(row) if by_class else "" for row in range(rows)])
 
 
 def _grid_condition(trainer: Trainer, number: int) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""How a script meets SIGTERM, SIGINT and SIGUSR1, by which clusters and people stop it.
+
+    outside `deferred()`    `Stopped` is raised where the main thread is: temporary files are
+                            removed, worker processes ended
+    inside                  the signal is remembered; who deferred it asks `requested()`
+    a second signal         ends the process at once
+
+torchrun passes on what a cluster's scheduler may have sent to every process already. So the same
+stop can come twice, and signals within GRACE_SEC of the first are taken for it.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
+GRACE_SEC = 2.0
+
+
+class Stopped(SystemExit):
+    """A signal asked this process to stop; `code` is the exit code."""
+
+
+_requested: int | None = None  # the exit code of the first signal
+_is_deferred = _was_raised = False
+
+
+def install() -> None:
+    """Takes over the three signals; call once, in the main thread, before anything slow."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for number in EXIT_CODES:
+        signal.signal(number, _handle)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+    os.register_at_fork(after_in_child=_forget)
+
+
+def requested() -> int | None:
+    """Returns the exit code of the signal that came, None while none has come."""
+    return _requested
+
+
+def raise_again() -> None:
+    """Raises `Stopped` if it was raised before: errors that come after that follow from it."""
+    if _was_raised:
+        raise Stopped(_requested)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, signals are only remembered."""
+    with _deferring(True):
+        yield
+
+
+@contextlib.contextmanager
+def immediate() -> Iterator[None]:
+    """Inside, within `deferred()`, signals raise `Stopped` again, one that has come too."""
+    with _deferring(False):
+        if _requested is not None:
+            raise Stopped(_requested)
+        yield
+
+
+@contextlib.contextmanager
+def _deferring(value: bool) -> Iterator[None]:
+    global _is_deferred
+    before, _is_deferred = _is_deferred, value
+    try:
+        yield
+    finally:
+        _is_deferred = before
+
+
+def _handle(number: int, frame) -> None:
+    global _requested, _was_raised
+    if _requested is not None:
+        return  # `_watch` sees to it
+    _requested = EXIT_CODES[number]
+    if not _is_deferred:
+        _was_raised = True
+        raise Stopped(_requested)
+
+
+def _watch(reader: int) -> None:
+    """Ends the process at a second signal, wherever the main thread is: it may be stuck in C."""
+    first = None
+    while True:
+        for number in os.read(reader, 64):
+            if number not in EXIT_CODES:
+                continue
+            if first is None:
+                first = time.monotonic()
+            elif time.monotonic() - first > GRACE_SEC:
+                os._exit(EXIT_CODES[number])
+
+
+def _forget() -> None:
+    """Gives a forked child the ordinary signals back: it is not the one to be stopped tidily."""
+    signal.set_wakeup_fd(-1)
+    for number in EXIT_CODES:
+        signal.signal(number, signal.SIG_DFL)

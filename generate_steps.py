@@ -1,0 +1,9 @@
+"""generate.py over numbers of steps (PFGM++ paper, section 6)."""
+
+from dnnlib.cli import run
+from generate import preset
+
+main = preset(steps="10,12,14,16,18,20,22,24", name_steps=True)
+
+if __name__ == "__main__":
+    run(main)

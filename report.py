@@ -1,0 +1,42 @@
+"""Writes a report of runs: one HTML file with settings, curves, samples, scores, comparison."""
+
+from pathlib import Path
+
+import click
+
+from dnnlib.cli import run, user_errors
+
+
+@click.command(context_settings={"max_content_width": 100, "show_default": True})
+@click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True)
+@click.option("--out", metavar="HTML", default="report.html", help="File to write.")
+@click.option("--title", metavar="STR", help="Heading of the report.  [default: names of the runs]")
+def main(run_dirs: tuple[str, ...], out: str, title: str | None) -> None:
+    """Writes a report of one run, or of several side by side.
+
+    The report is one file that opens in any browser without a network: settings, loss, skipped
+    steps, speed and memory, grids of samples, scores, and where runs were scored alike their
+    scores over D, alpha, steps and bits. Numbers are in tables, and in CSV files that are inside
+    the page. The plots need matplotlib: pip install matplotlib.
+
+    Runs can be reported while they go on. What is missing or damaged is said in the report.
+
+    \b
+    python report.py runs/cifar10-128 runs/cifar10-2048 runs/cifar10-inf --out=report.html
+    """  # noqa: D301 - \b is click's mark for lines to leave alone
+    with user_errors():
+        from training.report_plots import check_available
+        check_available()
+
+        from torch_utils.atomic import atomic_write
+        from training.report_page import render
+        from training.run_record import RunRecord
+        runs = [RunRecord.read(path) for path in dict.fromkeys(run_dirs)]
+        page = render(runs, title).encode("utf-8", errors="replace")
+        with atomic_write(Path(out)) as file:
+            file.write(page)
+    click.echo(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {len(page) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

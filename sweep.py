@@ -1,0 +1,159 @@
+"""The study of D in one command: trains a network per D, scores each, writes the report.
+
+Composes train.py, fid.py gen, generate.py and report.py; what is there already is not done again.
+"""
+
+import importlib.util
+import math
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+import fid
+import train
+from dnnlib.cli import BAD_USAGE, IntList, NumberList, UserError, run, user_errors
+from dnnlib.util import is_url
+
+if TYPE_CHECKING:  # imported late: help is instant
+    from training.study import Step, Study
+
+_ROOT = Path(__file__).resolve().parent
+# Flags of train.py that this script gives itself, or that would keep it from going on with a run.
+_NOT_FOR_TRAINING = {"--outdir", "--name", "--data", "--pfgmpp", "--aug_dim", "--resume", "--desc",
+                     "--nosubdir", "--transfer", "--device", "--dry-run", "-n"}
+
+
+@click.command(context_settings={"max_content_width": 100, "show_default": True})
+@click.option("--outdir", metavar="DIR", default="runs", help="Where the run directories are made.")
+@click.option("--data", metavar="ZIP|DIR", help="Data set to train on.")
+@click.option("--aug_dims", metavar="LIST", help="D of each network, e.g. 128,2048,inf.")
+@click.option("--name", metavar="NAME", help="Run directories are OUTDIR/NAME-D128 and so on.  [default: name of the data]")
+@click.option("--runs", metavar="DIR,DIR", help="Score these runs instead of training.")
+@click.option("--ref", metavar="NPZ|URL|ZIP|DIR", help="Reference of the scores.  [default: --data]")
+@click.option("--metrics", metavar="LIST", default="fid", help="What to score, see fid.py.")
+@click.option("--detector", metavar="inception|pixels|FILE", default="inception", help="Features to score by, see fid.py.")
+@click.option("--seeds", metavar="LIST", type=IntList(), default="0-49999", help="Seeds of the images that are scored.")
+@click.option("--ranges", metavar="INT", type=click.IntRange(min=1), default=1, help="Seed ranges at the default point, see fid.py.")
+@click.option("--base-steps", metavar="INT", type=click.IntRange(min=1), default=18, help="Steps of the default point.")
+@click.option("--alpha", metavar="LIST", type=NumberList(float, 0), help="Also score with noise of these strengths before each step.")
+@click.option("--steps", metavar="LIST", type=NumberList(int, 1), help="Also score with these numbers of steps.")
+@click.option("--bits", metavar="LIST", type=NumberList(int, 1, 32), help="Also score with weights of these bits.")
+@click.option("--images", metavar="INT", type=click.IntRange(min=0, max=1000), default=10, help="Images of each network for the report, by the same seeds.")
+@click.option("--nproc", metavar="INT", type=click.IntRange(min=1), help="Start the scripts by torchrun with so many processes.  [default: python]")
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to compute.")
+@click.option("--report", metavar="HTML", help="File of the report.  [default: OUTDIR/report.html]")
+@click.option("-n", "--dry-run", is_flag=True, help="Print the commands and stop.")
+@click.argument("train_options", metavar="[-- TRAIN_OPTIONS]", nargs=-1, type=click.UNPROCESSED)
+def main(outdir, data, aug_dims, name, runs, nproc, report, dry_run, train_options, **scoring):
+    """Trains one network per D from the same seed, scores each, and writes a report.
+
+    Each network is scored at the default point (--base-steps, no noise, all bits), then over
+    --alpha, --steps and --bits, one of them at a time. Options of train.py follow after '--'.
+
+    What is there already is not done again: run the same command to go on after a failure, or with
+    longer lists to add to the study. -n prints what is left to do.
+
+    \b
+    # what does D do to FID, and to robustness?
+    python sweep.py --data=datasets/cifar10-32x32.zip --aug_dims=128,2048,inf --nproc=8 \\
+        --alpha=0.1,0.2 --steps=10,12,14 --bits=5,6,7 -- --arch=ncsnpp --batch=512
+
+    \b
+    # runs that are trained already
+    python sweep.py --runs=runs/a,runs/b --ref=datasets/cifar10-32x32.zip --ranges=3
+    """  # noqa: D301 - \b is click's mark for lines to leave alone
+    if bool(runs) == bool(aug_dims) or bool(aug_dims) != bool(data):
+        raise UserError("give --data and --aug_dims to train, or --runs", BAD_USAGE)
+    scoring["ref"] = scoring["ref"] or data
+    with user_errors(BAD_USAGE):
+        dims = _parse_dims(aug_dims) if aug_dims else []
+        folders = [Path(folder) for folder in runs.split(",")] if runs else [
+            Path(outdir, f"{name or Path(data).stem}-D{D:.15g}") for D in dims]
+        _check_options(train_options, bool(runs), scoring["ref"])
+        steps = [_train_step(folder, D, data, scoring["device"], train_options)
+                 for D, folder in zip(dims, folders, strict=False)]
+    with user_errors():
+        study = _open_study(scoring, folders if runs else [], dry_run)
+
+        from training.study import report_step
+        for folder in folders:
+            steps += study.steps_of(folder)
+        steps.append(report_step(Path(report or Path(outdir, "report.html")), folders))
+        _run_steps(steps, nproc, dry_run)
+
+
+def _parse_dims(text: str) -> list[float]:
+    try:
+        dims = list(dict.fromkeys(map(float, text.split(","))))
+    except ValueError:
+        dims = [math.nan]
+    if not all(D > 0 for D in dims):
+        raise ValueError(f"--aug_dims={text}: must be numbers above 0 or inf, such as 128,2048,inf")
+    return dims
+
+
+def _check_options(train_options: Sequence[str], is_trained: bool, ref: str | None) -> None:
+    own = [word for word in train_options if word.partition("=")[0] in _NOT_FOR_TRAINING]
+    if own or (train_options and is_trained):
+        raise ValueError(f"{(own or train_options)[0]}: can't be given to the training of a study"
+                         + (": with --runs nothing is trained" if is_trained else ""))
+    if ref is None:
+        raise ValueError("--ref: needed with --runs: the data set, or statistics of it")
+
+
+def _open_study(scoring: dict, runs: Sequence[Path], dry_run: bool) -> "Study":
+    """Returns the study; what would fail after hours of training is refused at once."""
+    from training.study import Study, has_network
+    for folder in runs:
+        if not has_network(folder):
+            raise ValueError(f"--runs: {folder} holds no network-snapshot-*.pt or training-state-*.pt")
+    if not is_url(scoring["ref"]) and not Path(scoring["ref"]).exists():
+        raise ValueError(f"{scoring['ref']}: no such file or folder")
+    if not dry_run and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the report at the end needs matplotlib, which is not installed: "
+                         "pip install matplotlib")
+    from metrics.detectors import describe_detector
+    study = Study(**scoring, detector_name=describe_detector(scoring["detector"])[0])
+    fid.gen.make_context("fid.py gen", study.score_words(Path("none"), "0-1")[2:])
+    return study
+
+
+def _train_step(run_dir: Path, D: float, data: str, device: str, extra: Sequence[str]) -> "Step":
+    from training.study import train_step
+    noise = ["--pfgmpp=0"] if math.isinf(D) else ["--pfgmpp=1", f"--aug_dim={D:.17g}"]
+    # The same seed for every D, unless another one is given after it.
+    words = ["--seed=0", *extra, f"--outdir={run_dir.parent}", f"--name={run_dir.name}",
+             f"--data={data}", f"--device={device}", *noise]
+    asked = train.main.make_context("train.py", list(words)).params
+    asked["precision"] = asked["precision"] or ("fp16" if asked["fp16"] else "fp32")
+    return train_step(run_dir, ["train.py", *words], asked)
+
+
+def _launched(words: Sequence[str], nproc: int | None) -> list[str]:
+    """Returns the command that runs a script of this folder."""
+    launch = [] if nproc is None or words[0] == "report.py" else [
+        "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "--"]
+    return [sys.executable, *launch, str(_ROOT / words[0]), *words[1:]]
+
+
+def _run_steps(steps: Sequence["Step"], nproc: int | None, dry_run: bool) -> None:
+    for i, step in enumerate(steps, 1):
+        words = step.words()
+        click.echo(f"[{i}/{len(steps)}] {step.title}" + ("" if words else ": there already"))
+        if words is None:
+            continue
+        command = _launched(words, nproc)
+        click.echo(shlex.join(command))
+        code = 0 if dry_run else subprocess.run(command).returncode
+        if code:
+            raise UserError(f"step {i} of {len(steps)} ({step.title}) failed with exit code "
+                            f"{code}; run the same command to go on from there", max(code, 1))
+
+
+if __name__ == "__main__":
+    run(main)

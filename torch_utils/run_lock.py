@@ -1,0 +1,75 @@
+"""One run per directory: numbered ones, and a lock that the kernel takes back when its owner dies.
+
+The lock is a POSIX record lock on DIR/.lock. Unlike a lock of flock(2) it is not shared with forked
+loader workers, which may outlive a killed run by seconds, and it holds between the machines of an
+NFS mount that has locking. The file says who holds it; it stays, and means nothing by itself.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+LOCK_NAME = ".lock"
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: str | os.PathLike) -> Iterator[None]:
+    """Holds the lock of an existing directory.
+
+    Where the file system has no locks there is only a warning: two runs are then not told apart.
+
+    Raises:
+        ValueError: another process holds it; names host and process.
+        OSError: the directory can't be written.
+    """
+    path = Path(run_dir) / LOCK_NAME
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _acquire(fd, path)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _acquire(fd: int, path: Path) -> None:
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            print(f"Warning: {path.parent} can't be locked ({error.strerror}): start no second "
+                  "run there", flush=True)
+            return
+        owner = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
+        raise ValueError(f"{path.parent}: in use by {owner}; wait for its end, stop it, or name "
+                         "another directory") from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def numbered_dir(parent: Path, text: str) -> Path:
+    """Makes and returns PARENT/NNNNN-text, with a number that no other folder there has.
+
+    The number alone is taken first, by mkdir, of which one process succeeds on every file system.
+    A process that lists the folders before another has taken the number, and makes its own after
+    that one has got its full name, sees the full name then.
+    """
+    while True:
+        number = f"{max(_numbers(parent), default=-1) + 1:05d}"
+        claim = parent / number
+        try:
+            claim.mkdir()
+        except FileExistsError:
+            continue
+        if _numbers(parent).count(int(number)) > 1:
+            claim.rmdir()
+            continue
+        return claim.rename(parent / f"{number}-{text}")
+
+
+def _numbers(parent: Path) -> list[int]:
+    return [int(match[0]) for path in parent.iterdir() if (match := re.match(r"\d+", path.name))]

@@ -1,0 +1,374 @@
+"""What a run directory tells of its run, as plain data; no PyTorch is needed.
+
+    training_options.json    what was trained, where
+    stats.jsonl              one JSON object a tick
+    metrics.jsonl            one JSON object a score
+    samples-*.png, ckpt_*/   pictures
+
+Runs are read while they go on and after they were killed: what is missing or damaged is a note.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.image_files import GENERATE_RECORD
+
+_OPTIONS, _STATS, _METRICS, _LOG = ("training_options.json", "stats.jsonl", "metrics.jsonl",
+                                    "log.txt")
+_TAG = r"(\d{6,}(?:\.\d+)?)"
+_SAMPLES_NAME = re.compile(rf"samples-{_TAG}\.png")
+_NETWORK_NAME = re.compile(rf"(?:network-snapshot|training-state)-{_TAG}\.(?:pt|pkl)")
+_IMAGES_NAME = re.compile(rf"ckpt_{_TAG}")  # no seed range but the first, no sweep
+_SOURCE_NAME = re.compile(rf"(?:network-snapshot-|training-state-|ckpt_(?:[23]_)?){_TAG}")
+_TOTAL_LINE = re.compile(r"^total +\S+ +([\d,]+)$", re.M)  # of the table of parameters in log.txt
+# What sampler settings are where nothing is said, see sampling.SamplerConfig.
+_SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"), ("S_noise", 1),
+                     ("precision", "fp32")]
+# Of these, the first three are the axes of sweeps; the others do not tell one comparison apart.
+_NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs"}
+FULL_BITS = 32  # as in training/quantization.py, which needs PyTorch
+_GB_KEYS = {"cpu_mem_gb": "Resources/cpu_mem_gb", "gpu_mem_gb": "Resources/peak_gpu_mem_gb"}
+_TICK_KEYS = {"kimg": "Progress/kimg", "loss": "Loss/loss", "lr": "Progress/lr",
+              "bad_steps": "Progress/bad_steps", **_GB_KEYS}
+_SCORE_PREFIX = "Metrics/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One value of one metric.
+
+    Attributes:
+        metric: its recorded name.
+        value: finite.
+        kimg: of the network, thousands of images; None where nothing tells.
+        D: augmented dimensions of the network, None where nothing tells.
+        num: number of images, None where nothing tells.
+        seeds: theirs, as text.
+        num_steps: of the sampler, None where nothing tells.
+        noise_alpha: strength of the noise before each step.
+        bits: of the weights.
+        detector: name of the features, '' where nothing tells.
+        reference: as it was given.
+        reference_sha256: its content's.
+        network: file name of the network, '' where images were scored.
+        other: the sampler's other settings that are not the default, as names and texts.
+    """
+
+    metric: str
+    value: float
+    kimg: float | None = None
+    D: float | None = None
+    num: int | None = None
+    seeds: str = ""
+    num_steps: int | None = None
+    noise_alpha: float = 0.0
+    bits: int = FULL_BITS
+    detector: str = ""
+    reference: str = ""
+    reference_sha256: str = ""
+    network: str = ""
+    other: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether neither noise was added nor weights rounded."""
+        return self.noise_alpha == 0 and self.bits == FULL_BITS
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleFolder:
+    """Images of one state of a run by seed, and the sampler's settings but those of the network."""
+
+    kimg: float
+    settings: tuple[tuple[str, str], ...]
+    paths: dict[int, Path]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What is known of a run.
+
+    Attributes:
+        path: its folder.
+        options: the training options as they were written, {} where nothing tells.
+        settings: what is worth showing of options, data, network and provenance, by title.
+        ticks: numbers of each tick: 'kimg', and where recorded 'loss', 'lr', 'bad_steps',
+            'images_per_sec', 'cpu_mem_gb', 'gpu_mem_gb'.
+        scores: in the order in which they were written.
+        samples: (kimg, picture) by rising kimg.
+        notes: what was missing or damaged, one line each.
+    """
+
+    path: Path
+    options: dict[str, Any]
+    settings: dict[str, str]
+    ticks: list[dict[str, float]]
+    scores: list[Score]
+    samples: list[tuple[float, Path]]
+    notes: list[str]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "RunRecord":
+        """Returns what a run directory tells.
+
+        Raises:
+            ValueError: it is none.
+            OSError: it can't be read.
+        """
+        path, notes = Path(path), []
+        names = {entry.name for entry in os.scandir(path)}
+        samples = sorted((float(match[1]), path / match[0])
+                         for match in filter(None, map(_SAMPLES_NAME.fullmatch, names)))
+        if not names & {_OPTIONS, _STATS, _METRICS} and not samples:
+            raise ValueError(f"{path}: no run directory (it has no {_OPTIONS}, {_STATS} or "
+                             f"{_METRICS})")
+        record = _read_options(path / _OPTIONS, notes)
+        options = _dict(record.get("options"))
+        D = _D_of(options)
+        lines = _json_lines(path / _STATS, notes)
+        scores = read_scores(path, D, notes)
+        known = {(score.kimg, score.value) for score in scores}
+        scores += [score for score in _scores_of_stats(lines, D)
+                   if (score.kimg, score.value) not in known]
+        return cls(path, options, _settings(record, D, path / _LOG), _ticks(lines), scores, samples,
+                   notes)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.resolve().name
+
+    @property
+    def D(self) -> float | None:
+        """Augmented dimensions, inf for diffusion; None where nothing tells."""
+        known = [score.D for score in self.scores if score.D is not None]
+        own = _D_of(self.options)
+        return own if own is not None or not known else known[0]
+
+    @property
+    def reals(self) -> Path | None:
+        """The grid of training images, None where there is none."""
+        path = self.path / "reals.png"
+        return path if path.is_file() else None
+
+    @functools.cached_property
+    def sample_folder(self) -> SampleFolder | None:
+        """The images that generate.py made of the newest state outside of a sweep, if any."""
+        found = sorted(((float(match[1]), entry.path) for entry in os.scandir(self.path)
+                        if entry.is_dir() and (match := _IMAGES_NAME.fullmatch(entry.name))),
+                       reverse=True)
+        for kimg, folder in found:
+            paths = {int(path.stem): path for pattern in ("*.png", "[0-9]*/*.png")
+                     for path in Path(folder).glob(pattern) if re.fullmatch(r"\d{1,18}", path.stem)}
+            if paths:
+                settings = _read_json(Path(folder, GENERATE_RECORD))
+                steps = (("num_steps", str(settings.get("num_steps"))),)
+                return SampleFolder(kimg, steps + _other_settings(settings), paths)
+        return None
+
+    def column(self, name: str) -> list[tuple[float, float]]:
+        """Returns (kimg, value) of the ticks that have the value."""
+        return [(tick["kimg"], tick[name]) for tick in self.ticks if name in tick]
+
+
+def read_scores(run_dir: str | os.PathLike, D: float | None = None,
+                notes: list[str] | None = None) -> list[Score]:
+    """Returns what metrics.jsonl of a run holds.
+
+    Args:
+        run_dir: the folder.
+        D: of networks whose scores do not record it.
+        notes: gets a line where the file is damaged.
+    """
+    lines = _json_lines(Path(run_dir, _METRICS), [] if notes is None else notes, required=False)
+    return [score for line in lines if (score := _score(line, D))]
+
+
+def newest_network(run_dir: str | os.PathLike) -> tuple[Path, str] | None:
+    """Returns the file of a run's last network and the number in its name, a snapshot if any."""
+    found = [(path.name.startswith("network"), float(match[1]), path, match[1])
+             for path in Path(run_dir).glob("*-*.p*")
+             if (match := _NETWORK_NAME.fullmatch(path.name))]
+    return max(found)[2:] if found else None
+
+
+def _dict(value: Any) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: Any) -> float | None:
+    """Returns a finite number as such, None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _whole(value: Any) -> int | None:
+    number = _number(value)
+    return None if number is None else int(number)
+
+
+def _dimensions(value: Any) -> float | None:
+    """Returns a D, None for what can't be one."""
+    number = math.inf if value == "inf" else _number(value)
+    return number if number is not None and number > 0 else None
+
+
+def _read_json(path: Path) -> dict:
+    """Returns the object in a file, {} where there is none."""
+    try:
+        return _dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def _read_options(path: Path, notes: list[str]) -> dict:
+    record = _read_json(path)
+    if not record:
+        notes.append(f"{path.name} is missing, empty or damaged: the settings are unknown")
+    return record
+
+
+def _json_lines(path: Path, notes: list[str], *, required: bool = True) -> list[dict]:
+    """Returns the objects in a file, one a line; lines that are none are counted in `notes`."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        if required or path.exists():
+            notes.append(f"{path.name} can't be read: {error.strerror}")
+        return []
+    records, bad = [], 0
+    for line in filter(str.strip, text.split("\n")):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            records.append(value)
+        else:
+            bad += 1
+    if bad:
+        notes.append(f"{path.name}: {bad} line{'s' if bad > 1 else ''} left out: not JSON objects "
+                     "(a run that was killed leaves half a line)")
+    if required and not records:
+        notes.append(f"{path.name} holds no ticks")
+    return records
+
+
+def _mean(line: dict, key: str) -> float | None:
+    return _number(_dict(line.get(key)).get("mean"))
+
+
+def _ticks(lines: Iterable[dict]) -> list[dict[str, float]]:
+    """Returns the numbers of each tick by rising kimg: a resumed run overwrites what it repeats."""
+    ticks: list[dict[str, float]] = []
+    for line in lines:
+        tick = {name: value for name, key in _TICK_KEYS.items()
+                if (value := _mean(line, key)) is not None}
+        if "kimg" not in tick:
+            continue
+        if sec_per_kimg := _mean(line, "Timing/sec_per_kimg"):
+            tick["images_per_sec"] = 1e3 / sec_per_kimg
+        while ticks and ticks[-1]["kimg"] >= tick["kimg"]:
+            ticks.pop()
+        ticks.append(tick)
+    return ticks
+
+
+def _scores_of_stats(lines: Iterable[dict], D: float | None) -> list[Score]:
+    """Returns the scores that stats.jsonl holds, the last of each kimg."""
+    found = {}
+    for line in lines:
+        kimg = _mean(line, _TICK_KEYS["kimg"])
+        for key in line:
+            value = _mean(line, key) if key.startswith(_SCORE_PREFIX) else None
+            if value is not None and kimg is not None:
+                name = key.removeprefix(_SCORE_PREFIX)
+                found[name, kimg] = Score(name, value, kimg, D)
+    return list(found.values())
+
+
+def _score(line: dict, D: float | None) -> Score | None:
+    """Returns the score of a line of metrics.jsonl, None if it holds none."""
+    value, metric = _number(line.get("value")), line.get("metric")
+    if value is None or not isinstance(metric, str):
+        return None
+    sampler = _dict(line.get("sampler"))
+    source = Path(str(line.get("network") or line.get("images") or "")).name
+    named, kimg = _SOURCE_NAME.match(source), _number(line.get("kimg"))
+    text = {key: str(line.get(key) or "") for key in ("seeds", "detector", "reference",
+                                                      "reference_sha256")}
+    return Score(
+        metric=metric, value=value, kimg=float(named[1]) if kimg is None and named else kimg,
+        D=_dimensions(sampler.get("D")) or D, num=_whole(line.get("num")),
+        num_steps=_whole(sampler.get("num_steps")),
+        noise_alpha=_number(sampler.get("noise_alpha")) or 0.0,
+        bits=_whole(sampler.get("bits")) or FULL_BITS,
+        network=source if line.get("network") else "", other=_other_settings(sampler), **text)
+
+
+def _other_settings(sampler: dict) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, str(value)) for name, value in sampler.items()
+                        if name not in _NOT_COMPARED and value is not None
+                        and (name, value) not in _SAMPLER_DEFAULTS))
+
+
+def _D_of(options: dict) -> float | None:
+    if not isinstance(options.get("pfgmpp"), bool):
+        return None
+    return _dimensions(options.get("aug_dim")) if options["pfgmpp"] else math.inf
+
+
+def _settings(record: dict, D: float | None, log: Path) -> dict[str, str]:
+    """Returns what is worth showing of training_options.json, by title."""
+    options, data, network, where = (
+        collections.defaultdict(lambda: None, _dict(record.get(key)))
+        for key in ("options", "dataset", "network", "provenance"))
+    shape = data["image_shape"]
+    rows = {
+        "D": None if D is None else f"{D:g}", "architecture": options["arch"],
+        "preconditioning": options["precond"], "parameters": _parameters(log),
+        "channels": network["model_channels"], "channels per level": network["channel_mult"],
+        "blocks per level": network["num_blocks"], "data": options["data"],
+        "images": data["size"],
+        "image shape": "x".join(map(str, shape)) if isinstance(shape, list) else None,
+        "label dimensions": data["label_dim"], "length, Mimg": options["duration"],
+        "batch": options["batch"], "learning rate": options["lr"],
+        "learning rate ramp, Mimg": options["lr_rampup"], "EMA half-life, Mimg": options["ema"],
+        "dropout": options["dropout"], "augmentation": options["augment"],
+        "mirrored copy": options["xflip"], "stable targets": options["stf"],
+        "precision": options["precision"], "seed": options["seed"],
+        "transferred from": options["transfer"], "device": where["device_name"] or where["device"],
+        "processes": where["world_size"], "PyTorch": where["torch"], "CUDA": where["cuda"],
+        "Python": where["python"], "NumPy": where["numpy"], "commit": where["commit"],
+        "started": where["started"],
+    }
+    return {title: _text(value) for title, value in rows.items() if value not in (None, "")}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def _parameters(log: Path) -> str | None:
+    """Returns the number of parameters that the log's table ends with."""
+    try:
+        found = _TOTAL_LINE.search(log.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+    return found[1] if found else None

@@ -1,0 +1,155 @@
+"""The steps of a study of networks as commands, and which of them are done; needs no PyTorch.
+
+The default point of a network is `base_steps` steps, no noise, all bits. Around it alpha, steps and
+bits vary one at a time.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dnnlib.util import format_ranges
+from training.run_record import FULL_BITS, RunRecord, newest_network, read_scores
+
+_NO_TAG = "NNNNNN"
+# Options of train.py that do not change what is learned, or only for how long.
+_FREE = {"duration", "tick", "snap", "dump", "samples", "batch_gpu", "workers", "cache", "bench",
+         "eval", "eval_ref", "eval_num", "eval_detector", "max_bad_steps"}
+# What --metrics are recorded as: by the published Inception weights, by other features.
+_RECORDED = {"fid": {"fid", "frechet_distance"}, "kid": {"kid", "kernel_distance"},
+             "pr": {"precision"}, "is": {"is"}}
+_FIELDS = {"alpha": "noise_alpha", "steps": "num_steps", "bits": "bits"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step by its title; `words()` is the script and its arguments, None where it is done."""
+
+    title: str
+    words: Callable[[], list[str] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """How every network is scored; names are those of the flags of sweep.py.
+
+    `detector_name` is what scores record of `detector`.
+    """
+
+    ref: str
+    metrics: str
+    detector: str
+    detector_name: str
+    seeds: tuple[int, ...]
+    ranges: int
+    base_steps: int
+    alpha: tuple[float, ...] | None
+    steps: tuple[int, ...] | None
+    bits: tuple[int, ...] | None
+    images: int
+    device: str
+
+    def steps_of(self, run_dir: Path) -> list[Step]:
+        """Returns the steps that score a run and sample it for the report."""
+        steps = [Step(f"{run_dir.name}: scores", lambda: self._base_words(run_dir))]
+        steps += [Step(f"{run_dir.name}: {flag}", lambda flag=flag: self._axis_words(run_dir, flag))
+                  for flag in _FIELDS if getattr(self, flag)]
+        if self.images:
+            steps.append(Step(f"{run_dir.name}: images", lambda: self._image_words(run_dir)))
+        return steps
+
+    def score_words(self, network: Path, seeds: str, *flags: str) -> list[str]:
+        """Returns the command that scores the images of `seeds`."""
+        same = [f"--{key}={getattr(self, key)}" for key in ("ref", "metrics", "detector", "device")]
+        return ["fid.py", "gen", f"--network={network}", *same, f"--seeds={seeds}", *flags]
+
+    def _base_words(self, run_dir: Path) -> list[str] | None:
+        """The seed ranges from the first that is not scored."""
+        span = max(self.seeds) - min(self.seeds) + 1
+        for i in range(self.ranges):
+            seeds = format_ranges(seed + i * span for seed in self.seeds)
+            if not self._is_scored(run_dir, seeds):
+                return self.score_words(network_of(run_dir)[0], seeds,
+                                        f"--steps={self.base_steps}", f"--ranges={self.ranges - i}")
+        return None
+
+    def _axis_words(self, run_dir: Path, flag: str) -> list[str] | None:
+        """The values of an axis that are not scored, in one command."""
+        seeds = format_ranges(self.seeds)
+        left = [f"{value:.15g}" for value in getattr(self, flag)
+                if not self._is_scored(run_dir, seeds, **{_FIELDS[flag]: value})]
+        if not left:
+            return None
+        steps = [] if flag == "steps" else [f"--steps={self.base_steps}"]
+        return self.score_words(network_of(run_dir)[0], seeds, *steps, f"--{flag}={','.join(left)}")
+
+    def _is_scored(self, run_dir: Path, seeds: str, **point: float) -> bool:
+        """Whether all metrics of a point are recorded for the run's newest network."""
+        sought = {"network": network_of(run_dir)[0].name, "seeds": seeds, "reference": self.ref,
+                  "detector": self.detector_name, "num_steps": self.base_steps, "noise_alpha": 0,
+                  "bits": FULL_BITS, "other": (), **point}
+        found = {score.metric for score in (read_scores(run_dir) if run_dir.is_dir() else [])
+                 if all(getattr(score, name) == value for name, value in sought.items())}
+        return all(found & _RECORDED[metric] for metric in self.metrics.split(","))
+
+    def _image_words(self, run_dir: Path) -> list[str] | None:
+        network, tag = network_of(run_dir)
+        folder = run_dir / f"ckpt_{tag}"
+        if all((folder / f"000000/{seed:06d}.png").exists() for seed in range(self.images)):
+            return None
+        return ["generate.py", f"--network={network}", f"--outdir={folder}", "--subdirs",
+                f"--seeds=0-{self.images - 1}", f"--steps={self.base_steps}",
+                f"--device={self.device}"]
+
+
+def network_of(run_dir: Path) -> tuple[Path, str]:
+    """Returns a run's newest network and the number in its name, a stand-in where none is yet."""
+    return newest_network(run_dir) or (run_dir / f"network-snapshot-{_NO_TAG}.pt", _NO_TAG)
+
+
+def has_network(run_dir: Path) -> bool:
+    """Says whether a run has a network to score."""
+    return newest_network(run_dir) is not None
+
+
+def train_step(run_dir: Path, words: list[str], asked: dict[str, Any]) -> Step:
+    """Returns the step that trains a network, or goes on with it.
+
+    Args:
+        run_dir: where.
+        words: the command, without --resume.
+        asked: the options of train.py that the command comes to.
+    """
+    return Step(f"{run_dir.name}: training",
+                lambda: None if _is_trained(run_dir, asked) else [*words, "--resume=auto"])
+
+
+def _is_trained(run_dir: Path, asked: dict[str, Any]) -> bool:
+    """Says whether a run is finished; raises ValueError if it was begun with other settings."""
+    if not (run_dir / "training_options.json").exists():
+        return False
+    run = RunRecord.read(run_dir)
+    for key in sorted((run.options.keys() & asked.keys()) - _FREE):
+        there, now = run.options[key], asked[key]
+        if key == "data":  # the folders that hold it may have moved
+            there, now = Path(there).name, Path(now).name
+        if there != (list(now) if isinstance(now, tuple) else now):
+            raise ValueError(f"{run_dir}: was begun with {key} = {there}, and {key} = {now} is "
+                             "asked for; give another --name")
+    if not run.ticks or not has_network(run_dir):
+        return False
+    kimg, tag = run.ticks[-1]["kimg"], network_of(run_dir)[1]
+    is_written = float(tag) >= (kimg if "." in tag else math.floor(kimg))
+    return is_written and round(kimg * 1e3) >= round(asked["duration"] * 1e6)
+
+
+def report_step(out: Path, runs: Sequence[Path]) -> Step:
+    """Returns the step that writes the report, which is done while no file of the runs is newer."""
+    def words():
+        changed = [path.stat().st_mtime for run in runs if run.is_dir() for path in run.iterdir()]
+        if out.exists() and out.stat().st_mtime >= max(changed, default=0.0):
+            return None
+        return ["report.py", *map(str, runs), f"--out={out}"]
+    return Step("report", words)

@@ -1,0 +1,45 @@
+"""Sweeps over the sampler: every combination of lists of settings; no PyTorch is needed.
+
+A folder of a sweep is named after its point: `ckpt_000200_alpha_0.1_steps_12_quant_6`, in this
+order, with the parts that are swept.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One combination; `suffix` is what it adds to the name of a folder, '' outside of a sweep."""
+
+    num_steps: int
+    noise_alpha: float = 0.0
+    bits: int = 32
+    suffix: str = ""
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What the sampler is told."""
+        return {"num_steps": self.num_steps, "noise_alpha": self.noise_alpha, "bits": self.bits}
+
+
+def sweep_points(
+    steps: Sequence[int], alphas: Sequence[float] | None = None, bits: Sequence[int] | None = None,
+    *, is_steps_sweep: bool = False,
+) -> list[SweepPoint]:
+    """Returns all combinations, the last list running fastest.
+
+    Args:
+        steps: numbers of steps; several of them are a sweep.
+        alphas: strengths of the noise before each step; None where they aren't swept.
+        bits: bits of the weights; None where they aren't swept.
+        is_steps_sweep: name the folder after the steps even if there is one number of them.
+    """
+    points = []
+    for alpha, num_steps, num_bits in itertools.product(alphas or [None], steps, bits or [None]):
+        suffix = f"_alpha_{alpha:g}" if alpha is not None else ""
+        suffix += f"_steps_{num_steps}" if len(steps) > 1 or is_steps_sweep else ""
+        suffix += f"_quant_{num_bits}" if num_bits is not None else ""
+        points.append(SweepPoint(num_steps, alpha or 0.0, num_bits or 32, suffix))
+    return points
