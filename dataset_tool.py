@@ -1,8 +1,11 @@
 """Converts images into a data set that train.py reads; verifies and shows data sets."""
 
+import contextlib
+import dataclasses
+import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +16,9 @@ from dnnlib.cli import run, user_errors
 if TYPE_CHECKING:  # imported late: help is instant
     import collections
 
-    from training.conversion import Outcome
+    from training.conversion import Conditions, Outcome, Settings
+    from training.image_files import Kind
+    from training.scaling import Moments, Scaling
     from training.sources import Source
 
 _MAX_CLASS_LINES = 40
@@ -51,6 +56,19 @@ def _parse_color(ctx, param, value: str) -> tuple[int, int, int]:
     return color
 
 
+def _parse_scale(ctx, param, value: str | None) -> str | tuple[float, float] | None:
+    if value in (None, "minmax", "std"):
+        return value
+    try:
+        low, high = map(float, value.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise click.BadParameter(f"{value}: must be minmax, std, or LO,HI with LO < HI, such as "
+                                 "0,65535")
+    return low, high
+
+
 def _check_geometry(transform: str | None, size: tuple[int, int] | None) -> None:
     if size is None:
         if transform is not None:
@@ -60,9 +78,9 @@ def _check_geometry(transform: str | None, size: tuple[int, int] | None) -> None
     if transform == "center-crop-wide" and height > width:
         raise click.UsageError(f"--resolution={width}x{height}: must be wide, W >= H, "
                                "for --transform=center-crop-wide")
-    if transform != "center-crop-wide" and width != height:
+    if transform == "center-crop" and width != height:
         raise click.UsageError(f"--resolution={width}x{height}: must be square, W = H, "
-                               "except for --transform=center-crop-wide")
+                               "for --transform=center-crop")
 
 
 def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[int] | None) -> None:
@@ -74,6 +92,12 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
         return f" (was {old})" if classes else ""
 
     _print_counts(dest, outcome.num_images, outcome.kind, outcome.label_dim, outcome.classes, origin)
+    if outcome.scaling:
+        _print_statistics(outcome.moments, outcome.scaling)
+    if outcome.conditions:
+        _print_conditions(outcome.conditions.kind, outcome.num_images)
+        if outcome.conditions.scaling:
+            _print_statistics(outcome.conditions.moments, outcome.conditions.scaling, is_data=False)
     if outcome.too_small.count:
         click.echo(f"Left out: {outcome.too_small.count} images smaller than --resolution, "
                    f"the first {outcome.too_small.first}")
@@ -87,14 +111,12 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
                    f"profile, the first {outcome.cmyk.first}", err=True)
 
 
-def _print_counts(path: str, num_images: int, kind: tuple[str, int, int], label_dim: int | None,
+def _print_counts(path: str, num_images: int, kind: "Kind", label_dim: int | None,
                   classes: "collections.Counter", origin: Callable[[int], str] = lambda _: "") -> None:
     """Prints how many images there are, how large, and of which classes."""
-    mode, width, height = kind
     labels = f"label vectors of {label_dim}" if label_dim else \
         f"{len(classes)} classes" if classes else "no labels"
-    click.echo(f"{path}: {num_images} images, {width}x{height}, "
-               f"{'1 channel' if mode == 'L' else '3 channels'}, {labels}")
+    click.echo(f"{path}: {num_images} images, {_shown_kind(kind)}, {labels}")
     if len(classes) > _MAX_CLASS_LINES:
         click.echo(f"  {min(classes.values())} to {max(classes.values())} images a class")
         return
@@ -102,10 +124,38 @@ def _print_counts(path: str, num_images: int, kind: tuple[str, int, int], label_
         click.echo(f"  class {label}{origin(label)}: {count}")
 
 
+def _shown_kind(kind: "Kind") -> str:
+    channels = "1 channel" if kind.channels == 1 else f"{kind.channels} channels"
+    dtype = "" if kind.dtype == "uint8" else f" of {kind.dtype}"
+    return f"{kind.width}x{kind.height}, {channels}{dtype}"
+
+
+def _print_conditions(kind: "Kind", num_images: int) -> None:
+    click.echo(f"  {num_images} condition images, {_shown_kind(kind)}")
+
+
+def _print_statistics(moments: "Moments", scaling: "Scaling", is_data: bool = True) -> None:
+    """Prints mean and deviation of each channel as networks see it, and the scale if it is one."""
+    scaled, gains = moments.scaled(scaling), scaling
+    names = {1: ("gray",), 3: ("red", "green", "blue")}.get(len(scaled.mean), ())
+    for i, (mean, std) in enumerate(zip(scaled.mean, scaled.std, strict=True)):
+        name = names[i] if names and scaling.is_8bit else f"channel {i}"
+        one = i if len(gains.center) > 1 else 0
+        text = "" if scaling.is_8bit else \
+            f" of (v - {gains.center[one]:.7g}) / {gains.spread[one]:.7g}"
+        click.echo(f"{name:6s} mean {mean:+.4f}, standard deviation {std:.4f}{text}")
+    if is_data:
+        overall = scaled.overall_std()
+        hint = "" if scaling.is_8bit else f", or train.py --sigma-data={overall:.4g}"
+        click.echo(f"all    standard deviation {overall:.4f}; the networks' sigma_data is 0.5{hint}")
+
+
 def _tell_unused(source: "Source", max_images: int | None, num_selected: int) -> None:
     """Prints how many files of the source were not looked at, and why."""
     num_used = len(range(source.num_images)[:max_images])
     for number, reason in [(source.num_others, "files that aren't images"),
+                           (source.num_conditions, "images under cond/, which are condition "
+                                                   "images; --cond-source takes some along"),
                            (len(source.links), "links to folders, which aren't followed, the "
                                                f"first {[*source.links, ''][0]}"),
                            (source.num_images - num_used, "images beyond --max-images"),
@@ -134,6 +184,14 @@ def _require(**given: str | None) -> None:
               help="How to crop  [default: none]")
 @click.option("--resolution",   metavar="WxH", callback=_parse_resolution,
               help="Size to resize to  [default: as it is]")
+@click.option("--scale",        metavar="minmax|std|LO,HI", callback=_parse_scale,
+              help="Keep the values of floating-point and 16-bit images, and what of them becomes "
+                   "-1 and 1: the least and largest value of each channel, its mean -+ 2 standard "
+                   "deviations, or LO and HI  [default: 16 bits become 8]")
+@click.option("--cond-source",  metavar="PATH",
+              help="Condition images, one for each image, of its name but for the extension")
+@click.option("--cond-scale",   metavar="minmax|std|LO,HI", callback=_parse_scale,
+              help="As --scale, for the condition images")
 @click.option("--classes",      metavar="LIST", callback=_parse_classes,
               help="Keep these classes only and number them from 0 in this order, such as 6,1,3")
 @click.option("--background",   metavar="COLOR", default="white", callback=_parse_color,
@@ -144,7 +202,9 @@ def _require(**given: str | None) -> None:
               help="Processes that convert  [default: one a core]")
 @click.pass_context
 def main(context: click.Context, source: str | None, dest: str | None, max_images: int | None,
-         transform: str | None, resolution: tuple[int, int] | None, classes: list[int] | None,
+         transform: str | None, resolution: tuple[int, int] | None,
+         scale: str | tuple[float, float] | None, cond_source: str | None,
+         cond_scale: str | tuple[float, float] | None, classes: list[int] | None,
          background: tuple[int, int, int], first_frame: bool, workers: int | None) -> None:
     """Converts images into a data set for train.py; the commands verify and show data sets.
 
@@ -155,6 +215,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
     train-images-idx3-ubyte.gz   MNIST, 32x32; the file of the labels must lie beside it
     NAME_lmdb/                   LSUN (needs pip install lmdb)
     NAME.zip                     all images in a ZIP
+    NAME.npy                     an array of images, [n, H, W] or [n, C, H, W]
     any other folder             all images below it
 
     Labels of folders and ZIPs come from dataset.json, {"labels": [["NAME", 6], ...]} with class
@@ -166,29 +227,48 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
     smaller than that. Both make gray images RGB.
 
     Images are turned as their EXIF data says, palettes and CMYK become RGB, transparency shows
-    --background, and of 16 bits the upper 8 are kept. All images must come out square, of one
-    size, and gray or RGB throughout.
+    --background, and without --scale of 16 bits the upper 8 are kept. Images may also be arrays,
+    NAME.npy of [H, W] or [C, H, W] with any number of channels. All must come out of one size and
+    kind.
     """  # noqa: D301 - \b is click's mark for lines to leave alone
     if context.invoked_subcommand is not None:
         _refuse_flags(context)
         return
     _require(source=source, dest=dest)
     _check_geometry(transform, resolution)
-    with user_errors():
+    if cond_scale and not cond_source:
+        raise click.UsageError("--cond-scale: needs --cond-source")
+    with user_errors(), contextlib.ExitStack() as stack:
         from torch_utils.ordered_pool import num_cores
         from training.conversion import Settings, convert_all, open_dest, select_images
         from training.sources import open_source
 
-        settings = Settings(transform, resolution, background, first_frame)
-        if os.path.exists(dest) and os.path.exists(source) and os.path.samefile(source, dest):
-            raise ValueError(f"--dest={dest}: is the source itself")
+        settings = Settings(transform, resolution, background, first_frame, scale)
+        for flag, path in (("source", source), ("cond-source", cond_source)):
+            if path and os.path.exists(dest) and os.path.exists(path) and os.path.samefile(path, dest):
+                raise ValueError(f"--dest={dest}: is the {flag} itself")
         with open_source(Path(source)) as images:
             numbers, labels = select_images(images, max_images, classes)
+            conditions = cond_source and stack.enter_context(
+                _open_conditions(Path(cond_source), images, numbers, dataclasses.replace(
+                    settings, scale=cond_scale, flag="--cond-scale")))
             with open_dest(Path(dest)) as write:
                 outcome = convert_all(images, numbers, labels, settings, write,
-                                      workers or num_cores())
+                                      workers or num_cores(), conditions)
             _summarise(dest, images, outcome, classes)
             _tell_unused(images, max_images, len(numbers))
+
+
+@contextlib.contextmanager
+def _open_conditions(path: Path, images: "Source", numbers: Sequence[int],
+                     settings: "Settings") -> Iterator["Conditions"]:
+    """Opens the condition images of these images of a source."""
+    from training.conversion import Conditions
+    from training.sources import condition_numbers, open_source
+
+    with open_source(path, "--cond-source") as source:
+        of_all = condition_numbers(images, source)
+        yield Conditions(source, [of_all[i] for i in numbers], settings)
 
 
 def _refuse_flags(context: click.Context) -> None:
@@ -224,6 +304,8 @@ def check(data: str, workers: int | None) -> None:
         from training.dataset import ImageFolderDataset
 
         _print_counts(data, report.num_images, report.kind, report.label_dim, report.classes)
+        if report.cond_kind:
+            _print_conditions(report.cond_kind, report.num_images)
         _tell_empty_classes(report.classes)
         click.echo(f"fingerprint: {ImageFolderDataset(data).fingerprint}")
 
@@ -249,7 +331,9 @@ def _check_out(ctx, param, value: str | None) -> str | None:
 def show(data: str, out: str | None, workers: int | None) -> None:
     """Writes a picture of some images, a class a row, and prints statistics of all pixels.
 
-    They are those of training's scale, x/127.5 - 1, where the networks' sigma_data is 0.5.
+    They are those of training's scale, where the networks' sigma_data is 0.5: x/127.5 - 1 for 8
+    bits, else what dataset.json says. In the picture -1 is black and 1 white there; of other than
+    3 channels the first is shown, and condition images are above their images.
     """
     with user_errors():
         from torch_utils.ordered_pool import num_cores
@@ -257,14 +341,11 @@ def show(data: str, out: str | None, workers: int | None) -> None:
         from training.inspection import pixel_statistics, sample_grid, show_path
 
         path = show_path(Path(data), out)
-        means, stds, overall = pixel_statistics(Path(data), workers or num_cores())
+        moments, scaling = pixel_statistics(Path(data), workers or num_cores())
         picture, shown = sample_grid(Path(data))
         save_png(path, picture)
         click.echo(f"{path}: {shown}")
-        names = ("gray",) if len(means) == 1 else ("red", "green", "blue")
-        for name, mean, std in zip(names, means, stds, strict=True):
-            click.echo(f"{name:6s} mean {mean:+.4f}, standard deviation {std:.4f}")
-        click.echo(f"all    standard deviation {overall:.4f}; the networks' sigma_data is 0.5")
+        _print_statistics(moments, scaling)
 
 
 if __name__ == "__main__":

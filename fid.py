@@ -170,9 +170,9 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                 for dataset in datasets:
                     if len(dataset) < num:
                         raise ValueError(f"{dataset.path}: {len(dataset)} images, but --num={num}")
-            shapes = {str(dataset.path): dataset.image_shape for dataset in datasets}
+            sets = {str(dataset.path): dataset for dataset in datasets}
             _use_kernels("fp32")
-            scorer = open_scorer(detector, ref_path, metrics, chosen_device, shapes, batch=batch,
+            scorer = open_scorer(detector, ref_path, metrics, chosen_device, sets, batch=batch,
                                  workers=workers)
             _warn_if_few(num, scorer.detector.name, metrics)
 
@@ -228,7 +228,7 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
             sampler = open_sampler(points[0])
             _use_kernels("fp32")
             scorer = open_scorer(detector, ref_path, metrics, chosen_device,
-                                 {network: sampler.image_shape}, batch=batch, workers=workers)
+                                 {network: sampler}, batch=batch, workers=workers)
             _warn_if_few(len(seeds), scorer.detector.name, metrics)
 
             default = None if is_url(network) else Path(network).parent / _JSONL

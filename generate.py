@@ -1,4 +1,4 @@
-"""Samples images from trained networks: checks the options, calls the sampler, writes PNGs."""
+"""Samples images from trained networks: checks the options, calls the sampler, writes files."""
 
 import copy
 import itertools
@@ -28,9 +28,6 @@ def _refuse(ctx, param, value: bool | None) -> None:
 @click.option("--seeds", metavar="LIST", type=IntList(), default="0-63", help="Random seeds, e.g. 1,2,5-10; one image each.")
 @click.option("--subdirs", is_flag=True, help="One subfolder per thousand seeds.")
 @click.option("--batch", "batch", metavar="INT", type=click.IntRange(min=1), default=64, help="Largest batch per process.")
-@click.option("--cond-image", metavar="DIR|ZIP", help="Condition images, for networks that take them; seed k has image k mod n of n.")
-@click.option("--init-image", metavar="DIR|ZIP", help="Start from these images plus noise instead of noise; seed k has image k mod n of n.")
-@click.option("--init-sigma", metavar="S", type=click.FloatRange(min=0, min_open=True), help="Noise level at which to start from --init-image; takes the place of --sigma_max.")
 @click.option("--save_images", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write vis/grid.png and vis/movie.gif of the first images.")
 @sampling_options
 @click.option("--name-steps", is_flag=True, hidden=True)
@@ -49,6 +46,9 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
     Image k is a function of the network, seed k and the sampler's settings alone. Images that are
     there already are kept, so a run that was killed is continued by running it again. Given images
     are taken in turn by the seeds: with n of them, --seeds=0-(3n-1) makes three of each.
+
+    8-bit images of 1 or 3 channels become PNGs. All others become arrays, NAME.npy of [C, H, W],
+    in the units of the data that the network was trained on.
 
     Lists of --steps, --alpha and --bits make every combination, each in a folder named after it:
     ckpt_000200_alpha_0.1_steps_12. With --network these folders, called ckpt_000000..., lie in
@@ -78,7 +78,6 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
                     sampler = NetworkSampler.open(source, torch_device, **point.settings, **sampling)
                 except UsageError as error:
                     raise UserError(str(error), BAD_USAGE) from error
-                _check_png(sampler, source)
                 _generate(sampler, folder, seeds, batch, subdirs)
                 if save_images and distributed.get_rank() == 0:
                     _save_pictures(sampler, folder, seeds[:min(batch, _MAX_SHOWN)])
@@ -113,21 +112,13 @@ def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds, *, is
     return [(path, outdir / f"{prefix}{tag}") for path, tag in chosen]
 
 
-def _check_png(sampler, source) -> None:
-    channels = sampler.image_shape[0]
-    if channels not in (1, 3):
-        raise ValueError(f"{source}: its images have {channels} channels, and PNGs have 1 or 3; "
-                         "sample it with NetworkSampler of training/network_sampler.py")
-
-
 def _generate(sampler, folder, seeds, batch, subdirs) -> None:
     """Makes the images of `folder` that are missing, this rank's share of them."""
     from tqdm import tqdm
 
     from torch_utils import distributed
     from training.image_writer import ImageFolder, ImageWriter
-    from training.sampling import to_uint8
-    images = ImageFolder(folder, sampler.image_shape, subdirs)
+    images = ImageFolder(folder, sampler.image_shape, subdirs, sampler.scaling.is_8bit)
     distributed.run_on_rank0(images.open, {**sampler.settings, "subdirs": subdirs})
     missing = distributed.run_on_rank0(images.missing, seeds)
     if len(missing) < len(seeds):
@@ -136,7 +127,7 @@ def _generate(sampler, folder, seeds, batch, subdirs) -> None:
     quiet = None if distributed.get_rank() == 0 else True
     with ImageWriter(images) as writer, tqdm(total=sum(map(len, batches)), unit="img", desc=folder.name, disable=quiet) as bar:
         for done in sampler.images(batches):
-            writer.write(done.seeds, to_uint8(done.images).cpu().numpy())
+            writer.write(done.seeds, sampler.scaling.to_data(done.images).cpu().numpy())
             bar.update(len(done.seeds))
     distributed.barrier()
     distributed.print0(f"{folder}: {len(missing)} images made")

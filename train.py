@@ -12,6 +12,14 @@ from dnnlib.cli import BAD_USAGE, DIVERGED, IntList, UserError, run, user_errors
 _BOOL = click.BOOL
 
 
+def _parse_sigma_data(ctx, param, value: str) -> float | None:
+    """Returns the number, None for 'auto'."""
+    try:
+        return None if value == "auto" else float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value}: must be a number or auto") from None
+
+
 @click.command(context_settings={"max_content_width": 100, "show_default": True})
 # Main options.
 @click.option("--outdir", metavar="DIR", required=True, help="Where to make the run directory.")
@@ -25,6 +33,7 @@ _BOOL = click.BOOL
 @click.option("--stf", type=_BOOL, default=False, help="Stable targets: the mean over a reference batch, given the noisy image.")
 @click.option("--rbatch", metavar="INT", type=int, default=4096, help="Images in the reference batch of --stf, the batch included.")
 @click.option("--lsun", type=_BOOL, default=False, help="Noise levels for 256x256 images: 380/80 times higher.")
+@click.option("--cond-image", type=_BOOL, default=False, help="Train with the condition images of the data set.")
 # Hyperparameters.
 @click.option("--duration", metavar="MIMG", type=float, default=200, help="Length of training in millions of images.")
 @click.option("--batch", metavar="INT", type=int, default=512, help="Batch size over all processes.")
@@ -37,6 +46,8 @@ _BOOL = click.BOOL
 @click.option("--ema", metavar="MIMG", type=float, default=0.5, help="Half-life of the weights' moving average.")
 @click.option("--dropout", metavar="FLOAT", type=float, default=0.13, help="Dropout probability.")
 @click.option("--augment", metavar="FLOAT", type=float, default=0.12, help="Augmentation probability; 0 is off.")
+@click.option("--label-dropout", metavar="FLOAT", type=float, default=0, help="Share of labels left out, for --guidance without a second network; with --cond=1.")
+@click.option("--sigma-data", metavar="FLOAT|auto", default="0.5", callback=_parse_sigma_data, help="Standard deviation of the data as networks see them; auto measures it.")
 @click.option("--xflip", type=_BOOL, default=False, help="Add a mirrored copy of the data set.")
 # Performance.
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), help="Arithmetic inside the network.  [default: fp32]")
@@ -111,6 +122,8 @@ def main(outdir, data, name, desc, nosubdir, device, resume, override_options, d
         dataset = _open_dataset(config, pack=config.cache and not dry_run)
         if state:
             state = _settle_data(config, dataset, state, override_options)
+        if config.sigma_data is None and not dry_run:
+            config = distributed.run_on_rank0(_measure_sigma_data, config, dataset)
         if dry_run:
             _print_options(config, dataset)
             return
@@ -226,15 +239,35 @@ def _open_dataset(config, pack: bool):
     from training.networks import build_network
     kwargs = {"use_labels": config.cond, "xflip": config.xflip}
     dataset = ImageFolderDataset(config.data, **kwargs)
+    if config.cond_image:
+        if not dataset.has_conditions:
+            raise UserError(f"--cond-image=1: {config.data} has no condition images; add them with "
+                            "dataset_tool.py --cond-source or leave --cond-image out", BAD_USAGE)
+        kwargs["use_conditions"] = True
+        dataset = ImageFolderDataset(config.data, **kwargs)
     if config.cond and not dataset.has_labels:
         raise UserError(f"--cond=1: {config.data} has no labels; add them to its dataset.json or "
                         "train with --cond=0", BAD_USAGE)
     with torch.device("meta"):  # the network's own checks, without its memory
-        build_network(config.network(dataset.resolution, dataset.num_channels, dataset.label_dim))
+        build_network(config.network(dataset.resolution, dataset.num_channels, dataset.label_dim,
+                                     dataset.cond_channels))
     if not pack:
         dataset.check_uniform()
         return dataset
     return ImageFolderDataset(config.data, cache=True, **kwargs)
+
+
+def _measure_sigma_data(config, dataset):
+    """Returns the config with the standard deviation of the data as networks see them.
+
+    Raises:
+        ValueError: all data are alike.
+    """
+    import dataclasses
+    sigma_data = dataset.measure().scaled(dataset.scaling).overall_std()
+    if not sigma_data > 0:
+        raise ValueError(f"--sigma-data=auto: all values of {config.data} are alike; give a number")
+    return dataclasses.replace(config, sigma_data=sigma_data)
 
 
 def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Path:

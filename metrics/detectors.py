@@ -1,4 +1,6 @@
-"""Feature extractors by name: uint8 images in, feature vectors out.
+"""Feature extractors by name: images in, feature vectors out.
+
+Images are uint8, or float32 in about [-1, 1] where the data are not 8-bit.
 
 A detector also knows what a Frechet distance between its features is called. Only Inception's is
 an FID.
@@ -16,7 +18,7 @@ MAX_PIXEL_FEATURES = 3 * 64 * 64
 
 
 class Detector:
-    """A callable from uint8 images [B, C, H, W] to float features [B, feature_dim].
+    """A callable from images [B, C, H, W], uint8 or float32, to float features [B, feature_dim].
 
     Attributes:
         name: what statistics files call it.
@@ -35,8 +37,16 @@ class Detector:
         self.device = torch.device(device)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the features; an empty batch is allowed and gives [0, feature_dim]."""
+        """Returns the features; an empty batch is allowed and gives [0, feature_dim].
+
+        Raises:
+            ValueError: images of a kind or size that the detector does not take.
+        """
         raise NotImplementedError
+
+    @classmethod
+    def check_kind(cls, channels: int, is_8bit: bool) -> None:
+        """Raises ValueError where the detector can't take images of this kind."""
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Returns unnormalised log probabilities of classes [B, classes] from features.
@@ -75,14 +85,22 @@ class Inception(Detector):
             raise ValueError(f"{path or inception.WEIGHTS_FILE}: {error}") from error
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.check_kind(images.shape[1], images.dtype == torch.uint8)
         return self._network(images)
+
+    @classmethod
+    def check_kind(cls, channels: int, is_8bit: bool) -> None:
+        if not is_8bit or channels not in (1, 3):
+            kind = "8-bit" if is_8bit else "floating-point or 16-bit"
+            raise ValueError(f"detector {cls.name}: takes 8-bit images of 1 or 3 channels, these "
+                             f"are {kind} of {channels}; use --detector=pixels")
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         return self._network.logits(features)
 
 
 class Pixels(Detector):
-    """The pixels themselves, x/127.5 - 1, flattened.
+    """The pixels themselves, flattened: x/127.5 - 1 of 8 bits, else as networks see them.
 
     A plain distance for small images that needs no download and says little about how they look.
     """
@@ -95,13 +113,19 @@ class Pixels(Detector):
         if self.feature_dim > MAX_PIXEL_FEATURES:
             raise ValueError(f"detector pixels: {self.feature_dim} numbers per image, at most "
                              f"{MAX_PIXEL_FEATURES} (64x64 RGB); use inception")
-        return images.to(self.device).flatten(1).to(torch.float32) / 127.5 - 1
+        features = images.to(self.device).flatten(1).to(torch.float32)
+        return features / 127.5 - 1 if images.dtype == torch.uint8 else features
 
 
 DETECTORS: dict[str, type[Detector]] = {
     "inception": Inception,
     "pixels": Pixels,
 }
+
+
+def detector_class(spec: str) -> type[Detector]:
+    """Returns the class of what `build_detector(spec)` makes; a weight file is Inception's."""
+    return DETECTORS.get(spec, Inception)
 
 
 def describe_detector(spec: str) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """Reference statistics: what generated images are compared with, and its files.
 
 An .npz holds float64 `mu` [d] and `sigma` [d, d], and optionally the name of the `detector`
-(absent: inception), the `image_shape` [3] and `count` of the images, and their `features` [n, d].
+(absent: inception), the `image_shape` [3] and `count` of the images, their `features` [n, d], and
+of images that are not 8-bit the `scale` [2, C or 1]: what became 0, and what became 1 after that.
 Nothing is unpickled, and sizes are checked before memory is asked for.
 """
 
@@ -25,7 +26,7 @@ MAX_BANK = 50_000  # images whose features are kept: 410 MB of Inception's
 
 _REQUIRED = ("mu", "sigma")
 _ARRAYS = {"mu": "f", "sigma": "f", "detector": "U", "image_shape": "i", "count": "i",
-           "features": "f"}
+           "features": "f", "scale": "f"}
 _KINDS = {"f": "floats", "i": "integers", "U": "text"}
 
 
@@ -41,6 +42,7 @@ class Reference:
         image_shape: channels, height and width of the images; None where not recorded.
         count: their number; None where not recorded.
         digest: sha256 of the file, or fingerprint of the data set.
+        scale: {"center": [...], "spread": [...]} of images that are not 8-bit.
     """
 
     mu: np.ndarray
@@ -50,12 +52,13 @@ class Reference:
     image_shape: tuple[int, ...] | None = None
     count: int | None = None
     digest: str | None = None
+    scale: dict | None = None
 
 
 def save_reference(path: str | os.PathLike, reference: Reference) -> None:
-    """Writes an .npz: float64 `mu` and `sigma`, `detector`, `image_shape`, `count`, `features`.
+    """Writes an .npz: `mu`, `sigma`, `detector`, `image_shape`, `count`, `features`, `scale`.
 
-    The last three where they are known. Makes the folder.
+    The last four where they are known. Makes the folder.
     """
     arrays = {"mu": reference.mu, "sigma": reference.sigma,
               "detector": np.array(reference.detector)}
@@ -63,6 +66,8 @@ def save_reference(path: str | os.PathLike, reference: Reference) -> None:
         value = getattr(reference, name)
         if value is not None:
             arrays[name] = np.asarray(value)
+    if reference.scale:
+        arrays["scale"] = np.array([reference.scale["center"], reference.scale["spread"]])
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         np.savez(file, **arrays)
@@ -140,6 +145,9 @@ def _checked_reference(arrays: dict[str, np.ndarray], digest: str) -> Reference:
                                  or not np.isfinite(features).all()):
         raise ValueError(f"features has shape {list(features.shape)}, or values that are not "
                          f"finite; expected [n, {len(mu)}]")
+    scale = arrays.get("scale")
+    if scale is not None and (scale.ndim != 2 or len(scale) != 2):
+        raise ValueError(f"scale has shape {list(scale.shape)}, expected [2, C]")
     for name, expected in (("detector", ()), ("count", ()), ("image_shape", (3,))):
         if name in arrays and arrays[name].shape != expected:
             raise ValueError(f"{name} has shape {list(arrays[name].shape)}, "
@@ -149,4 +157,5 @@ def _checked_reference(arrays: dict[str, np.ndarray], digest: str) -> Reference:
         mu.astype(np.float64), sigma.astype(np.float64), str(arrays.get("detector", "inception")),
         None if features is None else torch.from_numpy(features.astype(np.float32)),
         None if shape is None else tuple(map(int, shape)),
-        int(arrays["count"]) if "count" in arrays else None, digest)
+        int(arrays["count"]) if "count" in arrays else None, digest,
+        None if scale is None else dict(zip(("center", "spread"), scale.tolist(), strict=True)))

@@ -14,7 +14,7 @@ import torch
 from dnnlib.util import cache_dir
 from metrics.detectors import Detector, build_detector, describe_detector
 from metrics.references import MAX_BANK, Reference, load_reference, save_reference
-from metrics.scores import METRICS, FeatureSet, Images, dataset_features
+from metrics.scores import METRICS, FeatureSet, Images, dataset_features, no_images
 from torch_utils import distributed as dist
 
 
@@ -63,11 +63,21 @@ class Scorer:
                     f"{path}: holds no features, which --metrics={metric} needs; give the data "
                     "set itself as --ref, or make the file by 'fid.py ref --features'")
 
-    def check(self, image_shape: Sequence[int], images: str) -> None:
-        """Raises ValueError where images of this shape, called `images`, can't be scored."""
-        dim = self.detector(torch.empty([0, *image_shape], dtype=torch.uint8)).shape[1]
-        known = self._reference.image_shape if self._reference else (
-            self._data.image_shape if self._data else None)
+    def check(self, image_shape: Sequence[int], images: str,
+              scale: dict[str, Any] | None = None) -> None:
+        """Raises ValueError where images of this shape, called `images`, can't be scored.
+
+        `scale` is that of images that are not 8-bit, which must be the reference's.
+        """
+        try:
+            dim = self.detector(no_images(image_shape, scale is None)).shape[1]
+        except ValueError as error:
+            raise ValueError(f"{images}: {error}") from error
+        compared = self._reference or self._data
+        known = compared.image_shape if compared else None
+        if compared and compared.scale != scale:
+            raise ValueError(f"{self._name}: of another scale than the images of {images}; give a "
+                             "reference that dataset_tool.py made with the same --scale")
         if known and tuple(known[1:]) != tuple(image_shape[1:]):
             raise ValueError(f"{self._name}: of {known[2]}x{known[1]} images, but those of "
                              f"{images} are {image_shape[2]}x{image_shape[1]}")
@@ -129,7 +139,7 @@ def dataset_reference(images: Images, detector: Detector, *, with_features: bool
         features = features[torch.linspace(0, len(features) - 1, MAX_BANK).long()]
     return Reference(
         found.moments.mean().cpu().numpy(), found.moments.cov().cpu().numpy(), detector.name,
-        features, tuple(images.image_shape), len(images), images.fingerprint)
+        features, tuple(images.image_shape), len(images), images.fingerprint, images.scale)
 
 
 def cached_reference(images: Images, detector: Detector, *, with_features: bool, batch: int,

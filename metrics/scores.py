@@ -11,7 +11,7 @@ scores are returned by rank 0.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,11 +30,12 @@ class Images(Protocol):
 
     image_shape: Sequence[int]
     fingerprint: str
+    scale: dict[str, Any] | None  # of images that are not 8-bit
 
     def __len__(self) -> int: ...
 
-    def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray, ...]:
-        """Returns uint8 images [B, C, H, W], and anything."""
+    def get_scored(self, indices: Sequence[int]) -> np.ndarray:
+        """Returns images [B, C, H, W]: uint8, or where `scale` is given float32, about [-1, 1]."""
 
 
 class FeatureSet:
@@ -55,7 +56,7 @@ class FeatureSet:
         self.features: torch.Tensor | None = None  # [n, d] on rank 0, after `finish`
 
     def append(self, images: torch.Tensor, numbers: Sequence[int]) -> None:
-        """Adds uint8 images [B, C, H, W] of these numbers."""
+        """Adds images [B, C, H, W] of these numbers, uint8 or float32."""
         features = self.detector(images)
         if self.moments:
             self.moments.append(features)
@@ -117,17 +118,18 @@ METRICS: dict[str, Metric] = {
 
 
 def collect(batches: Iterable[tuple[torch.Tensor, Sequence[int]]], *, image_shape: Sequence[int],
-            count: int, detector: Detector, metrics: Iterable[str],
+            count: int, detector: Detector, metrics: Iterable[str], is_8bit: bool = True,
             title: str | None = None) -> FeatureSet:
     """Returns what `metrics` need of all images, split over ranks and merged again.
 
     Args:
-        batches: this rank's uint8 images [B, C, H, W], each batch with the numbers of its images
+        batches: this rank's images [B, C, H, W], each batch with the numbers of its images
             among 0 ... count-1.
         image_shape: channels, height and width.
         count: number of images over all ranks.
         detector: gives the features.
         metrics: names of the metrics.
+        is_8bit: whether the images are uint8, else float32.
         title: text before the progress bar.
 
     Raises:
@@ -137,7 +139,7 @@ def collect(batches: Iterable[tuple[torch.Tensor, Sequence[int]]], *, image_shap
     features, error = FeatureSet(count, detector, metrics), None
     try:
         # No image: fixes the number of features on a rank that gets none.
-        features.append(torch.empty([0, *image_shape], dtype=torch.uint8), [])
+        features.append(no_images(image_shape, is_8bit), [])
         with tqdm(total=count, unit="img", leave=False, desc=title,
                   disable=None if dist.get_rank() == 0 else True) as bar:
             for images, numbers in batches:
@@ -148,6 +150,11 @@ def collect(batches: Iterable[tuple[torch.Tensor, Sequence[int]]], *, image_shap
     _raise_on_all_ranks(error)
     features.finish()
     return features
+
+
+def no_images(image_shape: Sequence[int], is_8bit: bool) -> torch.Tensor:
+    """Returns an empty batch of images of this shape, by which a detector tells what it takes."""
+    return torch.empty([0, *image_shape], dtype=torch.uint8 if is_8bit else torch.float32)
 
 
 def _raise_on_all_ranks(error: Exception | None) -> None:
@@ -175,14 +182,15 @@ def dataset_features(images: Images, detector: Detector, *, metrics: Iterable[st
     own = [numbers for numbers in dist.split_for_rank(range(len(images)), batch) if numbers]
     pixels = (read[0] for read in read_in_processes(_PixelsOnly(images), own, workers=workers))
     return collect(zip(pixels, own, strict=True), image_shape=images.image_shape,
-                   count=len(images), detector=detector, metrics=metrics, title=title)
+                   count=len(images), detector=detector, metrics=metrics,
+                   is_8bit=images.scale is None, title=title)
 
 
 class _PixelsOnly:
-    """A data set without its labels."""
+    """A data set without its labels, as detectors take it."""
 
     def __init__(self, images: Images):
         self._images = images
 
     def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray]:
-        return (self._images.get_batch(indices)[0],)
+        return (self._images.get_scored(indices),)

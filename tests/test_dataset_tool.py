@@ -432,10 +432,12 @@ def test_images_that_come_out_unlike_are_named_with_both_shapes(tmp_path, second
     convert(path, tmp_path / "ok.zip", "--resolution=4x4", "--transform=center-crop")
 
 
-def test_images_that_are_not_square_are_refused(tmp_path):
-    path = write_source(tmp_path / "src", {"a.png": random_pixels(4, 5, 3)})
-    result = run(path, tmp_path / "out" / "a.zip")
-    assert_refused(result, tmp_path, "a.png", "5x4", "square", "--resolution", "--transform")
+def test_images_need_not_be_square_but_for_a_crop(tmp_path):
+    pixels = random_pixels(4, 5, 3)
+    assert np.array_equal(convert_one(tmp_path, pixels), pixels)
+    assert convert_one(tmp_path, pixels, "--resolution=10x6").shape == (6, 10, 3)
+    result = run(EMOJI, tmp_path / "out/a.zip", "--resolution=8x9", "--transform=center-crop")
+    assert_refused(result, tmp_path, "8x9", "square", exit_code=2)
 
 
 @pytest.mark.parametrize("files", [{}, {"readme.txt": b"x"}, {"dataset.json": labels_json([])}])
@@ -538,7 +540,8 @@ def test_the_source_is_not_overwritten(tmp_path):
     (["--transform=center-crop"], "--resolution"),
     (["--transform=other", "--resolution=8x8"], "center-crop-wide"),
     (["--resolution=8"], "WxH"), (["--resolution=0x0"], "WxH"), (["--resolution=8x8x8"], "WxH"),
-    (["--resolution=8x4"], "square"),
+    (["--scale=5,1"], "LO < HI"), (["--scale=0,inf"], "LO < HI"), (["--scale=max"], "minmax"),
+    (["--cond-scale=std"], "--cond-source"),
     (["--resolution=8x4", "--transform=center-crop"], "square"),
     (["--resolution=4x8", "--transform=center-crop-wide"], "W >= H"),
     (["--classes=a"], "6,1,3"), (["--classes=1,1"], "twice"), (["--background=nocolor"], "color"),

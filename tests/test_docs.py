@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT
+from conftest import ROOT, write_dataset
 from published_archives import write_cifar10, write_lmdb, write_mnist
 from scipy import stats
 from test_generate import write_snapshot
@@ -100,6 +100,16 @@ def write_images(folder, classes, per_class, height, width):
             PIL.Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
 
 
+def run_own_data(numbers):
+    """Runs Python blocks of own-data.md, with less data, in the small world."""
+    text = (ROOT / "docs/own-data.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert len(found) == 5 and "NUM = 4000" in found[0]
+    for number in numbers:
+        code = stand_in(found[number]).replace("NUM = 4000", "NUM = 12")
+        exec(compile(code, f"docs/own-data.md, block {number}", "exec"), {})
+
+
 def make_world(root):
     """Writes small pictures where the documents keep downloaded data sets."""
     pixels = np.random.default_rng(0).integers(0, 256, [20, 32, 32, 3], np.uint8)
@@ -115,6 +125,9 @@ def make_world(root):
     folder = root / PUBLISHED / "cifar10_ncsnpp_D_2048"
     folder.mkdir(parents=True)
     write_snapshot(folder / "training-state.pt", pfgmpp=True, aug_dim=2048)
+    (root / "data").mkdir()
+    write_dataset(root / "data/emoji-google-32.zip", side=32, classes=9)
+    run_own_data([0, 2])
 
 
 def stand_in(arg):
@@ -187,6 +200,9 @@ def test_documented_commands_run_on_stand_in_data(tmp_path, monkeypatch):
     commands.sort(key=lambda command: command[0] != "dataset_tool.py")  # else in their order
     for script, args in commands:
         run_documented(script, args)
+    run_own_data([1, 3, 4])
+    for name in ("fields", "sharpened", "guided"):
+        assert PIL.Image.open(tmp_path / f"runs/{name}.png").size > (200, 100)
     run_dir = tmp_path / "runs/cifar10-2048"
     for folder, first in (("ckpt", 0), ("ckpt_2", 50000), ("ckpt_3", 100000)):
         assert (run_dir / f"{folder}_000000/{first:06d}/{first:06d}.png").exists()

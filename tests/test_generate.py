@@ -189,11 +189,19 @@ def test_images_that_are_not_square_come_out_as_they_are(tmp_path, invoke):
     assert "3 of 3 images are there" in invoke(generate.main, *args).output
 
 
-def test_channels_that_no_png_has_are_refused_before_sampling(tmp_path, invoke):
+def test_8_bit_images_that_no_png_holds_become_arrays_and_are_continued(tmp_path, invoke):
     network = write_snapshot(tmp_path / "five.pt", label_dim=0, shape=(5, 8, 8))
-    result = invoke(generate.main, f"--network={network}", f"--outdir={tmp_path / 'out'}")
-    assert result.exit_code == 1 and "5 channels" in result.output
-    assert not (tmp_path / "out").exists()
+    args = [f"--network={network}", "--steps=2", "--seeds=0-2", f"--outdir={tmp_path / 'out'}"]
+    assert "3 images made" in invoke(generate.main, *args, "--save_images").output
+    images = [np.load(tmp_path / f"out/00000{i}.npy") for i in range(3)]
+    assert {(image.dtype.name, image.shape) for image in images} == {("uint8", (5, 8, 8))}
+    whole = (tmp_path / "out/000001.npy").read_bytes()
+    (tmp_path / "out/000001.npy").write_bytes(whole[:-1])
+    result = invoke(generate.main, *args)
+    assert "2 of 3 images are there" in result.output
+    assert (tmp_path / "out/000001.npy").read_bytes() == whole
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "000000.npy", "000001.npy", "000002.npy", "generate.json", "vis"]
 
 
 def test_guidance_of_one_changes_neither_images_nor_the_record(snapshot, tmp_path, invoke):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,32 @@ def test_a_training_step_never_waits_for_the_device(dataset_zip, options):
         trainer.train_step()
     images = [batch for _, batch in zip(range(3), trainer._batches, strict=False)]
     pinned = [(i.pin_memory(), labels.pin_memory()) for i, labels in images]
+    trainer._batches = iter(pinned)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in pinned:
+            trainer.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in trainer.net.parameters())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+def test_nor_does_one_on_arrays_with_conditions(tmp_path, dtype):
+    rng = np.random.default_rng(0)
+    for name in ("x", "cond/x"):
+        for i in range(16):
+            path = tmp_path / f"{name}{i:02d}.npy"
+            path.parent.mkdir(exist_ok=True)
+            np.save(path, rng.integers(0, 9, [2, 8, 12]).astype(dtype))
+    config = TrainConfig(data=str(tmp_path), arch="ncsnpp", cbase=8, cres=(1, 2), nblock=1,
+                         batch=8, workers=0, cond_image=True)
+    dataset = ImageFolderDataset(tmp_path, cache=True, use_conditions=True)
+    trainer = Trainer(config, dataset, torch.device("cuda", 0))
+    trainer.start()
+    trainer.train_step()
+    pinned = [tuple(t.pin_memory() for t in batch)
+              for _, batch in zip(range(2), trainer._batches, strict=False)]
     trainer._batches = iter(pinned)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -174,14 +174,14 @@ def test_ranks_merge_to_the_statistics_of_all_images(monkeypatch):
 class Noise:
     """Ten random images."""
 
-    image_shape = [3, 4, 4]
+    image_shape, scale = [3, 4, 4], None
     pixels = RNG(0).randint(0, 256, [10, 3, 4, 4], dtype=np.uint8)
 
     def __len__(self):
         return 10
 
-    def get_batch(self, indices):
-        return self.pixels[indices], None
+    def get_scored(self, indices):
+        return self.pixels[indices]
 
 
 @pytest.mark.parametrize("batch, workers", [(1, 0), (3, 1), (4, 2), (64, 2)])
@@ -195,10 +195,10 @@ def test_statistics_of_images_cover_each_image_once(batch, workers):
 
 def test_an_error_while_reading_ahead_arrives():
     class Damaged(Noise):
-        def get_batch(self, indices):
+        def get_scored(self, indices):
             if 7 in indices:
                 raise ValueError("image 7 can't be read")
-            return super().get_batch(indices)
+            return super().get_scored(indices)
 
     with pytest.raises(ValueError, match="^image 7 can't be read$"):
         dataset_features(Damaged(), Pixels(), batch=2, workers=2)

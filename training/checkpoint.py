@@ -9,7 +9,9 @@ they load with `weights_only=True`. A state has all that a run needs to go on ex
     options, dataset           the run's TrainConfig; name, size and fingerprint of the data
     checksum                   sha256 of everything else
 
-A snapshot has format, version, network, ema, progress, options, checksum. Random draws and the
+`dataset` also has the scaling of the data (training/scaling.py), `scale`, and `cond_scale` and
+`cond_shape` of condition images; files without it are of 8-bit images. A snapshot has format,
+version, network, ema, progress, options, dataset, checksum. Random draws and the
 data order are functions of the seed in `options` and of `cur_nimg`, so no generator state is kept.
 """
 
@@ -193,6 +195,7 @@ def as_snapshot(content: dict[str, Any]) -> dict[str, Any]:
         "format": SNAPSHOT_FORMAT, "network": content["network"],
         "ema": sampling_weights(content),
         "progress": {"cur_nimg": content["progress"]["cur_nimg"]}, "options": content["options"],
+        **({"dataset": content["dataset"]} if "dataset" in content else {}),
     }
 
 

@@ -52,7 +52,8 @@ FREE_ON_RESUME = {
     "eval_detector": "likewise",
 }
 # Options that are in the network itself, which is compared key by key with the state's.
-NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cbase", "cres", "nblock"}
+NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "label_dropout",
+                   "sigma_data", "cbase", "cres", "nblock"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class TrainConfig:
 
     data: str
     cond: bool = False
+    cond_image: bool = False
     arch: str = "ddpmpp"
     precond: str = "edm"
     pfgmpp: bool = False
@@ -83,6 +85,8 @@ class TrainConfig:
     ema: float = 0.5  # Mimg
     dropout: float = 0.13
     augment: float = 0.12
+    label_dropout: float = 0.0
+    sigma_data: float | None = 0.5  # None = measured
     xflip: bool = False
     precision: str = "fp32"
     ls: float | None = None  # None = dynamic for fp16, 1 elsewhere
@@ -115,10 +119,17 @@ class TrainConfig:
                  f"at least --batch={self.batch}, whose images it contains")
         _require(not self.lsun or self.precond == "edm", f"--lsun=1 with --precond={self.precond}",
                  "used with --precond=edm")
+        _require(not self.stf or not self.cond_image, "--stf=1 with --cond-image=1", "used one "
+                 "without the other: stable targets know nothing of the condition")
+        _require(self.cond or not self.label_dropout, f"--label-dropout={self.label_dropout:g}",
+                 "used with --cond=1: there are no labels to drop")
+        _require(self.sigma_data == 0.5 or self.precond == "edm", f"--sigma-data with --precond="
+                 f"{self.precond}", "used with --precond=edm")
         for name in ("duration", "batch", "tick", "lr", "max_bad_steps", "snap", "dump"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"--{_flag(name)}={value:g}", "positive and finite")
-        for name in ("batch_gpu", "cbase", "nblock", "ls", "eval", "keep"):
+        for name in ("batch_gpu", "cbase", "nblock", "ls", "eval", "keep",
+                     "sigma_data"):
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, f"--{_flag(name)}={value}", "positive")
         for name in ("lr_rampup", "ema", "workers", "samples", "seed"):
@@ -127,9 +138,9 @@ class TrainConfig:
         _require((self.eval is None) == (self.eval_ref is None), "--eval and --eval-ref",
                  "given together")
         _require(self.eval_num >= 2, f"--eval-num={self.eval_num}", "2 or more")
-        for name in ("dropout", "augment"):
+        for name in ("dropout", "augment", "label_dropout"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"--{name}={value:g}", "between 0 and 1")
+            _require(0 <= value <= 1, f"--{_flag(name)}={value:g}", "between 0 and 1")
         _require(self.precision in PRECISIONS, f"--precision={self.precision}",
                  ", ".join(PRECISIONS))
         _require(self.compile in ("auto", "0", "1"), f"--compile={self.compile}", "auto, 0 or 1")
@@ -186,7 +197,8 @@ class TrainConfig:
                              f"process(es) = {share}; nearest: {below} or {above}")
         return micro, share // micro
 
-    def network(self, img_resolution: int, img_channels: int, label_dim: int) -> dict:
+    def network(self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int,
+                cond_channels: int = 0) -> dict:
         """Returns the configuration of the network for this data, see networks.build_network."""
         config = {
             "class_name": PRECONDITIONERS[self.precond], "img_resolution": img_resolution,
@@ -197,6 +209,11 @@ class TrainConfig:
             config["D"] = self.aug_dim
         if self.augment > 0:
             config["augment_dim"] = AUGMENT_DIM
+        if self.sigma_data is not None and self.precond == "edm":
+            config["sigma_data"] = self.sigma_data
+        for key, value in (("label_dropout", self.label_dropout), ("cond_channels", cond_channels)):
+            if value:
+                config[key] = value
         overrides = {"model_channels": self.cbase, "num_blocks": self.nblock,
                      "channel_mult": list(self.cres) if self.cres else None}
         return config | {key: value for key, value in overrides.items() if value is not None}

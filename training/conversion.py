@@ -1,9 +1,12 @@
-"""From any source of images to a data set: gray or RGB PNGs of one size, with labels.
+"""From any source of images to a data set: PNGs or arrays of one size, with labels and conditions.
 
 Each image is turned upright, made 8-bit gray or RGB, cropped and resized as asked, and stored as
-an uncompressed PNG under its number; `dataset.json` with the labels comes last. What becomes of an
-image is a function of it alone, so the result does not depend on the number of worker processes.
-No PyTorch is needed.
+an uncompressed PNG under its number; `dataset.json` with the labels comes last. With a rule of
+scaling, floating-point and 16-bit images keep their values and become .npy files; what the rule
+needs to know of all of them is measured on the way, and the scaling goes into `dataset.json`. So do
+8-bit arrays of other than 1 or 3 channels, which no PNG holds. Condition images are converted
+beside their images. What becomes of an image is a function of it alone, so the result does not
+depend on the number of worker processes. No PyTorch is needed.
 """
 
 import collections
@@ -11,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import os
 import shutil
@@ -29,54 +33,136 @@ from tqdm import tqdm
 from torch_utils.atomic import atomic_write
 from torch_utils.ordered_pool import ordered_map
 from torch_utils.stored_zip import StoredZip
-from training.image_files import DAMAGE, LABELS_NAME
+from training import array_files
+from training.image_files import (
+    ARRAY_SUFFIX,
+    CONDITIONS,
+    DAMAGE,
+    LABELS_NAME,
+    Kind,
+    is_array,
+    picture_kind,
+)
+from training.scaling import Moments, Scaling, scaling_by
 from training.sources import Item, Source
 
 _PNG_COLOR = {"L": 0, "RGB": 2}
+_DEEP_MODES = {"I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16", "I": "float32",
+               "F": "float32"}  # Pillow's, with the types that hold them
 _TWINS = {"MPO": "JPEG", "DIB": "BMP"}  # formats that another one's extension may hold
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How every image is converted."""
+    """How every image is converted.
+
+    Attributes:
+        transform: how to crop, a key of `_TRANSFORMS`.
+        size: width and height to resize to; None keeps them.
+        background: what transparent images lie on.
+        first_frame: whether to take the first frame of animations.
+        scale: the rule of `scaling.scaling_by`; None makes all images 8-bit.
+        flag: what errors call the rule.
+    """
 
     transform: str | None
     size: tuple[int, int] | None  # width, height
     background: tuple[int, int, int]
     first_frame: bool
+    scale: str | tuple[float, float] | None = None
+    flag: str = "--scale"
 
 
 class Converted(NamedTuple):
-    """One image: its PNG, or None where the transform leaves it out."""
+    """One image: its new file, or None where the transform leaves it out."""
 
     name: str  # in the source
-    png: bytes | None
-    kind: tuple[str, int, int] | None  # mode, width, height
-    was_cmyk: bool
-    format: str | None  # Pillow's name of the file's format; None for bare pixels
+    data: bytes | None
+    kind: Kind | None
+    was_cmyk: bool = False
+    format: str | None = None  # Pillow's name of the file's format; None for bare pixels
+    moments: Moments | None = None  # of images that are to be scaled
 
 
 def convert_image(item: Item, settings: Settings) -> Converted:
-    """Returns one image as a PNG.
+    """Returns one image as a PNG, or as a .npy where no PNG holds it.
 
     Raises:
         ValueError: naming the image: it is damaged, or of a kind that isn't converted.
     """
     content = item.content()
-    if isinstance(content, bytes):
+    if not isinstance(content, bytes):
+        return _convert_picture(item.name, PIL.Image.fromarray(content), None, settings)
+    if not (is_array(item.name) or content.startswith(array_files.MAGIC)):
         decoded, file_format = _decode(item.name, content, settings.first_frame)
-    else:
-        decoded, file_format = PIL.Image.fromarray(content), None
+        return _convert_picture(item.name, decoded, file_format, settings)
+    try:
+        values, _ = array_files.decode(content)
+    except ValueError as error:
+        raise ValueError(f"{item.name}: {error}") from error
+    if values.dtype == np.uint8 and len(values) in (1, 3):
+        pixels = values[0] if len(values) == 1 else values.transpose(1, 2, 0)
+        return _convert_picture(item.name, PIL.Image.fromarray(pixels), None, settings)
+    return _convert_values(item.name, values, settings)
+
+
+def _convert_picture(name: str, decoded: PIL.Image.Image, file_format: str | None,
+                     settings: Settings) -> Converted:
+    """Returns what becomes of a picture of any mode."""
+    if settings.scale is not None and decoded.mode in _DEEP_MODES:
+        values = np.asarray(decoded, _DEEP_MODES[decoded.mode])
+        return _convert_values(name, values[None], settings)._replace(format=file_format)
+    _refuse_scale(name, settings)
     try:
         image = _to_8bit(decoded, settings.background)
     except ValueError as error:
-        raise ValueError(f"{item.name}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
     image = _TRANSFORMS[settings.transform](image, settings.size)
     was_cmyk = decoded.mode == "CMYK"
     if image is None:
-        return Converted(item.name, None, None, was_cmyk, file_format)
-    kind = image.mode, *image.size
-    return Converted(item.name, _encode_png(image), kind, was_cmyk, file_format)
+        return Converted(name, None, None, was_cmyk, file_format)
+    kind = picture_kind(image.mode, image.size)
+    return Converted(name, _encode_png(image), kind, was_cmyk, file_format)
+
+
+def _refuse_scale(name: str, settings: Settings) -> None:
+    if settings.scale is not None:
+        raise ValueError(f"{settings.flag}: {name} has 8 bits a channel (of colour no more are "
+                         f"read), which always become x/127.5 - 1; leave {settings.flag} out")
+
+
+def _convert_values(name: str, values: np.ndarray, settings: Settings) -> Converted:
+    """Returns values [C, H, W] as a .npy, as uint8, uint16 or float32."""
+    try:
+        values = array_files.to_stored(_fit_values(values, settings))
+        if values.dtype != np.uint8 and settings.scale is None:
+            raise ValueError(f"holds {values.dtype}: give {settings.flag}=minmax, std or LO,HI")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if values.dtype == np.uint8:
+        _refuse_scale(name, settings)
+    data = array_files.encode(values)
+    kind = array_files.read_kind(io.BytesIO(data))
+    return Converted(name, data, kind, moments=Moments.of(values) if settings.scale else None)
+
+
+def _fit_values(values: np.ndarray, settings: Settings) -> np.ndarray:
+    """Returns values [C, H, W] cropped and resized, each channel by itself, in their type."""
+    if settings.transform == "center-crop-wide":
+        raise ValueError("--transform=center-crop-wide is for 8-bit pictures; use center-crop")
+    if settings.transform == "center-crop":
+        side = min(values.shape[1:])
+        top, left = ((length - side) // 2 for length in values.shape[1:])
+        values = values[:, top:top + side, left:left + side]
+    if settings.size in (None, values.shape[:0:-1]):
+        return values
+    channels = [_resize(PIL.Image.fromarray(channel), settings.size)
+                for channel in values.astype(np.float32)]
+    resized = np.stack([np.asarray(channel) for channel in channels])
+    if values.dtype.kind == "f":
+        return resized
+    limits = np.iinfo(values.dtype)
+    return resized.round().clip(limits.min, limits.max).astype(values.dtype)
 
 
 def _encode_png(image: PIL.Image.Image) -> bytes:
@@ -236,7 +322,7 @@ class Tally:
 class Outcome:
     """What a conversion wrote, what it left out, and what was unusual."""
 
-    kind: tuple[str, int, int] | None = None  # mode, width, height
+    kind: Kind | None = None
     first: str = ""  # name of the first image
     num_images: int = 0
     label_dim: int | None = None  # length of label vectors; None for class numbers
@@ -244,6 +330,9 @@ class Outcome:
     too_small: Tally = dataclasses.field(default_factory=Tally)
     cmyk: Tally = dataclasses.field(default_factory=Tally)
     misnamed: Tally = dataclasses.field(default_factory=Tally)  # of another format
+    moments: Moments | None = None
+    scaling: Scaling | None = None  # of data that are not 8-bit
+    conditions: "Outcome | None" = None
 
     def add(self, result: Converted, label: Any) -> None:
         """Counts an image that is written; raises ValueError if it is unlike the first."""
@@ -251,6 +340,8 @@ class Outcome:
             self.first, self.kind = result.name, result.kind
         _check_kind(result.name, result.kind, self.first, self.kind)
         self.num_images += 1
+        if result.moments:
+            self.moments = self.moments.merge(result.moments) if self.moments else result.moments
         if isinstance(label, list):
             self.label_dim = len(label)
         elif label is not None:
@@ -267,41 +358,103 @@ class Outcome:
         if _TWINS.get(named, named) != _TWINS.get(result.format, result.format):
             self.misnamed.add(f"{result.name} ({result.format})")
 
+    def settle_scaling(self, settings: Settings) -> None:
+        """Makes the scaling of what was added; raises ValueError for a constant channel."""
+        if self.moments:
+            try:
+                self.scaling = scaling_by(settings.scale, self.moments)
+            except ValueError as error:
+                raise ValueError(f"{settings.flag}{error}") from error
+
+
+class Conditions(NamedTuple):
+    """The condition images of a conversion.
+
+    Attributes:
+        source: where they are.
+        numbers: of the condition image of each image that is converted.
+        settings: how they are converted.
+    """
+
+    source: Source
+    numbers: Sequence[int]
+    settings: Settings
+
 
 def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None,
-                settings: Settings, write: Callable[[str, bytes], None], workers: int) -> Outcome:
-    """Converts and writes these images of the source, then dataset.json."""
-    outcome, entries = Outcome(), bytearray()
-    results = ordered_map(functools.partial(convert_image, settings=settings),
-                          source.read(numbers), min(workers, len(numbers)))
+                settings: Settings, write: Callable[[str, bytes], None], workers: int,
+                conditions: Conditions | None = None) -> Outcome:
+    """Converts and writes these images of the source and their conditions, then dataset.json."""
+    outcome, entries = Outcome(conditions=Outcome() if conditions else None), bytearray()
+    pairs = itertools.zip_longest(source.read(numbers), conditions.source.read(
+        conditions.numbers) if conditions else ())
+    convert = functools.partial(_convert_pair, settings=settings,
+                                cond_settings=conditions.settings if conditions else None)
+    results = ordered_map(convert, pairs, min(workers, len(numbers)))
     with contextlib.closing(results):
         bar = tqdm(results, total=len(numbers), unit="img", disable=None, leave=False)
-        for i, result in enumerate(bar):
+        for i, (result, condition) in enumerate(bar):
             outcome.note_oddities(result)
-            if result.png is None:
+            if result.data is None:
                 outcome.too_small.add(result.name)
                 continue
             outcome.add(result, labels[i] if labels else None)
-            name = f"{i // 1000:05d}/img{i:08d}.png"
-            write(name, result.png)
+            name = _file_name(i, result)
+            write(name, result.data)
+            if condition:
+                outcome.conditions.add(_of_one_size(condition, result), None)
+                write(CONDITIONS + _file_name(i, condition), condition.data)
             if labels:
                 entries += (b", " if entries else b"") + json.dumps([name, labels[i]]).encode()
     if not outcome.num_images:
         raise ValueError(f"all {len(numbers)} images are smaller than --resolution; "
                          "--transform=center-crop enlarges")
-    write(LABELS_NAME, b'{"labels": %b}' % (b"[%b]" % entries if labels else b"null"))
+    write(LABELS_NAME, b'{"labels": %b%b}' % (b"[%b]" % entries if labels else b"null",
+                                              _scale_entries(outcome, settings, conditions)))
     return outcome
 
 
-def _check_kind(name: str, kind: tuple[str, int, int], first: str,
-                first_kind: tuple[str, int, int]) -> None:
-    mode, width, height = kind
+def _convert_pair(items: tuple[Item, Item | None], settings: Settings,
+                  cond_settings: Settings | None) -> tuple[Converted, Converted | None]:
+    """Returns what becomes of an image and of its condition image, if it has one."""
+    item, condition = items
+    result = convert_image(item, settings)
+    if condition is None or result.data is None:
+        return result, None
+    try:
+        return result, convert_image(condition, cond_settings)
+    except ValueError as error:
+        raise ValueError(f"--cond-source: {error}") from error
+
+
+def _file_name(number: int, result: Converted) -> str:
+    suffix = ARRAY_SUFFIX if result.data.startswith(array_files.MAGIC) else ".png"
+    return f"{number // 1000:05d}/img{number:08d}{suffix}"
+
+
+def _of_one_size(condition: Converted, image: Converted) -> Converted:
+    """Returns the condition image; raises ValueError if its size isn't that of its image."""
+    if condition.data is None or condition.kind.shape[1:] != image.kind.shape[1:]:
+        raise ValueError(f"--cond-source: {condition.name} is {condition.kind}, but its image "
+                         f"{image.name} is {image.kind}; --resolution makes both alike")
+    return condition
+
+
+def _scale_entries(outcome: Outcome, settings: Settings, conditions: Conditions | None) -> bytes:
+    """Returns what dataset.json says of scalings, after the labels."""
+    outcome.settle_scaling(settings)
+    scalings = {"scale": outcome.scaling}
+    if conditions:
+        outcome.conditions.settle_scaling(conditions.settings)
+        scalings["cond_scale"] = outcome.conditions.scaling
+    return b"".join(f', "{key}": {json.dumps(scaling.to_dict())}'.encode()
+                    for key, scaling in scalings.items() if scaling)
+
+
+def _check_kind(name: str, kind: Kind, first: str, first_kind: Kind) -> None:
     if kind != first_kind:
-        raise ValueError("{} is {} {}x{}, but {} is {} {}x{}; --transform=center-crop with "
-                         "--resolution makes all alike".format(name, *kind, first, *first_kind))
-    if width != height:
-        raise ValueError(f"{name} is {width}x{height} and must be square: give --resolution, "
-                         "with --transform=center-crop to keep the aspect")
+        raise ValueError(f"{name} is {kind}, but {first} is {first_kind}; --transform=center-crop "
+                         "with --resolution makes all alike")
 
 
 @contextlib.contextmanager
@@ -333,7 +486,7 @@ def _write_zip(path: Path) -> Iterator[Callable[[str, bytes], None]]:
 @contextlib.contextmanager
 def _write_folder(path: Path) -> Iterator[Callable[[str, bytes], None]]:
     def write(name, data):
-        (tmp / name).parent.mkdir(exist_ok=True)
+        (tmp / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp / name).write_bytes(data)
 
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):

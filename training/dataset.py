@@ -1,12 +1,13 @@
-"""Images as uint8 arrays from a folder or ZIP, a packed copy of them, and the order of training.
+"""Images as arrays from a folder or ZIP, with labels and conditions, and the order of training.
 
-A data set is a folder or a ZIP of square images of one size, gray ('L') or RGB, that Pillow reads,
-and optionally `dataset.json` at its root:
+A data set is a folder or a ZIP of images of one size: pictures that Pillow reads, gray ('L') or
+RGB, or arrays (.npy) of any channels. Optionally it has `dataset.json` at its root:
 
     {"labels": [["00000/img00000000.png", 6], ...]}    or    {"labels": null}
 
 Integers are class numbers and become one-hot vectors; lists are vectors of numbers. Images are
-numbered by their sorted names.
+numbered by their sorted names. "scale" and "cond_scale" there say how arrays become what networks
+see (training/scaling.py). `cond/00000/img00000000.png` is the condition image of the image above.
 
 Training sees one endless stream of images. Position p of the stream is image
 
@@ -16,54 +17,49 @@ where permutation_e is drawn from (seed, e) alone. So batch size, world size and
 who reads an image, never which one comes next.
 """
 
-import contextlib
 import functools
 import hashlib
-import io
-import math
 import operator
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch.utils.data
-from tqdm import tqdm
 
 from dnnlib.util import EasyDict, cache_dir
-from torch_utils.atomic import atomic_write
-from torch_utils.distributed import get_rank, rank0_first
-from torch_utils.loading import read_in_processes
-from torch_utils.ordered_pool import num_cores
 from training.image_files import (
+    CONDITIONS,
     DAMAGE,
+    GENERATE_RECORD,
     LABELS_NAME,
-    is_image,
+    check_matched,
     label_array,
+    match_names,
     open_files,
     parse_labels,
+    split_conditions,
 )
+from training.image_stack import ImageStack
+from training.scaling import Moments, Scaling, recorded_scaling
 
-_CHANNELS = {"L": 1, "RGB": 3}  # by Pillow's mode
-_PACK_BYTES = 1 << 22  # images decoded at a time while packing
-_PACK_ALONE = 2048  # fewer images are packed sooner than processes start
 _DATA_TAG = int.from_bytes(b"data", "big")  # sets this stream apart from other uses of the seed
-
-_DAMAGE = (*DAMAGE, PIL.Image.DecompressionBombError)
+_MEASURE_BYTES = 1 << 24  # data looked at at a time
 
 
 class ImageFolderDataset(torch.utils.data.Dataset):
-    """The images of a folder or ZIP as (uint8 [C, H, W], float32 label [label_dim]) pairs.
+    """The images of a folder or ZIP as (image [C, H, W], float32 label [label_dim]) pairs.
+
+    Images are uint8, uint16 or float32, as they are stored; `scaling` makes of them what networks
+    see. With `use_conditions` a third item is the condition image, with `cond_scaling`.
 
     Opening looks at the names, the labels and the header of the first image; every other image
-    must have its mode and size, which is verified when it is read (see `check_uniform`).
+    must be of its kind, which is verified when it is read (see `check_uniform`).
 
     Args:
         path: a folder or a ZIP.
-        resolution: the size that the images must have; None takes any.
+        resolution: the size that the images must have, a side or [height, width]; None takes any.
         use_pyspng: unused; accepted because configurations of EDM carry it.
         max_size: keep a random subset of this size, chosen by `random_seed`.
         use_labels: read the labels; without them `label_dim` is 0.
@@ -71,58 +67,126 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         random_seed: any integer.
         cache: read pixels from a packed copy that is built on first use in
             `dnnlib.util.cache_dir("packed")` and then memory-mapped by every process.
+        use_conditions: read the condition images, of which there must be one for each image.
+
+    Attributes:
+        image_shape: [C, H, W].
+        scaling: of the images.
+        cond_shape: [C, H, W] of the condition images; None where they are not read.
+        cond_scaling: of the condition images; None where they are not read.
 
     Raises:
         OSError: there is no such file, or it can't be read.
         ValueError: not a data set as described above, or a damaged image.
     """
 
-    def __init__(self, path: str | os.PathLike, resolution: int | None = None,
+    def __init__(self, path: str | os.PathLike, resolution: int | Sequence[int] | None = None,
                  use_pyspng: bool = True, max_size: int | None = None, use_labels: bool = False,
-                 xflip: bool = False, random_seed: int = 0, cache: bool = False):
+                 xflip: bool = False, random_seed: int = 0, cache: bool = False,
+                 use_conditions: bool = False):
         self.path = Path(path)
         self.name = Path(os.path.abspath(path)).stem
         self._files = open_files(self.path)
-        self._names = sorted(filter(is_image, self._files.names))
+        self._names, self._cond_names = split_conditions(self._files.names)
         if not self._names:
             raise ValueError(f"{self.path}: no images found")
-
-        self._header = self._read_header(0)
-        mode, width, height = self._header
-        if mode not in _CHANNELS or width != height:
-            raise ValueError(f"{self._where(0)} is {_format_header(self._header)}; images must be "
-                             "square, gray (L) or RGB: convert them with dataset_tool.py")
-        if resolution is not None and resolution != height:
-            raise ValueError(f"{self.path}: images are {width}x{height}, "
-                             f"expected {resolution}x{resolution}")
-        self.image_shape = [_CHANNELS[mode], height, width]
+        self._kept = _subset(len(self._names), max_size, random_seed)  # raw indices, rising
+        self._images = ImageStack(self.path, self._files, self._names, self._kept)
+        self.image_shape = list(self._images.kind.shape)
+        self._check_resolution(resolution)
+        self.scaling = recorded_scaling(self._files, self._images.kind, "scale", self.path)
+        self._conditions = self._open_conditions() if use_conditions else None
+        self.cond_shape: list[int] | None = None
+        self.cond_scaling: Scaling | None = None
+        if self._conditions:
+            self.cond_shape = list(self._conditions.kind.shape)
+            self.cond_scaling = recorded_scaling(self._files, self._conditions.kind, "cond_scale",
+                                                 self.path)
 
         labels = self._load_labels() if use_labels else None
         self._labels = np.zeros([len(self._names), 0], np.float32) if labels is None else labels
-        self._kept = _subset(len(self._names), max_size, random_seed)  # raw indices, rising
         self._copies = 2 if xflip else 1
         self._subset_key = "" if max_size is None else f"-{len(self._kept)}-{random_seed}"
-        self._packed: np.ndarray | None = None  # [len(_kept), C, H, W]
-        self._packed_path: Path | None = None
         if cache:
             self._open_packed()
 
     def __len__(self) -> int:
         return len(self._kept) * self._copies
 
-    def __getitem__(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = self.get_batch([operator.index(idx)])
-        return images[0], labels[0]
+    def __getitem__(self, idx: int) -> tuple[np.ndarray, ...]:
+        return tuple(array[0] for array in self.get_batch([operator.index(idx)]))
 
-    def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns uint8 images [B, C, H, W] and float32 labels [B, label_dim]; both are copies."""
+    def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray, ...]:
+        """Returns images [B, C, H, W], float32 labels [B, label_dim] and, if read, conditions.
+
+        All are copies, in the type that is stored.
+        """
         rows, mirrored = self._locate(indices)
-        if self._packed is not None:
-            images = self._packed[rows]
-        else:
-            images = self._decode_batch(self._kept[rows])
-        images[mirrored] = images[mirrored, :, :, ::-1]
-        return images, self._encode_labels(self._kept[rows])
+        images, *conditions = (stack.get(rows) for stack in self._stacks)
+        for array in (images, *conditions):
+            array[mirrored] = array[mirrored, :, :, ::-1]
+        return images, self._encode_labels(self._kept[rows]), *conditions
+
+    def get_scored(self, indices: Sequence[int]) -> np.ndarray:
+        """Returns images as detectors take them: uint8, or else float32 as networks see them."""
+        images = self.get_batch(indices)[0]
+        if self.scaling.is_8bit:
+            return images
+        return self.scaling.to_network(torch.from_numpy(images)).numpy()
+
+    def measure(self) -> Moments:
+        """Returns mean, deviation and range of each channel of the images, in the data's units.
+
+        Raises:
+            ValueError: an image can't be read.
+        """
+        total = None
+        size = max(_MEASURE_BYTES // self._images.kind.num_bytes, 1)
+        for start in range(0, len(self._kept), size):
+            rows = np.arange(start, min(start + size, len(self._kept)))
+            moments = Moments.of(self._images.get(rows))
+            total = total.merge(moments) if total else moments
+        return total
+
+    @property
+    def scale(self) -> dict[str, Any] | None:
+        """`scaling` as plain data; None for 8-bit images, which have the one scale."""
+        return None if self.scaling.is_8bit else self.scaling.to_dict()
+
+    @property
+    def has_conditions(self) -> bool:
+        """Whether there are condition images, read or not."""
+        return bool(self._cond_names)
+
+    @property
+    def cond_channels(self) -> int:
+        """Channels of the condition images that are read, 0 where none are."""
+        return self.cond_shape[0] if self.cond_shape else 0
+
+    @property
+    def _stacks(self) -> list[ImageStack]:
+        return [self._images, self._conditions] if self._conditions else [self._images]
+
+    def _check_resolution(self, resolution: int | Sequence[int] | None) -> None:
+        if resolution is None:
+            return
+        height, width = self.image_shape[1:]
+        expected = [resolution] * 2 if isinstance(resolution, int) else list(resolution)
+        if expected != [height, width]:
+            raise ValueError(f"{self.path}: images are {width}x{height}, "
+                             f"expected {expected[1]}x{expected[0]}")
+
+    def _open_conditions(self) -> ImageStack:
+        if not self._cond_names:
+            raise ValueError(f"{self.path}: has no condition images; dataset_tool.py --cond-source "
+                             "puts them into a data set")
+        found, extra = match_names([CONDITIONS + name for name in self._names], self._cond_names)
+        check_matched(self._names, found, extra, str(self.path))
+        conditions = ImageStack(self.path, self._files, found, self._kept)
+        if conditions.kind.shape[1:] != self._images.kind.shape[1:]:
+            raise ValueError(f"{conditions.where(0)} is {conditions.kind}, but {self._names[0]} is "
+                             f"{self._images.kind}; a condition image has the size of its image")
+        return conditions
 
     def get_label(self, idx: int) -> np.ndarray:
         """Returns the label of one image as float32 [label_dim]."""
@@ -142,7 +206,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     @property
     def is_packed(self) -> bool:
         """Whether images come from an array instead of files."""
-        return self._packed is not None
+        return all(stack.is_packed for stack in self._stacks)
 
     @property
     def all_names(self) -> Sequence[str]:
@@ -151,13 +215,14 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @property
     def num_channels(self) -> int:
-        """1 or 3."""
+        """1 for gray, 3 for RGB, any number for arrays."""
         return self.image_shape[0]
 
     @property
-    def resolution(self) -> int:
-        """Width and height."""
-        return self.image_shape[1]
+    def resolution(self) -> int | list[int]:
+        """The side of square images, else [height, width]: networks' `img_resolution`."""
+        height, width = self.image_shape[1:]
+        return height if height == width else [height, width]
 
     @functools.cached_property
     def label_dim(self) -> int:
@@ -188,19 +253,22 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         A ZIP lists them; the files of a folder are read for it.
         """
         digest = hashlib.sha256()
-        for name in sorted({*self._names, LABELS_NAME} & set(self._files.names)):
+        names = {*self._names, *self._cond_names, LABELS_NAME}
+        if not self.scaling.is_8bit:
+            names.add(GENERATE_RECORD)  # has the scale of generated arrays
+        for name in sorted(names & set(self._files.names)):
             digest.update(f"{name}\0{self._files.stamp(name)}\n".encode())
         return digest.hexdigest()
 
     def check_uniform(self) -> None:
-        """Reads the header of every image used.
+        """Reads the header of every picture used, and all of arrays of floats.
 
         Raises:
-            ValueError: naming the first image whose mode or size differs.
+            ValueError: naming the first image whose mode or size differs, or a value that is not
+                finite.
         """
-        for raw_idx in tqdm(self._kept, desc="Checking images", unit="img", disable=None,
-                            leave=False, delay=1):
-            self._check_header(raw_idx, self._read_header(raw_idx))
+        for stack in self._stacks:
+            stack.check_uniform()
 
     def close(self) -> None:
         """Closes the ZIP; reading opens it again."""
@@ -213,47 +281,6 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             raise IndexError(f"{self.path}: index beyond the {len(self)} images")
         return indices % len(self._kept), indices >= len(self._kept)
 
-    def _where(self, raw_idx: int) -> str:
-        return f"{self.path}: {self._names[raw_idx]} (image {raw_idx})"
-
-    @contextlib.contextmanager
-    def _open_image(self, raw_idx: int) -> Iterator[IO[bytes]]:
-        try:
-            with self._files.open(self._names[raw_idx]) as file:
-                yield file
-        except _DAMAGE as error:
-            raise ValueError(f"{self._where(raw_idx)} can't be read: {error}") from error
-
-    def _read_header(self, raw_idx: int) -> tuple[str, int, int]:
-        """Returns Pillow's mode, width and height without decoding the pixels."""
-        with self._open_image(raw_idx) as file, PIL.Image.open(file) as image:
-            return image.mode, *image.size
-
-    def _check_header(self, raw_idx: int, header: tuple[str, int, int]) -> None:
-        if header != self._header:
-            raise ValueError(
-                f"{self._where(raw_idx)} is {_format_header(header)}, but {self._names[0]} is "
-                f"{_format_header(self._header)}; all images must agree: "
-                "convert them with dataset_tool.py")
-
-    def _decode(self, raw_idx: int) -> np.ndarray:
-        """Returns one image as uint8 [C, H, W]."""
-        pixels = None
-        # Reading to the end makes zipfile verify the CRC too.
-        with self._open_image(raw_idx) as file, \
-                PIL.Image.open(io.BytesIO(file.read())) as image:
-            header = image.mode, *image.size
-            if header == self._header:
-                pixels = np.asarray(image)
-        self._check_header(raw_idx, header)
-        return np.atleast_3d(pixels).transpose(2, 0, 1)
-
-    def _decode_batch(self, raw_indices: Sequence[int]) -> np.ndarray:
-        images = np.empty([len(raw_indices), *self.image_shape], np.uint8)
-        for image, raw_idx in zip(images, raw_indices, strict=True):
-            image[:] = self._decode(raw_idx)
-        return images
-
     def _load_labels(self) -> np.ndarray | None:
         if LABELS_NAME not in self._files.names:
             return None
@@ -261,7 +288,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         try:
             with self._files.open(LABELS_NAME) as file:
                 text = file.read()
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise ValueError(f"{where} can't be read: {error}") from error
         labels = parse_labels(text, where)
         return None if labels is None else label_array(self._names, labels, where)
@@ -275,70 +302,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return onehot
 
     def _open_packed(self) -> None:
-        path = cache_dir("packed") / f"{self.fingerprint}{self._subset_key}.npy"
-        with rank0_first():
-            self._packed = self._map_packed(path)
-            if self._packed is None:
-                try:
-                    self._write_packed(path)
-                    self._packed = self._map_packed(path)
-                except OSError as error:  # damaged images are ValueErrors
-                    self._packed = np.concatenate(list(self._decode_all()))
-                    if get_rank() == 0:
-                        warnings.warn(f"{path} can't be written ({error}): every process keeps "
-                                      "the images in its own memory", stacklevel=3)
-                    return
-        self._packed_path = path
-
-    def _map_packed(self, path: Path) -> np.ndarray | None:
-        """Returns the memory-mapped copy, or None where it is missing or isn't whole."""
-        try:
-            packed = np.load(path, mmap_mode="r", allow_pickle=False)
-            whole = (packed.dtype == np.uint8 and packed.flags.c_contiguous
-                     and packed.shape == (len(self._kept), *self.image_shape)
-                     and os.path.getsize(path) == packed.offset + packed.nbytes)
-        except (OSError, ValueError, EOFError):
-            return None
-        return packed.view(np.ndarray) if whole else None
-
-    def _write_packed(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        header = {"descr": "|u1", "fortran_order": False,
-                  "shape": (len(self._kept), *self.image_shape)}
-        with atomic_write(path) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for images in self._decode_all():
-                file.write(images)
-
-    def _decode_all(self) -> Iterator[np.ndarray]:
-        """Yields the images in order as uint8 [B, C, H, W], decoded on all cores."""
-        size = max(_PACK_BYTES // math.prod(self.image_shape), 1)
-        batches = np.split(self._kept, range(size, len(self._kept), size))
-        workers = num_cores() if len(self._kept) >= _PACK_ALONE else 0
-        with tqdm(total=len(self._kept), desc=f"Packing {self.name}", unit="img", disable=None,
-                  leave=False, delay=1) as bar:
-            for images, in read_in_processes(_RawImages(self), batches, workers=workers):
-                yield images.numpy()
-                bar.update(len(images))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A mapped copy is mapped anew by the process that unpickles.
-        return self.__dict__ | ({"_packed": None} if self._packed_path else {})
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._packed_path:
-            self._packed = np.load(self._packed_path, mmap_mode="r").view(np.ndarray)
-
-
-class _RawImages:
-    """Images by their number among all sorted names, from their files."""
-
-    def __init__(self, dataset: ImageFolderDataset):
-        self._dataset = dataset
-
-    def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray]:
-        return (self._dataset._decode_batch(indices),)
+        for stack, suffix in zip(self._stacks, ("", "-cond"), strict=False):
+            name = f"{self.fingerprint}{self._subset_key}{suffix}.npy"
+            stack.open_packed(cache_dir("packed") / name, self.name)
 
 
 class TrainingOrder(torch.utils.data.Sampler):
@@ -396,10 +362,6 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     # RandomState, unlike Generator, is promised to give the same stream in every NumPy version.
     bits = np.random.MT19937(np.random.SeedSequence([seed, epoch, _DATA_TAG]))
     return np.random.RandomState(bits).permutation(size)
-
-
-def _format_header(header: tuple[str, int, int]) -> str:
-    return "{} {}x{}".format(*header)
 
 
 def _subset(size: int, max_size: int | None, seed: int) -> np.ndarray:

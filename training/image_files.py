@@ -2,11 +2,13 @@
 
     {"labels": [["00000/img00000000.png", 6], ...]}    or    {"labels": null}
 
-Integers are class numbers; lists are vectors of numbers.
+Integers are class numbers; lists are vectors of numbers. Files in the folder cond/ at the top are
+condition images: cond/a/x.npy belongs to a/x.png.
 """
 
 import collections
 import json
+import math
 import os
 import re
 import stat
@@ -15,13 +17,15 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 LABELS_NAME = "dataset.json"
 GENERATE_RECORD = "generate.json"  # marks a folder of generated images
 PICTURES = "vis"  # its subfolder of grids and movies
+CONDITIONS = "cond/"  # begins the names of condition images
+ARRAY_SUFFIX = ".npy"
 MAX_CLASSES = 1 << 16  # a class number beyond is an identifier, not a class
 # What Pillow and zipfile raise for a damaged file.
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error,
@@ -30,12 +34,77 @@ _MAX_FLOAT = float(np.finfo(np.float32).max)
 _MAX_FILE_BYTES = 1 << 30  # one image file, unpacked
 
 
+class Kind(NamedTuple):
+    """What all images of a data set agree in; `mode` is Pillow's, or describes an array."""
+
+    mode: str
+    channels: int  # 0: not those of a data set
+    width: int
+    height: int
+    dtype: str = "uint8"  # in memory: uint8, uint16 or float32
+
+    def __str__(self) -> str:
+        return f"{self.mode} {self.width}x{self.height}"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.channels, self.height, self.width
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one image in memory."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def picture_kind(mode: str, size: tuple[int, int]) -> Kind:
+    """Returns the kind of a picture of this mode of Pillow's and this width and height."""
+    return Kind(mode, {"L": 1, "RGB": 3}.get(mode, 0), *size)
+
+
+def is_array(name: str) -> bool:
+    """Whether the extension is that of NumPy arrays."""
+    return name.lower().endswith(ARRAY_SUFFIX)
+
+
 def is_image(name: str) -> bool:
-    """Whether the extension is one that Pillow knows."""
+    """Whether the extension is one that Pillow knows, or that of NumPy arrays."""
     import PIL.Image
 
     PIL.Image.init()  # fills EXTENSION, of which opening an image fills a part
-    return os.path.splitext(name)[1].lower() in PIL.Image.EXTENSION
+    return is_array(name) or os.path.splitext(name)[1].lower() in PIL.Image.EXTENSION
+
+
+def split_conditions(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the names of images, sorted, and those of condition images."""
+    images = sorted(filter(is_image, names))
+    return ([name for name in images if not name.startswith(CONDITIONS)],
+            [name for name in images if name.startswith(CONDITIONS)])
+
+
+def match_names(names: Sequence[str], others: Sequence[str]) -> tuple[list[str | None], list[str]]:
+    """Returns for each name that of `others` which is equal but for the extension, or None.
+
+    And those of `others` that belong to none.
+    """
+    by_stem = {}
+    extra = [other for other in others
+             if by_stem.setdefault(os.path.splitext(other)[0], other) != other]
+    stems = [os.path.splitext(name)[0] for name in names]
+    found = [by_stem.get(stem) for stem in stems]
+    return found, sorted([*extra, *map(by_stem.get, by_stem.keys() - set(stems))])
+
+
+def check_matched(names: Sequence[str], found: Sequence[str | None], extra: Sequence[str],
+                  where: str) -> None:
+    """Raises ValueError, naming the first, where `match_names` left any over."""
+    missing = [name for name, other in zip(names, found, strict=True) if other is None]
+    if missing:
+        raise ValueError(f"{where}: no condition image for {missing[0]}; {len(missing)} of "
+                         f"{len(names)} images have none, and each needs one of its name")
+    if extra:
+        raise ValueError(f"{where}: {extra[0]} is the condition of no image, and so are "
+                         f"{len(extra)} files in all")
 
 
 def name_problem(name: str) -> str | None:
@@ -77,13 +146,7 @@ def parse_labels(text: bytes, where: str) -> dict[str, Any] | None:
     Raises:
         ValueError: it isn't JSON of the expected form, or names an image twice.
     """
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: line {error.lineno}, column {error.colno}: "
-                         f"{error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text") from error
+    data = parse_json(text, where)
     entries = data.get("labels") if isinstance(data, dict) else False
     if entries is None:
         return None
@@ -97,6 +160,17 @@ def parse_labels(text: bytes, where: str) -> dict[str, Any] | None:
             raise ValueError(f"{where}: {entry[0]} is listed twice")
         labels[entry[0]] = entry[1]
     return labels or None
+
+
+def parse_json(text: bytes, where: str) -> Any:
+    """Returns the content of a JSON file; raises ValueError, saying where it isn't JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: line {error.lineno}, column {error.colno}: "
+                         f"{error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 text") from error
 
 
 def label_array(names: Sequence[str], labels: dict[str, Any], where: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
     DIR/generate.json            the settings that all images of the folder share
     DIR/[SSS000/]SSSSSS.png      the image of a seed, in a subfolder per thousand if asked
+    DIR/[SSS000/]SSSSSS.npy      the same, [C, H, W], where no PNG holds it
 
 Every file appears under its name only when complete, so that a run that was killed is continued by
 running it again. Two runs may fill one folder at the same time: what both make is the same.
@@ -19,7 +20,8 @@ import numpy as np
 import PIL.Image
 
 from torch_utils.atomic import atomic_write, remove_stale, write_json
-from training.image_files import GENERATE_RECORD
+from training import array_files
+from training.image_files import ARRAY_SUFFIX, GENERATE_RECORD, read_regular
 
 
 class ImageFolder:
@@ -29,10 +31,15 @@ class ImageFolder:
         path: the folder; made by `open`.
         shape: (channels, height, width) of the images.
         subdirs: one subfolder per thousand seeds.
+        is_8bit: whether the images are uint8, else float32. The former of 1 or 3 channels become
+            PNGs, all others .npy files.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], subdirs: bool):
+    def __init__(self, path: Path, shape: tuple[int, int, int], subdirs: bool,
+                 is_8bit: bool = True):
         self.path, self._shape, self._subdirs = path, shape, subdirs
+        self._kind = array_files.array_kind(shape, np.dtype("uint8" if is_8bit else "float32"))
+        self.has_arrays = not is_8bit or shape[0] not in (1, 3)
 
     def open(self, settings: dict[str, Any]) -> None:
         """Makes the folder and records `settings`, plain JSON data.
@@ -64,7 +71,7 @@ class ImageFolder:
     def image_path(self, seed: int) -> Path:
         """Returns the name of the image of a seed."""
         folder = self.path / f"{seed - seed % 1000:06d}" if self._subdirs else self.path
-        return folder / f"{seed:06d}.png"
+        return folder / f"{seed:06d}{ARRAY_SUFFIX if self.has_arrays else '.png'}"
 
     def missing(self, seeds: Iterable[int]) -> list[int]:
         """Returns those of `seeds` that have no whole image of the right shape yet."""
@@ -72,6 +79,8 @@ class ImageFolder:
 
     def _is_whole(self, path: Path) -> bool:
         try:
+            if self.has_arrays:
+                return array_files.decode(read_regular(path))[1] == self._kind
             with PIL.Image.open(path) as image:
                 image.load()
                 channels = len(image.getbands())
@@ -89,7 +98,7 @@ class ImageWriter:
         self._pending: list[concurrent.futures.Future] = []
 
     def write(self, seeds: list[int], images: np.ndarray) -> None:
-        """Takes uint8 images [B, C, H, W]; returns when those of the call before are on disk.
+        """Takes images [B, C, H, W]; returns when those of the call before are on disk.
 
         Raises:
             OSError: an image of this or the call before could not be written.
@@ -101,9 +110,12 @@ class ImageWriter:
                          for seed, image in zip(seeds, images, strict=True)]
 
     def _write_one(self, seed: int, image: np.ndarray) -> None:
-        pixels = image.transpose(1, 2, 0)
-        picture = PIL.Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
         with atomic_write(self._folder.image_path(seed), sync=False) as file:
+            if self._folder.has_arrays:
+                file.write(array_files.encode(image))
+                return
+            pixels = image.transpose(1, 2, 0)
+            picture = PIL.Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
             picture.save(file, "PNG")
 
     def _wait(self) -> None:

@@ -1,18 +1,20 @@
 """A data set looked at as a whole: what is wrong with it, the statistics of its pixels, a picture.
 
-Every image is decoded once, by several processes, and nothing of it is kept but mode, size and the
-histogram of its pixels. Sums of histograms are exact, so the statistics don't depend on the order.
+Every image is decoded once, by several processes, and nothing of it is kept but its kind and the
+moments of its channels, which are merged in the order of the images: the statistics don't depend on
+the number of processes.
 """
 
 import collections
 import dataclasses
+import functools
 import io
 import itertools
 import json
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,37 +23,42 @@ import PIL.Image
 from tqdm import tqdm
 
 from torch_utils.ordered_pool import ordered_map
+from training import array_files
 from training.grid import image_grid, square_grid
 from training.image_files import (
+    CONDITIONS,
     DAMAGE,
     LABELS_NAME,
     Folder,
+    Kind,
     check_file_size,
-    is_image,
+    is_array,
     label_array,
     label_problem,
+    match_names,
     name_problem,
     open_files,
     parse_labels,
+    picture_kind,
     shown_label,
+    split_conditions,
 )
+from training.scaling import Moments, Scaling, recorded_scaling
 from training.sources import Item
 
 MAX_PROBLEMS = 50  # that are listed
-_LEVELS = 256
 _MAX_ROWS, _COLUMNS, _SQUARE = 16, 8, 64  # images in the picture, with classes and without
+_PAIRS = 32  # images in the picture with condition images
 _MAX_SIDE = 128  # pixels; larger images are shown smaller
-
-Kind = tuple[str, int, int]  # Pillow's mode, width, height
 
 
 class Inspected(NamedTuple):
-    """One image: what is wrong with it, or else its kind and histogram [bands * 256]."""
+    """One image: what is wrong with it, or else its kind and the moments of its channels."""
 
     name: str
     problem: str | None
     kind: Kind | None = None
-    histogram: np.ndarray | None = None
+    moments: Moments | None = None
 
 
 @dataclasses.dataclass
@@ -60,6 +67,7 @@ class Report:
 
     num_images: int
     kind: Kind | None = None  # of most images
+    cond_kind: Kind | None = None  # of most condition images; None where there are none
     label_dim: int | None = None  # length of label vectors; None for class numbers
     classes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     problems: list[str] = dataclasses.field(default_factory=list)
@@ -67,12 +75,12 @@ class Report:
 
 
 class _DataSet:
-    """The images of a folder or ZIP in the reader's order, and the text of the labels."""
+    """The images and conditions of a folder or ZIP in the reader's order, and the labels."""
 
     def __init__(self, path: Path):
         self.path = path
         self.files = open_files(path)
-        self.names = sorted(filter(is_image, self.files.names))
+        self.names, self.cond_names = split_conditions(self.files.names)
         if not self.names:
             raise ValueError(f"{path}: no images found")
 
@@ -91,6 +99,15 @@ class _DataSet:
         except DAMAGE as error:
             raise ValueError(f"can't be read: {error}") from error
 
+    @functools.cache  # noqa: B019 - there is one of these in a process, for as long as it runs
+    def scaling(self, kind: Kind, key: str) -> Scaling:
+        """Returns how images of this kind become what networks see.
+
+        Raises:
+            ValueError: dataset.json says nothing valid of it.
+        """
+        return recorded_scaling(self.files, kind, key, self.path)
+
     def labels(self) -> dict[str, Any] | None:
         """Returns the labels by name.
 
@@ -106,14 +123,14 @@ class _DataSet:
         return parse_labels(content, LABELS_NAME)
 
 
-def _inspect_all(data: _DataSet, workers: int) -> Iterator[Inspected]:
-    """Yields what became of every image, in order."""
-    results = ordered_map(_inspect, _items(data), min(workers, len(data.names)))
-    return iter(tqdm(results, total=len(data.names), unit="img", disable=None, leave=False))
+def _inspect_all(data: _DataSet, names: Sequence[str], workers: int) -> Iterator[Inspected]:
+    """Yields what became of every image of these names, in order."""
+    results = ordered_map(_inspect, _items(data, names), min(workers, len(names)))
+    return iter(tqdm(results, total=len(names), unit="img", disable=None, leave=False))
 
 
-def _items(data: _DataSet) -> Iterator[Item | Inspected]:
-    for name in data.names:
+def _items(data: _DataSet, names: Sequence[str]) -> Iterator[Item | Inspected]:
+    for name in names:
         try:
             yield data.item(name)
         except ValueError as error:
@@ -125,14 +142,21 @@ def _inspect(item: Item | Inspected) -> Inspected:
     if isinstance(item, Inspected):
         return item
     try:
-        image = _decode(item.content())
+        values, kind = _decode(item)
     except ValueError as error:
         return Inspected(item.name, str(error).removeprefix(f"{item.name}: "))
-    histogram = np.array(image.histogram(), np.uint32)
-    return Inspected(item.name, None, (image.mode, *image.size), histogram)
+    return Inspected(item.name, None, kind, Moments.of(values) if kind.channels else None)
 
 
-def _decode(content: bytes) -> PIL.Image.Image:
+def _decode(item: Item) -> tuple[np.ndarray, Kind]:
+    """Returns an image as [C, H, W], and its kind; raises ValueError if it is damaged."""
+    if is_array(item.name):
+        return array_files.decode(item.content())
+    image = _decode_picture(item.content())
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1), picture_kind(image.mode, image.size)
+
+
+def _decode_picture(content: bytes) -> PIL.Image.Image:
     """Returns the image with its pixels; raises ValueError if it is damaged or too large."""
     bombs = (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
     try:
@@ -176,40 +200,80 @@ def check_dataset(path: Path, workers: int) -> Report:
     """
     data = _DataSet(path)
     report = Report(len(data.names))
+    report.kind, found = _check_images(data, data.names, workers)
+    found += [_check_names(data, data.names), _check_labels(data, report)]
+    lists = [(data.names, found)]
+    if data.cond_names:
+        report.cond_kind, found = _check_images(data, data.cond_names, workers)
+        found += [_check_names(data, data.cond_names), *_check_conditions(data, report)]
+        lists.append((data.cond_names, found))
+    if report.kind:
+        found.append(_check_scales(data, report))
+    report.num_problems = sum(problems.count for _, found in lists for problems in found)
+    for names, found in lists:
+        first = sorted(itertools.chain.from_iterable(problems.first for problems in found))
+        report.problems += [f"{names[i]} (image {i}): {text}" if i < len(names) else text
+                            for i, text in first]
+    report.problems = report.problems[:MAX_PROBLEMS]
+    return report
+
+
+def _check_images(data: _DataSet, names: Sequence[str],
+                  workers: int) -> tuple[Kind | None, list[_Problems]]:
+    """Returns the kind of most images of these names, and what is wrong with the others."""
     unreadable, kinds = _Problems(), collections.defaultdict(_Problems)
-    for i, inspected in enumerate(_inspect_all(data, workers)):
+    for i, inspected in enumerate(_inspect_all(data, names, workers)):
         if inspected.problem:
             unreadable.add(i, inspected.problem)
         else:
             kinds[inspected.kind].add(i, "")
-    report.kind = max(filter(_is_usable, kinds), key=lambda kind: kinds[kind].count, default=None)
-    found = [unreadable, _check_names(data), _check_labels(data, report)]
-    found += [_unlike(kind, problems, report.kind) for kind, problems in kinds.items()
-              if kind != report.kind]
-    report.num_problems = sum(problems.count for problems in found)
-    first = sorted(itertools.chain.from_iterable(problems.first for problems in found))
-    report.problems = [f"{data.names[i]} (image {i}): {text}" if i < len(data.names) else text
-                       for i, text in first[:MAX_PROBLEMS]]
-    return report
-
-
-def _is_usable(kind: Kind) -> bool:
-    mode, width, height = kind
-    return mode in ("L", "RGB") and width == height
+    usual = max((kind for kind in kinds if kind.channels), key=lambda kind: kinds[kind].count,
+                default=None)
+    return usual, [unreadable, *(_unlike(kind, problems, usual) for kind, problems in kinds.items()
+                                 if kind != usual)]
 
 
 def _unlike(kind: Kind, problems: _Problems, usual: Kind | None) -> _Problems:
     """Returns the images of this kind with what is wrong with them."""
-    text = "is {} {}x{}".format(*kind) + (
-        ", but most are {} {}x{}".format(*usual) if _is_usable(kind) else
-        "; images must be square, gray (L) or RGB: convert them with dataset_tool.py")
+    text = f"is {kind}" + (
+        f", but most are {usual}" if kind.channels else
+        "; images must be gray (L) or RGB, or arrays (.npy): convert them with dataset_tool.py")
     problems.first = [(i, text) for i, _ in problems.first]
     return problems
 
 
-def _check_names(data: _DataSet) -> _Problems:
+def _check_conditions(data: _DataSet, report: Report) -> list[_Problems]:
+    """Returns what is wrong between images and condition images."""
+    missing, extra, size = _Problems(), _Problems(), _Problems()
+    last = len(data.cond_names)  # what belongs to no condition image comes last
+    found, others = match_names([CONDITIONS + name for name in data.names], data.cond_names)
+    for name, condition in zip(data.names, found, strict=True):
+        if condition is None:
+            missing.add(last, f"{name}: has no condition image in {CONDITIONS}")
+    numbers = {name: i for i, name in enumerate(data.cond_names)}
+    for name in others:
+        extra.add(numbers[name], "is the condition of no image")
+    kinds = report.kind, report.cond_kind
+    if all(kinds) and kinds[0].shape[1:] != kinds[1].shape[1:]:
+        size.add(last, f"condition images are {kinds[1]}, but images {kinds[0]}")
+    return [missing, extra, size]
+
+
+def _check_scales(data: _DataSet, report: Report) -> _Problems:
+    """Returns whether the scalings in dataset.json are not those of such images."""
     problems = _Problems()
-    for i, name in enumerate(data.names):
+    for kind, key in ((report.kind, "scale"), (report.cond_kind, "cond_scale")):
+        try:
+            _ = kind and data.scaling(kind, key)
+        except ValueError as error:
+            if f'"{key}"' in str(error):  # what is no JSON is told with the labels
+                problems.add(len(data.files.names), str(error))
+    return problems
+
+
+def _check_names(data: _DataSet, names: Sequence[str]) -> _Problems:
+    problems = _Problems()
+    for i, name in enumerate(names):
         problem = name_problem(name)
         if not isinstance(data.files, Folder) and stat.S_ISLNK(data.files.mode(name)):
             problem = "is a symbolic link"
@@ -258,32 +322,23 @@ def _usual_label(labels: Iterable[Any]) -> Any:
 # -------------------------------------------------------------------------------------- show
 
 
-def pixel_statistics(path: Path, workers: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Returns mean [C], standard deviation [C] and that of all channels together, of x/127.5 - 1.
+def pixel_statistics(path: Path, workers: int) -> tuple[Moments, Scaling]:
+    """Returns the moments of all images, in the data's units, and their scaling.
 
     Raises:
         OSError, ValueError: it isn't a data set, or an image is damaged or unlike the first.
     """
-    data, first, total = _DataSet(path), None, 0
-    for i, inspected in enumerate(_inspect_all(data, workers)):
+    data, first, total = _DataSet(path), None, None
+    for i, inspected in enumerate(_inspect_all(data, data.names, workers)):
         where = f"{path}: {inspected.name} (image {i})"
         if inspected.problem:
             raise ValueError(f"{where}: {inspected.problem}; dataset_tool.py check lists all")
         first = first or inspected.kind
-        if inspected.kind != first or not _is_usable(first):
-            raise ValueError("{} is {} {}x{}; all images must be square, gray or RGB, and of one "
-                             "size: dataset_tool.py check lists all".format(where, *inspected.kind))
-        total = total + inspected.histogram.astype(np.int64)
-    histograms = total.reshape(-1, _LEVELS)
-    means, stds = zip(*map(_moments, histograms), strict=True)
-    return np.array(means), np.array(stds), _moments(histograms.sum(axis=0))[1]
-
-
-def _moments(histogram: np.ndarray) -> tuple[float, float]:
-    """Returns mean and standard deviation of values given by how often each level occurs."""
-    values = np.arange(_LEVELS) / 127.5 - 1
-    mean = np.average(values, weights=histogram)
-    return float(mean), float(np.sqrt(np.average((values - mean) ** 2, weights=histogram)))
+        if inspected.kind != first or not first.channels:
+            raise ValueError(f"{where} is {inspected.kind}; all images must be gray, RGB or arrays "
+                             "of one kind and size: dataset_tool.py check lists all")
+        total = total.merge(inspected.moments) if total else inspected.moments
+    return total, data.scaling(first, "scale")
 
 
 def sample_grid(path: Path) -> tuple[PIL.Image.Image, str]:
@@ -293,16 +348,18 @@ def sample_grid(path: Path) -> tuple[PIL.Image.Image, str]:
         OSError, ValueError: it isn't a data set, or its labels are invalid.
     """
     data = _DataSet(path)
+    if data.cond_names:
+        return _pair_grid(data)
     labels = data.labels()
     classes = None if labels is None else label_array(data.names, labels, f"{path}: {LABELS_NAME}")
     if classes is None or classes.ndim == 2:
         numbers = _spread(np.arange(len(data.names)), _SQUARE)
-        return square_grid(np.stack([_small_pixels(data, i) for i in numbers])), \
+        return square_grid(np.stack([_small_pixels(data, data.names[i]) for i in numbers])), \
             f"{len(numbers)} of {len(data.names)} images"
     present = np.unique(classes)
     rows = _spread(present, _MAX_ROWS)
     members = [_spread(np.flatnonzero(classes == row), _COLUMNS) for row in rows]
-    picture = image_grid([[_small_pixels(data, i) for i in row] for row in members],
+    picture = image_grid([[_small_pixels(data, data.names[i]) for i in row] for row in members],
                          [str(row) for row in rows])
     return picture, f"{len(rows)} of {len(present)} classes, up to {_COLUMNS} images each"
 
@@ -312,12 +369,33 @@ def _spread(values: np.ndarray, num: int) -> np.ndarray:
     return values[np.arange(num) * len(values) // num] if len(values) > num else values
 
 
-def _small_pixels(data: _DataSet, number: int) -> np.ndarray:
+def _pair_grid(data: _DataSet) -> tuple[PIL.Image.Image, str]:
+    """Returns a picture of rows of condition images, each above the row of their images."""
+    found, _ = match_names([CONDITIONS + name for name in data.names], data.cond_names)
+    paired = np.array([i for i, name in enumerate(found) if name], int)
+    if not len(paired):
+        raise ValueError(f"{data.path}: no condition image has the name of an image")
+    numbers = _spread(paired, _PAIRS)
+    rows, labels = [], []
+    for start in range(0, len(numbers), _COLUMNS):
+        some = numbers[start:start + _COLUMNS]
+        rows += [[_small_pixels(data, found[i]) for i in some],
+                 [_small_pixels(data, data.names[i]) for i in some]]
+        labels += ["condition", "image"]
+    return image_grid(rows, labels), f"{len(numbers)} of {len(data.names)} images, with conditions"
+
+
+def _small_pixels(data: _DataSet, name: str) -> np.ndarray:
     """Returns an image as uint8 [C, H, W], reduced if it is large."""
-    image = _decode(data.item(data.names[number]).content())
-    if image.width > _MAX_SIDE:
-        image = image.resize((_MAX_SIDE, _MAX_SIDE), PIL.Image.Resampling.LANCZOS)
-    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+    values, kind = _decode(data.item(name))
+    key = "cond_scale" if name.startswith(CONDITIONS) else "scale"
+    values = data.scaling(kind, key).to_picture(values)
+    if max(values.shape[1:]) <= _MAX_SIDE:
+        return values
+    factor = _MAX_SIDE / max(values.shape[1:])
+    size = tuple(max(round(side * factor), 1) for side in values.shape[:0:-1])
+    return np.stack([np.asarray(PIL.Image.fromarray(channel).resize(
+        size, PIL.Image.Resampling.LANCZOS)) for channel in values])
 
 
 def show_path(data: Path, out: str | None) -> Path:

@@ -17,13 +17,8 @@ from training.guidance import EVERYWHERE, GuidedDenoiser, guided
 from training.loss import LSUN_SIGMA_MAX
 from training.networks import Precond
 from training.quantization import quantise_
-from training.sampling import (
-    SampleBatch,
-    SamplerConfig,
-    from_data,
-    generate_images,
-    trajectory,
-)
+from training.sampling import SampleBatch, SamplerConfig, generate_images, trajectory
+from training.scaling import EIGHT_BIT, Scaling
 from training.sweeps import FULL_BITS
 
 _OpenNetwork = Callable[[str], tuple[dict[str, Any], Precond]]
@@ -38,34 +33,66 @@ class ClassError(UsageError):
 
 
 class SeedImages:
-    """The images of a folder or ZIP by seed: seed k has image k mod n of its n, by sorted name.
+    """The images of a data set by seed: seed k has image k mod n of its n, by sorted name.
 
     Args:
-        flag: what errors call it.
-        path: a folder or ZIP that `ImageFolderDataset` reads.
-        shape: (channels, height, width) that the images must have.
-
-    Raises:
-        OSError: it can't be read.
-        ValueError: not a data set, or of another shape.
+        dataset: the data set.
+        scaling: of its images, or of its condition images where it reads them: then these are
+            meant.
     """
 
-    def __init__(self, flag: str, path: str | os.PathLike, shape: tuple[int, int, int]):
-        self._dataset = ImageFolderDataset(path)
-        if tuple(self._dataset.image_shape) != shape:
-            given, allowed = ("x".join(map(str, s)) for s in (self._dataset.image_shape, shape))
+    def __init__(self, dataset: ImageFolderDataset, scaling: Scaling):
+        self._dataset, self._scaling = dataset, scaling
+
+    @classmethod
+    def of_conditions(cls, dataset: ImageFolderDataset) -> "SeedImages":
+        """Returns the condition images of a data set that reads them."""
+        return cls(dataset, dataset.cond_scaling)
+
+    @classmethod
+    def open(cls, flag: str, path: str | os.PathLike, shape: tuple[int, int, int],
+             scaling: Scaling, *, conditions: bool = False) -> "SeedImages":
+        """Returns the images of a folder or ZIP.
+
+        Args:
+            flag: what errors call it.
+            path: a folder or ZIP that `ImageFolderDataset` reads.
+            shape: (channels, height, width) that the images must have.
+            scaling: of the data that the network was trained on, in whose units they must be.
+            conditions: use the data set's condition images, if it has any, instead of its images.
+
+        Raises:
+            OSError: it can't be read.
+            ValueError: not a data set, or of another shape or kind of numbers.
+        """
+        dataset = ImageFolderDataset(path)
+        if conditions and dataset.has_conditions:
+            dataset = ImageFolderDataset(path, use_conditions=True)
+        given, own = (dataset.cond_shape, dataset.cond_scaling) if dataset.cond_shape else (
+            dataset.image_shape, dataset.scaling)
+        if tuple(given) != shape:
+            given, allowed = ("x".join(map(str, s)) for s in (given, shape))
             raise ValueError(f"{flag}={path}: images are {given} (channels x height x width), the "
                              f"network takes {allowed}; convert them with dataset_tool.py")
+        if own.is_8bit != scaling.is_8bit:
+            raise ValueError(f"{flag}={path}: images are {_numbers(own)}, but the network was "
+                             f"trained on {_numbers(scaling)}; give such images in the same units")
+        return cls(dataset, scaling)
 
     def __call__(self, seeds: Sequence[int]) -> torch.Tensor:
         """Returns the images of `seeds`, [B, C, H, W] float32 in about [-1, 1]."""
-        images, _ = self._dataset.get_batch([seed % len(self._dataset) for seed in seeds])
-        return from_data(images)
+        batch = self._dataset.get_batch([seed % len(self._dataset) for seed in seeds])
+        images = batch[2] if self._dataset.cond_shape else batch[0]
+        return self._scaling.to_network(torch.from_numpy(images))
 
     @property
     def fingerprint(self) -> str:
         """A sha256 over the files."""
         return self._dataset.fingerprint
+
+
+def _numbers(scaling: Scaling) -> str:
+    return "8-bit" if scaling.is_8bit else "floating-point or 16-bit"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +107,7 @@ class NetworkSampler:
         settings: what decides an image beside its seed, as plain JSON data.
         conditions: the condition images, None for a network without.
         inits: the images from which sampling starts, None for pure noise.
+        scaling: of the data that the network was trained on.
     """
 
     net: Precond | GuidedDenoiser
@@ -89,6 +117,7 @@ class NetworkSampler:
     settings: dict[str, Any]
     conditions: SeedImages | None = None
     inits: SeedImages | None = None
+    scaling: Scaling = EIGHT_BIT
 
     @classmethod
     def open(cls, source: str, device: torch.device, *, class_idx: int | None = None,
@@ -136,20 +165,28 @@ class NetworkSampler:
             del settings["noise_alpha"]
         if bits < FULL_BITS:
             settings["bits"] = bits
+        scaling = recorded_scaling(content, source, "scale", net.img_channels)
         denoiser, extra = _with_guidance(net, source, guidance, gnet, guidance_interval,
-                                         open_network)
+                                         open_network, scaling)
         sampler.check(denoiser)
-        conditions = _open_conditions(net, source, cond_image)
-        inits = SeedImages("--init-image", init_image, net.image_shape) if init_image else None
+        extra |= {} if scaling.is_8bit else {"scale": scaling.to_dict()}
+        conditions = _open_conditions(net, source, cond_image, content)
+        inits = SeedImages.open("--init-image", init_image, net.image_shape, scaling) \
+            if init_image else None
         for name, images in (("cond_image", conditions), ("init_image", inits)):
             extra |= {name: images.fingerprint} if images else {}
         settings = {key: _json_number(value) for key, value in (settings | extra).items()}
-        return cls(denoiser, sampler, device, class_idx, settings, conditions, inits)
+        return cls(denoiser, sampler, device, class_idx, settings, conditions, inits, scaling)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images."""
         return self.net.image_shape
+
+    @property
+    def scale(self) -> dict[str, Any] | None:
+        """`scaling` as plain data; None for 8-bit images."""
+        return None if self.scaling.is_8bit else self.scaling.to_dict()
 
     def images(self, batches: Iterable[Sequence[int]]) -> Iterator[SampleBatch]:
         """Yields the images of each batch of seeds."""
@@ -173,6 +210,24 @@ def _open_network(
     net = checkpoint.build_ema(content).to(device)
     net.compute_dtype = compute_dtype(precision)
     return content, net
+
+
+def recorded_scaling(content: dict[str, Any], source: str, key: str, channels: int) -> Scaling:
+    """Returns the scaling of the data or conditions of a network, 8-bit where none is recorded.
+
+    Raises:
+        ValueError: the file has none that is valid.
+    """
+    dataset = content.get("dataset")
+    record = dataset.get(key) if isinstance(dataset, dict) else None
+    if record is None:
+        return EIGHT_BIT
+    try:
+        scaling = Scaling.from_dict(record)
+        scaling.check_channels(channels)
+    except ValueError as error:
+        raise ValueError(f'{source}: "{key}" of its data {error}') from error
+    return scaling
 
 
 def _weights_digest(content: dict[str, Any]) -> str:
@@ -209,7 +264,7 @@ def _check_class(source: str, net: Precond, class_idx: int | None) -> None:
 
 def _with_guidance(
     net: Precond, source: str, guidance: float, gnet: str | None,
-    interval: tuple[float, float] | None, open_network: _OpenNetwork,
+    interval: tuple[float, float] | None, open_network: _OpenNetwork, scaling: Scaling,
 ) -> tuple[Precond | GuidedDenoiser, dict[str, Any]]:
     """Returns (the network under guidance, the settings that say so); no settings without."""
     if guidance == 1:
@@ -222,6 +277,8 @@ def _with_guidance(
     guide = None
     if gnet is not None:
         content, guide = open_network(gnet)
+        if recorded_scaling(content, gnet, "scale", guide.img_channels) != scaling:
+            raise ValueError(f"--gnet={gnet}: was trained on data of another scale than {source}")
         settings["gnet"] = _weights_digest(content)
     elif not net.label_dim:
         raise UsageError(f"--guidance={guidance:g}: {source} has no labels to be guided by; give a "
@@ -235,7 +292,8 @@ def _with_guidance(
     return denoiser, settings
 
 
-def _open_conditions(net: Precond, source: str, cond_image: str | None) -> SeedImages | None:
+def _open_conditions(net: Precond, source: str, cond_image: str | None,
+                     content: dict[str, Any]) -> SeedImages | None:
     if not net.cond_channels:
         if cond_image is not None:
             raise UsageError(f"--cond-image={cond_image}: {source} takes no condition image; "
@@ -244,7 +302,9 @@ def _open_conditions(net: Precond, source: str, cond_image: str | None) -> SeedI
     if cond_image is None:
         raise UsageError(f"{source} needs condition images of {net.cond_channels} channels; give "
                          "--cond-image=DIR|ZIP")
-    return SeedImages("--cond-image", cond_image, (net.cond_channels, *net.image_shape[1:]))
+    scaling = recorded_scaling(content, source, "cond_scale", net.cond_channels)
+    return SeedImages.open("--cond-image", cond_image, (net.cond_channels, *net.image_shape[1:]),
+                           scaling, conditions=True)
 
 
 def _json_number(value: Any) -> Any:

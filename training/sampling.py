@@ -23,6 +23,7 @@ import torch
 from training.discretization import edm_sigmas, make_schedule, sigma_grid
 from training.networks import Precond
 from training.perturbation import PerturbationKernel, per_image
+from training.scaling import EIGHT_BIT, default_scaling
 from training.solvers import (
     SOLVERS,
     Denoiser,
@@ -308,14 +309,12 @@ def trajectory(
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Returns clip(x*127.5 + 128, 0, 255) truncated to uint8."""
-    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+    return EIGHT_BIT.to_data(images)
 
 
 def from_data(images: np.ndarray) -> torch.Tensor:
-    """Returns images of a data set as networks see them, float32 on the CPU.
+    """Returns images of which no scale is recorded as networks see them, float32 on the CPU.
 
     uint8 becomes x/127.5 - 1; floating-point images are in their own scale, about [-1, 1], already.
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(images))
-    scaled = pixels.to(torch.float32)
-    return scaled if pixels.is_floating_point() else scaled / 127.5 - 1
+    return default_scaling(images.dtype).to_network(torch.from_numpy(np.ascontiguousarray(images)))

@@ -51,6 +51,9 @@ _OPTIONS = (
     click.option("--guidance", metavar="W", type=click.FloatRange(min=0), default=1, help="Guidance away from the network without its labels, or from --gnet; 1 is none."),
     click.option("--gnet", metavar="PT|URL", help="Guide of --guidance: another snapshot or state, of the same image shape and D.  [default: the network without its labels]"),
     click.option("--guidance-interval", "guidance_interval", metavar="LO,HI", type=_Interval(), help="Noise levels LO < sigma <= HI at which to guide.  [default: all]"),
+    click.option("--cond-image", metavar="DIR|ZIP", help="Condition images, for networks that take them; seed k has image k mod n of n."),
+    click.option("--init-image", metavar="DIR|ZIP", help="Start from these images plus noise instead of noise; seed k has image k mod n of n."),
+    click.option("--init-sigma", metavar="S", type=click.FloatRange(min=0, min_open=True), help="Noise level at which to start from --init-image; takes the place of --sigma_max."),
     click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", help="Arithmetic inside the network."),
 )
 

@@ -2,37 +2,46 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from metrics.detectors import Detector
+from metrics.detectors import Detector, detector_class
 from metrics.scorer import Scorer
 from metrics.scores import FeatureSet, collect
 from torch_utils import distributed as dist
 from training.dataset import ImageFolderDataset
-from training.sampling import SampleBatch, to_uint8
+from training.sampling import SampleBatch
+from training.scaling import Scaling
+
+
+class Scored(Protocol):
+    """What has images to score: a data set or a sampler."""
+
+    image_shape: Sequence[int]
+    scale: dict[str, Any] | None
 
 
 class Sampler(Protocol):
     """What samples; `network_sampler.NetworkSampler` does."""
 
     image_shape: tuple[int, int, int]
+    scaling: Scaling
 
     def images(self, batches: Iterable[Sequence[int]]) -> Iterator[SampleBatch]:
         """Yields the images of each batch of seeds."""
 
 
 def open_scorer(detector: str, reference: str | None, metrics: Iterable[str], device: torch.device,
-                shapes: dict[str, Sequence[int]], *, batch: int, workers: int) -> Scorer:
-    """Returns what scores images of given shapes; what can be refused is refused at once.
+                sets: dict[str, Scored], *, batch: int, workers: int) -> Scorer:
+    """Returns what scores images of these sets; what can be refused is refused at once.
 
     Args:
         detector: see `metrics.detectors.build_detector`.
         reference: statistics (.npz, or their address), a data set (folder or .zip), or None.
         metrics: names of the metrics.
         device: where to compute.
-        shapes: [C, H, W] of the images by what errors call the images.
+        sets: what will be scored, by what errors call the images.
         batch: the most images of a reference data set at a time.
         workers: processes that read them ahead.
 
@@ -40,18 +49,23 @@ def open_scorer(detector: str, reference: str | None, metrics: Iterable[str], de
         ValueError: detector, reference, metrics and images do not fit.
         OSError: a file can't be read.
     """
+    for name, images in sets.items():  # before weights are downloaded
+        try:
+            detector_class(detector).check_kind(images.image_shape[0], images.scale is None)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     is_data = reference is not None and (os.path.isdir(reference) or reference.endswith(".zip"))
     scorer = Scorer(detector, ImageFolderDataset(reference) if is_data else reference, metrics,
                     device, name=reference)
-    for name, shape in shapes.items():
-        scorer.check(shape, name)
+    for name, images in sets.items():
+        scorer.check(images.image_shape, name, images.scale)
     scorer.prepare(batch, workers)
     return scorer
 
 
 def network_features(sampler: Sampler, seeds: Sequence[int], detector: Detector, *,
                      metrics: Iterable[str], batch: int, title: str | None = None) -> FeatureSet:
-    """Returns what `metrics` need of the images of `seeds`, as they would be written: in uint8.
+    """Returns what `metrics` need of the images of `seeds`, as they would be written and read.
 
     Args:
         sampler: gives the images.
@@ -63,6 +77,14 @@ def network_features(sampler: Sampler, seeds: Sequence[int], detector: Detector,
     """
     numbers = [own for own in dist.split_for_rank(range(len(seeds)), batch) if own]
     samples = sampler.images([seeds[i] for i in own] for own in numbers)
-    images: Iterator[torch.Tensor] = (to_uint8(sample.images) for sample in samples)
+    images: Iterator[torch.Tensor] = (_as_read(sample.images, sampler.scaling)
+                                      for sample in samples)
     return collect(zip(images, numbers, strict=True), image_shape=sampler.image_shape,
-                   count=len(seeds), detector=detector, metrics=metrics, title=title)
+                   count=len(seeds), detector=detector, metrics=metrics,
+                   is_8bit=sampler.scaling.is_8bit, title=title)
+
+
+def _as_read(images: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+    """Returns what would be read of these images after they were written, for a detector."""
+    data = scaling.to_data(images)
+    return data if scaling.is_8bit else scaling.to_network(data)

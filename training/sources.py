@@ -6,6 +6,7 @@
 | MNIST | a file *-images-idx3-ubyte.gz | the file *-labels-idx1-ubyte.gz beside it |
 | LSUN | a folder *_lmdb | none |
 | ZIP | a file *.zip | dataset.json |
+| array | a file *.npy of [n, H, W] or [n, C, H, W] | none |
 | folder | any other folder | dataset.json, else the folders at its top |
 
 Images are named and counted here, and read one after the other when they are needed; none but
@@ -25,16 +26,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training import archives
+from training import archives, array_files
 from training.image_files import (
     DAMAGE,
     LABELS_NAME,
     check_file_size,
+    check_matched,
+    is_array,
     is_image,
     label_array,
+    match_names,
     name_problem,
     parse_labels,
     read_regular,
+    split_conditions,
 )
 
 
@@ -65,43 +70,62 @@ class Source:
 
     Attributes:
         num_images: how many there are.
+        names: their names; None where they are known only after reading.
         read: yields the images of these rising numbers.
         labels: returns the labels of the first n images; None where there are none.
         class_names: what the classes are called in the source.
         num_others: files that aren't images.
+        num_conditions: condition images of the source, which are not taken along.
         links: folders that are symbolic links, which aren't followed.
         note: what a user may not expect.
     """
 
     num_images: int
+    names: Sequence[str] | None
     read: Callable[[Iterable[int]], Iterator[Item]]
     labels: Callable[[int], list[Any]] | None = None
     class_names: Sequence[str] | None = None
     num_others: int = 0
+    num_conditions: int = 0
     links: Sequence[str] = ()
     note: str = ""
 
 
 @contextlib.contextmanager
-def open_source(path: Path) -> Iterator[Source]:
-    """Opens what `--source` names.
+def open_source(path: Path, flag: str = "--source") -> Iterator[Source]:
+    """Opens what `--source` or another flag names.
 
     Raises:
         OSError: it isn't there or can't be read.
         ValueError: it is of no supported kind, or malformed.
     """
     if not path.exists():
-        raise FileNotFoundError(f"--source={path}: no such file or folder")
+        raise FileNotFoundError(f"{flag}={path}: no such file or folder")
     opener = _opener(path)
     if opener is None:
-        raise ValueError(f"--source={path}: not supported; allowed: folder, .zip, *_lmdb, "
+        raise ValueError(f"{flag}={path}: not supported; allowed: folder, .zip, .npy, *_lmdb, "
                          f"cifar-10-python.tar.gz, *{archives.MNIST_IMAGES}")
     with opener(path) as source:
         if not source.num_images:
             linked = f"; {source.links[0]} is a link to a folder, and those aren't followed" \
                 if source.links else ""
-            raise ValueError(f"--source={path}: no images found{linked}")
+            raise ValueError(f"{flag}={path}: no images found{linked}")
         yield source
+
+
+def condition_numbers(source: Source, conditions: Source) -> list[int]:
+    """Returns for each image of a source the number of its condition image, by their names.
+
+    Raises:
+        ValueError: an image without a condition image or the other way round, or sources without
+            names.
+    """
+    if source.names is None or conditions.names is None:
+        raise ValueError("--cond-source: LMDB has no file names to find condition images by")
+    found, extra = match_names(source.names, conditions.names)
+    check_matched(source.names, found, extra, "--cond-source")
+    numbers = {name: number for number, name in enumerate(conditions.names)}
+    return [numbers[name] for name in found]
 
 
 def _opener(path: Path) -> Callable[[Path], contextlib.AbstractContextManager[Source]] | None:
@@ -112,6 +136,8 @@ def _opener(path: Path) -> Callable[[Path], contextlib.AbstractContextManager[So
         return _open_cifar10
     if path.name.endswith(archives.MNIST_IMAGES):
         return _open_mnist
+    if is_array(name):
+        return _open_array
     return _open_zip if name.endswith(".zip") else None
 
 
@@ -128,10 +154,12 @@ def _open_folder(path: Path) -> Iterator[Source]:
         images = [prefix + name for name in files if is_image(name)]
         others += len(files) - len(images)
         names += images
+    names, conditions = split_conditions(names)
     # By path component: "a/x" before "a-1/x". No name has a zero byte.
     names.sort(key=lambda name: name.replace("/", "\0"))
-    source = Source(len(names), lambda numbers: (Item(names[i], path / names[i]) for i in numbers),
-                    num_others=others, links=sorted(links))
+    source = Source(len(names), names,
+                    lambda numbers: (Item(names[i], path / names[i]) for i in numbers),
+                    num_others=others, num_conditions=len(conditions), links=sorted(links))
     labels_path = path / LABELS_NAME
     if labels_path.exists():
         source.num_others -= 1
@@ -185,10 +213,11 @@ def _open_zip(path: Path) -> Iterator[Source]:
     with archive:
         files = [info.filename for info in archive.infolist() if not info.is_dir()]
         _check_members(path, archive)
-        names = sorted(filter(is_image, files))
-        source = Source(len(names), lambda numbers: (Item(names[i], read(names[i]))
-                                                     for i in numbers),
-                        num_others=len(files) - len(names))
+        names, conditions = split_conditions(files)
+        source = Source(len(names), names,
+                        lambda numbers: (Item(names[i], read(names[i])) for i in numbers),
+                        num_others=len(files) - len(names) - len(conditions),
+                        num_conditions=len(conditions))
         if LABELS_NAME in files:
             source.num_others -= 1
             source.labels = _json_labels(names, read(LABELS_NAME), path)
@@ -209,11 +238,27 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
         raise ValueError(f"{path}: {name} is there {count} times")
 
 
+@contextlib.contextmanager
+def _open_array(path: Path) -> Iterator[Source]:
+    try:
+        stack = array_files.open_stack(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    names = _numbered(len(stack))
+    yield Source(len(stack), names, lambda numbers: (
+        Item(names[i], array_files.encode(stack[i])) for i in numbers))
+
+
+def _numbered(num: int) -> list[str]:
+    return [f"image {i}" for i in range(num)]
+
+
 def _of_arrays(arrays: archives.Arrays, name: str, expected: int) -> Source:
     """Returns a source of images that are held; they are called image 0, image 1, ..."""
     num = len(arrays.images)
     note = "" if num == expected else f"{name} has {expected} training images, this file {num}"
-    return Source(num, lambda numbers: (Item(f"image {i}", arrays.images[i]) for i in numbers),
+    names = _numbered(num)
+    return Source(num, names, lambda numbers: (Item(names[i], arrays.images[i]) for i in numbers),
                   lambda num: arrays.labels[:num].tolist(), arrays.class_names, note=note)
 
 
@@ -231,5 +276,6 @@ def _open_mnist(path: Path) -> Iterator[Source]:
 def _open_lmdb(path: Path) -> Iterator[Source]:
     with archives.open_lmdb(path) as (num, items):
         # Without labels nothing is left out before --max-images: the numbers are 0, 1, 2, ...
-        yield Source(num, lambda numbers: (Item(f"{path.name}: {key}", value) for _, (key, value)
-                                           in zip(numbers, items, strict=False)))
+        yield Source(num, None, lambda numbers: (
+            Item(f"{path.name}: {key}", value)
+            for _, (key, value) in zip(numbers, items, strict=False)))

@@ -43,10 +43,11 @@ from training.dataset import ImageFolderDataset, TrainingOrder, order_at
 from training.ema import RAMPUP_RATIO, ema_beta, update_ema_
 from training.grid import image_grid, save_png
 from training.loss import LOSSES, LSUN_SIGMA_MAX, DenoisingLoss, LossDraws
-from training.network_sampler import NetworkSampler
+from training.network_sampler import NetworkSampler, SeedImages
 from training.networks import Precond, build_network
 from training.run_files import RunFiles
 from training.sampling import SamplerConfig, generate_images, to_uint8
+from training.scaling import Scaling
 from training.scoring import network_features, open_scorer
 
 # Set the uses of the run's seed apart.
@@ -85,7 +86,8 @@ class Trainer:
 
         torch.manual_seed(misc.mix_seed(config.seed, _INIT_TAG))
         self.net = build_network(
-            config.network(dataset.resolution, dataset.num_channels, dataset.label_dim))
+            config.network(dataset.resolution, dataset.num_channels, dataset.label_dim,
+                           dataset.cond_channels))
         self.net.to(device).train()
         self.net.compute_dtype = misc.compute_dtype(config.precision)
         self.ema_rampup: float | None = RAMPUP_RATIO
@@ -125,7 +127,7 @@ class Trainer:
         self._batches = None
         self.optimizer = None
 
-    def _open_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _open_batches(self) -> Iterator[tuple[torch.Tensor, ...]]:
         order = TrainingOrder(
             len(self.dataset), self.config.seed, self.config.batch, start=self.cur_nimg,
             rank=self.rank, world_size=self.world_size, rounds=self.rounds)
@@ -168,8 +170,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._step_loss = torch.zeros_like(self._step_loss)
         for i in range(self.rounds):
-            images, labels = next(self._batches)
-            images = self._to_device(images)
+            images, labels, *conditions = next(self._batches)
+            images = self._to_device(images, self.dataset.scaling)
+            condition = self._to_device(conditions[0], self.dataset.cond_scaling) \
+                if conditions else None
             labels = labels.to(self.device, non_blocking=True)
             # Dropout takes no generator: it alone draws from PyTorch's default one.
             torch.manual_seed(misc.mix_seed(
@@ -177,7 +181,7 @@ class Trainer:
             with self._sync_on_last_round(i):
                 part = slice(i * self.micro_batch, (i + 1) * self.micro_batch)
                 loss = self.loss_fn(self.ddp, images, labels, self.augment_pipe, draws=draws[part],
-                                    reference=reference)
+                                    reference=reference, condition=condition)
                 training_stats.report("Loss/loss", loss.detach())
                 self._step_loss += loss.detach().mean() / self.rounds
                 (loss.sum() * gain).backward()
@@ -201,7 +205,8 @@ class Trainer:
         indices = np.concatenate([
             order_at(size, self.config.seed, self.cur_nimg + np.arange(batch)),
             order_at(size, seed, self.step * extra + np.arange(extra))])
-        images = self._to_device(torch.from_numpy(self.dataset.get_batch(indices)[0]))
+        images = self._to_device(torch.from_numpy(self.dataset.get_batch(indices)[0]),
+                                 self.dataset.scaling)
         if self.augment_pipe is None:
             return images
         rng = self._step_rng.manual_seed(misc.mix_seed(seed, self.step))
@@ -209,9 +214,9 @@ class Trainer:
         others, _ = self.augment_pipe(images[batch:], self.augment_pipe.draw(extra, rng))
         return torch.cat([own, others])
 
-    def _to_device(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns uint8 images as float32 in [-1, 1] on the device."""
-        return images.to(self.device, non_blocking=True).to(torch.float32) / 127.5 - 1
+    def _to_device(self, images: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+        """Returns stored images as networks see them on the device."""
+        return scaling.to_network(images.to(self.device, non_blocking=True))
 
     def _sync_on_last_round(self, i: int) -> contextlib.AbstractContextManager:
         if i == self.rounds - 1 or self.ddp is self.net:
@@ -292,7 +297,7 @@ class Trainer:
         return {
             "format": checkpoint.SNAPSHOT_FORMAT, "network": self.net.config,
             "ema": dict(self.ema.state_dict()), "progress": {"cur_nimg": self.cur_nimg},
-            "options": self.config.to_dict(),
+            "options": self.config.to_dict(), "dataset": dataset_record(self.dataset),
         }
 
     def restore(self, state: dict[str, Any], source: str) -> None:
@@ -399,9 +404,13 @@ def build_loss(config: TrainConfig, net: Precond) -> DenoisingLoss:
 
 
 def dataset_record(dataset: ImageFolderDataset) -> dict[str, Any]:
-    """Returns what a state keeps of the data set to recognise it."""
-    return {"name": dataset.name, "size": len(dataset), "label_dim": dataset.label_dim,
-            "image_shape": list(dataset.image_shape), "fingerprint": dataset.fingerprint}
+    """Returns what a file keeps of the data set: to recognise it, and the scaling of samples."""
+    record = {"name": dataset.name, "size": len(dataset), "label_dim": dataset.label_dim,
+              "image_shape": list(dataset.image_shape), "fingerprint": dataset.fingerprint,
+              "scale": dataset.scaling.to_dict()}
+    if dataset.cond_scaling:
+        record |= {"cond_shape": dataset.cond_shape, "cond_scale": dataset.cond_scaling.to_dict()}
+    return record
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -488,10 +497,12 @@ class Evaluator:
         self._trainer, self._num = trainer, config.eval_num
         self._scorer = open_scorer(
             config.eval_detector, config.eval_ref, ["fid"], trainer.device,
-            {"the data": trainer.dataset.image_shape}, batch=_EVAL_BATCH, workers=config.workers)
+            {"the data": trainer.dataset}, batch=_EVAL_BATCH, workers=config.workers)
         self._sheet = ScoreSheet(self._scorer, path)
         sampler = SamplerConfig(sigma_max=LSUN_SIGMA_MAX if config.lsun else None)
-        self._sampler = NetworkSampler(net, sampler, trainer.device, None, {})
+        conditions = SeedImages.of_conditions(trainer.dataset) if net.cond_channels else None
+        self._sampler = NetworkSampler(net, sampler, trainer.device, None, {}, conditions,
+                                       scaling=trainer.dataset.scaling)
 
     @property
     def name(self) -> str:
@@ -732,7 +743,12 @@ def _save_files(trainer: Trainer, files: RunFiles, tick: int, done: bool,
 
 
 def _sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
-    """Returns a grid of EMA samples of fixed seeds on rank 0; rows are classes if there are any."""
+    """Returns a grid of EMA samples of fixed seeds on rank 0; rows are classes if there are any.
+
+    With condition images, row i has the condition image of training image i, then samples, then
+    the image itself.
+    """
+    has_conditions = trainer.dataset.cond_channels > 0
     classes, rows, columns = _grid_layout(trainer)
     if rows == 0:
         return None
@@ -740,15 +756,35 @@ def _sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
     mine = {}
     for row in range(rows)[trainer.rank::trainer.world_size]:
         seeds = range(row * columns, (row + 1) * columns)
+        number = row % len(trainer.dataset)
+        given = _grid_condition(trainer, number) if has_conditions else {}
         [batch] = generate_images(
             trainer.ema, [seeds], sampler=sampler, device=trainer.device,
-            class_idx=classes[row] if classes else None)
-        mine[row] = to_uint8(batch.images).cpu().numpy()
+            **({"class_idx": classes[row] if classes else None} | given))
+        mine[row] = [*to_uint8(batch.images).cpu().numpy()]
+        if has_conditions:
+            mine[row] = _with_truth(trainer.dataset, number, mine[row])
     pictures = {row: images for part in distributed.gather_objects(mine)
                 for row, images in part.items()}
     if trainer.rank != 0:
         return None
     return image_grid([pictures[row] for row in range(rows)], list(map(str, classes)))
+
+
+def _grid_condition(trainer: Trainer, number: int) -> dict[str, Any]:
+    """Returns what `generate_images` is told to sample for the condition and class of an image."""
+    label = trainer.dataset.get_label(number)
+    of_seed = SeedImages.of_conditions(trainer.dataset)
+    return {"conditions": lambda seeds: of_seed([number] * len(seeds)),
+            "class_idx": int(label.argmax()) if trainer.dataset.has_onehot_labels else None}
+
+
+def _with_truth(dataset: ImageFolderDataset, number: int,
+                samples: list[np.ndarray]) -> list[np.ndarray]:
+    """Returns the condition image of an image, samples, and the image, to look at."""
+    images, _, conditions = dataset.get_batch([number])
+    return [dataset.cond_scaling.to_picture(conditions)[0], *samples,
+            dataset.scaling.to_picture(images)[0]]
 
 
 def _save_real_grid(trainer: Trainer, path: Path) -> None:
@@ -763,14 +799,14 @@ def _save_real_grid(trainer: Trainer, path: Path) -> None:
         groups = [order[labels == k][:columns] for k in classes]
     else:
         groups = np.array_split(order[:rows * columns], rows)
-    save_png(path, image_grid([dataset.get_batch(group)[0] for group in groups],
-                              list(map(str, classes))))
+    pictures = [dataset.scaling.to_picture(dataset.get_batch(group)[0]) for group in groups]
+    save_png(path, image_grid(pictures, list(map(str, classes))))
 
 
 def _grid_layout(trainer: Trainer) -> tuple[list[int], int, int]:
     """Returns (classes of the rows, if any, rows, columns) of about `config.samples` images.
 
-    The classes are the first that have images.
+    The classes are the first that have images, and none where there are condition images.
     """
     count = trainer.config.samples
     if count is None:
@@ -778,7 +814,7 @@ def _grid_layout(trainer: Trainer) -> tuple[list[int], int, int]:
     if count == 0:
         return [], 0, 0
     classes = []
-    if trainer.dataset.has_onehot_labels:
+    if trainer.dataset.has_onehot_labels and not trainer.dataset.cond_channels:
         classes = np.unique(trainer.dataset.class_numbers)[:min(count, _GRID_MAX_ROWS)].tolist()
     rows = len(classes) or min(math.isqrt(count), _GRID_MAX_ROWS)
     return classes, rows, count // rows

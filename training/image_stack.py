@@ -1,0 +1,191 @@
+"""The images of one kind in a folder or ZIP by number: from their files, or from a packed copy.
+
+A packed copy is one .npy of all images, [n, C, H, W] uint8, uint16 or float32, that every process
+maps.
+"""
+
+import contextlib
+import io
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import PIL.Image
+from tqdm import tqdm
+
+from torch_utils.atomic import atomic_write
+from torch_utils.distributed import get_rank, rank0_first
+from torch_utils.loading import read_in_processes
+from torch_utils.ordered_pool import num_cores
+from training import array_files
+from training.image_files import DAMAGE, Folder, Kind, Zip, is_array, picture_kind
+
+_PACK_BYTES = 1 << 22  # images decoded at a time while packing
+_PACK_ALONE = 2048  # fewer images are packed sooner than processes start
+_DAMAGE = (*DAMAGE, PIL.Image.DecompressionBombError)
+
+
+class ImageStack:
+    """Images of one kind, which is that of the first; each is compared with it when it is read.
+
+    Args:
+        path: what errors call the folder or ZIP.
+        files: its files.
+        names: those of the images, in order.
+        kept: the numbers of those that are used, rising; rows count them.
+
+    Raises:
+        ValueError: the first image can't be read, or is of a kind that networks don't take.
+    """
+
+    def __init__(self, path: Path, files: Folder | Zip, names: Sequence[str], kept: np.ndarray):
+        self._path, self._files, self.names, self._kept = path, files, names, kept
+        self.kind = self._read_kind(0)
+        if not self.kind.channels:
+            raise ValueError(f"{self.where(0)} is {self.kind}; images must be gray (L) or RGB, or "
+                             "arrays (.npy): convert them with dataset_tool.py")
+        self._packed: np.ndarray | None = None  # [len(kept), C, H, W]
+        self._packed_path: Path | None = None
+
+    def get(self, rows: np.ndarray) -> np.ndarray:
+        """Returns images [B, C, H, W] in the type of the kind, copied."""
+        if self._packed is not None:
+            return self._packed[rows]
+        return self.decode_batch(self._kept[rows])
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether images come from an array instead of files."""
+        return self._packed is not None
+
+    def where(self, number: int) -> str:
+        """Returns what errors call an image, by its number among all names."""
+        return f"{self._path}: {self.names[number]} (image {number})"
+
+    def check_uniform(self) -> None:
+        """Reads the header of every picture that is used, and all of arrays of floats.
+
+        Raises:
+            ValueError: naming the first image whose mode or size differs, or a value that is not
+                finite.
+        """
+        look = self._decode if self.kind.dtype == "float32" else (
+            lambda number: self._check_kind(number, self._read_kind(number)))
+        for number in tqdm(self._kept, desc="Checking images", unit="img", disable=None,
+                           leave=False, delay=1):
+            look(number)
+
+    def decode_batch(self, numbers: Sequence[int]) -> np.ndarray:
+        """Returns images by their numbers among all names, from their files."""
+        images = np.empty([len(numbers), *self.kind.shape], self.kind.dtype)
+        for image, number in zip(images, numbers, strict=True):
+            image[:] = self._decode(number)
+        return images
+
+    @contextlib.contextmanager
+    def _open_image(self, number: int) -> Iterator[IO[bytes]]:
+        try:
+            with self._files.open(self.names[number]) as file:
+                yield file
+        except _DAMAGE as error:
+            raise ValueError(f"{self.where(number)} can't be read: {error}") from error
+
+    def _read_kind(self, number: int) -> Kind:
+        """Returns the kind of an image without decoding the pixels."""
+        with self._open_image(number) as file:
+            if is_array(self.names[number]):
+                return array_files.read_kind(file)
+            with PIL.Image.open(file) as image:
+                return picture_kind(image.mode, image.size)
+
+    def _check_kind(self, number: int, kind: Kind) -> None:
+        if kind != self.kind:
+            raise ValueError(
+                f"{self.where(number)} is {kind}, but {self.names[0]} is {self.kind}; all images "
+                "must agree: convert them with dataset_tool.py")
+
+    def _decode(self, number: int) -> np.ndarray:
+        """Returns one image as [C, H, W]."""
+        pixels = None
+        # Reading to the end makes zipfile verify the CRC too.
+        with self._open_image(number) as file:
+            if is_array(self.names[number]):
+                pixels, kind = array_files.decode(file.read())
+            else:
+                with PIL.Image.open(io.BytesIO(file.read())) as image:
+                    kind = picture_kind(image.mode, image.size)
+                    if kind == self.kind:
+                        pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+        self._check_kind(number, kind)
+        return pixels
+
+    # ------------------------------------------------------------------- the packed copy
+
+    def open_packed(self, path: Path, title: str) -> None:
+        """Maps the packed copy at `path`, which is made where there is none that is whole."""
+        with rank0_first():
+            self._packed = self._map_packed(path)
+            if self._packed is None:
+                try:
+                    self._write_packed(path, title)
+                    self._packed = self._map_packed(path)
+                except OSError as error:  # damaged images are ValueErrors
+                    self._packed = np.concatenate(list(self._decode_all(title)))
+                    if get_rank() == 0:
+                        warnings.warn(f"{path} can't be written ({error}): every process keeps "
+                                      "the images in its own memory", stacklevel=4)
+                    return
+        self._packed_path = path
+
+    def _map_packed(self, path: Path) -> np.ndarray | None:
+        """Returns the memory-mapped copy, or None where it is missing or isn't whole."""
+        try:
+            packed = np.load(path, mmap_mode="r", allow_pickle=False)
+            whole = (packed.dtype == self.kind.dtype and packed.flags.c_contiguous
+                     and packed.shape == (len(self._kept), *self.kind.shape)
+                     and os.path.getsize(path) == packed.offset + packed.nbytes)
+        except (OSError, ValueError, EOFError):
+            return None
+        return packed.view(np.ndarray) if whole else None
+
+    def _write_packed(self, path: Path, title: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"descr": np.dtype(self.kind.dtype).str, "fortran_order": False,
+                  "shape": (len(self._kept), *self.kind.shape)}
+        with atomic_write(path) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for images in self._decode_all(title):
+                file.write(images)
+
+    def _decode_all(self, title: str) -> Iterator[np.ndarray]:
+        """Yields the images in order as [B, C, H, W], decoded on all cores."""
+        size = max(_PACK_BYTES // self.kind.num_bytes, 1)
+        batches = np.split(self._kept, range(size, len(self._kept), size))
+        workers = num_cores() if len(self._kept) >= _PACK_ALONE else 0
+        with tqdm(total=len(self._kept), desc=f"Packing {title}", unit="img", disable=None,
+                  leave=False, delay=1) as bar:
+            for images, in read_in_processes(_FromFiles(self), batches, workers=workers):
+                yield images.numpy()
+                bar.update(len(images))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A mapped copy is mapped anew by the process that unpickles.
+        return self.__dict__ | ({"_packed": None} if self._packed_path else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._packed_path:
+            self._packed = np.load(self._packed_path, mmap_mode="r").view(np.ndarray)
+
+
+class _FromFiles:
+    """Images by their number among all names, from their files."""
+
+    def __init__(self, stack: ImageStack):
+        self._stack = stack
+
+    def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray]:
+        return (self._stack.decode_batch(indices),)

@@ -1,0 +1,224 @@
+"""From stored values v to what networks see, x, channel by channel, and what is measured for it.
+
+    x = (v - center) / spread          v = spread x + center
+
+8-bit images have center and spread 127.5. Floating-point and 16-bit data have those that
+`dataset_tool.py --scale` chose, so that x is about [-1, 1]; without any, floats are taken as they
+are and 16 bits are spread over [-1, 1]. PyTorch is needed for tensors only.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from training.image_files import DAMAGE, GENERATE_RECORD, LABELS_NAME, Folder, Kind, Zip, parse_json
+
+if TYPE_CHECKING:
+    import torch
+
+STD = 0.5  # standard deviation of x by --scale=std: what networks assume by default
+_MAX_CHANNELS = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """An affine map of each channel, or one for all.
+
+    Attributes:
+        center: what becomes 0, [1] or [C].
+        spread: what becomes 1 after that, [1] or [C].
+        is_8bit: whether data are whole numbers from 0 to 255.
+
+    Raises:
+        ValueError: numbers that are not finite, or spreads that are not positive.
+    """
+
+    center: tuple[float, ...]
+    spread: tuple[float, ...]
+    is_8bit: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "center", tuple(map(float, self.center)))
+        object.__setattr__(self, "spread", tuple(map(float, self.spread)))
+        if not 0 < len(self.center) == len(self.spread) <= _MAX_CHANNELS or not all(
+                math.isfinite(c) and 0 < s < math.inf
+                for c, s in zip(self.center, self.spread, strict=True)):
+            raise ValueError('must hold as many finite numbers in "center" as positive ones in '
+                             '"spread"')
+
+    def to_network(self, values: "torch.Tensor") -> "torch.Tensor":
+        """Returns values [..., C, H, W] of any type as networks see them: float32."""
+        import torch
+
+        if self.is_8bit:  # in EDM's order of operations, to the bit
+            return values.to(torch.float32) / 127.5 - 1
+        center, spread = _columns(self, values.device)
+        return ((values.to(torch.float64) - center) / spread).to(torch.float32)
+
+    def to_data(self, images: "torch.Tensor") -> "torch.Tensor":
+        """Returns images [..., C, H, W] in the data's own units: float32, or whole uint8.
+
+        8-bit images are clip(127.5 x + 128, 0, 255), truncated.
+        """
+        import torch
+
+        if self.is_8bit:
+            return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+        center, spread = _columns(self, images.device)
+        return (images.to(torch.float64) * spread + center).to(torch.float32)
+
+    def to_picture(self, values: np.ndarray) -> np.ndarray:
+        """Returns data [..., C, H, W] as uint8 to look at: x = -1 is black and x = 1 white."""
+        import torch
+
+        if self.is_8bit:
+            return values
+        return EIGHT_BIT.to_data(self.to_network(torch.from_numpy(values))).numpy()
+
+    def check_channels(self, channels: int) -> None:
+        """Raises ValueError where this is not a scaling of so many channels."""
+        if len(self.center) not in (1, channels):
+            raise ValueError(f"is of {len(self.center)} channels, the data have {channels}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data for JSON files and checkpoints."""
+        record = {"center": list(self.center), "spread": list(self.spread)}
+        return record | ({"dtype": "uint8"} if self.is_8bit else {})
+
+    @classmethod
+    def from_dict(cls, record: Any) -> "Scaling":
+        """Returns what `to_dict` wrote.
+
+        Raises:
+            ValueError: it is something else; without saying where.
+        """
+        record = record if isinstance(record, dict) else {}
+        lists = [record.get(key) for key in ("center", "spread")]
+        if not all(isinstance(numbers, list) and all(
+                type(number) in (int, float) for number in numbers) for numbers in lists):
+            raise ValueError('must be {"center": [...], "spread": [...]}')
+        return cls(*map(tuple, lists), is_8bit=record.get("dtype") == "uint8")
+
+
+@functools.lru_cache(maxsize=16)  # a copy to the device in every step would wait for it
+def _columns(scaling: Scaling, device: "torch.device") -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Returns center and spread as [C, 1, 1] float64 on the device."""
+    import torch
+
+    with torch.inference_mode(False):  # they outlive whoever asks first
+        return tuple(torch.tensor(numbers, dtype=torch.float64, device=device)[:, None, None]
+                     for numbers in (scaling.center, scaling.spread))
+
+
+EIGHT_BIT = Scaling((127.5,), (127.5,), is_8bit=True)
+_UNSCALED = {"uint8": EIGHT_BIT, "uint16": Scaling((32767.5,), (32767.5,)),
+             "float32": Scaling((0.0,), (1.0,))}
+
+
+def default_scaling(dtype: Any) -> Scaling:
+    """Returns the scaling of data of this NumPy type of which no other is recorded."""
+    return _UNSCALED[str(np.dtype(dtype)) if np.dtype(dtype).kind == "u" else "float32"]
+
+
+def recorded_scaling(files: Folder | Zip, kind: Kind, key: str, path: Any) -> Scaling:
+    """Returns the scaling of the images of a data set, or of a folder that generate.py filled.
+
+    Args:
+        files: of the data set.
+        kind: of its images; 8-bit images have the one scaling that there is.
+        key: under which dataset.json or generate.json has it.
+        path: what errors call the data set.
+
+    Raises:
+        ValueError: there is none that is valid, or of other channels.
+    """
+    for name in (LABELS_NAME, GENERATE_RECORD):
+        if kind.dtype == "uint8" or name not in files.names:
+            continue
+        where = f"{path}: {name}"
+        try:
+            with files.open(name) as file:
+                record = parse_json(file.read(), where)
+        except DAMAGE as error:
+            raise ValueError(f"{where} can't be read: {error}") from error
+        if isinstance(record, dict) and record.get(key) is not None:
+            try:
+                scaling = Scaling.from_dict(record[key])
+                scaling.check_channels(kind.channels)
+            except ValueError as error:
+                raise ValueError(f'{where}: "{key}" {error}') from error
+            return scaling
+    return default_scaling(kind.dtype)
+
+
+@dataclasses.dataclass
+class Moments:
+    """Mean, variance and range of each channel of values that come piece by piece, float64.
+
+    Two pieces are merged by the sums of squares about their own means (Chan, Golub, LeVeque 1983),
+    which loses nothing where the mean is large beside the deviation.
+    """
+
+    count: int  # values a channel
+    mean: np.ndarray  # [C]
+    squares: np.ndarray  # [C], sum of (v - mean)^2
+    low: np.ndarray  # [C]
+    high: np.ndarray  # [C]
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> "Moments":
+        """Returns those of values [..., C, H, W]."""
+        flat = np.moveaxis(values, -3, 0).reshape(values.shape[-3], -1).astype(np.float64)
+        mean = flat.mean(axis=1)
+        squares = np.square(flat - mean[:, None]).sum(axis=1)
+        return cls(flat.shape[1], mean, squares, flat.min(axis=1), flat.max(axis=1))
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Returns the moments of both together."""
+        count = self.count + other.count
+        step = other.mean - self.mean
+        return Moments(count, self.mean + step * (other.count / count),
+                       self.squares + other.squares + step**2 * (self.count * other.count / count),
+                       np.minimum(self.low, other.low), np.maximum(self.high, other.high))
+
+    @property
+    def std(self) -> np.ndarray:
+        """Standard deviation of each channel, [C]."""
+        return np.sqrt(self.squares / self.count)
+
+    def scaled(self, scaling: Scaling) -> "Moments":
+        """Returns the moments of what networks see of the values."""
+        center, spread = np.array(scaling.center), np.array(scaling.spread)
+        low, mean, high = ((x - center) / spread for x in (self.low, self.mean, self.high))
+        return Moments(self.count, mean, self.squares / spread**2, low, high)
+
+    def overall_std(self) -> float:
+        """Returns the standard deviation of all channels together."""
+        return float(np.sqrt(np.mean(self.std**2) + np.var(self.mean)))
+
+
+def scaling_by(rule: str | tuple[float, float], moments: Moments) -> Scaling:
+    """Returns the scaling that a rule makes of data with these moments.
+
+    Args:
+        rule: 'minmax': the least and largest value of each channel become -1 and 1; 'std': mean
+            and deviation become 0 and 0.5; (lo, hi): these become -1 and 1 in all channels.
+        moments: of the data.
+
+    Raises:
+        ValueError: a channel that is constant, which neither 'minmax' nor 'std' can scale.
+    """
+    if not isinstance(rule, str):
+        low, high = rule
+        return Scaling(((low + high) / 2,), ((high - low) / 2,))
+    constant = np.flatnonzero(moments.low == moments.high)
+    if len(constant):
+        first = constant[0]
+        raise ValueError(f"={rule}: channel {first} is {moments.low[first]:g} in all images; give "
+                         "LO,HI, or leave the channel out")
+    if rule == "std":
+        return Scaling(tuple(moments.mean), tuple(moments.std / STD))
+    return Scaling(tuple((moments.low + moments.high) / 2), tuple((moments.high - moments.low) / 2))
