@@ -160,7 +160,7 @@ def _check_options(config, state) -> None:
 def _settle_data(config, dataset, state, override: bool):
     """Returns the state, made out for other data where those were named and that is allowed."""
     from training import checkpoint
-    from training.training_loop import dataset_record
+    from training.trainer import dataset_record
     source, content = state
     is_named = config.data != content["options"].get("data")
     if content["format"] != checkpoint.STATE_FORMAT or not is_named \
@@ -291,7 +291,8 @@ def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Pa
 def _train(config, dataset, run_dir, device, state) -> None:
     from dnnlib.util import Logger
     from torch_utils import distributed
-    from training.training_loop import DivergedError, training_loop
+    from training.trainer import DivergedError
+    from training.training_loop import training_loop
     log = Logger(run_dir / "log.txt") if distributed.get_rank() == 0 else contextlib.nullcontext()
     with log:
         distributed.print0(f"Run directory  {run_dir}")

@@ -10,7 +10,7 @@ from training.config import TrainConfig
 from training.dataset import ImageFolderDataset
 from training.networks import build_network
 from training.perturbation import PerturbationKernel
-from training.training_loop import Trainer
+from training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,

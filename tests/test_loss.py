@@ -13,7 +13,7 @@ from training.config import TrainConfig
 from training.loss import LOSSES, EDMLoss, VELoss, VPLoss
 from training.networks import EDMPrecond, build_network
 from training.perturbation import PerturbationKernel
-from training.training_loop import build_loss
+from training.trainer import build_loss
 
 INF = math.inf
 SHORT = (1, 2, 128, INF)

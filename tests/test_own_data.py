@@ -669,7 +669,8 @@ def test_inception_refuses_arrays_before_it_looks_for_weights(field_run, tmp_pat
                                                               invoke):
     monkeypatch.setenv(CACHE_DIR_ENV, str(tmp_path))  # has no weights
     data, _ = field_run
-    line = call(invoke, fid.main, "calc", f"--images={data}", f"--ref={data}", code=1)
+    line = call(invoke, fid.main, "calc", f"--images={data}", f"--ref={data}", "--num=40",
+                code=1)
     assert "takes 8-bit images of 1 or 3 channels" in line and not list(tmp_path.iterdir())
 
 

@@ -77,7 +77,7 @@ def test_the_first_step_has_learning_rate_zero(undisturbed):
     first = load(run_dir / "network-snapshot-000000.008.pt")["ema"]
     torch.manual_seed(0)
     from torch_utils.misc import mix_seed
-    from training.training_loop import _INIT_TAG
+    from training.trainer import _INIT_TAG
     content = load(run_dir / "training-state-000000.080.pt")
     torch.manual_seed(mix_seed(3, _INIT_TAG))
     assert digest(dict(build_network(content["network"]).state_dict())) == digest(first)

@@ -11,11 +11,12 @@ from conftest import write_dataset
 
 from torch_utils import training_stats
 from torch_utils.misc import mix_seed
-from training import training_loop
+from training import sample_grids
 from training.checkpoint import build_ema, digest, kimg_tag, load, newest_state, save
 from training.config import TrainConfig
 from training.dataset import ImageFolderDataset, order_at
-from training.training_loop import DivergedError, Trainer, append_stats
+from training.trainer import DivergedError, Trainer
+from training.training_loop import append_stats
 
 CPU = torch.device("cpu")
 
@@ -313,15 +314,15 @@ def test_grids_show_the_classes_that_have_images(tmp_path, monkeypatch):
                 content = json.dumps({"labels": labels})
             new.writestr(name, content)
     shown = []
-    monkeypatch.setattr(training_loop, "image_grid",
+    monkeypatch.setattr(sample_grids, "image_grid",
                         lambda rows, labels: shown.append((rows, labels)))
-    monkeypatch.setattr(training_loop, "save_png", lambda path, picture: None)
+    monkeypatch.setattr(sample_grids, "save_png", lambda path, picture: None)
     dataset = ImageFolderDataset(data, use_labels=True, xflip=True)
     config = TrainConfig(data=str(data), cond=True, arch="ncsnpp", cbase=8, cres=(1, 2), nblock=1,
                          batch=8, samples=6)
     trainer = Trainer(config, dataset, CPU)
-    training_loop._save_real_grid(trainer, tmp_path / "reals.png")
-    training_loop._sample_grid(trainer)
+    sample_grids.save_real_grid(trainer, tmp_path / "reals.png")
+    sample_grids.sample_grid(trainer)
     (reals, real_labels), (samples, sample_labels) = shown
     assert real_labels == sample_labels == ["40", "41"]
     assert [len(row) for row in reals] == [len(row) for row in samples] == [3, 3]
