@@ -130,8 +130,8 @@ def _train_step(run_dir: Path, D: float, data: str, device: str, extra: Sequence
     # The same seed for every D, unless another one is given after it.
     words = ["--seed=0", *extra, f"--outdir={run_dir.parent}", f"--name={run_dir.name}",
              f"--data={data}", f"--device={device}", *noise]
-    asked = train.main.make_context("train.py", list(words)).params
-    asked["precision"] = asked["precision"] or ("fp16" if asked["fp16"] else "fp32")
+    context = train.main.make_context("train.py", list(words))
+    asked = context.params | {"precision": train.precision_of(context)}
     return train_step(run_dir, ["train.py", *words], asked)
 
 

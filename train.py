@@ -6,10 +6,82 @@ import os
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
-from dnnlib.cli import BAD_USAGE, DIVERGED, IntList, UserError, run, user_errors
+from dnnlib.cli import BAD_USAGE, DIVERGED, IntList, UserError, describe, run, user_errors
+from training.presets import PRESETS
 
 _BOOL = click.BOOL
+_ROOT = Path(__file__).resolve().parent
+_EXAMPLE_DATA = "data/emoji-google-32.zip"
+_PARAMETERS = {"compile": "compile_"}  # of options whose name is not that of the parameter
+
+
+class _Command(click.Command):
+    """A command that says all that is missing, and how to start."""
+
+    def parse_args(self, ctx, args):
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.MissingParameter as error:
+            missing = [f"{option.opts[0]}={option.metavar} ({option.help[:-1].lower()})"
+                       for option in self.params if option.required and not ctx.params.get(option.name)
+                       and not any(word.startswith(option.opts[0]) for word in given)]
+            raise UserError(f"train.py needs {' and '.join(missing)}", BAD_USAGE,
+                            hint=_first_command()) from error
+
+
+def _first_command() -> str:
+    """Returns the line that shows how to start, with the data of this repository where it is."""
+    script, data = (os.path.relpath(_ROOT / name) for name in ("train.py", _EXAMPLE_DATA))
+    if not (_ROOT / _EXAMPLE_DATA).exists():
+        return "All flags: pfgmpp-train --help"
+    return f"To try it: python {script} --preset=emoji32 --outdir=runs --data={data}"
+
+
+def _use_preset(ctx, param, value: str | None) -> str | None:
+    """Makes a preset's settings the defaults of the other flags."""
+    if value and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
+        ctx.default_map = PRESETS[value]
+    return value
+
+
+def _use_config(ctx, param, value: str | None) -> None:
+    """Makes the options of a run the defaults of the other flags."""
+    if not value:
+        return
+    from training.config import check_options
+    try:
+        content = json.loads(Path(value).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object of options")
+        options = content.get("options", content)
+        if not isinstance(options, dict):
+            raise ValueError("its options are no JSON object")
+        options = check_options(options)
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"--config={value}: {describe(error)}", BAD_USAGE) from error
+    if "sigma_data" in options and options["sigma_data"] is None:
+        options["sigma_data"] = "auto"
+    ctx.default_map = {_PARAMETERS.get(key, key): option for key, option in options.items()
+                       if option is not None}
+
+
+def precision_of(ctx: click.Context) -> str:
+    """Returns the precision that --precision and --fp16 come to; what is typed comes first.
+
+    Raises:
+        ValueError: both are typed and disagree.
+    """
+    precision, fp16 = ctx.params["precision"], ctx.params["fp16"]
+    typed = [name for name in ("precision", "fp16")
+             if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if fp16 and len(typed) == 2 and precision != "fp16":
+        raise ValueError(f"--fp16=1 and --precision={precision}: choose one")
+    if typed == ["fp16"]:
+        return "fp16" if fp16 else "fp32"
+    return precision or "fp32"
 
 
 def _parse_sigma_data(ctx, param, value: str) -> float | None:
@@ -20,11 +92,13 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
         raise click.BadParameter(f"{value}: must be a number or auto") from None
 
 
-@click.command(context_settings={"max_content_width": 100, "show_default": True})
+@click.command(cls=_Command, context_settings={"max_content_width": 100, "show_default": True})
 # Main options.
 @click.option("--outdir", metavar="DIR", required=True, help="Where to make the run directory.")
 @click.option("--data", metavar="ZIP|DIR", required=True, help="Data set made by dataset_tool.py.")
 @click.option("--name", metavar="NAME", help="Run directory OUTDIR/NAME instead of a numbered one.")
+@click.option("--preset", metavar="NAME", type=click.Choice(list(PRESETS)), is_eager=True, callback=_use_preset, help=f"Defaults for the flags below, of a published run or an example: {', '.join(PRESETS)}.")
+@click.option("--config", metavar="JSON", is_eager=True, expose_value=False, callback=_use_config, help="Defaults for the flags below, from the training_options.json of a run.")
 @click.option("--cond", type=_BOOL, default=False, help="Train a class-conditional model.")
 @click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]), default="ddpmpp", help="Network architecture.")
 @click.option("--precond", type=click.Choice(["vp", "ve", "edm", "iddpm"]), default="edm", help="Preconditioning and loss.")
@@ -76,8 +150,11 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--transfer", metavar="PT|URL", help="Start from the weights of a snapshot or state.")
 @click.option("--resume", metavar="PT|auto", help="Go on from a training state; auto takes the newest of the run directory.")
 @click.option("--override-options", is_flag=True, help="Resume although options that decide what is computed have changed.")
-@click.option("-n", "--dry-run", is_flag=True, help="Print the options and stop.")
-def main(outdir, data, name, desc, nosubdir, device, resume, override_options, dry_run, **opts):
+@click.option("-n", "--dry-run", is_flag=True, help="Print the options and what the run will take, and stop.")
+@click.option("--rate", metavar="IMG_PER_S", type=click.FloatRange(min=0, min_open=True), help="Images a second over all processes, for the hours that --dry-run prints.")
+@click.pass_context
+def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_options, dry_run, rate,
+         **opts):
     """Trains a PFGM++ or EDM diffusion model.
 
     Two runs on 8 GPUs, PFGM++ with D = 2048 and class-conditional diffusion:
@@ -96,6 +173,12 @@ def main(outdir, data, name, desc, nosubdir, device, resume, override_options, d
         raise UserError("--resume=auto: needs --name or --nosubdir to know the run", BAD_USAGE)
     if resume and opts["transfer"]:
         raise UserError("--resume and --transfer: choose one", BAD_USAGE)
+    typed = [name for name in ("preset", "config")
+             if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if len(typed) == 2:
+        raise UserError("--preset and --config: choose one", BAD_USAGE)
+    if rate and not dry_run:
+        raise UserError("--rate: used with --dry-run", BAD_USAGE)
     fixed_dir = Path(outdir) if nosubdir else Path(outdir, name) if name else None
     with user_errors():
         _check_writable(Path(outdir))
@@ -104,7 +187,7 @@ def main(outdir, data, name, desc, nosubdir, device, resume, override_options, d
     from training import checkpoint
 
     with user_errors(BAD_USAGE):
-        config = _config(data, opts)
+        config = _config(data, opts, precision_of(ctx))
         config.rounds(int(os.environ.get("WORLD_SIZE", "1")))
     with user_errors(), distributed.process_group(device) as torch_device, \
             contextlib.ExitStack() as stack:
@@ -125,7 +208,7 @@ def main(outdir, data, name, desc, nosubdir, device, resume, override_options, d
         if config.sigma_data is None and not dry_run:
             config = distributed.run_on_rank0(_measure_sigma_data, config, dataset)
         if dry_run:
-            _print_options(config, dataset)
+            distributed.run_on_rank0(_print_plan, config, dataset, rate)
             return
         run_dir = distributed.run_on_rank0(
             _make_run_dir, config, dataset.name, Path(outdir), fixed_dir, desc, bool(resume))
@@ -175,11 +258,8 @@ def _settle_data(config, dataset, state, override: bool):
     return source, {**content, "dataset": dataset_record(dataset)}
 
 
-def _config(data: str, opts: dict):
+def _config(data: str, opts: dict, precision: str):
     from training.config import TrainConfig
-    precision = opts["precision"] or ("fp16" if opts["fp16"] else "fp32")
-    if opts["fp16"] and precision != "fp16":
-        raise ValueError(f"--fp16=1 and --precision={precision}: choose one")
     names = {"precision": precision, "compile": opts["compile_"], "seed": opts["seed"] or 0}
     skipped = {"fp16", "compile_"}
     return TrainConfig(data=data, **{k: v for k, v in opts.items() if k not in skipped} | names)
@@ -308,14 +388,20 @@ def _train(config, dataset, run_dir, device, state) -> None:
             raise
 
 
-def _print_options(config, dataset) -> None:
+def _print_plan(config, dataset, rate: float | None) -> None:
+    """Prints what --dry-run shows: the options, the data, and what the run will take."""
     from torch_utils import distributed
-    micro_batch, rounds = config.rounds(distributed.get_world_size())
-    distributed.print0(json.dumps(config.to_dict(), indent=2))
-    distributed.print0(
-        f"{len(dataset)} images {'x'.join(map(str, dataset.image_shape))}, "
-        f"{dataset.label_dim} label dimensions; {micro_batch} images x {rounds} round(s) x "
-        f"{distributed.get_world_size()} process(es)\nDry run: nothing was trained or written.")
+    from training.estimate import describe as describe_estimate
+    world_size = distributed.get_world_size()
+    micro_batch, rounds = config.rounds(world_size)
+    network = config.network(dataset.resolution, dataset.num_channels, dataset.label_dim,
+                             dataset.cond_channels)
+    print(json.dumps(config.to_dict(), indent=2))
+    print(f"{len(dataset)} images {'x'.join(map(str, dataset.image_shape))}, "
+          f"{dataset.label_dim} label dimensions; {micro_batch} images x {rounds} round(s) x "
+          f"{world_size} process(es)")
+    print(describe_estimate(config, network, world_size, rate))
+    print("Dry run: nothing was trained or written.", flush=True)
 
 
 if __name__ == "__main__":

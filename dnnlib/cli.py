@@ -24,16 +24,20 @@ class UserError(click.ClickException):
         message: the line.
         exit_code: of the process.
         every_rank: printed by every process under torchrun that has it, not by rank 0 alone.
+        hint: a second line, what to do.
     """
 
-    def __init__(self, message: str, exit_code: int = BAD_INPUT, every_rank: bool = False):
+    def __init__(self, message: str, exit_code: int = BAD_INPUT, every_rank: bool = False, *,
+                 hint: str = ""):
         super().__init__(" ".join(message.split()))
-        self.exit_code, self._every_rank = exit_code, every_rank
+        self.exit_code, self._every_rank, self._hint = exit_code, every_rank, hint
 
     def show(self, file=None) -> None:
         """Prints 'Error: ...' to stderr."""
         if self._every_rank or int(os.environ.get("RANK", "0")) == 0:
             super().show(file)
+            if self._hint:
+                click.echo(self._hint, file=file, err=True)
 
 
 def run(main: click.Command) -> None:

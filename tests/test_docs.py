@@ -62,8 +62,10 @@ COMMANDS = documented_commands()
 
 @pytest.mark.parametrize("words", [words for _, words in COMMANDS],
                          ids=[f"{where}-{i}" for i, (where, _) in enumerate(COMMANDS)])
-def test_documented_command_parses(words):
+def test_documented_command_parses(words, tmp_path):
     script, args = script_and_args(words)
+    (tmp_path / "training_options.json").write_text('{"data": "data.zip"}')
+    args = [re.sub("(?<=--config=).*/", f"{tmp_path}/", arg) for arg in args]
     command = SCRIPTS[script]
     if args[0] in getattr(command, "commands", ()):
         command, args = command.commands[args[0]], args[1:]
@@ -170,7 +172,8 @@ def run_documented(script, documented):
         fresh = [arg for arg in args if arg != "--resume=auto"]
         run(script, [*fresh, "--device=cpu", "--dry-run"])
         # ADM's attention has heads of 64 channels.
-        size = ["--cbase=64", "--cres=1"] if "--arch=adm" in args else ["--cbase=8", "--cres=1,2"]
+        is_adm = {"--arch=adm", "--preset=imagenet64-adm"} & set(args)
+        size = ["--cbase=64", "--cres=1"] if is_adm else ["--cbase=8", "--cres=1,2"]
         score = ["--eval-detector=pixels"] if "--eval-num=4" in args else []
         run(script, [*args, *SMALL_TRAIN, *size, *score])
     elif script == "fid.py":

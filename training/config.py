@@ -5,6 +5,7 @@ and round-trips through JSON; it travels inside every checkpoint.
 """
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
@@ -33,6 +34,7 @@ FREE_ON_RESUME = {
     "data": "a data set may move: its content is compared, by its fingerprint",
     "seed": "taken from the state; another one is refused",
     "transfer": "decides where a run begins, not how it goes on",
+    "preset": "a name: what it stands for is compared",
     "duration": "how long is no matter of how: going on for longer is a reason to resume",
     "batch_gpu": "the split over rounds and processes changes rounding alone",
     "bench": "which kernels, as the machine does",
@@ -107,6 +109,7 @@ class TrainConfig:
     eval_detector: str = "inception"
     seed: int = 0
     transfer: str | None = None
+    preset: str | None = None  # a name in presets.PRESETS, whose values are in the other fields
 
     def __post_init__(self):
         _require(self.arch in ARCHITECTURES, f"--arch={self.arch}", " or ".join(ARCHITECTURES))
@@ -232,11 +235,21 @@ class TrainConfig:
         Raises:
             ValueError: an unknown key, or a value of the wrong kind.
         """
-        hints = typing.get_type_hints(cls)
-        unknown = sorted(set(values) - set(hints))
-        if unknown:
-            raise ValueError(f"unknown training option {unknown[0]!r}")
-        return cls(**{key: _coerce(key, value, hints[key]) for key, value in values.items()})
+        return cls(**check_options(values))
+
+
+def check_options(values: dict) -> dict:
+    """Returns some of the options that `TrainConfig.to_dict` wrote, as its fields hold them.
+
+    Raises:
+        ValueError: an unknown key, or a value of the wrong kind.
+    """
+    hints = typing.get_type_hints(TrainConfig)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        [nearest] = difflib.get_close_matches(unknown[0], hints, n=1, cutoff=0)
+        raise ValueError(f"unknown training option {unknown[0]!r}; the nearest is {nearest!r}")
+    return {key: _coerce(key, value, hints[key]) for key, value in values.items()}
 
 
 def changed_options(now: TrainConfig, then: dict) -> list[str]:

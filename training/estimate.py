@@ -1,0 +1,159 @@
+"""What a run will take, told before it starts; nothing is trained and no memory is taken.
+
+The network runs once, forward and backward, on PyTorch's meta device, which knows shapes alone.
+Operations are those of convolutions and matrix products, counted by torch.utils.flop_counter (a
+multiply-add is two); the rest of a U-Net is about 1% of them. Memory is
+
+    20 bytes x parameters             weights, their average, gradients, two moments of Adam
+    + tensors kept for backward       the network's, counted, x images at a time
+
+and a rough estimate: what the device itself, its convolutions' workspace and the batch take is left
+out. `gpumem` in the line of a tick is the truth.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dnnlib.util import format_time
+from torch_utils import misc
+from training.config import TrainConfig
+from training.networks import build_network
+
+_STATE_BYTES = 20  # a parameter
+# A prime that divides the size of no weight: it tells what grows with the batch from what does not.
+_BATCH = 127
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a network takes.
+
+    Attributes:
+        parameters: their number.
+        forward_flops: of one image.
+        training_flops: of one image, forward and backward.
+        state_bytes: of a process, whatever the batch.
+        image_bytes: of a process, for each image at a time.
+    """
+
+    parameters: int
+    forward_flops: float
+    training_flops: float
+    state_bytes: float
+    image_bytes: float
+
+    @classmethod
+    def of_network(cls, network: dict[str, Any], precision: str = "fp32") -> "Estimate":
+        """Returns the estimate for a network of `TrainConfig.network` at a precision."""
+        dtype = misc.compute_dtype(precision)
+        with torch.device("meta"):
+            net = build_network(network)
+            # Half precision of either kind has the same size, and fp16 runs on GPUs alone.
+            net.compute_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+            inputs = _inputs(net, network.get("augment_dim", 0))
+        kept = _Kept(net)
+        with FlopCounterMode(display=False) as counter:
+            with kept, torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+                denoised = net(**inputs)
+            forward = counter.get_total_flops()
+            denoised.sum().backward()
+        parameters = misc.count_parameters(net)
+        by_image, fixed = kept.sizes()
+        return cls(parameters, forward / _BATCH, counter.get_total_flops() / _BATCH,
+                   _STATE_BYTES * parameters + fixed, by_image / _BATCH)
+
+    def memory_bytes(self, micro_batch: int) -> float:
+        """Returns about what a process needs for `micro_batch` images at a time."""
+        return self.state_bytes + micro_batch * self.image_bytes
+
+
+class _Kept(TorchFunctionMode):
+    """Collects what autograd keeps for backward, each storage once; parameters are left out.
+
+    Of attention it is inputs and output, as in the kernels of real devices. The meta device has
+    only the plain formula, whose matrices of weights are larger than all else.
+    """
+
+    def __init__(self, net: torch.nn.Module):
+        super().__init__()
+        self._known = {p.untyped_storage()._cdata for p in net.parameters()}
+        self._tensors: dict[int, torch.Tensor] = {}
+        self._is_in_attention = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self._is_in_attention = True
+        output = func(*args, **(kwargs or {}))
+        self._is_in_attention = False
+        for tensor in (*args, output):
+            self.add(tensor)
+        return output
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in self._known and not self._is_in_attention:
+            self._tensors[key] = tensor
+        return tensor
+
+    def sizes(self) -> tuple[int, int]:
+        """Returns the bytes of what grows with the batch and of what does not."""
+        sizes = [t.untyped_storage().nbytes() for t in self._tensors.values()]
+        by_image = [size for size in sizes if size % _BATCH == 0]
+        return sum(by_image), sum(sizes) - sum(by_image)
+
+
+def _inputs(net: torch.nn.Module, augment_dim: int) -> dict[str, torch.Tensor | None]:
+    def zeros(*shape: int) -> torch.Tensor | None:
+        return torch.zeros(_BATCH, *shape) if shape[0] else None
+    height, width = net.image_shape[-2:]
+    return {"x": zeros(*net.image_shape), "sigma": torch.ones(_BATCH),
+            "class_labels": zeros(net.label_dim), "augment_labels": zeros(augment_dim),
+            "condition": zeros(net.cond_channels, height, width)}
+
+
+def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
+             rate: float | None = None) -> str:
+    """Returns the lines that tell what a run takes.
+
+    Args:
+        config: its options.
+        network: that of `config.network` for the run's data.
+        world_size: number of processes.
+        rate: images a second over all processes, where that is known.
+    """
+    found = Estimate.of_network(network, config.precision)
+    micro_batch, _ = config.rounds(world_size)
+    steps = -(-config.total_nimg // config.batch)
+    rows = [
+        ("Parameters", f"{found.parameters:,}"),
+        ("Operations", f"{_scaled(found.forward_flops)}FLOP an image forward, "
+                       f"{_scaled(found.training_flops)}FLOP in training, "
+                       f"{_scaled(found.training_flops * config.total_nimg)}FLOP in all"),
+        ("Memory", f"about {_scaled(found.memory_bytes(micro_batch))}B a process (an estimate): "
+                   f"{_scaled(found.state_bytes)}B + {micro_batch} x "
+                   f"{_scaled(found.image_bytes)}B an image"),
+        ("Steps", f"{steps:,} of {config.batch} images"),
+    ]
+    if rate is not None:
+        seconds = config.total_nimg / rate
+        rows.append(("Time", f"{format_time(seconds)} ({seconds / 3600:.4g} hours) at {rate:g} "
+                             "images/s, without scores and files"))
+    return _table(rows)
+
+
+def _scaled(value: float) -> str:
+    """Returns a number with a metric prefix, such as '42.79 G'."""
+    power = min(max(int(math.log10(max(value, 1)) // 3), 0), len(_PREFIXES) - 1)
+    return f"{value / 1e3**power:.4g} {_PREFIXES[power]}"
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"{title:<11s}{text}" for title, text in rows)

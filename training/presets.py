@@ -1,0 +1,39 @@
+"""Settings of training runs by name, in the units of train.py's flags; no PyTorch is needed.
+
+The published runs set every hyperparameter, also those that are train.py's default, so that each is
+in one place. D is no part of a preset: --pfgmpp and --aug_dim choose it, and everything else stays.
+
+    cifar10-*, ffhq64-*, afhqv2-64, imagenet64-adm   EDM (Karras et al. 2022) and PFGM++ (Xu et al.
+                                                     2023); no score is published for PFGM++ on
+                                                     AFHQv2 and ImageNet
+    lsun256, emoji32                                 this project's own, where to start from: no
+                                                     scores are published
+"""
+
+from typing import Any
+
+_CIFAR10 = {"batch": 512, "lr": 1e-3, "lr_rampup": 10, "duration": 200, "ema": 0.5,
+            "dropout": 0.13, "augment": 0.12}
+_FACES64 = {"cond": False, "arch": "ddpmpp", "batch": 256, "cres": (1, 2, 2, 2), "lr": 2e-4,
+            "lr_rampup": 10, "duration": 200, "ema": 0.5, "augment": 0.15}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "cifar10-ncsnpp": {"cond": False, "arch": "ncsnpp", **_CIFAR10},
+    "cifar10-ddpmpp": {"cond": False, "arch": "ddpmpp", **_CIFAR10},
+    "cifar10-cond": {"cond": True, "arch": "ncsnpp", **_CIFAR10},
+    "ffhq64-ddpmpp": {**_FACES64, "dropout": 0.05},
+    "ffhq64-ncsnpp": {**_FACES64, "arch": "ncsnpp", "dropout": 0.05},
+    "afhqv2-64": {**_FACES64, "dropout": 0.25},
+    "imagenet64-adm": {
+        "cond": True, "arch": "adm", "batch": 4096, "batch_gpu": 32, "lr": 1e-4, "lr_rampup": 10,
+        "duration": 2500, "ema": 50, "dropout": 0.10, "augment": 0, "precision": "fp16", "ls": 100,
+        "tick": 200},
+    "lsun256": {
+        "cond": False, "arch": "ddpmpp", "batch": 256, "batch_gpu": 8, "cres": (1, 1, 2, 2, 4, 4),
+        "lr": 2e-4, "lr_rampup": 10, "duration": 200, "ema": 0.5, "dropout": 0, "augment": 0,
+        "lsun": True, "precision": "bf16"},
+    "emoji32": {  # data/emoji-google-32.zip on the CPU: minutes, not a good model
+        "cond": True, "arch": "ncsnpp", "batch": 64, "cbase": 32, "cres": (1, 2), "nblock": 2,
+        "lr": 1e-3, "lr_rampup": 0.005, "duration": 0.04, "ema": 0.5, "dropout": 0, "augment": 0,
+        "xflip": False, "tick": 1, "snap": 10, "dump": 10},
+}
