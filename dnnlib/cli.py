@@ -1,14 +1,16 @@
 """How the command-line scripts speak of mistakes: one line, an exit code, no traceback."""
 
 import contextlib
+import functools
 import math
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import click
 
-from dnnlib import signals
+from dnnlib import console, signals
 
 BAD_INPUT, BAD_USAGE, DIVERGED = 1, 2, 3
 _KIND_NAMES = {int: "whole numbers", float: "numbers"}
@@ -20,6 +22,10 @@ _LOST = re.compile(r"gloo|connection (closed|reset|was)|timed out|nccl|socket|br
 class UserError(click.ClickException):
     """One line for the user.
 
+    Under torchrun rank 0 shows it, before there is a process group. In one
+    (torch_utils/distributed.py) that which every rank has is shown by whoever has it first, and so
+    is what one rank alone has: `told` then says whether it is this one's to show.
+
     Args:
         message: the line.
         exit_code: of the process.
@@ -30,11 +36,12 @@ class UserError(click.ClickException):
     def __init__(self, message: str, exit_code: int = BAD_INPUT, every_rank: bool = False, *,
                  hint: str = ""):
         super().__init__(" ".join(message.split()))
-        self.exit_code, self._every_rank, self._hint = exit_code, every_rank, hint
+        self.exit_code, self.every_rank, self._hint = exit_code, every_rank, hint
+        self.told: bool | None = None
 
     def show(self, file=None) -> None:
         """Prints 'Error: ...' to stderr."""
-        if self._every_rank or int(os.environ.get("RANK", "0")) == 0:
+        if self.every_rank or console.is_rank0() if self.told is None else self.told:
             super().show(file)
             if self._hint:
                 click.echo(self._hint, file=file, err=True)
@@ -46,9 +53,27 @@ def run(main: click.Command) -> None:
     try:
         main()
     except signals.Stopped:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if console.is_rank0():
             click.echo("Stopped by a signal", err=True)
         raise
+    except Exception as error:  # a mistake of the program: its traceback once, not by every rank
+        if getattr(error, "told", None) is False:
+            sys.exit(BAD_INPUT)
+        raise
+
+
+def verbosity_options(function: Callable) -> Callable:
+    """Adds --quiet and --verbose to the function of a click command."""
+    @functools.wraps(function)
+    def speaking(*args, quiet: bool, verbose: bool, **kwargs):
+        if quiet and verbose:
+            raise UserError("--quiet and --verbose: choose one", BAD_USAGE)
+        with console.speaking(quiet=quiet, verbose=verbose):
+            return function(*args, **kwargs)
+    speaking = click.option("--verbose", is_flag=True,
+                            help="Also print who computes, and where time goes.")(speaking)
+    return click.option("--quiet", is_flag=True,
+                        help="Print results, warnings and errors alone.")(speaking)
 
 
 @contextlib.contextmanager
@@ -64,13 +89,17 @@ def user_errors(exit_code: int = BAD_INPUT) -> Iterator[None]:
         raise  # the reader of our output has gone; click ends quietly
     except (ValueError, OSError) as error:
         signals.raise_again()
-        raise UserError(describe(error), exit_code) from error
+        shown = UserError(describe(error), exit_code)
+        shown.told = getattr(error, "told", None)
+        raise shown from error
     except (RuntimeError, MemoryError) as error:
         signals.raise_again()
-        told = _machine_error(error)
-        if told is None:
+        shown = _machine_error(error)
+        if shown is None:
             raise
-        raise told from error
+        if shown.every_rank:  # else each rank has its own words for the loss of another
+            shown.told = getattr(error, "told", None)
+        raise shown from error
 
 
 def _machine_error(error: Exception) -> UserError | None:
@@ -128,6 +157,26 @@ class IntList(click.ParamType):
             self.fail(f"{value!r} is not a list of integers and ranges such as 0,5,10-19",
                       param, ctx)
         return tuple(dict.fromkeys(numbers) if self._unique else numbers)
+
+
+class NameList(click.ParamType):
+    """Comma-separated names, each once.
+
+    Args:
+        names: those that are allowed.
+    """
+
+    name = "list"
+
+    def __init__(self, names: Sequence[str]):
+        self._names = names
+
+    def convert(self, value, param, ctx):
+        """Returns a tuple of names."""
+        found = value if isinstance(value, tuple) else tuple(dict.fromkeys(value.split(",")))
+        if unknown := [name for name in found if name not in self._names]:
+            self.fail(f"{unknown[0]!r} is none of {', '.join(self._names)}", param, ctx)
+        return found
 
 
 class NumberList(click.ParamType):

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlparse
 
+from dnnlib import console
+
 CACHE_DIR_ENV = "PFGMPP_CACHE_DIR"
 _CHUNK_BYTES = 1 << 20
 _ABANDONED_SEC = 24 * 3600
@@ -184,7 +186,7 @@ def _receive(reply, url: str, file: IO[bytes], verbose: bool) -> str:
         expected = int(reply.headers["Content-Length"])
     digest, received = hashlib.sha256(), 0
     with tqdm(total=expected, unit="B", unit_scale=True, desc=os.path.basename(file.name),
-              disable=None if verbose else True, leave=False) as bar:
+              disable=console.bar_disabled() if verbose else True, leave=False) as bar:
         for chunk in reply.iter_content(_CHUNK_BYTES):
             if received == 0 and chunk.lstrip()[:15].lower().startswith(_HTML_STARTS):
                 raise OSError(f"{url}: a web page came back instead of a file; download it by hand")

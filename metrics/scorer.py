@@ -4,7 +4,6 @@ Under torchrun every method is called on all ranks; the reference is on rank 0.
 """
 
 import contextlib
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -161,6 +160,6 @@ def cached_reference(images: Images, detector: Detector, *, with_features: bool,
     try:
         save_reference(path, reference)
     except OSError as error:
-        dist.print0(f"Warning: {path} can't be written ({error}): the reference will be computed "
-                    "again next time", file=sys.stderr)
+        dist.warn0(f"{path} can't be written ({error}): the reference will be computed again next "
+                   "time")
     return reference

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dnnlib import console
 from metrics.detectors import Detector
 from metrics.distances import frechet_distance, kernel_distance, precision_recall
 from metrics.references import Reference
@@ -141,7 +142,7 @@ def collect(batches: Iterable[tuple[torch.Tensor, Sequence[int]]], *, image_shap
         # No image: fixes the number of features on a rank that gets none.
         features.append(no_images(image_shape, is_8bit), [])
         with tqdm(total=count, unit="img", leave=False, desc=title,
-                  disable=None if dist.get_rank() == 0 else True) as bar:
+                  disable=console.bar_disabled()) as bar:
             for images, numbers in batches:
                 features.append(images, numbers)
                 bar.update(len(images) * dist.get_world_size())

@@ -164,7 +164,7 @@ def test_two_occasions_of_failure_in_a_row_are_one_too_many(tmp_path, capsys):
     occasion(10**6)
     occasion(100)
     files.end_occasion(False)  # an occasion without files is none
-    assert capsys.readouterr().out.count("Warning: not written") == 4
+    assert capsys.readouterr().err.count("Warning: not written") == 4
     with pytest.raises(OSError, match=r"a\.pt: .*b\.pt: "):
         occasion(100)
     with pytest.raises(OSError, match="--resume=auto"):
@@ -264,7 +264,7 @@ def test_keep_leaves_the_newest_states_once_one_of_them_verifies(tmp_path, capsy
     newest.write_bytes(whole[:-100])
     RunFiles(tmp_path, 1).prune()
     assert names() == {"01", "02", "03", "04", "05"}, "the one to keep is damaged"
-    assert "none of the newest 1 verifies" in capsys.readouterr().out
+    assert "none of the newest 1 verifies" in capsys.readouterr().err
     RunFiles(tmp_path, 2).prune()
     assert names() == {"04", "05"}, "one of the two verifies"
     newest.write_bytes(whole)
@@ -417,7 +417,7 @@ def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
         raise OSError(37, "No locks available")
     monkeypatch.setattr("fcntl.lockf", refuse)
     with run_lock(tmp_path):
-        assert "can't be locked (No locks available)" in capsys.readouterr().out
+        assert "can't be locked (No locks available)" in capsys.readouterr().err
 
 
 def test_numbers_of_runs_that_start_together_are_all_different(tmp_path):

@@ -12,7 +12,10 @@ large data set or checks 50,000 images.
 import contextlib
 import datetime
 import gc
+import hashlib
 import os
+import socket
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 
+from dnnlib import console
 from torch_utils.ordered_pool import num_cores
 
 T = TypeVar("T")
@@ -135,11 +139,37 @@ def _leave() -> None:
 def process_group(device: str = "auto") -> Iterator[torch.device]:
     """`init` on entry, `shutdown` on a normal exit.
 
-    After an error the group is left as it is: a barrier would wait for ranks that may be gone.
+    After an error the group is left as it is: a barrier would wait for ranks that may be gone. The
+    error gets `told`: whether it is this rank's to show, see dnnlib.cli.UserError.
     """
     chosen = init(device)
-    yield chosen
+    if console.is_verbose():
+        _print_ranks(chosen)
+    try:
+        yield chosen
+    except Exception as error:  # whatever it is, it goes on from here
+        error.told = _is_first_to_tell(error)
+        raise
     shutdown()
+
+
+def _print_ranks(device: torch.device) -> None:
+    own = f"{socket.gethostname()} process {os.getpid()}, {device}"
+    if device.type == "cuda":
+        own += f" ({torch.cuda.get_device_name(device)})"
+    for rank, text in enumerate(gather_objects(f"{own}, {torch.get_num_threads()} threads")):
+        print0(f"Rank {rank:<5d} {text}")
+
+
+def _is_first_to_tell(error: Exception) -> bool | None:
+    """Says whether no other rank has shown an error of these words; None where nobody knows."""
+    if get_world_size() == 1:
+        return None
+    words = hashlib.sha256(f"{type(error).__name__} {error}".encode()).hexdigest()
+    with contextlib.suppress(RuntimeError):  # the store may be gone: torchrun keeps it
+        store = torch.distributed.distributed_c10d._get_default_store()
+        return store.add(f"told/{words}", 1) == 1
+    return None
 
 
 class Agreement:
@@ -229,6 +259,11 @@ def print0(*values, **options) -> None:
     """Prints on rank 0 alone, at once."""
     if get_rank() == 0:
         print(*values, **{"flush": True, **options})
+
+
+def warn0(text: str) -> None:
+    """Prints 'Warning: ...' on rank 0 to stderr, which --quiet leaves."""
+    print0(f"Warning: {text}", file=sys.stderr)
 
 
 def barrier() -> None:

@@ -10,13 +10,15 @@ group must not take away the data of a step that is still to be finished.
 
 import collections
 import signal
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch.utils.data
 
+T = TypeVar("T")
 _AHEAD = 2  # batches per process or thread that are ready or being read
 
 
@@ -25,6 +27,27 @@ class Batched(Protocol):
 
     def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray, ...]:
         """Returns arrays whose first axis runs over `indices`."""
+
+
+class Timed(Generic[T]):
+    """An iterator that knows how long it was waited for."""
+
+    def __init__(self, items: Iterator[T]):
+        self._items, self._sec = items, 0.0
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        start = time.perf_counter()
+        item = next(self._items)
+        self._sec += time.perf_counter() - start
+        return item
+
+    def take_sec(self) -> float:
+        """Returns the seconds since the call before."""
+        sec, self._sec = self._sec, 0.0
+        return sec
 
 
 def read_in_processes(source: Batched, batches: Iterable[Sequence[int]], *, workers: int,

@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 from tqdm import tqdm
 
+from dnnlib import console
 from torch_utils.atomic import atomic_write
 from torch_utils.distributed import get_rank, rank0_first
 from torch_utils.loading import read_in_processes
@@ -74,8 +75,8 @@ class ImageStack:
         """
         look = self._decode if self.kind.dtype == "float32" else (
             lambda number: self._check_kind(number, self._read_kind(number)))
-        for number in tqdm(self._kept, desc="Checking images", unit="img", disable=None,
-                           leave=False, delay=1):
+        for number in tqdm(self._kept, desc="Checking images", unit="img", leave=False,
+                           disable=console.bar_disabled(), delay=1):
             look(number)
 
     def decode_batch(self, numbers: Sequence[int]) -> np.ndarray:
@@ -165,8 +166,8 @@ class ImageStack:
         size = max(_PACK_BYTES // self.kind.num_bytes, 1)
         batches = np.split(self._kept, range(size, len(self._kept), size))
         workers = num_cores() if len(self._kept) >= _PACK_ALONE else 0
-        with tqdm(total=len(self._kept), desc=f"Packing {title}", unit="img", disable=None,
-                  leave=False, delay=1) as bar:
+        with tqdm(total=len(self._kept), desc=f"Packing {title}", unit="img", leave=False,
+                  disable=console.bar_disabled(), delay=1) as bar:
             for images, in read_in_processes(_FromFiles(self), batches, workers=workers):
                 yield images.numpy()
                 bar.update(len(images))

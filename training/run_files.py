@@ -65,8 +65,8 @@ class RunFiles:
         if last or self._failures >= _MAX_FAILURES:
             raise OSError(f"not written: {'; '.join(problems)}. Make room and use --resume=auto")
         for problem in problems:
-            distributed.print0(f"Warning: not written: {problem}; training goes on, and ends if "
-                               "it happens again")
+            distributed.warn0(f"not written: {problem}; training goes on, and ends if it happens "
+                              "again")
 
     def prune(self) -> None:
         """Removes all training states but the newest `keep`, once one of those verifies."""
@@ -77,8 +77,8 @@ class RunFiles:
         if not old:
             return
         if not any(map(checkpoint.verifies, reversed(kept))):
-            distributed.print0(f"Warning: no training state in {self.run_dir} pruned: none of the "
-                               f"newest {len(kept)} verifies")
+            distributed.warn0(f"no training state in {self.run_dir} pruned: none of the newest "
+                              f"{len(kept)} verifies")
             return
         for path in old:
             path.unlink(missing_ok=True)

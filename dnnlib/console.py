@@ -1,0 +1,75 @@
+"""How much a script says: as usual, --quiet or --verbose.
+
+    stdout    what goes on, and results; --quiet drops all but `result`
+    stderr    warnings and errors, always; progress bars on a terminal, unless --quiet
+
+Under torchrun rank 0 alone speaks. Errors of other ranks: see dnnlib/cli.py.
+"""
+
+import contextlib
+import io
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import IO
+
+_console: IO[str] | None = None  # stdout, while --quiet has put another in its place
+_is_verbose = False
+
+
+class _Silent(io.TextIOBase):
+    """A stream that drops everything."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+@contextlib.contextmanager
+def speaking(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Inside, the script says less or more."""
+    global _console, _is_verbose
+    before = sys.stdout, _console, _is_verbose
+    _is_verbose = verbose
+    if quiet:
+        _console, sys.stdout = sys.stdout, _Silent()
+    try:
+        yield
+    finally:
+        sys.stdout, _console, _is_verbose = before
+
+
+def is_verbose() -> bool:
+    """Says whether details are asked for, on whatever rank."""
+    return _is_verbose
+
+
+def is_rank0() -> bool:
+    """Says whether this process speaks: alone, or the first that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def result(text: str) -> None:
+    """Prints what the script was started for; rank 0 alone may call it."""
+    print(text, flush=True)  # a log gets it from here
+    if _console is not None:
+        print(text, file=_console, flush=True)
+
+
+def detail(text: str) -> None:
+    """Prints a line on rank 0 with --verbose."""
+    if _is_verbose and is_rank0():
+        print(text, flush=True)
+
+
+def bar_disabled() -> bool | None:
+    """Returns tqdm's `disable`: a bar is for a terminal, on rank 0, without --quiet."""
+    return None if is_rank0() and _console is None else True
+
+
+@contextlib.contextmanager
+def timed(title: str) -> Iterator[None]:
+    """Tells with --verbose how long the block took."""
+    start = time.perf_counter()
+    yield
+    detail(f"Time       {title}: {time.perf_counter() - start:.2f} s")
