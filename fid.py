@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from dnnlib.cli import BAD_USAGE, IntList, UserError, run, user_errors
+from dnnlib import console
+from dnnlib.cli import BAD_USAGE, IntList, UserError, run, user_errors, verbosity_options
 from training.sampling_options import sampling_options
 
 if TYPE_CHECKING:  # imported late: help is instant
@@ -131,6 +132,7 @@ def _score_options(command):
 @_switch("--quant",           help="Run directory: score the folders of a sweep over bits")
 @_switch("--prune",           help="Refused: there is no pruning here")
 @_detector_options
+@verbosity_options
 def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str | None, num: int,
          seed: int, ckpt: float, end_ckpt: float, gen_seed: tuple[int, ...], steps: bool,
          alpha: bool, quant: bool, prune: bool, batch: int, detector: str, device: str,
@@ -172,15 +174,17 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                         raise ValueError(f"{dataset.path}: {len(dataset)} images, but --num={num}")
             sets = {str(dataset.path): dataset for dataset in datasets}
             _use_kernels("fp32")
-            scorer = open_scorer(detector, ref_path, metrics, chosen_device, sets, batch=batch,
-                                 workers=workers)
+            with console.timed("detector and reference"):
+                scorer = open_scorer(detector, ref_path, metrics, chosen_device, sets, batch=batch,
+                                     workers=workers)
             _warn_if_few(num, scorer.detector.name, metrics)
 
             sheet = ScoreSheet(scorer, Path(out) if out else _jsonl_of_images(images))
             for job, dataset in zip(jobs, datasets, strict=True):
-                found = dataset_features(dataset, scorer.detector, metrics=metrics, batch=batch,
-                                         workers=workers, title=Path(job.path).name)
-                values = scorer.evaluate(found)
+                with console.timed("features"):
+                    found = dataset_features(dataset, scorer.detector, metrics=metrics, batch=batch,
+                                             workers=workers, title=Path(job.path).name)
+                values = _values_of(scorer, found)
                 facts = {"images": job.path, "num": num, **_facts_of_images(job.path, dataset, seed)}
                 _report(sheet, job, values, facts, alone=not folders)
             _print_table(sheet)
@@ -196,6 +200,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
               help="Number of seed ranges: --seeds, then as many seeds after them, and so on")
 @sampling_options
 @_detector_options
+@verbosity_options
 def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str | None,
         seeds: tuple[int, ...], ranges: int, batch: int, detector: str, device: str, workers: int,
         steps: tuple[int, ...], alpha: tuple[float, ...] | None, bits: tuple[int, ...] | None,
@@ -227,8 +232,9 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
             points = sweep_points(steps, alpha, bits)
             sampler = open_sampler(points[0])
             _use_kernels("fp32")
-            scorer = open_scorer(detector, ref_path, metrics, chosen_device,
-                                 {network: sampler}, batch=batch, workers=workers)
+            with console.timed("detector and reference"):
+                scorer = open_scorer(detector, ref_path, metrics, chosen_device,
+                                     {network: sampler}, batch=batch, workers=workers)
             _warn_if_few(len(seeds), scorer.detector.name, metrics)
 
             default = None if is_url(network) else Path(network).parent / _JSONL
@@ -241,12 +247,13 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                 if i == 0 and point is not points[0]:
                     sampler = open_sampler(point)
                 _use_kernels(sampling["precision"])
-                found = network_features(sampler, own, scorer.detector, metrics=metrics,
-                                         batch=batch, title=job.label)
+                with console.timed("samples and features"):
+                    found = network_features(sampler, own, scorer.detector, metrics=metrics,
+                                             batch=batch, title=job.label)
                 _use_kernels("fp32")
                 facts = {"network": network, "num": len(own), "seeds": format_ranges(own),
                          "sampler": sampler.settings}
-                _report(sheet, job, scorer.evaluate(found), facts,
+                _report(sheet, job, _values_of(scorer, found), facts,
                         alone=len(points) * ranges == 1)
             _print_table(sheet)
 
@@ -258,6 +265,7 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
               help="File to write")
 @_switch("--features",        help="Also keep the features, which kid and pr need")
 @_detector_options
+@verbosity_options
 def ref(data: str, dest: str, features: bool, batch: int, detector: str, device: str,
         workers: int) -> None:
     """Writes the reference statistics of a data set that 'calc' and 'gen' need."""
@@ -277,8 +285,9 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
                 built = build_detector(detector, chosen_device)
             _use_kernels("fp32")
             _warn_if_few(len(dataset), name, ("fid",))
-            reference = dataset_reference(dataset, built, with_features=features, batch=batch,
-                                          workers=workers)
+            with console.timed("features"):
+                reference = dataset_reference(dataset, built, with_features=features, batch=batch,
+                                              workers=workers)
             dist.run_on_rank0(save_reference, dest, reference)
 
 
@@ -336,6 +345,11 @@ def _facts_of_images(path: str, dataset, seed: int) -> dict:
     return facts
 
 
+def _values_of(scorer, found) -> dict[str, float]:
+    with console.timed("distances"):
+        return scorer.evaluate(found)
+
+
 def _report(sheet: "ScoreSheet", job: _Job, values: dict, facts: dict, alone: bool) -> None:
     """Prints the Frechet distance as the references do, and records all values."""
     from metrics.score_sheet import Score
@@ -350,14 +364,14 @@ def _report(sheet: "ScoreSheet", job: _Job, values: dict, facts: dict, alone: bo
             text = f"{sheet.distance_name}: {text}"
         if not alone:
             text = f"path:{job.path}, {text}" if os.path.isdir(job.path) else f"{job.label}: {text}"
-        click.echo(text)
+        console.result(text)
 
 
 def _print_table(sheet: "ScoreSheet") -> None:
     from torch_utils.distributed import get_rank
 
     if get_rank() == 0 and sheet.has_more_than_one_value:
-        click.echo("\n" + sheet.table())
+        console.result("\n" + sheet.table())
 
 
 def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: float,
@@ -388,5 +402,10 @@ def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: f
             for point, _, name in sorted(chosen)]
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command; where pip has installed it, the console script."""
     run(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from dnnlib.cli import BAD_USAGE, IntList, UserError, run, user_errors
+from dnnlib import console
+from dnnlib.cli import BAD_USAGE, IntList, UserError, run, user_errors, verbosity_options
 from training.sampling_options import sampling_options
 from training.sweeps import sweep_points
 
@@ -37,6 +38,7 @@ def _refuse(ctx, param, value: bool | None) -> None:
 @click.option("--align", type=click.BOOL, callback=_refuse, expose_value=False, hidden=True)
 @click.option("--align_precond", type=click.BOOL, callback=_refuse, expose_value=False, hidden=True)
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to sample.")
+@verbosity_options
 def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use_pickle, edm,
          save_images, device, steps, alpha, bits, **sampling):
     """Samples images from trained networks, by Heun's method on the grid of EDM.
@@ -75,7 +77,8 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
             for (source, folder), point in itertools.product(sources, points):
                 folder = Path(f"{folder}{point.suffix}")
                 try:
-                    sampler = NetworkSampler.open(source, torch_device, **point.settings, **sampling)
+                    with console.timed("network"):
+                        sampler = NetworkSampler.open(source, torch_device, **point.settings, **sampling)
                 except UsageError as error:
                     raise UserError(str(error), BAD_USAGE) from error
                 _generate(sampler, folder, seeds, batch, subdirs)
@@ -124,13 +127,14 @@ def _generate(sampler, folder, seeds, batch, subdirs) -> None:
     if len(missing) < len(seeds):
         distributed.print0(f"{folder}: {len(seeds) - len(missing)} of {len(seeds)} images are there")
     batches = distributed.split_for_rank(missing, batch)
-    quiet = None if distributed.get_rank() == 0 else True
-    with ImageWriter(images) as writer, tqdm(total=sum(map(len, batches)), unit="img", desc=folder.name, disable=quiet) as bar:
+    with console.timed(f"{folder.name}, files included"), ImageWriter(images) as writer, \
+            tqdm(total=sum(map(len, batches)), unit="img", desc=folder.name, disable=console.bar_disabled()) as bar:
         for done in sampler.images(batches):
             writer.write(done.seeds, sampler.scaling.to_data(done.images).cpu().numpy())
             bar.update(len(done.seeds))
     distributed.barrier()
-    distributed.print0(f"{folder}: {len(missing)} images made")
+    if distributed.get_rank() == 0:
+        console.result(f"{folder}: {len(missing)} images made")
 
 
 def _save_pictures(sampler, folder, seeds) -> None:
@@ -143,5 +147,10 @@ def _save_pictures(sampler, folder, seeds) -> None:
     save_gif(folder / PICTURES / "movie.gif", frames)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command; where pip has installed it, the console script."""
     run(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -5,5 +5,10 @@ from generate import preset
 
 main = preset(bits="5,6,7,8,9")
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command; where pip has installed it, the console script."""
     run(main)
+
+
+if __name__ == "__main__":
+    cli()

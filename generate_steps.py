@@ -5,5 +5,10 @@ from generate import preset
 
 main = preset(steps="10,12,14,16,18,20,22,24", name_steps=True)
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command; where pip has installed it, the console script."""
     run(main)
+
+
+if __name__ == "__main__":
+    cli()

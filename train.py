@@ -8,7 +8,19 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from dnnlib.cli import BAD_USAGE, DIVERGED, IntList, UserError, describe, run, user_errors
+from dnnlib import console
+from dnnlib.cli import (
+    BAD_USAGE,
+    DIVERGED,
+    IntList,
+    NameList,
+    UserError,
+    describe,
+    run,
+    user_errors,
+    verbosity_options,
+)
+from training.config import LOG_SINKS
 from training.presets import PRESETS
 
 _BOOL = click.BOOL
@@ -142,6 +154,7 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--dump", metavar="TICKS", type=int, default=50, help="How often to write training-state-*.pt.")
 @click.option("--keep", metavar="INT", type=int, help="Keep this many training states, the newest.  [default: all]")
 @click.option("--samples", metavar="INT", type=int, help="Images in a samples-*.png; 0 writes none.  [default: 64 on a GPU, 16 on the CPU]")
+@click.option("--log", metavar="LIST", type=NameList(LOG_SINKS), help="Also log to tensorboard, wandb.  [default: files of the run alone]")
 @click.option("--eval", metavar="KIMG", type=float, help="How often to score samples, in thousands of images.  [default: never]")
 @click.option("--eval-ref", metavar="NPZ|URL|ZIP|DIR", help="Reference statistics or data set to score against.")
 @click.option("--eval-num", metavar="INT", type=int, default=50_000, help="Number of samples to score.")
@@ -152,6 +165,7 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--override-options", is_flag=True, help="Resume although options that decide what is computed have changed.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the options and what the run will take, and stop.")
 @click.option("--rate", metavar="IMG_PER_S", type=click.FloatRange(min=0, min_open=True), help="Images a second over all processes, for the hours that --dry-run prints.")
+@verbosity_options
 @click.pass_context
 def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_options, dry_run, rate,
          **opts):
@@ -185,9 +199,11 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
 
     from torch_utils import distributed
     from training import checkpoint
+    from training.log_sinks import check_available
 
     with user_errors(BAD_USAGE):
         config = _config(data, opts, precision_of(ctx))
+        check_available(config.log)
         config.rounds(int(os.environ.get("WORLD_SIZE", "1")))
     with user_errors(), distributed.process_group(device) as torch_device, \
             contextlib.ExitStack() as stack:
@@ -202,7 +218,8 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         config = _settle_seed(config, opts["seed"], state)
         if state and not override_options:
             _check_options(config, state)
-        dataset = _open_dataset(config, pack=config.cache and not dry_run)
+        with console.timed("data"):
+            dataset = _open_dataset(config, pack=config.cache and not dry_run)
         if state:
             state = _settle_data(config, dataset, state, override_options)
         if config.sigma_data is None and not dry_run:
@@ -260,7 +277,8 @@ def _settle_data(config, dataset, state, override: bool):
 
 def _config(data: str, opts: dict, precision: str):
     from training.config import TrainConfig
-    names = {"precision": precision, "compile": opts["compile_"], "seed": opts["seed"] or 0}
+    names = {"precision": precision, "compile": opts["compile_"], "seed": opts["seed"] or 0,
+             "log": opts["log"] or ()}
     skipped = {"fp16", "compile_"}
     return TrainConfig(data=data, **{k: v for k, v in opts.items() if k not in skipped} | names)
 
@@ -303,7 +321,7 @@ def _load_state(fixed_dir: Path | None, resume: str):
             return None
         path, problems = distributed.run_on_rank0(checkpoint.newest_state, fixed_dir)
         for problem in problems:
-            distributed.print0(f"Warning: skipped {problem}")
+            distributed.warn0(f"skipped {problem}")
         if path is None:
             if problems:
                 raise ValueError(f"--resume=auto: no training state in {fixed_dir} verifies")
@@ -396,13 +414,19 @@ def _print_plan(config, dataset, rate: float | None) -> None:
     micro_batch, rounds = config.rounds(world_size)
     network = config.network(dataset.resolution, dataset.num_channels, dataset.label_dim,
                              dataset.cond_channels)
-    print(json.dumps(config.to_dict(), indent=2))
-    print(f"{len(dataset)} images {'x'.join(map(str, dataset.image_shape))}, "
-          f"{dataset.label_dim} label dimensions; {micro_batch} images x {rounds} round(s) x "
-          f"{world_size} process(es)")
-    print(describe_estimate(config, network, world_size, rate))
-    print("Dry run: nothing was trained or written.", flush=True)
+    console.result("\n".join([
+        json.dumps(config.to_dict(), indent=2),
+        f"{len(dataset)} images {'x'.join(map(str, dataset.image_shape))}, "
+        f"{dataset.label_dim} label dimensions; {micro_batch} images x {rounds} round(s) x "
+        f"{world_size} process(es)",
+        describe_estimate(config, network, world_size, rate),
+        "Dry run: nothing was trained or written."]))
+
+
+def cli() -> None:
+    """Runs the command; where pip has installed it, the console script."""
+    run(main)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli()

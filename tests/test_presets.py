@@ -23,7 +23,7 @@ def options(*args):
     words = ["--outdir=runs", "--data=data.zip", *args]
     context = train.main.make_context("train.py", words)
     skip = {"outdir", "name", "desc", "nosubdir", "device", "resume", "override_options", "dry_run",
-            "rate"}
+            "rate", "quiet", "verbose"}
     opts = {key: value for key, value in context.params.items() if key not in skip | {"data"}}
     return train._config("data.zip", opts, train.precision_of(context))
 

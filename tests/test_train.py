@@ -1,9 +1,10 @@
 import json
 import math
+import re
 
 import pytest
 import torch
-from conftest import TINY_NETWORK, TINY_RUN, run_script, write_dataset
+from conftest import ROOT, TINY_NETWORK, TINY_RUN, run_script, write_dataset
 
 import train
 from training.checkpoint import digest, load
@@ -70,6 +71,14 @@ def test_stats_say_what_happened(undisturbed):
                 "Timing/maintenance_sec", "Resources/cpu_mem_gb", "Resources/peak_gpu_mem_gb",
                 "Resources/peak_gpu_mem_reserved_gb", "timestamp"):
         assert key in rows[0], key
+
+
+def test_every_field_of_stats_is_documented(undisturbed):
+    run_dir, _ = undisturbed
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8").split("\n## stats.jsonl")[1]
+    documented = set(re.findall(r"^\| `([\w/]+)` \|", text, re.M))
+    for line in (run_dir / "stats.jsonl").read_text().splitlines():
+        assert set(json.loads(line)) == documented - {"Metrics/fid"}
 
 
 def test_the_first_step_has_learning_rate_zero(undisturbed):

@@ -25,6 +25,7 @@ ARCHITECTURES: dict[str, dict] = {
     "adm": {"model_type": "DhariwalUNet", "model_channels": 192, "channel_mult": [1, 2, 3, 4]},
 }
 PRECONDITIONERS = {"vp": "VPPrecond", "ve": "VEPrecond", "edm": "EDMPrecond"}
+LOG_SINKS = ("tensorboard", "wandb")  # see training/log_sinks.py
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 AUGMENT_DIM = 9  # augmentation labels, see training/augment.py
 
@@ -47,6 +48,7 @@ FREE_ON_RESUME = {
     "snap": "likewise",
     "dump": "likewise",
     "keep": "likewise",
+    "log": "where numbers and pictures go besides",
     "samples": "pictures are drawn from seeds of their own",
     "eval": "scores too, and training does not see them",
     "eval_ref": "likewise",
@@ -102,6 +104,7 @@ class TrainConfig:
     snap: int = 50  # ticks
     dump: int = 50  # ticks
     keep: int | None = None  # training states; None = all
+    log: tuple[str, ...] = ()  # of LOG_SINKS
     samples: int | None = None  # None = 64 on a GPU, 16 on the CPU
     eval: float | None = None  # kimg; None = never
     eval_ref: str | None = None
@@ -147,6 +150,8 @@ class TrainConfig:
         _require(self.precision in PRECISIONS, f"--precision={self.precision}",
                  ", ".join(PRECISIONS))
         _require(self.compile in ("auto", "0", "1"), f"--compile={self.compile}", "auto, 0 or 1")
+        _require(set(self.log) <= set(LOG_SINKS), f"--log={','.join(self.log)}",
+                 f"a list of {', '.join(LOG_SINKS)}")
         _require(self.cres is None or (self.cres and min(self.cres) > 0), f"--cres={self.cres}",
                  "a list of positive integers such as 1,2,2,2")
 
@@ -225,6 +230,7 @@ class TrainConfig:
         """Returns plain data that JSON can hold; infinity becomes the string 'inf'."""
         values = dataclasses.asdict(self)
         values["cres"] = list(self.cres) if self.cres else None
+        values["log"] = list(self.log)
         values["aug_dim"] = "inf" if math.isinf(self.aug_dim) else self.aug_dim
         return values
 
@@ -294,8 +300,10 @@ def _coerce(key: str, value: object, hint: object) -> object:
         return None
     if float in kinds and (value == "inf" or isinstance(value, int | float)):
         return float(value)
-    if any(typing.get_origin(kind) is tuple for kind in kinds) and isinstance(value, Sequence):
-        return tuple(int(item) for item in value)
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+            of_item = typing.get_args(kind)[0]
+            return tuple(of_item(item) for item in value)
     if type(value) in kinds:
         return value
     raise ValueError(f"training option {key!r} can't be {value!r}")

@@ -20,7 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_utils import distributed, misc, training_stats
-from torch_utils.loading import read_in_processes, read_in_threads
+from torch_utils.loading import Timed, read_in_processes, read_in_threads
 from training import checkpoint
 from training.augment import AugmentPipe
 from training.config import TrainConfig
@@ -95,13 +95,17 @@ class Trainer:
             ids = [self.device] if self.device.type == "cuda" else None
             self.ddp = DistributedDataParallel(
                 self.net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self._batches = self._open_batches()
+        self._batches = Timed(self._open_batches())
 
     def close(self) -> None:
         """Lets go of the process group's hooks and of the loader workers."""
         self.ddp = self.net
         self._batches = None
         self.optimizer = None
+
+    def take_data_sec(self) -> float:
+        """Returns how long steps have waited for batches since the call before."""
+        return self._batches.take_sec()
 
     def _open_batches(self) -> Iterator[tuple[torch.Tensor, ...]]:
         order = TrainingOrder(

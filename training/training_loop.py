@@ -22,7 +22,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from dnnlib import signals
+from dnnlib import console, signals
 from dnnlib.cli import UserError
 from dnnlib.util import format_ranges, format_time
 from metrics.score_sheet import Score, ScoreSheet
@@ -32,6 +32,7 @@ from training import checkpoint
 from training.config import TrainConfig
 from training.dataset import ImageFolderDataset
 from training.grid import save_png
+from training.log_sinks import LogSinks
 from training.loss import LSUN_SIGMA_MAX
 from training.network_sampler import NetworkSampler, SeedImages
 from training.run_files import RunFiles
@@ -51,6 +52,8 @@ def provenance(device: torch.device) -> dict[str, Any]:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, text=True,
             capture_output=True, timeout=10, check=True).stdout.strip()
+        # An installed copy may lie in a checkout of something else.
+        commit = commit if (root / ".git").exists() else None
     except (OSError, subprocess.SubprocessError):
         commit = None  # not a checkout
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
@@ -92,7 +95,8 @@ def training_loop(
     """
     misc.configure_backends(config.precision, benchmark=config.bench,
                             deterministic=config.deterministic)
-    trainer = Trainer(config, dataset, device)
+    with console.timed("network"):
+        trainer = Trainer(config, dataset, device)
     if resume:
         trainer.restore(resume[1], resume[0])
     _announce(trainer)
@@ -103,12 +107,14 @@ def training_loop(
             "network": finite_json(trainer.net.config, infinity="inf"),
             "provenance": provenance(device)})
         save_real_grid(trainer, run_dir / "reals.png")
+    sinks = LogSinks(config, run_dir, trainer.cur_nimg)
     evaluator = Evaluator(trainer, run_dir / "metrics.jsonl") if config.eval else None
     trainer.start()
     try:
-        _run(trainer, run_dir, evaluator)
+        _run(trainer, run_dir, evaluator, sinks)
     finally:
         trainer.close()
+        sinks.close()
 
 
 class Evaluator:
@@ -169,22 +175,24 @@ def _evaluate(trainer: Trainer, evaluator: Evaluator, files: RunFiles, bar) -> d
         standing = (f"; the lowest so far is {before:.5g}" if not is_best else
                     f", the lowest so far: kept as {checkpoint.BEST_STATE}"
                     if trainer.best_score == value else ", the lowest so far, but not kept")
-        bar.write(f"{evaluator.name} {value:.5g} at {kimg:g} kimg{standing}", file=sys.stdout)
+        with bar.external_write_mode():
+            console.result(f"{evaluator.name} {value:.5g} at {kimg:g} kimg{standing}")
     return {"Metrics/" + evaluator.name.replace(" ", "_").lower(): value}
 
 
-def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None) -> None:
+def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None, sinks: LogSinks) -> None:
     config = trainer.config
     now = time.time()
-    upkeep = _Upkeep(trainer, run_dir, evaluator, training_stats.Collector(trainer.device),
+    upkeep = _Upkeep(trainer, run_dir, evaluator, sinks, training_stats.Collector(trainer.device),
                      _Clock(now, now, trainer.cur_nimg))
     is_due = upkeep.resume()
     if trainer.cur_nimg >= config.total_nimg and not is_due:
-        distributed.print0(f"Nothing to do: {trainer.cur_nimg} of {config.total_nimg} images done")
+        if trainer.rank == 0:
+            console.result(f"Nothing to do: {trainer.cur_nimg} of {config.total_nimg} images done")
         return
     with signals.deferred(), tqdm(
             total=config.total_nimg, initial=trainer.cur_nimg, unit="img", unit_scale=True,
-            leave=False, disable=None if trainer.rank == 0 else True) as bar:
+            leave=False, disable=console.bar_disabled()) as bar:
         if is_due:
             upkeep.run(bar)
         while trainer.cur_nimg < config.total_nimg:
@@ -193,7 +201,8 @@ def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None) -> None:
             upkeep.after_step()
             if upkeep.is_due:
                 upkeep.run(bar)
-    distributed.print0("Training finished")
+    if trainer.rank == 0:
+        console.result(f"Training finished: {run_dir}")
 
 
 class _Upkeep:
@@ -203,14 +212,15 @@ class _Upkeep:
         trainer: the run.
         run_dir: its folder.
         evaluator: gives the scores; None for none.
+        sinks: get the numbers and pictures too.
         collector: gives the statistics.
         clock: times the ticks.
     """
 
     def __init__(self, trainer: Trainer, run_dir: Path, evaluator: Evaluator | None,
-                 collector: training_stats.Collector, clock: _Clock):
+                 sinks: LogSinks, collector: training_stats.Collector, clock: _Clock):
         self._trainer, self._run_dir, self._evaluator = trainer, run_dir, evaluator
-        self._collector, self._clock = collector, clock
+        self._sinks, self._collector, self._clock = sinks, collector, clock
         self._files = RunFiles(run_dir, trainer.config.keep)
         self._agreement = distributed.Agreement(trainer.device)
 
@@ -244,7 +254,11 @@ class _Upkeep:
                 scores = _evaluate(trainer, self._evaluator, self._files, bar) if has_eval else {}
                 pictures = sample_grid(trainer) if has_pictures else None
         self._clock.maintenance_sec += time.time() - started
-        _report_tick(trainer, self._collector, self._clock, tick, self._run_dir, bar, scores)
+        numbers = _report_tick(trainer, self._collector, self._clock, tick, self._run_dir, bar,
+                               scores)
+        self._sinks.scalars(numbers, nimg)
+        if pictures is not None:
+            self._sinks.picture("samples", pictures, nimg)
         trainer.check_divergence()
         if trainer.rank == 0:
             _save_files(trainer, self._files, tick, done, pictures)
@@ -304,8 +318,11 @@ def _tag(trainer: Trainer) -> str:
 
 
 def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, bar,
-                 scores: dict[str, float]) -> None:
-    """Prints the tick's line, appends it to stats.jsonl, and starts the clock of the next tick."""
+                 scores: dict[str, float]) -> dict[str, float]:
+    """Prints the tick's line, appends it to stats.jsonl, and starts the clock of the next tick.
+
+    Returns the numbers, the means of statistics.
+    """
     device = trainer.device
     now = time.time()
     tick_sec = now - clock.tick_start_time - clock.maintenance_sec
@@ -318,6 +335,7 @@ def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, ba
         "Progress/bad_steps": int(trainer.counters["bad_total"]),
         "Timing/total_sec": now - clock.start_time, "Timing/sec_per_tick": tick_sec,
         "Timing/sec_per_kimg": sec_per_kimg, "Timing/maintenance_sec": clock.maintenance_sec,
+        "Timing/data_sec": trainer.take_data_sec(),
         "Resources/cpu_mem_gb": psutil.Process().memory_info().rss / gb,
         "Resources/peak_gpu_mem_gb": 0.0, "Resources/peak_gpu_mem_reserved_gb": 0.0, **scores,
     }
@@ -326,6 +344,8 @@ def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, ba
         fields["Resources/peak_gpu_mem_reserved_gb"] = torch.cuda.max_memory_reserved(device) / gb
         torch.cuda.reset_peak_memory_stats(device)
     bad = fields["Progress/bad_steps"]
+    stats = collector.as_dict() | {name: {"num": 1, "mean": value, "std": 0.0}
+                                   for name, value in fields.items()}
     if trainer.rank == 0:
         line = (f"tick {tick:<5d} kimg {fields['Progress/kimg']:<9.4g} "
                 f"loss {collector.mean('Loss/loss'):<8.5f} "
@@ -335,11 +355,14 @@ def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, ba
                 f"gpumem {fields['Resources/peak_gpu_mem_gb']:.2f} GB"
                 + (f" bad steps {bad}" if bad else ""))
         bar.write(line, file=sys.stdout)
+        bar.set_postfix_str(f"loss {collector.mean('Loss/loss'):.5f}", refresh=False)
         sys.stdout.flush()
-        stats = {**collector.as_dict(), **{name: {"num": 1, "mean": value, "std": 0.0}
-                                           for name, value in fields.items()}}
+        console.detail(f"Time       steps {tick_sec:.2f} s, of it waiting for data "
+                       f"{fields['Timing/data_sec']:.2f} s; scores and files before it "
+                       f"{clock.maintenance_sec:.2f} s")
         append_stats(run_dir / "stats.jsonl", stats | {"timestamp": now})
     clock.tick_start_nimg, clock.tick_start_time = trainer.cur_nimg, now
+    return {name: values["mean"] for name, values in stats.items()}
 
 
 def append_stats(path: Path, record: dict[str, Any]) -> None:
@@ -349,7 +372,7 @@ def append_stats(path: Path, record: dict[str, Any]) -> None:
         _unwritten.discard(path)
     except OSError as error:
         if path not in _unwritten:
-            distributed.print0(f"Warning: {path} not written: {error}")
+            distributed.warn0(f"{path} not written: {error}")
         _unwritten.add(path)
 
 
@@ -387,7 +410,7 @@ def _announce(trainer: Trainer) -> None:
         f"Training   {trainer.cur_nimg / 1e3:g} of {config.total_nimg / 1e3:g} kimg, "
         f"seed {config.seed}\n")
     if config.D < HEAVY_TAILED_D:
-        distributed.print0(f"Warning: noise of D = {config.D:g} can exceed float32; steps with "
-                           "such draws are skipped and counted as bad steps")
+        distributed.warn0(f"noise of D = {config.D:g} can exceed float32; steps with such draws "
+                          "are skipped and counted as bad steps")
     if config.precision == "fp16" and trainer.device.type != "cuda":
         distributed.print0("Note: fp16 is for GPUs; on the CPU the network runs in fp32")

@@ -1,0 +1,136 @@
+"""Where a run's numbers and pictures go besides its own files: TensorBoard, Weights & Biases.
+
+    tensorboard   RUN_DIR/tensorboard, where a step is an image
+    wandb         a run of project $WANDB_PROJECT or 'pfgmpp'; RUN_DIR/wandb-id.txt has its id, by
+                  which a resumed run goes on. WANDB_MODE=offline needs no network
+
+Rank 0 alone has them. A sink that fails is given up with one warning, and training goes on: all
+that it would get is in stats.jsonl and samples-*.png.
+"""
+
+import importlib.util
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import PIL.Image
+
+from torch_utils import distributed
+from training.config import TrainConfig
+
+_PROJECT = "pfgmpp"
+_ID_FILE = "wandb-id.txt"
+
+
+class Sink(Protocol):
+    """A place for numbers and pictures of one run."""
+
+    def scalars(self, values: dict[str, float], nimg: int) -> None:
+        """Takes the numbers of a tick, by their names in stats.jsonl, after `nimg` images."""
+
+    def picture(self, name: str, image: PIL.Image.Image, nimg: int) -> None:
+        """Takes a picture."""
+
+    def close(self) -> None:
+        """Waits until all is written."""
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path, config: TrainConfig, nimg: int):
+        from torch.utils.tensorboard import SummaryWriter
+        # What a killed run had written beyond the state that it goes on from is taken back.
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=nimg + 1)
+
+    def scalars(self, values: dict[str, float], nimg: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, nimg)
+        self._writer.flush()
+
+    def picture(self, name: str, image: PIL.Image.Image, nimg: int) -> None:
+        import numpy as np
+        pixels = np.asarray(image.convert("RGB"))
+        self._writer.add_image(name, pixels, nimg, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, run_dir: Path, config: TrainConfig, nimg: int):
+        import wandb
+        id_file = run_dir / _ID_FILE
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+        self._picture = wandb.Image
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", _PROJECT), name=run_dir.name, dir=str(run_dir),
+            id=id_file.read_text(encoding="utf-8").strip(), resume="allow",
+            config=config.to_dict())
+        # wandb's own steps can't go back, which a run does that was killed.
+        self._run.define_metric("*", step_metric="Progress/kimg")
+
+    def scalars(self, values: dict[str, float], nimg: int) -> None:
+        self._run.log({"Progress/kimg": nimg / 1e3, **values})
+
+    def picture(self, name: str, image: PIL.Image.Image, nimg: int) -> None:
+        self._run.log({"Progress/kimg": nimg / 1e3, name: self._picture(image)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_SINKS: dict[str, Callable[[Path, TrainConfig, int], Sink]] = {
+    "tensorboard": _TensorBoard, "wandb": _Wandb}
+
+
+def check_available(names: Sequence[str]) -> None:
+    """Raises ValueError where the package of a sink is not installed; imports none."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"--log={','.join(names)}: not installed: pip install "
+                         f"{' '.join(missing)}, or leave it out")
+
+
+class LogSinks:
+    """The sinks of a run; none on ranks other than 0.
+
+    Args:
+        config: the run's options; `config.log` are the names.
+        run_dir: its folder.
+        nimg: images that it has seen.
+    """
+
+    def __init__(self, config: TrainConfig, run_dir: Path, nimg: int):
+        self._sinks: dict[str, Sink] = {}
+        for name in config.log if distributed.get_rank() == 0 else ():
+            self._try(name, lambda name=name: self._sinks.__setitem__(
+                name, _SINKS[name](run_dir, config, nimg)))
+
+    def scalars(self, values: dict[str, float], nimg: int) -> None:
+        """Sends the numbers of a tick."""
+        self._each(lambda sink: sink.scalars(values, nimg))
+
+    def picture(self, name: str, image: PIL.Image.Image, nimg: int) -> None:
+        """Sends a picture."""
+        self._each(lambda sink: sink.picture(name, image, nimg))
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        self._each(lambda sink: sink.close())
+        self._sinks = {}
+
+    def _each(self, send: Callable[[Sink], Any]) -> None:
+        for name, sink in list(self._sinks.items()):
+            self._try(name, lambda sink=sink: send(sink))
+
+    def _try(self, name: str, function: Callable[[], Any]) -> None:
+        try:
+            function()
+        except Exception as error:  # of code that is not ours: whatever it is, training goes on
+            self._sinks.pop(name, None)
+            words = " ".join(f"{type(error).__name__}: {error}".split())
+            distributed.warn0(f"--log={name} given up: {words}; training goes on, its numbers are "
+                              "in stats.jsonl")
