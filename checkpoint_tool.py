@@ -79,5 +79,10 @@ def convert(source, dest, pfgmpp, aug_dim):
         click.echo(f"{dest}: written")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command; where pip has installed it, the console script."""
     run(main)
+
+
+if __name__ == "__main__":
+    cli()

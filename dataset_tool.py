@@ -348,5 +348,10 @@ def show(data: str, out: str | None, workers: int | None) -> None:
         _print_statistics(moments, scaling)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command; where pip has installed it, the console script."""
     run(main)
+
+
+if __name__ == "__main__":
+    cli()

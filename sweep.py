@@ -156,5 +156,10 @@ def _run_steps(steps: Sequence["Step"], nproc: int | None, dry_run: bool) -> Non
                             f"{code}; run the same command to go on from there", max(code, 1))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command; where pip has installed it, the console script."""
     run(main)
+
+
+if __name__ == "__main__":
+    cli()

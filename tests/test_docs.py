@@ -23,7 +23,8 @@ from training.sampling_options import sampling_options
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {f"{name}.py": importlib.import_module(name).main
            for name in ("train", "generate", "generate_alpha", "generate_steps", "generate_quant",
-                        "fid", "dataset_tool", "checkpoint_tool", "sweep", "report")}
+                        "fid", "dataset_tool", "checkpoint_tool", "sweep", "report",
+                        "runs")}
 PRESETS = {f"generate_{name}.py" for name in ("alpha", "steps", "quant")}  # of generate.py
 SAMPLING_FLAGS = {flag for option in sampling_options(click.Command("none")).params
                   for flag in option.opts}
@@ -182,7 +183,7 @@ def run_documented(script, documented):
                          *SMALLER["fid.py ref"]])
         output = run(script, [*args, *SMALLER[f"fid.py {args[0]}"]])
         assert args[0] == "ref" or re.search(r"pixels Frechet distance: [\d.e+-]+\n", output)
-    elif script in ("checkpoint_tool.py", "report.py"):
+    elif script in ("checkpoint_tool.py", "report.py", "runs.py"):
         run(script, args)
     elif script == "sweep.py":  # tests/test_study.py runs a study
         assert "fid.py gen" in run(script, ["--dry-run", *args])
@@ -280,7 +281,7 @@ def test_migration_names_every_flag_and_existing_imports():
     text = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
     parts = {part.splitlines()[0]: part for part in text.split("\n## ")}
     for script, command in SCRIPTS.items():
-        if script in ("checkpoint_tool.py", "sweep.py", "report.py") or script in PRESETS:
+        if script in {"checkpoint_tool.py", "sweep.py", "report.py", "runs.py"} | PRESETS:
             continue  # the references have no counterpart; the flags are those of generate.py
         for each in (command, *getattr(command, "commands", {}).values()):
             flags = {flag for option in each.params for flag in option.opts if flag[0] == "-"}

@@ -11,10 +11,13 @@ import fcntl
 import os
 import re
 import socket
+import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 LOCK_NAME = ".lock"
+_FLOCK = "hhqqi"  # struct flock of 64-bit Linux: type, whence, start, length, process
 
 
 @contextlib.contextmanager
@@ -42,13 +45,34 @@ def _acquire(fd: int, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             print(f"Warning: {path.parent} can't be locked ({error.strerror}): start no second "
-                  "run there", flush=True)
+                  "run there", file=sys.stderr, flush=True)
             return
         owner = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
         raise ValueError(f"{path.parent}: in use by {owner}; wait for its end, stop it, or name "
                          "another directory") from None
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def lock_holder(run_dir: str | os.PathLike) -> str | None:
+    """Returns who holds the lock of a directory, None where nobody does or nothing tells.
+
+    Takes no lock, so a run that starts meanwhile is not disturbed. A process does not see its own.
+    """
+    try:
+        fd = os.open(Path(run_dir) / LOCK_NAME, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))[0]
+        if kind == fcntl.F_UNLCK:
+            return None
+        return os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
 
 
 def numbered_dir(parent: Path, text: str) -> Path:

@@ -1,0 +1,75 @@
+"""Lists runs: which go on, which ended and how, how far they are, their scores."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dnnlib.cli import run, user_errors
+
+if TYPE_CHECKING:  # imported late: help is instant
+    from training.run_state import RunState
+
+_HEADER = ("run", "state", "kimg", "loss", "img/s", "best score", "D", "preset", "last change",
+           "note")
+_NUMBERS = {"kimg", "loss", "img/s", "D"}  # columns that end at the same place
+
+
+@click.command(context_settings={"max_content_width": 100, "show_default": True})
+@click.argument("folder", metavar="[FOLDER]", default="runs")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects instead of a table.")
+def main(folder: str, as_json: bool) -> None:
+    """Lists the training runs under FOLDER, by default 'runs'.
+
+    A run is running while its process holds the lock of its folder, finished once it has seen all
+    its images, stopped if a signal ended it after it had saved, and failed if it ended otherwise.
+    --resume=auto goes on with stopped and failed ones. The best score is the lowest FID (or other
+    Frechet distance) among those of the most images.
+
+    \b
+    python runs.py runs
+    python runs.py runs --json | jq '.[] | select(.state == "failed") | .name'
+    """  # noqa: D301 - \b is click's mark for lines to leave alone
+    with user_errors():
+        from training.run_state import find_runs
+        runs = find_runs(Path(folder))
+        if not runs and not as_json:
+            raise ValueError(f"{folder}: no runs in it (folders with a training_options.json)")
+    if as_json:
+        click.echo(json.dumps([state.to_dict() for state in runs], indent=2))
+    else:
+        click.echo(_table([_HEADER, *map(_row, runs)]))
+
+
+def _row(run: "RunState") -> tuple[str, ...]:
+    of_total = "" if run.total_kimg is None else f"/{run.total_kimg:.9g}"
+    score = run.score
+    kimg = f" @{score.kimg:.9g}" if score and score.kimg is not None else ""
+    return (run.name, run.state, f"{run.kimg:.9g}{of_total}",
+            "" if run.loss is None else f"{run.loss:.5f}",
+            "" if run.images_per_sec is None else f"{run.images_per_sec:.4g}",
+            f"{score.metric} {score.value:.5g}{kimg}" if score else "",
+            "" if run.D is None else "inf" if math.isinf(run.D) else f"{run.D:g}",
+            run.preset or "", f"{run.changed:%Y-%m-%d %H:%M}", run.note)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns aligned columns; those in which no run has anything are left out."""
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = ["  ".join(cell.rjust(width) if column[0] in _NUMBERS else cell.ljust(width)
+                       for cell, column, width in zip(row, columns, widths, strict=True))
+             for row in zip(*columns, strict=True)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def cli() -> None:
+    """Runs the command; where pip has installed it, the console script."""
+    run(main)
+
+
+if __name__ == "__main__":
+    cli()
