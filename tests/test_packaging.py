@@ -1,0 +1,90 @@
+"""`pip install .` gives the packages and console scripts, and a checkout needs neither."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import tomllib
+from conftest import ROOT, TINY_RUN, write_dataset
+
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+PACKAGES = ["dnnlib", "metrics", "torch_utils", "training"]
+
+
+def pyproject():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_every_script_and_package_is_installed():
+    project = pyproject()
+    assert project["tool"]["setuptools"]["packages"] == PACKAGES
+    assert sorted(project["tool"]["setuptools"]["py-modules"]) == SCRIPTS
+    for package in PACKAGES:  # no folder inside that the list would leave out, no data files
+        assert {path.suffix for path in (ROOT / package).rglob("*")
+                if "__pycache__" not in path.parts} == {".py"}
+    assert project["project"]["scripts"] == {
+        f"pfgmpp-{name.replace('_', '-')}": f"{name}:cli" for name in SCRIPTS}
+
+
+def test_versions_and_extras_have_one_home():
+    project = pyproject()["project"]
+    development = (ROOT / "requirements-dev.txt").read_text()
+    for packages in project["optional-dependencies"].values():
+        for package in packages:
+            assert package in development or package.startswith("wandb")  # a stub stands for it
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"## {project['version']} " in changes and f"version: {project['version']}" in citation
+
+
+def run(*words, cwd, **env):
+    done = subprocess.run([str(word) for word in words], cwd=cwd, text=True, capture_output=True,
+                          timeout=300, env=os.environ | env)
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_an_installed_copy_trains_samples_and_scores(tmp_path):
+    source = tmp_path / "source"  # building writes into the folder
+    for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard",
+                    cwd=ROOT).splitlines():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, source / name)
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    binaries = tmp_path / "venv/bin"
+    [packages] = (tmp_path / "venv/lib").glob("python*/site-packages")
+    # PyTorch and setuptools of the environment that runs this test.
+    (packages / "present.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    run(sys.executable, "-m", "pip", "--python", binaries / "python", "install", "--no-deps",
+        "--no-build-isolation", "--no-index", source, cwd=tmp_path)
+    assert not (packages / "tests").exists() and not (packages / "docs").exists()
+
+    work = tmp_path / "work"  # no file of the checkout is here
+    work.mkdir()
+    found = run(binaries / "python", "-c", "import json, train, training.networks as n, dnnlib, "
+                "metrics, torch_utils; print(json.dumps([m.__file__ for m in "
+                "(train, n, dnnlib, metrics, torch_utils)]))", cwd=work)
+    assert all(Path(path).is_relative_to(packages) for path in json.loads(found))
+    for name in pyproject()["project"]["scripts"]:
+        assert "Usage: " in run(binaries / name, "--help", cwd=work)
+    data = write_dataset(work / "tiny.zip")
+    run(binaries / "pfgmpp-train", "--outdir=runs", "--name=a", f"--data={data}", *TINY_RUN,
+        "--duration=0.000008", cwd=work)
+    assert json.loads((work / "runs/a/training_options.json").read_text())["provenance"][
+        "commit"] is None
+    run(binaries / "pfgmpp-generate", "--network=runs/a/network-snapshot-000000.pt",
+        "--outdir=out", "--seeds=0-3", "--steps=2", cwd=work)
+    score = run(binaries / "pfgmpp-fid", "calc", "--images=out", f"--ref={data}", "--num=4",
+                "--detector=pixels", cwd=work)
+    assert score.startswith("pixels Frechet distance: ")
+    assert " finished " in run(binaries / "pfgmpp-runs", cwd=work)
+    run(binaries / "python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        "-m", "train", "--outdir=runs", "--name=b", f"--data={data}", *TINY_RUN,
+        "--duration=0.000008", cwd=work)
