@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import click
@@ -50,6 +51,9 @@ class UserError(click.ClickException):
 def run(main: click.Command) -> None:
     """Runs a script: its command, with signals met as in dnnlib/signals.py."""
     signals.install()
+    if not console.is_rank0():  # they speak of the code, which is the same on every rank
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
     try:
         main()
     except signals.Stopped:

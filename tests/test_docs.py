@@ -168,6 +168,8 @@ def run(script, args):
 
 def run_documented(script, documented):
     args = [stand_in(arg) for arg in documented]
+    if importlib.util.find_spec("tensorboard") is None:
+        args = [arg for arg in args if arg != "--log=tensorboard"]
     if script == "train.py":
         # The values as documented; the small world's states to resume have other ones.
         fresh = [arg for arg in args if arg != "--resume=auto"]

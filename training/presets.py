@@ -34,6 +34,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lsun": True, "precision": "bf16"},
     "emoji32": {  # data/emoji-google-32.zip on the CPU: minutes, not a good model
         "cond": True, "arch": "ncsnpp", "batch": 64, "cbase": 32, "cres": (1, 2), "nblock": 2,
-        "lr": 1e-3, "lr_rampup": 0.005, "duration": 0.04, "ema": 0.5, "dropout": 0, "augment": 0,
+        "lr": 1e-3, "lr_rampup": 0.005, "duration": 0.02, "ema": 0.5, "dropout": 0, "augment": 0,
         "xflip": False, "tick": 1, "snap": 10, "dump": 10},
 }
