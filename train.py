@@ -38,8 +38,9 @@ class _Command(click.Command):
             return super().parse_args(ctx, args)
         except click.MissingParameter as error:
             missing = [f"{option.opts[0]}={option.metavar} ({option.help[:-1].lower()})"
-                       for option in self.params if option.required and not ctx.params.get(option.name)
-                       and not any(word.startswith(option.opts[0]) for word in given)]
+                       for option in self.params if option.required
+                       and not any(word.partition("=")[0] == option.opts[0] for word in given)
+                       and ctx.lookup_default(option.name) is None]
             raise UserError(f"train.py needs {' and '.join(missing)}", BAD_USAGE,
                             hint=_first_command()) from error
 

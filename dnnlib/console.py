@@ -44,6 +44,11 @@ def is_verbose() -> bool:
     return _is_verbose
 
 
+def is_quiet() -> bool:
+    """Says whether results, warnings and errors alone are asked for, on whatever rank."""
+    return _console is not None
+
+
 def is_rank0() -> bool:
     """Says whether this process speaks: alone, or the first that torchrun started."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -64,7 +69,7 @@ def detail(text: str) -> None:
 
 def bar_disabled() -> bool | None:
     """Returns tqdm's `disable`: a bar is for a terminal, on rank 0, without --quiet."""
-    return None if is_rank0() and _console is None else True
+    return None if is_rank0() and not is_quiet() else True
 
 
 @contextlib.contextmanager

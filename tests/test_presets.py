@@ -161,8 +161,11 @@ def test_without_arguments_it_says_what_is_missing_and_how_to_start(tmp_path, in
             for word in words[2:]]
     result = invoke(train.main, *args, "-n")
     assert result.exit_code == 0 and "1906 images 3x32x32" in result.output
-    one = invoke(train.main, "--outdir=x").output.splitlines()[0]
+    one = invoke(train.main, "--outdir", "x").output.splitlines()[0]
     assert "--data" in one and "--outdir" not in one
+    (tmp_path / "some.json").write_text('{"data": "x.zip"}')
+    one = invoke(train.main, f"--config={tmp_path / 'some.json'}").output.splitlines()[0]
+    assert "--outdir" in one and "--data" not in one
 
 
 # --------------------------------------------------------------------------------- estimates

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import PIL.Image
 
+from dnnlib import console
 from torch_utils import distributed
 from training.config import TrainConfig
 
@@ -61,6 +62,8 @@ class _TensorBoard:
 class _Wandb:
     def __init__(self, run_dir: Path, config: TrainConfig, nimg: int):
         import wandb
+        if console.is_quiet():
+            os.environ.setdefault("WANDB_SILENT", "true")
         id_file = run_dir / _ID_FILE
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
