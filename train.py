@@ -60,19 +60,25 @@ def _use_preset(ctx, param, value: str | None) -> str | None:
     return value
 
 
+def _options_in(path: Path) -> dict:
+    """Returns the options in a training_options.json, or in a JSON object of options."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"not a JSON file ({error})") from error
+    options = content.get("options", content) if isinstance(content, dict) else None
+    if not isinstance(options, dict):
+        raise ValueError("not a JSON object of options, as training_options.json holds it")
+    return options
+
+
 def _use_config(ctx, param, value: str | None) -> None:
     """Makes the options of a run the defaults of the other flags."""
     if not value:
         return
     from training.config import check_options
     try:
-        content = json.loads(Path(value).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object of options")
-        options = content.get("options", content)
-        if not isinstance(options, dict):
-            raise ValueError("its options are no JSON object")
-        options = check_options(options)
+        options = check_options(_options_in(Path(value)))
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"--config={value}: {describe(error)}", BAD_USAGE) from error
     if "sigma_data" in options and options["sigma_data"] is None:

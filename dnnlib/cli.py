@@ -164,7 +164,7 @@ class IntList(click.ParamType):
 
 
 class NameList(click.ParamType):
-    """Comma-separated names, each once.
+    """Comma-separated names, each once; none where the text is empty.
 
     Args:
         names: those that are allowed.
@@ -177,7 +177,8 @@ class NameList(click.ParamType):
 
     def convert(self, value, param, ctx):
         """Returns a tuple of names."""
-        found = value if isinstance(value, tuple) else tuple(dict.fromkeys(value.split(",")))
+        found = value if isinstance(value, tuple) else tuple(
+            dict.fromkeys(filter(None, value.split(","))))
         if unknown := [name for name in found if name not in self._names]:
             self.fail(f"{unknown[0]!r} is none of {', '.join(self._names)}", param, ctx)
         return found

@@ -110,7 +110,7 @@ def test_an_absent_package_is_told_before_anything_starts(dataset_zip, tmp_path,
         result = invoke(train.main, *command(dataset_zip, tmp_path / "new", 1, f"--log={name}"))
         assert result.exit_code == 2
         assert result.output == (f"Error: --log={name}: not installed: pip install {name}, "
-                                 "or leave it out\n")
+                                 "or start with --log= for none\n")
     assert not (tmp_path / "new").exists()
 
 
@@ -118,6 +118,13 @@ def test_an_absent_package_is_told_before_anything_starts(dataset_zip, tmp_path,
 def test_absence_is_seen_without_a_stand_in(dataset_zip, tmp_path, invoke):
     result = invoke(train.main, *command(dataset_zip, tmp_path / "new", 1, "--log=wandb"))
     assert result.exit_code == 2 and "pip install wandb" in result.output
+
+
+def test_an_empty_list_is_none(dataset_zip, tmp_path, invoke):
+    (tmp_path / "some.json").write_text('{"log": ["wandb"]}')
+    result = invoke(train.main, *command(dataset_zip, tmp_path / "new", 1, "--log=", "-n",
+                                         f"--config={tmp_path / 'some.json'}"))
+    assert result.exit_code == 0 and '"log": []' in result.output, result.output
 
 
 def test_an_unknown_sink_is_told_the_known_ones(dataset_zip, tmp_path, invoke):

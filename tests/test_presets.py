@@ -118,8 +118,8 @@ def test_every_option_survives_the_way_through_a_config(tmp_path):
     ('{"options": {"batch-gpu": 3}}', ["'batch-gpu'", "'batch_gpu'"]),
     ('{"lr": "high"}', ["'lr'", "'high'"]),
     ("[1]", ["not a JSON object"]),
-    ('{"options": 3}', ["no JSON object"]),
-    ('{"lr": ', ["line 1"]),
+    ('{"options": 3}', ["not a JSON object"]),
+    ('{"lr": ', ["not a JSON file", "line 1"]),
     (None, ["No such file"]),
 ])
 def test_a_bad_config_gets_one_line(content, words, dataset_zip, tmp_path, invoke):

@@ -94,7 +94,7 @@ def check_available(names: Sequence[str]) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"--log={','.join(names)}: not installed: pip install "
-                         f"{' '.join(missing)}, or leave it out")
+                         f"{' '.join(missing)}, or start with --log= for none")
 
 
 class LogSinks:
