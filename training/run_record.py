@@ -337,7 +337,8 @@ def _settings(record: dict, D: float | None, log: Path) -> dict[str, str]:
         for key in ("options", "dataset", "network", "provenance"))
     shape = data["image_shape"]
     rows = {
-        "D": None if D is None else f"{D:g}", "architecture": options["arch"],
+        "D": None if D is None else f"{D:g}", "preset": options["preset"],
+        "architecture": options["arch"],
         "preconditioning": options["precond"], "parameters": _parameters(log),
         "channels": network["model_channels"], "channels per level": network["channel_mult"],
         "blocks per level": network["num_blocks"], "data": options["data"],
