@@ -299,6 +299,14 @@ def test_migration_names_every_flag_and_existing_imports():
         resolve(module, name)
 
 
+def test_training_names_every_flag_by_its_purpose():
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    part = text.split("\n## Flags by purpose\n")[1].split("\n## ")[0]
+    flags = [option.opts[-1] for option in SCRIPTS["train.py"].params]
+    named = re.findall(r"`(--[\w-]+)`", part)
+    assert sorted(named) == sorted(flags), "each once"
+
+
 # ------------------------------------------------------------------------------------ numbers
 
 

@@ -9,9 +9,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-import tomllib
 from conftest import ROOT, TINY_RUN, write_dataset
 
+tomllib = pytest.importorskip("tomllib")  # since Python 3.11
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 PACKAGES = ["dnnlib", "metrics", "torch_utils", "training"]
 
