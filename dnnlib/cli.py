@@ -55,7 +55,7 @@ def run(main: click.Command) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
     try:
-        main()
+        main() if console.is_rank0() else _run_on_other_rank(main)
     except signals.Stopped:
         if console.is_rank0():
             click.echo("Stopped by a signal", err=True)
@@ -64,6 +64,19 @@ def run(main: click.Command) -> None:
         if getattr(error, "told", None) is False:
             sys.exit(BAD_INPUT)
         raise
+
+
+def _run_on_other_rank(main: click.Command) -> None:
+    """Does what click does, but what is wrong with the command line is for rank 0 to say."""
+    try:
+        main(standalone_mode=False)
+    except click.UsageError as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(BAD_INPUT)
 
 
 def verbosity_options(function: Callable) -> Callable:
