@@ -95,12 +95,15 @@ def test_runs_are_found_in_folders_of_folders_and_listed_by_name(tmp_path, invok
     assert listed[1]["D"] == "inf" and listed[0]["score"] is None
 
 
-@pytest.mark.parametrize("damage", ["", "{", '{"options": 3}', '{"options": {"duration": "x"}}'])
-def test_damaged_runs_are_listed_too(damage, tmp_path):
+@pytest.mark.parametrize("damage", [
+    "", "{", '{"options": 3}', '{"options": {"duration": "x"}}', '{"options": [], "a": {}}',
+    '{"options": {"duration": Infinity, "preset": {}, "pfgmpp": 3}}'])
+def test_damaged_runs_are_listed_too(damage, tmp_path, invoke):
     folder = write_run(tmp_path / "run")
     (folder / "training_options.json").write_text(damage)
     (folder / "stats.jsonl").write_bytes(b"\xff\n{\n")
     (folder / "log.txt").unlink()
+    assert invoke(runs.main, tmp_path).exit_code == 0
     [found] = find_runs(tmp_path)
     assert (found.name, found.state, found.kimg, found.total_kimg) == ("run", "failed", 0, None)
 

@@ -71,8 +71,10 @@ class RunState:
         total, kimg = _total_kimg(run.options), tick.get("kimg", 0.0)
         is_done = total is not None and round(kimg * 1e3) >= max(round(total * 1e3), 1)
         state, note = _state(path, is_done)
+        preset = run.options.get("preset")
         return cls(name, state, kimg, total, tick.get("loss"), tick.get("images_per_sec"),
-                   _best(run.scores), run.D, run.options.get("preset"), _changed(path), note)
+                   _best(run.scores), run.D, preset if isinstance(preset, str) else None,
+                   _changed(path), note)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data that JSON can hold; an infinite D becomes the string 'inf'."""
@@ -89,8 +91,8 @@ def find_runs(folder: Path) -> list[RunState]:
     Raises:
         OSError: the folder can't be read.
     """
-    return [RunState.read(path, str(path.relative_to(folder)) if path != folder else path.name)
-            for path in sorted(_run_dirs(folder))]
+    return [RunState.read(path, path.resolve().name if path == folder else
+                          str(path.relative_to(folder))) for path in sorted(_run_dirs(folder))]
 
 
 def _run_dirs(folder: Path) -> Iterator[Path]:
@@ -130,7 +132,8 @@ def _log_tail(path: Path) -> str:
 
 def _total_kimg(options: dict[str, Any]) -> float | None:
     duration = options.get("duration")
-    return duration * 1e3 if isinstance(duration, int | float) and duration > 0 else None
+    is_known = isinstance(duration, int | float) and 0 < duration < math.inf
+    return duration * 1e3 if is_known else None
 
 
 def _best(scores: list[Score]) -> Score | None:
