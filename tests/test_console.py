@@ -1,5 +1,6 @@
 """How much the scripts say: --quiet, --verbose, and under torchrun each thing once."""
 
+import importlib
 import io
 import sys
 
@@ -148,3 +149,15 @@ def test_verbose_lists_every_rank_once(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     done = run_script(tmp_path / "script.py", "none", "--verbose", processes=2)
     assert done.stdout.count("Rank 0 ") == done.stdout.count("Rank 1 ") == 1
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("*.py")))
+def test_a_misspelt_option_is_answered_with_the_nearest(name, invoke):
+    command = importlib.import_module(name).main
+    for words, each in [((), command), *(((sub,), child) for sub, child in
+                                         getattr(command, "commands", {}).items())]:
+        flags = [flag for option in each.params for flag in option.opts
+                 if flag.startswith("--") and len(flag) > 5]
+        for flag in flags:
+            result = invoke(command, *words, f"{flag[:-2]}{flag[-1]}{flag[-2]}x")
+            assert result.exit_code == 2 and flag in result.output.splitlines()[-1], result.output
