@@ -55,7 +55,7 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--ls", metavar="FLOAT", type=float, help="Loss scaling.  [default: dynamic for fp16, else 1]")
 @click.option("--max-bad-steps", metavar="INT", type=int, default=100, help="End the run after more steps in a row with gradients that are not finite; looked at in passing, at the latest at a tick.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to train.")
-@click.option("--compile", "compile_", type=click.Choice(["auto", "0", "1"]), default="auto", help="torch.compile the network; auto is off.")
+@click.option("--compile", "compile_", type=click.Choice(["auto", "0", "1"]), default="auto", help="torch.compile the network; auto does on a GPU with Triton, but for --deterministic=1.")
 @click.option("--deterministic", type=_BOOL, is_flag=False, flag_value=True, default=False, help="Only deterministic GPU kernels.")
 @click.option("--bench", type=_BOOL, default=True, help="cuDNN autotuning.")
 @click.option("--cache", type=_BOOL, default=True, help="Decode the data once into a packed file that all processes map.")

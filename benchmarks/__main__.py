@@ -16,6 +16,7 @@ from benchmarks import (
     inception,
     networks,
     reading,
+    scaling,
     startup,
     stf,
 )
@@ -29,6 +30,7 @@ from torch_utils.ordered_pool import num_cores
 BENCHMARKS: dict[str, Callable[[Options], list[Row]]] = {
     "training": networks.training_rows,
     "sampling": networks.sampling_rows,
+    "scaling": scaling.rows,
     "inception": inception.rows,
     "frechet": frechet.rows,
     "stf": stf.rows,

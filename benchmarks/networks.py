@@ -109,6 +109,10 @@ class OurStep:
         torch.save(torch.cat([p.grad.flatten().float().cpu()
                               for p in self._trainer.net.parameters()]), path)
 
+    def close(self) -> None:
+        """Ends what has to end before the process group does."""
+        self._trainer.close()
+
     def busy(self, steps: int) -> float:
         """Returns the share of the time of some steps in which the GPU computed."""
         import time
@@ -217,14 +221,14 @@ def _rows(kind, arch, side, options):
     from benchmarks.sides import Side, SideError
     from benchmarks.table import Row, relative_error, with_ratios
 
-    config, flops = _network(arch, side)
+    config, flops = network(arch, side)
     flops *= options.batch * (3 if kind == "training" else 1)
     what = f"{kind}, {arch} {side}x{side}, batch {options.batch}"
     sides, rows = _sides(kind, options), []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         common = {"network": config, "arch": arch, "batch": options.batch, "folder": folder,
                   "device": options.device.type, "side": side}
-        _write_inputs(common)
+        write_inputs(common)
         running = {}
         for name, (root, case, precision, compiled) in sides.items():
             settings = {**common, "precision": precision, "compile": compiled}
@@ -257,7 +261,7 @@ def _rows(kind, arch, side, options):
     return with_ratios(rows, baseline)
 
 
-def _network(arch: str, side: int) -> tuple[dict[str, Any], int]:
+def network(arch: str, side: int) -> tuple[dict[str, Any], int]:
     """Returns the configuration of a network and the FLOPs of one image forward."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -270,7 +274,7 @@ def _network(arch: str, side: int) -> tuple[dict[str, Any], int]:
     return config, counter.get_total_flops()
 
 
-def _write_inputs(common: dict[str, Any]) -> None:
+def write_inputs(common: dict[str, Any]) -> None:
     """Writes the weights that all sides begin with, and a data set."""
     from benchmarks.reading import write_dataset
     from training.networks import build_network

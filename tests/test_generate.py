@@ -56,6 +56,21 @@ def test_an_image_depends_on_its_seed_alone(snapshot, tmp_path, invoke):
     assert difference({name: whole[name] for name in part}, part) <= 1
 
 
+@pytest.mark.slow
+def test_a_compiled_network_gives_the_same_images_and_is_compiled_once(snapshot, tmp_path, invoke):
+    from torch._dynamo.utils import counters
+    args = [f"--network={snapshot}", "--steps=3", "--seeds=0-6", "--batch=3"]  # the last is alone
+    invoke(generate.main, *args, f"--outdir={tmp_path / 'plain'}")
+    counters.clear()
+    result = invoke(generate.main, *args, "--compile=1", f"--outdir={tmp_path / 'compiled'}")
+    assert result.exit_code == 0, result.output
+    # Of c_noise [1]; every batch was filled up to three.
+    assert counters["stats"]["unique_graphs"] == 1
+    assert difference(read(tmp_path / "plain"), read(tmp_path / "compiled")) <= 1
+    record = json.loads((tmp_path / "compiled/generate.json").read_text())
+    assert record["compile"] is True
+
+
 @pytest.mark.scripts
 def test_the_number_of_processes_changes_no_image(snapshot, tmp_path):
     args = ["generate.py", f"--network={snapshot}", "--steps=3", "--seeds=0-8", "--device=cpu"]

@@ -6,6 +6,8 @@ import os
 import numpy as np
 import torch
 
+from dnnlib.util import cache_dir
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,6 +59,28 @@ def _keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def compiles_by_itself(device: torch.device) -> bool:
+    """Says whether `compile_network` is worth it: on GPUs that Triton writes kernels for.
+
+    On the CPU it gains nothing and takes minutes.
+    """
+    if device.type != "cuda":
+        return False
+    from torch.utils._triton import has_triton
+    return has_triton()
+
+
+def compile_network(model: torch.nn.Module, *, graphs: bool = False) -> None:
+    """Compiles a network in place; its first call takes a minute or so.
+
+    Args:
+        model: takes batches of one size, or is compiled anew.
+        graphs: replay each call as one CUDA graph, on a GPU; for networks without gradients.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("compiled")))
+    model.compile(mode="reduce-overhead" if graphs else None, dynamic=False)
 
 
 def count_parameters(module: torch.nn.Module) -> int:

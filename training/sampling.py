@@ -236,6 +236,10 @@ class SampleBatch:
     images: torch.Tensor  # [B, C, H, W] float64, about [-1, 1]
     class_labels: torch.Tensor | None  # [B, label_dim]
 
+    def __getitem__(self, part: slice) -> "SampleBatch":
+        labels = None if self.class_labels is None else self.class_labels[part]
+        return SampleBatch(self.seeds[part], self.images[part], labels)
+
 
 def draw_latents(
     net: Precond, seeds: Sequence[int], device: torch.device, class_idx: int | None = None

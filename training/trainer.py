@@ -9,6 +9,7 @@ stays there until the tick reads it.
 
 import contextlib
 import copy
+import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -35,6 +36,10 @@ _INIT_TAG, _STEP_TAG, _DROPOUT_TAG, _REFERENCE_TAG = 1, 2, 3, 4
 _DYNAMIC_SCALE_START = 2.0**16
 _DYNAMIC_SCALE_PERIOD = 2000  # good steps between doublings
 HEAVY_TAILED_D = 0.5  # below, draws beyond float32 have been seen (training/perturbation.py)
+# The buffers never change. The flag that says so has two names, by the version of PyTorch.
+_BUFFERS_ALONE = {
+    "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel)
+    .parameters else "broadcast_buffers": False}
 _MAX_NAMED = 8  # images in an error message
 
 
@@ -89,13 +94,20 @@ class Trainer:
 
     def start(self) -> None:
         """Opens the stream of batches at `cur_nimg` and couples the ranks."""
-        if self.config.compile == "1":
-            self.net.model.compile()
+        if self.is_compiled:
+            misc.compile_network(self.net.model)
         if torch.distributed.is_initialized():
             ids = [self.device] if self.device.type == "cuda" else None
             self.ddp = DistributedDataParallel(
-                self.net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+                self.net, device_ids=ids, gradient_as_bucket_view=True, **_BUFFERS_ALONE)
         self._batches = self._open_batches()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the network is compiled: as --compile says, by itself where that is exact."""
+        if self.config.compile == "auto":
+            return not self.config.deterministic and misc.compiles_by_itself(self.device)
+        return self.config.compile == "1"
 
     def close(self) -> None:
         """Lets go of the process group's hooks and of the loader workers."""
