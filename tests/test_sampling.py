@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from conftest import HostReads
 
 from training.networks import EDMPrecond
 from training.perturbation import PerturbationKernel
@@ -332,3 +333,16 @@ def test_images_of_a_data_set_are_scaled_by_their_type():
         values = np.linspace(-3, 3, 12, dtype=dtype).reshape(1, 3, 2, 2)
         assert from_data(values).dtype == torch.float32
         np.testing.assert_allclose(from_data(values), values, rtol=1e-7)
+
+
+@pytest.mark.parametrize("settings", [{}, {"solver": "euler", "discretization": "vp",
+                                           "schedule": "vp", "scaling": "vp"}])
+def test_a_longer_sampling_reads_nothing_more_from_the_device(settings):
+    """What is read is of the grid, on the host; steps add nothing."""
+    counts = []
+    for steps in (3, 6):
+        net = network(INF, pixelwise=False)
+        with HostReads() as reads:
+            images_of(net, [[0, 1]], num_steps=steps, S_churn=5, noise_alpha=0.1, **settings)
+        counts.append(len(reads.found))
+    assert counts[0] == counts[1]
