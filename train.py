@@ -59,6 +59,7 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--deterministic", type=_BOOL, is_flag=False, flag_value=True, default=False, help="Only deterministic GPU kernels.")
 @click.option("--bench", type=_BOOL, default=True, help="cuDNN autotuning.")
 @click.option("--cache", type=_BOOL, default=True, help="Decode the data once into a packed file that all processes map.")
+@click.option("--data-on-device", type=click.Choice(["auto", "0", "1"]), default="auto", help="Keep the data in the device's memory; auto does where they take 1/16 of a GPU's.")
 @click.option("--workers", metavar="INT", type=int, default=1, help="Threads that read data ahead, processes with --cache=0; 0 reads in the main thread.")
 # Input and output.
 @click.option("--desc", metavar="STR", help="Text at the end of the run directory's name.")

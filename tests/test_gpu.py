@@ -24,8 +24,8 @@ pytestmark = [
 ])
 def test_a_training_step_never_waits_for_the_device(dataset_zip, options):
     config = TrainConfig(data=str(dataset_zip), **({
-        "arch": "ncsnpp", "cbase": 8, "cres": (1, 2), "nblock": 1, "batch": 8, "workers": 0}
-        | options))
+        "arch": "ncsnpp", "cbase": 8, "cres": (1, 2), "nblock": 1, "batch": 8, "workers": 0,
+        "data_on_device": "0"} | options))
     trainer = Trainer(config, ImageFolderDataset(dataset_zip, cache=True), torch.device("cuda", 0))
     trainer.start()
     for _ in range(3):
@@ -51,7 +51,7 @@ def test_nor_does_one_on_arrays_with_conditions(tmp_path, dtype):
             path.parent.mkdir(exist_ok=True)
             np.save(path, rng.integers(0, 9, [2, 8, 12]).astype(dtype))
     config = TrainConfig(data=str(tmp_path), arch="ncsnpp", cbase=8, cres=(1, 2), nblock=1,
-                         batch=8, workers=0, cond_image=True)
+                         batch=8, workers=0, cond_image=True, data_on_device="0")
     dataset = ImageFolderDataset(tmp_path, cache=True, use_conditions=True)
     trainer = Trainer(config, dataset, torch.device("cuda", 0))
     trainer.start()
@@ -62,6 +62,22 @@ def test_nor_does_one_on_arrays_with_conditions(tmp_path, dtype):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in pinned:
+            trainer.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in trainer.net.parameters())
+
+
+def test_nor_does_one_that_takes_its_batch_on_the_device(dataset_zip):
+    config = TrainConfig(data=str(dataset_zip), arch="ncsnpp", cbase=8, cres=(1, 2), nblock=1,
+                         batch=8, xflip=True, data_on_device="1")
+    dataset = ImageFolderDataset(dataset_zip, cache=True, xflip=True)
+    trainer = Trainer(config, dataset, torch.device("cuda", 0))
+    trainer.start()
+    trainer.train_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
             trainer.train_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -61,6 +61,11 @@ class ImageStack:
         """Whether images come from an array instead of files."""
         return self._packed is not None
 
+    @property
+    def packed(self) -> np.ndarray | None:
+        """The packed copy, [rows, C, H, W]; None where there is none."""
+        return self._packed
+
     def where(self, number: int) -> str:
         """Returns what errors call an image, by its number among all names."""
         return f"{self._path}: {self.names[number]} (image {number})"

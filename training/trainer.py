@@ -22,10 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torch_utils import distributed, misc, training_stats
 from torch_utils.loading import read_in_processes, read_in_threads
-from training import checkpoint
+from training import checkpoint, device_data
 from training.augment import AugmentPipe
 from training.config import TrainConfig
 from training.dataset import ImageFolderDataset, TrainingOrder, order_at
+from training.device_data import DeviceData
 from training.ema import RAMPUP_RATIO, ema_beta, update_ema_
 from training.loss import LOSSES, DenoisingLoss, LossDraws
 from training.networks import Precond, build_network
@@ -119,9 +120,17 @@ class Trainer:
         order = TrainingOrder(
             len(self.dataset), self.config.seed, self.config.batch, start=self.cur_nimg,
             rank=self.rank, world_size=self.world_size, rounds=self.rounds)
+        if self._is_data_on_device:
+            return DeviceData(self.dataset, self.device).batches(order)
         read = read_in_threads if self.dataset.is_packed else read_in_processes
         return read(self.dataset, order, workers=self.config.workers,
                     pin_memory=self.device.type == "cuda")
+
+    @property
+    def _is_data_on_device(self) -> bool:
+        if self.config.data_on_device == "auto":
+            return device_data.fits_by_itself(self.dataset, self.device)
+        return self.config.data_on_device == "1"
 
     @property
     def step(self) -> int:
