@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from training import checkpoint
 from training.config import TrainConfig
 from training.dataset import ImageFolderDataset
+from training.network_sampler import NetworkSampler
 from training.networks import build_network
 from training.perturbation import PerturbationKernel
 from training.trainer import Trainer
@@ -82,6 +84,40 @@ def test_nor_does_one_that_takes_its_batch_on_the_device(dataset_zip):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(p.isfinite().all() for p in trainer.net.parameters())
+
+
+def test_a_compiled_network_trains_alike(dataset_zip):
+    losses = []
+    for compiled in "01":
+        config = TrainConfig(data=str(dataset_zip), arch="ncsnpp", cbase=32, cres=(1, 2), nblock=1,
+                             batch=16, dropout=0.0, compile=compiled)
+        trainer = Trainer(config, ImageFolderDataset(dataset_zip, cache=True),
+                          torch.device("cuda", 0))
+        trainer.start()
+        losses.append([])
+        for _ in range(4):
+            trainer.train_step()
+            losses[-1].append(float(trainer._step_loss))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_sampler_of_cuda_graphs_gives_the_same_images(tmp_path):
+    config = TrainConfig(data="none", arch="ncsnpp", cbase=32, cres=(1, 2), nblock=1)
+    net = build_network(config.network(16, 3, 4))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    checkpoint.save(tmp_path / "net.pt", {
+        "format": checkpoint.SNAPSHOT_FORMAT, "network": net.config,
+        "ema": dict(net.state_dict()), "progress": {"cur_nimg": 0}, "options": config.to_dict()})
+    found = []
+    for compiled in (False, True):
+        sampler = NetworkSampler.open(str(tmp_path / "net.pt"), torch.device("cuda", 0),
+                                      compiled=compiled, num_steps=6)
+        batches = list(sampler.images([range(8), range(8, 11)]))
+        found.append(torch.cat([batch.images for batch in batches]))
+    assert found[1].shape == found[0].shape == (11, 3, 16, 16)
+    assert (found[1] - found[0]).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("arch, cbase", [("ncsnpp", 32), ("ddpmpp", 32), ("adm", 64)])
