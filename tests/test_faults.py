@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, write_dataset
 from faults import Script, end_scripts, run_to_end, wait_until  # noqa: F401 - a fixture
+from watchdog import processes
 
 import train
 from torch_utils.atomic import append_line, atomic_write, remove_stale
@@ -576,6 +577,26 @@ def test_scores_killed_and_started_again_are_the_same(images, dataset_zip, tmp_p
     scores = [json.loads((tmp_path / f"{name}.jsonl").read_text().splitlines()[-1])["value"]
               for name in ("whole", "killed")]
     assert scores[0] == scores[1]
+
+
+# ------------------------------------------------------------------------- the tests themselves
+
+
+@pytest.mark.slow
+def test_scripts_end_with_the_tests_that_started_them(tmp_path):
+    """Ranks, their loader processes and torchrun: each has a session of its own."""
+    nested = tmp_path / "nested"
+
+    def scripts():
+        return [pid for pid, line in processes().items()
+                if str(nested) in line and "train.py" in line]
+
+    tests = Script("-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={nested}", "-k",
+                   "one_rank_told_to_stop", "tests/test_preemption.py", folder=tmp_path)
+    wait_until(lambda: tests.process.poll() is not None or len(scripts()) == 7)
+    assert tests.process.poll() is None, tests.output
+    tests.signal(signal.SIGKILL)
+    wait_until(lambda: not scripts(), 10)
 
 
 # -------------------------------------------------------------------------------- dependencies
