@@ -126,10 +126,37 @@ def test_a_full_disk_for_log_and_statistics_is_one_warning_each(dataset_zip, dis
     filler.unlink()
     assert script.wait() == 0, script.output
     assert script.output.count("stats.jsonl not written") == 1
-    assert script.output.count("log file given up") <= 1
+    assert script.output.count("log.txt not written") <= 1
     lines = (disk / "run" / "stats.jsonl").read_text().splitlines()
     kimg = [json.loads(line)["Progress/kimg"]["mean"] for line in lines]
     assert kimg == sorted(kimg) and kimg[-1] == pytest.approx(3.2) and len(kimg) < 400
+
+
+@pytest.mark.scripts
+def test_a_console_on_a_full_disk_does_not_end_the_run(dataset_zip, disk):
+    script = Script("train.py", *command(dataset_zip, disk, "--dump=1000", steps=600), folder=disk)
+    script.wait_for("^tick 10 ")
+    filler = fill(disk)
+    time.sleep(2)  # a page of each file holds a hundred ticks
+    assert script.process.poll() is None
+    filler.unlink()
+    assert script.wait() == 0
+    log = (disk / "run" / "log.txt").read_text()
+    assert log.count("tick ") < 600, "nothing was lost: the disk was not full"
+    assert log.endswith("Training finished\n")
+    path, problems = newest_state(disk / "run")
+    assert load(path)["progress"]["cur_nimg"] == 600 * 8 and not problems
+
+
+@pytest.mark.scripts
+def test_a_reader_of_the_output_that_goes_does_not_end_the_run(dataset_zip, tmp_path):
+    run = subprocess.Popen([sys.executable, "train.py", *command(dataset_zip, tmp_path)],
+                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run.stdout.readline()
+    run.stdout.close()
+    assert run.wait(60) == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.endswith("Training finished\n") and log.count("Warning: console not written") == 1
 
 
 @contextlib.contextmanager
