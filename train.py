@@ -98,7 +98,7 @@ def main(outdir, data, name, desc, nosubdir, device, resume, override_options, d
         raise UserError("--resume and --transfer: choose one", BAD_USAGE)
     fixed_dir = Path(outdir) if nosubdir else Path(outdir, name) if name else None
     with user_errors():
-        _check_writable(Path(outdir))
+        _check_writable(fixed_dir or Path(outdir))
 
     from torch_utils import distributed
     from training import checkpoint
@@ -203,14 +203,14 @@ def _settle_seed(config, given: int | None, state):
     return dataclasses.replace(config, seed=seed)
 
 
-def _check_writable(outdir: Path) -> None:
-    """Raises ValueError where OUTDIR can't be made or written, before anything slow starts."""
-    existing = next(path for path in [outdir.absolute(), *outdir.absolute().parents]
+def _check_writable(folder: Path) -> None:
+    """Raises ValueError where a folder can't be made or written, before anything slow starts."""
+    existing = next(path for path in [folder.absolute(), *folder.absolute().parents]
                     if path.exists())
     if not existing.is_dir():
-        raise ValueError(f"--outdir={outdir}: {existing} is a file; name a folder")
+        raise ValueError(f"--outdir or --name: {existing} is a file; name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--outdir={outdir}: no permission to write in {existing}")
+        raise ValueError(f"--outdir or --name: no permission to write in {existing}")
 
 
 def _load_state(fixed_dir: Path | None, resume: str):
