@@ -171,6 +171,8 @@ def parse_json(text: bytes, where: str) -> Any:
                          f"{error.msg}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 text") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; deep nesting
+        raise ValueError(f"{where}: JSON that can't be read ({error})") from error
 
 
 def label_array(names: Sequence[str], labels: dict[str, Any], where: str) -> np.ndarray:
