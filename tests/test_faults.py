@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -504,6 +505,20 @@ def test_out_of_memory_suggests_smaller_batches(error, words, dataset_zip, tmp_p
         raise error
     monkeypatch.setattr(training_loop.Trainer, "train_step", fail)
     assert words in error_of(invoke(train.main, *command(dataset_zip, tmp_path)), 1)
+
+
+@pytest.mark.scripts
+def test_memory_that_runs_out_is_one_line(dataset_zip, tmp_path):
+    size = 4096 * int(Path("/proc/self/statm").read_text().split()[0])  # PyTorch's code, mostly
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (size + 2 * 2**30,) * 2)
+    args = [arg for arg in command(dataset_zip, tmp_path) if not arg.startswith("--batch=")]
+    done = subprocess.run([sys.executable, "train.py", *args, "--batch=200000"], cwd=ROOT,
+                          text=True, capture_output=True, preexec_fn=limit)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: out of memory; use a smaller --batch-gpu"), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.scripts

@@ -262,6 +262,21 @@ def test_ranks_whose_torchrun_is_killed_save_and_end(dataset_zip, tmp_path):
         assert not script.errors
 
 
+@pytest.mark.scripts
+@pytest.mark.parametrize("nproc", [[], slow(["--nproc=2"])], ids=["python", "torchrun"])
+def test_a_study_that_is_stopped_stops_its_script(nproc, dataset_zip, tmp_path):
+    pytest.importorskip("matplotlib")
+    script = Script("sweep.py", "--aug_dims=2", f"--data={dataset_zip}", f"--outdir={tmp_path}",
+                    "--name=study", "--detector=pixels", "--device=cpu", *nproc, "--", *TINY_RUN,
+                    "--tick=0.08", "--duration=1", folder=tmp_path)
+    script.wait_for("^tick 1 ")
+    script.signal(signal.SIGTERM)
+    assert script.wait() == 143
+    path, problems = newest_state(tmp_path / "study-D2")
+    assert f"{path} goes on from here" in script.output and not problems
+    script.assert_left_nothing(tmp_path)
+
+
 @pytest.mark.slow
 def test_a_rank_that_hangs_without_torchrun_ends_too(dataset_zip, tmp_path):
     # A step of a thousand micro-batches takes a minute.
