@@ -251,10 +251,11 @@ def _open_dataset(config, pack: bool):
     with torch.device("meta"):  # the network's own checks, without its memory
         build_network(config.network(dataset.resolution, dataset.num_channels, dataset.label_dim,
                                      dataset.cond_channels))
-    if not pack:
+    if pack:
+        dataset.pack()
+    else:
         dataset.check_uniform()
-        return dataset
-    return ImageFolderDataset(config.data, cache=True, **kwargs)
+    return dataset
 
 
 def _measure_sigma_data(config, dataset):
