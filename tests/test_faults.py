@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -20,7 +21,10 @@ from conftest import ROOT, TINY_RUN, write_dataset
 from faults import Script, end_scripts, run_to_end, wait_until  # noqa: F401 - a fixture
 from watchdog import processes
 
+import fid
 import train
+from generate import main as generate_main
+from torch_utils import distributed
 from torch_utils.atomic import append_line, atomic_write, remove_stale
 from torch_utils.run_lock import numbered_dir, run_lock
 from training import config as config_module
@@ -639,6 +643,93 @@ def test_scripts_end_with_the_tests_that_started_them(tmp_path):
     assert tests.process.poll() is None, tests.output
     tests.signal(signal.SIGKILL)
     wait_until(lambda: not scripts(), 10)
+
+
+# ------------------------------------------------------------------------ hostile and lost files
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A checkpoint that would run a command, one as a ZIP, and one that claims petabytes."""
+    folder = tmp_path_factory.mktemp("hostile")
+
+    class Command:
+        def __reduce__(self):
+            return os.system, (f"touch {folder / 'canary'}",)
+    paths = [folder / name for name in ("plain.pkl", "zip.pt", "bomb.pkl")]
+    paths[0].write_bytes(pickle.dumps({"ema": Command()}))
+    torch.save({"format": "pfgmpp-training-state", "net": Command()}, paths[1])
+    paths[2].write_bytes(b"\x80\x04\x8e" + (2**50).to_bytes(8, "little"))
+    yield paths
+    assert not (folder / "canary").exists()
+
+
+@pytest.mark.scripts
+@pytest.mark.parametrize("which, asked", [(0, "asks for 'posix.system'"),
+                                          (1, "asks for 'posix.system'"), (2, "bomb.pkl: ")])
+def test_hostile_checkpoints_are_refused_by_every_script(which, asked, hostile, dataset_zip,
+                                                         tmp_path, invoke):
+    path = hostile[which]
+    for flag in ("--resume", "--transfer"):
+        line = error_of(invoke(train.main, *command(dataset_zip, tmp_path, f"{flag}={path}")), 1)
+        assert asked in line and str(path) in line
+    line = error_of(invoke(fid.main, "gen", f"--network={path}", f"--ref={dataset_zip}",
+                           "--detector=pixels", "--seeds=0-9", "--device=cpu"), 1)
+    assert asked in line
+    started = time.monotonic()
+    script = run_to_end(*generate(path, tmp_path / "out"), folder=tmp_path)
+    assert script.wait() == 1 and time.monotonic() - started < 60  # most of it for starting
+    assert asked in script.output and script.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("members, words", [
+    ({"mu": np.array([None])}, "mu has type object, expected floats"),
+    ({"mu": np.array([0, np.nan])}, "not finite"), ({"mu": np.zeros(3)}, "mu has shape [3]")])
+def test_statistics_that_are_none_end_a_score(members, words, dataset_zip, tmp_path, invoke):
+    np.savez(tmp_path / "ref.npz", **{"mu": np.zeros(2), "sigma": np.eye(2), **members})
+    line = error_of(invoke(fid.main, "calc", f"--images={dataset_zip}", "--num=9",
+                           f"--ref={tmp_path / 'ref.npz'}", "--detector=pixels"), 1)
+    assert words in line and "ref.npz" in line
+
+
+@pytest.fixture
+def address(network, tmp_path):
+    """Serves the network, and a page of words."""
+    import functools
+    import http.server
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "network.pt").write_bytes(network.read_bytes())
+    (folder / "page.pt").write_text("<!DOCTYPE html><p>Sign in")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("name, words", [
+    ("page.pt", "a web page came back"), ("none.pt", "404"), (None, "refused"),
+    ("network.pt#sha256:" + 64 * "0", "expected 0000")])
+def test_an_address_without_the_network_is_one_line_and_leaves_the_cache(name, words, address,
+                                                                         tmp_path, invoke,
+                                                                         monkeypatch):
+    monkeypatch.setenv("PFGMPP_CACHE_DIR", str(tmp_path / "cache"))
+    url = f"{address}/{name}" if name else "http://127.0.0.1:9/network.pt"
+    args = [f"--outdir={tmp_path / 'out'}", "--seeds=0-1", "--steps=1", "--device=cpu"]
+    assert words in error_of(invoke(generate_main, f"--network={url}", *args), 1)
+    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
+    result = invoke(generate_main, f"--network={address}/network.pt", *args)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_time_limit_that_is_none_is_one_line(monkeypatch):
+    for text in ("soon", "inf", "nan", "0", "-3", "1e300"):
+        monkeypatch.setenv(distributed.TIMEOUT_ENV, text)
+        with pytest.raises(ValueError, match=f"PFGMPP_TIMEOUT={text}: must be a number"):
+            distributed._step_timeout()
 
 
 # -------------------------------------------------------------------------------- dependencies
