@@ -367,6 +367,31 @@ def test_changed_options_are_listed_with_both_values():
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("flags, words", [
+    (["--arch=ddpmpp"], "embedding_type: positional here, fourier there"),
+    (["--cbase=4"], "model_channels: 4 here, 8 there"),
+    (["--cond=1"], "label_dim: 2 here, 0 there"),
+    (["--pfgmpp=1", "--aug_dim=9"], "pfgmpp: True here, False there"),
+    (["--override-options"], "img_resolution: 16 here, 8 there")])
+def test_a_state_of_another_network_is_refused(flags, words, finished, dataset_zip, tmp_path,
+                                               invoke):
+    data = dataset_zip
+    if flags == ["--override-options"]:
+        data = write_dataset(tmp_path / "larger.zip", side=16)
+    state = training_states(finished)[-1]
+    args = command(data, tmp_path, f"--resume={state}", steps=20)
+    assert words in error_of(invoke(train.main, *args, *flags), 1)
+
+
+@pytest.mark.scripts
+def test_a_batch_that_does_not_divide_is_refused_under_torchrun(dataset_zip, tmp_path):
+    script = run_to_end("train.py", *command(dataset_zip, tmp_path), folder=tmp_path, processes=3)
+    assert script.wait() == 1 and "exitcode  : 2" in script.output
+    assert script.errors == ["Error: --batch=8 can't be split over 3 processes; nearest: 6 or 9"]
+    script.assert_left_nothing(tmp_path)
+
+
+@pytest.mark.long
 def test_changed_options_end_a_resumed_run_unless_overridden(finished, dataset_zip, tmp_path,
                                                              invoke):
     state = training_states(finished)[3]
