@@ -94,7 +94,8 @@ class Trainer:
         if torch.distributed.is_initialized():
             ids = [self.device] if self.device.type == "cuda" else None
             self.ddp = DistributedDataParallel(
-                self.net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+                self.net, device_ids=ids, forward_sync_buffers=False,
+                gradient_as_bucket_view=True)
         self._batches = self._open_batches()
 
     def close(self) -> None:
