@@ -99,7 +99,7 @@ def main(outdir, data, name, desc, nosubdir, device, resume, override_options, d
         raise UserError("--resume and --transfer: choose one", BAD_USAGE)
     fixed_dir = Path(outdir) if nosubdir else Path(outdir, name) if name else None
     with user_errors():
-        _check_writable(Path(outdir))
+        _check_writable(fixed_dir or Path(outdir))
 
     from torch_utils import distributed
     from training import checkpoint
@@ -204,14 +204,14 @@ def _settle_seed(config, given: int | None, state):
     return dataclasses.replace(config, seed=seed)
 
 
-def _check_writable(outdir: Path) -> None:
-    """Raises ValueError where OUTDIR can't be made or written, before anything slow starts."""
-    existing = next(path for path in [outdir.absolute(), *outdir.absolute().parents]
+def _check_writable(folder: Path) -> None:
+    """Raises ValueError where a folder can't be made or written, before anything slow starts."""
+    existing = next(path for path in [folder.absolute(), *folder.absolute().parents]
                     if path.exists())
     if not existing.is_dir():
-        raise ValueError(f"--outdir={outdir}: {existing} is a file; name a folder")
+        raise ValueError(f"--outdir or --name: {existing} is a file; name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--outdir={outdir}: no permission to write in {existing}")
+        raise ValueError(f"--outdir or --name: no permission to write in {existing}")
 
 
 def _load_state(fixed_dir: Path | None, resume: str):
@@ -252,10 +252,11 @@ def _open_dataset(config, pack: bool):
     with torch.device("meta"):  # the network's own checks, without its memory
         build_network(config.network(dataset.resolution, dataset.num_channels, dataset.label_dim,
                                      dataset.cond_channels))
-    if not pack:
+    if pack:
+        dataset.pack()
+    else:
         dataset.check_uniform()
-        return dataset
-    return ImageFolderDataset(config.data, cache=True, **kwargs)
+    return dataset
 
 
 def _measure_sigma_data(config, dataset):

@@ -10,6 +10,7 @@ import io
 import json
 import subprocess
 import sys
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -19,8 +20,24 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
+from watchdog import kill_marked
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_orphans():
+    """Scripts inherit a mark, by which a watchdog finds and ends them if the tests are killed."""
+    name, mark = "PFGMPP_TEST_SESSION", uuid.uuid4().hex
+    others = {key: value for key, value in os.environ.items() if key != name}
+    watchdog = subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "watchdog.py", str(os.getpid()), f"{name}={mark}"],
+        env=others, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    os.environ[name] = mark
+    yield
+    watchdog.kill()
+    watchdog.wait()
+    kill_marked(f"{name}={mark}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -246,6 +246,16 @@ def test_relative_links_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
+def test_every_fault_has_a_test_that_provokes_it():
+    rows = table(ROOT / "docs" / "reliability.md", "| fault ")
+    there = {name for path in (ROOT / "tests").glob("test_*.py")
+             for name in re.findall(r"^def test_(\w+)", path.read_text(encoding="utf-8"), re.M)}
+    assert len(rows) > 30
+    for fault, _, names in rows:
+        named = re.findall(r"`(\w+)`", names)
+        assert named and set(named) <= there, f"{fault}: {set(named) - there}"
+
+
 def test_first_two_make_lines_are_demo_and_test():
     lines = [line for line in "".join(blocks(ROOT / "README.md")).splitlines()
              if line.startswith("make ")]

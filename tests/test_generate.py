@@ -98,6 +98,10 @@ def test_a_folder_of_other_settings_is_refused(snapshot, tmp_path, invoke):
     assert invoke(generate.main, *args, "--steps=2").exit_code == 0
     result = invoke(generate.main, *args, "--steps=3")
     assert result.exit_code == 1 and "num_steps: 2 there, 3 now" in result.output
+    for text, words in (("{", "line 1, column 2"), ("[1]", "not a record of settings")):
+        (tmp_path / "generate.json").write_text(text)
+        result = invoke(generate.main, *args, "--steps=2")
+        assert result.exit_code == 1 and f"generate.json: {words}" in result.output
 
 
 def test_one_step_is_the_denoised_prior(snapshot, tmp_path, invoke):

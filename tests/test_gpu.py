@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_RUN, run_script
 
 from training import checkpoint
 from training.config import TrainConfig
@@ -143,3 +144,11 @@ def test_the_kernel_on_the_device_has_the_same_law(D):
     for q in (0.1, 0.5, 0.9):
         spread = cpu.quantile(0.6) - cpu.quantile(0.4)
         assert abs(cpu.quantile(q) - gpu.quantile(q)) <= 0.1 * spread + 1e-12
+
+
+def test_memory_that_runs_out_is_one_line(dataset_zip, tmp_path):
+    done = run_script("train.py", f"--data={dataset_zip}", f"--outdir={tmp_path}", *TINY_RUN,
+                      "--batch=200000000", "--duration=1", check=False)
+    assert done.returncode == 1
+    assert "Error: out of GPU memory; use a smaller --batch-gpu" in done.stderr
+    assert "Traceback" not in done.stderr

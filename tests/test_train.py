@@ -222,6 +222,9 @@ def test_an_outdir_that_is_a_file_gets_one_line(dataset_zip, tmp_path, invoke):
     (tmp_path / "file").write_text("")
     result = invoke(train.main, f"--outdir={tmp_path / 'file'}", f"--data={dataset_zip}", *TINY_RUN)
     one_line_error(result, 1, "is a file")
+    for place in (["--name=file"], ["--name=file/below"]):
+        result = invoke(train.main, f"--outdir={tmp_path}", "--data=nowhere.zip", *TINY_RUN, *place)
+        one_line_error(result, 1, f"{tmp_path / 'file'} is a file; name a folder")
 
 
 def test_resuming_something_else_gets_one_line(undisturbed, dataset_zip, tmp_path, invoke):

@@ -35,6 +35,7 @@ from training.image_files import (
     GENERATE_RECORD,
     LABELS_NAME,
     check_matched,
+    collector_paused,
     label_array,
     match_names,
     open_files,
@@ -108,7 +109,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._copies = 2 if xflip else 1
         self._subset_key = "" if max_size is None else f"-{len(self._kept)}-{random_seed}"
         if cache:
-            self._open_packed()
+            self.pack()
 
     def __len__(self) -> int:
         return len(self._kept) * self._copies
@@ -253,10 +254,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         A ZIP lists them; the files of a folder are read for it.
         """
         digest = hashlib.sha256()
-        names = {*self._names, *self._cond_names, LABELS_NAME}
+        there, others = set(self._files.names), [LABELS_NAME]
         if not self.scaling.is_8bit:
-            names.add(GENERATE_RECORD)  # has the scale of generated arrays
-        for name in sorted(names & set(self._files.names)):
+            others.append(GENERATE_RECORD)  # has the scale of generated arrays
+        for name in sorted([*self._names, *self._cond_names, *filter(there.__contains__, others)]):
             digest.update(f"{name}\0{self._files.stamp(name)}\n".encode())
         return digest.hexdigest()
 
@@ -295,6 +296,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """Closes the ZIP; reading opens it again."""
         self._files.close()
 
+    @collector_paused()
     def _load_labels(self) -> np.ndarray | None:
         if LABELS_NAME not in self._files.names:
             return None
@@ -307,10 +309,16 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         labels = parse_labels(text, where)
         return None if labels is None else label_array(self._names, labels, where)
 
-    def _open_packed(self) -> None:
+    def pack(self) -> None:
+        """Reads pixels from the packed copy from now on, as `cache` does from the beginning.
+
+        Raises:
+            ValueError: an image can't be read, or is not of the first one's kind.
+        """
         for stack, suffix in zip(self._stacks, ("", "-cond"), strict=False):
             name = f"{self.fingerprint}{self._subset_key}{suffix}.npy"
             stack.open_packed(cache_dir("packed") / name, self.name)
+        self.close()  # the list of a ZIP's members is larger than all else
 
 
 class TrainingOrder(torch.utils.data.Sampler):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from torch_utils.atomic import atomic_write
 from torch_utils.distributed import get_rank, rank0_first
 from torch_utils.loading import read_in_processes
+from torch_utils.npy_header import read_npy_header
 from torch_utils.ordered_pool import num_cores
 from training import array_files
 from training.image_files import DAMAGE, Folder, Kind, Zip, is_array, picture_kind
@@ -148,6 +149,8 @@ class ImageStack:
     def _map_packed(self, path: Path) -> np.ndarray | None:
         """Returns the memory-mapped copy, or None where it is missing or isn't whole."""
         try:
+            with open(path, "rb") as file:
+                read_npy_header(file)  # whose errors are ValueErrors, unlike those of np.load
             packed = np.load(path, mmap_mode="r", allow_pickle=False)
             whole = (packed.dtype == self.kind.dtype and packed.flags.c_contiguous
                      and packed.shape == (len(self._kept), *self.kind.shape)
