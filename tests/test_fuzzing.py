@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import random
 import zipfile
 
@@ -9,6 +10,8 @@ import click
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_safe_pickle import mutated
 
 from dnnlib.cli import IntList, NumberList
@@ -55,6 +58,46 @@ def test_lists_of_any_characters_are_numbers_in_range_or_a_mistake():
         assert numbers is None or all(0 <= n < float("inf") for n in numbers)
     assert found > 200
     assert survives(IntList().convert, "1" * 5000, None, None) is None
+
+
+RANGES = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 30)), min_size=1, max_size=8)
+
+
+@settings(deadline=None, derandomize=True)
+@given(RANGES)
+def test_lists_of_numbers_and_ranges_are_read_as_they_are_written(ranges):
+    text = ",".join(f"{low}" if more == 0 else f"{low}-{low + more}" for low, more in ranges)
+    expected = [n for low, more in ranges for n in range(low, low + more + 1)]
+    found = survives(IntList().convert, text, None, None)
+    assert list(found) == expected if len(set(expected)) == len(expected) else (
+        found is None or sorted(set(found)) == sorted(set(expected)))
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(st.text(max_size=40))
+def test_any_text_is_a_list_of_numbers_or_a_mistake(text):
+    for kind in (IntList(), NumberList(int, 1, 32), NumberList(float, 0)):
+        numbers = survives(kind.convert, text, None, None)
+        assert numbers is None or (len(numbers) and all(math.isfinite(n) and n >= 0
+                                                    for n in numbers))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner,
+                                                                max_size=4), max_leaves=12)
+PAIRS = st.lists(st.lists(st.sampled_from(["a.png", "b.png", "c.png"]) | JSON, max_size=3),
+                 max_size=4)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(JSON | st.fixed_dictionaries({"labels": PAIRS | JSON}))
+def test_any_json_is_labels_of_all_images_or_a_mistake(value):
+    data = json.dumps(value).encode()
+    labels = survives(parse_labels, data, "dataset.json")
+    if labels:
+        array = survives(label_array, ["a.png", "b.png"], labels, "dataset.json")
+        assert array is None or (len(array) == 2 and np.isfinite(array).all())
 
 
 NAMES = ["a.png", "b.png", "c/\u00fc.png"]
