@@ -123,7 +123,8 @@ def test_every_training_state_of_a_run_gets_its_folder(snapshot, tmp_path, invok
 
 @pytest.mark.parametrize("D", [2.5, math.inf])
 def test_churn_changes_images_at_every_D_and_is_recorded(D, tmp_path, snapshot, invoke):
-    network = snapshot if D < math.inf else write_snapshot(tmp_path / "edm.pt", label_dim=0)
+    plain = write_snapshot(tmp_path / "edm.pt", label_dim=0)
+    network = plain if math.isinf(D) else snapshot
     for churn in (0, 20):
         result = invoke(generate.main, f"--network={network}", "--steps=4", "--seeds=0",
                         f"--S_churn={churn}", f"--outdir={tmp_path / str(churn)}")
