@@ -80,23 +80,26 @@ class IdealDenoiser:
 
     sigma_min, sigma_max, label_dim = 0.0, math.inf, 0
     round_sigma = staticmethod(torch.as_tensor)
-    # The quadrature over ln v: how far out in the law of v it begins and ends, how much further
-    # for states that do not quite belong to their level, and its spacing in deviations of ln v
-    # given x, sqrt(2/(N+D)).
-    _TAIL, _MARGIN, _SPACING = 1e-10, 0.6, 0.6
+    # The quadrature over ln v: how far the log density of ln v falls between its middle and its
+    # ends, how much further it goes for states that do not quite belong to their level, and its
+    # spacing in deviations of ln v given x, sqrt(2/(N+D)).
+    _DEPTH, _MARGIN, _SPACING = 23.0, 0.6, 0.6
 
     def __init__(self, plane: Plane, D: float):
         self.plane, self.D, self.image_shape = plane, D, (plane.N, 1, 1)
         self.log_v = torch.zeros(1, dtype=torch.float64)  # of v/sigma^2 = D/c
         self.log_prior = torch.zeros(1, dtype=torch.float64)  # of ln v, up to a constant
         if not math.isinf(D):
-            from scipy.stats import chi2
+            def log_prior(log_v):  # its maximum, at 0, is 0
+                return -D / 2 * (log_v + (-log_v).exp() - 1)
 
-            low = math.log(D / chi2.isf(self._TAIL, D)) - self._MARGIN
-            high = math.log(D / chi2.ppf(self._TAIL, D)) + self._MARGIN
             step = self._SPACING * math.sqrt(2 / (plane.N + D))
-            self.log_v = torch.arange(low, high + step, step, dtype=torch.float64)
-            self.log_prior = -D / 2 * (self.log_v + (-self.log_v).exp())
+            ends = -math.sqrt(4 * self._DEPTH / D), 1 + 2 * self._DEPTH / D  # bounds, not tight
+            log_v = torch.arange(*ends, step, dtype=torch.float64)
+            inside = log_v[log_prior(log_v) > -self._DEPTH]
+            self.log_v = torch.arange(float(inside[0]) - self._MARGIN,
+                                      float(inside[-1]) + self._MARGIN, step, dtype=torch.float64)
+            self.log_prior = log_prior(self.log_v)
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, class_labels=None) -> torch.Tensor:
         """Returns the posterior mean in x's shape, float64."""
@@ -182,7 +185,7 @@ class Score(NamedTuple):
 
     mmd2: float  # to real data
     spread: float  # standard deviation of u about its cluster, 0.2 in the data
-    off: float  # root mean square off the plane, 0.01 in the data
+    off: float  # root mean square off the plane, median over samples; 0.01 in the data
     share: float  # of the cluster at +1, 0.5 in the data
 
 
