@@ -16,6 +16,7 @@ from conftest import ROOT, write_dataset
 from published_archives import write_cifar10, write_lmdb, write_mnist
 from scipy import stats
 from test_generate import write_snapshot
+from test_toy import toy
 from torch.distributed.run import get_args_parser
 
 from training.sampling_options import sampling_options
@@ -24,6 +25,7 @@ DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {f"{name}.py": importlib.import_module(name).main
            for name in ("train", "generate", "generate_alpha", "generate_steps", "generate_quant",
                         "fid", "dataset_tool", "checkpoint_tool", "sweep", "report")}
+SCRIPTS["docs/toy.py"] = toy.main
 PRESETS = {f"generate_{name}.py" for name in ("alpha", "steps", "quant")}  # of generate.py
 SAMPLING_FLAGS = {flag for option in sampling_options(click.Command("none")).params
                   for flag in option.opts}
@@ -151,6 +153,7 @@ SMALLER = {
     "fid.py calc": ["--num=4", "--detector=pixels", "--workers=0", "--device=cpu"],
     "fid.py gen": ["--seeds=0-3", "--steps=2", "--batch=4", "--detector=pixels", "--workers=0",
                    "--device=cpu"],
+    "docs/toy.py": ["--train-steps=2", "--samples=20"],
     "fid.py ref": ["--detector=pixels", "--workers=0", "--device=cpu"],
 }
 PRESET_SMALLER = ["--batch=4", "--device=cpu"]  # with the published lists
@@ -201,6 +204,8 @@ def test_documented_commands_run_on_stand_in_data(tmp_path, monkeypatch):
     for script, args in commands:
         run_documented(script, args)
     run_own_data([1, 3, 4])
+    for name in ("toy", "noise-norms"):
+        assert PIL.Image.open(tmp_path / f"docs/{name}.png").size > (1000, 400)
     for name in ("fields", "sharpened", "guided"):
         assert PIL.Image.open(tmp_path / f"runs/{name}.png").size > (200, 100)
     run_dir = tmp_path / "runs/cifar10-2048"
@@ -287,7 +292,8 @@ def test_migration_names_every_flag_and_existing_imports():
     text = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
     parts = {part.splitlines()[0]: part for part in text.split("\n## ")}
     for script, command in SCRIPTS.items():
-        if script in ("checkpoint_tool.py", "sweep.py", "report.py") or script in PRESETS:
+        if (script in ("checkpoint_tool.py", "sweep.py", "report.py", "docs/toy.py")
+                or script in PRESETS):
             continue  # the references have no counterpart; the flags are those of generate.py
         for each in (command, *getattr(command, "commands", {}).values()):
             flags = {flag for option in each.params for flag in option.opts if flag[0] == "-"}
