@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: setup demo test test-fast test-all lint clean
+.PHONY: setup demo test test-fast test-all lint bench bench-gpu clean
 
 $(VENV)/.done: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 needed; set PYTHON=/path/to/python3"; exit 1; }
@@ -27,6 +27,15 @@ test-fast: lint
 
 test-all: lint
 	$(RUN) -m pytest -q
+
+# AGAINST=DIR is a checkout of github.com/NVlabs/edm to run beside ours.
+bench: setup
+	$(RUN) -m benchmarks $(if $(AGAINST),--against=$(AGAINST))
+
+# All that a GPU is needed for: its tests, then the figures.
+bench-gpu: setup
+	$(RUN) -m pytest -q -m gpu
+	$(RUN) -m benchmarks --device=cuda $(if $(AGAINST),--against=$(AGAINST))
 
 clean:
 	rm -rf $(VENV) demo

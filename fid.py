@@ -340,7 +340,7 @@ def _facts_of_images(path: str, dataset, seed: int) -> dict:
         facts["seeds"] = format_ranges(map(int, stems))
     if len(dataset) < len(stems):
         facts["chosen_from"], facts["choice_seed"] = len(stems), seed
-    with contextlib.suppress(OSError, ValueError):  # not a folder of generate.py
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # not a folder of generate.py
         facts["sampler"] = json.loads(Path(path, GENERATE_RECORD).read_text(encoding="utf-8"))
     return facts
 

@@ -67,7 +67,8 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
     with user_errors():
         points = sweep_points(steps, alpha, bits, is_steps_sweep=name_steps)
         sources = _find_networks(network, Path(outdir), ckpt, end_ckpt, seeds,
-                                 is_sweep=bool(points[0].suffix), is_pickle=bool(use_pickle))
+                                 is_sweep=bool(points[0].suffix), is_pickle=bool(use_pickle),
+                                 is_edm=bool(edm))
         subdirs = subdirs or network is None
 
         from torch_utils import distributed, misc
@@ -95,18 +96,25 @@ def preset(**defaults) -> click.Command:
 
 
 def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds, *, is_sweep: bool,
-                   is_pickle: bool):
+                   is_pickle: bool, is_edm: bool):
     """Returns [(file or URL, folder for its images)].
 
     Raises:
-        ValueError: no training state in OUTDIR between the two.
+        ValueError: no training state in OUTDIR between the two; not one pickle of EDM, where such
+            is asked for.
     """
     from training.checkpoint import state_tag, training_states
     prefix = next(prefix for last, prefix in _LAST_SEEDS if max(seeds) <= last)
     if network is not None:
         return [(network, outdir / f"{prefix}000000" if is_sweep else outdir)]
-    states = [(path, state_tag(path))
-              for path in training_states(outdir, "pkl" if is_pickle else "pt")]
+    if is_edm:
+        states = [(path, "000000") for path in sorted(outdir.glob("network-snapshot-*.pkl"))]
+        if len(states) != 1:
+            raise ValueError(f"--outdir={outdir}: {len(states)} network-snapshot-*.pkl, which --edm "
+                             "takes for ckpt 000000; there must be one, or name it with --network")
+    else:
+        states = [(path, state_tag(path))
+                  for path in training_states(outdir, "pkl" if is_pickle else "pt")]
     chosen = [(path, tag) for path, tag in states if ckpt <= int(tag.split(".")[0]) <= end_ckpt]
     if not chosen:
         raise ValueError(

@@ -16,6 +16,7 @@ import click
 
 import fid
 import train
+from dnnlib import signals
 from dnnlib.cli import BAD_USAGE, IntList, NumberList, UserError, run, user_errors
 from dnnlib.util import is_url
 from training.sweeps import FULL_BITS
@@ -150,10 +151,20 @@ def _run_steps(steps: Sequence["Step"], nproc: int | None, dry_run: bool) -> Non
             continue
         command = _launched(words, nproc)
         click.echo(shlex.join(command))
-        code = 0 if dry_run else subprocess.run(command).returncode
+        code = 0 if dry_run else _run_script(command)
         if code:
             raise UserError(f"step {i} of {len(steps)} ({step.title}) failed with exit code "
                             f"{code}; run the same command to go on from there", max(code, 1))
+
+
+def _run_script(command: Sequence[str]) -> int:
+    """Returns the exit code of a script; a signal to stop is passed on, and its end waited for."""
+    with subprocess.Popen(command) as script:
+        try:
+            return script.wait()
+        except signals.Stopped:
+            script.terminate()
+            raise
 
 
 def cli() -> None:

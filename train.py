@@ -148,10 +148,11 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--ls", metavar="FLOAT", type=float, help="Loss scaling.  [default: dynamic for fp16, else 1]")
 @click.option("--max-bad-steps", metavar="INT", type=int, default=100, help="End the run after more steps in a row with gradients that are not finite; looked at in passing, at the latest at a tick.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to train.")
-@click.option("--compile", "compile_", type=click.Choice(["auto", "0", "1"]), default="auto", help="torch.compile the network; auto is off.")
+@click.option("--compile", "compile_", type=click.Choice(["auto", "0", "1"]), default="auto", help="torch.compile the network; auto does on a GPU with Triton, but for --deterministic=1.")
 @click.option("--deterministic", type=_BOOL, is_flag=False, flag_value=True, default=False, help="Only deterministic GPU kernels.")
 @click.option("--bench", type=_BOOL, default=True, help="cuDNN autotuning.")
 @click.option("--cache", type=_BOOL, default=True, help="Decode the data once into a packed file that all processes map.")
+@click.option("--data-on-device", type=click.Choice(["auto", "0", "1"]), default="auto", help="Keep the data in the device's memory; auto does where they take 1/16 of a GPU's.")
 @click.option("--workers", metavar="INT", type=int, default=1, help="Threads that read data ahead, processes with --cache=0; 0 reads in the main thread.")
 # Input and output.
 @click.option("--desc", metavar="STR", help="Text at the end of the run directory's name.")
@@ -202,7 +203,7 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         raise UserError("--rate: used with --dry-run", BAD_USAGE)
     fixed_dir = Path(outdir) if nosubdir else Path(outdir, name) if name else None
     with user_errors():
-        _check_writable(Path(outdir))
+        _check_writable(fixed_dir or Path(outdir))
 
     from torch_utils import distributed
     from training import checkpoint
@@ -308,14 +309,14 @@ def _settle_seed(config, given: int | None, state):
     return dataclasses.replace(config, seed=seed)
 
 
-def _check_writable(outdir: Path) -> None:
-    """Raises ValueError where OUTDIR can't be made or written, before anything slow starts."""
-    existing = next(path for path in [outdir.absolute(), *outdir.absolute().parents]
+def _check_writable(folder: Path) -> None:
+    """Raises ValueError where a folder can't be made or written, before anything slow starts."""
+    existing = next(path for path in [folder.absolute(), *folder.absolute().parents]
                     if path.exists())
     if not existing.is_dir():
-        raise ValueError(f"--outdir={outdir}: {existing} is a file; name a folder")
+        raise ValueError(f"--outdir or --name: {existing} is a file; name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--outdir={outdir}: no permission to write in {existing}")
+        raise ValueError(f"--outdir or --name: no permission to write in {existing}")
 
 
 def _load_state(fixed_dir: Path | None, resume: str):
@@ -356,10 +357,11 @@ def _open_dataset(config, pack: bool):
     with torch.device("meta"):  # the network's own checks, without its memory
         build_network(config.network(dataset.resolution, dataset.num_channels, dataset.label_dim,
                                      dataset.cond_channels))
-    if not pack:
+    if pack:
+        dataset.pack()
+    else:
         dataset.check_uniform()
-        return dataset
-    return ImageFolderDataset(config.data, cache=True, **kwargs)
+    return dataset
 
 
 def _measure_sigma_data(config, dataset):

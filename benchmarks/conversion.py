@@ -1,30 +1,25 @@
-"""Conversion of JPEGs to a data set of 64x64, with one process and with all, and by EDM's tool.
+"""Conversion of JPEGs to a data set of 64x64, start-up of Python included.
 
-    python -m benchmarks.conversion [--images 1000] [--against DIR]
-
-DIR is a checkout of https://github.com/NVlabs/edm. Prints the median of interleaved runs, start-up
-of Python included, and the ratio to the first line's. The data sets must be equal, name by name,
-pixel by pixel and label by label, or the benchmark fails.
+The data sets of all sides must be equal, name by name, pixel by pixel and label by label.
 """
 
+import functools
 import json
-import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 
-import click
 import numpy as np
 import PIL.Image
 
+from benchmarks.table import Options, Row, in_turn, with_ratios
 from torch_utils.ordered_pool import num_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 256
+_IMAGES = 1000
 
 
 def write_jpegs(folder: Path, num: int) -> None:
@@ -55,46 +50,40 @@ def require_equal(first: Path, second: Path) -> None:
         assert np.array_equal(pixels, other_images[name]), f"{second}: {name}"
 
 
-def commands_to_time(against: str | None) -> dict[str, list[str]]:
-    """Returns the tools by name; EDM's is first where there is one."""
+def _commands(options: Options) -> dict[str, list[str]]:
+    """Returns the tools by name, the baseline last."""
     own = [sys.executable, str(ROOT / "dataset_tool.py")]
     commands = {"ours, 1 worker": [*own, "--workers=1"]}
     if num_cores() > 1:
         commands[f"ours, {num_cores()} workers"] = own
-    if against:
-        theirs = [sys.executable, os.path.join(against, "dataset_tool.py")]
-        commands = {"EDM": theirs, **commands}
+    if options.commit:
+        name, root = options.commit
+        commands[name] = [sys.executable, str(root / "dataset_tool.py")]
+    if options.reference:
+        commands["reference"] = [sys.executable, str(options.reference / "dataset_tool.py")]
     return commands
 
 
-@click.command()
-@click.option("--images", type=click.IntRange(min=1), default=1000)
-@click.option("--against", metavar="DIR", type=click.Path(exists=True, file_okay=False))
-@click.option("--repeats", type=click.IntRange(min=1), default=5)
-def main(images: int, against: str | None, repeats: int) -> None:
-    """Times the conversion of JPEGs 256x256 to 64x64."""
-    commands = commands_to_time(against)
-    seconds = {name: [] for name in commands}
+def rows(options: Options) -> list[Row]:
+    """Returns the conversion with one process and with all, and by the others that there are.
+
+    Raises:
+        AssertionError: the data sets differ in a name, a pixel or a label.
+    """
+    commands = _commands(options)
     with tempfile.TemporaryDirectory() as tmp:
         source = Path(tmp, "jpegs")
         source.mkdir()
-        write_jpegs(source, images)
-        dests = [Path(tmp, f"{i}.zip") for i in range(len(commands))]
-        for _ in range(repeats):
-            for dest, (name, command) in zip(dests, commands.items(), strict=True):
-                start = time.perf_counter()
-                subprocess.run([*command, f"--source={source}", f"--dest={dest}",
-                                "--resolution=64x64"], check=True, capture_output=True)
-                seconds[name].append(time.perf_counter() - start)
-        for dest in dests[1:]:
-            require_equal(dests[0], dest)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    baseline = next(iter(medians.values()))
-    print(f"{images} JPEGs {SIDE}x{SIDE} to 64x64; the pixels and labels are equal")
-    for name, median in medians.items():
-        print(f"{name:16s} {median:7.2f} s {images / median:7.0f} images/s "
-              f"{baseline / median:6.2f} x")
-
-
-if __name__ == "__main__":
-    main()
+        write_jpegs(source, _IMAGES)
+        dests = {name: Path(tmp, f"{i}.zip") for i, name in enumerate(commands)}
+        ways = {name: functools.partial(
+            subprocess.run, [*command, f"--source={source}", f"--dest={dests[name]}",
+                             "--resolution=64x64"], check=True, capture_output=True)
+            for name, command in commands.items()}
+        seconds = in_turn(ways, options.repeats)
+        first, *others = dests.values()
+        for dest in others:
+            require_equal(first, dest)
+    what = f"conversion, JPEG {SIDE}x{SIDE} to 64x64"
+    return with_ratios([Row(what, name, seconds[name], _IMAGES) for name in commands],
+                       list(commands)[-1])

@@ -1,18 +1,10 @@
-"""The Frechet distance of two covariances of full rank, against scipy's matrix square root.
+"""The Frechet distance of two covariances of full rank, against scipy's matrix square root."""
 
-    python -m benchmarks.frechet [--features 2048] [--repeats 3]
-
-Prints medians of interleaved runs, their ratio and the relative difference of the distances.
-"""
-
-import statistics
-import time
-
-import click
 import numpy as np
 import scipy.linalg
 import torch
 
+from benchmarks.table import Options, Row, in_turn, with_ratios
 from metrics.distances import frechet_distance
 
 
@@ -36,24 +28,13 @@ def by_sqrtm(s1: torch.Tensor, s2: torch.Tensor) -> float:
     return float(s1.trace() + s2.trace() - 2 * np.trace(root).real)
 
 
-@click.command()
-@click.option("--features", type=click.IntRange(min=2), default=2048)
-@click.option("--repeats", type=click.IntRange(min=1), default=3)
-def main(features: int, repeats: int) -> None:
-    """Compares the two ways on the CPU."""
-    covariances = random_covariance(features, 0), random_covariance(features, 1)
-    seconds, values = {ours: [], by_sqrtm: []}, {}
-    for _ in range(repeats):
-        for function, times in seconds.items():
-            start = time.perf_counter()
-            values[function] = function(*covariances)
-            times.append(time.perf_counter() - start)
-    medians = [statistics.median(times) for times in seconds.values()]
-    for function, median in zip(seconds, medians, strict=True):
-        print(f"{function.__name__:10s} {median:7.2f} s")
-    difference = abs(values[ours] / values[by_sqrtm] - 1)
-    print(f"ratio {medians[1] / medians[0]:.1f}; relative difference {difference:.1e}")
-
-
-if __name__ == "__main__":
-    main()
+def rows(options: Options) -> list[Row]:
+    """Returns both ways at the 2048 features of Inception."""
+    covariances = random_covariance(2048, 0), random_covariance(2048, 1)
+    values = {}
+    ways = {"ours": lambda: values.update(ours=ours(*covariances)),
+            "scipy's sqrtm": lambda: values.update(scipy=by_sqrtm(*covariances))}
+    seconds = in_turn(ways, min(options.repeats, 2))
+    error = abs(values["ours"] / values["scipy"] - 1)
+    return with_ratios([Row("Frechet distance, 2048 features", name, seconds[name], error=error
+                            if name == "ours" else None) for name in ways], "scipy's sqrtm")

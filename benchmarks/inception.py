@@ -1,19 +1,14 @@
 """Inception features: folded batch norm in channels_last against the network as it is written.
 
-    python -m benchmarks.inception [--batch 16] [--repeats 7]
-
-Random weights stand for the published ones; speed does not depend on them. Prints medians of
-interleaved runs, their ratio and the relative error of the features.
+Random weights stand for the published ones; speed does not depend on them.
 """
 
 import math
-import statistics
-import time
 
-import click
 import torch
 import torch.nn.functional as F
 
+from benchmarks.table import Options, Row, in_turn, relative_error, with_ratios
 from metrics import inception
 
 
@@ -44,30 +39,19 @@ def naive(state: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     return inception.run(inception.NETWORK, x, apply_conv).mean([2, 3])
 
 
-@click.command()
-@click.option("--batch", type=int, default=16)
-@click.option("--repeats", type=int, default=7)
 @torch.inference_mode()
-def main(batch, repeats):
-    """Compares the two on the CPU."""
-    state = random_state()
-    images = torch.randint(256, [batch, 3, 32, 32], dtype=torch.uint8)
-    network = inception.InceptionV3(state)
-    ways = {"folded, channels_last": lambda: network(images),
-            "as written": lambda: naive(state, images)}
-    seconds = {name: [] for name in ways}
-    features = {name: way() for name, way in ways.items()}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - start)
-    ours, theirs = (statistics.median(times) for times in seconds.values())
-    for name, times in seconds.items():
-        print(f"{name:22s} {1e3 * statistics.median(times) / batch:7.1f} ms/image")
-    a, b = features.values()
-    print(f"ratio {theirs / ours:.2f}; relative error {((a - b).norm() / b.norm()):.1e}")
-
-
-if __name__ == "__main__":
-    main()
+def rows(options: Options) -> list[Row]:
+    """Returns both ways for 16 images on the CPU, 128 on a GPU."""
+    device, batch = options.device, 128 if options.device.type == "cuda" else 16
+    state = {name: value.to(device) for name, value in random_state().items()}
+    network = inception.InceptionV3(state, device)
+    images = torch.randint(256, [batch, 3, 32, 32], dtype=torch.uint8, device=device)
+    features = {}
+    ways = {"folded, channels_last": lambda: features.update(ours=network(images).cpu()),
+            "as written": lambda: features.update(naive=naive(state, images).cpu())}
+    in_turn(ways, 1)
+    seconds = in_turn(ways, options.repeats)
+    error = relative_error(features["ours"], features["naive"])
+    return with_ratios([Row(f"Inception features, batch {batch}", name, seconds[name], batch,
+                            error=error if name != "as written" else None) for name in ways],
+                       "as written")

@@ -1,31 +1,24 @@
-"""Reading batches of training data: images a second.
+"""Reading batches of training data, with one loader worker and a batch of 512, as both sides train.
 
-    python -m benchmarks.reading [--images 20000] [--side 32] [--against DIR]
-
-DIR is a checkout of https://github.com/NVlabs/edm. Each side runs in a process of its own, with one
-loader worker and a batch of 512, as both train by default: first the start (ours with packing, and
-without), then the median rate over batches after an epoch, when whatever is kept is there.
+Timed are eight batches after an epoch, when whatever is kept is there.
 """
 
+import itertools
 import json
 import os
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
-import click
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-BATCH = 512
+_IMAGES, _SIDE, _BATCH, _BATCHES = 20000, 32, 512, 8
 
 
 def write_dataset(path: Path, num: int, side: int) -> None:
-    """Writes a ZIP of stored PNGs as dataset_tool.py makes them."""
+    """Writes a ZIP of stored PNGs of random pixels as dataset_tool.py makes them."""
     import io
 
     import PIL.Image
@@ -40,85 +33,85 @@ def write_dataset(path: Path, num: int, side: int) -> None:
         archive.writestr("dataset.json", json.dumps({"labels": None}))
 
 
-def open_ours(path: str):
-    """Returns an endless iterator of batches, as training reads them."""
-    from torch_utils.loading import read_in_threads
-    from training.dataset import ImageFolderDataset, TrainingOrder
+# --------------------------------------------------------- cases, run inside a side's own process
 
-    dataset = ImageFolderDataset(path, cache=True)
-    return len(dataset), read_in_threads(dataset, TrainingOrder(len(dataset), 0, BATCH), workers=1)
+class _Reader:
+    def __init__(self, settings: dict[str, Any]):
+        import torch.utils.data  # noqa: F401 - not part of what is measured
+
+        os.environ["PFGMPP_CACHE_DIR"] = settings["cache"]
+        start = time.perf_counter()
+        size, self._batches = self.open(settings["data"])
+        next(self._batches)
+        self._started = time.perf_counter() - start
+        self._read(-(-size // _BATCH))
+
+    def run(self) -> None:
+        self._read(_BATCHES)
+
+    def _read(self, num: int) -> None:
+        for _ in itertools.islice(self._batches, num):
+            pass
+
+    def start(self) -> float:
+        """Returns the seconds to the first batch."""
+        return self._started
 
 
-def open_theirs(path: str):
-    """Returns the same of a checkout of EDM, the working directory.
+class OurReader(_Reader):
+    """By the packed array, as training reads it."""
 
-    PyTorch's sampler takes the place of EDM's, which fails on PyTorch 2.13.
+    def open(self, path: str):
+        from torch_utils.loading import read_in_threads
+        from training.dataset import ImageFolderDataset, TrainingOrder
+
+        dataset = ImageFolderDataset(path, cache=True)
+        order = TrainingOrder(len(dataset), 0, _BATCH)
+        return len(dataset), read_in_threads(dataset, order, workers=1)
+
+
+class TheirReader(_Reader):
+    """By the reference's data set with its cache on.
+
+    PyTorch's sampler takes the place of the reference's, which fails on PyTorch 2.13.
     """
-    import torch
 
-    from training.dataset import ImageFolderDataset
+    def open(self, path: str):
+        import torch
 
-    dataset = ImageFolderDataset(path=path, cache=True)
-    sampler = torch.utils.data.RandomSampler(dataset, num_samples=1 << 30)
-    loader = torch.utils.data.DataLoader(dataset=dataset, sampler=sampler, batch_size=BATCH,
-                                         num_workers=1, prefetch_factor=2)
-    return len(dataset), iter(loader)
+        from training.dataset import ImageFolderDataset
 
-
-def measure(open_side, path: str, repeats: int) -> None:
-    """Prints the figures of one side as JSON."""
-    import torch.utils.data  # noqa: F401 - not part of what is measured
-
-    start = time.perf_counter()
-    size, batches = open_side(path)
-    next(batches)
-    started = time.perf_counter()
-    for _ in range(-(-size // BATCH)):
-        next(batches)
-    rates = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        for _ in range(8):
-            next(batches)
-        rates.append(8 * BATCH / (time.perf_counter() - begin))
-    print(json.dumps({"start": started - start, "rate": statistics.median(rates)}))
-    sys.stdout.flush()
-    os._exit(0)  # whatever a checkout does at its end is not measured
+        dataset = ImageFolderDataset(path=path, cache=True)
+        sampler = torch.utils.data.RandomSampler(dataset, num_samples=1 << 30)
+        loader = torch.utils.data.DataLoader(dataset=dataset, sampler=sampler, batch_size=_BATCH,
+                                             num_workers=1, prefetch_factor=2)
+        return len(dataset), iter(loader)
 
 
-def run_side(name: str, path: Path, cwd: Path, cache: Path, repeats: int) -> dict:
-    """Returns what a fresh process measures."""
-    code = (f"import importlib.util, sys; sys.path.insert(0, {str(cwd)!r}); "
-            f"spec = importlib.util.spec_from_file_location('reading', {__file__!r}); "
-            "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
-            f"module.measure(module.{name}, {str(path)!r}, {repeats})")
-    env = {**os.environ, "PFGMPP_CACHE_DIR": str(cache)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, text=True, check=True,
-                          stdout=subprocess.PIPE)
-    return json.loads(done.stdout.splitlines()[-1])
+def rows(options):
+    """Returns our reader, an older commit's and the reference's, those that there are."""
+    import contextlib
 
+    from benchmarks.sides import ROOT, Side
+    from benchmarks.table import Row, with_ratios
 
-@click.command()
-@click.option("--images", type=click.IntRange(min=1), default=20000)
-@click.option("--side", type=click.IntRange(min=1), default=32)
-@click.option("--against", metavar="DIR", type=click.Path(exists=True, file_okay=False))
-@click.option("--repeats", type=click.IntRange(min=1), default=9)
-def main(images: int, side: int, against: str | None, repeats: int) -> None:
-    """Measures ours, and the reader of a checkout of EDM if one is named."""
-    with tempfile.TemporaryDirectory() as tmp:
-        path, cache = Path(tmp, "data.zip"), Path(tmp, "cache")
-        write_dataset(path, images, side)
-        found = {"ours, packing": run_side("open_ours", path, ROOT, cache, repeats),
-                 "ours, packed": run_side("open_ours", path, ROOT, cache, repeats)}
-        if against:
-            found["EDM"] = run_side("open_theirs", path, Path(against).resolve(), cache, repeats)
-    print(f"{images} images {side}x{side}, batch {BATCH}, 1 worker")
-    for name, figures in found.items():
-        print(f"{name:14s} first batch after {figures['start']:6.2f} s {figures['rate']:9.0f} "
-              "images/s")
-    if against:
-        print(f"ratio {found['ours, packed']['rate'] / found['EDM']['rate']:.1f}")
-
-
-if __name__ == "__main__":
-    main()
+    places = {"ours": (ROOT, "OurReader")}
+    if options.commit:
+        places[options.commit[0]] = options.commit[1], "OurReader"
+    if options.reference:
+        places["reference"] = options.reference, "TheirReader"
+    what = f"reading {_SIDE}x{_SIDE}, batch {_BATCH}, 1 worker"
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        write_dataset(Path(folder, "data.zip"), _IMAGES, _SIDE)
+        sides, seconds = {}, {name: [] for name in places}
+        for name, (root, case) in places.items():
+            settings = {"data": f"{folder}/data.zip", "cache": f"{folder}/{name}"}
+            sides[name] = stack.enter_context(
+                Side(root, Path(__file__), case, settings, options.threads))
+        for _ in range(3 * options.repeats):
+            for name, side in sides.items():
+                seconds[name].append(side.run())
+        return with_ratios([
+            Row(what, name, seconds[name], _BATCHES * _BATCH,
+                note=f"first batch after {side.call('start'):.2g} s")
+            for name, side in sides.items()], list(places)[-1])

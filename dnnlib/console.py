@@ -58,7 +58,8 @@ def result(text: str) -> None:
     """Prints what the script was started for; rank 0 alone may call it."""
     print(text, flush=True)  # a log gets it from here
     if _console is not None:
-        print(text, file=_console, flush=True)
+        with contextlib.suppress(OSError):  # whoever read it has gone: a run goes on
+            print(text, file=_console, flush=True)
 
 
 def detail(text: str) -> None:

@@ -7,6 +7,9 @@
 
 torchrun passes on what a cluster's scheduler may have sent to every process already. So the same
 stop can come twice, and signals within GRACE_SEC of the first are taken for it.
+
+A process of torchrun whose torchrun is killed is told by nobody. It stops as at SIGTERM, and ends
+at once LAUNCHER_SEC later, as torchrun would have seen to.
 """
 
 import contextlib
@@ -18,6 +21,8 @@ from collections.abc import Iterator
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
 GRACE_SEC = 2.0
+LAUNCHER_SEC = 30.0  # torchrun's own patience
+_POLL_SEC = 0.5
 
 
 class Stopped(SystemExit):
@@ -36,6 +41,8 @@ def install() -> None:
         signal.signal(number, _handle)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_watch_launcher, args=(os.getppid(),), daemon=True).start()
     os.register_at_fork(after_in_child=_forget)
 
 
@@ -97,6 +104,15 @@ def _watch(reader: int) -> None:
                 first = time.monotonic()
             elif time.monotonic() - first > GRACE_SEC:
                 os._exit(EXIT_CODES[number])
+
+
+def _watch_launcher(launcher: int) -> None:
+    """Ends the process when torchrun is gone: an orphan would train on, and hold its run's lock."""
+    while os.getppid() == launcher:
+        time.sleep(_POLL_SEC)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LAUNCHER_SEC)
+    os._exit(EXIT_CODES[signal.SIGTERM])
 
 
 def _forget() -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlparse
@@ -37,29 +37,31 @@ class EasyDict(dict):
 class Logger:
     """Copies everything printed to stdout and stderr into a file too, until closed.
 
-    Used as a context manager. A file that can no longer be written (a full disk) is given up
-    with one warning on the console; printing goes on.
+    Used as a context manager. Nothing that is printed raises an error: what does not get into the
+    file or to the console (a full disk, a reader that has gone) is lost, with one warning.
     """
 
     def __init__(self, path: str | os.PathLike):
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._stdout, self._stderr = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = _Tee(self, self._stdout), _Tee(self, self._stderr)
+        self._path = path
+        self._file: IO[bytes] | None = open(path, "ab", buffering=0)  # noqa: SIM115 - by close()
+        self._stdout, self._stderr = _Tee(self, sys.stdout), _Tee(self, sys.stderr)
+        sys.stdout, sys.stderr = self._stdout, self._stderr
+        self._has_warned = False
 
     def write_file(self, text: str) -> None:
         """Appends `text` to the file alone; terminal control such as progress bars stays out."""
         if self._file is None:
             return
         try:
-            self._file.write(text)
-            self._file.flush()
+            self._file.write(text.encode(errors="replace"))
         except OSError as error:
-            self._file = None
-            self._stderr.write(f"Warning: log file given up: {error}\n")
+            if not self._has_warned:
+                self._has_warned = True  # first: the console may be full too
+                self._stderr.write_console(f"Warning: {self._path} not written: {error}\n")
 
     def close(self) -> None:
         """Restores stdout and stderr and closes the file."""
-        sys.stdout, sys.stderr = self._stdout, self._stderr
+        sys.stdout, sys.stderr = self._stdout.detach(), self._stderr.detach()
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -76,15 +78,39 @@ class _Tee(io.TextIOBase):
 
     def __init__(self, logger: Logger, stream: IO[str]):
         self._logger, self._stream = logger, stream
+        self._has_warned = False
 
     def write(self, text: str) -> int:
-        self._stream.write(text)
+        self.write_console(text)
         if "\r" not in text:
             self._logger.write_file(text)
         return len(text)
 
+    def write_console(self, text: str) -> None:
+        """Writes `text` to the stream alone."""
+        self._on_console(lambda: self._stream.write(text))
+
     def flush(self) -> None:
-        self._stream.flush()
+        self._on_console(self._stream.flush)
+
+    def detach(self) -> IO[str]:
+        """Returns the stream; what can't be written to it is dropped, lest Python fails at exit."""
+        if not self._on_console(self._stream.flush):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+        return self._stream
+
+    def _on_console(self, function: Callable[[], object]) -> bool:
+        """Calls `function`; returns whether the stream could be written."""
+        try:
+            function()
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                self._logger.write_file(f"Warning: console not written: {error}\n")
+            return False
+        return True
 
     def isatty(self) -> bool:
         return self._stream.isatty()

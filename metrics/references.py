@@ -13,13 +13,13 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 
 import dnnlib.util
 from torch_utils.atomic import atomic_write
+from torch_utils.npy_header import read_npy_header
 
 MAX_FEATURES = 1 << 14  # a covariance of 2 GiB
 MAX_BANK = 50_000  # images whose features are kept: 410 MB of Inception's
@@ -104,7 +104,7 @@ def _read_array(archive: zipfile.ZipFile, name: str, kind: str) -> np.ndarray:
     """Returns one array of an .npz after its header has been found plausible."""
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as member:
-        shape, dtype = _read_header(member)
+        shape, _, dtype = read_npy_header(member)
         if dtype.kind != kind:
             raise ValueError(f"{name} has type {dtype}, expected {_KINDS[kind]}")
         most = MAX_BANK if name == "features" else MAX_FEATURES
@@ -114,16 +114,6 @@ def _read_array(archive: zipfile.ZipFile, name: str, kind: str) -> np.ndarray:
             raise ValueError(f"{name} has shape {list(shape)}, but not the bytes of it")
     with archive.open(info) as member:
         return np.lib.format.read_array(member, allow_pickle=False)
-
-
-def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(member)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0,
-               (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"array format {version}, expected 1.0 or 2.0")
-    shape, _, dtype = readers[version](member)
-    return shape, dtype
 
 
 def _checked_reference(arrays: dict[str, np.ndarray], digest: str) -> Reference:

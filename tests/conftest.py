@@ -10,15 +10,34 @@ import io
 import json
 import subprocess
 import sys
+import uuid
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from click.testing import CliRunner
+from torch.utils._python_dispatch import TorchDispatchMode
+from watchdog import kill_marked
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_orphans():
+    """Scripts inherit a mark, by which a watchdog finds and ends them if the tests are killed."""
+    name, mark = "PFGMPP_TEST_SESSION", uuid.uuid4().hex
+    others = {key: value for key, value in os.environ.items() if key != name}
+    watchdog = subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "watchdog.py", str(os.getpid()), f"{name}={mark}"],
+        env=others, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    os.environ[name] = mark
+    yield
+    watchdog.kill()
+    watchdog.wait()
+    kill_marked(f"{name}={mark}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -75,3 +94,22 @@ def run_script(*args, processes: int = 0, check: bool = True) -> subprocess.Comp
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+class HostReads(TorchDispatchMode):
+    """Collects the operations that wait for a device to tell the host a value or a size."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique",
+             "repeat_interleave", "histc", "bincount")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1])
+        if by_mask or name.startswith(self.NAMES):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from watchdog import kill_marked, processes
 
 _MARK = "PFGMPP_TEST_MARK"
 _started = []
@@ -76,13 +76,7 @@ class Script:
 
     def processes(self):
         """Returns {pid: command line} of the script and everything that it started."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if f"{_MARK}={self.mark}".encode() in (path / "environ").read_bytes():
-                    line = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    found[int(path.name)] = line
-        return found
+        return processes(f"{_MARK}={self.mark}")
 
     def ranks(self):
         """Returns the process ids of the ranks, by rank."""
@@ -102,10 +96,7 @@ class Script:
 
     def kill_all(self):
         """What a machine does that loses its power."""
-        for _ in range(3):
-            for pid in self.processes():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        kill_marked(f"{_MARK}={self.mark}")
         self.wait()
 
     def wait(self, timeout=120.0):

@@ -16,6 +16,7 @@ from conftest import ROOT, write_dataset
 from published_archives import write_cifar10, write_lmdb, write_mnist
 from scipy import stats
 from test_generate import write_snapshot
+from test_toy import toy
 from torch.distributed.run import get_args_parser
 
 from training.sampling_options import sampling_options
@@ -25,6 +26,7 @@ SCRIPTS = {f"{name}.py": importlib.import_module(name).main
            for name in ("train", "generate", "generate_alpha", "generate_steps", "generate_quant",
                         "fid", "dataset_tool", "checkpoint_tool", "sweep", "report",
                         "runs")}
+SCRIPTS["docs/toy.py"] = toy.main
 PRESETS = {f"generate_{name}.py" for name in ("alpha", "steps", "quant")}  # of generate.py
 SAMPLING_FLAGS = {flag for option in sampling_options(click.Command("none")).params
                   for flag in option.opts}
@@ -154,6 +156,7 @@ SMALLER = {
     "fid.py calc": ["--num=4", "--detector=pixels", "--workers=0", "--device=cpu"],
     "fid.py gen": ["--seeds=0-3", "--steps=2", "--batch=4", "--detector=pixels", "--workers=0",
                    "--device=cpu"],
+    "docs/toy.py": ["--train-steps=2", "--samples=20"],
     "fid.py ref": ["--detector=pixels", "--workers=0", "--device=cpu"],
 }
 PRESET_SMALLER = ["--batch=4", "--device=cpu"]  # with the published lists
@@ -207,6 +210,8 @@ def test_documented_commands_run_on_stand_in_data(tmp_path, monkeypatch):
     for script, args in commands:
         run_documented(script, args)
     run_own_data([1, 3, 4])
+    for name in ("toy", "noise-norms"):
+        assert PIL.Image.open(tmp_path / f"docs/{name}.png").size > (1000, 400)
     for name in ("fields", "sharpened", "guided"):
         assert PIL.Image.open(tmp_path / f"runs/{name}.png").size > (200, 100)
     run_dir = tmp_path / "runs/cifar10-2048"
@@ -252,6 +257,16 @@ def test_relative_links_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
+def test_every_fault_has_a_test_that_provokes_it():
+    rows = table(ROOT / "docs" / "reliability.md", "| fault ")
+    there = {name for path in (ROOT / "tests").glob("test_*.py")
+             for name in re.findall(r"^def test_(\w+)", path.read_text(encoding="utf-8"), re.M)}
+    assert len(rows) > 30
+    for fault, _, names in rows:
+        named = re.findall(r"`(\w+)`", names)
+        assert named and set(named) <= there, f"{fault}: {set(named) - there}"
+
+
 def test_first_two_make_lines_are_demo_and_test():
     lines = [line for line in "".join(blocks(ROOT / "README.md")).splitlines()
              if line.startswith("make ")]
@@ -283,7 +298,8 @@ def test_migration_names_every_flag_and_existing_imports():
     text = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
     parts = {part.splitlines()[0]: part for part in text.split("\n## ")}
     for script, command in SCRIPTS.items():
-        if script in {"checkpoint_tool.py", "sweep.py", "report.py", "runs.py"} | PRESETS:
+        if script in PRESETS | {"checkpoint_tool.py", "sweep.py", "report.py", "runs.py",
+                                "docs/toy.py"}:
             continue  # the references have no counterpart; the flags are those of generate.py
         for each in (command, *getattr(command, "commands", {}).values()):
             flags = {flag for option in each.params for flag in option.opts if flag[0] == "-"}

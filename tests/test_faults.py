@@ -5,20 +5,26 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, write_dataset
 from faults import Script, end_scripts, run_to_end, wait_until  # noqa: F401 - a fixture
+from watchdog import processes
 
+import fid
 import train
+from generate import main as generate_main
+from torch_utils import distributed
 from torch_utils.atomic import append_line, atomic_write, remove_stale
 from torch_utils.run_lock import numbered_dir, run_lock
 from training import config as config_module
@@ -125,10 +131,37 @@ def test_a_full_disk_for_log_and_statistics_is_one_warning_each(dataset_zip, dis
     filler.unlink()
     assert script.wait() == 0, script.output
     assert script.output.count("stats.jsonl not written") == 1
-    assert script.output.count("log file given up") <= 1
+    assert script.output.count("log.txt not written") <= 1
     lines = (disk / "run" / "stats.jsonl").read_text().splitlines()
     kimg = [json.loads(line)["Progress/kimg"]["mean"] for line in lines]
     assert kimg == sorted(kimg) and kimg[-1] == pytest.approx(3.2) and len(kimg) < 400
+
+
+@pytest.mark.scripts
+def test_a_console_on_a_full_disk_does_not_end_the_run(dataset_zip, disk):
+    script = Script("train.py", *command(dataset_zip, disk, "--dump=1000", steps=600), folder=disk)
+    script.wait_for("^tick 10 ")
+    filler = fill(disk)
+    time.sleep(2)  # a page of each file holds a hundred ticks
+    assert script.process.poll() is None
+    filler.unlink()
+    assert script.wait() == 0
+    log = (disk / "run" / "log.txt").read_text()
+    assert log.count("tick ") < 600, "nothing was lost: the disk was not full"
+    assert log.endswith("Training finished\n")
+    path, problems = newest_state(disk / "run")
+    assert load(path)["progress"]["cur_nimg"] == 600 * 8 and not problems
+
+
+@pytest.mark.scripts
+def test_a_reader_of_the_output_that_goes_does_not_end_the_run(dataset_zip, tmp_path):
+    run = subprocess.Popen([sys.executable, "train.py", *command(dataset_zip, tmp_path)],
+                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run.stdout.readline()
+    run.stdout.close()
+    assert run.wait(60) == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.endswith("Training finished\n") and log.count("Warning: console not written") == 1
 
 
 @contextlib.contextmanager
@@ -334,6 +367,31 @@ def test_changed_options_are_listed_with_both_values():
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("flags, words", [
+    (["--arch=ddpmpp"], "embedding_type: positional here, fourier there"),
+    (["--cbase=4"], "model_channels: 4 here, 8 there"),
+    (["--cond=1"], "label_dim: 2 here, 0 there"),
+    (["--pfgmpp=1", "--aug_dim=9"], "pfgmpp: True here, False there"),
+    (["--override-options"], "img_resolution: 16 here, 8 there")])
+def test_a_state_of_another_network_is_refused(flags, words, finished, dataset_zip, tmp_path,
+                                               invoke):
+    data = dataset_zip
+    if flags == ["--override-options"]:
+        data = write_dataset(tmp_path / "larger.zip", side=16)
+    state = training_states(finished)[-1]
+    args = command(data, tmp_path, f"--resume={state}", steps=20)
+    assert words in error_of(invoke(train.main, *args, *flags), 1)
+
+
+@pytest.mark.scripts
+def test_a_batch_that_does_not_divide_is_refused_under_torchrun(dataset_zip, tmp_path):
+    script = run_to_end("train.py", *command(dataset_zip, tmp_path), folder=tmp_path, processes=3)
+    assert script.wait() == 1 and "exitcode  : 2" in script.output
+    assert script.errors == ["Error: --batch=8 can't be split over 3 processes; nearest: 6 or 9"]
+    script.assert_left_nothing(tmp_path)
+
+
+@pytest.mark.long
 def test_changed_options_end_a_resumed_run_unless_overridden(finished, dataset_zip, tmp_path,
                                                              invoke):
     state = training_states(finished)[3]
@@ -479,6 +537,20 @@ def test_out_of_memory_suggests_smaller_batches(error, words, dataset_zip, tmp_p
 
 
 @pytest.mark.scripts
+def test_memory_that_runs_out_is_one_line(dataset_zip, tmp_path):
+    size = 4096 * int(Path("/proc/self/statm").read_text().split()[0])  # PyTorch's code, mostly
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (size + 2 * 2**30,) * 2)
+    args = [arg for arg in command(dataset_zip, tmp_path) if not arg.startswith("--batch=")]
+    done = subprocess.run([sys.executable, "train.py", *args, "--batch=200000"], cwd=ROOT,
+                          text=True, capture_output=True, preexec_fn=limit)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: out of memory; use a smaller --batch-gpu"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.scripts
 def test_a_killed_loader_worker_is_one_line(dataset_zip, tmp_path):
     script = Script("train.py", *command(dataset_zip, tmp_path, "--cache=0", "--workers=2",
                                          "--tick=1", steps=100_000), folder=tmp_path)
@@ -576,6 +648,113 @@ def test_scores_killed_and_started_again_are_the_same(images, dataset_zip, tmp_p
     scores = [json.loads((tmp_path / f"{name}.jsonl").read_text().splitlines()[-1])["value"]
               for name in ("whole", "killed")]
     assert scores[0] == scores[1]
+
+
+# ------------------------------------------------------------------------- the tests themselves
+
+
+@pytest.mark.slow
+def test_scripts_end_with_the_tests_that_started_them(tmp_path):
+    """Ranks, their loader processes and torchrun: each has a session of its own."""
+    nested = tmp_path / "nested"
+
+    def scripts():
+        return [pid for pid, line in processes().items()
+                if str(nested) in line and "train.py" in line]
+
+    tests = Script("-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={nested}", "-k",
+                   "one_rank_told_to_stop", "tests/test_preemption.py", folder=tmp_path)
+    wait_until(lambda: tests.process.poll() is not None or len(scripts()) == 7)
+    assert tests.process.poll() is None, tests.output
+    tests.signal(signal.SIGKILL)
+    wait_until(lambda: not scripts(), 10)
+
+
+# ------------------------------------------------------------------------ hostile and lost files
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A checkpoint that would run a command, one as a ZIP, and one that claims petabytes."""
+    folder = tmp_path_factory.mktemp("hostile")
+
+    class Command:
+        def __reduce__(self):
+            return os.system, (f"touch {folder / 'canary'}",)
+    paths = [folder / name for name in ("plain.pkl", "zip.pt", "bomb.pkl")]
+    paths[0].write_bytes(pickle.dumps({"ema": Command()}))
+    torch.save({"format": "pfgmpp-training-state", "net": Command()}, paths[1])
+    paths[2].write_bytes(b"\x80\x04\x8e" + (2**50).to_bytes(8, "little"))
+    yield paths
+    assert not (folder / "canary").exists()
+
+
+@pytest.mark.scripts
+@pytest.mark.parametrize("which, asked", [(0, "asks for 'posix.system'"),
+                                          (1, "asks for 'posix.system'"), (2, "bomb.pkl: ")])
+def test_hostile_checkpoints_are_refused_by_every_script(which, asked, hostile, dataset_zip,
+                                                         tmp_path, invoke):
+    path = hostile[which]
+    for flag in ("--resume", "--transfer"):
+        line = error_of(invoke(train.main, *command(dataset_zip, tmp_path, f"{flag}={path}")), 1)
+        assert asked in line and str(path) in line
+    line = error_of(invoke(fid.main, "gen", f"--network={path}", f"--ref={dataset_zip}",
+                           "--detector=pixels", "--seeds=0-9", "--device=cpu"), 1)
+    assert asked in line
+    started = time.monotonic()
+    script = run_to_end(*generate(path, tmp_path / "out"), folder=tmp_path)
+    assert script.wait() == 1 and time.monotonic() - started < 60  # most of it for starting
+    assert asked in script.output and script.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("members, words", [
+    ({"mu": np.array([None])}, "mu has type object, expected floats"),
+    ({"mu": np.array([0, np.nan])}, "not finite"), ({"mu": np.zeros(3)}, "mu has shape [3]")])
+def test_statistics_that_are_none_end_a_score(members, words, dataset_zip, tmp_path, invoke):
+    np.savez(tmp_path / "ref.npz", **{"mu": np.zeros(2), "sigma": np.eye(2), **members})
+    line = error_of(invoke(fid.main, "calc", f"--images={dataset_zip}", "--num=9",
+                           f"--ref={tmp_path / 'ref.npz'}", "--detector=pixels"), 1)
+    assert words in line and "ref.npz" in line
+
+
+@pytest.fixture
+def address(network, tmp_path):
+    """Serves the network, and a page of words."""
+    import functools
+    import http.server
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "network.pt").write_bytes(network.read_bytes())
+    (folder / "page.pt").write_text("<!DOCTYPE html><p>Sign in")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("name, words", [
+    ("page.pt", "a web page came back"), ("none.pt", "404"), (None, "refused"),
+    ("network.pt#sha256:" + 64 * "0", "expected 0000")])
+def test_an_address_without_the_network_is_one_line_and_leaves_the_cache(name, words, address,
+                                                                         tmp_path, invoke,
+                                                                         monkeypatch):
+    monkeypatch.setenv("PFGMPP_CACHE_DIR", str(tmp_path / "cache"))
+    url = f"{address}/{name}" if name else "http://127.0.0.1:9/network.pt"
+    args = [f"--outdir={tmp_path / 'out'}", "--seeds=0-1", "--steps=1", "--device=cpu"]
+    assert words in error_of(invoke(generate_main, f"--network={url}", *args), 1)
+    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
+    result = invoke(generate_main, f"--network={address}/network.pt", *args)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_time_limit_that_is_none_is_one_line(monkeypatch):
+    for text in ("soon", "inf", "nan", "0", "-3", "1e300"):
+        monkeypatch.setenv(distributed.TIMEOUT_ENV, text)
+        with pytest.raises(ValueError, match=f"PFGMPP_TIMEOUT={text}: must be a number"):
+            distributed._step_timeout()
 
 
 # -------------------------------------------------------------------------------- dependencies

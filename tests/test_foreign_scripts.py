@@ -12,6 +12,7 @@ from test_foreign import optimizer_state, stored
 from test_safe_pickle import CONTAINERS, persistent
 
 import checkpoint_tool
+import fid
 import generate
 import train
 from training import checkpoint
@@ -106,3 +107,44 @@ def test_show_and_convert_take_foreign_files(pfgmpp_state, tmp_path, invoke):
     net = checkpoint.build_ema(checkpoint.load(tmp_path / "n.pt"))
     assert net.D == 64
     assert all(torch.equal(net.state_dict()[k], v) for k, v in ema.state_dict().items())
+
+
+def write_edm_snapshot(path):
+    net = make_network().eval().requires_grad_(False)
+    path.write_bytes(CONTAINERS[RAW]({
+        "ema": stored(net, keywords(net)), "loss_fn": persistent("EDMLoss", {}),
+        "augment_pipe": None, "dataset_kwargs": {}}))
+
+
+def test_edm_takes_the_snapshot_of_a_run_directory_for_ckpt_000000(tmp_path, invoke):
+    write_edm_snapshot(tmp_path / "network-snapshot-000100.pkl")
+    args = [f"--outdir={tmp_path}", "--seeds=0-2", "--steps=2"]
+    result = invoke(generate.main, *args)
+    assert result.exit_code == 1 and "0 training states" in result.output
+    for more in (["--edm=1"], ["--edm", "--alpha=0,0.1"], ["--edm", "--seeds=50000-50002"]):
+        result = invoke(generate.main, *args, *more)
+        assert result.exit_code == 0, result.output
+    folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert folders == {"ckpt_000000", "ckpt_000000_alpha_0", "ckpt_000000_alpha_0.1",
+                       "ckpt_2_000000"}
+    assert len(list((tmp_path / "ckpt_000000/000000").glob("*.png"))) == 3
+    direct = invoke(generate.main, f"--outdir={tmp_path / 'direct'}", *args[1:],
+                    f"--network={tmp_path / 'network-snapshot-000100.pkl'}")
+    assert direct.exit_code == 0, direct.output
+    for k in range(3):
+        assert ((tmp_path / f"direct/{k:06d}.png").read_bytes()
+                == (tmp_path / f"ckpt_000000/000000/{k:06d}.png").read_bytes())
+    scores = invoke(fid.main, "calc", f"--images={tmp_path}", f"--ref={tmp_path / 'ckpt_2_000000'}",
+                    "--num=3", "--detector=pixels", "--workers=0")
+    assert scores.exit_code == 0 and "/ckpt_000000, " in scores.output
+
+
+@pytest.mark.parametrize("names, words", [
+    ([], "0 network-snapshot-*.pkl"), (["000001", "000002"], "2 network-snapshot-*.pkl")])
+def test_edm_needs_one_snapshot(names, words, tmp_path, invoke):
+    for name in names:
+        write_edm_snapshot(tmp_path / f"network-snapshot-{name}.pkl")
+    result = invoke(generate.main, f"--outdir={tmp_path}", "--edm=1", "--seeds=0")
+    assert result.exit_code == 1 and words in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("ckpt*"))

@@ -56,6 +56,21 @@ def test_an_image_depends_on_its_seed_alone(snapshot, tmp_path, invoke):
     assert difference({name: whole[name] for name in part}, part) <= 1
 
 
+@pytest.mark.slow
+def test_a_compiled_network_gives_the_same_images_and_is_compiled_once(snapshot, tmp_path, invoke):
+    from torch._dynamo.utils import counters
+    args = [f"--network={snapshot}", "--steps=3", "--seeds=0-6", "--batch=3"]  # the last is alone
+    invoke(generate.main, *args, f"--outdir={tmp_path / 'plain'}")
+    counters.clear()
+    result = invoke(generate.main, *args, "--compile=1", f"--outdir={tmp_path / 'compiled'}")
+    assert result.exit_code == 0, result.output
+    # Of c_noise [1]; every batch was filled up to three.
+    assert counters["stats"]["unique_graphs"] == 1
+    assert difference(read(tmp_path / "plain"), read(tmp_path / "compiled")) <= 1
+    record = json.loads((tmp_path / "compiled/generate.json").read_text())
+    assert record["compile"] is True
+
+
 @pytest.mark.scripts
 def test_the_number_of_processes_changes_no_image(snapshot, tmp_path):
     args = ["generate.py", f"--network={snapshot}", "--steps=3", "--seeds=0-8", "--device=cpu"]
@@ -83,6 +98,10 @@ def test_a_folder_of_other_settings_is_refused(snapshot, tmp_path, invoke):
     assert invoke(generate.main, *args, "--steps=2").exit_code == 0
     result = invoke(generate.main, *args, "--steps=3")
     assert result.exit_code == 1 and "num_steps: 2 there, 3 now" in result.output
+    for text, words in (("{", "line 1, column 2"), ("[1]", "not a record of settings")):
+        (tmp_path / "generate.json").write_text(text)
+        result = invoke(generate.main, *args, "--steps=2")
+        assert result.exit_code == 1 and f"generate.json: {words}" in result.output
 
 
 def test_one_step_is_the_denoised_prior(snapshot, tmp_path, invoke):
@@ -121,17 +140,17 @@ def test_every_training_state_of_a_run_gets_its_folder(snapshot, tmp_path, invok
         "ckpt_3_000000.320/100000/100001.png"}
 
 
-def test_churn_changes_images_at_infinite_D_and_is_refused_at_finite_D(tmp_path, snapshot, invoke):
-    network = write_snapshot(tmp_path / "edm.pt", label_dim=0)
+@pytest.mark.parametrize("D", [2.5, math.inf])
+def test_churn_changes_images_at_every_D_and_is_recorded(D, tmp_path, snapshot, invoke):
+    plain = write_snapshot(tmp_path / "edm.pt", label_dim=0)
+    network = plain if math.isinf(D) else snapshot
     for churn in (0, 20):
         result = invoke(generate.main, f"--network={network}", "--steps=4", "--seeds=0",
                         f"--S_churn={churn}", f"--outdir={tmp_path / str(churn)}")
         assert result.exit_code == 0, result.output
     assert difference(read(tmp_path / "0"), read(tmp_path / "20")) > 1
-    result = invoke(generate.main, f"--network={snapshot}", "--S_churn=20", "--seeds=0",
-                    f"--outdir={tmp_path / 'no'}")
-    assert result.exit_code == 1 and "S_churn=20 with D=2.5" in result.output
-    assert not (tmp_path / "no").exists()
+    settings = json.loads((tmp_path / "20/generate.json").read_text())
+    assert settings["S_churn"] == 20
 
 
 @pytest.mark.parametrize("flags, code, words", [

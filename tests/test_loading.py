@@ -1,11 +1,14 @@
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from dnnlib.cli import UserError, user_errors
 from torch_utils.loading import read_in_processes, read_in_threads
@@ -114,3 +117,12 @@ def test_closing_the_iterator_ends_the_threads():
     assert threading.active_count() == before + 2
     reader.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.scripts
+def test_a_process_is_silent_about_a_parent_that_has_gone():
+    code = ("import sys; from torch_utils import loading; loading._start_worker(0)\n"
+            "for error in (EOFError(), ConnectionResetError(), ValueError('shown')):\n"
+            "    sys.excepthook(type(error), error, None)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "ValueError: shown\n"

@@ -159,6 +159,29 @@ def test_scale_stays_positive_and_finite_far_below_D_1(D):
         assert scipy.stats.binomtest(count, KS_SAMPLES, rate).pvalue > KS_P
 
 
+@pytest.mark.parametrize("N", [3, 48])
+@pytest.mark.parametrize("D", [D for D in ALL if D < INF])
+def test_noise_over_its_drawn_scale_is_gaussian_and_independent_of_it(D, N):
+    # What holds of z and c in n = sigma sqrt(D/c) z must hold of a c that is drawn given n.
+    sigma = torch.linspace(0.2, 30, KS_SAMPLES)
+    noise = PerturbationKernel(D).sample((KS_SAMPLES, N, 1, 1), sigma, seeded(12)).double()
+    scale = PerturbationKernel(D).posterior_scale(noise, sigma, seeded(13))
+    assert scale.dtype == torch.float64 and scale.shape == (KS_SAMPLES,)
+    squared = noise.flatten(1).square().sum(1) / (sigma * scale).square()
+    chi2 = D / scale.square()
+    assert scipy.stats.kstest(squared.numpy(), scipy.stats.chi2(N).cdf).pvalue > KS_P
+    assert scipy.stats.kstest(chi2.numpy(), scipy.stats.chi2(D).cdf).pvalue > KS_P
+    assert scipy.stats.spearmanr(squared, chi2).pvalue > KS_P
+
+
+def test_the_drawn_scale_at_D_inf_is_one_and_draws_nothing():
+    rng = seeded()
+    before = rng.get_state()
+    scale = PerturbationKernel(INF).posterior_scale(torch.ones(5, 3), 0.5, rng)
+    assert torch.equal(scale, torch.ones(5, dtype=torch.float64))
+    assert torch.equal(rng.get_state(), before)
+
+
 @pytest.mark.parametrize("D", [0, 0.0, -1, -INF, math.nan])
 def test_D_outside_its_range_is_refused_in_one_line(D):
     with pytest.raises(ValueError) as error:

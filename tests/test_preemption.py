@@ -10,6 +10,8 @@ import pytest
 from conftest import TINY_RUN
 from faults import Script, end_scripts, run_to_end, wait_until  # noqa: F401 - a fixture
 
+from dnnlib.signals import LAUNCHER_SEC
+from torch_utils.run_lock import run_lock
 from training.checkpoint import digest, load, newest_state
 
 STEPS = 700
@@ -243,6 +245,46 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_within_a_minute(number, dataset_
     assert len(script.errors) == 1 and "lost another process" in script.errors[0], script.output
     after = sorted((tmp_path / "run").glob("training-state-*.pt"))
     assert len(after) - len(states) <= 2 and newest_state(tmp_path / "run")[1] == []
+    script.assert_left_nothing(tmp_path)
+
+
+@pytest.mark.scripts
+def test_ranks_whose_torchrun_is_killed_save_and_end(dataset_zip, tmp_path):
+    args = command(dataset_zip, tmp_path, *LOADERS, steps=100_000)
+    script = Script(*args, folder=tmp_path, processes=2)
+    script.wait_for("^tick 1 ")
+    script.signal(signal.SIGKILL)
+    script.wait()
+    script.assert_left_nothing(tmp_path)
+    path, problems = newest_state(tmp_path / "run")
+    assert f"{path} goes on from here" in script.output and not problems
+    with run_lock(tmp_path / "run"):
+        assert not script.errors
+
+
+@pytest.mark.scripts
+@pytest.mark.parametrize("nproc", [[], slow(["--nproc=2"])], ids=["python", "torchrun"])
+def test_a_study_that_is_stopped_stops_its_script(nproc, dataset_zip, tmp_path):
+    pytest.importorskip("matplotlib")
+    script = Script("sweep.py", "--aug_dims=2", f"--data={dataset_zip}", f"--outdir={tmp_path}",
+                    "--name=study", "--detector=pixels", "--device=cpu", *nproc, "--", *TINY_RUN,
+                    "--tick=0.08", "--duration=1", folder=tmp_path)
+    script.wait_for("^tick 1 ")
+    script.signal(signal.SIGTERM)
+    assert script.wait() == 143
+    path, problems = newest_state(tmp_path / "study-D2")
+    assert f"{path} goes on from here" in script.output and not problems
+    script.assert_left_nothing(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_without_torchrun_ends_too(dataset_zip, tmp_path):
+    # A step of a thousand micro-batches takes a minute.
+    args = [arg for arg in command(dataset_zip, tmp_path) if not arg.startswith("--batch=")]
+    script = Script(*args, "--batch=16000", "--batch-gpu=8", folder=tmp_path, processes=2)
+    script.wait_for("^Training ")
+    script.signal(signal.SIGKILL)
+    wait_until(lambda: not script.processes(), LAUNCHER_SEC + 5)
     script.assert_left_nothing(tmp_path)
 
 

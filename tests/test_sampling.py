@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from conftest import HostReads
 
 from training.networks import EDMPrecond
 from training.perturbation import PerturbationKernel
@@ -174,14 +175,52 @@ def test_an_image_depends_on_its_seed_alone(D):
     assert not torch.equal(whole[0], whole[1])
 
 
-def test_an_image_depends_on_its_seed_alone_with_churn():
-    net = network(INF)
+@pytest.mark.parametrize("D", SHORT)
+def test_an_image_depends_on_its_seed_alone_with_churn(D):
+    net = network(D)
     settings = {"S_churn": 2.0, "S_min": 0.01, "S_max": 50.0}
     whole = images_of(net, [range(4)], **settings)
     split = images_of(net, [[3], [1, 0], [2]], **settings)
     assert all(torch.equal(split[seed], whole[seed]) for seed in whole)
     quiet = images_of(net, [range(4)])
     assert not torch.equal(quiet[0], whole[0])
+
+
+@pytest.mark.parametrize("D", SHORT)
+def test_a_seed_draws_noise_then_chi_square_at_every_step_of_churn(D):
+    net, seed, states = network(D, label_dim=0), 5, []
+    sampler = SamplerConfig(num_steps=4, S_churn=1, S_min=0.01, S_max=10)
+    [batch] = generate_images(net, [[seed]], sampler=sampler, device=CPU,
+                              watch=lambda x, sigma: states.append((x, sigma)))
+    rng = generator(seed)
+    torch.randn([3, 8, 8], generator=rng)
+    kernel = PerturbationKernel(D)
+    kernel.scale(1, rng)
+    x_hat = []
+    for i, (x, sigma) in enumerate(states):
+        z = torch.randn([3, 8, 8], generator=rng, dtype=torch.float64)
+        gamma = 0.25 if 0.01 <= sigma <= 10 else 0  # the second and third of the levels
+        assert gamma == (0.25 if i in (1, 2) else 0)
+        residual = x - net(x, sigma).double() if gamma else x
+        scale = kernel.posterior_scale(residual, sigma, rng)
+        x_hat.append(x + scale * sigma * math.sqrt((1 + gamma) ** 2 - 1) * z)
+    # The last step is Euler's to 0, so it returns D(x; sigma_min).
+    last = net(x_hat[-1], states[-1][1]).double()
+    torch.testing.assert_close(batch.images, last, rtol=1e-6, atol=1e-6)
+    step = states[2][1] - 1.25 * states[1][1]
+    raised = 1.25 * states[1][1]
+    first = (x_hat[1] - net(x_hat[1], raised).double()) / raised
+    middle = x_hat[1] + step * first
+    second = (middle - net(middle, states[2][1]).double()) / states[2][1]
+    torch.testing.assert_close(states[2][0], x_hat[1] + step * (first + second) / 2,
+                               rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("D", SHORT)
+def test_churn_at_no_level_changes_nothing(D):
+    net = network(D)
+    quiet, none = images_of(net, [range(3)]), images_of(net, [range(3)], S_churn=5, S_min=1e9)
+    assert all(torch.equal(quiet[seed], none[seed]) for seed in quiet)
 
 
 @pytest.mark.parametrize("D", SHORT)
@@ -332,3 +371,16 @@ def test_images_of_a_data_set_are_scaled_by_their_type():
         values = np.linspace(-3, 3, 12, dtype=dtype).reshape(1, 3, 2, 2)
         assert from_data(values).dtype == torch.float32
         np.testing.assert_allclose(from_data(values), values, rtol=1e-7)
+
+
+@pytest.mark.parametrize("settings", [{}, {"solver": "euler", "discretization": "vp",
+                                           "schedule": "vp", "scaling": "vp"}])
+def test_a_longer_sampling_reads_nothing_more_from_the_device(settings):
+    """What is read is of the grid, on the host; steps add nothing."""
+    counts = []
+    for steps in (3, 6):
+        net = network(INF, pixelwise=False)
+        with HostReads() as reads:
+            images_of(net, [[0, 1]], num_steps=steps, S_churn=5, noise_alpha=0.1, **settings)
+        counts.append(len(reads.found))
+    assert counts[0] == counts[1]

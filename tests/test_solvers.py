@@ -18,6 +18,7 @@ from training.solvers import churn, euler, heun
 
 INF = math.inf
 SHORT = (1, 2, 128, INF)
+KS_SAMPLES = 20_000
 
 
 def seeded(seed=0):
@@ -365,13 +366,107 @@ SMALL = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "nu
          "attn_resolutions": []}
 
 
+def churned_radius(data, D, sigma, *, with_scale=True, count=KS_SAMPLES):
+    """Returns the KS test of |x_hat - y|^2 / (sigma_hat^2 D) against the law of D at sigma_hat."""
+    N = data[0].numel()
+    y = data[torch.randint(len(data), [count], generator=seeded(20))]
+    x = y + PerturbationKernel(D).sample(tuple(y.shape), sigma, seeded(21)).double()
+    net, rng = Ideal(data, D), seeded(22)
+    scaled = {"denoise": net,
+              "noise_scale": lambda n, s: net.kernel.posterior_scale(n, s, rng)}
+    before_step = churn(torch.tensor([sigma, 0], dtype=torch.float64),
+                        lambda x: torch.randn(x.shape, generator=rng, dtype=x.dtype),
+                        S_churn=0.2, **(scaled if with_scale else {}))
+    x_hat, sigma_hat = before_step(x, 0)
+    assert float(sigma_hat) == pytest.approx(1.2 * sigma, rel=1e-12)
+    ratio = (x_hat - y).flatten(1).square().sum(1) / (sigma_hat**2 * D)
+    return scipy.stats.kstest(ratio.numpy(), scipy.stats.betaprime(N / 2, D / 2).cdf)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 4, 4), (3, 8, 8)], ids=str)
+@pytest.mark.parametrize("D", [0.5, 1, 2, 16, 128])
+def test_churn_of_one_point_is_the_kernel_at_the_raised_level(D, shape):
+    # x - D(x) is the noise itself, so the joint law of noise and scale is kept exactly.
+    point = torch.full((1, *shape), 0.3, dtype=torch.float64)
+    assert churned_radius(point, D, 0.7).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("D", [0.5, 1, 2, 16, 128])
+def test_gaussian_churn_of_one_point_is_told_from_the_kernel(D):
+    point = torch.full((1, 3, 8, 8), 0.3, dtype=torch.float64)
+    assert churned_radius(point, D, 0.7, with_scale=False).pvalue < 1e-6
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 1.0, 3.0, 20.0])
+@pytest.mark.parametrize("D", [2, 64])
+def test_churn_of_a_data_set_is_near_the_kernel_at_the_raised_level(D, sigma):
+    # x - D(x) is shorter than the noise where several points are likely: |x - y|^2 exceeds
+    # |x - D(x)|^2 by the posterior variance of y, at most 11% here. Gaussian churn is off by 0.07
+    # (D = 2) and 0.015 (D = 64); KS distances of exact samples reach 1.95/sqrt(20000) = 0.014.
+    data = torch.rand(12, 1, 4, 4, generator=seeded(5), dtype=torch.float64) * 2 - 1
+    assert churned_radius(data, D, sigma).statistic < 0.02
+
+
+@pytest.mark.parametrize("D", [0.5, 1, 2, 128])
+def test_states_of_a_churned_sampler_follow_the_kernel_at_every_level(D):
+    y, count, rng = 0.3, 4000, seeded(7)
+    net, states = Ideal(torch.full((1, 1, 4, 4), y, dtype=torch.float64), D), []
+    net.D = D
+    latents = torch.randn(count, 1, 4, 4, generator=rng, dtype=torch.float64)
+    latents *= net.kernel.scale(count, rng).reshape(-1, 1, 1, 1)
+    edm_sampler(net, latents, num_steps=8, S_churn=3, init=torch.full_like(latents, y),
+                randn_like=lambda x: torch.randn(x.shape, generator=rng, dtype=x.dtype),
+                posterior_scale=lambda kernel, n, s: kernel.posterior_scale(n, s, rng),
+                watch=lambda x, sigma: states.append((x - y) / sigma))
+    law = scipy.stats.betaprime(16 / 2, D / 2)
+    for state in states:
+        squared = state.flatten(1).square().sum(1).numpy()
+        assert scipy.stats.kstest(squared / D, law.cdf).pvalue > 1e-3
+    # The state at one level is a scale mixture anew: the direction does not stay.
+    cosine = torch.nn.functional.cosine_similarity(states[0].flatten(1), states[-1].flatten(1))
+    assert cosine.abs().mean() < 0.9
+
+
 @pytest.mark.parametrize("D", [1, 2, 128])
-def test_gaussian_churn_is_refused_at_finite_D(D):
-    net = EDMPrecond(8, 3, pfgmpp=True, D=D, **SMALL)
-    SamplerConfig(S_churn=0).check(net)
-    with pytest.raises(ValueError) as error:
-        SamplerConfig(S_churn=10).check(net)
-    assert "\n" not in str(error.value) and "S_churn" in str(error.value)
+def test_churn_at_finite_D_still_returns_the_data_in_its_proportions(D):
+    data = torch.tensor([[1.0, 0.5], [1.0, 0.5], [1.0, 0.5], [-0.6, -0.8]], dtype=torch.float64)
+    data = data.repeat(1, 8).reshape(4, 1, 4, 4)
+    rng, count = seeded(6), 2000
+    net = Ideal(data, D)
+    net.D = D
+    latents = net.kernel.sample((count, 1, 4, 4), 1.0, rng)
+    samples = edm_sampler(
+        net, latents, num_steps=40, sigma_min=1e-4, S_churn=10, S_min=0.05, S_max=50,
+        randn_like=lambda x: torch.randn(x.shape, generator=rng, dtype=x.dtype),
+        posterior_scale=lambda kernel, n, s: kernel.posterior_scale(n, s, rng))
+    # Churn of a discretised flow adds a bias of about a percent to the sampling error.
+    share = (samples.mean([1, 2, 3]) > 0).double().mean()
+    assert abs(share - 0.75) < 4 * math.sqrt(0.75 * 0.25 / count) + 0.01
+    distance = torch.cdist(samples.flatten(1), data.flatten(1)).amin(1)
+    assert (distance < 0.01).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("D", [2, INF])
+def test_churn_costs_an_evaluation_a_churned_step_at_finite_D_alone(D):
+    net = Ideal(torch.zeros(1, 1, 2, 2, dtype=torch.float64), D)
+    net.D = D
+    latents = torch.ones(2, 1, 2, 2, dtype=torch.float64)
+    grid = formula(6)
+    S_min, S_max = grid[3] * 0.99, grid[1] * 1.01  # three of the levels
+    edm_sampler(net, latents, num_steps=6, S_churn=1, S_min=S_min, S_max=S_max)
+    assert len(net.levels) == 2 * 6 - 1 + (3 if D < INF else 0)
+    # Asked at the level before it is raised, then at the raised one.
+    if D < INF:
+        asked = np.array(net.levels)
+        for sigma in grid[1:4]:
+            [k] = np.flatnonzero(np.isclose(asked[:-1], sigma) & np.isclose(
+                asked[1:], sigma * (1 + 1 / 6)))
+            assert k > 0
+
+
+@pytest.mark.parametrize("D", [1, 2, 128])
+def test_churn_is_allowed_at_every_D(D):
+    SamplerConfig(S_churn=10).check(EDMPrecond(8, 3, pfgmpp=True, D=D, **SMALL))
     SamplerConfig(S_churn=10).check(EDMPrecond(8, 3, pfgmpp=False, D=D, **SMALL))
 
 
@@ -478,14 +573,21 @@ def test_every_ablation_follows_the_exact_flow(solver, discretization, schedule,
     assert (error < 0.2).mean() > 0.98, np.sort(error)[-20:]
 
 
+@pytest.mark.parametrize("D", [2, INF])
 @pytest.mark.parametrize("schedule, scaling", [("vp", "vp"), ("ve", "none"), ("linear", "vp")])
-def test_churn_along_a_schedule_is_churn_of_the_unscaled_state(schedule, scaling):
+def test_churn_along_a_schedule_is_churn_of_the_unscaled_state(schedule, scaling, D):
     sigmas = torch.tensor(formula(6, 0.02, 50))
     path = make_schedule(schedule, scaling, 0.01, 150)
     times = path.sigma_inv(sigmas)
     settings = {"S_churn": 1.5, "S_min": 0.1, "S_max": 10.0, "S_noise": 1.1}
-    plain = churn(sigmas, recorder()[0], **settings)
-    along = churn(times, recorder()[0], schedule=path, **settings)
+    if D < INF:
+        rngs = seeded(4), seeded(4)
+        settings["denoise"] = Ideal(torch.zeros(1, 1, 2, 2, dtype=torch.float64), D)
+    scales = [{} if D == INF else {
+        "noise_scale": lambda n, s, k=k: PerturbationKernel(D).posterior_scale(n, s, rngs[k])}
+        for k in range(2)]
+    plain = churn(sigmas, recorder()[0], **settings, **scales[0])
+    along = churn(times, recorder()[0], schedule=path, **settings, **scales[1])
     x = torch.randn(3, 1, 2, 2, generator=seeded(), dtype=torch.float64)
     for i in range(6):
         x_hat, sigma_hat = plain(x, i)

@@ -4,9 +4,7 @@ import dataclasses
 import importlib
 import json
 import re
-import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -136,11 +134,7 @@ def test_mistakes_get_one_line_before_anything_starts(args, words, dataset_zip, 
 
 def test_the_first_failing_step_stops_the_study(dataset_zip, tmp_path, invoke, monkeypatch):
     calls = []
-
-    class Done:
-        returncode = 3
-    monkeypatch.setattr(sweep, "subprocess", types.SimpleNamespace(
-        run=lambda command: calls.append(command) or Done))
+    monkeypatch.setattr(sweep, "_run_script", lambda command: calls.append(command) or 3)
     done = invoke(sweep.main, f"--outdir={tmp_path}", f"--data={dataset_zip}", "--aug_dims=2,inf",
                   "--detector=pixels", "--nproc=2", "--", "--seed=5")
     assert done.exit_code == 3 and len(calls) == 1
@@ -179,16 +173,15 @@ def check_study(outdir, first, second):
 
 
 def in_this_process(command):
-    """Runs a script that sweep.py would start."""
+    """Returns the exit code of a script that sweep.py would start."""
     script = importlib.import_module(Path(command[1]).stem)
-    done = CliRunner().invoke(script.main, command[2:])
-    return subprocess.CompletedProcess(command, done.exit_code)
+    return CliRunner().invoke(script.main, command[2:]).exit_code
 
 
 @pytest.mark.long
 def test_a_study_runs_and_a_second_call_does_nothing_again(dataset_zip, tmp_path, invoke,
                                                            monkeypatch):
-    monkeypatch.setattr(sweep, "subprocess", types.SimpleNamespace(run=in_this_process))
+    monkeypatch.setattr(sweep, "_run_script", in_this_process)
     first, second = (invoke(sweep.main, *study_args(tmp_path, dataset_zip)) for _ in range(2))
     assert first.exit_code == second.exit_code == 0, first.output
     check_study(tmp_path, first.output, second.output)

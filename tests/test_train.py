@@ -9,7 +9,9 @@ from conftest import ROOT, TINY_NETWORK, TINY_RUN, run_script, write_dataset
 import train
 from training.checkpoint import digest, load
 from training.config import TrainConfig
+from training.dataset import ImageFolderDataset
 from training.networks import build_network
+from training.trainer import Trainer
 
 
 def states(run_dir):
@@ -229,6 +231,9 @@ def test_an_outdir_that_is_a_file_gets_one_line(dataset_zip, tmp_path, invoke):
     (tmp_path / "file").write_text("")
     result = invoke(train.main, f"--outdir={tmp_path / 'file'}", f"--data={dataset_zip}", *TINY_RUN)
     one_line_error(result, 1, "is a file")
+    for place in (["--name=file"], ["--name=file/below"]):
+        result = invoke(train.main, f"--outdir={tmp_path}", "--data=nowhere.zip", *TINY_RUN, *place)
+        one_line_error(result, 1, f"{tmp_path / 'file'} is a file; name a folder")
 
 
 def test_resuming_something_else_gets_one_line(undisturbed, dataset_zip, tmp_path, invoke):
@@ -321,10 +326,26 @@ def test_auto_resume_passes_over_a_damaged_state(undisturbed, tmp_path, invoke):
     assert digest(load(copy / bad.name)["net"]) == digest(load(bad)["net"])
 
 
+@pytest.mark.parametrize("device, has_triton, options, expected", [
+    ("cuda", True, {}, True), ("cuda", False, {}, False), ("cpu", True, {}, False),
+    ("cuda", True, {"deterministic": True}, False), ("cuda", True, {"compile": "0"}, False),
+    ("cpu", False, {"compile": "1"}, True),
+])
+def test_networks_are_compiled_by_themselves_on_gpus_alone(dataset_zip, monkeypatch, device,
+                                                           has_triton, options, expected):
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: has_triton)
+    config = TrainConfig(data=str(dataset_zip), arch="ncsnpp", cbase=8, cres=(1, 2), nblock=1,
+                         batch=8, **options)
+    trainer = Trainer(config, ImageFolderDataset(dataset_zip), torch.device("cpu"))
+    trainer.device = torch.device(device)
+    assert trainer.is_compiled == expected
+
+
 @pytest.mark.slow
 def test_a_compiled_network_trains_alike(dataset_zip, tmp_path, invoke):
     for name in ("0", "1"):
         result = invoke(train.main, f"--outdir={tmp_path}", f"--data={dataset_zip}", *TINY_RUN,
                         "--duration=0.00004", "--dropout=0", f"--compile={name}", f"--name={name}")
         assert result.exit_code == 0, result.output
+        assert (", compiled" in result.output) == (name == "1")
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "0"), rel=1e-3)

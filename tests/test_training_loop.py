@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_dataset
+from conftest import HostReads, write_dataset
 
 from torch_utils import training_stats
 from torch_utils.misc import mix_seed
@@ -65,6 +65,33 @@ def test_a_step_with_bad_gradients_changes_nothing_but_the_count(dataset_zip, va
     trainer.train_step()
     assert all(a != b for a, b in zip(weights(), before, strict=True))
     assert trainer.counters["bad_row"] == 0 and trainer.counters["bad_total"] == 1
+
+
+def test_host_reads_are_seen():
+    with HostReads() as reads:
+        float(torch.ones([]))
+        torch.arange(3)[torch.arange(3) > 1]
+    assert reads.found == ["_local_scalar_dense", "index"]
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"augment": 0.12}, {"pfgmpp": True}, {"pfgmpp": True, "aug_dim": 1.0, "batch_gpu": 4},
+    {"precision": "bf16"}, {"precision": "fp16"}, {"precond": "vp"}, {"precond": "ve"},
+    {"arch": "adm", "cbase": 32}, {"stf": True, "rbatch": 16}, {"cond": True, "label_dropout": 0.3},
+])
+def test_a_step_reads_nothing_from_the_device(dataset_zip, options, monkeypatch):
+    data = ImageFolderDataset(dataset_zip, use_labels=options.get("cond", False))
+    config = TrainConfig(data=str(dataset_zip), **{
+        "arch": "ncsnpp", "cbase": 8, "cres": (1, 2), "nblock": 1, "batch": 8, "workers": 0,
+        **options})
+    trainer = Trainer(config, data, CPU)
+    trainer.start()
+    # On the CPU the average reads its weight, at no cost, for a faster way.
+    monkeypatch.setattr("training.trainer.update_ema_", lambda *args, **kwargs: None)
+    trainer.train_step()
+    with HostReads() as reads:
+        trainer.train_step()
+    assert not reads.found
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_step(dataset_zip):

@@ -99,9 +99,12 @@ def _fresh_store() -> tuple[torch.distributed.Store, int, int]:
 def _step_timeout() -> datetime.timedelta:
     given = os.environ.get(TIMEOUT_ENV)
     try:
-        return datetime.timedelta(seconds=float(given)) if given else _STEP_TIMEOUT
-    except ValueError:
-        raise ValueError(f"{TIMEOUT_ENV}={given}: must be a number of seconds") from None
+        timeout = datetime.timedelta(seconds=float(given)) if given else _STEP_TIMEOUT
+    except (ValueError, OverflowError):
+        timeout = datetime.timedelta(0)
+    if timeout < datetime.timedelta(seconds=1):
+        raise ValueError(f"{TIMEOUT_ENV}={given}: must be a number of seconds, 1 or more")
+    return timeout
 
 
 def _choose_device(device: str) -> torch.device:

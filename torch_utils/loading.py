@@ -10,6 +10,7 @@ group must not take away the data of a step that is still to be finished.
 
 import collections
 import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -90,6 +91,13 @@ class _BatchReader(torch.utils.data.Dataset):
 def _start_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _except_that_nobody_listens
+
+
+def _except_that_nobody_listens(kind, error, trace) -> None:
+    """Shows an error of a thread, but not that the process which asked for a batch has ended."""
+    if not issubclass(kind, (EOFError, OSError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def read_in_threads(source: Batched, batches: Iterable[Sequence[int]], *, workers: int,

@@ -1,10 +1,14 @@
 """Seeds, numerical backends, and a table of a network's parameters."""
 
+import ctypes
 import os
 
 import numpy as np
 import torch
 
+from dnnlib.util import cache_dir
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -28,7 +32,10 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 
 def configure_backends(precision: str, *, benchmark: bool = True, deterministic: bool = False):
-    """Sets TF32 (off unless the precision is tf32), cuDNN autotuning and determinism."""
+    """Sets TF32 (off unless the precision is tf32), cuDNN autotuning and determinism.
+
+    On a machine without a GPU, freed memory is kept for reuse.
+    """
     tf32 = precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
@@ -36,6 +43,44 @@ def configure_backends(precision: str, *, benchmark: bool = True, deterministic:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if not torch.cuda.is_available():
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep freed memory for the next allocation, where it is glibc.
+
+    Activations are allocated anew in every step, and each would come back from the kernel page by
+    page, zeroed. The peak stays as it is.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def compiles_by_itself(device: torch.device) -> bool:
+    """Says whether `compile_network` is worth it: on GPUs that Triton writes kernels for.
+
+    On the CPU it gains nothing and takes minutes.
+    """
+    if device.type != "cuda":
+        return False
+    from torch.utils._triton import has_triton
+    return has_triton()
+
+
+def compile_network(model: torch.nn.Module, *, graphs: bool = False) -> None:
+    """Compiles a network in place; its first call takes a minute or so.
+
+    Args:
+        model: takes batches of one size, or is compiled anew.
+        graphs: replay each call as one CUDA graph, on a GPU; for networks without gradients.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("compiled")))
+    model.compile(mode="reduce-overhead" if graphs else None, dynamic=False)
 
 
 def count_parameters(module: torch.nn.Module) -> int:

@@ -15,6 +15,7 @@ from typing import IO
 
 import numpy as np
 
+from torch_utils.npy_header import read_npy_header
 from training.image_files import Kind
 
 MAGIC = b"\x93NUMPY"
@@ -28,7 +29,7 @@ def read_kind(file: IO[bytes]) -> Kind:
     Raises:
         ValueError: it holds no image.
     """
-    shape, _, dtype = _read_header(file)
+    shape, _, dtype = read_npy_header(file)
     return array_kind(shape, dtype)
 
 
@@ -39,7 +40,7 @@ def decode(data: bytes) -> tuple[np.ndarray, Kind]:
         ValueError: it holds no image, is cut short, or has values that are not finite.
     """
     file = io.BytesIO(data)
-    shape, is_fortran, dtype = _read_header(file)
+    shape, is_fortran, dtype = read_npy_header(file)
     kind = array_kind(shape, dtype)
     if len(data) - file.tell() != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"an array of shape {list(shape)}, but not the bytes of it")
@@ -78,22 +79,12 @@ def open_stack(path: Path) -> np.ndarray:
         ValueError: it holds no images.
     """
     with open(path, "rb") as file:
-        shape, _, dtype = _read_header(file)
+        shape, _, dtype = read_npy_header(file)
     if len(shape) not in (3, 4):
         raise ValueError(f"an array of shape {list(shape)}; images are [n, H, W] or [n, C, H, W]")
     array_kind(shape[1:], dtype)
     stack = np.load(path, mmap_mode="r", allow_pickle=False)
     return stack[:, None] if stack.ndim == 3 else stack
-
-
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Returns shape, whether columns come first, and type."""
-    readers = {(1, 0): np.lib.format.read_array_header_1_0,
-               (2, 0): np.lib.format.read_array_header_2_0}
-    try:
-        return readers[np.lib.format.read_magic(file)](file)
-    except (ValueError, KeyError, SyntaxError, EOFError) as error:
-        raise ValueError("not a NumPy array") from error
 
 
 def array_kind(shape: tuple[int, ...], dtype: np.dtype) -> Kind:

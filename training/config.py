@@ -43,6 +43,7 @@ FREE_ON_RESUME = {
     "deterministic": "likewise",
     "cache": "where the pixels come from, not which",
     "workers": "likewise",
+    "data_on_device": "likewise",
     "max_bad_steps": "when to give up, not what is trained",
     "tick": "when to report and to write",
     "snap": "likewise",
@@ -97,6 +98,7 @@ class TrainConfig:
     max_bad_steps: int = 100
     bench: bool = True
     compile: str = "auto"
+    data_on_device: str = "auto"
     deterministic: bool = False
     cache: bool = True
     workers: int = 1
@@ -149,9 +151,13 @@ class TrainConfig:
             _require(0 <= value <= 1, f"--{_flag(name)}={value:g}", "between 0 and 1")
         _require(self.precision in PRECISIONS, f"--precision={self.precision}",
                  ", ".join(PRECISIONS))
-        _require(self.compile in ("auto", "0", "1"), f"--compile={self.compile}", "auto, 0 or 1")
         _require(set(self.log) <= set(LOG_SINKS), f"--log={','.join(self.log)}",
                  f"a list of {', '.join(LOG_SINKS)}")
+        for name in ("compile", "data_on_device"):
+            _require(getattr(self, name) in ("auto", "0", "1"),
+                     f"--{_flag(name)}={getattr(self, name)}", "auto, 0 or 1")
+        _require(self.cache or self.data_on_device != "1", "--data-on-device=1 with --cache=0",
+                 "used with --cache=1: it is the packed file that is copied")
         _require(self.cres is None or (self.cres and min(self.cres) > 0), f"--cres={self.cres}",
                  "a list of positive integers such as 1,2,2,2")
 

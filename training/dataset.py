@@ -35,6 +35,7 @@ from training.image_files import (
     GENERATE_RECORD,
     LABELS_NAME,
     check_matched,
+    collector_paused,
     label_array,
     match_names,
     open_files,
@@ -108,7 +109,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._copies = 2 if xflip else 1
         self._subset_key = "" if max_size is None else f"-{len(self._kept)}-{random_seed}"
         if cache:
-            self._open_packed()
+            self.pack()
 
     def __len__(self) -> int:
         return len(self._kept) * self._copies
@@ -121,11 +122,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
         All are copies, in the type that is stored.
         """
-        rows, mirrored = self._locate(indices)
+        rows, mirrored = self.locate(indices)
         images, *conditions = (stack.get(rows) for stack in self._stacks)
         for array in (images, *conditions):
             array[mirrored] = array[mirrored, :, :, ::-1]
-        return images, self._encode_labels(self._kept[rows]), *conditions
+        return images, self.labels_of(rows), *conditions
 
     def get_scored(self, indices: Sequence[int]) -> np.ndarray:
         """Returns images as detectors take them: uint8, or else float32 as networks see them."""
@@ -190,18 +191,18 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     def get_label(self, idx: int) -> np.ndarray:
         """Returns the label of one image as float32 [label_dim]."""
-        return self._encode_labels(self._kept[self._locate([idx])[0]])[0]
+        return self.labels_of(self.locate([idx])[0])[0]
 
     def get_details(self, idx: int) -> EasyDict:
         """Returns raw_idx (among all sorted names), xflip, and raw_label (a number or vector)."""
-        rows, mirrored = self._locate([idx])
+        rows, mirrored = self.locate([idx])
         raw_idx = int(self._kept[rows[0]])
         return EasyDict(raw_idx=raw_idx, xflip=int(mirrored[0]),
                         raw_label=self._labels[raw_idx].copy())
 
     def image_name(self, idx: int) -> str:
         """Returns the name of image `idx` inside the folder or ZIP."""
-        return self._names[self._kept[self._locate([idx])[0][0]]]
+        return self._names[self._kept[self.locate([idx])[0][0]]]
 
     @property
     def is_packed(self) -> bool:
@@ -253,10 +254,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         A ZIP lists them; the files of a folder are read for it.
         """
         digest = hashlib.sha256()
-        names = {*self._names, *self._cond_names, LABELS_NAME}
+        there, others = set(self._files.names), [LABELS_NAME]
         if not self.scaling.is_8bit:
-            names.add(GENERATE_RECORD)  # has the scale of generated arrays
-        for name in sorted(names & set(self._files.names)):
+            others.append(GENERATE_RECORD)  # has the scale of generated arrays
+        for name in sorted([*self._names, *self._cond_names, *filter(there.__contains__, others)]):
             digest.update(f"{name}\0{self._files.stamp(name)}\n".encode())
         return digest.hexdigest()
 
@@ -270,17 +271,32 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         for stack in self._stacks:
             stack.check_uniform()
 
-    def close(self) -> None:
-        """Closes the ZIP; reading opens it again."""
-        self._files.close()
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """The packed images, [n, C, H, W], and condition images if read; where `is_packed`."""
+        return [stack.packed for stack in self._stacks]
 
-    def _locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the position of each index in `_kept`, and whether it is a mirrored copy."""
+    def locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the row of each index in the packed copy, and whether it is mirrored."""
         indices = np.asarray(indices, dtype=np.int64)
         if ((indices < 0) | (indices >= len(self))).any():
             raise IndexError(f"{self.path}: index beyond the {len(self)} images")
         return indices % len(self._kept), indices >= len(self._kept)
 
+    def labels_of(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the labels of rows of the packed copy, float32 [B, label_dim]."""
+        labels = self._labels[self._kept[rows]]
+        if not self.has_onehot_labels:
+            return labels
+        onehot = np.zeros([len(labels), self.label_dim], np.float32)
+        onehot[np.arange(len(labels)), labels] = 1
+        return onehot
+
+    def close(self) -> None:
+        """Closes the ZIP; reading opens it again."""
+        self._files.close()
+
+    @collector_paused()
     def _load_labels(self) -> np.ndarray | None:
         if LABELS_NAME not in self._files.names:
             return None
@@ -293,18 +309,16 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         labels = parse_labels(text, where)
         return None if labels is None else label_array(self._names, labels, where)
 
-    def _encode_labels(self, raw_idx: np.ndarray) -> np.ndarray:
-        labels = self._labels[raw_idx]
-        if not self.has_onehot_labels:
-            return labels
-        onehot = np.zeros([len(labels), self.label_dim], np.float32)
-        onehot[np.arange(len(labels)), labels] = 1
-        return onehot
+    def pack(self) -> None:
+        """Reads pixels from the packed copy from now on, as `cache` does from the beginning.
 
-    def _open_packed(self) -> None:
+        Raises:
+            ValueError: an image can't be read, or is not of the first one's kind.
+        """
         for stack, suffix in zip(self._stacks, ("", "-cond"), strict=False):
             name = f"{self.fingerprint}{self._subset_key}{suffix}.npy"
             stack.open_packed(cache_dir("packed") / name, self.name)
+        self.close()  # the list of a ZIP's members is larger than all else
 
 
 class TrainingOrder(torch.utils.data.Sampler):

@@ -20,6 +20,7 @@ from dnnlib import console
 from torch_utils.atomic import atomic_write
 from torch_utils.distributed import get_rank, rank0_first
 from torch_utils.loading import read_in_processes
+from torch_utils.npy_header import read_npy_header
 from torch_utils.ordered_pool import num_cores
 from training import array_files
 from training.image_files import DAMAGE, Folder, Kind, Zip, is_array, picture_kind
@@ -61,6 +62,11 @@ class ImageStack:
     def is_packed(self) -> bool:
         """Whether images come from an array instead of files."""
         return self._packed is not None
+
+    @property
+    def packed(self) -> np.ndarray | None:
+        """The packed copy, [rows, C, H, W]; None where there is none."""
+        return self._packed
 
     def where(self, number: int) -> str:
         """Returns what errors call an image, by its number among all names."""
@@ -144,6 +150,8 @@ class ImageStack:
     def _map_packed(self, path: Path) -> np.ndarray | None:
         """Returns the memory-mapped copy, or None where it is missing or isn't whole."""
         try:
+            with open(path, "rb") as file:
+                read_npy_header(file)  # whose errors are ValueErrors, unlike those of np.load
             packed = np.load(path, mmap_mode="r", allow_pickle=False)
             whole = (packed.dtype == self.kind.dtype and packed.flags.c_contiguous
                      and packed.shape == (len(self._kept), *self.kind.shape)

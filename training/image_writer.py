@@ -10,7 +10,6 @@ running it again. Two runs may fill one folder at the same time: what both make 
 
 import concurrent.futures
 import contextlib
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +20,7 @@ import PIL.Image
 
 from torch_utils.atomic import atomic_write, remove_stale, write_json
 from training import array_files
-from training.image_files import ARRAY_SUFFIX, GENERATE_RECORD, read_regular
+from training.image_files import ARRAY_SUFFIX, GENERATE_RECORD, parse_json, read_regular
 
 
 class ImageFolder:
@@ -58,10 +57,10 @@ class ImageFolder:
             with contextlib.suppress(FileExistsError):  # another run was faster
                 write_json(record, settings, replace=False)
                 return
-        try:
-            there = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ValueError(f"{record}: not JSON; remove it or name another --outdir") from None
+        there = parse_json(record.read_bytes(), str(record))
+        if not isinstance(there, dict):
+            raise ValueError(f"{record}: not a record of settings; remove it or name another "
+                             "--outdir")
         for key in {**settings, **there}:  # some are recorded only where they are used
             now, then = settings.get(key), there.get(key)
             if now != then:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from torch_utils import distributed
-from torch_utils.misc import compute_dtype
+from torch_utils.misc import compile_network, compute_dtype
 from training import checkpoint
 from training.dataset import ImageFolderDataset
 from training.guidance import EVERYWHERE, GuidedDenoiser, guided
@@ -108,6 +108,7 @@ class NetworkSampler:
         conditions: the condition images, None for a network without.
         inits: the images from which sampling starts, None for pure noise.
         scaling: of the data that the network was trained on.
+        one_size: whether short batches are filled up, so that the network sees one size alone.
     """
 
     net: Precond | GuidedDenoiser
@@ -118,6 +119,7 @@ class NetworkSampler:
     conditions: SeedImages | None = None
     inits: SeedImages | None = None
     scaling: Scaling = EIGHT_BIT
+    one_size: bool = False
 
     @classmethod
     def open(cls, source: str, device: torch.device, *, class_idx: int | None = None,
@@ -125,7 +127,7 @@ class NetworkSampler:
              bits: int = FULL_BITS, guidance: float = 1.0, gnet: str | None = None,
              guidance_interval: tuple[float, float] | None = None, cond_image: str | None = None,
              init_image: str | None = None, init_sigma: float | None = None,
-             **sampler_options: Any) -> "NetworkSampler":
+             compiled: bool = False, **sampler_options: Any) -> "NetworkSampler":
         """Returns the network of a snapshot or state, ready to sample.
 
         Args:
@@ -142,6 +144,7 @@ class NetworkSampler:
             cond_image: folder or ZIP of condition images, see `SeedImages`.
             init_image: folder or ZIP of images to start from, see `SeedImages`.
             init_sigma: the noise level at which to start from them.
+            compiled: compile the network, and fill up batches to one size.
             sampler_options: fields of `SamplerConfig`.
 
         Raises:
@@ -152,7 +155,7 @@ class NetworkSampler:
         if precision == "fp16" and device.type != "cuda":
             distributed.print0("Note: fp16 is for GPUs; on the CPU the network runs in fp32")
         open_network = functools.partial(_open_network, device=device, pfgmpp=pfgmpp,
-                                         aug_dim=aug_dim, precision=precision)
+                                         aug_dim=aug_dim, precision=precision, compiled=compiled)
         content, net = open_network(source)
         quantise_(net, bits)
         sampler = _sampler_config(content, sampler_options, init_image, init_sigma)
@@ -165,6 +168,8 @@ class NetworkSampler:
             del settings["noise_alpha"]
         if bits < FULL_BITS:
             settings["bits"] = bits
+        if compiled:
+            settings["compile"] = True
         scaling = recorded_scaling(content, source, "scale", net.img_channels)
         denoiser, extra = _with_guidance(net, source, guidance, gnet, guidance_interval,
                                          open_network, scaling)
@@ -176,7 +181,8 @@ class NetworkSampler:
         for name, images in (("cond_image", conditions), ("init_image", inits)):
             extra |= {name: images.fingerprint} if images else {}
         settings = {key: _json_number(value) for key, value in (settings | extra).items()}
-        return cls(denoiser, sampler, device, class_idx, settings, conditions, inits, scaling)
+        return cls(denoiser, sampler, device, class_idx, settings, conditions, inits, scaling,
+                   one_size=compiled)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -190,7 +196,17 @@ class NetworkSampler:
 
     def images(self, batches: Iterable[Sequence[int]]) -> Iterator[SampleBatch]:
         """Yields the images of each batch of seeds."""
-        return generate_images(self.net, batches, **self._how())
+        if not self.one_size:
+            return generate_images(self.net, batches, **self._how())
+        return self._images_of_one_size(batches)
+
+    def _images_of_one_size(self, batches: Iterable[Sequence[int]]) -> Iterator[SampleBatch]:
+        size = 0
+        for seeds in filter(None, batches):
+            size = max(size, len(seeds))
+            filled = [*seeds, *[seeds[-1]] * (size - len(seeds))]
+            [full] = generate_images(self.net, [filled], **self._how())
+            yield full[:len(seeds)]
 
     def trajectory(self, seeds: Sequence[int]) -> list[torch.Tensor]:
         """Returns what the sampler passes through, see `sampling.trajectory`."""
@@ -203,12 +219,14 @@ class NetworkSampler:
 
 def _open_network(
     source: str, *, device: torch.device, pfgmpp: bool | None, aug_dim: float | None,
-    precision: str,
+    precision: str, compiled: bool,
 ) -> tuple[dict[str, Any], Precond]:
     """Returns the content of a file and its network, ready to be evaluated."""
     content = checkpoint.settle_D(checkpoint.load(source), source, pfgmpp, aug_dim)
     net = checkpoint.build_ema(content).to(device)
     net.compute_dtype = compute_dtype(precision)
+    if compiled:
+        compile_network(net.model, graphs=device.type == "cuda")
     return content, net
 
 

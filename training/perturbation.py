@@ -20,6 +20,11 @@ in sigma for every D, which is why nothing else in a diffusion code has to know 
 probability-flow ODE is dx/dsigma = (x - E[y|x])/sigma throughout, and a sampler starts at sigma_max
 times a unit-scale draw.
 
+Given its factor, the noise is Gaussian of variance v = sigma^2 D/c: the law is a mixture of
+Gaussians, with v inverse-gamma of shape D/2 and scale D sigma^2/2. The Gaussian is conjugate to it,
+so given the noise v is inverse-gamma again, of shape (N+D)/2 and scale (D sigma^2 + |n|^2)/2. That
+is what a stochastic sampler needs to stay within the family (training/solvers.py, `churn`).
+
 For data points y_i the ideal denoiser E[y|x] = sum_i w_i y_i is known in closed form:
 
     w = softmax_i( -|x-y_i|^2 / (2 sigma^2) )                          D = inf
@@ -74,6 +79,28 @@ class PerturbationKernel:
         """
         z = torch.randn(shape, generator=rng, device=rng.device)
         return scaled_noise(z, sigma, self.scale(shape[0], rng))
+
+    def posterior_scale(
+        self, noise: torch.Tensor, sigma: float | torch.Tensor, rng: torch.Generator
+    ) -> torch.Tensor:
+        """Returns a draw of `scale`'s sqrt(D/c) given the noise that it made, [B] float64.
+
+        With u ~ chi^2_(N+D) it is sqrt((D + |n|^2/sigma^2) / u). Ones at D = inf, where nothing is
+        drawn.
+
+        Args:
+            noise: sigma*sqrt(D/c)*z, of shape [B, ...], on the generator's device.
+            sigma: noise level, a number or a tensor of shape [], [B] or [B, 1, 1, 1].
+            rng: source of all randomness.
+        """
+        ones = torch.ones([len(noise)], dtype=torch.float64, device=rng.device)
+        if math.isinf(self.D):
+            return ones
+        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=noise.device).flatten()
+        squared = (noise.to(torch.float64).flatten(1) / sigma.unsqueeze(1)).square().sum(dim=1)
+        N = noise[0].numel()
+        chi2 = 2 * torch._standard_gamma(ones * ((N + self.D) / 2), generator=rng)
+        return ((self.D + squared) / chi2).sqrt()
 
     def log_density(self, noise: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Returns log p(n) up to a constant that depends on N and D alone, [B] float64."""

@@ -63,11 +63,10 @@ class Axis:
     is_log: bool = False
 
 
-def check_available() -> None:
-    """Raises ValueError where matplotlib is not installed."""
+def check_available(what: str = "the plots of a report") -> None:
+    """Raises ValueError where matplotlib is not installed, which `what` need."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the plots of a report need matplotlib, which is not installed: "
-                         "pip install matplotlib")
+        raise ValueError(f"{what} need matplotlib, which is not installed: pip install matplotlib")
 
 
 def plot(lines: Sequence[Line], axis: Axis, y_label: str, levels: Sequence[Level] = (),

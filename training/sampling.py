@@ -4,8 +4,9 @@
 
 Image k is a function of (network, seed k, sampler settings) alone. Each seed has its own generator
 on the sampling device, which draws in this order: the normal vector z [C, H, W]; the class where
-there are classes; the chi-square variate where D is finite; then the sampler's own noise, if it
-uses any. So one seed shows the same class and direction at every D, and D = inf gives EDM's images.
+there are classes; the chi-square variate where D is finite; then, at every step, the sampler's own
+noise, if it uses any, that of churn followed by a chi-square variate where D is finite. So one seed
+shows the same class and direction at every D, and D = inf gives EDM's images.
 
 Sampling may also begin at a given image y, at a level sigma below sigma_max: the state there is
 y + sigma * latents, which is what noise of the kernel makes of y, and the sampler goes on from it
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
+from torch_utils.misc import default_generator
 from training.discretization import edm_sigmas, make_schedule, sigma_grid
 from training.networks import Precond
 from training.perturbation import PerturbationKernel, per_image
@@ -36,6 +38,7 @@ from training.solvers import (
 )
 
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
+PosteriorScale = Callable[[PerturbationKernel, torch.Tensor, torch.Tensor], torch.Tensor]
 ImagesOfSeeds = Callable[[Sequence[int]], torch.Tensor]  # [B, C, H, W] float32, about [-1, 1]
 _SEED_RANGE = 1 << 32
 _SHOWN_STD = 0.5  # about that of images in [-1, 1]
@@ -72,6 +75,20 @@ class StackedRandomGenerator:
         """Returns the kernel's radial factor sqrt(D/c), [B] float64."""
         return torch.cat([kernel.scale(1, rng) for rng in self.generators])
 
+    def posterior_scale(
+        self, kernel: PerturbationKernel, noise: torch.Tensor, sigma: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns a draw of the radial factor given noise [B, ...] of level sigma, [B] float64."""
+        return torch.cat([kernel.posterior_scale(row[None], sigma, rng)
+                          for row, rng in zip(noise, self.generators, strict=True)])
+
+
+def _posterior_scale(
+    kernel: PerturbationKernel, noise: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
+    """Returns `kernel.posterior_scale` from PyTorch's default generator."""
+    return kernel.posterior_scale(noise, sigma, default_generator(noise.device))
+
 
 def edm_sampler(
     net: Callable, latents: torch.Tensor, class_labels: torch.Tensor | None = None,
@@ -80,20 +97,22 @@ def edm_sampler(
     S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf, S_noise: float = 1.0,
     *, noise_alpha: float = 0.0, watch: Watch | None = None,
     condition: torch.Tensor | None = None, init: torch.Tensor | None = None,
+    posterior_scale: PosteriorScale = _posterior_scale,
 ) -> torch.Tensor:
     """Returns samples [B, C, H, W] in float64 by Heun's method on the EDM grid.
 
     Args:
         net: a preconditioned network, or any denoiser (x, sigma, class_labels) with the attributes
-            sigma_min, sigma_max and round_sigma.
+            sigma_min, sigma_max and round_sigma; and D, without which it is taken for inf.
         latents: unit-scale draws of the network's prior, [B, C, H, W].
         class_labels: [B, label_dim] or None.
         randn_like: source of the noise that churn adds.
-        num_steps: number of noise levels; the network is evaluated 2*num_steps - 1 times.
+        num_steps: number of noise levels; the network is evaluated 2*num_steps - 1 times, at finite
+            D once more for every step that is churned.
         sigma_min: lowest noise level above 0.
         sigma_max: highest noise level.
         rho: how strongly low levels are favoured.
-        S_churn: strength of the stochastic part; 0 is deterministic. For D = inf only.
+        S_churn: strength of the stochastic part; 0 is deterministic.
         S_min: lowest noise level that is churned.
         S_max: highest noise level that is churned.
         S_noise: factor on the noise that churn adds.
@@ -101,18 +120,22 @@ def edm_sampler(
         watch: called with (state, sigma) before each step.
         condition: [B, cond_channels, H, W], for networks with a condition image.
         init: images [B, C, H, W] to which the noise of sigma_max is added at the start; None is 0.
+        posterior_scale: source of the factor of churn's noise at finite D, (kernel, n, sigma) ->
+            [B].
     """
+    denoise = _float64_denoiser(net, class_labels, condition)
     sigmas = edm_sigmas(net, num_steps, sigma_min, sigma_max, rho).to(latents.device)
     before_step = None
     if S_churn > 0:
         before_step = churn(sigmas, randn_like, S_churn=S_churn, S_min=S_min, S_max=S_max,
-                            S_noise=S_noise, round_sigma=net.round_sigma)
+                            S_noise=S_noise, round_sigma=net.round_sigma,
+                            **_scaled_churn(net, denoise, posterior_scale))
     if noise_alpha > 0:
         before_step = disturbed(before_step, sigmas, randn_like, noise_alpha=noise_alpha)
     if watch:
         before_step = watched(before_step, sigmas, watch)
     start = _start(latents, sigmas[0], init)
-    return heun(_float64_denoiser(net, class_labels, condition), start, sigmas, before_step)
+    return heun(denoise, start, sigmas, before_step)
 
 
 def ablation_sampler(
@@ -123,7 +146,7 @@ def ablation_sampler(
     S_noise: float = 1.0, solver: str = "heun", discretization: str = "edm",
     schedule: str = "linear", scaling: str = "none", *, noise_alpha: float = 0.0,
     watch: Watch | None = None, condition: torch.Tensor | None = None,
-    init: torch.Tensor | None = None,
+    init: torch.Tensor | None = None, posterior_scale: PosteriorScale = _posterior_scale,
 ) -> torch.Tensor:
     """Returns samples [B, C, H, W] in float64 by any combination of published choices.
 
@@ -138,13 +161,15 @@ def ablation_sampler(
         schedule: how sigma depends on time: 'vp', 've' or 'linear'.
         scaling: how the state is scaled: 'vp' or 'none'.
     """
+    denoise = _float64_denoiser(net, class_labels, condition)
     grid, low, high = sigma_grid(discretization, net, num_steps, sigma_min, sigma_max, rho)
     path = make_schedule(schedule, scaling, low, high)
     times = torch.cat([path.sigma_inv(grid[:-1]), grid.new_zeros(1)]).to(latents.device)
     before_step = None
     if S_churn > 0:
         before_step = churn(times, randn_like, S_churn=S_churn, S_min=S_min, S_max=S_max,
-                            S_noise=S_noise, round_sigma=net.round_sigma, schedule=path)
+                            S_noise=S_noise, round_sigma=net.round_sigma, schedule=path,
+                            **_scaled_churn(net, denoise, posterior_scale))
     if noise_alpha > 0:
         before_step = disturbed(before_step, times, randn_like, noise_alpha=noise_alpha,
                                 schedule=path)
@@ -152,7 +177,6 @@ def ablation_sampler(
         before_step = watched(before_step, times, lambda x, t: watch(x / path.scale(t),
                                                                      path.sigma(t)))
     start = _start(latents, path.sigma(times[0]), init) * path.scale(times[0])
-    denoise = _float64_denoiser(net, class_labels, condition)
     return SOLVERS[solver](denoise, start, times, before_step, schedule_slope(path))
 
 
@@ -174,6 +198,14 @@ def _float64_denoiser(
 ) -> Denoiser:
     told = {} if condition is None else {"condition": condition}
     return lambda x, sigma: net(x, sigma, class_labels, **told).to(torch.float64)
+
+
+def _scaled_churn(net: Callable, denoise: Denoiser, posterior_scale: PosteriorScale) -> dict:
+    """Returns the keywords of `churn` for the network's D; none at D = inf."""
+    kernel = PerturbationKernel(getattr(net, "D", math.inf))
+    if math.isinf(kernel.D):
+        return {}
+    return {"denoise": denoise, "noise_scale": functools.partial(posterior_scale, kernel)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,23 +241,19 @@ class SamplerConfig:
         if min(self.S_churn, self.S_noise, self.noise_alpha) < 0:
             raise ValueError(f"S_churn={self.S_churn:g}, S_noise={self.S_noise:g}, "
                              f"noise_alpha={self.noise_alpha:g}: must be 0 or more")
-        if self.S_churn > 0 and not math.isinf(net.D):
-            raise ValueError(
-                f"S_churn={self.S_churn:g} with D={net.D:g}: churn adds Gaussian noise, which "
-                "leaves the marginals of finite D; use S_churn=0")
         sigma_grid(self.discretization or "edm", net, self.num_steps, self.sigma_min,
                    self.sigma_max, self.rho)
 
     def sample(self, net: Precond, latents: torch.Tensor, class_labels: torch.Tensor | None,
                randn_like: RandnLike, watch: Watch | None = None, *,
                condition: torch.Tensor | None = None, init: torch.Tensor | None = None,
-               ) -> torch.Tensor:
+               posterior_scale: PosteriorScale = _posterior_scale) -> torch.Tensor:
         """Returns samples [B, C, H, W] in float64, see `edm_sampler`."""
         given = {name: value for name, value in dataclasses.asdict(self).items()
                  if value is not None}
         sampler = ablation_sampler if self.is_ablation else edm_sampler
         return sampler(net, latents, class_labels, randn_like, **given, watch=watch,
-                       condition=condition, init=init)
+                       condition=condition, init=init, posterior_scale=posterior_scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +263,10 @@ class SampleBatch:
     seeds: list[int]
     images: torch.Tensor  # [B, C, H, W] float64, about [-1, 1]
     class_labels: torch.Tensor | None  # [B, label_dim]
+
+    def __getitem__(self, part: slice) -> "SampleBatch":
+        labels = None if self.class_labels is None else self.class_labels[part]
+        return SampleBatch(self.seeds[part], self.images[part], labels)
 
 
 def draw_latents(
@@ -282,7 +314,8 @@ def generate_images(
         condition, init = (None if images_of is None else images_of(seeds).to(device)
                            for images_of in (conditions, inits))
         images = sampler.sample(net, latents, class_labels, rnd.randn_like, watch,
-                                condition=condition, init=init)
+                                condition=condition, init=init,
+                                posterior_scale=rnd.posterior_scale)
         yield SampleBatch(list(seeds), images, class_labels)
 
 

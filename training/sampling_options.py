@@ -38,7 +38,7 @@ _OPTIONS = (
     click.option("--sigma_min", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), help="Lowest noise level.  [default: 0.002, or the discretisation's]"),
     click.option("--sigma_max", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), help="Highest noise level.  [default: 80, 380 for --lsun networks, or the discretisation's]"),
     click.option("--rho", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=7, help="Exponent of the grid of noise levels."),
-    click.option("--S_churn", "S_churn", metavar="FLOAT", type=click.FloatRange(min=0), default=0, help="Strength of the stochastic sampler; for D = inf only."),
+    click.option("--S_churn", "S_churn", metavar="FLOAT", type=click.FloatRange(min=0), default=0, help="Strength of the stochastic sampler; 0 is deterministic."),
     click.option("--S_min", "S_min", metavar="FLOAT", type=click.FloatRange(min=0), default=0, help="Lowest noise level that is churned."),
     click.option("--S_max", "S_max", metavar="FLOAT", type=click.FloatRange(min=0), default=math.inf, help="Highest noise level that is churned."),
     click.option("--S_noise", "S_noise", metavar="FLOAT", type=click.FloatRange(min=0), default=1, help="Factor on the noise of churn."),
@@ -55,6 +55,7 @@ _OPTIONS = (
     click.option("--init-image", metavar="DIR|ZIP", help="Start from these images plus noise instead of noise; seed k has image k mod n of n."),
     click.option("--init-sigma", metavar="S", type=click.FloatRange(min=0, min_open=True), help="Noise level at which to start from --init-image; takes the place of --sigma_max."),
     click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", help="Arithmetic inside the network."),
+    click.option("--compile", "compiled", metavar="BOOL", type=click.BOOL, default=False, help="torch.compile the network, with CUDA graphs on a GPU. Takes a minute at the start."),
 )
 
 

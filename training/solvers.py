@@ -23,6 +23,7 @@ Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 BeforeStep = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 Slope = Callable[[Denoiser, torch.Tensor, torch.Tensor], torch.Tensor]
 RandnLike = Callable[[torch.Tensor], torch.Tensor]
+NoiseScale = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Karras et al. 2022, Algorithm 2: more churn in one step would add noise above the signal.
 _MAX_GAMMA = math.sqrt(2) - 1
@@ -125,14 +126,17 @@ def churn(
     sigmas: torch.Tensor, randn_like: RandnLike, *, S_churn: float, S_min: float = 0.0,
     S_max: float = math.inf, S_noise: float = 1.0,
     round_sigma: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
-    schedule: Schedule | None = None,
+    schedule: Schedule | None = None, denoise: Denoiser | None = None,
+    noise_scale: NoiseScale | None = None,
 ) -> BeforeStep:
     """Returns a `before_step` that raises the noise level by a factor 1 + gamma with fresh noise.
 
     Karras et al. 2022, Algorithm 2: gamma = min(S_churn/n, sqrt(2) - 1) where
-    S_min <= sigma <= S_max, else 0. The noise is Gaussian and so keeps the marginals of D = inf
-    alone. It is drawn at every step, also where it is not used, so that the draws of a seed do not
-    depend on S_min and S_max.
+    S_min <= sigma <= S_max, else 0. Fresh noise is Gaussian, which keeps the marginals of Gaussian
+    noise. Where the state's noise is a mixture of Gaussians, `noise_scale` draws by what its own
+    was scaled, given x - D(x; sigma) for the noise, and the fresh one is scaled by the same: one
+    more evaluation in each step that is churned. Noise and scale are drawn at every step, also
+    where they are not used, so that the draws of a seed do not depend on S_min and S_max.
 
     Args:
         sigmas: the solver's noise levels, or times where there is a schedule, on x's device.
@@ -143,6 +147,8 @@ def churn(
         S_noise: factor on the standard deviation of the fresh noise.
         round_sigma: maps the raised levels to those that the network knows.
         schedule: how levels and the state's scale depend on time.
+        denoise: D(x, sigma); needed with `noise_scale`.
+        noise_scale: (n, sigma) -> [B], the scale of noise n of level sigma; None is 1 for all.
     """
     starts = sigmas[:-1]
     levels = schedule.sigma(starts) if schedule else starts
@@ -151,13 +157,23 @@ def churn(
     raised = round_sigma(levels + gamma * levels * inside)
     if schedule is None:
         raised_starts, std, ratio = raised, 1.0, torch.ones_like(levels)
+        scales = ratio
     else:
         raised_starts = schedule.sigma_inv(raised)
         raised, std = schedule.sigma(raised_starts), schedule.scale(raised_starts)
-        ratio = std / schedule.scale(starts)
+        scales = schedule.scale(starts)
+        ratio = std / scales
     std = std * (raised.square() - levels.square()).clamp(min=0).sqrt() * S_noise
 
+    is_raised = (std > 0).tolist()
+
     def before_step(x: torch.Tensor, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return ratio[i] * x + std[i] * randn_like(x), raised_starts[i]
+        fresh = randn_like(x)
+        if noise_scale is not None:
+            noise = x / scales[i]
+            if is_raised[i]:
+                noise = noise - denoise(noise, levels[i])
+            fresh = noise_scale(noise, levels[i]).reshape(-1, *[1] * (x.ndim - 1)) * fresh
+        return ratio[i] * x + std[i] * fresh, raised_starts[i]
 
     return before_step

@@ -9,6 +9,7 @@ stays there until the tick reads it.
 
 import contextlib
 import copy
+import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -21,10 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torch_utils import distributed, misc, training_stats
 from torch_utils.loading import Timed, read_in_processes, read_in_threads
-from training import checkpoint
+from training import checkpoint, device_data
 from training.augment import AugmentPipe
 from training.config import TrainConfig
 from training.dataset import ImageFolderDataset, TrainingOrder, order_at
+from training.device_data import DeviceData
 from training.ema import RAMPUP_RATIO, ema_beta, update_ema_
 from training.loss import LOSSES, DenoisingLoss, LossDraws
 from training.networks import Precond, build_network
@@ -35,6 +37,10 @@ _INIT_TAG, _STEP_TAG, _DROPOUT_TAG, _REFERENCE_TAG = 1, 2, 3, 4
 _DYNAMIC_SCALE_START = 2.0**16
 _DYNAMIC_SCALE_PERIOD = 2000  # good steps between doublings
 HEAVY_TAILED_D = 0.5  # below, draws beyond float32 have been seen (training/perturbation.py)
+# The buffers never change. The flag that says so has two names, by the version of PyTorch.
+_BUFFERS_ALONE = {
+    "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel)
+    .parameters else "broadcast_buffers": False}
 _MAX_NAMED = 8  # images in an error message
 
 
@@ -89,13 +95,20 @@ class Trainer:
 
     def start(self) -> None:
         """Opens the stream of batches at `cur_nimg` and couples the ranks."""
-        if self.config.compile == "1":
-            self.net.model.compile()
+        if self.is_compiled:
+            misc.compile_network(self.net.model)
         if torch.distributed.is_initialized():
             ids = [self.device] if self.device.type == "cuda" else None
             self.ddp = DistributedDataParallel(
-                self.net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+                self.net, device_ids=ids, gradient_as_bucket_view=True, **_BUFFERS_ALONE)
         self._batches = Timed(self._open_batches())
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the network is compiled: as --compile says, by itself where that is exact."""
+        if self.config.compile == "auto":
+            return not self.config.deterministic and misc.compiles_by_itself(self.device)
+        return self.config.compile == "1"
 
     def close(self) -> None:
         """Lets go of the process group's hooks and of the loader workers."""
@@ -111,9 +124,17 @@ class Trainer:
         order = TrainingOrder(
             len(self.dataset), self.config.seed, self.config.batch, start=self.cur_nimg,
             rank=self.rank, world_size=self.world_size, rounds=self.rounds)
+        if self._is_data_on_device:
+            return DeviceData(self.dataset, self.device).batches(order)
         read = read_in_threads if self.dataset.is_packed else read_in_processes
         return read(self.dataset, order, workers=self.config.workers,
                     pin_memory=self.device.type == "cuda")
+
+    @property
+    def _is_data_on_device(self) -> bool:
+        if self.config.data_on_device == "auto":
+            return device_data.fits_by_itself(self.dataset, self.device)
+        return self.config.data_on_device == "1"
 
     @property
     def step(self) -> int:
@@ -204,10 +225,13 @@ class Trainer:
         return self.ddp.no_sync()
 
     def _finish_gradients(self) -> torch.Tensor:
-        """Returns 1 if any averaged gradient is not finite, else 0: a 0-d float on the device."""
+        """Returns 1 if the averaged gradients are not finite, else 0: a 0-d float on the device.
+
+        By their 2-norm, the cheapest pass over all of them. It is infinite where a square exceeds
+        float32, and so would Adam's second moment be, for ever.
+        """
         grads = [p.grad for p in self.net.parameters() if p.grad is not None]
-        largest = torch.nn.utils.get_total_norm(grads, norm_type=math.inf)
-        return (~largest.isfinite()).to(torch.float32)
+        return (~torch.nn.utils.get_total_norm(grads).isfinite()).to(torch.float32)
 
     def _count(self, bad: torch.Tensor) -> None:
         """Updates the counters and a dynamic loss scale, all on the device."""

@@ -406,7 +406,8 @@ def _announce(trainer: Trainer) -> None:
         f"{dataset.label_dim or 'no'} label dimensions\n"
         f"Noise      {noise}\n"
         f"Batch      {config.batch} = {trainer.micro_batch} images x {trainer.rounds} round(s) "
-        f"x {trainer.world_size} process(es), {trainer.device.type}, {config.precision}\n"
+        f"x {trainer.world_size} process(es), {trainer.device.type}, {config.precision}"
+        f"{', compiled' if trainer.is_compiled else ''}\n"
         f"Training   {trainer.cur_nimg / 1e3:g} of {config.total_nimg / 1e3:g} kimg, "
         f"seed {config.seed}\n")
     if config.D < HEAVY_TAILED_D:

@@ -102,7 +102,10 @@ class Conv2d(torch.nn.Module):
             x = self._downsample(x, padding=(self.resample_filter.shape[-1] - 1) // 2)
         if self.weight is None:
             return x
-        return F.conv2d(x, self.weight.to(x.dtype), bias, padding=self.weight.shape[-1] // 2)
+        weight = self.weight.to(x.dtype)
+        if weight.shape[-1] == 1:  # in channels_last a product of matrices, without a copy
+            return F.linear(x.movedim(1, 3), weight[:, :, 0, 0], bias).movedim(3, 1)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
     def _upsample(self, x: torch.Tensor) -> torch.Tensor:
         channels, size = x.shape[1], self.resample_filter.shape[-1]

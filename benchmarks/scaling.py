@@ -1,0 +1,63 @@
+"""Training steps of one process against the same batch on two gloo processes, on the same cores."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+from benchmarks import networks
+from benchmarks.sides import ROOT
+from benchmarks.table import Options, Row, with_ratios
+
+_BATCH, _STEPS = 16, 3
+
+
+def rows(options: Options) -> list[Row]:
+    """Returns the steps of NCSN++ 32x32 on two cores, divided in both ways, in turn."""
+    what = f"training, ncsnpp 32x32, batch {_BATCH}, two cores"
+    ways = {"two processes, one thread each": (2, 1), "one process, two threads": (1, 2)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with tempfile.TemporaryDirectory() as folder:
+        config, _ = networks.network("ncsnpp", 32)
+        networks.write_inputs({"network": config, "folder": folder, "side": 32})
+        for _ in range(max(options.repeats - 1, 1)):
+            for name, (processes, threads) in ways.items():
+                seconds[name] += _steps(folder, processes, threads)
+    return with_ratios([Row(what, name, seconds[name], _BATCH) for name in ways], list(ways)[-1])
+
+
+def _steps(folder: str, processes: int, threads: int) -> list[float]:
+    """Returns the seconds of some steps, as rank 0 sees them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={processes}", __file__, folder]
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, check=True, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _worker(folder: str) -> None:
+    """Takes the steps in a process of torchrun's."""
+    import torch
+
+    from torch_utils import distributed
+
+    with distributed.process_group("cpu"):
+        case = networks.OurStep({"device": "cpu", "precision": "fp32", "compile": False,
+                                 "arch": "ncsnpp", "batch": _BATCH, "folder": folder})
+        seconds = []
+        for _ in range(_STEPS + 1):
+            distributed.barrier()
+            start = time.perf_counter()
+            case.run()
+            seconds.append(time.perf_counter() - start)
+        assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
+        if distributed.get_rank() == 0:
+            print(json.dumps(seconds[1:]), flush=True)
+        case.close()
+
+
+if __name__ == "__main__":
+    _worker(sys.argv[1])

@@ -1,0 +1,118 @@
+"""The tables and the pictures of docs/results.md, from the run directories of the study."""
+
+import math
+import sys
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dnnlib.cli import UserError, user_errors
+from training.comparison import Comparison, compare
+from training.run_record import RunRecord
+
+_AXES = {"noise_alpha": "noise before each step, alpha", "num_steps": "network evaluations",
+         "bits": "bits of the weights"}
+_FULL = 32
+_IMAGES = 12
+
+
+def name_of(D: float) -> str:
+    """Returns D as it is written."""
+    return f"{D:g}"
+
+
+def table(comparison: Comparison) -> str:
+    """Returns the scores as Markdown: a row per D, a column per point."""
+    points = {"": [(c.D, c.points[c.D]) for c in comparison.over_D]}
+    rows = {D: [f"{s.mean:.1f} ({s.low:.1f} to {s.high:.1f})"] for D, s in points[""]}
+    heads = [f"{comparison.num_steps} steps"]
+    for axis, curves in comparison.over.items():
+        values = sorted({x for curve in curves for x in curve.points} -
+                        {0, _FULL, comparison.num_steps})
+        short = {"noise_alpha": "alpha {:g}", "num_steps": "{:g} steps", "bits": "{:g} bits"}[axis]
+        heads += [short.format(value) for value in values]
+        for curve in curves:
+            rows[curve.D] += [f"{curve.points[value].mean:.1f}" if value in curve.points else ""
+                              for value in values]
+    lines = [["D", *heads], ["---"] * (len(heads) + 1)]
+    lines += [[name_of(D), *cells] for D, cells in sorted(rows.items())]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def draw(comparison: Comparison, path: Path) -> None:
+    """Writes the scores over D, noise, steps and bits as one picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
+    finite = [c for c in comparison.over_D if not math.isinf(c.D)]
+    spreads = [c.points[c.D] for c in finite]
+    low = [s.mean - s.low for s in spreads]
+    high = [s.high - s.mean for s in spreads]
+    axes[0, 0].errorbar([c.D for c in finite], [s.mean for s in spreads], [low, high], marker="o",
+                        capsize=3, color="black")
+    axes[0, 0].set_xscale("log", base=2)
+    for curve in comparison.over_D:
+        if math.isinf(curve.D):
+            s = curve.points[curve.D]
+            axes[0, 0].axhline(s.mean, color="black", linestyle="--", label="D = inf")
+            axes[0, 0].axhspan(s.low, s.high, color="black", alpha=0.1)
+            axes[0, 0].legend()
+    axes[0, 0].set_xlabel("D")
+    styles = zip(("o", "s", "^", "D", "v"), ("-", "--", "-.", ":", "-"), strict=True)
+    styles = dict(zip(sorted(c.D for c in comparison.over_D), styles, strict=False))
+    for ax, (axis, curves) in zip(axes.flat[1:], comparison.over.items(), strict=False):
+        for curve in curves:
+            xs = sorted(curve.points)
+            places = range(len(xs)) if axis == "bits" else [
+                comparison.kind.evaluations(x) if axis == "num_steps" else x for x in xs]
+            marker, line = styles[curve.D]
+            ax.plot(places, [curve.points[x].mean for x in xs], marker=marker, linestyle=line,
+                    label=f"D = {name_of(curve.D)}")
+            if axis == "bits":
+                ax.set_xticks(list(places), [f"{x:g}" for x in xs])
+        ax.set_xlabel(_AXES[axis])
+        if axis != "noise_alpha":
+            ax.set_yscale("log")
+        ax.legend()
+    for ax in axes.flat:
+        ax.set_ylabel(comparison.kind.title)
+        ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def show_samples(runs: list[RunRecord], path: Path) -> None:
+    """Writes images of the same seeds, a row per D."""
+    import numpy as np
+    import PIL.Image
+
+    from training.grid import image_grid, save_png
+    rows = []
+    for run in runs:
+        [folder, *_] = sorted(run.path.glob("ckpt_*/000000"))
+        names = sorted(folder.glob("*.png"))[:_IMAGES]
+        rows.append([np.asarray(PIL.Image.open(name)).transpose(2, 0, 1) for name in names])
+    save_png(path, image_grid(rows, [f"D = {name_of(run.D)}" for run in runs]))
+
+
+@click.command()
+@click.argument("run_dirs", nargs=-1, required=True)
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), default="docs", show_default=True, help="Where to write the pictures.")
+def main(run_dirs: tuple[str, ...], out: Path) -> None:
+    """Prints the tables of the study and writes its pictures."""
+    with user_errors():
+        runs = sorted((RunRecord.read(path) for path in run_dirs), key=lambda run: run.D)
+        comparisons = compare(runs)
+        if not comparisons:
+            raise UserError(f"{', '.join(run_dirs)}: no scores; run the study first")
+        for comparison in comparisons:
+            print(f"{comparison.kind.title}\n\n{table(comparison)}\n")
+        [first, *_] = [c for c in comparisons if c.kind.metric == "frechet_distance"]
+        draw(first, out / "results-scores.png")
+        show_samples(runs, out / "results-samples.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The benchmarks' own arithmetic, and that they run; figures are nobody's test."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import ROOT
+
+from benchmarks import __main__ as command
+from benchmarks import sides, stf
+from benchmarks.table import Row, format_table, in_turn, relative_error, with_ratios
+
+
+def test_a_ratio_is_how_many_times_faster_than_the_baseline():
+    rows = with_ratios([Row("a", "ours", [1.0, 9.0, 2.0]), Row("a", "theirs", [6.0, 6.0, 7.0]),
+                        Row("b", "ours", [1.0])], "theirs")
+    assert [row.ratio for row in rows] == [3.0, None, None]
+
+
+def test_figures_follow_from_the_median():
+    row = Row("a", "ours", [0.5, 2.0, 0.1], images=8, flops=3e12, arithmetic="bf16")
+    data = row.to_dict({"bf16": 12.0})
+    assert data["images_per_second"] == 16 and data["tflops"] == 6
+    assert data["percent_of_peak"] == 50
+    assert row.to_dict({})["percent_of_peak"] is None
+
+
+def test_the_table_has_a_line_a_side_under_each_thing():
+    rows = with_ratios([Row("step", "ours", [0.5], images=4, error=2e-7, note="busy"),
+                        Row("step", "theirs", [1.0], images=4, memory_mb=1234.5)], "theirs")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")]
+             for line in format_table(rows, {}).splitlines()]
+    assert lines[2][0] == "**step**"
+    assert lines[3] == ["ours (busy)", "500 ms", "8", "", "", "", "2.0e-07", "2.00x"]
+    assert lines[4] == ["theirs", "1 s", "4", "", "", "1,234", "", ""]
+
+
+def test_ways_take_turns():
+    order = []
+    seconds = in_turn({name: (lambda name=name: order.append(name)) for name in "ab"}, 2)
+    assert order == ["a", "b", "a", "b"] and {len(times) for times in seconds.values()} == {2}
+
+
+def test_relative_error():
+    assert math.isclose(relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])), 0.1)
+
+
+def test_both_ways_of_stable_targets_agree_where_many_images_have_a_share():
+    kernel, x, sigma, data = inputs = stf.make_inputs(8, 32, 48, 128)
+    assert relative_error(stf.by_product(*inputs), stf.by_differences(*inputs)) < 1e-6
+    nearest = data[torch.cdist(x, data).argmin(1)]
+    assert relative_error(stf.by_product(*inputs), nearest) > 0.1
+
+
+CASE = """
+import os, sys
+class Case:
+    def __init__(self, settings):
+        print("noise on stdout")
+        self.total = settings["start"]
+    def run(self):
+        self.total += 1
+    def get(self, factor):
+        return {"total": self.total * factor, "first path": sys.path[0]}
+class Broken:
+    def __init__(self, settings):
+        raise KeyError("no such network")
+"""
+
+
+def test_a_side_runs_in_its_own_checkout(tmp_path):
+    (tmp_path / "case.py").write_text(CASE)
+    with sides.Side(tmp_path, tmp_path / "case.py", "Case", {"start": 5}, threads=1) as side:
+        assert side.run() > 0 and side.run() > 0
+        assert side.call("get", 10) == {"total": 70, "first path": str(tmp_path)}
+        assert 0 <= side.peak_mb() < 500
+
+
+def test_a_side_that_can_not_be_made_says_why(tmp_path):
+    (tmp_path / "case.py").write_text(CASE)
+    with pytest.raises(sides.SideError, match="no such network"):
+        sides.Side(tmp_path, tmp_path / "case.py", "Broken", {}, threads=1)
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--precision=bf16"], "with fp32 among them"),
+    (["--precision=fp32,int8"], "must be of fp32"),
+    (["--against=."], "not a checkout of EDM"),
+    (["--against-commit=no-such-revision"], "--against-commit=no-such-revision: "),
+    (["nothing"], "nothing"),
+])
+def test_what_can_not_be_measured_is_refused(invoke, args, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(command.main, *args)
+    assert result.exit_code and words in result.output and "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_table_and_writes_json(invoke, tmp_path):
+    out = tmp_path / "figures.json"
+    result = invoke(command.main, "training", "sampling", "startup", "--device=cpu", "--threads=1",
+                    "--batch=1", "--repeats=1", "--against-commit=HEAD", f"--out={out}")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    steps = {row["side"]: row for row in rows if row["what"].startswith("training, ncsnpp")}
+    assert steps.keys() == {"ours fp32", "ours bf16", "HEAD fp32", "HEAD bf16"}
+    assert steps["ours bf16"]["error"] < 0.05 and steps["ours fp32"]["ratio"] > 0.2
+    assert steps["HEAD fp32"]["error"] < 1e-3
+    assert (ROOT / "benchmarks.json").exists() is False

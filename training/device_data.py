@@ -1,0 +1,63 @@
+"""A data set in the memory of the training device, from which batches are taken by number.
+
+Nothing is read ahead and no pixel crosses to the device in a step: numbers of images and labels do.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from training.dataset import ImageFolderDataset
+
+_SHARE = 1 / 16  # of a GPU's memory that data take without being asked
+
+
+def fits_by_itself(dataset: ImageFolderDataset, device: torch.device) -> bool:
+    """Says whether a data set is packed and takes a small part of a GPU's memory."""
+    if device.type != "cuda" or not dataset.is_packed:
+        return False
+    size = sum(array.nbytes for array in dataset.arrays)
+    return size <= _SHARE * torch.cuda.get_device_properties(device).total_memory
+
+
+class DeviceData:
+    """Batches of a packed data set, equal to what the data set itself reads.
+
+    Args:
+        dataset: opened with its cache.
+        device: where the images are kept and given.
+    """
+
+    def __init__(self, dataset: ImageFolderDataset, device: torch.device):
+        self._dataset, self._device = dataset, device
+        self._arrays = [_to_device(array, device) for array in dataset.arrays]
+        self._dtypes = [torch.from_numpy(array[:0].copy()).dtype for array in dataset.arrays]
+
+    def batches(self, order: Iterable[Sequence[int]]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yields images, labels and, if read, conditions of each list of indices."""
+        return map(self.get_batch, order)
+
+    def get_batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """Returns images [B, C, H, W], float32 labels [B, label_dim] and, if read, conditions."""
+        rows, mirrored = self._dataset.locate(indices)
+        chosen = self._send(rows)
+        images, *conditions = (array.index_select(0, chosen) for array in self._arrays)
+        if mirrored.any():
+            flips = self._send(mirrored)[:, None, None, None]
+            images, *conditions = (torch.where(flips, array.flip(3), array)
+                                   for array in (images, *conditions))
+        images, *conditions = map(torch.Tensor.view, (images, *conditions), self._dtypes)
+        return images, self._send(self._dataset.labels_of(rows)), *conditions
+
+    def _send(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Returns a copy of a mapped array; 16 bits as a signed type, which every operation takes."""
+    copied = np.array(array.view(np.int16) if array.dtype == np.uint16 else array)
+    return torch.from_numpy(copied).to(device)
