@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -77,29 +78,31 @@ class Estimate:
 class _Kept(TorchFunctionMode):
     """Collects what autograd keeps for backward, each storage once; parameters are left out.
 
-    Of attention it is inputs and output, as in the kernels of real devices. The meta device has
-    only the plain formula, whose matrices of weights are larger than all else.
+    Of attention and matrix products it is what the kernels of real devices keep. The meta device
+    has only the plain formula of attention, whose matrices of weights are larger than all else, and
+    loses channels_last, so that 1x1 convolutions copy their input.
     """
 
     def __init__(self, net: torch.nn.Module):
         super().__init__()
         self._known = {p.untyped_storage()._cdata for p in net.parameters()}
         self._tensors: dict[int, torch.Tensor] = {}
-        self._is_in_attention = False
+        self._is_in_kernel = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not torch.nn.functional.scaled_dot_product_attention:
+        if func not in (F.scaled_dot_product_attention, F.linear):
             return func(*args, **(kwargs or {}))
-        self._is_in_attention = True
+        self._is_in_kernel = True
         output = func(*args, **(kwargs or {}))
-        self._is_in_attention = False
-        for tensor in (*args, output):
-            self.add(tensor)
+        self._is_in_kernel = False
+        for tensor in args if func is F.linear else (*args, output):
+            if tensor is not None:
+                self.add(tensor)
         return output
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
         key = tensor.untyped_storage()._cdata
-        if key not in self._known and not self._is_in_attention:
+        if key not in self._known and not self._is_in_kernel:
             self._tensors[key] = tensor
         return tensor
 
