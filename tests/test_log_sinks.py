@@ -58,6 +58,7 @@ def wandb(tmp_path, monkeypatch):
     sys.modules.pop("wandb", None)
 
 
+@pytest.mark.long
 def test_wandb_gets_the_numbers_of_stats_jsonl_and_pictures_and_a_resumed_run_goes_on(
         wandb, dataset_zip, tmp_path, invoke):
     for kimg in (0.016, 0.032):
@@ -94,6 +95,7 @@ def test_a_sink_that_fails_anywhere_is_given_up_with_one_warning(fault, wandb, t
     assert [call["call"] for call in wandb()].count(fault) == 1 and wandb()[-1]["call"] == fault
 
 
+@pytest.mark.long
 def test_a_failing_sink_does_not_stop_training(wandb, dataset_zip, tmp_path, invoke, monkeypatch):
     monkeypatch.setenv("STUB_FAULT", "log")
     result = invoke(train.main, *command(dataset_zip, tmp_path, 0.024, "--log=wandb"))

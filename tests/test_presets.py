@@ -216,6 +216,7 @@ def test_operations_are_those_of_convolutions_and_backward_takes_twice_forward()
     assert found.training_flops / found.forward_flops == pytest.approx(3, rel=0.01)
 
 
+@pytest.mark.long
 def test_the_cifar10_network_has_the_published_size():
     config = TrainConfig(data="x", **PRESETS["cifar10-ncsnpp"])
     found = Estimate.of_network(config.network(32, 3, 0))
