@@ -1,6 +1,7 @@
 """Start-up: the help of the scripts, and what importing our packages adds to importing PyTorch."""
 
 import functools
+import os
 import subprocess
 import sys
 
@@ -30,7 +31,8 @@ def rows(options: Options) -> list[Row]:
 
 
 def _timed(what, commands, cwd, baseline, options) -> list[Row]:
-    ways = {name: functools.partial(subprocess.run, command, cwd=cwd, check=True,
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # compiled once, as for any user
+    ways = {name: functools.partial(subprocess.run, command, cwd=cwd, check=True, env=env,
                                     capture_output=True) for name, command in commands.items()}
     in_turn(ways, 1)
     seconds = in_turn(ways, 2 * options.repeats + 1)

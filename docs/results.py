@@ -14,6 +14,7 @@ from training.run_record import RunRecord
 
 _AXES = {"noise_alpha": "noise before each step, alpha", "num_steps": "network evaluations",
          "bits": "bits of the weights"}
+_DRAWN = ("fid", "frechet_distance")
 _FULL = 32
 _IMAGES = 12
 
@@ -109,7 +110,7 @@ def main(run_dirs: tuple[str, ...], out: Path) -> None:
             raise UserError(f"{', '.join(run_dirs)}: no scores; run the study first")
         for comparison in comparisons:
             print(f"{comparison.kind.title}\n\n{table(comparison)}\n")
-        [first, *_] = [c for c in comparisons if c.kind.metric == "frechet_distance"]
+        first = next((c for c in comparisons if c.kind.metric in _DRAWN), comparisons[0])
         draw(first, out / "results-scores.png")
         show_samples(runs, out / "results-samples.png")
 

@@ -16,9 +16,11 @@ from conftest import ROOT, write_dataset
 from published_archives import write_cifar10, write_lmdb, write_mnist
 from scipy import stats
 from test_generate import write_snapshot
+from test_results import results
 from test_toy import toy
 from torch.distributed.run import get_args_parser
 
+from benchmarks.__main__ import main as benchmarks
 from training.sampling_options import sampling_options
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,7 +28,7 @@ SCRIPTS = {f"{name}.py": importlib.import_module(name).main
            for name in ("train", "generate", "generate_alpha", "generate_steps", "generate_quant",
                         "fid", "dataset_tool", "checkpoint_tool", "sweep", "report",
                         "runs")}
-SCRIPTS["docs/toy.py"] = toy.main
+SCRIPTS |= {"docs/toy.py": toy.main, "docs/results.py": results.main, "benchmarks": benchmarks}
 PRESETS = {f"generate_{name}.py" for name in ("alpha", "steps", "quant")}  # of generate.py
 SAMPLING_FLAGS = {flag for option in sampling_options(click.Command("none")).params
                   for flag in option.opts}
@@ -55,7 +57,7 @@ def documented_commands():
 def script_and_args(words):
     """Returns the script's name and its arguments, by torchrun's own parser where it starts it."""
     if words[0] == "python":
-        return words[1], words[2:]
+        return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
     launch = get_args_parser().parse_args(words[1:])
     return Path(launch.training_script).name, launch.training_script_args
 
@@ -70,7 +72,7 @@ def test_documented_command_parses(words, tmp_path):
     (tmp_path / "training_options.json").write_text('{"data": "data.zip"}')
     args = [re.sub("(?<=--config=).*/", f"{tmp_path}/", arg) for arg in args]
     command = SCRIPTS[script]
-    if args[0] in getattr(command, "commands", ()):
+    if args and args[0] in getattr(command, "commands", ()):
         command, args = command.commands[args[0]], args[1:]
     command.make_context(script, list(args))
 
@@ -190,6 +192,8 @@ def run_documented(script, documented):
         assert args[0] == "ref" or re.search(r"pixels Frechet distance: [\d.e+-]+\n", output)
     elif script in ("checkpoint_tool.py", "report.py", "runs.py"):
         run(script, args)
+    elif script in ("docs/results.py", "benchmarks"):
+        pass  # need a study, and minutes: tests/test_results.py and test_benchmarks.py run them
     elif script == "sweep.py":  # tests/test_study.py runs a study
         assert "fid.py gen" in run(script, ["--dry-run", *args])
     elif any("cifar-10-python" in arg for arg in args):
@@ -299,7 +303,7 @@ def test_migration_names_every_flag_and_existing_imports():
     parts = {part.splitlines()[0]: part for part in text.split("\n## ")}
     for script, command in SCRIPTS.items():
         if script in PRESETS | {"checkpoint_tool.py", "sweep.py", "report.py", "runs.py",
-                                "docs/toy.py"}:
+                                "docs/toy.py", "docs/results.py", "benchmarks"}:
             continue  # the references have no counterpart; the flags are those of generate.py
         for each in (command, *getattr(command, "commands", {}).values()):
             flags = {flag for option in each.params for flag in option.opts if flag[0] == "-"}

@@ -1,0 +1,39 @@
+"""docs/results.py: the table and pictures follow from what the runs have recorded."""
+
+import importlib.util
+import math
+
+import PIL.Image
+import pytest
+from conftest import ROOT
+from test_report import sweep_lines, write_run
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("results", ROOT / "docs/results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+results = load()
+
+
+def test_rows_are_D_and_columns_are_points(tmp_path, invoke):
+    pytest.importorskip("matplotlib")
+    runs = [write_run(tmp_path / f"D{D}", D, sweep_lines(D, base))
+            for D, base in ((math.inf, 20), (2, 10))]
+    result = invoke(results.main, *runs, f"--out={tmp_path}")
+    assert result.exit_code == 0, result.output
+    rows = [line.strip("| ").split(" | ") for line in result.output.splitlines() if "|" in line]
+    assert rows == [["D", "18 steps", "alpha 0.1", "alpha 0.2", "10 steps", "5 bits"],
+                    ["---"] * 6,
+                    ["2", "11.0 (10.0 to 12.0)", "15.0", "19.0", "14.0", "13.0"],
+                    ["inf", "21.0 (20.0 to 22.0)", "25.0", "29.0", "24.0", "23.0"]]
+    assert PIL.Image.open(tmp_path / "results-scores.png").width > 800
+    assert PIL.Image.open(tmp_path / "results-samples.png").height > 100
+
+
+def test_runs_without_scores_get_one_line(tmp_path, invoke):
+    result = invoke(results.main, write_run(tmp_path / "run"), f"--out={tmp_path}")
+    assert result.exit_code and "no scores; run the study first" in result.output
