@@ -6,6 +6,7 @@ import os
 # PyTorch is imported; scripts in subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib.util
 import io
 import json
 import subprocess
@@ -94,6 +95,14 @@ def run_script(*args, processes: int = 0, check: bool = True) -> subprocess.Comp
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def load_script(path):
+    """Returns a script of the project as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class HostReads(TorchDispatchMode):

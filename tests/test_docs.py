@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, write_dataset
+from conftest import ROOT, load_script, write_dataset
 from published_archives import write_cifar10, write_lmdb, write_mnist
 from scipy import stats
 from test_generate import write_snapshot
@@ -228,10 +228,7 @@ def test_documented_commands_run_on_stand_in_data(tmp_path, monkeypatch):
 
 
 def make_help():
-    spec = importlib.util.spec_from_file_location("make_help", ROOT / "docs/make_help.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("docs/make_help.py")
 
 
 def test_help_texts_are_what_the_scripts_print():

@@ -21,6 +21,17 @@ pytestmark = [
 ]
 
 
+def check_no_sync(trainer, steps):
+    """Takes steps in which waiting for the device is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(steps):
+            trainer.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in trainer.net.parameters())
+
+
 @pytest.mark.parametrize("options", [
     {}, {"pfgmpp": True}, {"precision": "bf16"}, {"precision": "fp16"},
     {"precond": "vp"}, {"precond": "ve"}, {"arch": "adm", "cbase": 32, "augment": 0.0},
@@ -36,13 +47,7 @@ def test_a_training_step_never_waits_for_the_device(dataset_zip, options):
     images = [batch for _, batch in zip(range(3), trainer._batches, strict=False)]
     pinned = [(i.pin_memory(), labels.pin_memory()) for i, labels in images]
     trainer._batches = iter(pinned)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in pinned:
-            trainer.train_step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(p.isfinite().all() for p in trainer.net.parameters())
+    check_no_sync(trainer, len(pinned))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
@@ -62,13 +67,7 @@ def test_nor_does_one_on_arrays_with_conditions(tmp_path, dtype):
     pinned = [tuple(t.pin_memory() for t in batch)
               for _, batch in zip(range(2), trainer._batches, strict=False)]
     trainer._batches = iter(pinned)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in pinned:
-            trainer.train_step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(p.isfinite().all() for p in trainer.net.parameters())
+    check_no_sync(trainer, len(pinned))
 
 
 def test_nor_does_one_that_takes_its_batch_on_the_device(dataset_zip):
@@ -78,13 +77,7 @@ def test_nor_does_one_that_takes_its_batch_on_the_device(dataset_zip):
     trainer = Trainer(config, dataset, torch.device("cuda", 0))
     trainer.start()
     trainer.train_step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            trainer.train_step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(p.isfinite().all() for p in trainer.net.parameters())
+    check_no_sync(trainer, 3)
 
 
 def test_a_compiled_network_trains_alike(dataset_zip):

@@ -1,22 +1,13 @@
 """docs/results.py: the table and pictures follow from what the runs have recorded."""
 
-import importlib.util
 import math
 
 import PIL.Image
 import pytest
-from conftest import ROOT
+from conftest import load_script
 from test_report import sweep_lines, write_run
 
-
-def load():
-    spec = importlib.util.spec_from_file_location("results", ROOT / "docs/results.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-results = load()
+results = load_script("docs/results.py")
 
 
 def test_rows_are_D_and_columns_are_points(tmp_path, invoke):

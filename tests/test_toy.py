@@ -1,26 +1,18 @@
 """docs/toy.py: its ideal denoiser against draws, its measures, what its page says of D."""
 
-import importlib.util
 import math
 
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT
+from conftest import load_script
 
 from training.perturbation import PerturbationKernel
 
 INF = math.inf
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("toy", ROOT / "docs/toy.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-toy = load()
+toy = load_script("docs/toy.py")
 
 
 def seeded(seed=0):
