@@ -27,7 +27,7 @@ def name_of(D: float) -> str:
 def table(comparison: Comparison) -> str:
     """Returns the scores as Markdown: a row per D, a column per point."""
     points = {"": [(c.D, c.points[c.D]) for c in comparison.over_D]}
-    rows = {D: [f"{s.mean:.1f} ({s.low:.1f} to {s.high:.1f})"] for D, s in points[""]}
+    rows = {D: [f"{s.mean:.3g} ({s.low:.3g} to {s.high:.3g})"] for D, s in points[""]}
     heads = [f"{comparison.num_steps} steps"]
     for axis, curves in comparison.over.items():
         values = sorted({x for curve in curves for x in curve.points} -
@@ -35,7 +35,7 @@ def table(comparison: Comparison) -> str:
         short = {"noise_alpha": "alpha {:g}", "num_steps": "{:g} steps", "bits": "{:g} bits"}[axis]
         heads += [short.format(value) for value in values]
         for curve in curves:
-            rows[curve.D] += [f"{curve.points[value].mean:.1f}" if value in curve.points else ""
+            rows[curve.D] += [f"{curve.points[value].mean:.3g}" if value in curve.points else ""
                               for value in values]
     lines = [["D", *heads], ["---"] * (len(heads) + 1)]
     lines += [[name_of(D), *cells] for D, cells in sorted(rows.items())]
@@ -47,6 +47,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
     figure, axes = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
     finite = [c for c in comparison.over_D if not math.isinf(c.D)]
     spreads = [c.points[c.D] for c in finite]
@@ -55,6 +56,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     axes[0, 0].errorbar([c.D for c in finite], [s.mean for s in spreads], [low, high], marker="o",
                         capsize=3, color="black")
     axes[0, 0].set_xscale("log", base=2)
+    axes[0, 0].set_xticks([c.D for c in finite], [name_of(c.D) for c in finite])
     for curve in comparison.over_D:
         if math.isinf(curve.D):
             s = curve.points[curve.D]
@@ -72,11 +74,13 @@ def draw(comparison: Comparison, path: Path) -> None:
             marker, line = styles[curve.D]
             ax.plot(places, [curve.points[x].mean for x in xs], marker=marker, linestyle=line,
                     label=f"D = {name_of(curve.D)}")
-            if axis == "bits":
-                ax.set_xticks(list(places), [f"{x:g}" for x in xs])
+            ax.set_xticks(list(places), [f"{x:g}" for x in (xs if axis == "bits" else places)])
         ax.set_xlabel(_AXES[axis])
         if axis != "noise_alpha":
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            ax.yaxis.set_minor_formatter(NullFormatter())
         ax.legend()
     for ax in axes.flat:
         ax.set_ylabel(comparison.kind.title)

@@ -19,8 +19,8 @@ def test_rows_are_D_and_columns_are_points(tmp_path, invoke):
     rows = [line.strip("| ").split(" | ") for line in result.output.splitlines() if "|" in line]
     assert rows == [["D", "18 steps", "alpha 0.1", "alpha 0.2", "10 steps", "5 bits"],
                     ["---"] * 6,
-                    ["2", "11.0 (10.0 to 12.0)", "15.0", "19.0", "14.0", "13.0"],
-                    ["inf", "21.0 (20.0 to 22.0)", "25.0", "29.0", "24.0", "23.0"]]
+                    ["2", "11 (10 to 12)", "15", "19", "14", "13"],
+                    ["inf", "21 (20 to 22)", "25", "29", "24", "23"]]
     assert PIL.Image.open(tmp_path / "results-scores.png").width > 800
     assert PIL.Image.open(tmp_path / "results-samples.png").height > 100
 
