@@ -220,9 +220,12 @@ def _rows(kind, arch, side, options):
 
     from benchmarks.sides import Side, SideError
     from benchmarks.table import Row, relative_error, with_ratios
+    from training.estimate import Estimate
 
-    config, flops = network(arch, side)
-    flops *= options.batch * (3 if kind == "training" else 1)
+    config = network(arch, side)
+    estimate = Estimate.of_network(config)
+    flops = options.batch * (estimate.training_flops if kind == "training" else
+                             estimate.forward_flops)
     what = f"{kind}, {arch} {side}x{side}, batch {options.batch}"
     sides, rows = _sides(kind, options), []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -261,17 +264,11 @@ def _rows(kind, arch, side, options):
     return with_ratios(rows, baseline)
 
 
-def network(arch: str, side: int) -> tuple[dict[str, Any], int]:
-    """Returns the configuration of a network and the FLOPs of one image forward."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+def network(arch: str, side: int) -> dict[str, Any]:
+    """Returns the configuration of a network."""
     from training.config import TrainConfig
-    from training.networks import build_network
 
-    config = TrainConfig(data="", arch=arch).network(side, 3, 0)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        build_network(config)(torch.zeros([1, 3, side, side]), torch.ones([1]))
-    return config, counter.get_total_flops()
+    return TrainConfig(data="", arch=arch).network(side, 3, 0)
 
 
 def write_inputs(common: dict[str, Any]) -> None:

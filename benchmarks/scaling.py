@@ -19,8 +19,8 @@ def rows(options: Options) -> list[Row]:
     what = f"training, ncsnpp 32x32, batch {_BATCH}, two cores"
     ways = {"two processes, one thread each": (2, 1), "one process, two threads": (1, 2)}
     with tempfile.TemporaryDirectory() as folder:
-        config, _ = networks.network("ncsnpp", 32)
-        networks.write_inputs({"network": config, "folder": folder, "side": 32})
+        networks.write_inputs({"network": networks.network("ncsnpp", 32), "folder": folder,
+                               "side": 32})
         seconds = {name: _steps(folder, *way) for name, way in ways.items()}
     return with_ratios([Row(what, name, seconds[name], _BATCH) for name in ways], list(ways)[-1])
 

@@ -123,6 +123,16 @@ def test_xflip_appends_a_mirrored_copy():
         both[2 * n]
 
 
+def test_labels_of_a_subset_are_those_of_its_images():
+    whole = ImageFolderDataset(EMOJI, use_labels=True)
+    by_name = {whole.image_name(i): whole.get_label(i) for i in range(len(whole))}
+    part = ImageFolderDataset(EMOJI, use_labels=True, max_size=20, random_seed=1)
+    _, labels = part.get_batch(range(20))
+    for i, label in enumerate(labels):
+        assert np.array_equal(label, by_name[part.image_name(i)])
+    assert len({label.argmax() for label in labels}) > 1
+
+
 @pytest.mark.parametrize("seed", [0, 5, 2**31 + 5, -1])
 def test_max_size_keeps_the_subset_that_numpys_legacy_generator_shuffles_first(seed):
     dataset = ImageFolderDataset(EMOJI, max_size=20, random_seed=seed)

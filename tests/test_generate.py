@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -10,6 +11,7 @@ from conftest import run_script, write_dataset
 import generate
 from training import checkpoint
 from training.config import TrainConfig
+from training.network_sampler import NetworkSampler
 from training.networks import build_network
 
 
@@ -54,6 +56,19 @@ def test_an_image_depends_on_its_seed_alone(snapshot, tmp_path, invoke):
     assert difference(whole, read(tmp_path / "small")) <= 1
     part = read(tmp_path / "part")
     assert difference({name: whole[name] for name in part}, part) <= 1
+
+
+def test_short_batches_are_filled_up_for_a_network_of_one_size(snapshot):
+    sampler = NetworkSampler.open(str(snapshot), torch.device("cpu"), num_steps=2)
+    sizes, batches = [], [[4, 5, 6], [], [7]]
+    sampler.net.register_forward_pre_hook(lambda net, args: sizes.append(len(args[0])))
+    plain = list(sampler.images(batches))
+    del sizes[:]
+    filled = list(dataclasses.replace(sampler, one_size=True).images(batches))
+    assert set(sizes) == {3}
+    for a, b in zip(filled, plain, strict=True):
+        assert a.seeds == b.seeds and a.class_labels.equal(b.class_labels)
+        torch.testing.assert_close(a.images, b.images, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow

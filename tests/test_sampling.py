@@ -379,8 +379,11 @@ def test_a_longer_sampling_reads_nothing_more_from_the_device(settings):
     """What is read is of the grid, on the host; steps add nothing."""
     counts = []
     for steps in (3, 6):
-        net = network(INF, pixelwise=False)
-        with HostReads() as reads:
-            images_of(net, [[0, 1]], num_steps=steps, S_churn=5, noise_alpha=0.1, **settings)
+        net = network(128, pixelwise=False)
+        sampler = SamplerConfig(num_steps=steps, S_churn=5, noise_alpha=0.1, **settings)
+        latents, labels, rnd = draw_latents(net, [0, 1], CPU)
+        with HostReads() as reads, torch.no_grad():  # inference mode hides reads
+            sampler.sample(net, latents, labels, rnd.randn_like,
+                           posterior_scale=rnd.posterior_scale)
         counts.append(len(reads.found))
     assert counts[0] == counts[1]

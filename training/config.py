@@ -136,8 +136,7 @@ class TrainConfig:
         for name in ("duration", "batch", "tick", "lr", "max_bad_steps", "snap", "dump"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"--{_flag(name)}={value:g}", "positive and finite")
-        for name in ("batch_gpu", "cbase", "nblock", "ls", "eval", "keep",
-                     "sigma_data"):
+        for name in ("batch_gpu", "cbase", "nblock", "ls", "eval", "keep", "sigma_data"):
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, f"--{_flag(name)}={value}", "positive")
         for name in ("lr_rampup", "ema", "workers", "samples", "seed"):

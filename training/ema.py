@@ -38,12 +38,8 @@ def update_ema_(
             a round trip to the host.
     """
     averages, params = list(ema.parameters()), list(net.parameters())
-    weight = (1 - beta) * (1 - skip)
-    if weight.is_cpu:  # read at no cost, and one pass over the memory instead of three
-        torch._foreach_lerp_(averages, params, float(weight))
-    else:
-        steps = torch._foreach_sub(params, averages)
-        torch._foreach_mul_(steps, weight)
-        torch._foreach_add_(averages, steps)
+    steps = torch._foreach_sub(params, averages)
+    torch._foreach_mul_(steps, (1 - beta) * (1 - skip))
+    torch._foreach_add_(averages, steps)
     for average, buffer in zip(ema.buffers(), net.buffers(), strict=True):
         average.copy_(buffer)
