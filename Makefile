@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
+# Tests run beside each other on up to four cores, one thread each.
+TEST   := $(RUN) -m pytest -q -n auto --maxprocesses=4 --dist=worksteal
 
 .PHONY: setup demo test test-fast test-all lint bench bench-gpu clean
 
@@ -20,10 +22,10 @@ lint: setup
 	$(RUN) -m ruff check .
 
 test: lint
-	$(RUN) -m pytest -q -m "not slow"
+	$(TEST) -m "not slow"
 
 test-fast: lint
-	$(RUN) -m pytest -q -m "not slow and not scripts and not long"
+	$(TEST) -m "not slow and not scripts and not long"
 
 test-all: lint
 	$(RUN) -m pytest -q

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from conftest import ROOT, write_dataset
 from test_generate import write_snapshot
 
@@ -9,6 +10,7 @@ TEXT = (ROOT / "docs/api.md").read_text(encoding="utf-8")
 SECTIONS = re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", TEXT, re.M | re.S)
 
 
+@pytest.mark.long
 def test_the_examples_run_in_their_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/emoji").mkdir(parents=True)

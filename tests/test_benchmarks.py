@@ -69,6 +69,7 @@ class Broken:
 """
 
 
+@pytest.mark.long
 def test_a_side_runs_in_its_own_checkout(tmp_path):
     (tmp_path / "case.py").write_text(CASE)
     with sides.Side(tmp_path, tmp_path / "case.py", "Case", {"start": 5}, threads=1) as side:
@@ -77,6 +78,7 @@ def test_a_side_runs_in_its_own_checkout(tmp_path):
         assert 0 <= side.peak_mb() < 500
 
 
+@pytest.mark.long
 def test_a_side_that_can_not_be_made_says_why(tmp_path):
     (tmp_path / "case.py").write_text(CASE)
     with pytest.raises(sides.SideError, match="no such network"):

@@ -26,6 +26,7 @@ def train_args(dataset_zip, outdir, *flags):
             "--duration=0.000016", "--tick=0.008", *flags]
 
 
+@pytest.mark.long
 def test_quiet_training_prints_its_end_and_warnings_and_logs_all(dataset_zip, tmp_path):
     args = train_args(dataset_zip, tmp_path, "--quiet", "--pfgmpp=1", "--aug_dim=0.3")
     code, out, err = split(train.main, *args)

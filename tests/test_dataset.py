@@ -177,6 +177,7 @@ def test_a_folders_fingerprint_changes_when_a_file_does(tmp_path, name):
     assert ImageFolderDataset(path).fingerprint != first
 
 
+@pytest.mark.long
 def test_the_packed_copy_equals_decoding():
     direct = ImageFolderDataset(EMOJI, use_labels=True, xflip=True)
     packed = ImageFolderDataset(EMOJI, use_labels=True, xflip=True, cache=True)
@@ -445,6 +446,7 @@ def test_the_stream_does_not_depend_on_the_batch_size_but_on_the_seed():
     assert stream(300, 37, 6, 1) != whole
 
 
+@pytest.mark.long
 def test_permutations_are_uniform():
     # 6 orders of 3 images over 6,000 epochs: chi^2 with 5 degrees of freedom, 0.1% at 20.5.
     orders = np.reshape(order_at(3, 11, np.arange(18000)), [6000, 3])

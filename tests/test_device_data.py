@@ -38,6 +38,7 @@ def test_batches_are_those_of_the_data_set(tmp_path, kind):
             assert np.array_equal(tensor.numpy(), array)
 
 
+@pytest.mark.long
 def test_training_is_the_same_to_the_bit(dataset_zip, tmp_path, invoke):
     weights = []
     for name in ("0", "1"):

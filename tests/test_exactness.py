@@ -95,6 +95,7 @@ def p_of_frequencies(samples):
     return scipy.stats.chisquare(counts, COUNT * SHARE).pvalue
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("start", ["noise", "data"])
 @pytest.mark.parametrize("D", ALL)
 def test_the_ideal_denoiser_samples_the_data_set(D, start):

@@ -321,6 +321,7 @@ def test_a_run_with_keep_has_that_many_states_and_all_its_snapshots(dataset_zip,
 # -------------------------------------------------------------------- damaged and other files
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", [
     lambda data: b"", lambda data: data[:len(data) // 2], lambda data: data[:-1],
     lambda data: data[:1000] + bytes([data[1000] ^ 4]) + data[1001:],

@@ -174,6 +174,7 @@ def test_folders_of_a_run_are_chosen_by_their_exact_names(tmp_path, gen_seed, fi
     assert [job.path for job in chosen] == [str(tmp_path / f"ckpt_{name}") for name in expected]
 
 
+@pytest.mark.long
 def test_each_folder_of_a_run_is_scored_like_a_plain_one(data, run, tmp_path):
     root, _ = data
     for seed, name in enumerate(["ckpt_000001", "ckpt_000002", "ckpt_000002_alpha_0.1"]):

@@ -98,6 +98,7 @@ def same(ours, theirs):
     return list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_snapshot_gives_the_source_network_bit_exactly(name, container):
@@ -115,6 +116,7 @@ def test_a_snapshot_gives_the_source_network_bit_exactly(name, container):
     assert torch.equal(rebuilt(x, sigma), net(x, sigma))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("D", [2, 128, 3072000, math.inf])
 def test_a_training_state_gives_networks_moments_progress_and_D(container, D):
@@ -304,6 +306,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ATTACKS)
 def test_what_the_data_claims_is_checked_before_anything_is_built(case):
     value, asked = ATTACKS[case]
@@ -344,6 +347,7 @@ def test_hostile_source_in_a_good_file_is_never_run(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_damaged_files_end_in_a_value_error_or_in_the_same_tensors_names():
     net = network(model_channels=4, channel_mult=[1], img_resolution=4)
     given = {**NETWORKS["ddpmpp"], "model_channels": 4, "channel_mult": [1], "img_resolution": 4}

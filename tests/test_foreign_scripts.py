@@ -62,6 +62,7 @@ def test_generate_makes_the_images_of_a_foreign_network(pfgmpp_state, tmp_path, 
     assert json.loads((tmp_path / "o/generate.json").read_text())["D"] == 64
 
 
+@pytest.mark.long
 def test_resuming_a_foreign_state_restores_networks_moments_and_progress(
         pfgmpp_state, dataset_zip, tmp_path, invoke):
     path, net, ema, moments = pfgmpp_state
@@ -116,6 +117,7 @@ def write_edm_snapshot(path):
         "augment_pipe": None, "dataset_kwargs": {}}))
 
 
+@pytest.mark.long
 def test_edm_takes_the_snapshot_of_a_run_directory_for_ckpt_000000(tmp_path, invoke):
     write_edm_snapshot(tmp_path / "network-snapshot-000100.pkl")
     args = [f"--outdir={tmp_path}", "--seeds=0-2", "--steps=2"]

@@ -90,6 +90,7 @@ PAIRS = st.lists(st.lists(st.sampled_from(["a.png", "b.png", "c.png"]) | JSON, m
                  max_size=4)
 
 
+@pytest.mark.long
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(JSON | st.fixed_dictionaries({"labels": PAIRS | JSON}))
 def test_any_json_is_labels_of_all_images_or_a_mistake(value):
@@ -129,6 +130,7 @@ def npy(values):
     return file.getvalue()
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Reading")
 def test_damaged_arrays_are_refused_or_finite_images_of_their_kind():
     rng, found = random.Random(3), 0

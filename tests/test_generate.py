@@ -309,6 +309,7 @@ def test_seed_k_is_sampled_for_condition_k_mod_n(conditional, gray, tmp_path, in
     assert record["cond_image"] == data.fingerprint
 
 
+@pytest.mark.long
 def test_a_folder_of_other_given_images_is_refused(snapshot, conditional, gray, tmp_path, invoke):
     other = write_dataset(tmp_path / "other.zip", num=4, channels=1)
     rgb = write_dataset(tmp_path / "rgb.zip", num=2)

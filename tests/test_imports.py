@@ -142,6 +142,7 @@ def python(code, *args):
                           capture_output=True, timeout=120)
 
 
+@pytest.mark.long
 def test_importing_every_module_does_nothing():
     names = [name for name in FILES if not name.startswith("docs.")]
     done = python(IMPORT_ALL, json.dumps(names))

@@ -86,6 +86,7 @@ def test_resize_samples_at_j_w_over_299_without_half_pixel_shift(size):
     np.testing.assert_allclose(given[0, 0], expected, atol=1e-4)  # float32, values to 255
 
 
+@pytest.mark.long
 def test_folding_batch_norm_keeps_the_features(state, network):
     def unfolded(x, name, conv):
         x = F.conv2d(x, state[f"{name}.conv.weight"], None, conv.stride, conv.pad)
@@ -146,6 +147,7 @@ def test_a_local_file_of_other_content_is_refused(tmp_path):
         build_detector(str(path))
 
 
+@pytest.mark.long
 def test_a_local_file_of_other_weights_is_used_under_another_name(tmp_path, state, network):
     path = tmp_path / "other.pth"
     torch.save(state, path)

@@ -218,6 +218,7 @@ def test_the_rows_are_spread_over_many_classes_and_their_number_is_capped(tmp_pa
     assert PIL.Image.open(tmp_path / "x/y.png").height == 16 * 66 + 2
 
 
+@pytest.mark.long
 def test_without_classes_the_picture_is_a_square_of_images(tmp_path):
     path = write_dataset(tmp_path / "plain.zip", num=100, classes=0, side=200)
     assert "plain-show.png: 64 of 100 images" in call("show", path).output

@@ -259,6 +259,7 @@ def full_size(arch, side, label_dim=0, **options):
         return build_network(config.network(side, 3, label_dim))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arch, side, options, label_dim, millions", [
     ("ncsnpp", 32, {}, 0, 56.40),
     ("ddpmpp", 32, {}, 0, 55.73),
@@ -333,6 +334,7 @@ def sized(size, arch="ddpmpp", cls=EDMPrecond, channels=3, **kwargs):
     return net
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("attend", [[], [8], [16, 8]], ids=str)
 @pytest.mark.parametrize("arch", NETWORKS)
 def test_height_and_width_are_treated_alike(arch, attend):

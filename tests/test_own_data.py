@@ -366,6 +366,7 @@ def test_samples_are_arrays_in_the_units_of_the_data(field_run, tmp_path, invoke
     assert "7 of 8 images are there" in call(invoke, generate.main, *args)
 
 
+@pytest.mark.long
 def test_written_fields_and_the_network_score_alike(field_run, tmp_path, invoke):
     data, snapshot = field_run
     call(invoke, generate.main, f"--network={snapshot}", "--seeds=0-7",
@@ -447,6 +448,7 @@ def test_conditions_of_a_data_set_and_in_a_folder_are_the_same(cond_run, tmp_pat
             tmp_path / f"b/{i:06d}.png").read_bytes()
 
 
+@pytest.mark.long
 def test_conditional_networks_are_scored_without_writing_images(cond_run, tmp_path, invoke):
     data, snapshot = cond_run
     out = tmp_path / "scores.jsonl"
@@ -472,6 +474,7 @@ def test_how_pairs_are_read_changes_nothing_but_rounding(cond_run, tmp_path, inv
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_conditional_run_resumes_exactly(cond_run, tmp_path, invoke):
     data, _ = cond_run
     base = [f"--data={data}", f"--outdir={tmp_path}", *TINY_RUN, "--cond-image=1", "--tick=0.001",

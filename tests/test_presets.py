@@ -85,6 +85,7 @@ def test_flags_that_are_typed_come_before_a_preset_and_a_config(tmp_path):
     assert (config.lr, config.precision, config.batch) == (0.5, "fp16", 64)
 
 
+@pytest.mark.long
 def test_a_config_gives_back_the_run_that_wrote_it(dataset_zip, tmp_path, invoke):
     flags = ["--pfgmpp=1", "--aug_dim=inf", "--cond=1", "--compile=0", "--keep=3", "--xflip=1",
              "--deterministic=0", "--duration=0.000008", "--sigma-data=auto"]
@@ -150,6 +151,7 @@ def test_bad_use_of_the_new_flags_gets_one_line(flags, words, dataset_zip, tmp_p
     assert all(word in line for word in words), line
 
 
+@pytest.mark.long
 def test_without_arguments_it_says_what_is_missing_and_how_to_start(tmp_path, invoke):
     result = invoke(train.main)
     assert result.exit_code == 2
@@ -195,6 +197,7 @@ def kept_bytes(content, batch):
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arch", ["ncsnpp", "ddpmpp", "adm"])
 def test_memory_of_an_image_is_what_autograd_keeps_of_a_real_one(arch):
     content = network(arch)
@@ -202,6 +205,7 @@ def test_memory_of_an_image_is_what_autograd_keeps_of_a_real_one(arch):
     assert Estimate.of_network(content).image_bytes == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.long
 def test_half_precision_halves_what_is_kept():
     content = network()
     full, half = (Estimate.of_network(content, precision).image_bytes
@@ -209,6 +213,7 @@ def test_half_precision_halves_what_is_kept():
     assert 0.4 < half / full < 0.65
 
 
+@pytest.mark.long
 def test_operations_are_those_of_convolutions_and_backward_takes_twice_forward():
     found = Estimate.of_network(network("adm", cbase=64))
     wider = Estimate.of_network(network("adm", cbase=128))

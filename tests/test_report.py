@@ -270,6 +270,7 @@ def test_pairs_are_the_same_seeds_of_every_run(page):
         f"D\u00a0=\u00a0{D:g}, seed {seed}" for D in DIMS for seed in range(4)]
 
 
+@pytest.mark.long
 def test_pairs_leave_out_other_settings_of_the_sampler(tmp_path):
     folders = [write_run(tmp_path / str(D), D) for D in (1, 2, 128)]
     (folders[1] / "ckpt_000200/generate.json").write_text(json.dumps(sampler(2, num_steps=5)))
@@ -284,6 +285,7 @@ def test_few_of_many_grids_are_shown_the_first_and_last_among_them(page):
     assert len(shown) == 7 and shown[1] == "0 kimg" and shown[-1] == "18 kimg"
 
 
+@pytest.mark.long
 def test_texts_of_files_are_escaped(tmp_path):
     line = {**score_line(2, 1, noise_alpha=0.1), "metric": HOSTILE, "detector": HOSTILE,
             "reference": HOSTILE, "reference_sha256": HOSTILE, "seeds": HOSTILE}

@@ -602,6 +602,7 @@ def refusal(data):
     return str(caught.value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_file_is_refused_in_one_line_and_runs_nothing(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

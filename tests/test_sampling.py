@@ -373,6 +373,7 @@ def test_images_of_a_data_set_are_scaled_by_their_type():
         np.testing.assert_allclose(from_data(values), values, rtol=1e-7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [{}, {"solver": "euler", "discretization": "vp",
                                            "schedule": "vp", "scaling": "vp"}])
 def test_a_longer_sampling_reads_nothing_more_from_the_device(settings):

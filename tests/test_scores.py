@@ -68,6 +68,7 @@ def test_kernel_distance_of_subsets_agrees_with_scikit_learn():
     assert found == pytest.approx((np.mean(values), np.std(values)), rel=1e-9)
 
 
+@pytest.mark.long
 def test_kernel_distance_is_unbiased_and_grows_with_the_shift():
     """Two samples of one law score 0 on average: within 4 standard errors of 100 subsets."""
     mean, std = kernel_distance(features(4000, 8, 0), features(4000, 8, 1), size=200)

@@ -95,6 +95,7 @@ def test_heun_needs_fewer_evaluations_than_euler_for_the_same_error(D, starts):
     assert error_of(heun, D, 33, starts) < error_of(euler, D, 129, starts) / 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", [euler, heun])
 def test_solver_is_exact_where_the_flow_is_a_straight_line(solver):
     # With one data point x - y is proportional to sigma, for every D.
@@ -546,6 +547,7 @@ def test_ablation_sampler_at_its_defaults_is_the_edm_sampler(D):
                                edm_sampler(net, latents, num_steps=9), rtol=0, atol=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("D", [2, INF])
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 @pytest.mark.parametrize("discretization", ["vp", "ve", "iddpm", "edm"])

@@ -2,6 +2,7 @@ import io
 import zipfile
 
 import numpy as np
+import pytest
 
 from torch_utils.stored_zip import StoredZip
 
@@ -23,6 +24,7 @@ def by_zipfile(members):
     return file.getvalue()
 
 
+@pytest.mark.long
 def test_the_bytes_are_those_of_zipfile():
     rng = np.random.default_rng(0)
     few = {f"{i:05d}/img.png": rng.bytes(i * 37) for i in range(20)}

@@ -181,6 +181,7 @@ def test_a_preset_with_one_value_still_names_the_folder(run_dir, tmp_path):
         "ckpt_000007_steps_3", "ckpt_2_000007_alpha_0.1"]
 
 
+@pytest.mark.long
 def test_points_differ_from_plain_sampling_only_by_their_setting(run_dir, tmp_path):
     state = run_dir / "training-state-000200.pt"
     call(generate.main, f"--network={state}", f"--outdir={tmp_path / 'plain'}", "--seeds=0-1",
@@ -234,6 +235,7 @@ def test_bad_lists_get_one_line(run_dir, tmp_path, capsys, flag, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_sweeps_are_scored_by_calc_and_gen_alike(run_dir, tmp_path, capsys):
     state = run_dir / "training-state-000200.pt"
     call(generate.main, f"--network={state}", f"--outdir={tmp_path / 'sweep'}", "--seeds=0-5",

@@ -35,6 +35,7 @@ def undisturbed(dataset_zip, tmp_path_factory):
     return outdir / "run", args
 
 
+@pytest.mark.long
 def test_a_resumed_run_is_byte_identical_to_an_undisturbed_one(undisturbed, tmp_path, invoke):
     run_dir, args = undisturbed
     args = [a for a in args if not a.startswith(("--outdir", "--duration"))]
@@ -153,6 +154,7 @@ def test_numbered_run_directories_name_the_run(dataset_zip, tmp_path, invoke):
         f"0000{k}-tiny-uncond-ncsnpp-edm-gpus1-batch8-fp32-try" for k in (0, 1)]
 
 
+@pytest.mark.long
 def test_transfer_starts_from_the_weights_without_ema_rampup(undisturbed, dataset_zip, tmp_path,
                                                              invoke):
     run_dir, args = undisturbed
@@ -236,6 +238,7 @@ def test_an_outdir_that_is_a_file_gets_one_line(dataset_zip, tmp_path, invoke):
         one_line_error(result, 1, f"{tmp_path / 'file'} is a file; name a folder")
 
 
+@pytest.mark.long
 def test_resuming_something_else_gets_one_line(undisturbed, dataset_zip, tmp_path, invoke):
     run_dir, _ = undisturbed
     common = [f"--outdir={tmp_path}", f"--data={dataset_zip}", "--cond=1", "--pfgmpp=1",
@@ -275,6 +278,7 @@ def test_a_transfer_that_does_not_fit_names_the_weight(undisturbed, dataset_zip,
     one_line_error(result, 1, "model.", "here", "there")
 
 
+@pytest.mark.long
 def test_a_run_on_label_vectors_trains_and_draws_its_grids(tmp_path, invoke):
     data = write_dataset(tmp_path / "vectors.zip", vectors=True)
     result = invoke(train.main, f"--outdir={tmp_path}", f"--data={data}", "--cond=1", *TINY_RUN,
@@ -310,6 +314,7 @@ def test_a_finished_run_is_not_overwritten(undisturbed, invoke):
     one_line_error(invoke(train.main, *args), 1, "--resume=auto")
 
 
+@pytest.mark.long
 def test_auto_resume_passes_over_a_damaged_state(undisturbed, tmp_path, invoke):
     run_dir, args = undisturbed
     copy = tmp_path / "run"
