@@ -27,6 +27,7 @@ _SWEEPS = ("alpha", "steps", "quant")
 
 _JSONL = "metrics.jsonl"
 _METRICS = ("fid", "kid", "pr", "is")
+_RUN_OPTIONS = "training_options.json"  # of a run directory
 _FEW_IMAGES = 2048  # the covariance of Inception's features is singular below
 _MAX_WORKERS = 3  # by default; a GPU's Inception waits for no more
 
@@ -171,7 +172,8 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                             for job in jobs]
                 for dataset in datasets:
                     if len(dataset) < num:
-                        raise ValueError(f"{dataset.path}: {len(dataset)} images, but --num={num}")
+                        raise ValueError(f"{dataset.path}: {len(dataset)} images, but --num={num}; "
+                                         f"make more, or score these with --num={len(dataset)}")
             sets = {str(dataset.path): dataset for dataset in datasets}
             _use_kernels("fp32")
             with console.timed("detector and reference"):
@@ -289,6 +291,9 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
                 reference = dataset_reference(dataset, built, with_features=features, batch=batch,
                                               workers=workers)
             dist.run_on_rank0(save_reference, dest, reference)
+            if dist.get_rank() == 0:
+                console.result(f"{dest}: statistics of {len(dataset)} images by {name}"
+                               f"{', with features' if features else ''}")
 
 
 class _Job(NamedTuple):
@@ -314,10 +319,12 @@ def _use_kernels(precision: str) -> None:
 def _warn_if_few(count: int, detector: str, metrics: tuple[str, ...]) -> None:
     from torch_utils.distributed import get_rank
 
-    if (detector == "inception" and "fid" in metrics and count < _FEW_IMAGES
-            and get_rank() == 0):
-        click.echo(f"Warning: {count} images are fewer than the {_FEW_IMAGES} features: "
-                   "their covariance is singular and FID is biased upwards", err=True)
+    if "fid" in metrics and count < _FEW_IMAGES and get_rank() == 0:
+        reason = f"are fewer than {_FEW_IMAGES}: the distance is biased upwards"
+        if detector == "inception":
+            reason = (f"are fewer than the {_FEW_IMAGES} features: their covariance is singular and "
+                      "FID is biased upwards")
+        click.echo(f"Warning: {count} images {reason}; compare at equal numbers only", err=True)
 
 
 def _jsonl_of_images(images: str) -> Path | None:
@@ -384,6 +391,10 @@ def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: f
         if sweeps or gen_seeds != (1,):
             raise ValueError(f"{images}: no run directory with ckpt_* folders, which --gen_seed, "
                              "--alpha, --steps and --quant choose from")
+        if os.path.exists(os.path.join(images, _RUN_OPTIONS)):
+            raise ValueError(f"{images}: a run directory without ckpt_* folders of images; make them "
+                             f"with generate.py --outdir={images}, or score a network with 'fid.py "
+                             "gen'")
         return []
     chosen = []
     for match in filter(None, map(_CKPT_NAME.fullmatch, names)):

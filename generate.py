@@ -1,6 +1,7 @@
 """Samples images from trained networks: checks the options, calls the sampler, writes files."""
 
 import copy
+import inspect
 import itertools
 import math
 from pathlib import Path
@@ -88,10 +89,14 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
                 distributed.barrier()
 
 
-def preset(**defaults) -> click.Command:
-    """Returns the command with other defaults of its options, by their names in Python."""
+def preset(help: str, **defaults) -> click.Command:
+    """Returns the command with other defaults of its options, by their names in Python.
+
+    `help` begins its help text, before that of generate.py.
+    """
     command = copy.copy(main)
     command.context_settings = {**main.context_settings, "default_map": defaults}
+    command.help = f"{help}\n\nOtherwise it is generate.py:\n\n{inspect.cleandoc(main.help)}"
     return command
 
 
@@ -115,6 +120,9 @@ def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds, *, is
     else:
         states = [(path, state_tag(path))
                   for path in training_states(outdir, "pkl" if is_pickle else "pt")]
+    if not outdir.is_dir():
+        raise ValueError(f"--outdir={outdir}: no such run directory; name one, or a network with "
+                         "--network")
     chosen = [(path, tag) for path, tag in states if ckpt <= int(tag.split(".")[0]) <= end_ckpt]
     if not chosen:
         raise ValueError(
@@ -150,7 +158,8 @@ def _save_pictures(sampler, folder, seeds) -> None:
     from training.grid import save_gif, save_png, square_grid
     from training.image_files import PICTURES
     (folder / PICTURES).mkdir(exist_ok=True)
-    frames = [square_grid(images.numpy()) for images in sampler.trajectory(seeds)]
+    classes = sampler.classes(seeds)
+    frames = [square_grid(images.numpy(), classes) for images in sampler.trajectory(seeds)]
     save_png(folder / PICTURES / "grid.png", frames[-1])
     save_gif(folder / PICTURES / "movie.gif", frames)
 

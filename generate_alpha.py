@@ -3,7 +3,10 @@
 from dnnlib.cli import run
 from generate import preset
 
-main = preset(alpha="0,0.1,0.2")
+main = preset(
+    "Samples at strengths 0, 0.1 and 0.2 of noise before each step, each in a folder of its own.",
+    alpha="0,0.1,0.2")
+
 
 def cli() -> None:
     """Runs the command; where pip has installed it, the console script."""

@@ -3,7 +3,10 @@
 from dnnlib.cli import run
 from generate import preset
 
-main = preset(bits="5,6,7,8,9")
+main = preset(
+    "Samples with weights rounded to 5, 6, 7, 8 and 9 bits, each in a folder of its own.",
+    bits="5,6,7,8,9")
+
 
 def cli() -> None:
     """Runs the command; where pip has installed it, the console script."""

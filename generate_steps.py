@@ -3,7 +3,10 @@
 from dnnlib.cli import run
 from generate import preset
 
-main = preset(steps="10,12,14,16,18,20,22,24", name_steps=True)
+main = preset(
+    "Samples at 10, 12, 14, 16, 18, 20, 22 and 24 steps, each in a folder of its own.",
+    steps="10,12,14,16,18,20,22,24", name_steps=True)
+
 
 def cli() -> None:
     """Runs the command; where pip has installed it, the console script."""

@@ -35,6 +35,8 @@ def main(folder: str, as_json: bool) -> None:
     """  # noqa: D301 - \b is click's mark for lines to leave alone
     with user_errors():
         from training.run_state import find_runs
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder}: no such folder; name the one that holds the runs")
         runs = find_runs(Path(folder))
         if not runs and not as_json:
             raise ValueError(f"{folder}: no runs in it (folders with a training_options.json)")
@@ -48,10 +50,11 @@ def _row(run: "RunState") -> tuple[str, ...]:
     of_total = "" if run.total_kimg is None else f"/{run.total_kimg:.9g}"
     score = run.score
     kimg = f" @{score.kimg:.9g}" if score and score.kimg is not None else ""
+    steps = f", {score.num_steps} steps" if score and score.num_steps else ""
     return (run.name, run.state, f"{run.kimg:.9g}{of_total}",
             "" if run.loss is None else f"{run.loss:.5f}",
             "" if run.images_per_sec is None else f"{run.images_per_sec:.4g}",
-            f"{score.metric} {score.value:.5g}{kimg}" if score else "",
+            f"{score.metric} {score.value:.5g}{kimg}{steps}" if score else "",
             "" if run.D is None else "inf" if math.isinf(run.D) else f"{run.D:g}",
             run.preset or "", f"{run.changed:%Y-%m-%d %H:%M}", run.note)
 

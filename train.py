@@ -215,6 +215,7 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         config.rounds(int(os.environ.get("WORLD_SIZE", "1")))
     with user_errors(), distributed.process_group(device) as torch_device, \
             contextlib.ExitStack() as stack:
+        _warn_of_idle_dim(ctx, config)
         if fixed_dir and not dry_run:  # before another run's newest state is read
             distributed.run_on_rank0(_lock_if_there, stack, fixed_dir)
         state = None
@@ -224,8 +225,7 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
             except checkpoint.SnapshotGivenError as error:
                 raise UserError(str(error), BAD_USAGE) from error
         config = _settle_seed(config, opts["seed"], state)
-        if state and not override_options:
-            _check_options(config, state)
+        changed = _changed_options(config, state, override_options) if state else []
         with console.timed("data"):
             dataset = _open_dataset(config, pack=config.cache and not dry_run)
         if state:
@@ -238,7 +238,7 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         run_dir = distributed.run_on_rank0(
             _make_run_dir, config, dataset.name, Path(outdir), fixed_dir, desc, bool(resume))
         distributed.run_on_rank0(_lock, stack, run_dir)  # a second time is none
-        _train(config, dataset, run_dir, torch_device, state)
+        _train(config, dataset, run_dir, torch_device, state, changed)
 
 
 def _lock(stack, run_dir: Path) -> None:
@@ -252,17 +252,22 @@ def _lock_if_there(stack, run_dir: Path) -> None:
         _lock(stack, run_dir)
 
 
-def _check_options(config, state) -> None:
-    """Raises UserError where options decide otherwise than those of the state to resume."""
+def _changed_options(config, state, override: bool) -> list[str]:
+    """Returns the options that decide otherwise than those of the state to resume.
+
+    Raises:
+        UserError: there are some, and they may not.
+    """
     from training import checkpoint
     from training.config import changed_options
     source, content = state
     if content["format"] != checkpoint.STATE_FORMAT:
-        return  # foreign states do not say
+        return []  # foreign states do not say
     changed = changed_options(config, content["options"])
-    if changed:
+    if changed and not override:
         raise UserError(f"{source}: the run to resume has other options: {', '.join(changed)}; "
                         "give them as they were, or --override-options to change them", BAD_USAGE)
+    return changed
 
 
 def _settle_data(config, dataset, state, override: bool):
@@ -289,6 +294,15 @@ def _config(data: str, opts: dict, precision: str):
              "log": opts["log"] or ()}
     skipped = {"fp16", "compile_"}
     return TrainConfig(data=data, **{k: v for k, v in opts.items() if k not in skipped} | names)
+
+
+def _warn_of_idle_dim(ctx, config) -> None:
+    """Says so where --aug_dim is typed but diffusion is trained."""
+    from torch_utils import distributed
+    typed = ctx.get_parameter_source("aug_dim") is ParameterSource.COMMANDLINE
+    if typed and not config.pfgmpp and config.aug_dim != float("inf"):
+        distributed.warn0(f"--aug_dim={config.aug_dim:g} has no effect without --pfgmpp=1: this run "
+                          "is diffusion (D = inf)")
 
 
 def _settle_seed(config, given: int | None, state):
@@ -395,7 +409,7 @@ def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Pa
     return numbered_dir(outdir, text)
 
 
-def _train(config, dataset, run_dir, device, state) -> None:
+def _train(config, dataset, run_dir, device, state, changed) -> None:
     from dnnlib.util import Logger
     from torch_utils import distributed
     from training.trainer import DivergedError
@@ -405,6 +419,8 @@ def _train(config, dataset, run_dir, device, state) -> None:
         distributed.print0(f"Run directory  {run_dir}")
         if state:
             distributed.print0(f"Resuming from  {state[0]}")
+        if changed:
+            distributed.print0(f"Changed        {', '.join(changed)}")
         try:
             training_loop(config, dataset=dataset, run_dir=run_dir, device=device, resume=state)
         except (DivergedError, ValueError, OSError) as error:
@@ -428,6 +444,7 @@ def _print_plan(config, dataset, rate: float | None) -> None:
         f"{len(dataset)} images {'x'.join(map(str, dataset.image_shape))}, "
         f"{dataset.label_dim} label dimensions; {micro_batch} images x {rounds} round(s) x "
         f"{world_size} process(es)",
+        f"Noise      {config.noise_name}",
         describe_estimate(config, network, world_size, rate),
         "Dry run: nothing was trained or written."]))
 

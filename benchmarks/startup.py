@@ -23,7 +23,7 @@ def rows(options: Options) -> list[Row]:
         found += _timed(f"{script} --help", {
             name: [sys.executable, str(root / script), "--help"] for name, root in places.items()},
             ROOT, list(places)[-1], options)
-    code = "import torch.nn.parallel, torch.utils.data, numpy, PIL.Image, psutil, tqdm"
+    code = "import torch.nn.parallel, torch.utils.data, numpy, click, PIL.ImageFont, psutil, tqdm"
     return found + _timed("importing our packages", {
         "PyTorch and the libraries": [sys.executable, "-c", code],
         "with ours": [sys.executable, "-c", "; ".join([code, *(f"import {p}" for p in _PACKAGES)])],

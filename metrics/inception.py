@@ -306,4 +306,5 @@ def _read_weights(path: str | None) -> tuple[str, bytes]:
             return file.name, file.read()
     except OSError as error:
         raise OSError(f"Inception weights: {error}; fetch that file on another machine and put it "
-                      f"at {by_hand}, or give --detector=FILE") from error
+                      f"at {by_hand}, or name a copy of it as the detector; the detector 'pixels' "
+                      "needs none") from error

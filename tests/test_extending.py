@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 from conftest import ROOT
 
+from metrics.scores import METRICS
 from training import checkpoint
 from training.loss import LOSSES, EDMLoss
 from training.networks import MODELS, EDMPrecond
@@ -27,11 +28,13 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The namespace after the page's program; what it registers is taken back at the end."""
-    tables = MODELS, LOSSES, SOLVERS
+    tables = MODELS, LOSSES, SOLVERS, METRICS
     before = [dict(table) for table in tables]
     values = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("page"))
+        folder = tmp_path_factory.mktemp("page")
+        (folder / "data").symlink_to(ROOT / "data")
+        patch.chdir(folder)
         exec(compile("\n".join(BLOCKS), "docs/extending.md", "exec"), values)
     yield values
     for table, entries in zip(tables, before, strict=True):
@@ -46,7 +49,7 @@ def distances(page, samples):
 
 
 def test_the_first_program_is_short():
-    assert len(BLOCKS) == 4 and len(BLOCKS[0].splitlines()) <= 60
+    assert len(BLOCKS) == 5 and len(BLOCKS[0].splitlines()) <= 60
 
 
 @pytest.mark.parametrize("D", [INF, 8])
@@ -97,6 +100,15 @@ def test_a_sampler_of_ones_own_samples_the_same_law(page):
     # The same seeds start at the same points, and both solve the same equation.
     _, expected = distances(page, page["samples"][8])
     assert (mode == expected).mean() > 0.95
+
+
+def test_a_metric_of_ones_own_is_scored_beside_the_others(page):
+    mean = [page[name].get_scored(range(len(page[name]))).reshape(len(page[name]), -1).mean(axis=0)
+            for name in ("data", "part")]
+    expected = (((mean[0] - mean[1]) / 127.5) ** 2).sum()
+    assert set(page["values"]) == {"fid", "mean_shift"}
+    assert page["values"]["mean_shift"] == pytest.approx(expected, rel=1e-5)
+    assert 0 < page["values"]["mean_shift"] < page["values"]["fid"]  # of which it is a part
 
 
 # ---- [B, N] -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -362,6 +363,9 @@ def test_changed_options_are_listed_with_both_values():
     now = TrainConfig(data="b", batch=32, lr=2e-3, duration=7, batch_gpu=2, rbatch=100, keep=2)
     assert changed_options(now, then) == [
         "--batch=32 (64 in the state)", "--lr=0.002 (0.001 in the state)"]
+    back = dataclasses.replace(now, batch=64, lr=TrainConfig.lr)
+    assert changed_options(back, then | {"lr": 0.5}) == [
+        "--lr=0.001, the default (0.5 in the state)"]
     del then["xflip"]  # written before there was such an option
     then["gone"] = 1
     assert changed_options(dataclasses.replace(now, batch=64, lr=1e-3), then) == []
@@ -382,7 +386,8 @@ def test_a_state_of_another_network_is_refused(flags, words, finished, dataset_z
         data = write_dataset(tmp_path / "larger.zip", side=16)
     state = training_states(finished)[-1]
     args = command(data, tmp_path, f"--resume={state}", steps=20)
-    assert words in error_of(invoke(train.main, *args, *flags), 1)
+    line = error_of(invoke(train.main, *args, *flags), 1)
+    assert words in line and "another --name" in line
 
 
 @pytest.mark.scripts
@@ -406,6 +411,8 @@ def test_changed_options_end_a_resumed_run_unless_overridden(finished, dataset_z
     assert not (tmp_path / "run").exists()
     assert invoke(train.main, *changed, "--override-options").exit_code == 0
     assert load(newest_state(tmp_path / "run")[0])["options"]["lr"] == 0.5
+    log = (tmp_path / "run/log.txt").read_text()
+    assert re.search(r"^Changed  .*--batch=4 \(8 in the state\), --lr=0.5 ", log, re.M)
     free = ["--workers=1", "--cache=0", "--batch-gpu=2", "--tick=0.016", "--snap=3", "--keep=1",
             "--max-bad-steps=7", "--bench=0", "--samples=4", "--name=free"]
     assert invoke(train.main, *args, *free).exit_code == 0

@@ -57,7 +57,7 @@ def fails(capsys):
         out, err = capsys.readouterr()
         assert caught.value.code == exit_code, err
         assert out == ""
-        lines = err.strip().splitlines()
+        lines = [line for line in err.strip().splitlines() if not line.startswith("Warning: ")]
         assert len(lines) == 1 or exit_code == 2  # which shows the usage too
         assert lines[-1].startswith("Error: ")
         return lines[-1]
@@ -129,8 +129,11 @@ def test_scores_of_few_images_by_inception_come_with_a_warning(data, tmp_path, m
     fid.main(["ref", f"--data={root / 'images'}", f"--dest={tmp_path / 'ref.npz'}",
               "--device=cpu"], standalone_mode=False)
     out, err = capsys.readouterr()
-    assert out == ""
+    assert out == f"{tmp_path / 'ref.npz'}: statistics of 200 images by inception\n"
     assert "Warning: 200 images are fewer than the 2048 features" in err
+    args = [f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}", "--num=200", *PIXELS]
+    fid.main(["calc", *args], standalone_mode=False)
+    assert "Warning: 200 images are fewer than 2048: " in capsys.readouterr().err
 
 
 def test_other_files_beside_the_images_are_skipped(data, run, tmp_path):
@@ -201,6 +204,11 @@ def test_a_run_without_a_fitting_folder_is_refused(fails, data, tmp_path):
         *args, f"--images={tmp_path}", "--gen_seed=2")
     assert "no run directory with ckpt_* folders" in fails(
         *args, f"--images={root / 'images'}", "--steps")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "training_options.json").write_text("{}")
+    (run_dir / "reals.png").write_bytes(b"no image to score")
+    assert "generate.py --outdir=" in fails(*args, f"--images={run_dir}")
 
 
 # Bad input
@@ -217,7 +225,8 @@ def no_detector(monkeypatch):
 def test_fewer_images_than_num_are_refused_with_the_counts(fails, data, no_detector):
     root, _ = data
     args = ("calc", f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}", *PIXELS)
-    assert "images: 200 images, but --num=50000" in fails(*args)
+    assert "images: 200 images, but --num=50000; make more, or score these with --num=200" in \
+        fails(*args)
     assert "--num" in fails(*args, "--num=1", exit_code=2)
 
 

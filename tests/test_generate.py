@@ -223,6 +223,51 @@ def test_images_that_are_not_square_come_out_as_they_are(tmp_path, invoke):
     assert "3 of 3 images are there" in invoke(generate.main, *args).output
 
 
+def test_the_grid_of_a_class_conditional_network_has_a_row_for_each_class(tmp_path, invoke):
+    network = write_snapshot(tmp_path / "classes.pt", label_dim=3)
+    args = [f"--network={network}", "--steps=2", "--seeds=0-8", f"--outdir={tmp_path / 'out'}"]
+    assert invoke(generate.main, *args, "--save_images").exit_code == 0
+    classes = NetworkSampler.open(str(network), torch.device("cpu")).classes(range(9))
+    assert len(set(classes)) == 3
+    images = read(tmp_path / "out")
+    grid = np.asarray(PIL.Image.open(tmp_path / "out/vis/grid.png"))
+    side = images["000000.png"].shape[0]
+    zoom = -(-64 // side)
+    step = side * zoom + 2
+    margin = grid.shape[1] - 2 - 3 * step
+    assert margin > 8
+    y = 2
+    for k in range(3):
+        own = [i for i in range(9) if classes[i] == k]
+        for start in range(0, len(own), 3):
+            label = grid[y:y + step - 2, :margin]
+            assert (label.min() < 100) == (start == 0), "the class stands at its first row"
+            for column, i in enumerate(own[start:start + 3]):
+                x = margin + 2 + column * step
+                shown = grid[y:y + side * zoom:zoom, x:x + side * zoom:zoom].astype(int)
+                assert np.abs(shown - images[f"00000{i}.png"]).max() <= 1
+            y += step
+    assert y == grid.shape[0]
+
+
+def test_the_movie_begins_with_noise_and_rests_on_the_images(snapshot, tmp_path, invoke):
+    args = [f"--network={snapshot}", "--steps=5", "--seeds=0-8", f"--outdir={tmp_path / 'out'}"]
+    assert invoke(generate.main, *args, "--save_images").exit_code == 0
+    with PIL.Image.open(tmp_path / "out/vis/movie.gif") as movie:
+        assert movie.info["loop"] == 0 and movie.n_frames == 6  # each level, and the images
+        frames, times = [], []
+        for number in range(6):
+            movie.seek(number)
+            times.append(movie.info["duration"])
+            frames.append(np.asarray(movie.convert("RGB")).astype(int))
+    assert times == [100] * 5 + [2000]
+    grid = np.asarray(PIL.Image.open(tmp_path / "out/vis/grid.png")).astype(int)
+    # A GIF has 256 colours.
+    assert np.abs(frames[-1] - grid).mean() < 12 < np.abs(frames[0] - grid).mean()
+    noise = frames[0][2:66:8, -66:-2:8] / 127.5 - 1  # one image: half of the noise is in [-0.5, 0.5]
+    assert 0.3 < noise.std() < 0.7
+
+
 def test_8_bit_images_that_no_png_holds_become_arrays_and_are_continued(tmp_path, invoke):
     network = write_snapshot(tmp_path / "five.pt", label_dim=0, shape=(5, 8, 8))
     args = [f"--network={network}", "--steps=2", "--seeds=0-2", f"--outdir={tmp_path / 'out'}"]

@@ -174,7 +174,7 @@ def test_offline_error_says_which_file_to_put_where(tmp_path, monkeypatch):
         build_detector("inception")
     message = str(caught.value)
     assert "\n" not in message
-    for part in (inception.WEIGHTS_URL, str(tmp_path / inception.WEIGHTS_FILE), "--detector=FILE"):
+    for part in (inception.WEIGHTS_URL, str(tmp_path / inception.WEIGHTS_FILE), "pixels"):
         assert part in message
 
 

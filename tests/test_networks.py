@@ -732,6 +732,18 @@ def test_gradients_reach_every_parameter(arch):
 
 
 @pytest.mark.parametrize("arch", NETWORKS)
+def test_gradients_lie_in_memory_as_their_parameters_do(arch):
+    # Else DDP copies them into its buckets, and says so in three lines a rank.
+    net = build_network({"class_name": "EDMPrecond", "img_resolution": 8, "img_channels": 3,
+                         **NETWORKS[arch]})
+    assert any(p.shape[2:] == (1, 1) for p in net.parameters())
+    net(randn(2, 3, 8, 8), torch.tensor([0.3, 2.0]),
+        augment_labels=randn(2, 9, seed=2)).square().sum().backward()
+    for name, p in net.named_parameters():
+        assert p.grad.stride() == p.stride(), name
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
 def test_an_image_does_not_see_the_others_of_its_batch(arch):
     net = network(arch)
     x, labels, sigma = randn(5, 3, 8, 8), torch.eye(5)[:, :4], torch.tensor([.1, .3, 1, 5, 20])

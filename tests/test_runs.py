@@ -62,8 +62,9 @@ def test_a_run_is_running_while_another_process_holds_its_lock(tmp_path):
     assert lock_holder(tmp_path) is None
 
 
-def test_the_best_score_is_the_lowest_of_the_most_images(tmp_path):
-    scores = [{"metric": "fid", "value": value, "num": num, "kimg": kimg}
+def test_the_best_score_is_the_lowest_of_the_most_images(tmp_path, invoke):
+    scores = [{"metric": "fid", "value": value, "num": num, "kimg": kimg,
+               "sampler": {"num_steps": 18}}
               for value, num, kimg in ((1.5, 100, 10), (3.0, 50000, 20), (2.5, 50000, 30),
                                        (4.0, 50000, 40))]
     scores.append({"metric": "kid", "value": 0.1, "num": 50000})
@@ -73,6 +74,12 @@ def test_the_best_score_is_the_lowest_of_the_most_images(tmp_path):
     assert (found.score.value, found.score.kimg) == (2.5, 30)
     assert (found.D, found.preset, found.kimg, found.total_kimg) == (2048, "cifar10-cond", 50, 100)
     assert (found.loss, found.images_per_sec) == (0.5, 500)
+    assert " fid 2.5 @30, 18 steps " in invoke(runs.main, tmp_path).output
+
+
+def test_where_no_run_has_been_yet_is_one_line(tmp_path, invoke):
+    result = invoke(runs.main, tmp_path / "none")
+    assert result.exit_code == 1 and "no such folder; name the one" in result.output
 
 
 def test_thousands_of_images_are_never_shortened(tmp_path, invoke):

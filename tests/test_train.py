@@ -181,6 +181,16 @@ def test_dry_run_writes_nothing(dataset_zip, tmp_path, invoke):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_dimension_without_pfgmpp_is_warned_of_and_the_dry_run_names_the_noise(
+        dataset_zip, tmp_path, invoke):
+    args = [f"--outdir={tmp_path / 'new'}", f"--data={dataset_zip}", "-n", *TINY_NETWORK]
+    result = invoke(train.main, *args, "--aug_dim=64")
+    assert "Warning: --aug_dim=64 has no effect without --pfgmpp=1" in result.stderr
+    assert "Noise      Gaussian (D = inf)\n" in result.stdout
+    for flags in (["--pfgmpp=1", "--aug_dim=64"], ["--aug_dim=inf"], []):
+        assert invoke(train.main, *args, *flags).stderr == ""
+
+
 def test_dry_run_packs_nothing(dataset_zip, tmp_path, invoke, monkeypatch):
     monkeypatch.setenv("PFGMPP_CACHE_DIR", str(tmp_path / "cache"))
     invoke(train.main, f"--outdir={tmp_path / 'new'}", f"--data={dataset_zip}", "-n", *TINY_RUN)
@@ -310,8 +320,14 @@ def test_256x256_networks_build_and_take_a_step_with_lsun_noise(tmp_path, invoke
 
 
 def test_a_finished_run_is_not_overwritten(undisturbed, invoke):
-    _, args = undisturbed
+    run_dir, args = undisturbed
     one_line_error(invoke(train.main, *args), 1, "--resume=auto")
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()
+              if path.is_file() and path.name != "log.txt"}
+    shorter = [*args, "--resume=auto", "--duration=0.00004"]
+    assert "Nothing to do: 80 of 40 images done" in invoke(train.main, *shorter).output
+    assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()
+                      if path.is_file() and path.name != "log.txt"}
 
 
 @pytest.mark.long

@@ -239,6 +239,11 @@ class TrainConfig:
         values["aug_dim"] = "inf" if math.isinf(self.aug_dim) else self.aug_dim
         return values
 
+    @property
+    def noise_name(self) -> str:
+        """The family of the noise, in words."""
+        return f"PFGM++ with D = {self.D:g}" if self.pfgmpp else "Gaussian (D = inf)"
+
     @classmethod
     def from_dict(cls, values: dict) -> "TrainConfig":
         """Returns the configuration that `to_dict` wrote.
@@ -266,6 +271,8 @@ def check_options(values: dict) -> dict:
 def changed_options(now: TrainConfig, then: dict) -> list[str]:
     """Returns '--lr=0.01 (0.001 in the state)' for each option that goes on differently.
 
+    Where the value now is train.py's default, which nobody may have typed, that is said too.
+
     Args:
         now: the options of the run that is resumed.
         then: those that the state holds, of `to_dict`; one that it lacks had its default.
@@ -276,7 +283,9 @@ def changed_options(now: TrainConfig, then: dict) -> list[str]:
         before = then.get(name, field.default)
         is_used = name != "rbatch" or now.stf
         if name not in {*FREE_ON_RESUME, *NETWORK_OPTIONS} and is_used and value != before:
-            changed.append(f"--{_flag(name)}={_shown(value)} ({_shown(before)} in the state)")
+            default = ", the default" if value == field.default else ""
+            changed.append(f"--{_flag(name)}={_shown(value)}{default} ({_shown(before)} in the "
+                           "state)")
     return changed
 
 

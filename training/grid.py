@@ -12,6 +12,7 @@ from torch_utils.atomic import atomic_write
 
 _FRAME_MSEC, _LAST_FRAME_MSEC = 100, 2000
 _GAP = 2  # pixels between images
+_MAX_CLASSES = 16  # that get rows of their own
 _MIN_SIDE = 64  # small images are enlarged by a whole factor to at least this height
 
 
@@ -51,10 +52,22 @@ def _enlarged(image: np.ndarray, zoom: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
 
 
-def square_grid(images: np.ndarray) -> PIL.Image.Image:
-    """Returns one picture of uint8 images [B, C, H, W], as square as their number allows."""
+def square_grid(images: np.ndarray, classes: Sequence[int] | None = None) -> PIL.Image.Image:
+    """Returns one picture of uint8 images [B, C, H, W], about as square as their number allows.
+
+    With up to 16 `classes` among the images, each begins a row of its own, labelled by its number.
+    """
     columns = math.ceil(math.sqrt(len(images)))
-    return image_grid([images[i:i + columns] for i in range(0, len(images), columns)])
+    found = sorted(set(classes or ()))
+    groups = {"": range(len(images))}
+    if 0 < len(found) <= _MAX_CLASSES:
+        groups = {str(k): [i for i, own in enumerate(classes) if own == k] for k in found}
+    rows, labels = [], []
+    for label, numbers in groups.items():
+        for start in range(0, len(numbers), columns):
+            rows.append([images[i] for i in numbers[start:start + columns]])
+            labels.append("" if start else label)
+    return image_grid(rows, labels)
 
 
 def save_gif(path: str | Path, pictures: Sequence[PIL.Image.Image]) -> None:

@@ -17,7 +17,13 @@ from training.guidance import EVERYWHERE, GuidedDenoiser, guided
 from training.loss import LSUN_SIGMA_MAX
 from training.networks import Precond
 from training.quantization import quantise_
-from training.sampling import SampleBatch, SamplerConfig, generate_images, trajectory
+from training.sampling import (
+    SampleBatch,
+    SamplerConfig,
+    draw_latents,
+    generate_images,
+    trajectory,
+)
 from training.scaling import EIGHT_BIT, Scaling
 from training.sweeps import FULL_BITS
 
@@ -211,6 +217,11 @@ class NetworkSampler:
     def trajectory(self, seeds: Sequence[int]) -> list[torch.Tensor]:
         """Returns what the sampler passes through, see `sampling.trajectory`."""
         return trajectory(self.net, seeds, **self._how())
+
+    def classes(self, seeds: Sequence[int]) -> list[int] | None:
+        """Returns the classes of the images of `seeds`; None without labels."""
+        _, labels, _ = draw_latents(self.net, seeds, self.device, self.class_idx)
+        return None if labels is None else labels.argmax(dim=1).tolist()
 
     def _how(self) -> dict[str, Any]:
         return {"sampler": self.sampler, "device": self.device, "class_idx": self.class_idx,

@@ -281,6 +281,10 @@ def build_network(config: dict) -> Precond:
     if name not in PRECONDS:
         raise ValueError(f"network class {name!r}: must be one of {', '.join(PRECONDS)}")
     try:
-        return PRECONDS[name](**kwargs).to(memory_format=torch.channels_last)
+        net = PRECONDS[name](**kwargs).to(memory_format=torch.channels_last)
     except TypeError as error:
         raise ValueError(f"{name}: {error}") from None
+    for parameter in net.parameters():
+        if parameter.shape[2:] == (1, 1):  # used as a matrix, by which its gradient has strides
+            parameter.data = parameter.data.flatten(1)[:, :, None, None]
+    return net

@@ -283,6 +283,12 @@ class Trainer:
             return "Lower --lr, or use --precision=fp32"
         return "Lower --lr"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all images have been seen, and the last tick is done."""
+        is_due = bool(self.unfinished and self.unfinished["is_due"])
+        return self.cur_nimg >= self.config.total_nimg and not is_due
+
     def state(self) -> dict[str, Any]:
         """Returns all that a resumed run needs, see training/checkpoint.py."""
         progress = {"cur_nimg": self.cur_nimg, "ema_rampup": self.ema_rampup,
@@ -344,7 +350,9 @@ class Trainer:
         difference = checkpoint.first_difference(
             *({k: v for k, v in config.items() if k not in skip} for config in (ours, theirs)))
         if difference:
-            raise ValueError(f"{source}: the state is of another network ({difference})")
+            raise ValueError(
+                f"{source}: the state is of another network ({difference}); give the options that "
+                "it was trained with, or begin a new run under another --name")
 
     def _restore_foreign(self, state: dict[str, Any], source: str) -> None:
         """Continues from a state of EDM or PFGM++, and says what can't be restored."""

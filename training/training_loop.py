@@ -99,6 +99,10 @@ def training_loop(
         trainer = Trainer(config, dataset, device)
     if resume:
         trainer.restore(resume[1], resume[0])
+    if trainer.is_finished:
+        if trainer.rank == 0:
+            console.result(f"Nothing to do: {trainer.cur_nimg} of {config.total_nimg} images done")
+        return
     _announce(trainer)
     if distributed.get_rank() == 0:
         RunFiles(run_dir, config.keep).tidy()
@@ -186,10 +190,6 @@ def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None, sinks: Lo
     upkeep = _Upkeep(trainer, run_dir, evaluator, sinks, training_stats.Collector(trainer.device),
                      _Clock(now, now, trainer.cur_nimg))
     is_due = upkeep.resume()
-    if trainer.cur_nimg >= config.total_nimg and not is_due:
-        if trainer.rank == 0:
-            console.result(f"Nothing to do: {trainer.cur_nimg} of {config.total_nimg} images done")
-        return
     with signals.deferred(), tqdm(
             total=config.total_nimg, initial=trainer.cur_nimg, unit="img", unit_scale=True,
             leave=False, disable=console.bar_disabled()) as bar:
@@ -347,10 +347,11 @@ def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, ba
     stats = collector.as_dict() | {name: {"num": 1, "mean": value, "std": 0.0}
                                    for name, value in fields.items()}
     if trainer.rank == 0:
+        rate = f"{1e3 / sec_per_kimg:.4g}" if kimg else "-"
         line = (f"tick {tick:<5d} kimg {fields['Progress/kimg']:<9.4g} "
                 f"loss {collector.mean('Loss/loss'):<8.5f} "
                 f"time {format_time(fields['Timing/total_sec']):<12s} "
-                f"img/s {1e3 / fields['Timing/sec_per_kimg']:<8.4g} "
+                f"img/s {rate:<8} "
                 f"mem {fields['Resources/cpu_mem_gb']:.2f} GB "
                 f"gpumem {fields['Resources/peak_gpu_mem_gb']:.2f} GB"
                 + (f" bad steps {bad}" if bad else ""))
@@ -399,12 +400,11 @@ def _save_files(trainer: Trainer, files: RunFiles, tick: int, done: bool,
 def _announce(trainer: Trainer) -> None:
     config, dataset = trainer.config, trainer.dataset
     shape = "x".join(map(str, dataset.image_shape))
-    noise = f"PFGM++ with D = {config.D:g}" if config.pfgmpp else "Gaussian (D = inf)"
     distributed.print0(misc.module_table(trainer.net))
     distributed.print0(
         f"\nData       {len(dataset)} images {shape} of {dataset.name}, "
         f"{dataset.label_dim or 'no'} label dimensions\n"
-        f"Noise      {noise}\n"
+        f"Noise      {config.noise_name}\n"
         f"Batch      {config.batch} = {trainer.micro_batch} images x {trainer.rounds} round(s) "
         f"x {trainer.world_size} process(es), {trainer.device.type}, {config.precision}"
         f"{', compiled' if trainer.is_compiled else ''}\n"
