@@ -61,7 +61,8 @@ def _plain(value):
 @click.argument("dest", metavar="DEST")
 @click.option("--pfgmpp", type=click.BOOL, help="Whether it was trained as PFGM++, if unrecorded.")
 @click.option("--aug_dim", metavar="D", type=float, help="Augmented dimensions, if unrecorded.")
-def convert(source, dest, pfgmpp, aug_dim):
+@click.option("--half", is_flag=True, help="Keep the weights as float16, in half the space.")
+def convert(source, dest, pfgmpp, aug_dim, half):
     """Writes the averaged network of FILE as a snapshot: DEST.pt, or DEST.safetensors.
 
     Weights of published checkpoints keep their licence when they are converted.
@@ -70,6 +71,8 @@ def convert(source, dest, pfgmpp, aug_dim):
         from training import checkpoint
         content = checkpoint.settle_D(checkpoint.load(source), source, pfgmpp, aug_dim)
         snapshot = checkpoint.as_snapshot(content)
+        if half:
+            snapshot["ema"] = checkpoint.halved(snapshot["ema"], source)
         if dest.endswith(".safetensors"):
             checkpoint.save_safetensors(dest, snapshot)
         elif dest.endswith(".pt"):

@@ -46,6 +46,25 @@ def test_safetensors_hold_the_same_network(snapshot, tmp_path, invoke):
     assert torch.equal(nets[0](x, 1.0), nets[1](x, 1.0)) and nets[1].D == 2.5
 
 
+@pytest.mark.parametrize("suffix", ["pt", pytest.param("safetensors", marks=needs_safetensors)])
+def test_half_weights_take_half_the_space_and_give_nearly_the_same(suffix, snapshot, tmp_path,
+                                                                  invoke):
+    target = tmp_path / f"network.{suffix}"
+    assert invoke(checkpoint_tool.main, "convert", snapshot, target, "--half").exit_code == 0
+    ours, theirs = load(target)["ema"], load(snapshot)["ema"]
+    assert all(torch.equal(ours[name], theirs[name].half()) for name in theirs)
+    net, whole = (checkpoint.build_ema(load(path)) for path in (target, snapshot))
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    difference = (net(x, 1.0) - whole(x, 1.0)).abs().max()
+    assert 0 < difference < 0.01
+    content = load(snapshot)
+    content["ema"]["model.map_layer0.bias"][0] = 7e4
+    checkpoint.save(tmp_path / "large.pt", content)
+    result = invoke(checkpoint_tool.main, "convert", tmp_path / "large.pt", target, "--half")
+    assert result.exit_code == 1 and "model.map_layer0.bias has values beyond" in result.output
+
+
 @needs_safetensors
 def test_damaged_safetensors_are_refused(snapshot, tmp_path, invoke):
     target = tmp_path / "network.safetensors"

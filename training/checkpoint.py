@@ -199,6 +199,19 @@ def as_snapshot(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def halved(weights: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """Returns weights as float16, which every reader takes; networks compute with them as float32.
+
+    Raises:
+        ValueError: a weight of the file `source` is beyond float16.
+    """
+    halves = {name: tensor.half() for name, tensor in weights.items()}
+    for name, tensor in halves.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source}: {name} has values beyond float16 (65504); leave --half out")
+    return halves
+
+
 def save_safetensors(path: str | Path, snapshot: dict[str, Any]) -> None:
     """Writes a snapshot as safetensors; all but the tensors goes into the metadata as JSON.
 
