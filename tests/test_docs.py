@@ -132,6 +132,8 @@ def make_world(root):
     folder = root / PUBLISHED / "cifar10_ncsnpp_D_2048"
     folder.mkdir(parents=True)
     write_snapshot(folder / "training-state.pt", pfgmpp=True, aug_dim=2048)
+    write_images(root / "photos", ["cats", "dogs"], 8, 36, 40)
+    (root / "models").symlink_to(ROOT / "models")
     (root / "data").mkdir()
     write_dataset(root / "data/emoji-google-32.zip", side=32, classes=9)
     run_own_data([0, 2])

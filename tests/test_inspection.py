@@ -96,6 +96,14 @@ def test_the_first_image_may_be_the_odd_one(tmp_path):
     assert lines == ["0.png (image 0): is L 9x9, but most are L 4x4"]
 
 
+def test_images_of_many_sizes_are_told_how_to_become_alike(tmp_path):
+    files = {f"{i}.png": flat(0, 4 + max(i - 1, 0)) for i in range(4)}  # sides 4, 4, 5, 6
+    lines, _ = problems_of(write_source(tmp_path / "src", files))
+    assert [line.split("; ")[0] for line in lines] == [
+        "2.png (image 2): is L 5x5, others L 4x4", "3.png (image 3): is L 6x6, others L 4x4"]
+    assert all("--resolution" in line for line in lines)
+
+
 def test_a_flipped_bit_anywhere_in_a_png_is_found(tmp_path):
     png = encode(random_pixels(4, 4, 3), compress_level=0)
     assert png.endswith(b"\0\0\0\0IEND\xae\x42\x60\x82")  # what follows the pixels may be damaged

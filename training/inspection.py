@@ -229,14 +229,17 @@ def _check_images(data: _DataSet, names: Sequence[str],
             kinds[inspected.kind].add(i, "")
     usual = max((kind for kind in kinds if kind.channels), key=lambda kind: kinds[kind].count,
                 default=None)
-    return usual, [unreadable, *(_unlike(kind, problems, usual) for kind, problems in kinds.items()
+    told = f"but most are {usual}"
+    if usual and 2 * kinds[usual].count <= len(names):
+        told = f"others {usual}; dataset_tool.py --resolution with --transform makes all alike"
+    return usual, [unreadable, *(_unlike(kind, problems, told) for kind, problems in kinds.items()
                                  if kind != usual)]
 
 
-def _unlike(kind: Kind, problems: _Problems, usual: Kind | None) -> _Problems:
+def _unlike(kind: Kind, problems: _Problems, told: str) -> _Problems:
     """Returns the images of this kind with what is wrong with them."""
     text = f"is {kind}" + (
-        f", but most are {usual}" if kind.channels else
+        f", {told}" if kind.channels else
         "; images must be gray (L) or RGB, or arrays (.npy): convert them with dataset_tool.py")
     problems.first = [(i, text) for i, _ in problems.first]
     return problems
