@@ -17,10 +17,11 @@ def test_rows_are_D_and_columns_are_points(tmp_path, invoke):
     result = invoke(results.main, *runs, f"--out={tmp_path}")
     assert result.exit_code == 0, result.output
     rows = [line.strip("| ").split(" | ") for line in result.output.splitlines() if "|" in line]
-    assert rows == [["D", "18 steps", "alpha 0.1", "alpha 0.2", "10 steps", "5 bits"],
-                    ["---"] * 6,
-                    ["2", "11 (10 to 12)", "15", "19", "14", "13"],
-                    ["inf", "21 (20 to 22)", "25", "29", "24", "23"]]
+    assert rows == [["D", "18 steps, 3 ranges", "18 steps, 1 range", "alpha 0.1, 1 range",
+                     "alpha 0.2, 1 range", "10 steps, 1 range", "5 bits, 1 range"],
+                    ["---"] * 7,
+                    ["2", "11 (10 to 12)", "10", "15", "19", "14", "13"],
+                    ["inf", "21 (20 to 22)", "20", "25", "29", "24", "23"]]
     assert PIL.Image.open(tmp_path / "results-scores.png").width > 800
     assert PIL.Image.open(tmp_path / "results-samples.png").height > 100
 
