@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dnnlib.cli import UserError, user_errors
 from training.comparison import Comparison, compare
+from training.report_plots import line_style
+from training.report_style import look
 from training.run_record import RunRecord
 
 _AXES = {"noise_alpha": "noise before each step, alpha", "num_steps": "network evaluations",
@@ -73,16 +75,14 @@ def draw(comparison: Comparison, path: Path) -> None:
             axes[0, 0].axhspan(s.low, s.high, color="black", alpha=0.1)
             axes[0, 0].legend()
     axes[0, 0].set_xlabel("D")
-    styles = zip(("o", "s", "^", "D", "v"), ("-", "--", "-.", ":", "-"), strict=True)
-    styles = dict(zip(sorted(c.D for c in comparison.over_D), styles, strict=False))
+    looks = {D: look(i) for i, D in enumerate(sorted(c.D for c in comparison.over_D))}
     for ax, (axis, curves) in zip(axes.flat[1:], comparison.over.items(), strict=False):
         for curve in curves:
             xs = sorted(curve.points)
             places = range(len(xs)) if axis == "bits" else [
                 comparison.kind.evaluations(x) if axis == "num_steps" else x for x in xs]
-            marker, line = styles[curve.D]
-            ax.plot(places, [curve.points[x].mean for x in xs], marker=marker, linestyle=line,
-                    label=f"D = {name_of(curve.D)}")
+            ax.plot(places, [curve.points[x].mean for x in xs], label=f"D = {name_of(curve.D)}",
+                    **line_style(looks[curve.D]))
             ax.set_xticks(list(places), [f"{x:g}" for x in (xs if axis == "bits" else places)])
         ax.set_xlabel(_AXES[axis])
         if axis != "noise_alpha":

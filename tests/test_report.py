@@ -340,6 +340,14 @@ def test_ranges_in_cells_may_break(tmp_path):
     cells = report_page._table(["x"], [["1", "5\n4.25..6.25"]])
     assert '<span class="soft">4.25..<wbr>6.25</span>' in cells
     assert re.search(r"td .soft {[^}]*white-space: normal", report_page.CSS)
+    assert re.search(r"th {[^}]*white-space: normal", report_page.CSS)
+
+
+def test_cards_of_many_runs_are_wide(tmp_path, page):
+    runs = [RunRecord.read(write_run(tmp_path / str(D), D, [score_line(D, 5)], seeds=()))
+            for D in (1, 2, 3, 4, 5)]
+    assert '<div class="cards wide">' in report_page.render(runs)
+    assert '<div class="cards wide">' not in page
 
 
 def test_kinds_of_scores_are_told_apart_by_their_headings(tmp_path):

@@ -26,6 +26,17 @@ def test_rows_are_D_and_columns_are_points(tmp_path, invoke):
     assert PIL.Image.open(tmp_path / "results-samples.png").height > 100
 
 
+def test_the_picture_compares_equal_seeds(tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes")
+    drawn, plot = [], axes.Axes.plot
+    monkeypatch.setattr(axes.Axes, "plot", lambda self, x, y, **style: (
+        drawn.append(y), plot(self, x, y, **style)))
+    run = write_run(tmp_path / "run", 2, sweep_lines(2, 10))
+    [comparison] = results.compare([results.RunRecord.read(run)])
+    results.draw(comparison, tmp_path / "scores.png")
+    assert [y for y in drawn if len(y) > 1] == [[10, 15, 19], [14, 10], [13, 10]]
+
+
 def test_runs_without_scores_get_one_line(tmp_path, invoke):
     result = invoke(results.main, write_run(tmp_path / "run"), f"--out={tmp_path}")
     assert result.exit_code and "no scores; run the study first" in result.output

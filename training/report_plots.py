@@ -11,8 +11,9 @@ import importlib.util
 import io
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from training.report_style import GRID, INK, SERIES, css_colours, look
+from training.report_style import GRID, INK, SERIES, Look, css_colours, look
 
 _SIZE = 4.6, 2.7  # inches
 _MAX_MARKED = 40  # points; more are a line alone
@@ -98,6 +99,12 @@ def plot(lines: Sequence[Line], axis: Axis, y_label: str, levels: Sequence[Level
     return _inline(buffer.getvalue())
 
 
+def line_style(style: Look) -> dict[str, Any]:
+    """Returns what matplotlib's plot() is told of a look but its colour."""
+    return {"linewidth": style.width, "linestyle": (0, style.dashes) if style.dashes else "-",
+            "marker": style.mark, "markersize": style.size, "markerfacecolor": "none"}
+
+
 @contextlib.contextmanager
 def _figure() -> Iterator:
     """Yields a figure within this module's settings; those of the user are left out."""
@@ -116,10 +123,8 @@ def _draw(axes, line: Line) -> None:
         return
     style = look(line.series)
     colour = SERIES[style.colour]
-    axes.plot(line.x, line.y, color=colour, linewidth=style.width, clip_on=False,
-              linestyle=(0, style.dashes) if style.dashes else "-",
-              marker=style.mark if len(line.x) <= _MAX_MARKED else None, markersize=style.size,
-              markerfacecolor="none")
+    marks = {} if len(line.x) <= _MAX_MARKED else {"marker": None}
+    axes.plot(line.x, line.y, color=colour, clip_on=False, **line_style(style) | marks)
     bars = [(x, y, low, high) for x, y, low, high
             in zip(line.x, line.y, line.low, line.high, strict=False) if high > low]
     if bars:

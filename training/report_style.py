@@ -32,7 +32,7 @@ class Look:
 _MARKS = (("o", "○"), ("s", "□"), ("^", "△"), ("D", "◇"), ("v", "▽"), ("x", "✕"), ("+", "+"),
           (".", "•"))
 _DASHES = ((), (4, 2), (1, 2), (5, 1.5, 1, 1.5), (8, 2), (2, 1), (1, 3), (5, 1, 1, 1, 1, 1))
-LOOKS = tuple(Look(i, *marks, dashes, width=1 + 2 * 0.6**i, size=9 - i / 2)
+LOOKS = tuple(Look(i, *marks, dashes, width=1 + 1.5 * 0.6**i, size=8 - 0.45 * i)
               for i, (marks, dashes) in enumerate(zip(_MARKS, _DASHES, strict=True)))
 
 
