@@ -1,5 +1,6 @@
 """The tables and the pictures of docs/results.md, from the run directories of the study."""
 
+import collections
 import math
 import sys
 from pathlib import Path
@@ -10,12 +11,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dnnlib.cli import UserError, user_errors
 from training.comparison import Comparison, compare
+from training.report_plots import line_style
+from training.report_style import look
 from training.run_record import RunRecord
 
 _AXES = {"noise_alpha": "noise before each step, alpha", "num_steps": "network evaluations",
          "bits": "bits of the weights"}
+_POINTS = {"noise_alpha": "alpha {:g}", "num_steps": "{:g} steps", "bits": "{:g} bits"}
 _DRAWN = ("fid", "frechet_distance")
-_FULL = 32
 _IMAGES = 12
 
 
@@ -25,20 +28,28 @@ def name_of(D: float) -> str:
 
 
 def table(comparison: Comparison) -> str:
-    """Returns the scores as Markdown: a row per D, a column per point."""
-    points = {"": [(c.D, c.points[c.D]) for c in comparison.over_D]}
-    rows = {D: [f"{s.mean:.3g} ({s.low:.3g} to {s.high:.3g})"] for D, s in points[""]}
-    heads = [f"{comparison.num_steps} steps"]
+    """Returns the scores as Markdown: a row per D, a column per point and its seed ranges.
+
+    First the base point over all seed ranges, then what to compare, over equal seeds.
+    """
+    base = f"{comparison.num_steps} steps"
+    columns: dict[tuple, dict[float, str]] = collections.defaultdict(dict)
+    for curve in comparison.over_D:
+        s = curve.points[curve.D]
+        columns[base, curve.seeds][curve.D] = f"{s.mean:.3g} ({s.low:.3g} to {s.high:.3g})"
     for axis, curves in comparison.over.items():
-        values = sorted({x for curve in curves for x in curve.points} -
-                        {0, _FULL, comparison.num_steps})
-        short = {"noise_alpha": "alpha {:g}", "num_steps": "{:g} steps", "bits": "{:g} bits"}[axis]
-        heads += [short.format(value) for value in values]
-        for curve in curves:
-            rows[curve.D] += [f"{curve.points[value].mean:.3g}" if value in curve.points else ""
-                              for value in values]
+        default = comparison.base[axis]
+        for x in sorted({x for curve in curves for x in curve.points},
+                        key=lambda x, default=default: (x != default, x)):
+            label = base if x == default else _POINTS[axis].format(x)
+            for curve in curves:
+                if x in curve.points:
+                    columns[label, curve.seeds].setdefault(curve.D, f"{curve.points[x].mean:.3g}")
+    heads = [f"{label}, {len(seeds)} range{'s' if len(seeds) > 1 else ''}"
+             for label, seeds in columns]
     lines = [["D", *heads], ["---"] * (len(heads) + 1)]
-    lines += [[name_of(D), *cells] for D, cells in sorted(rows.items())]
+    lines += [[name_of(D), *(cells.get(D, "") for cells in columns.values())]
+              for D in sorted(curve.D for curve in comparison.over_D)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
@@ -64,16 +75,14 @@ def draw(comparison: Comparison, path: Path) -> None:
             axes[0, 0].axhspan(s.low, s.high, color="black", alpha=0.1)
             axes[0, 0].legend()
     axes[0, 0].set_xlabel("D")
-    styles = zip(("o", "s", "^", "D", "v"), ("-", "--", "-.", ":", "-"), strict=True)
-    styles = dict(zip(sorted(c.D for c in comparison.over_D), styles, strict=False))
+    looks = {D: look(i) for i, D in enumerate(sorted(c.D for c in comparison.over_D))}
     for ax, (axis, curves) in zip(axes.flat[1:], comparison.over.items(), strict=False):
         for curve in curves:
             xs = sorted(curve.points)
             places = range(len(xs)) if axis == "bits" else [
                 comparison.kind.evaluations(x) if axis == "num_steps" else x for x in xs]
-            marker, line = styles[curve.D]
-            ax.plot(places, [curve.points[x].mean for x in xs], marker=marker, linestyle=line,
-                    label=f"D = {name_of(curve.D)}")
+            ax.plot(places, [curve.points[x].mean for x in xs], label=f"D = {name_of(curve.D)}",
+                    **line_style(looks[curve.D]))
             ax.set_xticks(list(places), [f"{x:g}" for x in (xs if axis == "bits" else places)])
         ax.set_xlabel(_AXES[axis])
         if axis != "noise_alpha":

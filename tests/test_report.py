@@ -15,9 +15,12 @@ from conftest import run_script
 import report
 from training import report_page
 from training.comparison import compare, over_kimg
+from training.report_plots import Axis, Line, plot
+from training.report_style import NUM_COLOURS, look
 from training.run_record import RunRecord, Score, newest_network
 
 DIMS = (1, 2, 128, math.inf)
+NBSP = "\u00a0"
 HOSTILE = "<script>alert(1)</script>&\"'$\\frac{$"
 
 
@@ -166,8 +169,54 @@ def test_settings_vary_one_at_a_time_and_ranges_are_a_spread(runs):
         assert (spread.low, spread.mean, spread.high) == (10 * i, 10 * i + 1, 10 * i + 2)
         means = {axis: {x: point.mean - 10 * i for x, point in curves[i].points.items()}
                  for axis, curves in comparison.over.items()}
-        assert means == {"noise_alpha": {0: 1, 0.1: 5, 0.2: 9}, "num_steps": {10: 4, 18: 1},
-                         "bits": {5: 3, 32: 1}}
+        assert means == {"noise_alpha": {0: 0, 0.1: 5, 0.2: 9}, "num_steps": {10: 4, 18: 0},
+                         "bits": {5: 3, 32: 0}}
+
+
+def over_alpha(tmp_path, *scores):
+    """Returns the curves over alpha of runs, each of (alpha, seeds, value)."""
+    runs = [RunRecord.read(write_run(tmp_path / str(i), D, [
+        score_line(D, value, seeds, noise_alpha=alpha) for alpha, seeds, value in lines]))
+        for i, (D, lines) in enumerate(zip(DIMS, scores, strict=False))]
+    [comparison] = compare(runs)
+    return comparison.over["noise_alpha"], report_page.render(runs)
+
+
+def test_every_point_of_every_curve_is_over_the_ranges_that_all_share(tmp_path):
+    curves, _ = over_alpha(
+        tmp_path, [(a, seeds, 1) for a in (0, 0.1) for seeds in ("0-9", "10-19", "20-29")],
+        [(a, seeds, 1) for a in (0, 0.1) for seeds in ("20-29", "10-19")])
+    assert {tuple(sorted(spread.by_seeds)) for curve in curves
+            for spread in curve.points.values()} == {("10-19", "20-29")}
+
+
+def test_runs_without_common_ranges_keep_their_own_and_a_note_says_so(tmp_path):
+    curves, text = over_alpha(tmp_path, [(0, "0-9", 1), (0.1, "0-9", 1)],
+                              [(0, "10-19", 1), (0.1, "10-19", 1), (0, "20-29", 9)])
+    assert [curve.seeds for curve in curves] == [("0-9",), ("10-19",)]
+    assert curves[1].points[0].mean == 1
+    assert ("The runs are scored over different seeds: D = 1 over 1 seed range (0-9); "
+            "D = 2 over 1 seed range (10-19)") in text.replace(NBSP, " ")
+
+
+def test_points_over_other_seeds_alone_are_left_out_and_a_note_says_so(tmp_path):
+    curves, text = over_alpha(tmp_path, [(0, "0-9", 1), (0.1, "10-19", 5), (0.2, "0-9", 3)])
+    assert list(curves[0].points) == [0, 0.2] and curves[0].left_out == (0.1,)
+    assert "D = 1: its points share no seed range; left out: alpha 0.1" in text.replace(NBSP, " ")
+
+
+def test_scores_over_kimg_are_over_equal_seeds(tmp_path):
+    run = RunRecord.read(write_run(tmp_path / "run", scores=[
+        score_line(2, 50, kimg=100), score_line(2, 9), score_line(2, 1, "10-19")]))
+    [(_, _, points)] = over_kimg(run)
+    assert {x: point.values for x, point in points.items()} == {100: (50,), 200: (9,)}
+
+
+def test_changes_are_paired_by_seeds(tmp_path):
+    curves, _ = over_alpha(tmp_path, [(0, "0-9", 1), (0, "10-19", 5), (0.1, "0-9", 2),
+                                      (0.1, "10-19", 8)])
+    assert curves[0].change(0.1, 0).values == (1, 3)
+    assert curves[0].change(0.2, 0) is None
 
 
 @pytest.mark.parametrize("change", [
@@ -201,7 +250,7 @@ def test_a_repeated_score_counts_once_and_the_newest_network_speaks_for_a_run(tm
 class Page(html.parser.HTMLParser):
     """Collects elements, and checks that they close in order."""
 
-    VOID = {"meta", "img", "br"}
+    VOID = {"meta", "img", "br", "wbr"}
 
     def __init__(self, text):
         super().__init__()
@@ -256,12 +305,92 @@ def test_colours_of_plots_are_of_the_style_sheet_and_follow_the_mode(page):
 
 def test_numbers_are_in_tables_and_in_csv(page, runs):
     parsed = Page(page)
-    assert {"Over D", "Noise before each step", "Fewer steps", "Rounded weights", "0..2",
-            "10 (19)", "18 (35)", "training images", "18 kimg"} <= set(parsed.text)
+    assert {"Over D", "Noise before each step", "Steps", "Rounded weights", "10 (19)", "18 (35)",
+            "training images", "18 kimg"} <= set(parsed.text)
     links = {attrs["download"]: base64.b64decode(attrs["href"].split(",")[1]).decode()
              for tag, attrs in parsed.elements if tag == "a" and "download" in attrs}
     assert len(links["scores.csv"].splitlines()) == 1 + 7 * len(runs)
     assert links["ticks.csv"].splitlines()[1] == "D1,1.0,2.0,0.001,0.0,500.0,0.5,0.0"
+
+
+def rows_below(page, heading):
+    """Returns the cells of the table that follows a heading, a line in each."""
+    text = page[page.index(f">{heading}</h"):]
+    rows = re.findall(r"<tr>(.*?)</tr>", text[:text.index("</table>")], re.S)
+    return [[re.sub(r"<span[^>]*>", "|", cell).replace("</span>", "").replace("<wbr>", "")
+             for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows]
+
+
+def test_the_comparison_begins_with_scores_and_their_changes_over_equal_seeds(page):
+    rows = rows_below(page, "In short: FID, 10 images")
+    assert rows[0] == ["run", "score", "seed ranges", "alpha 0.2", "10 steps", "5 bits"]
+    assert rows[2] == ["D = 2", "11.00|10.00..12.00", "3", "+9.00|+81.8%", "+4.00|+36.4%",
+                       "+3.00|+27.3%"]
+    assert page.index("In short") < page.index("<h3>Runs") and "Lower is better." in page
+
+
+def test_tables_say_how_many_ranges_a_value_is_of_and_align_their_decimals(page):
+    assert page.count("Every value is over 1 seed range (0-9).") == 3
+    rows = rows_below(page, "Noise before each step")
+    assert [row[4] for row in rows[1:]] == ["30.00", "35.00", "39.00"]
+    assert rows_below(page, "Runs")[0][-1] == "number of scores"
+
+
+def test_ranges_in_cells_may_break(tmp_path):
+    cells = report_page._table(["x"], [["1", "5\n4.25..6.25"]])
+    assert '<span class="soft">4.25..<wbr>6.25</span>' in cells
+    assert re.search(r"td .soft {[^}]*white-space: normal", report_page.CSS)
+    assert re.search(r"th {[^}]*white-space: normal", report_page.CSS)
+
+
+def test_cards_of_many_runs_are_wide(tmp_path, page):
+    runs = [RunRecord.read(write_run(tmp_path / str(D), D, [score_line(D, 5)], seeds=()))
+            for D in (1, 2, 3, 4, 5)]
+    assert '<div class="cards wide">' in report_page.render(runs)
+    assert '<div class="cards wide">' not in page
+
+
+def test_kinds_of_scores_are_told_apart_by_their_headings(tmp_path):
+    kinds = [{}, {"num": 20}, {"guidance": 2}]
+    points = [score_line(2, 5, noise_alpha=alpha, **kind) for kind in kinds for alpha in (0, 0.1)]
+    points += [{**line, "reference_sha256": "other"} for line in points[:2]]
+    folders = [write_run(tmp_path / str(D), D, points if D == 2 else points[:1]) for D in (2, 128)]
+    text = report_page.render([RunRecord.read(folder) for folder in folders]).replace(NBSP, " ")
+    headings = re.findall("<h3>(FID.*?)</h3>", text)
+    assert sorted(headings) == [
+        "FID, 10 images, detector inception, reference ref.npz cd",
+        "FID, 10 images, detector inception, reference ref.npz other",
+        "FID, 10 images, guidance 2", "FID, 20 images"]
+    for heading in headings:  # each names its runs, of which some have one
+        below = text[text.index(f"<h3>{heading}</h3>"):]
+        named = re.search('<p class="soft">(.*?) images', below)[1]
+        assert named.startswith("D = 2, D = 128, 10" if heading.endswith(" cd") else "D = 2, ")
+
+
+def test_losses_at_different_D_and_scores_of_few_images_come_with_a_warning(page, tmp_path):
+    assert page.count(report_page._NO_RANKING) == 1
+    assert "Scores of few images (10, fewer than 2,048): differences within" in page
+    folders = [write_run(tmp_path / name, 2, [score_line(2, 5, num=2048)]) for name in "ab"]
+    text = report_page.render([RunRecord.read(folder) for folder in folders])
+    assert report_page._NO_RANKING not in text and "few images" not in text
+
+
+def test_no_skipped_steps_are_a_line_and_no_plot(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert "<h4>Steps skipped</h4><svg" in report_page.render([RunRecord.read(run)])
+    write_lines(run / "stats.jsonl", [tick(1), tick(2)])
+    assert ('<h4>Steps skipped</h4><p class="soft">None: the gradients of every step were finite.'
+            in report_page.render([RunRecord.read(run)]))
+
+
+def test_curves_that_coincide_differ_in_mark_dashes_and_size_as_in_the_legend():
+    looks = [look(i) for i in range(NUM_COLOURS)]
+    for values in zip(*((x.colour, x.glyph, x.dashes, x.width, x.size) for x in looks),
+                      strict=True):
+        assert len(set(values)) == NUM_COLOURS
+    assert [x.size for x in looks] == sorted((x.size for x in looks), reverse=True)
+    svg = plot([Line([1, 2], [3, 4], series=i) for i in (0, 2)], Axis("x"), "y")
+    assert svg.count("stroke-dasharray") == 1 and "fill: var(--c" not in svg
 
 
 def test_pairs_are_the_same_seeds_of_every_run(page):

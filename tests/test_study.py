@@ -166,7 +166,7 @@ def check_study(outdir, first, second):
                           for n, a in ((2, None), (2, 0.1), (3, None))]
     page = (outdir / "report.html").read_text(encoding="utf-8")
     titles_of_plots = set(re.findall("<h4>(.*?)<", page))
-    assert {"Over D", "Noise before each step", "Fewer steps"} <= titles_of_plots
+    assert {"Over D", "Noise before each step", "Steps"} <= titles_of_plots
     assert page.count("seed 1") == 2
     assert second.splitlines() == [f"[{i}/11] {title}: there already"
                                    for i, title in enumerate(titles, 1)]

@@ -3,7 +3,7 @@
 Only scores of one kind are compared: one metric, detector, number of images, reference, and the
 sampler's settings but steps, alpha and bits. The base point of a kind is alpha = 0, 32 bits and its
 most frequent number of steps, at the last kimg that a run was scored at. Around it, one setting
-varies at a time.
+varies at a time, and every point of a curve is over the same seeds.
 """
 
 import collections
@@ -37,6 +37,13 @@ class Kind:
                    score.reference_sha256 or score.reference, score.other)
 
     @property
+    def is_lower_better(self) -> bool | None:
+        """Whether lower values are better, None where nothing tells."""
+        if self.metric in ("is", "precision", "recall"):
+            return False
+        return True if self.metric in _METRIC_TITLES else None
+
+    @property
     def title(self) -> str:
         """Its name for readers."""
         name = _METRIC_TITLES.get(self.metric, self.metric.replace("_", " "))
@@ -53,9 +60,14 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Values of one point over seed ranges."""
+    """Values of one point by seed range."""
 
-    values: tuple[float, ...]
+    by_seeds: dict[str, float]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The values alone."""
+        return tuple(self.by_seeds.values())
 
     @property
     def mean(self) -> float:
@@ -72,15 +84,36 @@ class Spread:
         """The largest."""
         return max(self.values)
 
+    def over(self, seeds: Iterable[str]) -> "Spread":
+        """Returns the values of some seed ranges alone."""
+        chosen = set(seeds)
+        return Spread({key: x for key, x in self.by_seeds.items() if key in chosen})
+
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """The scores of one run over one setting."""
+    """The scores of one run over one setting, all over the same seed ranges.
+
+    `left_out` are the values of the setting that were scored over other seeds alone.
+    """
 
     run: int
     D: float | None
     kimg: float | None
     points: dict[float, Spread]
+    left_out: tuple[float, ...] = ()
+
+    @property
+    def seeds(self) -> tuple[str, ...]:
+        """The seed ranges of every point."""
+        return tuple(next(iter(self.points.values())).by_seeds)
+
+    def change(self, x: float, base: float | None) -> Spread | None:
+        """Returns how much the score at x differs from the base's, None where one is unknown."""
+        if x not in self.points or base not in self.points:
+            return None
+        before = self.points[base].by_seeds
+        return Spread({key: value - before[key] for key, value in self.points[x].by_seeds.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +124,9 @@ class Comparison:
         kind: what they share.
         reference: the reference as it was given.
         num_steps: of the base point.
-        over_D: each run's base point by its D, one curve of one point a run.
-        over: curves over 'noise_alpha', 'num_steps' and 'bits', where a run has two points.
+        over_D: each run's base point by its D, one curve of one point a run, over all its seeds.
+        over: curves over 'noise_alpha', 'num_steps' and 'bits', where a run has two points; over
+            the seeds that all points of all runs share, or failing that all points of a run.
     """
 
     kind: Kind
@@ -100,6 +134,22 @@ class Comparison:
     num_steps: int | None
     over_D: list[Curve]
     over: dict[str, list[Curve]]
+
+    @property
+    def base(self) -> dict[str, float | None]:
+        """The base point's value of each setting."""
+        return {"noise_alpha": 0, "num_steps": self.num_steps, "bits": FULL_BITS}
+
+    @property
+    def hardest(self) -> dict[str, float]:
+        """The strongest noise, the fewest steps and the fewest bits, where not the base's."""
+        found = {}
+        for axis, curves in self.over.items():
+            values = {x for curve in curves for x in curve.points}
+            value = max(values) if axis == "noise_alpha" else min(values)
+            if value != self.base[axis] and (axis != "num_steps" or value < (self.num_steps or 0)):
+                found[axis] = value
+        return found
 
 
 def compare(runs: Sequence[RunRecord]) -> list[Comparison]:
@@ -114,12 +164,20 @@ def compare(runs: Sequence[RunRecord]) -> list[Comparison]:
 
 
 def over_kimg(run: RunRecord) -> list[tuple[Kind, int | None, dict[float, Spread]]]:
-    """Returns (kind, steps, scores by kimg) of a run's networks, without noise and rounding."""
+    """Returns (kind, steps, scores by kimg) of a run's networks, without noise and rounding.
+
+    They are over the seed ranges that all share, over each one's own where there are none.
+    """
     found: dict[tuple, list[Score]] = collections.defaultdict(list)
     for score in run.scores:
         if score.is_plain and score.kimg is not None and not score.metric.endswith("_std"):
             found[Kind.of(score), score.num_steps].append(score)
-    return [(*key, _spreads(scores, lambda score: score.kimg)) for key, scores in found.items()]
+    series = []
+    for key, scores in found.items():
+        points = _spreads(scores, lambda score: score.kimg)
+        shared = _shared_seeds(points)
+        series.append((*key, {x: s.over(shared) for x, s in points.items()} if shared else points))
+    return series
 
 
 def _compare(kind: Kind, scores: list[tuple[int, Score]]) -> Comparison:
@@ -141,9 +199,34 @@ def _compare(kind: Kind, scores: list[tuple[int, Score]]) -> Comparison:
             points = _spreads(chosen, lambda score, axis=axis: getattr(score, axis))
             if points:
                 curves[axis].append(Curve(run, own[0].D, own[0].kimg, points))
-    over = {axis: curves[axis] for axis in ("noise_alpha", "num_steps", "bits")
+    over = {axis: _over_equal_seeds(curves[axis]) for axis in ("noise_alpha", "num_steps", "bits")
             if any(len(curve.points) > 1 for curve in curves[axis])}
     return Comparison(kind, scores[-1][1].reference, num_steps, curves["D"], over)
+
+
+def _over_equal_seeds(curves: Sequence[Curve]) -> list[Curve]:
+    """Returns the curves over the seed ranges that all points share, else all points of each run.
+
+    A run whose points share none keeps those of its most frequent range.
+    """
+    shared = set.intersection(*(_shared_seeds(curve.points) for curve in curves))
+    return [_over_seeds(curve, shared or _shared_seeds(curve.points) or _usual_seeds(curve.points))
+            for curve in curves]
+
+
+def _shared_seeds(points: dict[float, Spread]) -> set[str]:
+    return set.intersection(*(set(spread.by_seeds) for spread in points.values()))
+
+
+def _usual_seeds(points: dict[float, Spread]) -> set[str]:
+    counts = collections.Counter(key for spread in points.values() for key in spread.by_seeds)
+    return {counts.most_common(1)[0][0]}
+
+
+def _over_seeds(curve: Curve, seeds: set[str]) -> Curve:
+    points = {x: spread.over(seeds) for x, spread in curve.points.items()}
+    return dataclasses.replace(curve, points={x: s for x, s in points.items() if s.by_seeds},
+                               left_out=tuple(x for x, s in points.items() if not s.by_seeds))
 
 
 def _age(score: Score) -> float:
@@ -161,4 +244,4 @@ def _spreads(scores: Iterable[Score], key: Callable[[Score], float]) -> dict[flo
     for score in scores:
         values[key(score)][score.seeds] = score.value
     known = [x for x in values if x is not None]
-    return {x: Spread(tuple(values[x].values())) for x in sorted(known)}
+    return {x: Spread(values[x]) for x in sorted(known)}

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import PIL.Image
 
-from training.comparison import Comparison, Curve, Spread, compare, over_kimg
+from training.comparison import Comparison, Curve, Kind, Spread, compare, over_kimg
 from training.image_files import DAMAGE
 from training.report_plots import Axis, Level, Line, plot
-from training.report_style import CSS, MARKS, NUM_COLOURS
+from training.report_style import CSS, look
 from training.run_record import RunRecord
 from training.sweeps import FULL_BITS
 
@@ -26,6 +26,8 @@ _MAX_GRIDS = 6  # of samples over time
 _MAX_SIDE = 1024  # pixels of an embedded picture
 _MAX_PAIRS = 10  # seeds
 _MAX_NAME = 60  # characters of a run's name in legends and tables
+_MAX_NARROW = 4  # runs whose tables fit three beside each other
+_FEW_IMAGES = 2048  # of a score; below, its own noise is large. Inception has 2,048 features
 _UNSHARED = ("started",)  # settings that differ between any two runs
 _SCORE_FIELDS = ("metric", "value", "kimg", "D", "num", "seeds", "num_steps", "noise_alpha", "bits",
                  "detector", "reference", "reference_sha256", "network")
@@ -37,9 +39,14 @@ _TICK_PLOTS = (  # title, column, unit, whether from zero
     ("Speed", "images_per_sec", "images a second", True))
 _AXES = {
     "noise_alpha": ("Noise before each step", "alpha, noise / noise level"),
-    "num_steps": ("Fewer steps", "network evaluations per image (NFE)"),
+    "num_steps": ("Steps", "network evaluations per image (NFE)"),
     "bits": ("Rounded weights", f"bits of the weights; {FULL_BITS}: as trained"),
 }
+_POINTS = {"noise_alpha": "alpha {:g}", "num_steps": "{:g} steps", "bits": "{:g} bits"}
+_NO_RANKING = ("Losses at different D are not to be ranked: noise of small D has heavy tails, and "
+               "so has its loss.")
+
+_NBSP = "\u00a0"  # a space that does not break
 
 _text = html.escape
 
@@ -58,7 +65,7 @@ def render(runs: Sequence[RunRecord], title: str | None = None) -> str:
                         for i, run in enumerate(runs))
         body += [f'<nav><a href="#comparison">Comparison</a>{links}</nav>']
     comparisons = compare(runs)
-    body += [*_overview(runs), *_comparison(runs, comparisons), *_pairs(runs)]
+    body += [*_overview(runs, comparisons), *_comparison(runs, comparisons), *_pairs(runs)]
     for i, run in enumerate(runs):
         body += _run_section(i, run)
     return ('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -78,9 +85,15 @@ def _number(value: float | None, digits: int = 5) -> str:
     return "" if value is None else f"{value:.{digits}g}"
 
 
+def _decimals(values: Iterable[float], digits: int = 4) -> int:
+    """Returns the decimals that show the largest value with so many digits."""
+    largest = max((abs(value) for value in values), default=0)
+    return min(max(digits - 1 - math.floor(math.log10(largest)), 0), 10) if largest else 0
+
+
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
     """Returns a table of plain texts, the first columns to the left."""
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
+    head = "".join(f"<th>{_cell(cell)}</th>" for cell in header)
     lines = "".join(
         "<tr>" + "".join(f"<td{' class=text' if i < text_columns else ''}>{_cell(cell)}</td>"
                          for i, cell in enumerate(row)) + "</tr>\n" for row in rows)
@@ -89,17 +102,23 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: i
 
 
 def _cell(text: str) -> str:
-    """Returns the text with its second line, if any, set apart."""
-    first, line, second = text.partition("\n")
-    return _text(first) + (f'<br><span class="soft">{_text(second)}</span>' if line else "")
+    """Returns the text with its second line, if any, set apart; names and ranges may break."""
+    first, line, second = text.replace(_NBSP, " ").partition("\n")
+    second = _text(second).replace("..", "..<wbr>")
+    return _text(first) + (f'<span class="soft">{second}</span>' if line else "")
 
 
 def _card(title: str, *parts: str) -> str:
     return f'<figure class="card"><h4>{_text(title)}</h4>{"".join(parts)}</figure>'
 
 
-def _cards(cards: Sequence[str]) -> list[str]:
-    return ['<div class="cards">', *cards, "</div>"] if cards else []
+def _caption(text: str) -> str:
+    return f'<p class="soft">{_text(text)}</p>'
+
+
+def _cards(cards: Sequence[str], *, is_wide: bool = False) -> list[str]:
+    kind = "cards wide" if is_wide else "cards"
+    return [f'<div class="{kind}">', *cards, "</div>"] if cards else []
 
 
 def _folded(summary: str, content: str) -> str:
@@ -115,8 +134,8 @@ def _legend(entries: Iterable[tuple[int, str, bool]]) -> str:
     """Returns the legend of (series, name, whether it is a level)."""
     items = []
     for series, name, is_level in entries:
-        mark = "- -" if is_level else MARKS[series % NUM_COLOURS % len(MARKS)][1]
-        items.append(f'<li><b style="color:var(--c{series % NUM_COLOURS})">{mark}</b> '
+        mark = "- -" if is_level else look(series).glyph
+        items.append(f'<li><b style="color:var(--c{look(series).colour})">{mark}</b> '
                      f"{_text(name)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>' if len(items) > 1 else ""
 
@@ -153,7 +172,7 @@ def _names(runs: Sequence[RunRecord]) -> list[str]:
     """Returns what runs are called in legends: their D where that tells them apart."""
     dims = [run.D for run in runs]
     if None not in dims and len(set(dims)) == len(dims):
-        return [f"D\u00a0=\u00a0{D:.15g}" for D in dims]  # spaces that do not break
+        return [f"D{_NBSP}={_NBSP}{D:.15g}" for D in dims]
     return [_short(run.name) for run in runs]
 
 
@@ -171,18 +190,22 @@ def _downloads(runs: Sequence[RunRecord]) -> str:
             + _data_link("ticks.csv", f"{len(ticks) - 1} ticks", ticks) + ".</p>")
 
 
-def _overview(runs: Sequence[RunRecord]) -> list[str]:
-    """Returns the table of runs, the settings that differ, and the losses."""
+def _overview(runs: Sequence[RunRecord], comparisons: Sequence[Comparison]) -> list[str]:
+    """Returns the scores in short, the table of runs, and the settings that differ."""
     if len(runs) == 1:
         return []
+    parts = ['<h2 id="comparison">Comparison</h2>']
+    for comparison, heading in zip(comparisons, _headings(comparisons), strict=True):
+        if len(comparison.over_D) > 1:
+            parts += [f"<h3>In short: {_text(heading)}</h3>", *_in_short(comparison, _names(runs))]
     rows = []
     for run in runs:
         last = run.ticks[-1] if run.ticks else {}
-        rows.append([_short(run.name), "" if run.D is None else f"{run.D:g}",
+        rows.append([_short(run.name), "" if run.D is None else f"{run.D:.15g}",
                      *(_number(last.get(name)) for name in ("kimg", "loss", "bad_steps")),
                      _number(last.get("images_per_sec"), 4), str(len(run.scores))])
-    parts = ['<h2 id="comparison">Comparison</h2>',
-             _table(["run", "D", "kimg", "loss", "steps skipped", "images/s", "scores"], rows)]
+    parts += ["<h3>Runs</h3>", _table(
+        ["run", "D", "kimg", "loss", "steps skipped", "images/s", "number of scores"], rows)]
     titles = dict.fromkeys(title for run in runs for title in run.settings)
     differing = [title for title in titles if title not in _UNSHARED
                  and len({run.settings.get(title) for run in runs}) > 1]
@@ -193,19 +216,81 @@ def _overview(runs: Sequence[RunRecord]) -> list[str]:
     return parts
 
 
+def _in_short(comparison: Comparison, names: Sequence[str]) -> list[str]:
+    """Returns the base point of each run and its changes at the hardest points, as a table."""
+    hardest = comparison.hardest
+    changes = {axis: {curve.run: curve.change(x, comparison.base[axis])
+                      for curve in comparison.over[axis]} for axis, x in hardest.items()}
+    bases = {curve.run: spread for curve, spread in _base_points(comparison)}
+    decimals = _decimals(x for spread in bases.values() for x in spread.values)
+    rows = [[names[run], _spread(base, decimals), str(len(base.values)),
+             *(_change(of_runs.get(run), base, decimals) for of_runs in changes.values())]
+            for run, base in bases.items()]
+    steps = f"{comparison.num_steps} steps, " if comparison.num_steps else ""
+    text = (f"The score at {steps}no noise, weights as trained: mean and lowest..highest over all "
+            "seed ranges.")
+    if hardest:
+        seeds = {curve.seeds for axis in hardest for curve in comparison.over[axis]}
+        which = f", {_seeds_text(seeds.pop())}" if len(seeds) == 1 else ""
+        text += (" Then its change at the strongest noise, the fewest steps and the fewest bits "
+                 f"that were scored, over the same seeds at both ends{which}.")
+    if comparison.kind.is_lower_better is not None:
+        text += f" {'Lower' if comparison.kind.is_lower_better else 'Higher'} is better."
+    header = ["run", "score", "seed ranges", *(_POINTS[axis].format(x)
+                                               for axis, x in hardest.items())]
+    return [f'<p class="soft">{_text(text)}</p>', *_notes(_few_images([comparison.kind.num])),
+            _table(header, rows)]
+
+
+def _change(change: Spread | None, base: Spread, decimals: int) -> str:
+    if change is None:
+        return ""
+    lines = []
+    if base.mean > 0:
+        percent = f"{100 * change.mean / base.mean:+.1f}%"
+        lines.append("0.0%" if percent in ("+0.0%", "-0.0%") else percent)
+    if len(change.values) > 1:
+        lines.append(f"{change.low:+.{decimals}f}..{change.high:+.{decimals}f}")
+    return f"{change.mean:+.{decimals}f}\n{', '.join(lines)}"
+
+
+def _few_images(nums: Iterable[int | None]) -> list[str]:
+    """Returns a note where a score is of few images."""
+    few = sorted({num for num in nums if num and num < _FEW_IMAGES})
+    return [f"Scores of few images ({', '.join(map(str, few))}, fewer than {_FEW_IMAGES:,}): "
+            "differences within the spread of seed ranges, and somewhat beyond, tell nothing."
+            ] if few else []
+
+
 def _comparison(runs: Sequence[RunRecord], comparisons: Sequence[Comparison]) -> list[str]:
     """Returns the training of all runs, and per kind of score the plots and tables."""
     names, parts = _names(runs), []
     cards = [_card_of_all(runs, names, *which) for which in _TICK_PLOTS] if len(runs) > 1 else []
     if cards := list(filter(None, cards)):
         parts += ["<h3>Training</h3>", *_cards(cards)]
-    for comparison in comparisons:
+    for comparison, heading in zip(comparisons, _headings(comparisons), strict=True):
         cards = [_card_over_D(comparison, names)] if len(comparison.over_D) > 1 else []
         cards += [_card_over(axis, curves, comparison, names)
                   for axis, curves in comparison.over.items()]
         if cards:
-            parts += _comparison_head(comparison) + _cards(cards)
+            parts += _comparison_head(comparison, heading, names)
+            parts += _cards(cards, is_wide=len(comparison.over_D) > _MAX_NARROW)
     return parts
+
+
+def _headings(comparisons: Sequence[Comparison]) -> list[str]:
+    """Returns a heading of each, with the reference where nothing else tells two apart."""
+    plain = [_heading(comparison.kind) for comparison in comparisons]
+    return [heading if plain.count(heading) == 1 else
+            f"{heading}, detector {comparison.kind.detector or 'unknown'}, reference "
+            f"{comparison.reference} {comparison.kind.reference[:8]}"
+            for heading, comparison in zip(plain, comparisons, strict=True)]
+
+
+def _heading(kind: Kind, num_steps: int | None = None) -> str:
+    return ", ".join([kind.title, *([f"{kind.num} images"] if kind.num else []),
+                      *([f"{num_steps} steps"] if num_steps else []),
+                      *(f"{key} {value}" for key, value in kind.other)])
 
 
 def _card_of_all(runs: Sequence[RunRecord], names: Sequence[str], title: str, column: str,
@@ -215,13 +300,16 @@ def _card_of_all(runs: Sequence[RunRecord], names: Sequence[str], title: str, co
     if column == "lr" or not any(value for _, points in found for _, value in points):
         return ""
     lines = [Line(*zip(*points, strict=True), series=i) for i, points in found]
+    is_ranked = column != "loss" or len({runs[i].D for i, _ in found}) == 1
     return _card(title, _legend((i, names[i], False) for i, _ in found),
-                 plot(lines, Axis("images seen, kimg"), unit, from_zero=from_zero))
+                 plot(lines, Axis("images seen, kimg"), unit, from_zero=from_zero),
+                 "" if is_ranked else _caption(_NO_RANKING))
 
 
-def _comparison_head(comparison: Comparison) -> list[str]:
+def _comparison_head(comparison: Comparison, heading: str, names: Sequence[str]) -> list[str]:
     kind = comparison.kind
-    facts = [f"{kind.num} images" if kind.num else "", f"detector {kind.detector}",
+    facts = [", ".join(names[curve.run] for curve in comparison.over_D),
+             f"{kind.num} images" if kind.num else "", f"detector {kind.detector}",
              f"reference {comparison.reference}" if comparison.reference else "",
              f"{comparison.num_steps} steps unless said otherwise" if comparison.num_steps else "",
              *(f"{key} {value}" for key, value in kind.other)]
@@ -229,24 +317,29 @@ def _comparison_head(comparison: Comparison) -> list[str]:
     notes = ["The networks compared are of different kimg: " + ", ".join(
         f"{_number(kimg)}" if kimg is not None else "unknown" for kimg in sorted(
             kimgs, key=lambda kimg: kimg or 0))] if len(kimgs) > 1 else []
-    return [f"<h3>{_text(kind.title)}</h3>",
-            f'<p class="soft">{_text(", ".join(filter(None, facts)))}. Points are means over seed '
-            "ranges, bars and the second line of a cell reach from the lowest to the highest.</p>",
-            *_notes(notes)]
+    return [f"<h3>{_text(heading)}</h3>",
+            _caption(f"{', '.join(filter(None, facts))}. Points are means over seed ranges, bars "
+                     "and the second line of a cell reach from the lowest to the highest."),
+            *_notes([*notes, *_few_images([kind.num])])]
 
 
-def _spread(spread: Spread | None) -> str:
+def _spread(spread: Spread | None, decimals: int) -> str:
     if spread is None:
         return ""
-    if len(spread.values) == 1:
-        return _number(spread.mean)
-    return f"{_number(spread.mean)}\n{_number(spread.low)}..{_number(spread.high)}"
+    mean, low, high = (f"{x:.{decimals}f}" for x in (spread.mean, spread.low, spread.high))
+    return mean if len(spread.values) == 1 else f"{mean}\n{low}..{high}"
+
+
+def _base_points(comparison: Comparison) -> list[tuple[Curve, Spread]]:
+    return [(curve, next(iter(curve.points.values()))) for curve in comparison.over_D]
 
 
 def _card_over_D(comparison: Comparison, names: Sequence[str]) -> str:
-    known = [(curve, next(iter(curve.points.values()))) for curve in comparison.over_D]
-    rows = [[names[curve.run], _number(curve.kimg), _number(spread.mean), _number(spread.low),
-             _number(spread.high), str(len(spread.values))] for curve, spread in known]
+    known = _base_points(comparison)
+    decimals = _decimals(x for _, spread in known for x in spread.values)
+    rows = [[names[curve.run], _number(curve.kimg),
+             *(f"{x:.{decimals}f}" for x in (spread.mean, spread.low, spread.high)),
+             str(len(spread.values))] for curve, spread in known]
     legend = _legend((curve.run, names[curve.run], _is_diffusion(curve)) for curve, _ in known
                      if curve.D is not None)
     return _card("Over D", legend, _plot_over_D(known, comparison.kind.title), _table(
@@ -267,7 +360,7 @@ def _plot_over_D(known: Sequence[tuple[Curve, Spread]], y_label: str) -> str:
     lines += [Line([D], *_ends([spread]), run) for D, spread, run in finite]
     levels = [Level(spread.mean, spread.low, spread.high, curve.run) for curve, spread in known
               if _is_diffusion(curve)]
-    ticks = {D: f"{D:g}" for D, *_ in finite}
+    ticks = {D: f"{D:.15g}" for D, *_ in finite}
     return plot(lines, Axis("augmented dimensions D", ticks, is_log=True), y_label, levels)
 
 
@@ -284,11 +377,34 @@ def _card_over(axis: str, curves: Sequence[Curve], comparison: Comparison,
     lines = [Line([shown(x) for x in curve.points], *_ends(list(curve.points.values())), curve.run)
              for curve in curves]
     head = {"noise_alpha": "alpha", "num_steps": "steps (NFE)", "bits": "bits"}[axis]
+    decimals = [_decimals(y for spread in curve.points.values() for y in spread.values)
+                for curve in curves]
     rows = [[f"{x:g}" + (f" ({shown(x)})" if axis == "num_steps" else ""),
-             *(_spread(curve.points.get(x)) for curve in curves)] for x in values]
+             *(_spread(curve.points.get(x), places)
+               for curve, places in zip(curves, decimals, strict=True))] for x in values]
     return _card(title, _legend((curve.run, names[curve.run], False) for curve in curves),
                  plot(lines, x_axis, comparison.kind.title),
-                 _table([head, *(names[curve.run] for curve in curves)], rows))
+                 _table([head, *(names[curve.run] for curve in curves)], rows),
+                 *_seeds_of(axis, curves, names))
+
+
+def _seeds_of(axis: str, curves: Sequence[Curve], names: Sequence[str]) -> list[str]:
+    """Returns what the values of a card are over, with a note where that is not one thing."""
+    notes = [f"{names[curve.run]}: its points share no seed range; left out: "
+             + ", ".join(_POINTS[axis].format(x) for x in curve.left_out)
+             for curve in curves if curve.left_out]
+    kinds = dict.fromkeys(curve.seeds for curve in curves)
+    if len(kinds) > 1:
+        notes = ["The runs are scored over different seeds: " + "; ".join(
+            f"{names[curve.run]} over {_seeds_text(curve.seeds)}" for curve in curves), *notes]
+        return _notes(notes)
+    return [_caption(f"Every value is over {_seeds_text(curves[0].seeds)}."), *_notes(notes)]
+
+
+def _seeds_text(seeds: Sequence[str]) -> str:
+    """Returns seed ranges in words: how many, and which."""
+    count = "1 seed range" if len(seeds) == 1 else f"{len(seeds)} seed ranges"
+    return f"{count} ({', '.join(seeds)})" if all(seeds) else count
 
 
 def _positions(axis: str, values: Sequence[float], label: str,
@@ -347,14 +463,18 @@ def _run_section(i: int, run: RunRecord) -> list[str]:
     if pictures:
         parts += ["<h3>Samples over time</h3>", '<div class="pictures">', *pictures, "</div>"]
     if run.scores:
-        parts += ["<h3>Scores</h3>", *_cards(_kimg_cards(run)), _scores_table(run)]
+        parts += ["<h3>Scores</h3>", *_notes(_few_images(score.num for score in run.scores)),
+                  *_cards(_kimg_cards(run)), _scores_table(run)]
     return parts
 
 
 def _tick_cards(run: RunRecord) -> list[str]:
     axis, cards = Axis("images seen, kimg"), []
     for title, column, unit, from_zero in _TICK_PLOTS:
-        if points := run.column(column):
+        points = run.column(column)
+        if points and column == "bad_steps" and not any(y for _, y in points):
+            cards.append(_card(title, _caption("None: the gradients of every step were finite.")))
+        elif points:
             line = Line(*zip(*points, strict=True))
             cards.append(_card(title, plot([line], axis, unit, from_zero=from_zero)))
     memory = [(name, run.column(column)) for name, column in
@@ -398,10 +518,11 @@ def _kimg_cards(run: RunRecord) -> list[str]:
     cards = []
     for kind, num_steps, points in over_kimg(run):
         if len(points) > 1:
-            title = kind.title + (f", {kind.num} images" if kind.num else "")
-            title += f", {num_steps} steps" if num_steps else ""
             line = Line(list(points), *_ends(list(points.values())))
-            cards.append(_card(title, plot([line], Axis("images seen, kimg"), kind.title)))
+            is_over_equals = len({tuple(spread.by_seeds) for spread in points.values()}) == 1
+            cards.append(_card(
+                _heading(kind, num_steps), plot([line], Axis("images seen, kimg"), kind.title),
+                "" if is_over_equals else _caption("The points are over different seeds.")))
     return cards
 
 

@@ -11,8 +11,9 @@ import importlib.util
 import io
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from training.report_style import GRID, INK, MARKS, SERIES, css_colours
+from training.report_style import GRID, INK, SERIES, Look, css_colours, look
 
 _SIZE = 4.6, 2.7  # inches
 _MAX_MARKED = 40  # points; more are a line alone
@@ -24,7 +25,7 @@ _SETTINGS = {
     "font.family": "DejaVu Sans", "text.color": INK, "axes.edgecolor": GRID,
     "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6,
-    "axes.formatter.useoffset": False, "lines.linewidth": 1.5, "lines.markersize": 4.5,
+    "axes.formatter.useoffset": False, "lines.linewidth": 1.5,
     "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
 }
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -34,7 +35,7 @@ _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 class Line:
     """A line of a plot; `low` and `high` are ends of error bars.
 
-    `series` chooses its colour and mark; None is a thin line without marks.
+    `series` chooses its look; None is a thin line without marks.
     """
 
     x: Sequence[float]
@@ -83,7 +84,7 @@ def plot(lines: Sequence[Line], axis: Axis, y_label: str, levels: Sequence[Level
     with _figure() as figure:
         axes = figure.add_subplot()
         for level in levels:
-            colour = SERIES[level.series % len(SERIES)]
+            colour = SERIES[look(level.series).colour]
             axes.axhspan(level.low, level.high, color=colour, alpha=0.15, linewidth=0)
             axes.axhline(level.y, color=colour, linestyle="--")
         for line in lines:
@@ -96,6 +97,12 @@ def plot(lines: Sequence[Line], axis: Axis, y_label: str, levels: Sequence[Level
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     return _inline(buffer.getvalue())
+
+
+def line_style(style: Look) -> dict[str, Any]:
+    """Returns what matplotlib's plot() is told of a look but its colour."""
+    return {"linewidth": style.width, "linestyle": (0, style.dashes) if style.dashes else "-",
+            "marker": style.mark, "markersize": style.size, "markerfacecolor": "none"}
 
 
 @contextlib.contextmanager
@@ -114,9 +121,10 @@ def _draw(axes, line: Line) -> None:
     if line.series is None:
         axes.plot(line.x, line.y, color=INK, linewidth=0.6)
         return
-    colour = SERIES[line.series % len(SERIES)]
-    mark = MARKS[line.series % len(MARKS)][0] if len(line.x) <= _MAX_MARKED else None
-    axes.plot(line.x, line.y, color=colour, marker=mark, clip_on=False)
+    style = look(line.series)
+    colour = SERIES[style.colour]
+    marks = {} if len(line.x) <= _MAX_MARKED else {"marker": None}
+    axes.plot(line.x, line.y, color=colour, clip_on=False, **line_style(style) | marks)
     bars = [(x, y, low, high) for x, y, low, high
             in zip(line.x, line.y, line.low, line.high, strict=False) if high > low]
     if bars:

@@ -3,14 +3,42 @@
 Plots are drawn in stand-in colours, which `css_colours` replaces by variables of the style sheet.
 """
 
+import dataclasses
+
 # Of Okabe and Ito (2008), darker in light mode and lighter in dark mode: told apart by readers who
 # do not see all colours, and by their marks.
 _LIGHT = ("#0068a8", "#c04a00", "#00805c", "#a8417e", "#8a6a00", "#3c8dbc", "#444444", "#7a4fc4")
 _DARK = ("#5ab4f0", "#ff9448", "#3fd0a4", "#ef8fc6", "#e8c63c", "#9cd3f5", "#d0d0d0", "#b9a0f2")
 NUM_COLOURS = len(_LIGHT)
-MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # of plots, of legends
 INK, GRID = "#010203", "#010204"
 SERIES = tuple(f"#01030{i}" for i in range(NUM_COLOURS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How a series is drawn: colour, mark (of plots, of legends), dashes, width, size of marks.
+
+    Where curves coincide all are seen: later ones are thinner, have gaps and smaller marks.
+    """
+
+    colour: int
+    mark: str
+    glyph: str
+    dashes: tuple[float, ...]
+    width: float
+    size: float
+
+
+_MARKS = (("o", "○"), ("s", "□"), ("^", "△"), ("D", "◇"), ("v", "▽"), ("x", "✕"), ("+", "+"),
+          (".", "•"))
+_DASHES = ((), (4, 2), (1, 2), (5, 1.5, 1, 1.5), (8, 2), (2, 1), (1, 3), (5, 1, 1, 1, 1, 1))
+LOOKS = tuple(Look(i, *marks, dashes, width=1 + 1.5 * 0.6**i, size=8 - 0.45 * i)
+              for i, (marks, dashes) in enumerate(zip(_MARKS, _DASHES, strict=True)))
+
+
+def look(series: int) -> Look:
+    """Returns how a series is drawn, the same in every plot and legend."""
+    return LOOKS[series % len(LOOKS)]
 
 
 def css_colours(svg: str) -> str:
@@ -53,6 +81,7 @@ nav a { overflow-wrap: anywhere; }
   padding: .75rem 1rem; margin: 0; min-width: 0; }
 .cards { display: grid; gap: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); }
+.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 600px), 1fr)); }
 .pictures { display: grid; gap: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 170px), 1fr)); }
 .pictures .card { padding: .5rem; }
@@ -66,10 +95,12 @@ nav a { overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--grid);
   vertical-align: top; white-space: nowrap; }
-th { font-weight: 600; }
+th { font-weight: 600; vertical-align: bottom; white-space: normal; }
 th:first-child, td.text { text-align: left; }
 td.text { overflow-wrap: break-word; max-width: 40ch; white-space: normal; }
-.card table { font-size: .8rem; } .card th, .card td { padding: .2rem .4rem; }
+td .soft { display: block; font-size: .9em; white-space: normal; }
+.card table { font-size: .8rem; } .card th, .card td { padding: .2rem .3rem; }
+.card p { font-size: .85rem; margin: .25rem 0 0; }
 .card .pairs th, .card .pairs td { padding: 2px; border: 0; text-align: center;
   vertical-align: middle; }
 .card .pairs th:first-child { position: sticky; left: 0; background: var(--card);
@@ -81,5 +112,10 @@ td.text { overflow-wrap: break-word; max-width: 40ch; white-space: normal; }
   border-bottom: 1px solid var(--grid); min-width: 0; }
 .settings dt { color: var(--soft); flex: none; }
 .settings dd { margin: 0; text-align: right; overflow-wrap: anywhere; min-width: 0; }
+@media (max-width: 600px) {
+  th, td { padding: .2rem .25rem; } table { font-size: .8rem; }
+  td.text { overflow-wrap: anywhere; min-width: 5em; }
+  .card { padding: .6rem; }
+}
 details { margin: .5rem 0; } summary { cursor: pointer; color: var(--soft); font-size: .85rem; }
 """
