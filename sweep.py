@@ -30,7 +30,20 @@ _NOT_FOR_TRAINING = {"--outdir", "--name", "--data", "--pfgmpp", "--aug_dim", "-
                      "--nosubdir", "--transfer", "--device", "--dry-run", "-n"}
 
 
-@click.command(context_settings={"max_content_width": 100, "show_default": True})
+class _Command(click.Command):
+    """A command that knows where options of train.py belong."""
+
+    def parse_args(self, ctx, args):
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if any(error.option_name in option.opts for option in train.main.params):
+                raise UserError(f"{error.option_name}: an option of train.py; options of train.py "
+                                "follow after '--'", BAD_USAGE) from error
+            raise
+
+
+@click.command(cls=_Command, context_settings={"max_content_width": 100, "show_default": True})
 @click.option("--outdir", metavar="DIR", default="runs", help="Where the run directories are made.")
 @click.option("--data", metavar="ZIP|DIR", help="Data set to train on.")
 @click.option("--aug_dims", metavar="LIST", help="D of each network, e.g. 128,2048,inf.")

@@ -23,7 +23,7 @@ from torch.distributed.run import get_args_parser
 from benchmarks.__main__ import main as benchmarks
 from training.sampling_options import sampling_options
 
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "models/README.md"]
 SCRIPTS = {f"{name}.py": importlib.import_module(name).main
            for name in ("train", "generate", "generate_alpha", "generate_steps", "generate_quant",
                         "fid", "dataset_tool", "checkpoint_tool", "sweep", "report",

@@ -264,7 +264,7 @@ def test_the_movie_begins_with_noise_and_rests_on_the_images(snapshot, tmp_path,
     grid = np.asarray(PIL.Image.open(tmp_path / "out/vis/grid.png")).astype(int)
     # A GIF has 256 colours.
     assert np.abs(frames[-1] - grid).mean() < 12 < np.abs(frames[0] - grid).mean()
-    noise = frames[0][2:66:8, -66:-2:8] / 127.5 - 1  # one image: half of the noise is in [-0.5, 0.5]
+    noise = frames[0][2:66:8, -66:-2:8] / 127.5 - 1  # of one image, shown at deviation 0.5
     assert 0.3 < noise.std() < 0.7
 
 

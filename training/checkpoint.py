@@ -208,7 +208,8 @@ def halved(weights: dict[str, torch.Tensor], source: str) -> dict[str, torch.Ten
     halves = {name: tensor.half() for name, tensor in weights.items()}
     for name, tensor in halves.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{source}: {name} has values beyond float16 (65504); leave --half out")
+            raise ValueError(f"{source}: {name} has values beyond float16's 65504; leave "
+                             "--half out")
     return halves
 
 

@@ -78,8 +78,8 @@ class RunState:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data that JSON can hold; an infinite D becomes the string 'inf'."""
-        score = self.score and {key: getattr(self.score, key)
-                                for key in ("metric", "value", "kimg", "num", "num_steps", "detector")}
+        shown = ("metric", "value", "kimg", "num", "num_steps", "detector")
+        score = self.score and {key: getattr(self.score, key) for key in shown}
         return {**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
                 "D": "inf" if math.inf == self.D else self.D, "score": score,
                 "changed": self.changed.isoformat(timespec="seconds")}
