@@ -133,7 +133,9 @@ def make_world(root):
     folder.mkdir(parents=True)
     write_snapshot(folder / "training-state.pt", pfgmpp=True, aug_dim=2048)
     write_images(root / "photos", ["cats", "dogs"], 8, 36, 40)
-    (root / "models").symlink_to(ROOT / "models")
+    (root / "models").mkdir()
+    for network in (ROOT / "models").glob("*.pt"):
+        (root / "models" / network.name).symlink_to(network)
     (root / "data").mkdir()
     write_dataset(root / "data/emoji-google-32.zip", side=32, classes=9)
     run_own_data([0, 2])
