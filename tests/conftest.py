@@ -42,8 +42,10 @@ def _no_orphans():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory):
+def _own_folders(tmp_path_factory):
+    """Scripts keep their caches, and what torchrun leaves when it is killed, among the tests' own."""
     os.environ["PFGMPP_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))
 
 
 def write_dataset(path: Path, num: int = 40, side: int = 8, classes: int = 2, channels: int = 3,
