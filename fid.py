@@ -144,6 +144,8 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
     also as a table, with the lowest and the mean of each checkpoint's seed ranges. Each is appended
     to metrics.jsonl in the run or folder.
 
+    Folders of a sweep over several settings need all of their flags, such as --alpha --steps.
+
     Scores can be compared only at equal --num. With --detector=pixels the number is called
     'pixels Frechet distance', because it is not an FID.
 
@@ -396,21 +398,27 @@ def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: f
                              f"with generate.py --outdir={images}, or score a network with 'fid.py "
                              "gen'")
         return []
-    chosen = []
+    chosen, sweeps_there = [], set()
     for match in filter(None, map(_CKPT_NAME.fullmatch, names)):
         kimg, values = float(match["kimg"]), [match[name] for name in _SWEEPS]
         has = {name for name, value in zip(_SWEEPS, values, strict=True) if value is not None}
         gen_seed = int(match["gen_seed"] or 1)
+        sweeps_there.add(_sweep_flags(has))
         if gen_seed in gen_seeds and first <= kimg <= last and has == sweeps:
             point = (kimg, *(float(value or 0) for value in values))
             chosen.append((point, gen_seed, match[0]))
     if not chosen:
-        wanted = " ".join(f"--{name}" for name in _SWEEPS if name in sweeps) or "no sweep"
         raise ValueError(f"{images}: none of {len(names)} ckpt_* folders (such as {min(names)}) is "
-                         f"of --gen_seed={','.join(map(str, gen_seeds))}, {wanted}, and {first:g} "
-                         f"to {last:g} kimg")
+                         f"of --gen_seed={','.join(map(str, gen_seeds))}, {_sweep_flags(sweeps)}, "
+                         f"and {first:.15g} to {last:.15g} kimg; there is "
+                         f"{' and '.join(sorted(sweeps_there)) or 'none of generate.py'}")
     return [_Job(os.path.join(images, name), name, str(point))
             for point, _, name in sorted(chosen)]
+
+
+def _sweep_flags(sweeps: set[str]) -> str:
+    """Returns the flags that choose folders swept over all of these."""
+    return " ".join(f"--{name}" for name in _SWEEPS if name in sweeps) or "no sweep"
 
 
 def cli() -> None:

@@ -30,7 +30,7 @@ def _refuse(ctx, param, value: bool | None) -> None:
 @click.option("--seeds", metavar="LIST", type=IntList(), default="0-63", help="Random seeds, e.g. 1,2,5-10; one image each.")
 @click.option("--subdirs", is_flag=True, help="One subfolder per thousand seeds.")
 @click.option("--batch", "batch", metavar="INT", type=click.IntRange(min=1), default=64, help="Largest batch per process.")
-@click.option("--save_images", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write vis/grid.png and vis/movie.gif of the first images.")
+@click.option("--save_images", metavar="[BOOL]", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write vis/grid.png and vis/movie.gif of the first of SEEDS.")
 @sampling_options
 @click.option("--name-steps", is_flag=True, hidden=True)
 @click.option("--use_pickle", type=click.BOOL, is_flag=False, flag_value=True, hidden=True)
@@ -55,7 +55,7 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
 
     Lists of --steps, --alpha and --bits make every combination, each in a folder named after it:
     ckpt_000200_alpha_0.1_steps_12. With --network these folders, called ckpt_000000..., lie in
-    OUTDIR. 'fid.py calc --alpha|--steps|--quant' scores them.
+    OUTDIR. 'fid.py calc' scores them, given a flag for each list: --alpha, --steps, --quant.
 
     \b
     # 64 images of a snapshot

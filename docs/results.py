@@ -87,7 +87,7 @@ def draw(comparison: Comparison, path: Path) -> None:
         ax.set_xlabel(_AXES[axis])
         if axis != "noise_alpha":
             ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 7)))
             ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             ax.yaxis.set_minor_formatter(NullFormatter())
         ax.legend()

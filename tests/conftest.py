@@ -43,7 +43,7 @@ def _no_orphans():
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_folders(tmp_path_factory):
-    """Scripts keep their caches, and what torchrun leaves when it is killed, among the tests' own."""
+    """Scripts keep caches, and what a killed torchrun leaves, in folders of the tests."""
     os.environ["PFGMPP_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))
 

@@ -3,28 +3,22 @@
 import re
 
 import pytest
-from conftest import ROOT, write_dataset
-from test_generate import write_snapshot
+from conftest import ROOT
 
 TEXT = (ROOT / "docs/api.md").read_text(encoding="utf-8")
 SECTIONS = re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", TEXT, re.M | re.S)
 
 
 @pytest.mark.long
-def test_the_examples_run_in_their_order(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs/emoji").mkdir(parents=True)
-    (tmp_path / "datasets").mkdir()
-    write_snapshot(tmp_path / "runs/emoji/network-snapshot-000040.pt", label_dim=0,
-                   pfgmpp=True, aug_dim=128)
-    write_dataset(tmp_path / "datasets/emoji.zip", num=200)
+def test_the_examples_run_in_their_order(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
     assert len(SECTIONS) == 5
     values, printed = {}, {}
     for title, code in SECTIONS:
         exec(compile(code, f"docs/api.md, {title}", "exec"), values)
         printed[title] = capsys.readouterr().out
-    assert "EDMPrecond 128.0 0 torch.Size([4, 3, 8, 8])" in printed["Load a network"]
-    assert "[8, 9, 10, 11, 12, 13, 14, 15] torch.Size([8, 3, 8, 8]) torch.uint8" in \
+    assert "EDMPrecond 128.0 3 torch.Size([4, 3, 16, 16])" in printed["Load a network"]
+    assert "[8, 9, 10, 11, 12, 13, 14, 15] torch.Size([8, 3, 16, 16]) torch.uint8" in \
         printed["Sample"]
     assert (values["mean"] - values["data"][:8]).abs().max() < 1e-3
     assert float(printed["Compute a score"]) > 0

@@ -202,6 +202,10 @@ def test_a_run_without_a_fitting_folder_is_refused(fails, data, tmp_path):
     args = ("calc", f"--ref={root / 'ref.npz'}", *PIXELS)
     assert "none of 1 ckpt_* folders (such as ckpt_000005) is of --gen_seed=2" in fails(
         *args, f"--images={tmp_path}", "--gen_seed=2")
+    for name in ("ckpt_000005_steps_4_quant_5", "ckpt_000005_alpha_0.1"):
+        (tmp_path / name).mkdir()
+    assert "0 to 1000000 kimg; there is --alpha and --steps --quant and no sweep" in fails(
+        *args, f"--images={tmp_path}", "--steps")
     assert "no run directory with ckpt_* folders" in fails(
         *args, f"--images={root / 'images'}", "--steps")
     run_dir = tmp_path / "run"

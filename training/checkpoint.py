@@ -184,6 +184,9 @@ def _check_claims(content: Any, size: int) -> None:
 
 def _open_source(source: str | Path) -> IO[bytes]:
     if not is_url(source):
+        if not os.path.exists(source):
+            raise FileNotFoundError(f"{source}: no such file; name a network-snapshot-*.pt, a "
+                                    "training-state-*.pt, or a published file or its address")
         return open(source, "rb")
     with distributed.rank0_first():  # one download for all
         return open_url(str(source))

@@ -71,7 +71,11 @@ def square_grid(images: np.ndarray, classes: Sequence[int] | None = None) -> PIL
 
 
 def save_gif(path: str | Path, pictures: Sequence[PIL.Image.Image]) -> None:
-    """Writes a looping animation atomically; the last picture stays longer."""
+    """Writes a looping animation atomically; the last picture stays longer.
+
+    A GIF's frame has 256 colours; these reach the rare ones too, which Pillow's own choice loses.
+    """
+    pictures = [picture.quantize(256, PIL.Image.Quantize.MAXCOVERAGE) for picture in pictures]
     with atomic_write(path) as file:
         pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], loop=0,
                          duration=[_FRAME_MSEC] * (len(pictures) - 1) + [_LAST_FRAME_MSEC])

@@ -22,6 +22,8 @@ from torch_utils.atomic import atomic_write, remove_stale, write_json
 from training import array_files
 from training.image_files import ARRAY_SUFFIX, GENERATE_RECORD, parse_json, read_regular
 
+_IMAGE = "[0-9]" * 6 + "*"  # the name of an image, but for its extension
+
 
 class ImageFolder:
     """Where the images of one network and one setting of the sampler go.
@@ -46,14 +48,20 @@ class ImageFolder:
         What a killed run has left unfinished is removed.
 
         Raises:
-            ValueError: the folder holds images made with other settings.
+            ValueError: the folder holds images made with other settings, or nobody knows how.
             OSError: it can't be made or written.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--outdir={self.path}: a file, but a folder is needed; name another")
         self.path.mkdir(parents=True, exist_ok=True)
+        image = self._any_image()  # before the record is looked for, which is older than images
         for folder in (self.path, *self.path.glob("*/")) if self._subdirs else (self.path,):
             remove_stale(folder)
         record = self.path / GENERATE_RECORD
         if not record.exists():
+            if image:
+                raise ValueError(f"{self.path} holds {image} but no {GENERATE_RECORD}, which says "
+                                 "how images were made; name another --outdir")
             with contextlib.suppress(FileExistsError):  # another run was faster
                 write_json(record, settings, replace=False)
                 return
@@ -63,9 +71,20 @@ class ImageFolder:
                              "--outdir")
         for key in {**settings, **there}:  # some are recorded only where they are used
             now, then = settings.get(key), there.get(key)
+            if now != then and key == "weights":
+                raise ValueError(f"{self.path} holds images of another network (its weights have "
+                                 f"sha256 {str(then)[:8]}..., these {now[:8]}...); name another "
+                                 "--outdir or remove it")
             if now != then:
                 raise ValueError(f"{self.path} holds images of another setting ({key}: {then} "
                                  f"there, {now} now); name another --outdir or remove it")
+
+    def _any_image(self) -> str | None:
+        """Returns the name of a file in the folder that has the form of an image's, if any."""
+        pattern = f"[0-9]*/{_IMAGE}" if self._subdirs else _IMAGE
+        path = next((path for suffix in (".png", ARRAY_SUFFIX)
+                     for path in self.path.glob(pattern + suffix)), None)
+        return path and path.relative_to(self.path).as_posix()
 
     def image_path(self, seed: int) -> Path:
         """Returns the name of the image of a seed."""

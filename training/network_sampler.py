@@ -312,6 +312,9 @@ def _with_guidance(
     elif not net.label_dim:
         raise UsageError(f"--guidance={guidance:g}: {source} has no labels to be guided by; give a "
                          "second network with --gnet")
+    elif not net.config.get("label_dropout"):
+        distributed.warn0(f"--guidance={guidance:g}: {source} was trained without --label-dropout, "
+                          "so it knows nothing without a label; --gnet guides by a second network")
     if interval is not None:
         settings["guidance_interval"] = [_json_number(float(end)) for end in interval]
     try:
