@@ -11,6 +11,7 @@ import io
 import json
 import subprocess
 import sys
+import tempfile
 import uuid
 import zipfile
 from pathlib import Path
@@ -43,9 +44,14 @@ def _no_orphans():
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_folders(tmp_path_factory):
-    """Scripts keep caches, and what a killed torchrun leaves, in folders of the tests."""
+    """Scripts keep caches, and what a killed torchrun leaves, in folders of the tests.
+
+    The latter's path is short, as those of sockets in it must be.
+    """
     os.environ["PFGMPP_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))
+    with tempfile.TemporaryDirectory(prefix="pfgmpp-", ignore_cleanup_errors=True) as folder:
+        os.environ["TMPDIR"] = folder
+        yield
 
 
 def write_dataset(path: Path, num: int = 40, side: int = 8, classes: int = 2, channels: int = 3,

@@ -55,13 +55,13 @@ class ImageFolder:
             raise ValueError(f"--outdir={self.path}: a file, but a folder is needed; name another")
         self.path.mkdir(parents=True, exist_ok=True)
         image = self._any_image()  # before the record is looked for, which is older than images
+        record = self.path / GENERATE_RECORD
+        if image and not record.exists():
+            raise ValueError(f"{self.path} holds {image} but no {GENERATE_RECORD}, which says how "
+                             "images were made; name another --outdir")
         for folder in (self.path, *self.path.glob("*/")) if self._subdirs else (self.path,):
             remove_stale(folder)
-        record = self.path / GENERATE_RECORD
         if not record.exists():
-            if image:
-                raise ValueError(f"{self.path} holds {image} but no {GENERATE_RECORD}, which says "
-                                 "how images were made; name another --outdir")
             with contextlib.suppress(FileExistsError):  # another run was faster
                 write_json(record, settings, replace=False)
                 return
