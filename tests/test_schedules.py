@@ -74,7 +74,10 @@ def numpy_grid(name, n):
 def test_grids_follow_their_formulas_and_published_ranges(name, n):
     grid, low, high = sigma_grid(name, ANY, n)
     assert grid[-1] == 0 and len(grid) == n + 1 and (grid.diff() < 0).all()
-    np.testing.assert_allclose(grid[:-1].numpy(), numpy_grid(name, n), rtol=1e-6)
+    # Published levels of improved DDPM hang on float32 values of abar, off by 6e-8 near 1, which
+    # moves the square of the smallest level, 4e-5, by 1e-3 of it.
+    rtol = 1e-3 if name == "iddpm" else 1e-6
+    np.testing.assert_allclose(grid[:-1].numpy(), numpy_grid(name, n), rtol=rtol)
     if name == "vp":
         assert (low, high) == pytest.approx((0.010486, 152.167), rel=1e-4)
 

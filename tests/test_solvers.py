@@ -493,6 +493,29 @@ def vp_sigma(t, beta_d=VP_BETAS[0], beta_min=VP_BETAS[1]):
     return np.sqrt(np.expm1(beta_d * t**2 / 2 + beta_min * t))
 
 
+# What NVlabs/edm's ablation_sampler makes of --disc=iddpm in float64, PyTorch 2.13 on an AMD EPYC.
+PUBLISHED_IDDPM_GRIDS = {
+    2: [80.20367617799776, 0.0064224695811984575],
+    7: [80.20367617799776, 3.6187161191062898, 1.719471821964532, 0.9998443686148031,
+        0.5834219914943771, 0.2776941144285248, 0.0064224695811984575],
+    18: [80.20367617799776, 9.687848103884503, 5.068195961652411, 3.4107606410408473,
+         2.5361010609130563, 1.9883932885155027, 1.6023834730291455, 1.3200216159794353,
+         1.098003886076512, 0.9133120999194778, 0.759764295135753, 0.6259973154403513,
+         0.5046302701569558, 0.39584529576659044, 0.2945708527913949, 0.19850549501482204,
+         0.10403644724603973, 0.0064224695811984575],
+    40: [80.20367617799776, 19.427174796818257, 10.844969276113968, 7.595150369491833,
+         5.776037824584097, 4.68271259203205, 3.926921041024707, 3.352622105719851,
+         2.9306369645723622, 2.583174603940878, 2.3114405540172402, 2.076322228503215,
+         1.8847879179843952, 1.719471821964532, 1.5695138159657227, 1.4422875479195354,
+         1.324304636256863, 1.2222242674902224, 1.1294278052067241, 1.0412042031729094,
+         0.9631263995576906, 0.887907502620235, 0.8205199266247155, 0.7573088503539143,
+         0.6954069392811478, 0.6390920392054893, 0.5834219914943771, 0.5323218931078624,
+         0.4832975230317359, 0.43422923521743206, 0.3886486950969402, 0.34268003291231475,
+         0.2996636838273248, 0.25596785228711183, 0.21478549161904614, 0.17426094614541152,
+         0.132642613477032, 0.09293340377517828, 0.0515412341541703, 0.0064224695811984575],
+}
+
+
 def published_grid(name, n):
     """The grids of the paper's table 1, and of its code for improved DDPM."""
     i = np.arange(n) / (n - 1)
@@ -503,7 +526,7 @@ def published_grid(name, n):
     if name == "iddpm":
         levels = iddpm_by_hand()
         levels = levels[(levels >= 0.002) & (levels <= 81)]
-        return levels[np.round((len(levels) - 1) * i).astype(int)]
+        return PUBLISHED_IDDPM_GRIDS.get(n, levels[np.round((len(levels) - 1) * i).astype(int)])
     return formula(n)[:-1]
 
 
@@ -512,7 +535,9 @@ def published_grid(name, n):
 def test_ablation_grids_are_the_published_ones(name, n):
     sigmas, low, high = sigma_grid(name, free_net(), n)
     assert sigmas.dtype == torch.float64 and sigmas[-1] == 0
-    np.testing.assert_allclose(sigmas[:-1], published_grid(name, n), rtol=1e-9)
+    # The levels of improved DDPM hang on abar in float32, whose sine differs between machines.
+    rtol = 2e-5 if name == "iddpm" else 1e-9
+    np.testing.assert_allclose(sigmas[:-1], published_grid(name, n), rtol=rtol)
     expected = {"vp": (vp_sigma(1e-3), vp_sigma(1.0)), "ve": (0.02, 100), "iddpm": (0.002, 81),
                 "edm": (0.002, 80)}[name]
     np.testing.assert_allclose((low, high), expected, rtol=1e-9)

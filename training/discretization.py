@@ -60,15 +60,35 @@ def vp_betas(sigma_min: float, sigma_max: float) -> tuple[float, float]:
     return beta_d, high - beta_d / 2
 
 
+def vp_sigma_range(epsilon_t: float, beta_d: float, beta_min: float) -> tuple[float, float]:
+    """Returns the float32 noise levels at times epsilon_t and 1, equal on every machine."""
+    t = torch.tensor([epsilon_t, 1.0], device="cpu")  # also while building on "meta"
+    low, high = (_rounded(torch.exp, beta_d * t**2 / 2 + beta_min * t) - 1).sqrt().tolist()
+    return low, high
+
+
 def iddpm_levels(M: int, C_1: float, C_2: float, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the levels u_0 .. u_M of the improved-DDPM cosine schedule, falling to 0."""
-    j = torch.arange(M + 1, dtype=dtype, device="cpu")  # also while building on "meta"
-    abar = (torch.pi / 2 * j / (M * (C_2 + 1))).sin() ** 2
-    u = torch.zeros_like(j)
+    """Returns the levels u_0 .. u_M of the improved-DDPM cosine schedule, falling to 0.
+
+    The published levels follow from abar in float32, whose last digit near 1 decides the third of
+    the smallest levels. So abar is float32 here whatever `dtype`, the type of the recursion, is.
+    """
+    j = torch.arange(M + 1, dtype=torch.float32, device="cpu")  # also while building on "meta"
+    abar = _rounded(torch.sin, torch.pi / 2 * j / M / (C_2 + 1)) ** 2
+    ratios = (abar[:-1] / abar[1:]).clamp(min=C_1)
+    u = torch.zeros(M + 1, dtype=dtype, device="cpu")
     for k in range(M, 0, -1):
-        ratio = (abar[k - 1] / abar[k]).clamp(min=C_1)
-        u[k - 1] = ((u[k] ** 2 + 1) / ratio - 1).sqrt()
+        u[k - 1] = ((u[k] ** 2 + 1) / ratios[k - 1] - 1).sqrt()
     return u
+
+
+def _rounded(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Returns function(x) rounded to x's type once.
+
+    The float32 sine and exponential of vector libraries differ in the last digit from one CPU to
+    another; those of float64, rounded to float32, do not.
+    """
+    return function(x.double()).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------ schedules

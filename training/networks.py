@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
-from training.discretization import iddpm_levels, vp_sigma, vp_sigma_inv
+from training.discretization import iddpm_levels, vp_sigma, vp_sigma_inv, vp_sigma_range
 from training.perturbation import PerturbationKernel, per_image
 from training.unets import DhariwalUNet, SongUNet, check_choice, image_size
 
@@ -169,8 +169,7 @@ class VPPrecond(Precond):
                  epsilon_t: float = 1e-5, **kwargs):
         super().__init__(*args, **kwargs)
         self.beta_d, self.beta_min, self.M, self.epsilon_t = beta_d, beta_min, M, epsilon_t
-        times = torch.tensor([epsilon_t, 1.0], device="cpu")  # also while building on "meta"
-        self.sigma_min, self.sigma_max = vp_sigma(times, beta_d, beta_min).tolist()
+        self.sigma_min, self.sigma_max = vp_sigma_range(epsilon_t, beta_d, beta_min)
 
     def sigma(self, t: float | torch.Tensor) -> torch.Tensor:
         """Returns the noise level of the schedule at time t."""
