@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from conftest import ROOT, write_dataset
+from scripts import ROOT
+from tiny import write_dataset
 
 TEXT = (ROOT / "docs/api.md").read_text(encoding="utf-8")
 SECTIONS = re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", TEXT, re.M | re.S)

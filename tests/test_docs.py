@@ -12,17 +12,17 @@ import numpy as np
 import PIL.Image
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, load_script, write_dataset
 from published_archives import write_cifar10, write_lmdb, write_mnist
 from scipy import stats
-from test_generate import write_snapshot
-from test_results import results
-from test_toy import toy
+from scripts import ROOT, load_script
+from snapshots import write_snapshot
+from tiny import write_dataset
 from torch.distributed.run import get_args_parser
 
 from benchmarks.__main__ import main as benchmarks
 from training.sampling_options import sampling_options
 
+results, toy = load_script("docs/results.py"), load_script("docs/toy.py")
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "models/README.md"]
 SCRIPTS = {f"{name}.py": importlib.import_module(name).main
            for name in ("train", "generate", "generate_alpha", "generate_steps", "generate_quant",
@@ -198,7 +198,7 @@ def run_documented(script, documented):
         run(script, args)
     elif script in ("docs/results.py", "benchmarks"):
         pass  # need a study, and minutes: tests/test_results.py and test_benchmarks.py run them
-    elif script == "sweep.py":  # tests/test_study.py runs a study
+    elif script == "sweep.py":  # tests/reports/test_study.py runs a study
         assert "fid.py gen" in run(script, ["--dry-run", *args])
     elif any("cifar-10-python" in arg for arg in args):
         assert "20 images, 32x32" in run(script, args)
@@ -264,7 +264,7 @@ def test_relative_links_lead_somewhere(path):
 
 def test_every_fault_has_a_test_that_provokes_it():
     rows = table(ROOT / "docs" / "reliability.md", "| fault ")
-    there = {name for path in (ROOT / "tests").glob("test_*.py")
+    there = {name for path in (ROOT / "tests").rglob("test_*.py")
              for name in re.findall(r"^def test_(\w+)", path.read_text(encoding="utf-8"), re.M)}
     assert len(rows) > 30
     for fault, _, names in rows:

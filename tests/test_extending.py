@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import ROOT
+from scripts import ROOT
 
 from metrics.scores import METRICS
 from training import checkpoint

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_safe_pickle import mutated
+from pickle_assembler import mutated
 
 from dnnlib.cli import IntList, NumberList
 from metrics.references import load_reference

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, run_script
+from scripts import run_script
+from tiny import TINY_RUN
 
 from training import checkpoint
 from training.config import TrainConfig

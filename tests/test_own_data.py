@@ -11,7 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, write_dataset
+from scripts import ROOT
+from tiny import TINY_RUN, write_dataset
 
 import dataset_tool
 import fid

@@ -9,7 +9,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_RUN, write_dataset
+from scripts import ROOT
+from tiny import TINY_RUN, write_dataset
 
 tomllib = pytest.importorskip("tomllib")  # since Python 3.11
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))

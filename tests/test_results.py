@@ -4,8 +4,8 @@ import math
 
 import PIL.Image
 import pytest
-from conftest import load_script
-from test_report import sweep_lines, write_run
+from run_dirs import sweep_lines, write_run
+from scripts import load_script
 
 results = load_script("docs/results.py")
 

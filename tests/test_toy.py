@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import load_script
+from scripts import load_script
 
 from training.perturbation import PerturbationKernel
 

@@ -1,0 +1,22 @@
+"""Small network snapshots."""
+
+import torch
+
+from training import checkpoint
+from training.config import TrainConfig
+from training.networks import build_network
+
+
+def write_snapshot(path, *, label_dim=2, shape=(3, 8, 8), cond_channels=0, seed=0, **options):
+    """Writes a network snapshot with weights that are not those of initialisation."""
+    config = TrainConfig(data="none", arch="ncsnpp", cbase=8, cres=(1, 2), nblock=1, **options)
+    torch.manual_seed(seed)
+    net = build_network({**config.network(list(shape[1:]), shape[0], label_dim),
+                         **({"cond_channels": cond_channels} if cond_channels else {})})
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    checkpoint.save(path, {
+        "format": checkpoint.SNAPSHOT_FORMAT, "network": net.config,
+        "ema": dict(net.state_dict()), "progress": {"cur_nimg": 0}, "options": config.to_dict()})
+    return path

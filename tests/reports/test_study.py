@@ -1,0 +1,196 @@
+"""sweep.py: the study through the real commands, what is not done again, what is refused early."""
+
+import dataclasses
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from run_dirs import score_line, write_run
+from scripts import run_script
+from tiny import TINY_NETWORK
+
+import sweep
+from training.study import Study, _is_trained, network_of, report_step
+
+STUDY = Study(ref="ref.npz", metrics="fid", detector="inception", detector_name="inception",
+              seeds=(0, 1, 2), ranges=3, base_steps=18, alpha=(0.0, 0.1), steps=(10, 18), bits=(5,),
+              images=2, device="cpu")
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    run = write_run(tmp_path / "run", seeds=())
+    (run / "network-snapshot-000200.pt").touch()
+    return run
+
+
+def words_of(run_dir, study=STUDY):
+    """Returns what each step of a run does, by the end of its title."""
+    return {step.title.split()[-1]: step.words() for step in study.steps_of(run_dir)}
+
+
+def write_scores(run_dir, *lines):
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_settings_are_scored_one_at_a_time(run_dir):
+    words = words_of(run_dir)
+    assert list(words) == ["scores", "alpha", "steps", "bits", "images"]
+    network = run_dir / "network-snapshot-000200.pt"
+    common = ["fid.py", "gen", f"--network={network}", "--ref=ref.npz", "--metrics=fid",
+              "--detector=inception", "--device=cpu", "--seeds=0-2"]
+    assert words["scores"] == [*common, "--steps=18", "--ranges=3"]
+    assert words["alpha"] == [*common, "--steps=18", "--alpha=0,0.1"]
+    assert words["steps"] == [*common, "--steps=10,18"]
+    assert words["bits"] == [*common, "--steps=18", "--bits=5"]
+    assert words["images"] == [
+        "generate.py", f"--network={network}", f"--outdir={run_dir}/ckpt_000200", "--subdirs",
+        "--seeds=0-1", "--steps=18", "--device=cpu"]
+
+
+def test_what_is_scored_is_left_out(run_dir):
+    write_scores(run_dir, score_line(128, 1, "0-2"), score_line(128, 1, "0-2", num_steps=10),
+                 score_line(128, 1, "0-2", bits=5))
+    words = words_of(run_dir)
+    assert words["steps"] is None and words["bits"] is None
+    assert words["alpha"][-1] == "--alpha=0.1"
+    assert words["scores"][-3:] == ["--seeds=3-5", "--steps=18", "--ranges=2"]
+
+
+@pytest.mark.parametrize("change", [
+    {"seeds": "0-3"}, {"reference": "other"}, {"detector": "pixels"}, {"metric": "kid"},
+    {"network": "network-snapshot-000100.pt"},
+    {"sampler": score_line(128, 1, guidance=2)["sampler"]}])
+def test_scores_by_other_settings_do_not_count(run_dir, change):
+    study = dataclasses.replace(STUDY, ranges=1)
+    write_scores(run_dir, score_line(128, 1, "0-2"))
+    assert words_of(run_dir, study)["scores"] is None
+    write_scores(run_dir, {**score_line(128, 1, "0-2"), **change})
+    assert words_of(run_dir, study)["scores"] is not None
+
+
+@pytest.mark.parametrize("point", [{"noise_alpha": 0.1}, {"num_steps": 10}, {"bits": 5}])
+def test_scores_around_the_default_point_are_not_scores_of_it(run_dir, point):
+    write_scores(run_dir, score_line(128, 1, "0-2", **point))
+    assert words_of(run_dir, dataclasses.replace(STUDY, ranges=1))["scores"] is not None
+
+
+def test_every_metric_must_be_there(run_dir):
+    study = dataclasses.replace(STUDY, ranges=1, metrics="fid,kid")
+    write_scores(run_dir, score_line(128, 1, "0-2"))
+    assert words_of(run_dir, study)["scores"] is not None
+    write_scores(run_dir, score_line(128, 1, "0-2"), score_line(128, 1, "0-2", metric="kid"))
+    assert words_of(run_dir, study)["scores"] is None
+
+
+def test_a_run_is_trained_when_its_last_network_is_there(tmp_path):
+    asked = {"duration": 0.003, "batch": 32, "cres": None}
+    assert not _is_trained(tmp_path / "none", asked)
+    run = write_run(tmp_path / "run", cres=None)  # of 3 kimg
+    assert not _is_trained(run, asked)
+    (run / "network-snapshot-000002.pt").touch()
+    assert not _is_trained(run, asked)
+    (run / "network-snapshot-000003.pt").touch()
+    assert _is_trained(run, asked)
+    assert not _is_trained(run, {**asked, "duration": 0.0031})
+    with pytest.raises(ValueError, match="was begun with batch = 32, and batch = 64 is asked for"):
+        _is_trained(run, {**asked, "batch": 64})
+
+
+def test_the_report_is_written_again_only_for_newer_files(run_dir, tmp_path):
+    out = tmp_path / "report.html"
+    assert report_step(out, [run_dir]).words() == ["report.py", str(run_dir), f"--out={out}"]
+    out.touch()
+    assert report_step(out, [run_dir]).words() is None
+    write_scores(run_dir, score_line(128, 1))
+    assert report_step(out, [run_dir]).words() is not None
+
+
+def test_a_network_that_is_not_there_yet_has_a_stand_in(tmp_path):
+    assert network_of(tmp_path)[0].name == "network-snapshot-NNNNNN.pt"
+
+
+@pytest.mark.parametrize("args, words", [
+    ([], "give --data and --aug_dims to train, or --runs"),
+    (["--aug_dims=2"], "give --data and --aug_dims to train, or --runs"),
+    (["--data=DATA", "--aug_dims=0,inf"], "--aug_dims=0,inf: must be numbers above 0 or inf"),
+    (["--data=DATA", "--aug_dims=2", "--", "--pfgmpp=1"], "--pfgmpp=1: can't be given"),
+    (["--data=DATA", "--aug_dims=2", "--", "--no=1"], "No such option '--no'"),
+    (["--data=DATA", "--aug_dims=2", "--cbase=16"], "options of train.py follow after '--'"),
+    (["--data=DATA", "--aug_dims=2", "--metrics=nice"], "'nice': must be a list of fid"),
+    (["--data=DATA", "--aug_dims=2", "--detector=nice"], "detector 'nice': must be"),
+    (["--data=DATA", "--aug_dims=2", "--ref=none.npz"], "none.npz: no such file or folder"),
+    (["--runs=none"], "--ref: needed with --runs"),
+    (["--runs=none", "--ref=DATA"], "--runs: none holds no network-snapshot"),
+    (["--runs=none", "--ref=DATA", "--", "--lr=1"], "with --runs nothing is trained")])
+def test_mistakes_get_one_line_before_anything_starts(args, words, dataset_zip, tmp_path, invoke):
+    args = [arg.replace("DATA", str(dataset_zip)) for arg in args]
+    done = invoke(sweep.main, f"--outdir={tmp_path / 'runs'}", *args)
+    assert done.exit_code in (1, 2) and words in done.output, done.output
+    assert "[1/" not in done.output and not (tmp_path / "runs").exists()
+
+
+def test_the_first_failing_step_stops_the_study(dataset_zip, tmp_path, invoke, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sweep, "_run_script", lambda command: calls.append(command) or 3)
+    done = invoke(sweep.main, f"--outdir={tmp_path}", f"--data={dataset_zip}", "--aug_dims=2,inf",
+                  "--detector=pixels", "--nproc=2", "--", "--seed=5")
+    assert done.exit_code == 3 and len(calls) == 1
+    assert "step 1 of 7 (tiny-D2: training) failed with exit code 3; run the same" in done.output
+    assert calls[0][:6] == [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                            "--nproc_per_node=2", "--"]
+    assert {"--seed=5", "--pfgmpp=1", "--aug_dim=2", "--resume=auto"} <= set(calls[0])
+
+
+def study_args(outdir, data):
+    return [f"--outdir={outdir}", f"--data={data}", "--aug_dims=2,inf", "--name=toy",
+            "--detector=pixels", "--seeds=0-3", "--base-steps=2", "--alpha=0.1", "--steps=3",
+            "--images=2", "--device=cpu", "--", *TINY_NETWORK, "--batch=8", "--duration=0.000016",
+            "--tick=0.008", "--workers=0", "--samples=0"]
+
+
+def check_study(outdir, first, second):
+    """Checks what two calls of the same study print and leave."""
+    titles = [*(f"toy-D{D}: training" for D in ("2", "inf")),
+              *(f"toy-D{D}: {what}" for D in ("2", "inf")
+                for what in ("scores", "alpha", "steps", "images")), "report"]
+    assert re.findall(r"^\[.*", first, re.M) == [
+        f"[{i}/11] {title}" for i, title in enumerate(titles, 1)]
+    for D, expected in (("2", 2.0), ("inf", "inf")):
+        lines = (outdir / f"toy-D{D}/metrics.jsonl").read_text().splitlines()
+        points = [{key: json.loads(line)["sampler"].get(key) for key in
+                   ("D", "num_steps", "noise_alpha")} for line in lines]
+        assert points == [{"D": expected, "num_steps": n, "noise_alpha": a}
+                          for n, a in ((2, None), (2, 0.1), (3, None))]
+    page = (outdir / "report.html").read_text(encoding="utf-8")
+    titles_of_plots = set(re.findall("<h4>(.*?)<", page))
+    assert {"Over D", "Noise before each step", "Steps"} <= titles_of_plots
+    assert page.count("seed 1") == 2
+    assert second.splitlines() == [f"[{i}/11] {title}: there already"
+                                   for i, title in enumerate(titles, 1)]
+
+
+def in_this_process(command):
+    """Returns the exit code of a script that sweep.py would start."""
+    script = importlib.import_module(Path(command[1]).stem)
+    return CliRunner().invoke(script.main, command[2:]).exit_code
+
+
+@pytest.mark.long
+def test_a_study_runs_and_a_second_call_does_nothing_again(dataset_zip, tmp_path, invoke,
+                                                           monkeypatch):
+    monkeypatch.setattr(sweep, "_run_script", in_this_process)
+    first, second = (invoke(sweep.main, *study_args(tmp_path, dataset_zip)) for _ in range(2))
+    assert first.exit_code == second.exit_code == 0, first.output
+    check_study(tmp_path, first.output, second.output)
+
+
+@pytest.mark.slow
+@pytest.mark.scripts
+def test_a_study_runs_as_users_start_it(dataset_zip, tmp_path):
+    args = ["sweep.py", *study_args(tmp_path, dataset_zip)]
+    check_study(tmp_path, run_script(*args).stdout, run_script(*args).stdout)

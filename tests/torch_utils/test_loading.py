@@ -1,0 +1,128 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from scripts import ROOT
+
+from dnnlib.cli import UserError, user_errors
+from torch_utils.loading import read_in_processes, read_in_threads
+
+
+class Numbers:
+    """Rows [i, i] of int64, and whatever else happens at given indices."""
+
+    def __init__(self, events=None):
+        self._events = events or {}
+
+    def get_batch(self, indices):
+        for i in indices:
+            if i in self._events:
+                self._events[i]()
+        return np.array([[i, i] for i in indices]), np.array(indices)
+
+
+def fail():
+    raise ValueError("image 5 is damaged")
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def be_told_to_stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+READERS = pytest.mark.parametrize("read", [read_in_processes, read_in_threads])
+
+
+@READERS
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_come_in_order_whatever_the_number_of_workers(read, workers):
+    batches = [[3, 1], [4], [1, 5, 9], [2, 6]] * 5
+    found = list(read(Numbers(), batches, workers=workers))
+    assert [pair.tolist() for pair, _ in found] == [[[i, i] for i in batch] for batch in batches]
+    assert all(isinstance(tensor, torch.Tensor) for pair in found for tensor in pair)
+
+
+@READERS
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_reader_arrives_with_its_own_words(read, workers):
+    reader = read(Numbers({5: fail}), [[1], [5]], workers=workers)
+    next(reader)
+    with pytest.raises(ValueError, match="^image 5 is damaged$"):
+        next(reader)
+
+
+def test_a_killed_worker_is_one_line_with_its_signal():
+    told = "data loader process was killed .Killed.*--workers"
+    with pytest.raises(UserError, match=told) as info, user_errors():
+        list(read_in_processes(Numbers({5: die}), [[1], [5], [7]], workers=1))
+    assert info.value.exit_code == 1
+    assert "\n" not in info.value.message
+
+
+def test_workers_leave_signals_to_their_parent():
+    found = list(read_in_processes(Numbers({5: be_told_to_stop}), [[1], [5], [7]], workers=1))
+    assert len(found) == 3
+
+
+@READERS
+def test_batches_are_read_ahead_but_not_far(read):
+    """An endless source is read no further than a few batches beyond what was taken."""
+    taken = []
+
+    def endless():
+        for i in range(10**9):
+            taken.append(i)
+            yield [i]
+
+    reader = read(Numbers(), endless(), workers=2)
+    next(reader)
+    assert 2 <= len(taken) <= 6
+    reader.close()
+
+
+def test_dropping_the_iterator_ends_the_workers():
+    def children():
+        return [child for child in os.listdir("/proc") if child.isdigit() and _parent(child)]
+
+    def _parent(pid):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                return int(file.read().rsplit(")", 1)[1].split()[1]) == os.getpid()
+        except OSError:
+            return False
+
+    before = set(children())
+    reader = read_in_processes(Numbers(), ([i] for i in range(10**9)), workers=2)
+    next(reader)
+    assert len(set(children()) - before) >= 2
+    reader.close()
+    time.sleep(0.5)
+    assert set(children()) <= before
+
+
+def test_closing_the_iterator_ends_the_threads():
+    before = threading.active_count()
+    reader = read_in_threads(Numbers(), ([i] for i in range(10**9)), workers=2)
+    next(reader)
+    assert threading.active_count() == before + 2
+    reader.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.scripts
+def test_a_process_is_silent_about_a_parent_that_has_gone():
+    code = ("import sys; from torch_utils import loading; loading._start_worker(0)\n"
+            "for error in (EOFError(), ConnectionResetError(), ValueError('shown')):\n"
+            "    sys.excepthook(type(error), error, None)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "ValueError: shown\n"

@@ -1,0 +1,776 @@
+"""Full disks, damaged files, second runs, killed workers, changed options: one clear line."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from faults import Script, end_scripts, run_to_end, wait_until  # noqa: F401 - a fixture
+from scripts import ROOT
+from tiny import TINY_RUN, write_dataset
+from watchdog import processes
+
+import fid
+import train
+from generate import main as generate_main
+from torch_utils import distributed
+from torch_utils.atomic import append_line, atomic_write, remove_stale
+from torch_utils.run_lock import numbered_dir, run_lock
+from training import config as config_module
+from training import training_loop
+from training.checkpoint import BEST_STATE, digest, load, newest_state, save, training_states
+from training.config import FREE_ON_RESUME, NETWORK_OPTIONS, TrainConfig, changed_options
+from training.run_files import RunFiles
+
+DEAD_PID = 2**22 + 1  # beyond what Linux gives
+
+
+def command(data, outdir, *more, steps=10):
+    return ["--name=run", *TINY_RUN, "--tick=0.008", "--dump=1", "--snap=1000", "--device=cpu",
+            f"--data={data}", f"--outdir={outdir}", f"--duration={steps * 8e-6}", *more]
+
+
+def error_of(result, code):
+    """Returns the one line of a command that ends in `code`."""
+    assert result.exit_code == code, result.output
+    [line] = [text for text in result.output.splitlines() if text.startswith("Error: ")]
+    assert "Traceback" not in result.output
+    return line
+
+
+@pytest.fixture(scope="module")
+def finished(dataset_zip, tmp_path_factory):
+    """A run of ten steps with a state for each but the first."""
+    from click.testing import CliRunner
+    outdir = tmp_path_factory.mktemp("finished")
+    result = CliRunner().invoke(train.main, command(dataset_zip, outdir))
+    assert result.exit_code == 0, result.output
+    return outdir / "run"
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 6 MB of its own."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", path],
+                      capture_output=True).returncode:
+        pytest.skip("may not mount a small file system")
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
+
+
+def fill(disk, leave=0):
+    """Fills the disk but for some bytes; returns the file to remove."""
+    filler = disk / "filler"
+    with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    if leave:
+        os.truncate(filler, filler.stat().st_size - leave)
+    return filler
+
+
+def write_state(path, nimg):
+    save(path, {"format": "pfgmpp-training-state", "optimizer": {}, "net": torch.arange(100.0),
+                "progress": {"cur_nimg": nimg}})
+
+
+# --------------------------------------------------------------------------------- full disks
+
+
+@pytest.mark.scripts
+def test_a_full_disk_costs_a_state_but_not_the_run(dataset_zip, disk, tmp_path):
+    script = Script("train.py", *command(dataset_zip, disk, "--dump=60", "--keep=2", steps=300),
+                    folder=tmp_path)
+    script.wait_for("^tick 10 ")
+    filler = fill(disk, leave=300_000)  # enough for the log, not for a state
+    script.wait_for("^Warning: not written: .*state-.*No space left")
+    assert not list(disk.rglob("*.tmp"))
+    filler.unlink()
+    assert script.wait() == 0, script.output
+    assert script.output.count("Warning") == 1
+    assert [load(path)["progress"]["cur_nimg"] for path in training_states(disk / "run")] in (
+        [8 * 241, 8 * 300], [8 * 300])
+
+
+@pytest.mark.slow
+def test_a_disk_that_stays_full_ends_the_run_at_the_second_state(dataset_zip, disk, tmp_path):
+    args = command(dataset_zip, disk, "--dump=20", steps=3000)
+    script = Script("train.py", *args, folder=tmp_path)
+    script.wait_for("^tick 25 ")
+    fill(disk, leave=300_000)
+    assert script.wait() == 1
+    [line] = script.errors
+    assert "No space left" in line and "training-state" in line
+    assert script.output.count("Warning: not written") == 1
+    path, problems = newest_state(disk / "run")
+    assert path and not problems
+    script.assert_left_nothing(disk)
+
+
+@pytest.mark.scripts
+def test_a_full_disk_for_log_and_statistics_is_one_warning_each(dataset_zip, disk, tmp_path):
+    script = Script("train.py", *command(dataset_zip, disk, "--dump=1000", steps=400),
+                    folder=tmp_path)
+    script.wait_for("^tick 10 ")
+    filler = fill(disk)
+    script.wait_for("^Warning: .*stats.jsonl not written")
+    script.wait_for("^tick 200 ")
+    filler.unlink()
+    assert script.wait() == 0, script.output
+    assert script.output.count("stats.jsonl not written") == 1
+    assert script.output.count("log.txt not written") <= 1
+    lines = (disk / "run" / "stats.jsonl").read_text().splitlines()
+    kimg = [json.loads(line)["Progress/kimg"]["mean"] for line in lines]
+    assert kimg == sorted(kimg) and kimg[-1] == pytest.approx(3.2) and len(kimg) < 400
+
+
+@pytest.mark.scripts
+def test_a_console_on_a_full_disk_does_not_end_the_run(dataset_zip, disk):
+    script = Script("train.py", *command(dataset_zip, disk, "--dump=1000", steps=600), folder=disk)
+    script.wait_for("^tick 10 ")
+    filler = fill(disk)
+    time.sleep(2)  # a page of each file holds a hundred ticks
+    assert script.process.poll() is None
+    filler.unlink()
+    assert script.wait() == 0
+    log = (disk / "run" / "log.txt").read_text()
+    assert log.count("tick ") < 600, "nothing was lost: the disk was not full"
+    assert log.splitlines()[-1].startswith("Training finished")
+    path, problems = newest_state(disk / "run")
+    assert load(path)["progress"]["cur_nimg"] == 600 * 8 and not problems
+
+
+@pytest.mark.scripts
+def test_a_reader_of_the_output_that_goes_does_not_end_the_run(dataset_zip, tmp_path):
+    run = subprocess.Popen([sys.executable, "train.py", *command(dataset_zip, tmp_path)],
+                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run.stdout.readline()
+    run.stdout.close()
+    assert run.wait(60) == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.splitlines()[-1].startswith("Training finished")
+    assert log.count("Warning: console not written") == 1
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Lets no file of this process grow beyond a size: a write fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_failed_writing_leaves_the_earlier_file_and_no_temporary(tmp_path):
+    path = tmp_path / "training-state-000001.pt"
+    write_state(path, 1000)
+    before = path.read_bytes()
+    with largest_file(500), pytest.raises(OSError):
+        write_state(path, 2000)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_occasions_of_failure_in_a_row_are_one_too_many(tmp_path, capsys):
+    files, content = RunFiles(tmp_path, None), {"format": "x", "net": torch.zeros(1000)}
+
+    def occasion(size, last=False):
+        with largest_file(size):
+            files.save("a.pt", content)
+            files.save("b.pt", content)
+        files.end_occasion(last)
+
+    occasion(100)
+    occasion(10**6)
+    occasion(100)
+    files.end_occasion(False)  # an occasion without files is none
+    assert capsys.readouterr().err.count("Warning: not written") == 4
+    with pytest.raises(OSError, match=r"a\.pt: .*b\.pt: "):
+        occasion(100)
+    with pytest.raises(OSError, match="--resume=auto"):
+        RunFilesAtTheirEnd(tmp_path)
+
+
+def RunFilesAtTheirEnd(folder):
+    files = RunFiles(folder, None)
+    with largest_file(100):
+        files.save("c.pt", {"net": torch.zeros(1000)})
+    files.end_occasion(last=True)
+
+
+# ------------------------------------------------------------------------------ appended lines
+
+
+def test_a_torn_line_is_cut_off_before_the_next(tmp_path):
+    path = tmp_path / "stats.jsonl"
+    for torn in ("", '{"a": 1', "x" * 200_000):
+        path.write_text('{"n": 0}\n' + torn)
+        append_line(path, '{"n": 1}')
+        assert path.read_text() == '{"n": 0}\n{"n": 1}\n'
+    path.write_text("no newline at all")
+    append_line(path, "1")
+    assert path.read_text() == "1\n"
+
+
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "stats.jsonl"
+    append_line(path, "x" * 100)
+    with largest_file(150), pytest.raises(OSError):
+        append_line(path, "y" * 100)
+    assert path.read_text() == "x" * 100 + "\n"
+
+
+@pytest.mark.scripts
+def test_lines_of_several_processes_do_not_mix(tmp_path):
+    code = ("import sys; from torch_utils.atomic import append_line\n"
+            "for i in range(200): append_line(sys.argv[1], sys.argv[2] * 3000)")
+    writers = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "s.jsonl", letter],
+                                cwd=ROOT) for letter in "abc"]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    lines = (tmp_path / "s.jsonl").read_text().splitlines()
+    assert sorted(lines) == sorted(letter * 3000 for letter in "abc" for _ in range(200))
+
+
+# ------------------------------------------------------------------------- stale temporaries
+
+
+def test_temporaries_of_dead_writers_are_removed_and_others_left_alone(tmp_path):
+    with atomic_write(tmp_path / "a.pt"):
+        [own] = tmp_path.glob("*.tmp")
+    dead = own.name.replace(f"-{os.getpid()}.", f"-{DEAD_PID}.")
+    alive = own.name.replace(f"-{os.getpid()}.", "-1.")
+    elsewhere = f"b.pt.othernode-{DEAD_PID}.tmp"
+    old = f"c.pt.othernode-{DEAD_PID}.tmp"
+    for name in (dead, alive, elsewhere, old, "notes.tmp", "a.pt.12.tmp"):
+        (tmp_path / name).write_text("")
+    os.utime(tmp_path / old, (0, 0))
+    assert {path.name for path in remove_stale(tmp_path)} == {dead, old}
+    (tmp_path / dead).write_text("")
+    with atomic_write(tmp_path / "a.pt"):
+        assert not (tmp_path / dead).exists(), "the next writing of a file takes its rests away"
+
+
+def test_a_file_that_must_be_new_is_never_replaced(tmp_path):
+    won = []
+
+    def write(i):
+        with contextlib.suppress(FileExistsError):
+            with atomic_write(tmp_path / "x", replace=False) as file:
+                file.write(str(i).encode())
+                time.sleep(0.01)
+            won.append(i)
+    # Threads of one process share a temporary name; so one after the other here, and processes in
+    # test_two_runs_of_generate_fill_one_folder.
+    for i in range(3):
+        write(i)
+    assert won == [0] and (tmp_path / "x").read_text() == "0"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+# ----------------------------------------------------------------------------- pruned states
+
+
+def test_keep_leaves_the_newest_states_once_one_of_them_verifies(tmp_path, capsys):
+    for i in range(1, 6):
+        write_state(tmp_path / f"training-state-{i:06d}.pt", i * 1000)
+    write_state(tmp_path / BEST_STATE, 1)
+    (tmp_path / "network-snapshot-000001.pt").write_text("")
+
+    def names():
+        return {path.name[-5:-3] for path in training_states(tmp_path)}
+
+    newest = tmp_path / "training-state-000005.pt"
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:-100])
+    RunFiles(tmp_path, 1).prune()
+    assert names() == {"01", "02", "03", "04", "05"}, "the one to keep is damaged"
+    assert "none of the newest 1 verifies" in capsys.readouterr().err
+    RunFiles(tmp_path, 2).prune()
+    assert names() == {"04", "05"}, "one of the two verifies"
+    newest.write_bytes(whole)
+    RunFiles(tmp_path, 1).prune()
+    RunFiles(tmp_path, None).prune()
+    assert names() == {"05"}
+    assert (tmp_path / BEST_STATE).exists() and (tmp_path / "network-snapshot-000001.pt").exists()
+
+
+@pytest.mark.long
+def test_a_run_with_keep_has_that_many_states_and_all_its_snapshots(dataset_zip, tmp_path,
+                                                                    invoke):
+    result = invoke(train.main, *command(dataset_zip, tmp_path, "--keep=3", "--snap=2"))
+    assert result.exit_code == 0, result.output
+    names = [path.name for path in training_states(tmp_path / "run")]
+    assert names == [f"training-state-000000.{n:03d}.pt" for n in (64, 72, 80)]
+    assert len(list((tmp_path / "run").glob("network-snapshot-*.pt"))) == 6
+
+
+# -------------------------------------------------------------------- damaged and other files
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("damage", [
+    lambda data: b"", lambda data: data[:len(data) // 2], lambda data: data[:-1],
+    lambda data: data[:1000] + bytes([data[1000] ^ 4]) + data[1001:],
+    lambda data: data[:-3000] + bytes([data[-3000] ^ 1]) + data[-2999:],
+], ids=["empty", "half", "last byte", "flipped early", "flipped late"])
+def test_a_damaged_state_is_named_or_passed_over(damage, finished, dataset_zip, tmp_path, invoke):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    older, newest = training_states(finished)[-2:]
+    (run_dir / older.name).write_bytes(older.read_bytes())
+    bad = run_dir / newest.name
+    bad.write_bytes(damage(newest.read_bytes()))
+    line = error_of(invoke(train.main, *command(dataset_zip, tmp_path, f"--resume={bad}")), 1)
+    assert str(bad) in line
+    result = invoke(train.main, *command(dataset_zip, tmp_path, "--resume=auto"))
+    assert result.exit_code == 0, result.output
+    assert f"Warning: skipped {bad}" in result.output
+    assert f"Resuming from  {run_dir / older.name}" in result.output
+    assert digest(load(bad)["net"]) == digest(load(newest)["net"]), "it was trained anew"
+
+
+# --------------------------------------------------------------------------- changed options
+
+
+def test_every_option_is_free_or_compared_or_in_the_network():
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert names >= FREE_ON_RESUME.keys() | NETWORK_OPTIONS
+    assert not FREE_ON_RESUME.keys() & NETWORK_OPTIONS
+    compared = names - FREE_ON_RESUME.keys() - NETWORK_OPTIONS
+    assert compared == {  # a new option is compared until somebody has thought about it
+        "stf", "rbatch", "lsun", "batch", "lr", "lr_rampup", "ema", "dropout", "augment", "xflip",
+        "precision", "ls"}
+    assert all(FREE_ON_RESUME.values()), "each with its reason"
+
+
+def test_changed_options_are_listed_with_both_values():
+    then = TrainConfig(data="a", batch=64, lr=1e-3).to_dict()
+    now = TrainConfig(data="b", batch=32, lr=2e-3, duration=7, batch_gpu=2, rbatch=100, keep=2)
+    assert changed_options(now, then) == [
+        "--batch=32 (64 in the state)", "--lr=0.002 (0.001 in the state)"]
+    back = dataclasses.replace(now, batch=64, lr=TrainConfig.lr)
+    assert changed_options(back, then | {"lr": 0.5}) == [
+        "--lr=0.001, the default (0.5 in the state)"]
+    del then["xflip"]  # written before there was such an option
+    then["gone"] = 1
+    assert changed_options(dataclasses.replace(now, batch=64, lr=1e-3), then) == []
+    assert "--rbatch=100" in str(changed_options(dataclasses.replace(now, stf=True), then))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags, words", [
+    (["--arch=ddpmpp"], "embedding_type: positional here, fourier there"),
+    (["--cbase=4"], "model_channels: 4 here, 8 there"),
+    (["--cond=1"], "label_dim: 2 here, 0 there"),
+    (["--pfgmpp=1", "--aug_dim=9"], "pfgmpp: True here, False there"),
+    (["--override-options"], "img_resolution: 16 here, 8 there")])
+def test_a_state_of_another_network_is_refused(flags, words, finished, dataset_zip, tmp_path,
+                                               invoke):
+    data = dataset_zip
+    if flags == ["--override-options"]:
+        data = write_dataset(tmp_path / "larger.zip", side=16)
+    state = training_states(finished)[-1]
+    args = command(data, tmp_path, f"--resume={state}", steps=20)
+    line = error_of(invoke(train.main, *args, *flags), 1)
+    assert words in line and "another --name" in line
+
+
+@pytest.mark.scripts
+def test_a_batch_that_does_not_divide_is_refused_under_torchrun(dataset_zip, tmp_path):
+    script = run_to_end("train.py", *command(dataset_zip, tmp_path), folder=tmp_path, processes=3)
+    assert script.wait() == 1 and "exitcode  : 2" in script.output
+    assert script.errors == ["Error: --batch=8 can't be split over 3 processes; nearest: 6 or 9"]
+    script.assert_left_nothing(tmp_path)
+
+
+@pytest.mark.long
+def test_changed_options_end_a_resumed_run_unless_overridden(finished, dataset_zip, tmp_path,
+                                                             invoke):
+    state = training_states(finished)[3]
+    args = command(dataset_zip, tmp_path, f"--resume={state}")
+    changed = [*args, "--batch=4", "--lr=0.5", "--dropout=0.3"]
+    line = error_of(invoke(train.main, *changed), 2)
+    for word in ("--batch=4 (8 in the state)", "--lr=0.5", "--dropout=0.3", str(state),
+                 "--override-options"):
+        assert word in line
+    assert not (tmp_path / "run").exists()
+    assert invoke(train.main, *changed, "--override-options").exit_code == 0
+    assert load(newest_state(tmp_path / "run")[0])["options"]["lr"] == 0.5
+    log = (tmp_path / "run/log.txt").read_text()
+    assert re.search(r"^Changed  .*--batch=4 \(8 in the state\), --lr=0.5 ", log, re.M)
+    free = ["--workers=1", "--cache=0", "--batch-gpu=2", "--tick=0.016", "--snap=3", "--keep=1",
+            "--max-bad-steps=7", "--bench=0", "--samples=4", "--name=free"]
+    assert invoke(train.main, *args, *free).exit_code == 0
+
+
+@pytest.mark.long
+def test_other_data_need_overriding_and_changed_data_are_refused(finished, dataset_zip, tmp_path,
+                                                                 invoke):
+    state = training_states(finished)[3]
+    moved = tmp_path / "moved.zip"
+    moved.write_bytes(dataset_zip.read_bytes())
+    other = write_dataset(tmp_path / "other.zip", num=44)
+    args = command(dataset_zip, tmp_path, f"--resume={state}")
+    assert invoke(train.main, *args, f"--data={moved}", "--name=a").exit_code == 0
+    line = error_of(invoke(train.main, *args, f"--data={other}", "--name=b"), 2)
+    assert f"--data={other}" in line and "40 images then, 44 now" in line
+    result = invoke(train.main, *args, f"--data={other}", "--name=b", "--override-options")
+    assert result.exit_code == 0, result.output
+    write_dataset(moved, num=44)  # under the same name
+    args = [*command(moved, tmp_path), "--name=a", "--duration=1"]
+    line = error_of(invoke(train.main, *args, "--resume=auto", "--override-options"), 1)
+    assert "40 images then, 44 now" in line
+
+
+# ---------------------------------------------------------------------------------- two runs
+
+
+HOLD = ("import sys, time; from torch_utils.run_lock import run_lock\n"
+        "with run_lock(sys.argv[1]): print('held', flush=True); time.sleep(600)")
+
+
+def test_a_second_run_in_a_directory_is_told_who_is_there(finished, dataset_zip, tmp_path, invoke):
+    import socket
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    state = training_states(finished)[-1]
+    (run_dir / state.name).write_bytes(state.read_bytes())
+    owner = subprocess.Popen([sys.executable, "-c", HOLD, run_dir], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE)
+    assert owner.stdout.readline() == "held\n"
+    before = sorted(path.name for path in run_dir.iterdir())
+    for resume in (["--resume=auto"], [f"--resume={state}"]):
+        line = error_of(invoke(train.main, *command(dataset_zip, tmp_path, *resume)), 1)
+        assert f"in use by process {owner.pid} on {socket.gethostname()}" in line
+    assert sorted(path.name for path in run_dir.iterdir()) == before
+    owner.kill()
+    owner.wait()
+    result = invoke(train.main, *command(dataset_zip, tmp_path, "--resume=auto", steps=11))
+    assert result.exit_code == 0, result.output
+
+
+def test_a_lock_ends_with_its_owner_though_its_children_live(tmp_path):
+    code = HOLD.replace("time.sleep(600)", "import os; os.fork(); time.sleep(600)")
+    owner = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, start_new_session=True)
+    assert owner.stdout.readline() == "held\n"
+    code = "import sys; from torch_utils.run_lock import run_lock\nwith run_lock(sys.argv[1]): pass"
+    taker = [sys.executable, "-c", code, tmp_path]
+    assert b"in use by process" in subprocess.run(taker, cwd=ROOT, capture_output=True).stderr
+    time.sleep(0.3)
+    owner.kill()
+    owner.wait()
+    assert subprocess.run(taker, cwd=ROOT, capture_output=True).returncode == 0
+    os.killpg(owner.pid, signal.SIGKILL)
+
+
+def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with run_lock(tmp_path):
+        assert "can't be locked (No locks available)" in capsys.readouterr().err
+
+
+def test_numbers_of_runs_that_start_together_are_all_different(tmp_path):
+    made, start = [], threading.Barrier(8)
+
+    def make(i):
+        start.wait()
+        for k in range(20):
+            made.append(numbered_dir(tmp_path, f"run-{i}-{k}"))
+    threads = [threading.Thread(target=make, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    numbers = [int(path.name[:5]) for path in made]
+    assert len(set(numbers)) == len(made) == 160
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in made}
+
+
+def test_an_outdir_that_cannot_be_written_is_refused_before_the_data_are_opened(disk, invoke):
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    line = error_of(invoke(train.main, *command("nowhere.zip", disk / "new")), 1)
+    assert f"no permission to write in {disk}" in line
+
+
+# ----------------------------------------------------------------------- divergence and memory
+
+
+def test_divergence_names_step_loss_and_images_and_leaves_the_last_good_state(
+        finished, dataset_zip, tmp_path, invoke):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    good = training_states(finished)[4]
+    (run_dir / good.name).write_bytes(good.read_bytes())
+    args = command(dataset_zip, tmp_path, "--resume=auto", "--override-options", "--lr=1e30",
+                   "--tick=100", "--max-bad-steps=4", steps=100_000)
+    line = error_of(invoke(train.main, *args), 3)
+    # State of 6 steps; the 7th makes the weights huge, the 8th has no finite gradient.
+    for words in ("5 steps in a row", "from step 7 (0.056 kimg", "its loss is ",
+                  "the last good one was ", "data indices", "--max-bad-steps=4", "Lower --lr"):
+        assert words in line, line
+    number = float(line.split("last good one was ")[1].split(";")[0])
+    assert math.isfinite(number)
+    assert newest_state(run_dir) == (run_dir / good.name, [])
+    assert (run_dir / good.name).read_bytes() == good.read_bytes()
+    assert line in (run_dir / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("error, words", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "--batch-gpu"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--batch-gpu"),
+    (MemoryError(), "--batch-gpu")])
+def test_out_of_memory_suggests_smaller_batches(error, words, dataset_zip, tmp_path, invoke,
+                                                monkeypatch):
+    def fail(trainer):
+        raise error
+    monkeypatch.setattr(training_loop.Trainer, "train_step", fail)
+    assert words in error_of(invoke(train.main, *command(dataset_zip, tmp_path)), 1)
+
+
+@pytest.mark.scripts
+def test_memory_that_runs_out_is_one_line(dataset_zip, tmp_path):
+    size = 4096 * int(Path("/proc/self/statm").read_text().split()[0])  # PyTorch's code, mostly
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (size + 2 * 2**30,) * 2)
+    args = [arg for arg in command(dataset_zip, tmp_path) if not arg.startswith("--batch=")]
+    done = subprocess.run([sys.executable, "train.py", *args, "--batch=200000"], cwd=ROOT,
+                          text=True, capture_output=True, preexec_fn=limit)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: out of memory; use a smaller --batch-gpu"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.scripts
+def test_a_killed_loader_worker_is_one_line(dataset_zip, tmp_path):
+    script = Script("train.py", *command(dataset_zip, tmp_path, "--cache=0", "--workers=2",
+                                         "--tick=1", steps=100_000), folder=tmp_path)
+    script.wait_for("^tick 0 ")
+    workers = wait_until(lambda: len(script.children()) >= 2 and script.children())
+    os.kill(workers[0], signal.SIGKILL)
+    assert script.wait() == 1
+    [line] = script.errors
+    assert "killed" in line.lower() and "--workers" in line and "Traceback" not in script.output
+    script.assert_left_nothing(tmp_path)
+
+
+# -------------------------------------------------------------------------- sampling and scores
+
+
+@pytest.fixture(scope="module")
+def network(finished):
+    return next(finished.glob("network-snapshot-*.080.pt"))
+
+
+def generate(network, outdir, *more, seeds="0-1999"):
+    return ["generate.py", f"--network={network}", f"--outdir={outdir}", f"--seeds={seeds}",
+            "--steps=2", "--batch=50", "--subdirs", "--device=cpu", *more]
+
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def images(network, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    script = run_to_end(*generate(network, folder / "all"), folder=folder)
+    assert script.wait() == 0, script.output
+    return folder / "all"
+
+
+@pytest.mark.scripts
+def test_a_stop_while_sampling_keeps_the_images(network, tmp_path):
+    script = Script(*generate(network, tmp_path / "out", seeds="0-99999"), folder=tmp_path)
+    wait_until(lambda: len(list(tmp_path.rglob("*.png"))) > 100)
+    script.signal(signal.SIGTERM)
+    assert script.wait() == 143
+    assert "Traceback" not in script.output
+    script.assert_left_nothing(tmp_path)
+
+
+@pytest.mark.slow
+def test_generate_killed_and_started_again_makes_the_same_images(network, images, tmp_path):
+    rng = np.random.default_rng(0)
+    args = generate(network, tmp_path / "out")
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        done = len(list(tmp_path.rglob("*.png")))
+        script = Script(*args, folder=tmp_path)
+        wait_until(lambda done=done: len(list(tmp_path.rglob("*.png"))) > done + 100)
+        time.sleep(rng.uniform(0, 0.3))
+        script.signal(number)
+        script.wait()
+    last = run_to_end(*args, folder=tmp_path)
+    assert last.wait() == 0 and "images are there" in last.output
+    assert content(tmp_path / "out") == content(images)
+    last.assert_left_nothing(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_runs_of_generate_fill_one_folder(network, images, tmp_path):
+    scripts = [Script(*generate(network, tmp_path / "out"), folder=tmp_path) for _ in range(2)]
+    assert [script.wait() for script in scripts] == [0, 0], scripts[0].output + scripts[1].output
+    assert content(tmp_path / "out") == content(images)
+    others = [Script(*generate(network, tmp_path / "other", f"--rho={rho}"), folder=tmp_path)
+              for rho in (7, 5)]
+    assert sorted(script.wait() for script in others) == [0, 1]
+    assert any("another setting" in str(script.errors) for script in others)
+    for script in scripts + others:
+        script.assert_left_nothing(tmp_path)
+
+
+@pytest.mark.slow
+def test_scores_killed_and_started_again_are_the_same(images, dataset_zip, tmp_path):
+    def calc(name):
+        return ["fid.py", "calc", f"--images={images}", f"--ref={dataset_zip}", "--num=2000",
+                "--detector=pixels", "--device=cpu", "--workers=1", "--batch=1",
+                f"--out={tmp_path / name}.jsonl"]
+
+    assert run_to_end(*calc("whole"), folder=tmp_path).wait() == 0
+    for delay, number in ((1, signal.SIGKILL), (2.5, signal.SIGTERM), (3, signal.SIGKILL)):
+        script = Script(*calc("killed"), folder=tmp_path)
+        time.sleep(delay)
+        script.signal_group(number)
+        code = script.wait()
+        assert code in (-signal.SIGKILL, 143, 0) and "Traceback" not in script.output
+        script.assert_left_nothing(tmp_path)
+    assert run_to_end(*calc("killed"), folder=tmp_path).wait() == 0
+    scores = [json.loads((tmp_path / f"{name}.jsonl").read_text().splitlines()[-1])["value"]
+              for name in ("whole", "killed")]
+    assert scores[0] == scores[1]
+
+
+# ------------------------------------------------------------------------- the tests themselves
+
+
+@pytest.mark.slow
+def test_scripts_end_with_the_tests_that_started_them(tmp_path):
+    """Ranks, their loader processes and torchrun: each has a session of its own."""
+    nested = tmp_path / "nested"
+
+    def scripts():
+        return [pid for pid, line in processes().items()
+                if str(nested) in line and "train.py" in line]
+
+    tests = Script("-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={nested}", "-k",
+                   "one_rank_told_to_stop", "tests/training/test_preemption.py", folder=tmp_path)
+    wait_until(lambda: tests.process.poll() is not None or len(scripts()) == 7)
+    assert tests.process.poll() is None, tests.output
+    tests.signal(signal.SIGKILL)
+    wait_until(lambda: not scripts(), 10)
+
+
+# ------------------------------------------------------------------------ hostile and lost files
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A checkpoint that would run a command, one as a ZIP, and one that claims petabytes."""
+    folder = tmp_path_factory.mktemp("hostile")
+
+    class Command:
+        def __reduce__(self):
+            return os.system, (f"touch {folder / 'canary'}",)
+    paths = [folder / name for name in ("plain.pkl", "zip.pt", "bomb.pkl")]
+    paths[0].write_bytes(pickle.dumps({"ema": Command()}))
+    torch.save({"format": "pfgmpp-training-state", "net": Command()}, paths[1])
+    paths[2].write_bytes(b"\x80\x04\x8e" + (2**50).to_bytes(8, "little"))
+    yield paths
+    assert not (folder / "canary").exists()
+
+
+@pytest.mark.scripts
+@pytest.mark.parametrize("which, asked", [(0, "asks for 'posix.system'"),
+                                          (1, "asks for 'posix.system'"), (2, "bomb.pkl: ")])
+def test_hostile_checkpoints_are_refused_by_every_script(which, asked, hostile, dataset_zip,
+                                                         tmp_path, invoke):
+    path = hostile[which]
+    for flag in ("--resume", "--transfer"):
+        line = error_of(invoke(train.main, *command(dataset_zip, tmp_path, f"{flag}={path}")), 1)
+        assert asked in line and str(path) in line
+    line = error_of(invoke(fid.main, "gen", f"--network={path}", f"--ref={dataset_zip}",
+                           "--detector=pixels", "--seeds=0-9", "--device=cpu"), 1)
+    assert asked in line
+    started = time.monotonic()
+    script = run_to_end(*generate(path, tmp_path / "out"), folder=tmp_path)
+    assert script.wait() == 1 and time.monotonic() - started < 60  # most of it for starting
+    assert asked in script.output and script.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("members, words", [
+    ({"mu": np.array([None])}, "mu has type object, expected floats"),
+    ({"mu": np.array([0, np.nan])}, "not finite"), ({"mu": np.zeros(3)}, "mu has shape [3]")])
+def test_statistics_that_are_none_end_a_score(members, words, dataset_zip, tmp_path, invoke):
+    np.savez(tmp_path / "ref.npz", **{"mu": np.zeros(2), "sigma": np.eye(2), **members})
+    line = error_of(invoke(fid.main, "calc", f"--images={dataset_zip}", "--num=9",
+                           f"--ref={tmp_path / 'ref.npz'}", "--detector=pixels"), 1)
+    assert words in line and "ref.npz" in line
+
+
+@pytest.fixture
+def address(network, tmp_path):
+    """Serves the network, and a page of words."""
+    import functools
+    import http.server
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "network.pt").write_bytes(network.read_bytes())
+    (folder / "page.pt").write_text("<!DOCTYPE html><p>Sign in")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("name, words", [
+    ("page.pt", "a web page came back"), ("none.pt", "404"), (None, "refused"),
+    ("network.pt#sha256:" + 64 * "0", "expected 0000")])
+def test_an_address_without_the_network_is_one_line_and_leaves_the_cache(name, words, address,
+                                                                         tmp_path, invoke,
+                                                                         monkeypatch):
+    monkeypatch.setenv("PFGMPP_CACHE_DIR", str(tmp_path / "cache"))
+    url = f"{address}/{name}" if name else "http://127.0.0.1:9/network.pt"
+    args = [f"--outdir={tmp_path / 'out'}", "--seeds=0-1", "--steps=1", "--device=cpu"]
+    assert words in error_of(invoke(generate_main, f"--network={url}", *args), 1)
+    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
+    result = invoke(generate_main, f"--network={address}/network.pt", *args)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_time_limit_that_is_none_is_one_line(monkeypatch):
+    for text in ("soon", "inf", "nan", "0", "-3", "1e300"):
+        monkeypatch.setenv(distributed.TIMEOUT_ENV, text)
+        with pytest.raises(ValueError, match=f"PFGMPP_TIMEOUT={text}: must be a number"):
+            distributed._step_timeout()
+
+
+# -------------------------------------------------------------------------------- dependencies
+
+
+def test_the_reasons_name_options_of_the_command():
+    flags = {option.name for option in train.main.params}
+    renamed = {"compile": "compile_"}
+    assert {renamed.get(name, name) for name in config_module.FREE_ON_RESUME} <= flags

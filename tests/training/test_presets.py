@@ -1,0 +1,242 @@
+"""Presets, --config and what a dry run says: every flag has one home, and what is typed wins."""
+
+import json
+import re
+import shlex
+
+import pytest
+import torch
+from scripts import ROOT
+from tiny import TINY_NETWORK, TINY_RUN
+
+import train
+from training.config import TrainConfig
+from training.estimate import Estimate
+from training.networks import build_network
+from training.presets import PRESETS
+
+DATA = {"cifar10": (32, 0), "ffhq64": (64, 0), "afhqv2": (64, 0), "imagenet64": (64, 1000),
+        "lsun256": (256, 0), "emoji32": (32, 9)}
+
+
+def options(*args):
+    """Returns what a command line of train.py comes to."""
+    words = ["--outdir=runs", "--data=data.zip", *args]
+    context = train.main.make_context("train.py", words)
+    skip = {"outdir", "name", "desc", "nosubdir", "device", "resume", "override_options", "dry_run",
+            "rate", "quiet", "verbose"}
+    opts = {key: value for key, value in context.params.items() if key not in skip | {"data"}}
+    return train._config("data.zip", opts, train.precision_of(context))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_run_that_can_be_built(name):
+    config = options(f"--preset={name}")
+    assert config.preset == name
+    assert {key: getattr(config, key) for key in PRESETS[name]} == PRESETS[name]
+    assert not config.pfgmpp, "D is no part of a preset"
+    resolution, classes = DATA[name.split("-")[0]]
+    with torch.device("meta"):
+        build_network(config.network(resolution, 3, classes if config.cond else 0))
+
+
+def published_commands():
+    """Yields (preset, flags) of the commands of migration.md that spell out a published run."""
+    text = (ROOT / "docs/migration.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    for preset, line in re.findall(r"^# the same as --preset=(\S+).*\n(torchrun .*)", text, re.M):
+        words = shlex.split(line)
+        yield preset, [word for word in words[words.index("train.py") + 1:]
+                       if not word.startswith(("--outdir", "--name", "--data"))]
+
+
+def test_presets_are_the_published_commands():
+    commands = dict(published_commands())
+    assert len(commands) == 4
+    for preset, flags in commands.items():
+        spelled, named = options(*flags).to_dict(), options(f"--preset={preset}").to_dict()
+        differ = {key for key in named if named[key] != spelled[key]}
+        assert differ <= {"preset", "pfgmpp", "aug_dim", "seed"}, (preset, differ)
+
+
+def test_the_table_of_presets_says_what_they_set():
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    table = text[text.index("| preset |"):].split("\n\n")[0].splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    flags = ["", *(f"--{name}" for name in header[1:-1])]
+    flags[header.index("Mimg")] = "--duration"
+    assert [row[0] for row in rows] == list(PRESETS)
+    for name, *cells, other in rows:
+        written = [f"{flag}={cell}" for flag, cell in zip(flags[1:], cells, strict=True)]
+        config = options(*written, *other.strip("`").split()).to_dict() | {"preset": name}
+        assert config == options(f"--preset={name}").to_dict()
+
+
+def test_flags_that_are_typed_come_before_a_preset_and_a_config(tmp_path):
+    config = options("--preset=imagenet64-adm", "--lr=0.5", "--cond=0", "--tick=50")
+    assert (config.lr, config.cond, config.tick, config.batch) == (0.5, False, 50, 4096)
+    assert options("--lr=0.5", "--preset=imagenet64-adm") == options(
+        "--preset=imagenet64-adm", "--lr=0.5"), "the order does not matter"
+    assert config.precision == "fp16"
+    assert options("--preset=imagenet64-adm", "--fp16=0").precision == "fp32"
+    assert options("--preset=imagenet64-adm", "--precision=bf16").precision == "bf16"
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps({"lr": 0.25, "precision": "tf32", "batch": 64, "rbatch": 64}))
+    assert options(f"--config={path}").lr == 0.25
+    config = options(f"--config={path}", "--lr=0.5", "--fp16=1")
+    assert (config.lr, config.precision, config.batch) == (0.5, "fp16", 64)
+
+
+@pytest.mark.long
+def test_a_config_gives_back_the_run_that_wrote_it(dataset_zip, tmp_path, invoke):
+    flags = ["--pfgmpp=1", "--aug_dim=inf", "--cond=1", "--compile=0", "--keep=3", "--xflip=1",
+             "--deterministic=0", "--duration=0.000008", "--sigma-data=auto"]
+    result = invoke(train.main, f"--outdir={tmp_path}", "--name=run", f"--data={dataset_zip}",
+                    *TINY_RUN, *flags)
+    assert result.exit_code == 0, result.output
+    written = tmp_path / "run/training_options.json"
+    first = json.loads(written.read_text())["options"]
+    result = invoke(train.main, f"--outdir={tmp_path}", f"--config={written}", "-n")
+    assert result.exit_code == 0, result.output
+    again = json.JSONDecoder().raw_decode(result.output)[0]
+    assert again == first and again["data"] == str(dataset_zip)
+    result = invoke(train.main, f"--outdir={tmp_path}", "--name=run", f"--config={written}",
+                    "--resume=auto")
+    assert "Nothing to do" in result.output, result.output
+
+
+def test_every_option_survives_the_way_through_a_config(tmp_path):
+    given = TrainConfig(
+        data="x", cond=True, arch="adm", cres=(1, 2), cbase=64, nblock=2, batch_gpu=4, stf=True,
+        aug_dim=float("inf"), pfgmpp=True, sigma_data=None, label_dropout=0.1, ls=2.0, keep=3,
+        compile="1", workers=0, samples=0, eval=3.0, eval_ref="ref.npz", seed=7, transfer="y.pt",
+        preset="emoji32", precision="bf16")
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps({"options": given.to_dict(), "dataset": {}, "network": {}}))
+    assert options(f"--config={path}", "--data=x").to_dict() | {"data": "x"} == given.to_dict()
+
+
+@pytest.mark.parametrize("content, words", [
+    ('{"bacth": 3}', ["'bacth'", "'batch'"]),
+    ('{"options": {"batch-gpu": 3}}', ["'batch-gpu'", "'batch_gpu'"]),
+    ('{"lr": "high"}', ["'lr'", "'high'"]),
+    ("[1]", ["not a JSON object"]),
+    ('{"options": 3}', ["not a JSON object"]),
+    ('{"lr": ', ["not a JSON file", "line 1"]),
+    (None, ["No such file"]),
+])
+def test_a_bad_config_gets_one_line(content, words, dataset_zip, tmp_path, invoke):
+    path = tmp_path / "some.json"
+    if content is not None:
+        path.write_text(content)
+    result = invoke(train.main, f"--outdir={tmp_path / 'out'}", f"--data={dataset_zip}",
+                    f"--config={path}")
+    assert result.exit_code == 2
+    [line] = result.output.splitlines()
+    assert all(word in line for word in [f"Error: --config={path}", *words]), line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--preset=cifar10"], ["'cifar10'", "'cifar10-ncsnpp'"]),
+    (["--preset=emoji32", "--config=FILE"], ["--preset and --config: choose one"]),
+    (["--rate=100"], ["--rate: used with --dry-run"]),
+    (["-n", "--rate=0"], ["--rate"]),
+    (["--presets=emoji32"], ["--presets", "--preset"]),
+])
+def test_bad_use_of_the_new_flags_gets_one_line(flags, words, dataset_zip, tmp_path, invoke):
+    (tmp_path / "some.json").write_text("{}")
+    flags = [flag.replace("FILE", str(tmp_path / "some.json")) for flag in flags]
+    result = invoke(train.main, f"--outdir={tmp_path}", f"--data={dataset_zip}", *flags)
+    assert result.exit_code == 2
+    [line] = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.long
+def test_without_arguments_it_says_what_is_missing_and_how_to_start(tmp_path, invoke):
+    result = invoke(train.main)
+    assert result.exit_code == 2
+    error, hint = result.output.splitlines()
+    assert error.startswith("Error: ") and "--outdir" in error and "--data" in error
+    words = shlex.split(hint.partition(": ")[2])
+    assert words[0] == "python" and words[1].endswith("train.py")
+    args = [word if not word.startswith("--outdir") else f"--outdir={tmp_path}"
+            for word in words[2:]]
+    result = invoke(train.main, *args, "-n")
+    assert result.exit_code == 0 and "1906 images 3x32x32" in result.output
+    one = invoke(train.main, "--outdir", "x").output.splitlines()[0]
+    assert "--data" in one and "--outdir" not in one
+    (tmp_path / "some.json").write_text('{"data": "x.zip"}')
+    one = invoke(train.main, f"--config={tmp_path / 'some.json'}").output.splitlines()[0]
+    assert "--outdir" in one and "--data" not in one
+
+
+# --------------------------------------------------------------------------------- estimates
+
+
+def network(arch="ncsnpp", resolution=16, precision="fp32", **kwargs):
+    config = TrainConfig(data="x", arch=arch, **({"cbase": 64, "cres": (1, 2), "nblock": 1}
+                                                 | kwargs))
+    return config.network(resolution, 3, 2)
+
+
+def kept_bytes(content, batch):
+    """Returns the bytes that a real forward pass of a real network keeps, parameters left out."""
+    net = build_network(content)
+    known = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept = {}
+
+    def add(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+    side = content["img_resolution"]
+    labels = torch.zeros(batch, 9) if content.get("augment_dim") else None
+    with torch.autograd.graph.saved_tensors_hooks(add, lambda tensor: tensor):
+        net(torch.zeros(batch, 3, side, side), torch.ones(batch), torch.zeros(batch, 2),
+            augment_labels=labels)
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ["ncsnpp", "ddpmpp", "adm"])
+def test_memory_of_an_image_is_what_autograd_keeps_of_a_real_one(arch):
+    content = network(arch)
+    measured = (kept_bytes(content, 5) - kept_bytes(content, 2)) / 3
+    assert Estimate.of_network(content).image_bytes == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.long
+def test_half_precision_halves_what_is_kept():
+    content = network()
+    full, half = (Estimate.of_network(content, precision).image_bytes
+                  for precision in ("fp32", "fp16"))
+    assert 0.4 < half / full < 0.65
+
+
+@pytest.mark.long
+def test_operations_are_those_of_convolutions_and_backward_takes_twice_forward():
+    found = Estimate.of_network(network("adm", cbase=64))
+    wider = Estimate.of_network(network("adm", cbase=128))
+    assert wider.forward_flops / found.forward_flops == pytest.approx(4, rel=0.1)
+    assert found.training_flops / found.forward_flops == pytest.approx(3, rel=0.01)
+
+
+@pytest.mark.long
+def test_the_cifar10_network_has_the_published_size():
+    config = TrainConfig(data="x", **PRESETS["cifar10-ncsnpp"])
+    found = Estimate.of_network(config.network(32, 3, 0))
+    assert found.parameters == 56_397_827
+    assert found.state_bytes == pytest.approx(20 * found.parameters, rel=0.01)
+
+
+def test_a_dry_run_says_what_the_run_takes(dataset_zip, tmp_path, invoke):
+    result = invoke(train.main, f"--outdir={tmp_path / 'new'}", f"--data={dataset_zip}", "-n",
+                    *TINY_NETWORK, "--batch=100", "--batch-gpu=50", "--duration=0.36",
+                    "--rate=100")
+    assert result.exit_code == 0, result.output
+    assert "Steps      3,600 of 100 images" in result.output
+    assert "1h 00m 00s (1 hours) at 100 images/s" in result.output
+    for word in ("Parameters", "FLOP an image forward", "(an estimate)", "+ 50 x"):
+        assert word in result.output
+    assert not (tmp_path / "new").exists()
