@@ -239,7 +239,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
     if cond_scale and not cond_source:
         raise click.UsageError("--cond-scale: needs --cond-source")
     with user_errors(), contextlib.ExitStack() as stack:
-        from torch_utils.ordered_pool import num_cores
+        from dnnlib.ordered_pool import num_cores
         from training.conversion import Settings, convert_all, open_dest, select_images
         from training.sources import open_source
 
@@ -290,7 +290,7 @@ def check(data: str, workers: int | None) -> None:
     wrong.
     """
     with user_errors():
-        from torch_utils.ordered_pool import num_cores
+        from dnnlib.ordered_pool import num_cores
         from training.inspection import check_dataset
 
         report = check_dataset(Path(data), workers or num_cores())
@@ -336,7 +336,7 @@ def show(data: str, out: str | None, workers: int | None) -> None:
     3 channels the first is shown, and condition images are above their images.
     """
     with user_errors():
-        from torch_utils.ordered_pool import num_cores
+        from dnnlib.ordered_pool import num_cores
         from training.grid import save_png
         from training.inspection import pixel_statistics, sample_grid, show_path
 

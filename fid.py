@@ -76,7 +76,7 @@ def _parse_gen_seed(ctx, param, value: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _parse_workers(ctx, param, value: int | None) -> int:
-    from torch_utils.ordered_pool import num_cores
+    from dnnlib.ordered_pool import num_cores
 
     return min(_MAX_WORKERS, num_cores()) if value is None else value
 

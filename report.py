@@ -28,7 +28,7 @@ def main(run_dirs: tuple[str, ...], out: str, title: str | None) -> None:
         from training.report_plots import check_available
         check_available()
 
-        from torch_utils.atomic import atomic_write
+        from dnnlib.atomic import atomic_write
         from training.report_page import render
         from training.run_record import RunRecord
         runs = [RunRecord.read(path) for path in dict.fromkeys(run_dirs)]

@@ -243,7 +243,7 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
 
 def _lock(stack, run_dir: Path) -> None:
     """Locks a run directory until `stack` is left."""
-    from torch_utils.run_lock import run_lock
+    from dnnlib.run_lock import run_lock
     stack.enter_context(run_lock(run_dir))
 
 
@@ -393,8 +393,8 @@ def _measure_sigma_data(config, dataset):
 
 def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Path:
     """Makes and returns the run directory."""
+    from dnnlib.run_lock import numbered_dir
     from torch_utils import distributed
-    from torch_utils.run_lock import numbered_dir
     from training.checkpoint import training_states
     if fixed_dir is not None:
         fixed_dir.mkdir(parents=True, exist_ok=True)

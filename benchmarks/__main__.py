@@ -22,10 +22,10 @@ from benchmarks import (
 )
 from benchmarks.sides import SideError, older_commit
 from benchmarks.table import Options, Row, format_table, in_turn, machine
+from dnnlib.atomic import write_json
 from dnnlib.cli import run, user_errors
-from torch_utils.atomic import write_json
+from dnnlib.ordered_pool import num_cores
 from torch_utils.misc import compute_dtype, configure_backends
-from torch_utils.ordered_pool import num_cores
 
 BENCHMARKS: dict[str, Callable[[Options], list[Row]]] = {
     "training": networks.training_rows,

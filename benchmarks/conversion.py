@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 
 from benchmarks.table import Options, Row, in_turn, with_ratios
-from torch_utils.ordered_pool import num_cores
+from dnnlib.ordered_pool import num_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 256

@@ -28,7 +28,7 @@ def write_data(path: Path, num: int, side: int, classes: int) -> None:
     """Writes a ZIP of gray images of four contents, as dataset_tool.py stores them."""
     import PIL.Image
 
-    from torch_utils.stored_zip import StoredZip
+    from dnnlib.stored_zip import StoredZip
 
     rng = np.random.default_rng(0)
     contents = []

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from torch_utils.ordered_pool import num_cores
+from dnnlib.ordered_pool import num_cores
 
 
 @dataclasses.dataclass(frozen=True)

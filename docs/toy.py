@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402 - the path above
 
+from dnnlib.atomic import atomic_write  # noqa: E402
 from dnnlib.cli import run, user_errors  # noqa: E402
-from torch_utils.atomic import atomic_write  # noqa: E402
 from training.loss import EDMLoss  # noqa: E402
 from training.networks import MODELS, EDMPrecond  # noqa: E402
 from training.perturbation import PerturbationKernel  # noqa: E402

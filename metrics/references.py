@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 import dnnlib.util
-from torch_utils.atomic import atomic_write
-from torch_utils.npy_header import read_npy_header
+from dnnlib.atomic import atomic_write
+from dnnlib.npy_header import read_npy_header
 
 MAX_FEATURES = 1 << 14  # a covariance of 2 GiB
 MAX_BANK = 50_000  # images whose features are kept: 410 MB of Inception's

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dnnlib.atomic import append_line
 from metrics.detectors import Inception
 from metrics.scorer import Scorer
-from torch_utils.atomic import append_line
 
 _GENERAL_NAMES = {"fid": "frechet_distance", "kid": "kernel_distance",
                   "kid_std": "kernel_distance_std"}

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pickle_assembler import mutated
 
 from dnnlib.cli import IntList, NumberList
+from dnnlib.npy_header import read_npy_header
 from metrics.references import load_reference
-from torch_utils.npy_header import read_npy_header
 from training import array_files, checkpoint
 from training.image_files import label_array, parse_labels
 

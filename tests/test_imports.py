@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# A package may import those below it.
-LAYERS = {"dnnlib": 0, "torch_utils": 1, "metrics": 2, "training": 3}
-SCRIPT_LAYER = 4
+# A room may import those before it.
+ROOMS = ("dnnlib", "torch_utils", "images", "pfgmpp", "checkpoints", "sampling", "metrics",
+         "training", "reports")
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 
 def module_files():
     """Returns {dotted name: file} of the project, without tests."""
     files = {path.stem: path for path in ROOT.glob("*.py")}
-    for package in LAYERS:
+    for package in ROOMS:
         for path in (ROOT / package).rglob("*.py"):
             parts = path.relative_to(ROOT).with_suffix("").parts
             files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
@@ -54,13 +54,14 @@ IMPORTS = {name: imports_of(name, path) for name, path in FILES.items()}
 
 
 def layer(name):
-    return LAYERS.get(name.split(".")[0], SCRIPT_LAYER)
+    room = name.split(".")[0]
+    return ROOMS.index(room) if room in ROOMS else len(ROOMS)
 
 
 def upward_edges(imports):
     return [f"{importer} imports {name}" for importer, names in imports.items() for name in names
             if name in FILES and importer.split(".")[0] != name.split(".")[0]
-            and layer(name) >= layer(importer) and layer(importer) < SCRIPT_LAYER]
+            and layer(name) >= layer(importer) and layer(importer) < len(ROOMS)]
 
 
 def cycle_in(imports):

@@ -25,7 +25,7 @@ import torch
 import torch.distributed
 
 from dnnlib import console
-from torch_utils.ordered_pool import num_cores
+from dnnlib.ordered_pool import num_cores
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from torch_utils import plain_pickle
+from dnnlib import plain_pickle
 from training.image_files import DAMAGE, name_problem
 
 CIFAR10_SIZE, MNIST_SIZE = 50_000, 60_000  # training images

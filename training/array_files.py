@@ -15,7 +15,7 @@ from typing import IO
 
 import numpy as np
 
-from torch_utils.npy_header import read_npy_header
+from dnnlib.npy_header import read_npy_header
 from training.image_files import Kind
 
 MAGIC = b"\x93NUMPY"

@@ -28,9 +28,9 @@ from typing import IO, Any
 
 import torch
 
+from dnnlib.atomic import atomic_write
 from dnnlib.util import is_url, open_url
 from torch_utils import distributed
-from torch_utils.atomic import atomic_write
 from training import foreign
 from training.networks import Precond, build_network, network_D
 

@@ -30,9 +30,9 @@ import PIL.Image
 import PIL.ImageOps
 from tqdm import tqdm
 
-from torch_utils.atomic import atomic_write
-from torch_utils.ordered_pool import ordered_map
-from torch_utils.stored_zip import StoredZip
+from dnnlib.atomic import atomic_write
+from dnnlib.ordered_pool import ordered_map
+from dnnlib.stored_zip import StoredZip
 from training import array_files
 from training.image_files import (
     ARRAY_SUFFIX,

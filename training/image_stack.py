@@ -17,11 +17,11 @@ import PIL.Image
 from tqdm import tqdm
 
 from dnnlib import console
-from torch_utils.atomic import atomic_write
+from dnnlib.atomic import atomic_write
+from dnnlib.npy_header import read_npy_header
+from dnnlib.ordered_pool import num_cores
 from torch_utils.distributed import get_rank, rank0_first
 from torch_utils.loading import read_in_processes
-from torch_utils.npy_header import read_npy_header
-from torch_utils.ordered_pool import num_cores
 from training import array_files
 from training.image_files import DAMAGE, Folder, Kind, Zip, is_array, picture_kind
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from torch_utils.atomic import atomic_write, remove_stale, write_json
+from dnnlib.atomic import atomic_write, remove_stale, write_json
 from training import array_files
 from training.image_files import ARRAY_SUFFIX, GENERATE_RECORD, parse_json, read_regular
 

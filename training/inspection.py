@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 from tqdm import tqdm
 
-from torch_utils.ordered_pool import ordered_map
+from dnnlib.ordered_pool import ordered_map
 from training import array_files
 from training.grid import image_grid, square_grid
 from training.image_files import (

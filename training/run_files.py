@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dnnlib.atomic import remove_stale
 from torch_utils import distributed
-from torch_utils.atomic import remove_stale
 from training import checkpoint
 
 _MAX_FAILURES = 2  # occasions in a row

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch_utils.run_lock import lock_holder
+from dnnlib.run_lock import lock_holder
 from training.run_record import RunRecord, Score
 
 _OPTIONS, _LOG = "training_options.json", "log.txt"

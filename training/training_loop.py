@@ -23,11 +23,11 @@ import torch
 from tqdm import tqdm
 
 from dnnlib import console, signals
+from dnnlib.atomic import append_line, write_json
 from dnnlib.cli import UserError
 from dnnlib.util import format_ranges, format_time
 from metrics.score_sheet import Score, ScoreSheet
 from torch_utils import distributed, misc, training_stats
-from torch_utils.atomic import append_line, write_json
 from training import checkpoint
 from training.config import TrainConfig
 from training.dataset import ImageFolderDataset

@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from dnnlib import EasyDict, util
+from dnnlib.atomic import atomic_write, write_json
 from dnnlib.cli import IntList, UserError, user_errors
 from dnnlib.util import Logger, cache_dir, format_time, open_url
-from torch_utils.atomic import atomic_write, write_json
 
 BODY = bytes(range(256)) * 5000
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from torch_utils.ordered_pool import num_cores, ordered_map
+from dnnlib.ordered_pool import num_cores, ordered_map
 
 
 def slow_at_first(x):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scripts import ROOT
 
-from torch_utils import plain_pickle
+from dnnlib import plain_pickle
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
@@ -106,7 +106,7 @@ def test_a_damaged_pickle_is_a_value_error():
     "b'\\x8a\\xff' + b'\\xff' * 255 + b'.'"])
 def test_hostile_pickles_end_soon_and_in_little_memory(body):
     code = ("import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
-            "from torch_utils import plain_pickle\n"
+            "from dnnlib import plain_pickle\n"
             f"try: plain_pickle.loads(b'\\x80\\x02' + {body})\n"
             "except ValueError: pass")
     start = time.monotonic()

@@ -4,7 +4,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from torch_utils.stored_zip import StoredZip
+from dnnlib.stored_zip import StoredZip
 
 
 def write(file, members):

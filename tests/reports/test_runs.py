@@ -10,7 +10,7 @@ from tiny import TINY_RUN
 
 import runs
 import train
-from torch_utils.run_lock import lock_holder, run_lock
+from dnnlib.run_lock import lock_holder, run_lock
 from training.config import TrainConfig
 from training.run_state import find_runs
 
@@ -48,7 +48,7 @@ def test_states_follow_from_the_images_seen_and_the_log_of_the_last_start(tmp_pa
 
 def test_a_run_is_running_while_another_process_holds_its_lock(tmp_path):
     folder = write_run(tmp_path / "run")
-    code = ("import sys; from torch_utils.run_lock import run_lock\n"
+    code = ("import sys; from dnnlib.run_lock import run_lock\n"
             "with run_lock(sys.argv[1]): print('held', flush=True); sys.stdin.read()")
     owner = subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, text=True,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)

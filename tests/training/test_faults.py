@@ -25,10 +25,10 @@ from watchdog import processes
 
 import fid
 import train
+from dnnlib.atomic import append_line, atomic_write, remove_stale
+from dnnlib.run_lock import numbered_dir, run_lock
 from generate import main as generate_main
 from torch_utils import distributed
-from torch_utils.atomic import append_line, atomic_write, remove_stale
-from torch_utils.run_lock import numbered_dir, run_lock
 from training import config as config_module
 from training import training_loop
 from training.checkpoint import BEST_STATE, digest, load, newest_state, save, training_states
@@ -238,7 +238,7 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.scripts
 def test_lines_of_several_processes_do_not_mix(tmp_path):
-    code = ("import sys; from torch_utils.atomic import append_line\n"
+    code = ("import sys; from dnnlib.atomic import append_line\n"
             "for i in range(200): append_line(sys.argv[1], sys.argv[2] * 3000)")
     writers = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "s.jsonl", letter],
                                 cwd=ROOT) for letter in "abc"]
@@ -441,7 +441,7 @@ def test_other_data_need_overriding_and_changed_data_are_refused(finished, datas
 # ---------------------------------------------------------------------------------- two runs
 
 
-HOLD = ("import sys, time; from torch_utils.run_lock import run_lock\n"
+HOLD = ("import sys, time; from dnnlib.run_lock import run_lock\n"
         "with run_lock(sys.argv[1]): print('held', flush=True); time.sleep(600)")
 
 
@@ -470,7 +470,7 @@ def test_a_lock_ends_with_its_owner_though_its_children_live(tmp_path):
     owner = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, text=True,
                              stdout=subprocess.PIPE, start_new_session=True)
     assert owner.stdout.readline() == "held\n"
-    code = "import sys; from torch_utils.run_lock import run_lock\nwith run_lock(sys.argv[1]): pass"
+    code = "import sys; from dnnlib.run_lock import run_lock\nwith run_lock(sys.argv[1]): pass"
     taker = [sys.executable, "-c", code, tmp_path]
     assert b"in use by process" in subprocess.run(taker, cwd=ROOT, capture_output=True).stderr
     time.sleep(0.3)

@@ -10,8 +10,8 @@ import pytest
 from faults import Script, end_scripts, run_to_end, wait_until  # noqa: F401 - a fixture
 from tiny import TINY_RUN
 
+from dnnlib.run_lock import run_lock
 from dnnlib.signals import LAUNCHER_SEC
-from torch_utils.run_lock import run_lock
 from training.checkpoint import digest, load, newest_state
 
 STEPS = 700
