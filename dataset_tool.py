@@ -16,10 +16,10 @@ from dnnlib.cli import run, user_errors
 if TYPE_CHECKING:  # imported late: help is instant
     import collections
 
-    from training.conversion import Conditions, Outcome, Settings
-    from training.image_files import Kind
-    from training.scaling import Moments, Scaling
-    from training.sources import Source
+    from images.conversion import Conditions, Outcome, Settings
+    from images.image_files import Kind
+    from images.scaling import Moments, Scaling
+    from images.sources import Source
 
 _MAX_CLASS_LINES = 40
 
@@ -240,8 +240,8 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
         raise click.UsageError("--cond-scale: needs --cond-source")
     with user_errors(), contextlib.ExitStack() as stack:
         from dnnlib.ordered_pool import num_cores
-        from training.conversion import Settings, convert_all, open_dest, select_images
-        from training.sources import open_source
+        from images.conversion import Settings, convert_all, open_dest, select_images
+        from images.sources import open_source
 
         settings = Settings(transform, resolution, background, first_frame, scale)
         for flag, path in (("source", source), ("cond-source", cond_source)):
@@ -263,8 +263,8 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
 def _open_conditions(path: Path, images: "Source", numbers: Sequence[int],
                      settings: "Settings") -> Iterator["Conditions"]:
     """Opens the condition images of these images of a source."""
-    from training.conversion import Conditions
-    from training.sources import condition_numbers, open_source
+    from images.conversion import Conditions
+    from images.sources import condition_numbers, open_source
 
     with open_source(path, "--cond-source") as source:
         of_all = condition_numbers(images, source)
@@ -291,7 +291,7 @@ def check(data: str, workers: int | None) -> None:
     """
     with user_errors():
         from dnnlib.ordered_pool import num_cores
-        from training.inspection import check_dataset
+        from images.inspection import check_dataset
 
         report = check_dataset(Path(data), workers or num_cores())
         for line in report.problems:
@@ -301,7 +301,7 @@ def check(data: str, workers: int | None) -> None:
         if report.num_problems:
             raise ValueError(f"{data}: {report.num_problems} problems in {report.num_images} "
                              "images")
-        from training.dataset import ImageFolderDataset
+        from images.dataset import ImageFolderDataset
 
         _print_counts(data, report.num_images, report.kind, report.label_dim, report.classes)
         if report.cond_kind:
@@ -337,8 +337,8 @@ def show(data: str, out: str | None, workers: int | None) -> None:
     """
     with user_errors():
         from dnnlib.ordered_pool import num_cores
-        from training.grid import save_png
-        from training.inspection import pixel_statistics, sample_grid, show_path
+        from images.grid import save_png
+        from images.inspection import pixel_statistics, sample_grid, show_path
 
         path = show_path(Path(data), out)
         moments, scaling = pixel_statistics(Path(data), workers or num_cores())

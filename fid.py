@@ -161,10 +161,10 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
         sweeps = {name for name, on in zip(_SWEEPS, (alpha, steps, quant), strict=True) if on}
         folders = _ckpt_folders(images, gen_seed, ckpt, end_ckpt, sweeps)
 
+        from images.dataset import ImageFolderDataset
         from metrics.score_sheet import ScoreSheet
         from metrics.scores import dataset_features
         from torch_utils import distributed as dist
-        from training.dataset import ImageFolderDataset
         from training.scoring import open_scorer
 
         with dist.process_group(device) as chosen_device:
@@ -274,11 +274,11 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
         workers: int) -> None:
     """Writes the reference statistics of a data set that 'calc' and 'gen' need."""
     with user_errors():
+        from images.dataset import ImageFolderDataset
         from metrics.detectors import build_detector, describe_detector
         from metrics.references import save_reference
         from metrics.scorer import dataset_reference
         from torch_utils import distributed as dist
-        from training.dataset import ImageFolderDataset
 
         name, _ = describe_detector(detector)
         with dist.process_group(device) as chosen_device:
@@ -341,7 +341,7 @@ def _jsonl_of_images(images: str) -> Path | None:
 def _facts_of_images(path: str, dataset, seed: int) -> dict:
     """Returns what is recorded of the images in a folder or ZIP: seeds, sampler, the choice."""
     from dnnlib.util import format_ranges
-    from training.image_files import GENERATE_RECORD
+    from images.image_files import GENERATE_RECORD
 
     stems = [Path(name).stem for name in dataset.all_names]
     facts = {"seeds": None, "sampler": None}

@@ -155,8 +155,8 @@ def _generate(sampler, folder, seeds, batch, subdirs) -> None:
 
 def _save_pictures(sampler, folder, seeds) -> None:
     """Writes a grid of the images of `seeds` and a movie of how they came about."""
-    from training.grid import save_gif, save_png, square_grid
-    from training.image_files import PICTURES
+    from images.grid import save_gif, save_png, square_grid
+    from images.image_files import PICTURES
     (folder / PICTURES).mkdir(exist_ok=True)
     classes = sampler.classes(seeds)
     frames = [square_grid(images.numpy(), classes) for images in sampler.trajectory(seeds)]

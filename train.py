@@ -355,7 +355,7 @@ def _open_dataset(config, pack: bool):
     """Returns the data set, checked against the options; packs it on first use if asked to."""
     import torch
 
-    from training.dataset import ImageFolderDataset
+    from images.dataset import ImageFolderDataset
     from training.networks import build_network
     kwargs = {"use_labels": config.cond, "xflip": config.xflip}
     dataset = ImageFolderDataset(config.data, **kwargs)

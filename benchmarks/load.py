@@ -132,7 +132,7 @@ def images(num: int) -> None:
 @click.option("--kimg", default=20)
 def data(num: int, kimg: int) -> None:
     """Opens and trains on very many tiny images."""
-    from training.dataset import ImageFolderDataset
+    from images.dataset import ImageFolderDataset
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -81,9 +81,9 @@ class OurStep:
     """`Trainer.train_step` of ours or of an older commit."""
 
     def __init__(self, settings: dict[str, Any]):
+        from images.dataset import ImageFolderDataset
         from torch_utils.misc import configure_backends
         from training.config import TrainConfig
-        from training.dataset import ImageFolderDataset
         try:
             from training.trainer import Trainer
         except ImportError:  # before Trainer had a file of its own

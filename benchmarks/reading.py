@@ -62,8 +62,8 @@ class OurReader(_Reader):
     """By the packed array, as training reads it."""
 
     def open(self, path: str):
+        from images.dataset import ImageFolderDataset, TrainingOrder
         from torch_utils.loading import read_in_threads
-        from training.dataset import ImageFolderDataset, TrainingOrder
 
         dataset = ImageFolderDataset(path, cache=True)
         order = TrainingOrder(len(dataset), 0, _BATCH)
@@ -79,7 +79,7 @@ class TheirReader(_Reader):
     def open(self, path: str):
         import torch
 
-        from training.dataset import ImageFolderDataset
+        from images.dataset import ImageFolderDataset
 
         dataset = ImageFolderDataset(path=path, cache=True)
         sampler = torch.utils.data.RandomSampler(dataset, num_samples=1 << 30)

@@ -62,9 +62,9 @@ def write_grid(data: Path, network: Path, target: Path) -> None:
     import numpy as np
     import torch
 
+    from images.dataset import ImageFolderDataset
+    from images.grid import image_grid, save_png
     from training.checkpoint import build_ema, load
-    from training.dataset import ImageFolderDataset
-    from training.grid import image_grid, save_png
     from training.sampling import SamplerConfig, generate_images, to_uint8
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = build_ema(load(network)).to(device)

@@ -102,7 +102,7 @@ def show_samples(runs: list[RunRecord], path: Path) -> None:
     import numpy as np
     import PIL.Image
 
-    from training.grid import image_grid, save_png
+    from images.grid import image_grid, save_png
     rows = []
     for run in runs:
         [folder, *_] = sorted(run.path.glob("ckpt_*/000000"))

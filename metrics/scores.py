@@ -27,7 +27,7 @@ from torch_utils.loading import read_in_processes
 
 
 class Images(Protocol):
-    """A data set whose images are scored; `training.dataset.ImageFolderDataset` is one."""
+    """A data set whose images are scored; `images.dataset.ImageFolderDataset` is one."""
 
     image_shape: Sequence[int]
     fingerprint: str

@@ -16,9 +16,10 @@ from pickle_assembler import mutated
 
 from dnnlib.cli import IntList, NumberList
 from dnnlib.npy_header import read_npy_header
+from images import array_files
+from images.image_files import label_array, parse_labels
 from metrics.references import load_reference
-from training import array_files, checkpoint
-from training.image_files import label_array, parse_labels
+from training import checkpoint
 
 MISTAKES = (ValueError, OSError, click.ClickException)
 # What breaks parsers: no number, too large, too deep, half a surrogate, other digits.

@@ -8,9 +8,9 @@ import torch
 from scripts import run_script
 from tiny import TINY_RUN
 
+from images.dataset import ImageFolderDataset
 from training import checkpoint
 from training.config import TrainConfig
-from training.dataset import ImageFolderDataset
 from training.network_sampler import NetworkSampler
 from training.networks import build_network
 from training.perturbation import PerturbationKernel

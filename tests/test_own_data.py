@@ -19,11 +19,11 @@ import fid
 import generate
 import train
 from dnnlib.util import CACHE_DIR_ENV
+from images.dataset import ImageFolderDataset
+from images.scaling import EIGHT_BIT, Moments, Scaling, default_scaling, scaling_by
 from metrics.references import load_reference
 from training import checkpoint
-from training.dataset import ImageFolderDataset
 from training.network_sampler import NetworkSampler
-from training.scaling import EIGHT_BIT, Moments, Scaling, default_scaling, scaling_by
 
 CPU = torch.device("cpu")
 OFFSETS = np.array([300.0, -2e5])[:, None, None]

@@ -14,7 +14,7 @@ from tiny import TINY_RUN, write_dataset
 
 tomllib = pytest.importorskip("tomllib")  # since Python 3.11
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
-PACKAGES = ["dnnlib", "metrics", "torch_utils", "training"]
+PACKAGES = ["dnnlib", "torch_utils", "images", "metrics", "training"]
 
 
 def pyproject():
@@ -25,11 +25,23 @@ def test_every_script_and_package_is_installed():
     project = pyproject()
     assert project["tool"]["setuptools"]["packages"] == PACKAGES
     assert sorted(project["tool"]["setuptools"]["py-modules"]) == SCRIPTS
+    files = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+                           cwd=ROOT, text=True, capture_output=True, check=True).stdout.split()
     for package in PACKAGES:  # no folder inside that the list would leave out, no data files
-        assert {path.suffix for path in (ROOT / package).rglob("*")
-                if "__pycache__" not in path.parts} == {".py"}
+        inside = [Path(name) for name in files if name.startswith(f"{package}/")]
+        assert {(len(path.parts), path.suffix) for path in inside} == {(2, ".py")}
     assert project["project"]["scripts"] == {
         f"pfgmpp-{name.replace('_', '-')}": f"{name}:cli" for name in SCRIPTS}
+
+
+@pytest.mark.parametrize("room", ["images", "checkpoints", "reports"])
+def test_own_files_in_a_folder_named_like_a_room_are_ignored(room):
+    names = [f"{room}/a/x.png", f"{room}/b.pt", f"{room}/code.py"]
+    done = subprocess.run(["git", "check-ignore", "--no-index", *names], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.stdout.split() == names[:2]
+    rules = (ROOT / ".dockerignore").read_text().splitlines()
+    assert rules.index(f"{room}/*") + 1 == rules.index(f"!{room}/*.py")
 
 
 def test_versions_and_extras_have_one_home():

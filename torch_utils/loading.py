@@ -24,7 +24,7 @@ _AHEAD = 2  # batches per process or thread that are ready or being read
 
 
 class Batched(Protocol):
-    """What can be read in batches; `training.dataset.ImageFolderDataset` can."""
+    """What can be read in batches; `images.dataset.ImageFolderDataset` can."""
 
     def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray, ...]:
         """Returns arrays whose first axis runs over `indices`."""

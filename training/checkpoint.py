@@ -9,7 +9,7 @@ they load with `weights_only=True`. A state has all that a run needs to go on ex
     options, dataset           the run's TrainConfig; name, size and fingerprint of the data
     checksum                   sha256 of everything else
 
-`dataset` also has the scaling of the data (training/scaling.py), `scale`, and `cond_scale` and
+`dataset` also has the scaling of the data (images/scaling.py), `scale`, and `cond_scale` and
 `cond_shape` of condition images; files without it are of 8-bit images. A snapshot has format,
 version, network, ema, progress, options, dataset, checksum. Random draws and the
 data order are functions of the seed in `options` and of `cur_nimg`, so no generator state is kept.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
-from training.dataset import ImageFolderDataset
+from images.dataset import ImageFolderDataset
 
 _SHARE = 1 / 16  # of a GPU's memory that data take without being asked
 

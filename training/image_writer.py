@@ -19,8 +19,8 @@ import numpy as np
 import PIL.Image
 
 from dnnlib.atomic import atomic_write, remove_stale, write_json
-from training import array_files
-from training.image_files import ARRAY_SUFFIX, GENERATE_RECORD, parse_json, read_regular
+from images import array_files
+from images.image_files import ARRAY_SUFFIX, GENERATE_RECORD, parse_json, read_regular
 
 _IMAGE = "[0-9]" * 6 + "*"  # the name of an image, but for its extension
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from images.dataset import ImageFolderDataset
+from images.scaling import EIGHT_BIT, Scaling
 from torch_utils import distributed
 from torch_utils.misc import compile_network, compute_dtype
 from training import checkpoint
-from training.dataset import ImageFolderDataset
 from training.guidance import EVERYWHERE, GuidedDenoiser, guided
 from training.loss import LSUN_SIGMA_MAX
 from training.networks import Precond
@@ -24,7 +25,6 @@ from training.sampling import (
     generate_images,
     trajectory,
 )
-from training.scaling import EIGHT_BIT, Scaling
 from training.sweeps import FULL_BITS
 
 _OpenNetwork = Callable[[str], tuple[dict[str, Any], Precond]]

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import PIL.Image
 
+from images.image_files import DAMAGE
 from training.comparison import Comparison, Curve, Kind, Spread, compare, over_kimg
-from training.image_files import DAMAGE
 from training.report_plots import Axis, Level, Line, plot
 from training.report_style import CSS, look
 from training.run_record import RunRecord

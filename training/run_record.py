@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.image_files import GENERATE_RECORD
+from images.image_files import GENERATE_RECORD
 from training.sweeps import FULL_BITS
 
 _OPTIONS, _STATS, _METRICS, _LOG = ("training_options.json", "stats.jsonl", "metrics.jsonl",

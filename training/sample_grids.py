@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from images.dataset import ImageFolderDataset, order_at
+from images.grid import image_grid, save_png
 from torch_utils import distributed
-from training.dataset import ImageFolderDataset, order_at
-from training.grid import image_grid, save_png
 from training.loss import LSUN_SIGMA_MAX
 from training.network_sampler import SeedImages
 from training.sampling import SamplerConfig, generate_images, to_uint8

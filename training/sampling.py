@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
+from images.scaling import EIGHT_BIT, default_scaling
 from torch_utils.misc import default_generator
 from training.discretization import edm_sigmas, make_schedule, sigma_grid
 from training.networks import Precond
 from training.perturbation import PerturbationKernel, per_image
-from training.scaling import EIGHT_BIT, default_scaling
 from training.solvers import (
     SOLVERS,
     Denoiser,

@@ -6,13 +6,13 @@ from typing import Any, Protocol
 
 import torch
 
+from images.dataset import ImageFolderDataset
+from images.scaling import Scaling
 from metrics.detectors import Detector, detector_class
 from metrics.scorer import Scorer
 from metrics.scores import FeatureSet, collect
 from torch_utils import distributed as dist
-from training.dataset import ImageFolderDataset
 from training.sampling import SampleBatch
-from training.scaling import Scaling
 
 
 class Scored(Protocol):

@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from images.dataset import ImageFolderDataset, TrainingOrder, order_at
+from images.scaling import Scaling
 from torch_utils import distributed, misc, training_stats
 from torch_utils.loading import Timed, read_in_processes, read_in_threads
 from training import checkpoint, device_data
 from training.augment import AugmentPipe
 from training.config import TrainConfig
-from training.dataset import ImageFolderDataset, TrainingOrder, order_at
 from training.device_data import DeviceData
 from training.ema import RAMPUP_RATIO, ema_beta, update_ema_
 from training.loss import LOSSES, DenoisingLoss, LossDraws
 from training.networks import Precond, build_network
-from training.scaling import Scaling
 
 # Set the uses of the run's seed apart.
 _INIT_TAG, _STEP_TAG, _DROPOUT_TAG, _REFERENCE_TAG = 1, 2, 3, 4

@@ -26,12 +26,12 @@ from dnnlib import console, signals
 from dnnlib.atomic import append_line, write_json
 from dnnlib.cli import UserError
 from dnnlib.util import format_ranges, format_time
+from images.dataset import ImageFolderDataset
+from images.grid import save_png
 from metrics.score_sheet import Score, ScoreSheet
 from torch_utils import distributed, misc, training_stats
 from training import checkpoint
 from training.config import TrainConfig
-from training.dataset import ImageFolderDataset
-from training.grid import save_png
 from training.log_sinks import LogSinks
 from training.loss import LSUN_SIGMA_MAX
 from training.network_sampler import NetworkSampler, SeedImages

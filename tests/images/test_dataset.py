@@ -14,7 +14,7 @@ import pytest
 import torch
 from image_sources import EMOJI
 
-from training.dataset import ImageFolderDataset, TrainingOrder, order_at
+from images.dataset import ImageFolderDataset, TrainingOrder, order_at
 
 # Sorted as strings; '-' sorts before '/'.
 NAMES = ["a-1/x.png", "a/10.png", "a/9.PNG", "b.png", "c/d/e.png"]

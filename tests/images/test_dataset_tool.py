@@ -26,7 +26,7 @@ from image_sources import (
 )
 from scripts import ROOT
 
-from training.dataset import ImageFolderDataset
+from images.dataset import ImageFolderDataset
 
 LANCZOS = PIL.Image.Resampling.LANCZOS
 

@@ -17,9 +17,9 @@ from scripts import ROOT
 from tiny import write_dataset
 
 from dataset_tool import main
-from training.dataset import ImageFolderDataset
-from training.image_files import is_image
-from training.inspection import MAX_PROBLEMS
+from images.dataset import ImageFolderDataset
+from images.image_files import is_image
+from images.inspection import MAX_PROBLEMS
 
 
 def call(*args):
@@ -289,7 +289,7 @@ def test_extensions_of_images_are_those_of_pillow_in_any_case():
 
 
 def test_extensions_are_known_even_if_an_image_was_opened_before():
-    code = ("import io, PIL.Image\nfrom training.image_files import is_image\n"
+    code = ("import io, PIL.Image\nfrom images.image_files import is_image\n"
             "PIL.Image.new('L', (1, 1)).save(io.BytesIO(), 'PNG')\n"
             "assert is_image('x.webp')")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

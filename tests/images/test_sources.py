@@ -38,7 +38,7 @@ from published_archives import (
 )
 from scripts import ROOT
 
-from training import archives
+from images import archives
 
 NUM = 23  # images: batches of 5, 5, 5, 4 and 4
 IMAGES = random_pixels(NUM, 32, 32, 3)

@@ -221,7 +221,7 @@ def test_all_metrics_come_in_one_pass_with_table_and_lines(data, capsys, fake_in
 
 
 def open_data(path):
-    from training.dataset import ImageFolderDataset
+    from images.dataset import ImageFolderDataset
     return ImageFolderDataset(path)
 
 

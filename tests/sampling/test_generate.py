@@ -379,7 +379,7 @@ def gray(tmp_path_factory):
 
 
 def test_seed_k_is_sampled_for_condition_k_mod_n(conditional, gray, tmp_path, invoke):
-    from training.dataset import ImageFolderDataset
+    from images.dataset import ImageFolderDataset
     from training.sampling import draw_latents, to_uint8
     result = invoke(generate.main, f"--network={conditional}", f"--cond-image={gray}", "--steps=1",
                     "--seeds=0-6", f"--outdir={tmp_path / 'out'}", "--batch=4")
@@ -423,7 +423,7 @@ def test_starting_from_images_with_little_noise_returns_them(tmp_path, dataset_z
                     f"--init-image={dataset_zip}", "--init-sigma=0.005", "--steps=4",
                     f"--outdir={tmp_path / 'out'}")
     assert result.exit_code == 0, result.output
-    from training.dataset import ImageFolderDataset
+    from images.dataset import ImageFolderDataset
     data, images = ImageFolderDataset(dataset_zip), read(tmp_path / "out")
     assert len(data) == 40
     for seed in (0, 1, 2, 41):  # noise of 0.005 is 0.64 of a gray level; four deviations and more

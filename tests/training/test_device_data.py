@@ -6,9 +6,9 @@ import torch
 from tiny import TINY_RUN, write_dataset
 
 import train
+from images.dataset import ImageFolderDataset
 from training import device_data
 from training.checkpoint import digest, load
-from training.dataset import ImageFolderDataset
 from training.device_data import DeviceData
 
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ from scripts import ROOT, run_script
 from tiny import TINY_NETWORK, TINY_RUN, write_dataset
 
 import train
+from images.dataset import ImageFolderDataset
 from training.checkpoint import digest, load
 from training.config import TrainConfig
-from training.dataset import ImageFolderDataset
 from training.networks import build_network
 from training.trainer import Trainer
 

@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 
 from dnnlib.npy_header import read_npy_header
-from training.image_files import Kind
+from images.image_files import Kind
 
 MAGIC = b"\x93NUMPY"
 _STORED = {"uint8": "uint8", "uint16": "uint16", "int16": "float32", "float16": "float32",

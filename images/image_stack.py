@@ -20,10 +20,10 @@ from dnnlib import console
 from dnnlib.atomic import atomic_write
 from dnnlib.npy_header import read_npy_header
 from dnnlib.ordered_pool import num_cores
+from images import array_files
+from images.image_files import DAMAGE, Folder, Kind, Zip, is_array, picture_kind
 from torch_utils.distributed import get_rank, rank0_first
 from torch_utils.loading import read_in_processes
-from training import array_files
-from training.image_files import DAMAGE, Folder, Kind, Zip, is_array, picture_kind
 
 _PACK_BYTES = 1 << 22  # images decoded at a time while packing
 _PACK_ALONE = 2048  # fewer images are packed sooner than processes start

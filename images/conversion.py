@@ -33,8 +33,8 @@ from tqdm import tqdm
 from dnnlib.atomic import atomic_write
 from dnnlib.ordered_pool import ordered_map
 from dnnlib.stored_zip import StoredZip
-from training import array_files
-from training.image_files import (
+from images import array_files
+from images.image_files import (
     ARRAY_SUFFIX,
     CONDITIONS,
     DAMAGE,
@@ -43,8 +43,8 @@ from training.image_files import (
     is_array,
     picture_kind,
 )
-from training.scaling import Moments, Scaling, scaling_by
-from training.sources import Item, Source
+from images.scaling import Moments, Scaling, scaling_by
+from images.sources import Item, Source
 
 _PNG_COLOR = {"L": 0, "RGB": 2}
 _DEEP_MODES = {"I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16", "I": "float32",

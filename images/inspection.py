@@ -23,9 +23,9 @@ import PIL.Image
 from tqdm import tqdm
 
 from dnnlib.ordered_pool import ordered_map
-from training import array_files
-from training.grid import image_grid, square_grid
-from training.image_files import (
+from images import array_files
+from images.grid import image_grid, square_grid
+from images.image_files import (
     CONDITIONS,
     DAMAGE,
     LABELS_NAME,
@@ -43,8 +43,8 @@ from training.image_files import (
     shown_label,
     split_conditions,
 )
-from training.scaling import Moments, Scaling, recorded_scaling
-from training.sources import Item
+from images.scaling import Moments, Scaling, recorded_scaling
+from images.sources import Item
 
 MAX_PROBLEMS = 50  # that are listed
 _MAX_ROWS, _COLUMNS, _SQUARE = 16, 8, 64  # images in the picture, with classes and without

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training.image_files import DAMAGE, GENERATE_RECORD, LABELS_NAME, Folder, Kind, Zip, parse_json
+from images.image_files import DAMAGE, GENERATE_RECORD, LABELS_NAME, Folder, Kind, Zip, parse_json
 
 if TYPE_CHECKING:
     import torch

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training import archives, array_files
-from training.image_files import (
+from images import archives, array_files
+from images.image_files import (
     DAMAGE,
     LABELS_NAME,
     check_file_size,

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from dnnlib import plain_pickle
-from training.image_files import DAMAGE, name_problem
+from images.image_files import DAMAGE, name_problem
 
 CIFAR10_SIZE, MNIST_SIZE = 50_000, 60_000  # training images
 MNIST_IMAGES, MNIST_LABELS = "-images-idx3-ubyte.gz", "-labels-idx1-ubyte.gz"

@@ -1,0 +1,389 @@
+"""Images as arrays from a folder or ZIP, with labels and conditions, and the order of training.
+
+A data set is a folder or a ZIP of images of one size: pictures that Pillow reads, gray ('L') or
+RGB, or arrays (.npy) of any channels. Optionally it has `dataset.json` at its root:
+
+    {"labels": [["00000/img00000000.png", 6], ...]}    or    {"labels": null}
+
+Integers are class numbers and become one-hot vectors; lists are vectors of numbers. Images are
+numbered by their sorted names. "scale" and "cond_scale" there say how arrays become what networks
+see (images/scaling.py). `cond/00000/img00000000.png` is the condition image of the image above.
+
+Training sees one endless stream of images. Position p of the stream is image
+
+    permutation_e[p mod size],    e = p div size,
+
+where permutation_e is drawn from (seed, e) alone. So batch size, world size and resuming change
+who reads an image, never which one comes next.
+"""
+
+import functools
+import hashlib
+import operator
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.utils.data
+
+from dnnlib.util import EasyDict, cache_dir
+from images.image_files import (
+    CONDITIONS,
+    DAMAGE,
+    GENERATE_RECORD,
+    LABELS_NAME,
+    check_matched,
+    collector_paused,
+    label_array,
+    match_names,
+    open_files,
+    parse_labels,
+    split_conditions,
+)
+from images.image_stack import ImageStack
+from images.scaling import Moments, Scaling, recorded_scaling
+
+_DATA_TAG = int.from_bytes(b"data", "big")  # sets this stream apart from other uses of the seed
+_MEASURE_BYTES = 1 << 24  # data looked at at a time
+
+
+class ImageFolderDataset(torch.utils.data.Dataset):
+    """The images of a folder or ZIP as (image [C, H, W], float32 label [label_dim]) pairs.
+
+    Images are uint8, uint16 or float32, as they are stored; `scaling` makes of them what networks
+    see. With `use_conditions` a third item is the condition image, with `cond_scaling`.
+
+    Opening looks at the names, the labels and the header of the first image; every other image
+    must be of its kind, which is verified when it is read (see `check_uniform`).
+
+    Args:
+        path: a folder or a ZIP.
+        resolution: the size that the images must have, a side or [height, width]; None takes any.
+        use_pyspng: unused; accepted because configurations of EDM carry it.
+        max_size: keep a random subset of this size, chosen by `random_seed`.
+        use_labels: read the labels; without them `label_dim` is 0.
+        xflip: append a mirrored copy of the whole set.
+        random_seed: any integer.
+        cache: read pixels from a packed copy that is built on first use in
+            `dnnlib.util.cache_dir("packed")` and then memory-mapped by every process.
+        use_conditions: read the condition images, of which there must be one for each image.
+
+    Attributes:
+        image_shape: [C, H, W].
+        scaling: of the images.
+        cond_shape: [C, H, W] of the condition images; None where they are not read.
+        cond_scaling: of the condition images; None where they are not read.
+
+    Raises:
+        OSError: there is no such file, or it can't be read.
+        ValueError: not a data set as described above, or a damaged image.
+    """
+
+    def __init__(self, path: str | os.PathLike, resolution: int | Sequence[int] | None = None,
+                 use_pyspng: bool = True, max_size: int | None = None, use_labels: bool = False,
+                 xflip: bool = False, random_seed: int = 0, cache: bool = False,
+                 use_conditions: bool = False):
+        self.path = Path(path)
+        self.name = Path(os.path.abspath(path)).stem
+        self._files = open_files(self.path)
+        self._names, self._cond_names = split_conditions(self._files.names)
+        if not self._names:
+            raise ValueError(f"{self.path}: no images found")
+        self._kept = _subset(len(self._names), max_size, random_seed)  # raw indices, rising
+        self._images = ImageStack(self.path, self._files, self._names, self._kept)
+        self.image_shape = list(self._images.kind.shape)
+        self._check_resolution(resolution)
+        self.scaling = recorded_scaling(self._files, self._images.kind, "scale", self.path)
+        self._conditions = self._open_conditions() if use_conditions else None
+        self.cond_shape: list[int] | None = None
+        self.cond_scaling: Scaling | None = None
+        if self._conditions:
+            self.cond_shape = list(self._conditions.kind.shape)
+            self.cond_scaling = recorded_scaling(self._files, self._conditions.kind, "cond_scale",
+                                                 self.path)
+
+        labels = self._load_labels() if use_labels else None
+        self._labels = np.zeros([len(self._names), 0], np.float32) if labels is None else labels
+        self._copies = 2 if xflip else 1
+        self._subset_key = "" if max_size is None else f"-{len(self._kept)}-{random_seed}"
+        if cache:
+            self.pack()
+
+    def __len__(self) -> int:
+        return len(self._kept) * self._copies
+
+    def __getitem__(self, idx: int) -> tuple[np.ndarray, ...]:
+        return tuple(array[0] for array in self.get_batch([operator.index(idx)]))
+
+    def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray, ...]:
+        """Returns images [B, C, H, W], float32 labels [B, label_dim] and, if read, conditions.
+
+        All are copies, in the type that is stored.
+        """
+        rows, mirrored = self.locate(indices)
+        images, *conditions = (stack.get(rows) for stack in self._stacks)
+        for array in (images, *conditions):
+            array[mirrored] = array[mirrored, :, :, ::-1]
+        return images, self.labels_of(rows), *conditions
+
+    def get_scored(self, indices: Sequence[int]) -> np.ndarray:
+        """Returns images as detectors take them: uint8, or else float32 as networks see them."""
+        images = self.get_batch(indices)[0]
+        if self.scaling.is_8bit:
+            return images
+        return self.scaling.to_network(torch.from_numpy(images)).numpy()
+
+    def measure(self) -> Moments:
+        """Returns mean, deviation and range of each channel of the images, in the data's units.
+
+        Raises:
+            ValueError: an image can't be read.
+        """
+        total = None
+        size = max(_MEASURE_BYTES // self._images.kind.num_bytes, 1)
+        for start in range(0, len(self._kept), size):
+            rows = np.arange(start, min(start + size, len(self._kept)))
+            moments = Moments.of(self._images.get(rows))
+            total = total.merge(moments) if total else moments
+        return total
+
+    @property
+    def scale(self) -> dict[str, Any] | None:
+        """`scaling` as plain data; None for 8-bit images, which have the one scale."""
+        return None if self.scaling.is_8bit else self.scaling.to_dict()
+
+    @property
+    def has_conditions(self) -> bool:
+        """Whether there are condition images, read or not."""
+        return bool(self._cond_names)
+
+    @property
+    def cond_channels(self) -> int:
+        """Channels of the condition images that are read, 0 where none are."""
+        return self.cond_shape[0] if self.cond_shape else 0
+
+    @property
+    def _stacks(self) -> list[ImageStack]:
+        return [self._images, self._conditions] if self._conditions else [self._images]
+
+    def _check_resolution(self, resolution: int | Sequence[int] | None) -> None:
+        if resolution is None:
+            return
+        height, width = self.image_shape[1:]
+        expected = [resolution] * 2 if isinstance(resolution, int) else list(resolution)
+        if expected != [height, width]:
+            raise ValueError(f"{self.path}: images are {width}x{height}, "
+                             f"expected {expected[1]}x{expected[0]}")
+
+    def _open_conditions(self) -> ImageStack:
+        if not self._cond_names:
+            raise ValueError(f"{self.path}: has no condition images; dataset_tool.py --cond-source "
+                             "puts them into a data set")
+        found, extra = match_names([CONDITIONS + name for name in self._names], self._cond_names)
+        check_matched(self._names, found, extra, str(self.path))
+        conditions = ImageStack(self.path, self._files, found, self._kept)
+        if conditions.kind.shape[1:] != self._images.kind.shape[1:]:
+            raise ValueError(f"{conditions.where(0)} is {conditions.kind}, but {self._names[0]} is "
+                             f"{self._images.kind}; a condition image has the size of its image")
+        return conditions
+
+    def get_label(self, idx: int) -> np.ndarray:
+        """Returns the label of one image as float32 [label_dim]."""
+        return self.labels_of(self.locate([idx])[0])[0]
+
+    def get_details(self, idx: int) -> EasyDict:
+        """Returns raw_idx (among all sorted names), xflip, and raw_label (a number or vector)."""
+        rows, mirrored = self.locate([idx])
+        raw_idx = int(self._kept[rows[0]])
+        return EasyDict(raw_idx=raw_idx, xflip=int(mirrored[0]),
+                        raw_label=self._labels[raw_idx].copy())
+
+    def image_name(self, idx: int) -> str:
+        """Returns the name of image `idx` inside the folder or ZIP."""
+        return self._names[self._kept[self.locate([idx])[0][0]]]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether images come from an array instead of files."""
+        return all(stack.is_packed for stack in self._stacks)
+
+    @property
+    def all_names(self) -> Sequence[str]:
+        """The names of all images, in order, of which `max_size` may have chosen a part."""
+        return self._names
+
+    @property
+    def num_channels(self) -> int:
+        """1 for gray, 3 for RGB, any number for arrays."""
+        return self.image_shape[0]
+
+    @property
+    def resolution(self) -> int | list[int]:
+        """The side of square images, else [height, width]: networks' `img_resolution`."""
+        height, width = self.image_shape[1:]
+        return height if height == width else [height, width]
+
+    @functools.cached_property
+    def label_dim(self) -> int:
+        """Length of a label; the number of classes, or 0 without labels."""
+        if self.has_onehot_labels:
+            return int(self._labels.max()) + 1
+        return self._labels.shape[1]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether labels were asked for and are there."""
+        return self.label_dim != 0
+
+    @property
+    def has_onehot_labels(self) -> bool:
+        """Whether the labels are class numbers."""
+        return self._labels.ndim == 1
+
+    @property
+    def class_numbers(self) -> np.ndarray:
+        """The class of each image, int64 [len]; for `has_onehot_labels` alone."""
+        return np.tile(self._labels[self._kept], self._copies)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A sha256 over the names, sizes and CRCs of images and labels; a copy has the same.
+
+        A ZIP lists them; the files of a folder are read for it.
+        """
+        digest = hashlib.sha256()
+        there, others = set(self._files.names), [LABELS_NAME]
+        if not self.scaling.is_8bit:
+            others.append(GENERATE_RECORD)  # has the scale of generated arrays
+        for name in sorted([*self._names, *self._cond_names, *filter(there.__contains__, others)]):
+            digest.update(f"{name}\0{self._files.stamp(name)}\n".encode())
+        return digest.hexdigest()
+
+    def check_uniform(self) -> None:
+        """Reads the header of every picture used, and all of arrays of floats.
+
+        Raises:
+            ValueError: naming the first image whose mode or size differs, or a value that is not
+                finite.
+        """
+        for stack in self._stacks:
+            stack.check_uniform()
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """The packed images, [n, C, H, W], and condition images if read; where `is_packed`."""
+        return [stack.packed for stack in self._stacks]
+
+    def locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the row of each index in the packed copy, and whether it is mirrored."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if ((indices < 0) | (indices >= len(self))).any():
+            raise IndexError(f"{self.path}: index beyond the {len(self)} images")
+        return indices % len(self._kept), indices >= len(self._kept)
+
+    def labels_of(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the labels of rows of the packed copy, float32 [B, label_dim]."""
+        labels = self._labels[self._kept[rows]]
+        if not self.has_onehot_labels:
+            return labels
+        onehot = np.zeros([len(labels), self.label_dim], np.float32)
+        onehot[np.arange(len(labels)), labels] = 1
+        return onehot
+
+    def close(self) -> None:
+        """Closes the ZIP; reading opens it again."""
+        self._files.close()
+
+    @collector_paused()
+    def _load_labels(self) -> np.ndarray | None:
+        if LABELS_NAME not in self._files.names:
+            return None
+        where = f"{self.path}: {LABELS_NAME}"
+        try:
+            with self._files.open(LABELS_NAME) as file:
+                text = file.read()
+        except DAMAGE as error:
+            raise ValueError(f"{where} can't be read: {error}") from error
+        labels = parse_labels(text, where)
+        return None if labels is None else label_array(self._names, labels, where)
+
+    def pack(self) -> None:
+        """Reads pixels from the packed copy from now on, as `cache` does from the beginning.
+
+        Raises:
+            ValueError: an image can't be read, or is not of the first one's kind.
+        """
+        for stack, suffix in zip(self._stacks, ("", "-cond"), strict=False):
+            name = f"{self.fingerprint}{self._subset_key}{suffix}.npy"
+            stack.open_packed(cache_dir("packed") / name, self.name)
+        self.close()  # the list of a ZIP's members is larger than all else
+
+
+class TrainingOrder(torch.utils.data.Sampler):
+    """The endless training order: for each step, the indices that this rank reads.
+
+    Step k covers the stream positions start + k*batch ... start + (k+1)*batch - 1. Rank r takes
+    the r-th of `world_size` contiguous slices of them and yields it as `rounds` lists, so that
+    one list is the micro-batch of one round of gradient accumulation.
+
+    Args:
+        size: number of images in the data set.
+        seed: a non-negative integer.
+        batch: images per step over all ranks and rounds.
+        start: stream position of the first image; the images seen so far when resuming.
+        rank: this process.
+        world_size: the number of processes.
+        rounds: the number of lists per step.
+    """
+
+    def __init__(self, size: int, seed: int, batch: int, *, start: int = 0, rank: int = 0,
+                 world_size: int = 1, rounds: int = 1):
+        if size < 1 or batch < 1 or start < 0:
+            raise ValueError(f"size={size}, batch={batch}, start={start}: "
+                             "size and batch must be positive, start not negative")
+        if batch % (world_size * rounds) != 0:
+            raise ValueError(f"batch={batch}: must be a multiple of world size x rounds, "
+                             f"{world_size} x {rounds}")
+        self._size, self._seed, self._batch, self._start = size, seed, batch, start
+        self._rounds, self._micro_batch = rounds, batch // (world_size * rounds)
+        self._offset = rank * rounds * self._micro_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = self._start + self._offset
+        while True:
+            for i in range(self._rounds):
+                first = position + i * self._micro_batch
+                positions = np.arange(first, first + self._micro_batch)
+                yield order_at(self._size, self._seed, positions).tolist()
+            position += self._batch
+
+
+def order_at(size: int, seed: int, positions: Iterable[int]) -> np.ndarray:
+    """Returns the image index at each position of the training stream, int64."""
+    positions = np.asarray(positions, dtype=np.int64)
+    epochs, offsets = np.divmod(positions, size)
+    indices = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        inside = epochs == epoch
+        indices[inside] = _permutation(size, seed, int(epoch))[offsets[inside]]
+    return indices
+
+
+@functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    # RandomState, unlike Generator, is promised to give the same stream in every NumPy version.
+    bits = np.random.MT19937(np.random.SeedSequence([seed, epoch, _DATA_TAG]))
+    return np.random.RandomState(bits).permutation(size)
+
+
+def _subset(size: int, max_size: int | None, seed: int) -> np.ndarray:
+    """Returns the rising indices of the images to keep: EDM's choice for the same seed."""
+    indices = np.arange(size, dtype=np.int64)
+    if max_size is None or max_size >= size:
+        return indices
+    if max_size < 1:
+        raise ValueError(f"max_size={max_size}: must be positive")
+    np.random.RandomState(seed % (1 << 31)).shuffle(indices)
+    return np.sort(indices[:max_size])
