@@ -27,8 +27,8 @@ def show(source):
 
 def _description(content: dict) -> dict:
     """Returns what there is to say of a loaded file, by name."""
+    from pfgmpp.networks import network_D
     from training import checkpoint
-    from training.networks import network_D
     network = dict(content["network"])
     weights = checkpoint.sampling_weights(content)
     D = "not recorded" if not content.get("D_recorded", True) else f"{network_D(network):g}"

@@ -356,7 +356,7 @@ def _open_dataset(config, pack: bool):
     import torch
 
     from images.dataset import ImageFolderDataset
-    from training.networks import build_network
+    from pfgmpp.networks import build_network
     kwargs = {"use_labels": config.cond, "xflip": config.xflip}
     dataset = ImageFolderDataset(config.data, **kwargs)
     if config.cond_image:

@@ -39,7 +39,7 @@ BENCHMARKS: dict[str, Callable[[Options], list[Row]]] = {
     "startup": startup.rows,
     "checkpoints": checkpoints.rows,
 }
-_REFERENCE_FILES = ("training/networks.py", "training/augment.py", "dataset_tool.py")
+_REFERENCE_FILES = ("pfgmpp/networks.py", "pfgmpp/augment.py", "dataset_tool.py")
 
 
 def measure_peaks(device: torch.device, precisions: tuple[str, ...]) -> dict[str, float]:

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.table import Options, Row, in_turn, with_ratios
+from pfgmpp.networks import build_network
 from training import checkpoint
 from training.config import TrainConfig
-from training.networks import build_network
 
 
 def _state() -> dict:

@@ -48,9 +48,9 @@ def write_data(path: Path, num: int, side: int, classes: int) -> None:
 
 def write_network(path: Path) -> None:
     """Writes a snapshot of a small untrained network for gray images."""
+    from pfgmpp.networks import build_network
     from training import checkpoint
     from training.config import TrainConfig
-    from training.networks import build_network
 
     config = TrainConfig(data="none", cbase=8, cres=(1,), nblock=1, augment=0.0)
     net = build_network(config.network(SIDE, 1, 0))

@@ -52,10 +52,10 @@ class _Evaluation:
 
 
 class OurEvaluation(_Evaluation):
-    """By training/networks.py."""
+    """By pfgmpp/networks.py."""
 
     def build(self, config: dict[str, Any]) -> torch.nn.Module:
-        from training.networks import build_network
+        from pfgmpp.networks import build_network
         return build_network(config)
 
     def prepare(self, settings: dict[str, Any]) -> None:
@@ -135,8 +135,8 @@ class TheirStep:
     def __init__(self, settings: dict[str, Any]):
         import copy
 
-        from training.augment import AugmentPipe
-        from training.loss import EDMLoss
+        from pfgmpp.augment import AugmentPipe
+        from pfgmpp.loss import EDMLoss
         self._device = torch.device(settings["device"])
         torch.backends.cudnn.benchmark = True
         self._net = _their_network({**settings["network"],
@@ -168,7 +168,7 @@ class TheirStep:
 
 def _their_network(config: dict[str, Any]) -> torch.nn.Module:
     """Returns the reference's network; the keywords that it lacks are at what it does anyway."""
-    from training import networks
+    from pfgmpp import networks
     kwargs = {key: value for key, value in config.items()
               if key not in ("class_name", "pfgmpp", "D")}
     return getattr(networks, config["class_name"])(**kwargs)
@@ -274,7 +274,7 @@ def network(arch: str, side: int) -> dict[str, Any]:
 def write_inputs(common: dict[str, Any]) -> None:
     """Writes the weights that all sides begin with, and a data set."""
     from benchmarks.reading import write_dataset
-    from training.networks import build_network
+    from pfgmpp.networks import build_network
 
     torch.manual_seed(0)
     state = build_network(common["network"]).state_dict()

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.table import Options, Row, in_turn, peak_mb, relative_error, with_ratios
-from training.perturbation import PerturbationKernel
+from pfgmpp.kernel import PerturbationKernel
 
 
 def by_differences(kernel, x, sigma, data):

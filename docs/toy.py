@@ -7,7 +7,7 @@ u is Normal(+1, 0.2^2) or Normal(-1, 0.2^2) in each of its M coordinates, with o
 all. A has orthogonal columns of length sqrt(N/M), so that the coordinates of y vary by about 1.
 
 The data are two Gaussians, and noise of every D is a Gaussian of random variance v
-(training/perturbation.py), so the ideal denoiser E[y|x] is a closed form for each v, averaged over
+(pfgmpp/kernel.py), so the ideal denoiser E[y|x] is a closed form for each v, averaged over
 v by quadrature. It shows what sampling is worth without a network's errors.
 
 Two pictures are written: toy.png, and noise-norms.png of |n|/(sigma sqrt(N)) at the N of CIFAR-10.
@@ -30,11 +30,11 @@ import torch  # noqa: E402 - the path above
 
 from dnnlib.atomic import atomic_write  # noqa: E402
 from dnnlib.cli import run, user_errors  # noqa: E402
-from training.loss import EDMLoss  # noqa: E402
-from training.networks import MODELS, EDMPrecond  # noqa: E402
-from training.perturbation import PerturbationKernel  # noqa: E402
+from pfgmpp.kernel import PerturbationKernel  # noqa: E402
+from pfgmpp.loss import EDMLoss  # noqa: E402
+from pfgmpp.networks import MODELS, EDMPrecond  # noqa: E402
+from pfgmpp.samplers import SamplerConfig, generate_images  # noqa: E402
 from training.report_plots import check_available  # noqa: E402
-from training.sampling import SamplerConfig, generate_images  # noqa: E402
 
 N, M = 1000, 10
 SPREAD, ROUGHNESS = 0.2, 0.01  # standard deviations of u in a cluster, and of e

@@ -314,7 +314,7 @@ def test_migration_names_every_flag_and_existing_imports():
                        and f"{each.name} {flag}`" not in parts[script]}
             assert not missing, f"{script}: {missing}"
     here = [row.split("|")[2] for row in parts["Imports"].splitlines() if row.startswith("| `")]
-    names = re.findall(r"`((?:training|metrics|dnnlib)\.\w+)\.(\w+)`", " ".join(here))
+    names = re.findall(r"`((?:dnnlib|images|pfgmpp|metrics|training)\.\w+)\.(\w+)`", " ".join(here))
     assert len(names) > 15
     for module, name in names:
         resolve(module, name)

@@ -10,12 +10,12 @@ import torch
 from scripts import ROOT
 
 from metrics.scores import METRICS
+from pfgmpp.kernel import PerturbationKernel
+from pfgmpp.loss import LOSSES, EDMLoss
+from pfgmpp.networks import MODELS, EDMPrecond
+from pfgmpp.samplers import SamplerConfig, draw_latents
+from pfgmpp.solvers import SOLVERS, heun
 from training import checkpoint
-from training.loss import LOSSES, EDMLoss
-from training.networks import MODELS, EDMPrecond
-from training.perturbation import PerturbationKernel
-from training.sampling import SamplerConfig, draw_latents
-from training.solvers import SOLVERS, heun
 
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)

@@ -9,11 +9,11 @@ from scripts import run_script
 from tiny import TINY_RUN
 
 from images.dataset import ImageFolderDataset
+from pfgmpp.kernel import PerturbationKernel
+from pfgmpp.networks import build_network
 from training import checkpoint
 from training.config import TrainConfig
 from training.network_sampler import NetworkSampler
-from training.networks import build_network
-from training.perturbation import PerturbationKernel
 from training.trainer import Trainer
 
 pytestmark = [

@@ -14,7 +14,7 @@ from tiny import TINY_RUN, write_dataset
 
 tomllib = pytest.importorskip("tomllib")  # since Python 3.11
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
-PACKAGES = ["dnnlib", "torch_utils", "images", "metrics", "training"]
+PACKAGES = ["dnnlib", "torch_utils", "images", "pfgmpp", "metrics", "training"]
 
 
 def pyproject():
@@ -81,7 +81,7 @@ def test_an_installed_copy_trains_samples_and_scores(tmp_path):
 
     work = tmp_path / "work"  # no file of the checkout is here
     work.mkdir()
-    found = run(binaries / "python", "-c", "import json, train, training.networks as n, dnnlib, "
+    found = run(binaries / "python", "-c", "import json, train, pfgmpp.networks as n, dnnlib, "
                 "metrics, torch_utils; print(json.dumps([m.__file__ for m in "
                 "(train, n, dnnlib, metrics, torch_utils)]))", cwd=work)
     assert all(Path(path).is_relative_to(packages) for path in json.loads(found))

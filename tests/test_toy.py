@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 from scripts import load_script
 
-from training.perturbation import PerturbationKernel
+from pfgmpp.kernel import PerturbationKernel
 
 INF = math.inf
 

@@ -30,9 +30,9 @@ import torch
 
 from dnnlib.atomic import atomic_write
 from dnnlib.util import is_url, open_url
+from pfgmpp.networks import Precond, build_network, network_D
 from torch_utils import distributed
 from training import foreign
-from training.networks import Precond, build_network, network_D
 
 STATE_FORMAT = "pfgmpp-training-state"
 SNAPSHOT_FORMAT = "pfgmpp-network-snapshot"

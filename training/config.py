@@ -27,7 +27,7 @@ ARCHITECTURES: dict[str, dict] = {
 PRECONDITIONERS = {"vp": "VPPrecond", "ve": "VEPrecond", "edm": "EDMPrecond"}
 LOG_SINKS = ("tensorboard", "wandb")  # see training/log_sinks.py
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-AUGMENT_DIM = 9  # augmentation labels, see training/augment.py
+AUGMENT_DIM = 9  # augmentation labels, see pfgmpp/augment.py
 
 # What a resumed run may change without being asked, with the reason. Everything else, options that
 # are new here too, decides what is computed from the resumed step on: see `changed_options`.
@@ -212,7 +212,7 @@ class TrainConfig:
 
     def network(self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int,
                 cond_channels: int = 0) -> dict:
-        """Returns the configuration of the network for this data, see networks.build_network."""
+        """Returns what `pfgmpp.networks.build_network` makes the network for this data of."""
         config = {
             "class_name": PRECONDITIONERS[self.precond], "img_resolution": img_resolution,
             "img_channels": img_channels, "label_dim": label_dim, "pfgmpp": self.pfgmpp,

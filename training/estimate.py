@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib.util import format_time
+from pfgmpp.networks import build_network
 from torch_utils import misc
 from training.config import TrainConfig
-from training.networks import build_network
 
 _STATE_BYTES = 20  # a parameter
 # A prime that divides the size of no weight: it tells what grows with the batch from what does not.

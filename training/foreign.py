@@ -19,9 +19,9 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
+from pfgmpp.networks import MODELS, PRECONDS, Precond, build_network
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import ZIP_MAGIC, Record, shown
-from training.networks import MODELS, PRECONDS, Precond, build_network
 
 EDM_SNAPSHOT_FORMAT = "edm-snapshot"
 EDM_STATE_FORMAT = "edm-training-state"

@@ -11,20 +11,20 @@ import torch
 
 from images.dataset import ImageFolderDataset
 from images.scaling import EIGHT_BIT, Scaling
-from torch_utils import distributed
-from torch_utils.misc import compile_network, compute_dtype
-from training import checkpoint
-from training.guidance import EVERYWHERE, GuidedDenoiser, guided
-from training.loss import LSUN_SIGMA_MAX
-from training.networks import Precond
-from training.quantization import quantise_
-from training.sampling import (
+from pfgmpp.guidance import EVERYWHERE, GuidedDenoiser, guided
+from pfgmpp.loss import LSUN_SIGMA_MAX
+from pfgmpp.networks import Precond
+from pfgmpp.samplers import (
     SampleBatch,
     SamplerConfig,
     draw_latents,
     generate_images,
     trajectory,
 )
+from torch_utils import distributed
+from torch_utils.misc import compile_network, compute_dtype
+from training import checkpoint
+from training.quantization import quantise_
 from training.sweeps import FULL_BITS
 
 _OpenNetwork = Callable[[str], tuple[dict[str, Any], Precond]]
@@ -144,7 +144,7 @@ class NetworkSampler:
             aug_dim: likewise.
             precision: arithmetic inside the network.
             bits: what the network's weights are rounded to, see training/quantization.py.
-            guidance: strength of guidance, see training/guidance.py; 1 is none.
+            guidance: strength of guidance, see pfgmpp/guidance.py; 1 is none.
             gnet: a path or address of the guide; None is the network without its labels.
             guidance_interval: noise levels (lo, hi] at which to guide; None is everywhere.
             cond_image: folder or ZIP of condition images, see `SeedImages`.

@@ -11,8 +11,8 @@ from images.scaling import Scaling
 from metrics.detectors import Detector, detector_class
 from metrics.scorer import Scorer
 from metrics.scores import FeatureSet, collect
+from pfgmpp.samplers import SampleBatch
 from torch_utils import distributed as dist
-from training.sampling import SampleBatch
 
 
 class Scored(Protocol):

@@ -22,21 +22,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from images.dataset import ImageFolderDataset, TrainingOrder, order_at
 from images.scaling import Scaling
+from pfgmpp.augment import AugmentPipe
+from pfgmpp.loss import LOSSES, DenoisingLoss, LossDraws
+from pfgmpp.networks import Precond, build_network
 from torch_utils import distributed, misc, training_stats
 from torch_utils.loading import Timed, read_in_processes, read_in_threads
 from training import checkpoint, device_data
-from training.augment import AugmentPipe
 from training.config import TrainConfig
 from training.device_data import DeviceData
 from training.ema import RAMPUP_RATIO, ema_beta, update_ema_
-from training.loss import LOSSES, DenoisingLoss, LossDraws
-from training.networks import Precond, build_network
 
 # Set the uses of the run's seed apart.
 _INIT_TAG, _STEP_TAG, _DROPOUT_TAG, _REFERENCE_TAG = 1, 2, 3, 4
 _DYNAMIC_SCALE_START = 2.0**16
 _DYNAMIC_SCALE_PERIOD = 2000  # good steps between doublings
-HEAVY_TAILED_D = 0.5  # below, draws beyond float32 have been seen (training/perturbation.py)
+HEAVY_TAILED_D = 0.5  # below, draws beyond float32 have been seen (pfgmpp/kernel.py)
 # The buffers never change. The flag that says so has two names, by the version of PyTorch.
 _BUFFERS_ALONE = {
     "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel)

@@ -29,15 +29,15 @@ from dnnlib.util import format_ranges, format_time
 from images.dataset import ImageFolderDataset
 from images.grid import save_png
 from metrics.score_sheet import Score, ScoreSheet
+from pfgmpp.loss import LSUN_SIGMA_MAX
+from pfgmpp.samplers import SamplerConfig
 from torch_utils import distributed, misc, training_stats
 from training import checkpoint
 from training.config import TrainConfig
 from training.log_sinks import LogSinks
-from training.loss import LSUN_SIGMA_MAX
 from training.network_sampler import NetworkSampler, SeedImages
 from training.run_files import RunFiles
 from training.sample_grids import sample_grid, save_real_grid
-from training.sampling import SamplerConfig
 from training.scoring import network_features, open_scorer
 from training.trainer import HEAVY_TAILED_D, Trainer, dataset_record
 

@@ -20,8 +20,8 @@ from pickle_assembler import (
 )
 from published_files import optimizer_state, record, stored
 
+from pfgmpp.networks import build_network
 from training import checkpoint, foreign
-from training.networks import build_network
 
 SONG = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4],
         "dropout": 0.13, "model_type": "SongUNet"}

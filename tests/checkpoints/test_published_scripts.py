@@ -15,10 +15,10 @@ import checkpoint_tool
 import fid
 import generate
 import train
+from pfgmpp.networks import build_network
+from pfgmpp.samplers import draw_latents, edm_sampler, to_uint8
 from training import checkpoint
 from training.config import TrainConfig
-from training.networks import build_network
-from training.sampling import draw_latents, edm_sampler, to_uint8
 
 ZIP, RAW = (next(name for name in CONTAINERS if ("zip" in name.lower()) == is_zip)
             for is_zip in (True, False))

@@ -2,9 +2,9 @@
 
 import torch
 
+from pfgmpp.networks import build_network
 from training import checkpoint
 from training.config import TrainConfig
-from training.networks import build_network
 
 
 def write_snapshot(path, *, label_dim=2, shape=(3, 8, 8), cond_channels=0, seed=0, **options):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from training.augment import LABEL_DIM, SYM6, AugmentDraws, AugmentPipe
+from pfgmpp.augment import LABEL_DIM, SYM6, AugmentDraws, AugmentPipe
 
 # Bounds of the interpolation error on the scene below. Bilinear reads at 2x leave 0.001. sym6, not
 # quite symmetric, shifts content by 0.05 pixels; the way down shifts it back, fully where nothing

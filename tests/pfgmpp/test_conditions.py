@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
+from pfgmpp.augment import AugmentPipe
+from pfgmpp.loss import EDMLoss, VELoss, VPLoss
+from pfgmpp.networks import EDMPrecond, VEPrecond, VPPrecond, build_network, iDDPMPrecond
+from pfgmpp.samplers import SamplerConfig, generate_images
 from training import checkpoint
-from training.augment import AugmentPipe
-from training.loss import EDMLoss, VELoss, VPLoss
-from training.networks import EDMPrecond, VEPrecond, VPPrecond, build_network, iDDPMPrecond
-from training.sampling import SamplerConfig, generate_images
 
 INF = math.inf
 SHORT = (1, 2, 128, INF)

@@ -12,8 +12,8 @@ import pytest
 import scipy.stats
 import torch
 
-from training.perturbation import PerturbationKernel
-from training.sampling import SamplerConfig, draw_latents, generate_images
+from pfgmpp.kernel import PerturbationKernel
+from pfgmpp.samplers import SamplerConfig, draw_latents, generate_images
 
 INF = math.inf
 ALL = (0.5, 1, 2, 64, 128, 2048, INF)

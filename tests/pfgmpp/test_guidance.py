@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from training.guidance import guided
-from training.networks import EDMPrecond, VEPrecond
-from training.perturbation import PerturbationKernel
-from training.sampling import SamplerConfig, generate_images
+from pfgmpp.guidance import guided
+from pfgmpp.kernel import PerturbationKernel
+from pfgmpp.networks import EDMPrecond, VEPrecond
+from pfgmpp.samplers import SamplerConfig, generate_images
 
 INF = math.inf
 SHORT = (1, 2, 128, INF)

@@ -9,7 +9,7 @@ import scipy.special
 import scipy.stats
 import torch
 
-from training.perturbation import PerturbationKernel
+from pfgmpp.kernel import PerturbationKernel
 
 INF = math.inf
 SHORT = (1, 2, 128, INF)

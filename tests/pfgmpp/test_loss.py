@@ -8,11 +8,11 @@ import pytest
 import scipy.stats
 import torch
 
-from training.augment import AugmentPipe
+from pfgmpp.augment import AugmentPipe
+from pfgmpp.kernel import PerturbationKernel
+from pfgmpp.loss import LOSSES, EDMLoss, VELoss, VPLoss
+from pfgmpp.networks import EDMPrecond, build_network
 from training.config import TrainConfig
-from training.loss import LOSSES, EDMLoss, VELoss, VPLoss
-from training.networks import EDMPrecond, build_network
-from training.perturbation import PerturbationKernel
 from training.trainer import build_loss
 
 INF = math.inf

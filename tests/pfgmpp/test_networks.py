@@ -10,15 +10,14 @@ import scipy.special
 import scipy.stats
 import torch
 
-from training.config import TrainConfig
-from training.networks import (
+from pfgmpp.networks import (
     EDMPrecond,
     VEPrecond,
     VPPrecond,
     build_network,
     iDDPMPrecond,
 )
-from training.unets import (
+from pfgmpp.unets import (
     Conv2d,
     DhariwalUNet,
     FourierEmbedding,
@@ -26,6 +25,7 @@ from training.unets import (
     SongUNet,
     UNetBlock,
 )
+from training.config import TrainConfig
 
 INF = math.inf
 PRECONDS = (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)

@@ -8,9 +8,9 @@ import scipy.stats
 import torch
 from host_reads import HostReads
 
-from training.networks import EDMPrecond
-from training.perturbation import PerturbationKernel
-from training.sampling import (
+from pfgmpp.kernel import PerturbationKernel
+from pfgmpp.networks import EDMPrecond
+from pfgmpp.samplers import (
     SamplerConfig,
     StackedRandomGenerator,
     draw_latents,

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from training.discretization import (
+from pfgmpp.kernel import PerturbationKernel
+from pfgmpp.samplers import SamplerConfig, ablation_sampler, edm_sampler
+from pfgmpp.schedules import (
     DISCRETIZATIONS,
     SCALINGS,
     SCHEDULES,
     make_schedule,
     sigma_grid,
 )
-from training.perturbation import PerturbationKernel
-from training.sampling import SamplerConfig, ablation_sampler, edm_sampler
 
 ANY = SimpleNamespace(sigma_min=0.0, sigma_max=math.inf, round_sigma=torch.as_tensor)
 PATHS = list(itertools.product(SCHEDULES, SCALINGS))

@@ -10,11 +10,11 @@ import scipy.special
 import scipy.stats
 import torch
 
-from training.discretization import edm_sigmas, make_schedule, sigma_grid
-from training.networks import EDMPrecond, iDDPMPrecond
-from training.perturbation import PerturbationKernel
-from training.sampling import SamplerConfig, ablation_sampler, edm_sampler
-from training.solvers import churn, euler, heun
+from pfgmpp.kernel import PerturbationKernel
+from pfgmpp.networks import EDMPrecond, iDDPMPrecond
+from pfgmpp.samplers import SamplerConfig, ablation_sampler, edm_sampler
+from pfgmpp.schedules import edm_sigmas, make_schedule, sigma_grid
+from pfgmpp.solvers import churn, euler, heun
 
 INF = math.inf
 SHORT = (1, 2, 128, INF)

@@ -11,10 +11,10 @@ from snapshots import write_snapshot
 from tiny import write_dataset
 
 import generate
+from pfgmpp.networks import build_network
 from training import checkpoint
 from training.config import TrainConfig
 from training.network_sampler import NetworkSampler
-from training.networks import build_network
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_paths_that_cannot_be_are_told_with_a_way_out(flag, words, snapshot, tmp
 
 
 def test_one_step_is_the_denoised_prior(snapshot, tmp_path, invoke):
-    from training.sampling import draw_latents, to_uint8
+    from pfgmpp.samplers import draw_latents, to_uint8
     invoke(generate.main, f"--network={snapshot}", "--steps=1", "--seeds=3", "--sigma_max=20",
            f"--outdir={tmp_path}")
     net = checkpoint.build_ema(checkpoint.load(snapshot))
@@ -380,7 +380,7 @@ def gray(tmp_path_factory):
 
 def test_seed_k_is_sampled_for_condition_k_mod_n(conditional, gray, tmp_path, invoke):
     from images.dataset import ImageFolderDataset
-    from training.sampling import draw_latents, to_uint8
+    from pfgmpp.samplers import draw_latents, to_uint8
     result = invoke(generate.main, f"--network={conditional}", f"--cond-image={gray}", "--steps=1",
                     "--seeds=0-6", f"--outdir={tmp_path / 'out'}", "--batch=4")
     assert result.exit_code == 0, result.output

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.networks import EDMPrecond
+from pfgmpp.networks import EDMPrecond
 from training.quantization import is_quantised, quantise_, quantised
 
 

@@ -15,9 +15,9 @@ import generate_alpha
 import generate_quant
 import generate_steps
 from dnnlib.cli import UserError
+from pfgmpp.samplers import SamplerConfig, StackedRandomGenerator, ablation_sampler, edm_sampler
 from training import checkpoint
 from training.quantization import quantise_
-from training.sampling import SamplerConfig, StackedRandomGenerator, ablation_sampler, edm_sampler
 from training.sweeps import SweepPoint, sweep_points
 
 

@@ -405,8 +405,8 @@ def own_gadgets():
                          ("dnnlib.util", "call_func_by_name"), ("dnnlib", "EasyDict"),
                          ("torch_utils.safe_pickle", "load"), ("torch_utils.safe_pickle", "Record"),
                          ("dnnlib.atomic", "atomic_write"), ("training.checkpoint", "load"),
-                         ("training.networks", "build_network"),
-                         ("training.networks", "EDMPrecond"), ("torch._utils", "_rebuild_tensor"),
+                         ("pfgmpp.networks", "build_network"),
+                         ("pfgmpp.networks", "EDMPrecond"), ("torch._utils", "_rebuild_tensor"),
                          ("torch.nn.modules.container", "Sequential"), ("torch", "Tensor"),
                          ("torch.storage", "UntypedStorage"), ("torch", "compile")):
         yield f"{module}.{name}", two(c(module, name), s("canary"), b"\x85R")

@@ -10,9 +10,9 @@ from scripts import ROOT
 from tiny import TINY_NETWORK, TINY_RUN
 
 import train
+from pfgmpp.networks import build_network
 from training.config import TrainConfig
 from training.estimate import Estimate
-from training.networks import build_network
 from training.presets import PRESETS
 
 DATA = {"cifar10": (32, 0), "ffhq64": (64, 0), "afhqv2": (64, 0), "imagenet64": (64, 1000),

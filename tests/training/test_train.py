@@ -9,9 +9,9 @@ from tiny import TINY_NETWORK, TINY_RUN, write_dataset
 
 import train
 from images.dataset import ImageFolderDataset
+from pfgmpp.networks import build_network
 from training.checkpoint import digest, load
 from training.config import TrainConfig
-from training.networks import build_network
 from training.trainer import Trainer
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from training.discretization import Schedule
+from pfgmpp.schedules import Schedule
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 BeforeStep = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]

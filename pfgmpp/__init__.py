@@ -1,0 +1,12 @@
+"""The mathematics of PFGM++ and EDM, tensors in and tensors out.
+
+kernel       the perturbation kernel of every D in (0, inf], and its posterior mean
+schedules    noise levels over time, and grids of them
+solvers      Euler and Heun along a grid; churn
+samplers     from unit-scale latents, or seeds, to images
+guidance     a denoiser pushed away from a worse one
+loss         how noise levels are drawn and weighted; targets
+augment      images moved at random, and labels that tell the network how
+unets        SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM)
+networks     the preconditioners that make denoisers of them
+"""

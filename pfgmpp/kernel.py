@@ -1,0 +1,156 @@
+r"""The perturbation kernel of PFGM++, of which Gaussian diffusion and PFGM are two values of D.
+
+    B batch    C H W image shape    N = C*H*W data dimension
+    D number of augmented dimensions, any real in (0, inf]
+    y clean image    n noise    x = y + n    sigma noise level    r = sigma*sqrt(D) radius
+
+PFGM++ (Xu et al. 2023, arXiv 2302.04265, Eq. 4) embeds the data in N+D dimensions; the electric
+field of a unit charge at y, seen at distance r in the augmented directions, weighs x by
+
+    p_r(x|y)  ~  (|x-y|^2 + r^2)^(-(N+D)/2).
+
+So |n|^2/r^2 follows BetaPrime(N/2, D/2) and the direction of n is uniform. That is a multivariate
+Student-t law with D degrees of freedom and scale sigma, drawn from a normal vector z and an
+independent chi-square variate c with D degrees of freedom as
+
+    n = sigma * sqrt(D/c) * z.
+
+D -> inf sends the factor to 1: Gaussian diffusion (EDM). D = 1 is PFGM. The law is a scale family
+in sigma for every D, which is why nothing else in a diffusion code has to know about D: the
+probability-flow ODE is dx/dsigma = (x - E[y|x])/sigma throughout, and a sampler starts at sigma_max
+times a unit-scale draw.
+
+Given its factor, the noise is Gaussian of variance v = sigma^2 D/c: the law is a mixture of
+Gaussians, with v inverse-gamma of shape D/2 and scale D sigma^2/2. The Gaussian is conjugate to it,
+so given the noise v is inverse-gamma again, of shape (N+D)/2 and scale (D sigma^2 + |n|^2)/2. That
+is what a stochastic sampler needs to stay within the family (pfgmpp/solvers.py, `churn`).
+
+For data points y_i the ideal denoiser E[y|x] = sum_i w_i y_i is known in closed form:
+
+    w = softmax_i( -|x-y_i|^2 / (2 sigma^2) )                          D = inf
+    w = softmax_i( -(N+D)/2 * log(1 + |x-y_i|^2 / (sigma^2 D)) )       finite D
+
+It is the exact solution in tests and the target of stable-target-field training (Xu et al. 2023,
+arXiv 2302.00670).
+"""
+
+import math
+
+import torch
+
+
+class PerturbationKernel:
+    """Noise of PFGM++ for one D: how to draw it, its density, and the posterior mean it implies."""
+
+    def __init__(self, D: float = math.inf):
+        """Takes the number of augmented dimensions.
+
+        Raises:
+            ValueError: D is not in (0, inf].
+        """
+        if not D > 0:
+            raise ValueError(f"D={D:g}: must be a positive number or inf")
+        self.D = float(D)
+
+    def scale(self, batch: int, rng: torch.Generator) -> torch.Tensor:
+        """Returns sqrt(D/c) for c ~ chi^2_D, [batch] float64 on the generator's device.
+
+        Ones at D = inf, where nothing is drawn. Heavy-tailed below D = 2 and always positive and
+        finite in float64.
+        """
+        ones = torch.ones([batch], dtype=torch.float64, device=rng.device)
+        if math.isinf(self.D):
+            return ones
+        chi2 = 2 * torch._standard_gamma(ones * (self.D / 2), generator=rng)
+        return (self.D / chi2).sqrt()
+
+    def sample(
+        self, shape: tuple[int, ...], sigma: float | torch.Tensor, rng: torch.Generator
+    ) -> torch.Tensor:
+        """Returns noise of `shape` [B, ...], float32 on the generator's device.
+
+        The normal vector is drawn before the chi-square variate, so that one seed gives the same
+        direction at every D.
+
+        Args:
+            shape: the batch size, then the shape of one image.
+            sigma: noise level, a number or a tensor of shape [], [B] or [B, 1, 1, 1].
+            rng: source of all randomness.
+        """
+        z = torch.randn(shape, generator=rng, device=rng.device)
+        return scaled_noise(z, sigma, self.scale(shape[0], rng))
+
+    def posterior_scale(
+        self, noise: torch.Tensor, sigma: float | torch.Tensor, rng: torch.Generator
+    ) -> torch.Tensor:
+        """Returns a draw of `scale`'s sqrt(D/c) given the noise that it made, [B] float64.
+
+        With u ~ chi^2_(N+D) it is sqrt((D + |n|^2/sigma^2) / u). Ones at D = inf, where nothing is
+        drawn.
+
+        Args:
+            noise: sigma*sqrt(D/c)*z, of shape [B, ...], on the generator's device.
+            sigma: noise level, a number or a tensor of shape [], [B] or [B, 1, 1, 1].
+            rng: source of all randomness.
+        """
+        ones = torch.ones([len(noise)], dtype=torch.float64, device=rng.device)
+        if math.isinf(self.D):
+            return ones
+        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=noise.device).flatten()
+        squared = (noise.to(torch.float64).flatten(1) / sigma.unsqueeze(1)).square().sum(dim=1)
+        N = noise[0].numel()
+        chi2 = 2 * torch._standard_gamma(ones * ((N + self.D) / 2), generator=rng)
+        return ((self.D + squared) / chi2).sqrt()
+
+    def log_density(self, noise: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Returns log p(n) up to a constant that depends on N and D alone, [B] float64."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=noise.device).flatten()
+        squared = noise.to(torch.float64).flatten(1).square().sum(dim=1)  # [B]
+        N = noise[0].numel()
+        return self._log_profile(squared / sigma.square(), N) - N * sigma.log()
+
+    def posterior_mean(
+        self, x: torch.Tensor, sigma: float | torch.Tensor, data: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the ideal denoiser E[y|x] for y uniform over `data`, [B, ...] in x's dtype.
+
+        Distances come from a matrix product, |x|^2 + |y|^2 - 2 x.y, in float64, where its
+        cancellation is harmless; no [B, M, N] array is formed.
+
+        Args:
+            x: perturbed images [B, ...].
+            sigma: noise level, a number or a tensor of shape [], [B] or [B, 1, 1, 1].
+            data: clean images [M, ...].
+        """
+        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1, 1)
+        points = data.to(torch.float64).flatten(1)  # [M, N]
+        queries = x.to(torch.float64).flatten(1)  # [B, N]
+        squared = queries.square().sum(dim=1, keepdim=True) + points.square().sum(dim=1)
+        squared = torch.addmm(squared, queries, points.T, alpha=-2).clamp_(min=0)  # [B, M]
+        weights = self._log_profile(squared / sigma.square(), points.shape[1]).softmax(dim=1)
+        return (weights @ points).to(x.dtype).reshape(x.shape)
+
+    def _log_profile(self, squared: torch.Tensor, N: int) -> torch.Tensor:
+        """Returns the log density of unit-scale noise of squared norm `squared`."""
+        if math.isinf(self.D):
+            return -squared / 2
+        return -(N + self.D) / 2 * torch.log1p(squared / self.D)
+
+
+def scaled_noise(
+    z: torch.Tensor, sigma: float | torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """Returns sigma * scale * z for each image, formed in float64 and rounded once to z's dtype.
+
+    A product beyond the dtype's range, possible where D is far below 1, saturates at the largest
+    finite value.
+    """
+    sigma = per_image(torch.as_tensor(sigma, dtype=torch.float64, device=z.device), z.ndim)
+    limit = torch.finfo(z.dtype).max
+    product = sigma * per_image(scale, z.ndim) * z.to(torch.float64)
+    return product.clamp_(-limit, limit).to(z.dtype)
+
+
+def per_image(value: torch.Tensor, ndim: int) -> torch.Tensor:
+    """Reshapes a value per image, of shape [], [B] or [B, 1, 1, 1], to [B or 1, 1, ...]."""
+    return value.reshape(-1, *[1] * (ndim - 1))

@@ -1,0 +1,191 @@
+"""The denoising loss and its three published noise-level laws: EDM, VE, VP.
+
+    B batch    C channels    H W pixels    y clean image    n noise    sigma noise level
+
+Every loss is  weight(sigma) * (D_theta(y + n; sigma) - y)^2  per pixel, with n from the
+perturbation kernel of any D; the laws differ in how sigma is drawn and in the weight
+(Karras et al. 2022, arXiv 2206.00364, Table 1):
+
+    EDM   ln sigma ~ Normal(P_mean, P_std)                          1/sigma^2 + 1/sigma_data^2
+    VE    ln sigma ~ uniform between ln sigma_min and ln sigma_max   1/sigma^2
+    VP    t ~ uniform between epsilon_t and 1, sigma = sigma_VP(t)   1/sigma^2
+
+A stable target (Xu et al. 2023, arXiv 2302.00670) takes the place of y by its mean over a reference
+batch, given x: less variance, the same minimiser in the limit. It takes no account of a condition
+image, which would have to be in the posterior too, and is refused with one.
+
+All randomness of a step is drawn first, for the whole global batch, and then sliced over ranks and
+gradient-accumulation rounds. So what image i of a step draws does not depend on how the batch is
+split.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pfgmpp.kernel import PerturbationKernel, per_image, scaled_noise
+from pfgmpp.schedules import vp_sigma
+from torch_utils.misc import default_generator
+
+EDM_SIGMA_MAX, LSUN_SIGMA_MAX = 80.0, 380.0  # highest levels of samplers, which --lsun relates
+
+
+@dataclasses.dataclass(frozen=True)
+class LossDraws:
+    """The random variates of a batch; `draws[a:b]` are those of images a to b - 1."""
+
+    sigma: torch.Tensor  # [B] float32
+    z: torch.Tensor  # [B, C, H, W] float32, standard normal
+    scale: torch.Tensor  # [B] float64, the kernel's sqrt(D/c)
+    augment: Any = None  # what the augmentation pipe drew
+
+    def __getitem__(self, index: slice) -> "LossDraws":
+        augment = None if self.augment is None else self.augment[index]
+        return LossDraws(self.sigma[index], self.z[index], self.scale[index], augment)
+
+
+class DenoisingLoss:
+    """Base of the three losses; a subclass says how sigma is drawn and weighted.
+
+    Args:
+        pfgmpp: whether the noise is that of PFGM++ with `D` augmented dimensions, else Gaussian.
+        D: augmented dimensions.
+    """
+
+    def __init__(self, *, pfgmpp: bool = False, D: float = 128):
+        self.kernel = PerturbationKernel(D if pfgmpp else math.inf)
+
+    def sample_sigma(self, batch: int, rng: torch.Generator) -> torch.Tensor:
+        """Returns noise levels [batch] float32."""
+        raise NotImplementedError
+
+    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Returns the weight of the squared error at sigma."""
+        return 1 / sigma**2
+
+    def draw(
+        self, shape: tuple[int, ...], rng: torch.Generator, augment_pipe: Any = None
+    ) -> LossDraws:
+        """Returns the variates for images of `shape` [B, C, H, W].
+
+        The chi-square variate comes last, for it alone takes a number of draws that depends on D:
+        one seed gives the same augmentation, noise level and direction at every D.
+        """
+        can_draw = hasattr(augment_pipe, "draw")
+        augment = augment_pipe.draw(shape[0], rng) if can_draw else None
+        sigma = self.sample_sigma(shape[0], rng)
+        z = torch.randn(shape, generator=rng, device=rng.device)
+        return LossDraws(sigma, z, self.kernel.scale(shape[0], rng), augment)
+
+    def __call__(
+        self, net: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None,
+        augment_pipe: Any = None, *, draws: LossDraws | None = None,
+        reference: torch.Tensor | None = None, condition: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns the unreduced loss [B, C, H, W].
+
+        Args:
+            net: denoiser (x, sigma, labels, augment_labels=...) -> denoised; it takes condition=...
+                where a condition is given.
+            images: clean images [B, C, H, W] in [-1, 1], or vectors [B, N].
+            labels: one-hot or real labels [B, label_dim], or None.
+            augment_pipe: AugmentPipe, any other function images -> (images, labels), or None.
+            draws: variates of these images; None draws them from PyTorch's default generator.
+            reference: clean images [R, C, H, W], augmented where the images are, over which the
+                stable target is the posterior mean. It should contain the images themselves. None
+                makes the clean image the target.
+            condition: what the network is told of each image, [B, cond_channels, H, W]. It is
+                augmented like the image and gets no noise.
+
+        Raises:
+            ValueError: a reference batch with a condition.
+        """
+        if condition is not None and reference is not None:
+            raise ValueError("stable targets with a condition image: the mean over a reference "
+                             "batch knows nothing of the condition; leave one of them out")
+        if draws is None:
+            draws = self.draw(images.shape, default_generator(images.device), augment_pipe)
+        augment_labels = None
+        if augment_pipe is not None:
+            pipe = augment_pipe if draws.augment is None else (
+                lambda images: augment_pipe(images, draws.augment))
+            images, condition, augment_labels = _augment_alike(pipe, images, condition)
+        noisy = images + scaled_noise(draws.z, draws.sigma, draws.scale)
+        target = images if reference is None else (
+            self.kernel.posterior_mean(noisy, draws.sigma, reference))
+        sigma = per_image(draws.sigma, images.ndim)
+        told = {} if condition is None else {"condition": condition}
+        denoised = net(noisy, sigma, labels, augment_labels=augment_labels, **told)
+        return self.weight(sigma) * (denoised - target).square()
+
+
+def _augment_alike(
+    pipe: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], images: torch.Tensor,
+    condition: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Returns (images, condition, labels), both moved in the same way: channels of one image."""
+    if condition is None:
+        images, labels = pipe(images)
+        return images, None, labels
+    both, labels = pipe(torch.cat([images, condition], dim=1))
+    channels = images.shape[1]
+    return both[:, :channels], both[:, channels:], labels
+
+
+class EDMLoss(DenoisingLoss):
+    """Log-normal noise levels, as in EDM.
+
+    Args (beyond the base's): P_mean, P_std: of ln sigma. sigma_data: standard deviation of the
+    data. lsun: multiply sigma by 380/80, for 256x256 images, whose details survive more noise.
+    """
+
+    def __init__(self, P_mean: float = -1.2, P_std: float = 1.2, sigma_data: float = 0.5,
+                 lsun: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
+        self.sigma_gain = LSUN_SIGMA_MAX / EDM_SIGMA_MAX if lsun else 1.0
+
+    def sample_sigma(self, batch, rng):
+        normal = torch.randn([batch], generator=rng, device=rng.device)
+        return (normal * self.P_std + self.P_mean).exp() * self.sigma_gain
+
+    def weight(self, sigma):
+        return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
+
+class VELoss(DenoisingLoss):
+    """Log-uniform noise levels, as for the VE networks of score-based models.
+
+    Args (beyond the base's): sigma_min, sigma_max: range of noise levels.
+    """
+
+    def __init__(self, sigma_min: float = 0.02, sigma_max: float = 100.0, **kwargs):
+        super().__init__(**kwargs)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def sample_sigma(self, batch, rng):
+        u = torch.rand([batch], generator=rng, device=rng.device)
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** u
+
+
+class VPLoss(DenoisingLoss):
+    """Uniform times of the variance-preserving schedule.
+
+    Args (beyond the base's): beta_d, beta_min: slope and start of the schedule. epsilon_t: the
+    smallest time.
+    """
+
+    def __init__(self, beta_d: float = 19.9, beta_min: float = 0.1, epsilon_t: float = 1e-5,
+                 **kwargs):
+        super().__init__(**kwargs)
+        self.beta_d, self.beta_min, self.epsilon_t = beta_d, beta_min, epsilon_t
+
+    def sample_sigma(self, batch, rng):
+        u = torch.rand([batch], generator=rng, device=rng.device)
+        return vp_sigma(1 + u * (self.epsilon_t - 1), self.beta_d, self.beta_min)
+
+
+LOSSES: dict[str, type[DenoisingLoss]] = {"edm": EDMLoss, "ve": VELoss, "vp": VPLoss}

@@ -1,0 +1,289 @@
+"""Denoisers: the four preconditioners that wrap a U-Net.
+
+    B batch    C channels    H W pixels    sigma noise level    N = C*H*W    D augmented dimensions
+
+A preconditioner turns a raw network F into a denoiser,
+
+    D_theta(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma)),
+
+so that F sees inputs and targets of about unit variance (Karras et al. 2022, arXiv 2206.00364,
+Table 1). A network with a condition image, such as a low-resolution or masked copy of what is
+wanted, sees it beside the noisy one: F([c_in x, condition]; c_noise).
+
+Names of classes, keywords and parameters are those of the published EDM and PFGM++ checkpoints. F
+runs in `compute_dtype`, everything around it in float32.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from pfgmpp.kernel import PerturbationKernel, per_image
+from pfgmpp.schedules import iddpm_levels, vp_sigma, vp_sigma_inv, vp_sigma_range
+from pfgmpp.unets import DhariwalUNet, SongUNet, check_choice, image_size
+
+MODELS: dict[str, type[torch.nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+
+
+class Precond(torch.nn.Module):
+    """Base of the denoisers D_theta(x; sigma); a subclass gives the four coefficients.
+
+    Args:
+        img_resolution: image side, or [height, width].
+        img_channels: image channels, any number. Vectors of N numbers are images of N channels
+            and one pixel, for a model that takes such.
+        label_dim: class or condition labels, 0 = unconditional.
+        use_fp16: run F in float16 on CUDA.
+        model_type: a name in `MODELS`: 'SongUNet' or 'DhariwalUNet'.
+        pfgmpp: whether the network was trained on PFGM++ noise of `D` augmented dimensions.
+        D: augmented dimensions; without `pfgmpp` the attribute D is inf whatever is given here.
+        cond_channels: channels of the condition image, 0 = none.
+        **model_kwargs: keywords of the model.
+    """
+
+    default_model_type = "SongUNet"
+    out_mult = 1  # the model has this many times the image's channels; the first part is used
+    hyperparameters: tuple[str, ...] = ()  # the subclass's keywords, kept as attributes
+    sigma_min: float
+    sigma_max: float
+
+    def __init__(
+        self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int = 0,
+        use_fp16: bool = False, *, model_type: str | None = None, pfgmpp: bool = False,
+        D: float = 128, cond_channels: int = 0, **model_kwargs,
+    ):
+        super().__init__()
+        model_type = model_type or self.default_model_type
+        check_choice("model_type", model_type, list(MODELS))
+        height, width = image_size(img_resolution)
+        self.img_resolution = height if height == width else [height, width]
+        self.img_channels, self.cond_channels = img_channels, cond_channels
+        self.label_dim = label_dim
+        self.pfgmpp = bool(pfgmpp)
+        self.D = PerturbationKernel(D if pfgmpp else math.inf).D  # refuses what is not in (0, inf]
+        self.N = math.prod(self.image_shape)
+        self.compute_dtype = torch.float16 if use_fp16 else torch.float32
+        self.model_type, self.model_kwargs = model_type, model_kwargs
+        self.model = MODELS[model_type](
+            img_resolution=self.img_resolution, in_channels=img_channels + cond_channels,
+            out_channels=img_channels * self.out_mult, label_dim=label_dim, **model_kwargs)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.img_channels, *image_size(self.img_resolution)
+
+    @property
+    def use_fp16(self) -> bool:
+        """Whether F runs in float16 (on CUDA)."""
+        return self.compute_dtype == torch.float16
+
+    @use_fp16.setter
+    def use_fp16(self, value: bool) -> None:
+        self.compute_dtype = torch.float16 if value else torch.float32
+
+    @property
+    def config(self) -> dict:
+        """Class name and constructor keywords, plain data from which `build_network` rebuilds."""
+        return {
+            "class_name": type(self).__name__, "img_resolution": self.img_resolution,
+            "img_channels": self.img_channels, "label_dim": self.label_dim,
+            "use_fp16": self.use_fp16, "model_type": self.model_type, "pfgmpp": self.pfgmpp,
+            **({"D": self.D} if self.pfgmpp else {}),
+            **({"cond_channels": self.cond_channels} if self.cond_channels else {}),
+            **{name: getattr(self, name) for name in self.hyperparameters},
+            **self.model_kwargs,
+        }
+
+    def coefficients(self, sigma: torch.Tensor) -> tuple[torch.Tensor | float, ...]:
+        """Returns (c_skip, c_out, c_in, c_noise) at sigma, a float32 tensor."""
+        raise NotImplementedError
+
+    def round_sigma(self, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Returns the nearest noise levels that the network knows, in sigma's dtype."""
+        return torch.as_tensor(sigma)
+
+    def forward(
+        self, x: torch.Tensor, sigma: float | torch.Tensor,
+        class_labels: torch.Tensor | None = None, force_fp32: bool = False,
+        augment_labels: torch.Tensor | None = None, *, condition: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns the denoised images [B, C, H, W] float32.
+
+        Args:
+            x: noisy images [B, C, H, W]; vectors may also come as [B, N].
+            sigma: noise level of any dtype, of shape [], [B] or [B, 1, 1, 1].
+            class_labels: one-hot or real labels [B, label_dim]; None means zeros.
+            force_fp32: run F in float32 whatever `compute_dtype` says.
+            augment_labels: [B, augment_dim]; None means not augmented.
+            condition: [B, cond_channels, H, W], in about [-1, 1], where the network has one.
+
+        Raises:
+            ValueError: a condition that the network has not, or the other way round, or of another
+                shape.
+        """
+        x = x.to(torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
+        sigma = per_image(sigma, x.ndim)
+        labels = None
+        if self.label_dim:
+            labels = x.new_zeros([1, self.label_dim]) if class_labels is None else (
+                class_labels.to(torch.float32).reshape(-1, self.label_dim))
+        dtype = torch.float32 if force_fp32 else self.compute_dtype
+        if dtype == torch.float16 and x.device.type != "cuda":
+            dtype = torch.float32  # half precision on the CPU is slower and gains nothing
+
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
+        inner = self._with_condition(c_in * x, condition)
+        layout = torch.channels_last if inner.ndim == 4 else torch.preserve_format
+        inner = inner.to(dtype, memory_format=layout)
+        raw = self.model(inner, c_noise.flatten(), labels, augment_labels=augment_labels)
+        assert raw.dtype == dtype
+        return c_skip * x + c_out * raw[:, :self.img_channels].to(torch.float32)
+
+    def _with_condition(self, x: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        """Returns what F sees of x and the condition, which must be there where it belongs."""
+        if condition is None:
+            if self.cond_channels:
+                raise ValueError(f"condition=None: the network needs a condition image of "
+                                 f"{self.cond_channels} channels; give condition=")
+            return x
+        expected = [len(x), self.cond_channels, *x.shape[2:]]
+        if not self.cond_channels or list(condition.shape) != expected:
+            allowed = f"must be {expected}" if self.cond_channels else "the network takes none"
+            raise ValueError(f"condition of shape {list(condition.shape)}: {allowed}")
+        return torch.cat([x, condition.to(torch.float32)], dim=1)
+
+
+class VPPrecond(Precond):
+    """Variance-preserving SDE (Song et al. 2021): sigma(t)^2 = exp(beta_d t^2/2 + beta_min t) - 1.
+
+    Args (beyond the base's): beta_d, beta_min: slope and start of the noise schedule. M: number of
+    noise labels. epsilon_t: smallest time of training.
+    """
+
+    hyperparameters = ("beta_d", "beta_min", "M", "epsilon_t")
+
+    def __init__(self, *args, beta_d: float = 19.9, beta_min: float = 0.1, M: int = 1000,
+                 epsilon_t: float = 1e-5, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.beta_d, self.beta_min, self.M, self.epsilon_t = beta_d, beta_min, M, epsilon_t
+        self.sigma_min, self.sigma_max = vp_sigma_range(epsilon_t, beta_d, beta_min)
+
+    def sigma(self, t: float | torch.Tensor) -> torch.Tensor:
+        """Returns the noise level of the schedule at time t."""
+        return vp_sigma(torch.as_tensor(t), self.beta_d, self.beta_min)
+
+    def sigma_inv(self, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Returns the time t at which the schedule reaches sigma."""
+        return vp_sigma_inv(torch.as_tensor(sigma), self.beta_d, self.beta_min)
+
+    def coefficients(self, sigma):
+        return 1, -sigma, 1 / (sigma**2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
+
+
+class VEPrecond(Precond):
+    """Variance-exploding SDE (Song et al. 2021): the network predicts the noise over sigma.
+
+    Args (beyond the base's): sigma_min, sigma_max: range of noise levels.
+    """
+
+    hyperparameters = ("sigma_min", "sigma_max")
+
+    def __init__(self, *args, sigma_min: float = 0.02, sigma_max: float = 100.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def coefficients(self, sigma):
+        return 1, sigma, 1, (sigma / 2).log()
+
+
+class iDDPMPrecond(Precond):  # noqa: N801 - the name users know
+    """Improved DDPM (Nichol and Dhariwal 2021): M discrete noise levels u_j of a cosine schedule.
+
+        u_M = 0,  u_(j-1) = sqrt((u_j^2 + 1) / max(abar(j-1)/abar(j), C_1) - 1),
+        abar(j) = sin^2(pi/2 * j / (M (C_2 + 1)))
+
+    The model's second half of output channels, a variance in the original, is not used.
+
+    Args (beyond the base's): C_1, C_2: clipping and offset of the schedule. M: number of levels.
+    """
+
+    default_model_type = "DhariwalUNet"
+    out_mult = 2
+    hyperparameters = ("C_1", "C_2", "M")
+
+    def __init__(self, *args, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.C_1, self.C_2, self.M = C_1, C_2, M
+        levels = iddpm_levels(M, C_1, C_2, dtype=torch.float32)
+        self.register_buffer("u", levels)
+        self.sigma_min, self.sigma_max = float(levels[M - 1]), float(levels[0])
+
+    def nearest_index(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Returns the indices of the nearest levels, int64 of sigma's shape."""
+        flat = sigma.to(self.u.device, torch.float32).reshape(-1, 1)
+        return (flat - self.u).abs().argmin(dim=1).reshape(sigma.shape)
+
+    def round_sigma(self, sigma, return_index: bool = False):
+        sigma = torch.as_tensor(sigma)
+        index = self.nearest_index(sigma)
+        return index if return_index else self.u[index].to(sigma.device, sigma.dtype)
+
+    def coefficients(self, sigma):
+        c_noise = self.M - 1 - self.nearest_index(sigma).to(torch.float32)
+        return 1, -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise
+
+
+class EDMPrecond(Precond):
+    """EDM (Karras et al. 2022): unit variance of the network's input and target at every sigma.
+
+    Args (beyond the base's): sigma_min, sigma_max: range of noise levels. sigma_data: standard
+    deviation of the data.
+    """
+
+    default_model_type = "DhariwalUNet"
+    hyperparameters = ("sigma_min", "sigma_max", "sigma_data")
+
+    def __init__(self, *args, sigma_min: float = 0.0, sigma_max: float = math.inf,
+                 sigma_data: float = 0.5, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+
+    def coefficients(self, sigma):
+        total = sigma**2 + self.sigma_data**2
+        c_skip = self.sigma_data**2 / total
+        c_out = sigma * self.sigma_data / total.sqrt()
+        return c_skip, c_out, 1 / total.sqrt(), sigma.log() / 4
+
+
+PRECONDS: dict[str, type[Precond]] = {
+    "EDMPrecond": EDMPrecond, "VPPrecond": VPPrecond, "VEPrecond": VEPrecond,
+    "iDDPMPrecond": iDDPMPrecond,
+}
+
+
+def network_D(config: dict) -> float:
+    """Returns the augmented dimensions that a network's configuration stands for."""
+    return float(config.get("D", 128)) if config.get("pfgmpp") else math.inf
+
+
+def build_network(config: dict) -> Precond:
+    """Returns a freshly initialised network from what `Precond.config` returned.
+
+    Raises:
+        ValueError: an unknown class, model or keyword.
+    """
+    kwargs = dict(config)
+    name = kwargs.pop("class_name", None)
+    if name not in PRECONDS:
+        raise ValueError(f"network class {name!r}: must be one of {', '.join(PRECONDS)}")
+    try:
+        net = PRECONDS[name](**kwargs).to(memory_format=torch.channels_last)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from None
+    for parameter in net.parameters():
+        if parameter.shape[2:] == (1, 1):  # used as a matrix, by which its gradient has strides
+            parameter.data = parameter.data.flatten(1)[:, :, None, None]
+    return net

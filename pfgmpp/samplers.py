@@ -1,0 +1,353 @@
+"""From a trained network and seeds to images.
+
+    B batch    C channels    H W pixels    N = C*H*W    D augmented dimensions
+
+Image k is a function of (network, seed k, sampler settings) alone. Each seed has its own generator
+on the sampling device, which draws in this order: the normal vector z [C, H, W]; the class where
+there are classes; the chi-square variate where D is finite; then, at every step, the sampler's own
+noise, if it uses any, that of churn followed by a chi-square variate where D is finite. So one seed
+shows the same class and direction at every D, and D = inf gives EDM's images.
+
+Sampling may also begin at a given image y, at a level sigma below sigma_max: the state there is
+y + sigma * latents, which is what noise of the kernel makes of y, and the sampler goes on from it
+(Meng et al. 2021, SDEdit, arXiv 2108.01073, at D = inf).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from images.scaling import EIGHT_BIT, default_scaling
+from pfgmpp.kernel import PerturbationKernel, per_image
+from pfgmpp.networks import Precond
+from pfgmpp.schedules import edm_sigmas, make_schedule, sigma_grid
+from pfgmpp.solvers import (
+    SOLVERS,
+    Denoiser,
+    RandnLike,
+    churn,
+    disturbed,
+    heun,
+    schedule_slope,
+    watched,
+)
+from torch_utils.misc import default_generator
+
+Watch = Callable[[torch.Tensor, torch.Tensor], None]
+PosteriorScale = Callable[[PerturbationKernel, torch.Tensor, torch.Tensor], torch.Tensor]
+ImagesOfSeeds = Callable[[Sequence[int]], torch.Tensor]  # [B, C, H, W] float32, about [-1, 1]
+_SEED_RANGE = 1 << 32
+_SHOWN_STD = 0.5  # about that of images in [-1, 1]
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+class StackedRandomGenerator:
+    """One generator per seed; draws a batch whose row i depends on seed i alone."""
+
+    def __init__(self, device: torch.device | str, seeds: Sequence[int]):
+        self.generators = [torch.Generator(device) for _ in seeds]
+        for rng, seed in zip(self.generators, seeds, strict=True):
+            rng.manual_seed(int(seed) % _SEED_RANGE)
+
+    def _stack(self, draw: Callable, size: Sequence[int], **kwargs) -> torch.Tensor:
+        assert size[0] == len(self.generators), "one row per seed"
+        return torch.stack([
+            draw(size=list(size[1:]), generator=rng, **{"device": rng.device, **kwargs})
+            for rng in self.generators])
+
+    def randn(self, size: Sequence[int], **kwargs) -> torch.Tensor:
+        """Returns standard normal variates of shape `size`, [B, ...]."""
+        return self._stack(torch.randn, size, **kwargs)
+
+    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns standard normal variates of x's shape and dtype."""
+        return self.randn(x.shape, dtype=x.dtype)
+
+    def randint(self, *args: int, size: Sequence[int], **kwargs) -> torch.Tensor:
+        """Returns integers of shape `size`, [B, ...]; other arguments as in torch.randint."""
+        return self._stack(functools.partial(torch.randint, *args), size, **kwargs)
+
+    def kernel_scale(self, kernel: PerturbationKernel) -> torch.Tensor:
+        """Returns the kernel's radial factor sqrt(D/c), [B] float64."""
+        return torch.cat([kernel.scale(1, rng) for rng in self.generators])
+
+    def posterior_scale(
+        self, kernel: PerturbationKernel, noise: torch.Tensor, sigma: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns a draw of the radial factor given noise [B, ...] of level sigma, [B] float64."""
+        return torch.cat([kernel.posterior_scale(row[None], sigma, rng)
+                          for row, rng in zip(noise, self.generators, strict=True)])
+
+
+def _posterior_scale(
+    kernel: PerturbationKernel, noise: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
+    """Returns `kernel.posterior_scale` from PyTorch's default generator."""
+    return kernel.posterior_scale(noise, sigma, default_generator(noise.device))
+
+
+def edm_sampler(
+    net: Callable, latents: torch.Tensor, class_labels: torch.Tensor | None = None,
+    randn_like: RandnLike = torch.randn_like,
+    num_steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0,
+    S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf, S_noise: float = 1.0,
+    *, noise_alpha: float = 0.0, watch: Watch | None = None,
+    condition: torch.Tensor | None = None, init: torch.Tensor | None = None,
+    posterior_scale: PosteriorScale = _posterior_scale,
+) -> torch.Tensor:
+    """Returns samples [B, C, H, W] in float64 by Heun's method on the EDM grid.
+
+    Args:
+        net: a preconditioned network, or any denoiser (x, sigma, class_labels) with the attributes
+            sigma_min, sigma_max and round_sigma; and D, without which it is taken for inf.
+        latents: unit-scale draws of the network's prior, [B, C, H, W].
+        class_labels: [B, label_dim] or None.
+        randn_like: source of the noise that churn adds.
+        num_steps: number of noise levels; the network is evaluated 2*num_steps - 1 times, at finite
+            D once more for every step that is churned.
+        sigma_min: lowest noise level above 0.
+        sigma_max: highest noise level.
+        rho: how strongly low levels are favoured.
+        S_churn: strength of the stochastic part; 0 is deterministic.
+        S_min: lowest noise level that is churned.
+        S_max: highest noise level that is churned.
+        S_noise: factor on the noise that churn adds.
+        noise_alpha: strength of noise added before each step, to see how robust the sampler is.
+        watch: called with (state, sigma) before each step.
+        condition: [B, cond_channels, H, W], for networks with a condition image.
+        init: images [B, C, H, W] to which the noise of sigma_max is added at the start; None is 0.
+        posterior_scale: source of the factor of churn's noise at finite D, (kernel, n, sigma) ->
+            [B].
+    """
+    denoise = _float64_denoiser(net, class_labels, condition)
+    sigmas = edm_sigmas(net, num_steps, sigma_min, sigma_max, rho).to(latents.device)
+    before_step = None
+    if S_churn > 0:
+        before_step = churn(sigmas, randn_like, S_churn=S_churn, S_min=S_min, S_max=S_max,
+                            S_noise=S_noise, round_sigma=net.round_sigma,
+                            **_scaled_churn(net, denoise, posterior_scale))
+    if noise_alpha > 0:
+        before_step = disturbed(before_step, sigmas, randn_like, noise_alpha=noise_alpha)
+    if watch:
+        before_step = watched(before_step, sigmas, watch)
+    start = _start(latents, sigmas[0], init)
+    return heun(denoise, start, sigmas, before_step)
+
+
+def ablation_sampler(
+    net: Callable, latents: torch.Tensor, class_labels: torch.Tensor | None = None,
+    randn_like: RandnLike = torch.randn_like,
+    num_steps: int = 18, sigma_min: float | None = None, sigma_max: float | None = None,
+    rho: float = 7.0, S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf,
+    S_noise: float = 1.0, solver: str = "heun", discretization: str = "edm",
+    schedule: str = "linear", scaling: str = "none", *, noise_alpha: float = 0.0,
+    watch: Watch | None = None, condition: torch.Tensor | None = None,
+    init: torch.Tensor | None = None, posterior_scale: PosteriorScale = _posterior_scale,
+) -> torch.Tensor:
+    """Returns samples [B, C, H, W] in float64 by any combination of published choices.
+
+    Karras et al. 2022, section 3 and Table 1. With the defaults it is the EDM sampler. It works at
+    every D, for the state is s(t) times that of the equation in sigma.
+
+    Args (beyond those of `edm_sampler`):
+        sigma_min: lowest noise level above 0; None is the discretisation's own.
+        sigma_max: highest noise level; None is the discretisation's own.
+        solver: 'euler' or 'heun'.
+        discretization: grid of noise levels: 'vp', 've', 'iddpm' or 'edm'.
+        schedule: how sigma depends on time: 'vp', 've' or 'linear'.
+        scaling: how the state is scaled: 'vp' or 'none'.
+    """
+    denoise = _float64_denoiser(net, class_labels, condition)
+    grid, low, high = sigma_grid(discretization, net, num_steps, sigma_min, sigma_max, rho)
+    path = make_schedule(schedule, scaling, low, high)
+    times = torch.cat([path.sigma_inv(grid[:-1]), grid.new_zeros(1)]).to(latents.device)
+    before_step = None
+    if S_churn > 0:
+        before_step = churn(times, randn_like, S_churn=S_churn, S_min=S_min, S_max=S_max,
+                            S_noise=S_noise, round_sigma=net.round_sigma, schedule=path,
+                            **_scaled_churn(net, denoise, posterior_scale))
+    if noise_alpha > 0:
+        before_step = disturbed(before_step, times, randn_like, noise_alpha=noise_alpha,
+                                schedule=path)
+    if watch:
+        before_step = watched(before_step, times, lambda x, t: watch(x / path.scale(t),
+                                                                     path.sigma(t)))
+    start = _start(latents, path.sigma(times[0]), init) * path.scale(times[0])
+    return SOLVERS[solver](denoise, start, times, before_step, schedule_slope(path))
+
+
+def _prior(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Returns the state at the highest level; beyond float32 it saturates, as noise does."""
+    return (latents.to(torch.float64) * sigma).clamp(-_FLOAT32_MAX, _FLOAT32_MAX)
+
+
+def _start(
+    latents: torch.Tensor, sigma: torch.Tensor, init: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns the state at the highest level, around `init` where there is one."""
+    noise = _prior(latents, sigma)
+    return noise if init is None else init.to(torch.float64) + noise
+
+
+def _float64_denoiser(
+    net: Callable, class_labels: torch.Tensor | None, condition: torch.Tensor | None
+) -> Denoiser:
+    told = {} if condition is None else {"condition": condition}
+    return lambda x, sigma: net(x, sigma, class_labels, **told).to(torch.float64)
+
+
+def _scaled_churn(net: Callable, denoise: Denoiser, posterior_scale: PosteriorScale) -> dict:
+    """Returns the keywords of `churn` for the network's D; none at D = inf."""
+    kernel = PerturbationKernel(getattr(net, "D", math.inf))
+    if math.isinf(kernel.D):
+        return {}
+    return {"denoise": denoise, "noise_scale": functools.partial(posterior_scale, kernel)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """Settings of the sampler.
+
+    Karras et al. 2022, Algorithm 2 and Table 1. `solver`, `discretization`, `schedule` or `scaling`
+    select the ablation sampler. None for a noise level means the published value of the
+    discretisation.
+    """
+
+    num_steps: int = 18
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    rho: float = 7.0
+    S_churn: float = 0.0
+    S_min: float = 0.0
+    S_max: float = math.inf
+    S_noise: float = 1.0
+    solver: str | None = None
+    discretization: str | None = None
+    schedule: str | None = None
+    scaling: str | None = None
+    noise_alpha: float = 0.0
+
+    @property
+    def is_ablation(self) -> bool:
+        """Whether one of the ablation sampler's own settings was chosen."""
+        return any((self.solver, self.discretization, self.schedule, self.scaling))
+
+    def check(self, net: Precond) -> None:
+        """Raises ValueError where these settings can't be used with this network."""
+        if min(self.S_churn, self.S_noise, self.noise_alpha) < 0:
+            raise ValueError(f"S_churn={self.S_churn:g}, S_noise={self.S_noise:g}, "
+                             f"noise_alpha={self.noise_alpha:g}: must be 0 or more")
+        sigma_grid(self.discretization or "edm", net, self.num_steps, self.sigma_min,
+                   self.sigma_max, self.rho)
+
+    def sample(self, net: Precond, latents: torch.Tensor, class_labels: torch.Tensor | None,
+               randn_like: RandnLike, watch: Watch | None = None, *,
+               condition: torch.Tensor | None = None, init: torch.Tensor | None = None,
+               posterior_scale: PosteriorScale = _posterior_scale) -> torch.Tensor:
+        """Returns samples [B, C, H, W] in float64, see `edm_sampler`."""
+        given = {name: value for name, value in dataclasses.asdict(self).items()
+                 if value is not None}
+        sampler = ablation_sampler if self.is_ablation else edm_sampler
+        return sampler(net, latents, class_labels, randn_like, **given, watch=watch,
+                       condition=condition, init=init, posterior_scale=posterior_scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleBatch:
+    """Images of consecutive seeds, with the class vector that each was sampled for."""
+
+    seeds: list[int]
+    images: torch.Tensor  # [B, C, H, W] float64, about [-1, 1]
+    class_labels: torch.Tensor | None  # [B, label_dim]
+
+    def __getitem__(self, part: slice) -> "SampleBatch":
+        labels = None if self.class_labels is None else self.class_labels[part]
+        return SampleBatch(self.seeds[part], self.images[part], labels)
+
+
+def draw_latents(
+    net: Precond, seeds: Sequence[int], device: torch.device, class_idx: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None, StackedRandomGenerator]:
+    """Returns (unit-scale latents [B, C, H, W] float64, class labels or None, the generators).
+
+    The class is drawn even where `class_idx` overrides it, so that all else of a seed stays.
+    """
+    rnd = StackedRandomGenerator(device, seeds)
+    z = rnd.randn([len(seeds), *net.image_shape])
+    class_labels = None
+    if net.label_dim:
+        classes = rnd.randint(net.label_dim, size=[len(seeds)])
+        if class_idx is not None:
+            classes = torch.full_like(classes, class_idx)
+        class_labels = torch.nn.functional.one_hot(classes, net.label_dim).to(torch.float32)
+    scale = rnd.kernel_scale(PerturbationKernel(net.D))
+    return z.to(torch.float64) * per_image(scale, z.ndim), class_labels, rnd
+
+
+@torch.inference_mode()
+def generate_images(
+    net: Precond, batches: Iterable[Sequence[int]], *, sampler: SamplerConfig,
+    device: torch.device, class_idx: int | None = None, watch: Watch | None = None,
+    conditions: ImagesOfSeeds | None = None, inits: ImagesOfSeeds | None = None,
+) -> Iterator[SampleBatch]:
+    """Yields the images of each batch of seeds.
+
+    Args:
+        net: the network, on `device`, in evaluation mode; or a denoiser with its attributes, such
+            as pfgmpp/guidance.py makes.
+        batches: seeds of each batch; empty batches are passed over.
+        sampler: settings, checked against the network before.
+        device: where to draw and to sample.
+        class_idx: sample this class instead of the seeds' own.
+        watch: called with (state, sigma) before each step of each batch.
+        conditions: returns the condition images of seeds, for networks that have them.
+        inits: returns the images from which seeds start, at the sampler's sigma_max.
+    """
+    for seeds in batches:
+        if not seeds:
+            continue
+        latents, class_labels, rnd = draw_latents(net, seeds, device, class_idx)
+        condition, init = (None if images_of is None else images_of(seeds).to(device)
+                           for images_of in (conditions, inits))
+        images = sampler.sample(net, latents, class_labels, rnd.randn_like, watch,
+                                condition=condition, init=init,
+                                posterior_scale=rnd.posterior_scale)
+        yield SampleBatch(list(seeds), images, class_labels)
+
+
+@torch.inference_mode()
+def trajectory(
+    net: Precond, seeds: Sequence[int], *, sampler: SamplerConfig, device: torch.device,
+    class_idx: int | None = None, conditions: ImagesOfSeeds | None = None,
+    inits: ImagesOfSeeds | None = None,
+) -> list[torch.Tensor]:
+    """Returns what the sampler passes through, first to last: uint8 images [B, C, H, W].
+
+    A state at level sigma is shown shrunk to the deviation of the data, so that noise fades into
+    the image; the last are the samples. Arguments as for `generate_images`.
+    """
+    frames = []
+
+    def watch(x: torch.Tensor, sigma: torch.Tensor) -> None:
+        frames.append(to_uint8(x * _SHOWN_STD / (sigma**2 + _SHOWN_STD**2).sqrt()).cpu())
+
+    [batch] = generate_images(net, [seeds], sampler=sampler, device=device, class_idx=class_idx,
+                              watch=watch, conditions=conditions, inits=inits)
+    return [*frames, to_uint8(batch.images).cpu()]
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Returns clip(x*127.5 + 128, 0, 255) truncated to uint8."""
+    return EIGHT_BIT.to_data(images)
+
+
+def from_data(images: np.ndarray) -> torch.Tensor:
+    """Returns images of which no scale is recorded as networks see them, float32 on the CPU.
+
+    uint8 becomes x/127.5 - 1; floating-point images are in their own scale, about [-1, 1], already.
+    """
+    return default_scaling(images.dtype).to_network(torch.from_numpy(np.ascontiguousarray(images)))
