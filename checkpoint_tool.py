@@ -18,7 +18,7 @@ def main():
 def show(source):
     """Prints format, network, D, parameters, progress and options of FILE."""
     with user_errors():
-        from training import checkpoint
+        from checkpoints import checkpoint
         content = checkpoint.load(source)
         for name, value in _description(content).items():
             text = value if isinstance(value, str) else json.dumps(value, default=str)
@@ -27,8 +27,8 @@ def show(source):
 
 def _description(content: dict) -> dict:
     """Returns what there is to say of a loaded file, by name."""
+    from checkpoints import checkpoint
     from pfgmpp.networks import network_D
-    from training import checkpoint
     network = dict(content["network"])
     weights = checkpoint.sampling_weights(content)
     D = "not recorded" if not content.get("D_recorded", True) else f"{network_D(network):g}"
@@ -68,7 +68,7 @@ def convert(source, dest, pfgmpp, aug_dim, half):
     Weights of published checkpoints keep their licence when they are converted.
     """
     with user_errors():
-        from training import checkpoint
+        from checkpoints import checkpoint
         content = checkpoint.settle_D(checkpoint.load(source), source, pfgmpp, aug_dim)
         snapshot = checkpoint.as_snapshot(content)
         if half:

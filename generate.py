@@ -108,7 +108,7 @@ def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds, *, is
         ValueError: no training state in OUTDIR between the two; not one pickle of EDM, where such
             is asked for.
     """
-    from training.checkpoint import state_tag, training_states
+    from checkpoints.checkpoint import state_tag, training_states
     prefix = next(prefix for last, prefix in _LAST_SEEDS if max(seeds) <= last)
     if network is not None:
         return [(network, outdir / f"{prefix}000000" if is_sweep else outdir)]

@@ -205,8 +205,8 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
     with user_errors():
         _check_writable(fixed_dir or Path(outdir))
 
+    from checkpoints import checkpoint
     from torch_utils import distributed
-    from training import checkpoint
     from training.log_sinks import check_available
 
     with user_errors(BAD_USAGE):
@@ -258,7 +258,7 @@ def _changed_options(config, state, override: bool) -> list[str]:
     Raises:
         UserError: there are some, and they may not.
     """
-    from training import checkpoint
+    from checkpoints import checkpoint
     from training.config import changed_options
     source, content = state
     if content["format"] != checkpoint.STATE_FORMAT:
@@ -272,7 +272,7 @@ def _changed_options(config, state, override: bool) -> list[str]:
 
 def _settle_data(config, dataset, state, override: bool):
     """Returns the state, made out for other data where those were named and that is allowed."""
-    from training import checkpoint
+    from checkpoints import checkpoint
     from training.trainer import dataset_record
     source, content = state
     is_named = config.data != content["options"].get("data")
@@ -335,8 +335,8 @@ def _check_writable(folder: Path) -> None:
 
 def _load_state(fixed_dir: Path | None, resume: str):
     """Returns (name, content) of the state to resume, or None if `auto` finds none."""
+    from checkpoints import checkpoint
     from torch_utils import distributed
-    from training import checkpoint
     path = Path(resume)
     if resume == "auto":
         if not fixed_dir.is_dir():
@@ -393,9 +393,9 @@ def _measure_sigma_data(config, dataset):
 
 def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Path:
     """Makes and returns the run directory."""
+    from checkpoints.checkpoint import training_states
     from dnnlib.run_lock import numbered_dir
     from torch_utils import distributed
-    from training.checkpoint import training_states
     if fixed_dir is not None:
         fixed_dir.mkdir(parents=True, exist_ok=True)
         if not resuming and training_states(fixed_dir):

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.table import Options, Row, in_turn, with_ratios
+from checkpoints import checkpoint
 from pfgmpp.networks import build_network
-from training import checkpoint
 from training.config import TrainConfig
 
 

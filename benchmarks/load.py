@@ -48,8 +48,8 @@ def write_data(path: Path, num: int, side: int, classes: int) -> None:
 
 def write_network(path: Path) -> None:
     """Writes a snapshot of a small untrained network for gray images."""
+    from checkpoints import checkpoint
     from pfgmpp.networks import build_network
-    from training import checkpoint
     from training.config import TrainConfig
 
     config = TrainConfig(data="none", cbase=8, cres=(1,), nblock=1, augment=0.0)

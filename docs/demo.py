@@ -62,10 +62,10 @@ def write_grid(data: Path, network: Path, target: Path) -> None:
     import numpy as np
     import torch
 
+    from checkpoints.checkpoint import build_ema, load
     from images.dataset import ImageFolderDataset
     from images.grid import image_grid, save_png
     from pfgmpp.samplers import SamplerConfig, generate_images, to_uint8
-    from training.checkpoint import build_ema, load
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = build_ema(load(network)).to(device)
     dataset = ImageFolderDataset(data, use_labels=True)

@@ -9,13 +9,13 @@ import scipy.stats
 import torch
 from scripts import ROOT
 
+from checkpoints import checkpoint
 from metrics.scores import METRICS
 from pfgmpp.kernel import PerturbationKernel
 from pfgmpp.loss import LOSSES, EDMLoss
 from pfgmpp.networks import MODELS, EDMPrecond
 from pfgmpp.samplers import SamplerConfig, draw_latents
 from pfgmpp.solvers import SOLVERS, heun
-from training import checkpoint
 
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pickle_assembler import mutated
 
+from checkpoints import checkpoint
 from dnnlib.cli import IntList, NumberList
 from dnnlib.npy_header import read_npy_header
 from images import array_files
 from images.image_files import label_array, parse_labels
 from metrics.references import load_reference
-from training import checkpoint
 
 MISTAKES = (ValueError, OSError, click.ClickException)
 # What breaks parsers: no number, too large, too deep, half a surrogate, other digits.

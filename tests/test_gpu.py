@@ -8,10 +8,10 @@ import torch
 from scripts import run_script
 from tiny import TINY_RUN
 
+from checkpoints import checkpoint
 from images.dataset import ImageFolderDataset
 from pfgmpp.kernel import PerturbationKernel
 from pfgmpp.networks import build_network
-from training import checkpoint
 from training.config import TrainConfig
 from training.network_sampler import NetworkSampler
 from training.trainer import Trainer

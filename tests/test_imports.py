@@ -111,7 +111,7 @@ def test_the_walk_finds_upward_edges_and_cycles():
     assert not upward_edges({"pfgmpp.loss": {"pfgmpp.kernel", "torch_utils.misc", "torch"}})
     assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert {"pfgmpp.networks", "dnnlib.util", "metrics.statistics", "train"} <= FILES.keys()
-    assert "pfgmpp.networks" in IMPORTS["training.checkpoint"]
+    assert "pfgmpp.networks" in IMPORTS["checkpoints.checkpoint"]
 
 
 def roots(prefix):

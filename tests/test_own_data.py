@@ -18,11 +18,11 @@ import dataset_tool
 import fid
 import generate
 import train
+from checkpoints import checkpoint
 from dnnlib.util import CACHE_DIR_ENV
 from images.dataset import ImageFolderDataset
 from images.scaling import EIGHT_BIT, Moments, Scaling, default_scaling, scaling_by
 from metrics.references import load_reference
-from training import checkpoint
 from training.network_sampler import NetworkSampler
 
 CPU = torch.device("cpu")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from checkpoints import checkpoint
 from images.dataset import ImageFolderDataset
 from images.scaling import EIGHT_BIT, Scaling
 from pfgmpp.guidance import EVERYWHERE, GuidedDenoiser, guided
@@ -23,7 +24,6 @@ from pfgmpp.samplers import (
 )
 from torch_utils import distributed
 from torch_utils.misc import compile_network, compute_dtype
-from training import checkpoint
 from training.quantization import quantise_
 from training.sweeps import FULL_BITS
 

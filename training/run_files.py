@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from checkpoints import checkpoint
 from dnnlib.atomic import remove_stale
 from torch_utils import distributed
-from training import checkpoint
 
 _MAX_FAILURES = 2  # occasions in a row
 

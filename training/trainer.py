@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpoints import checkpoint
 from images.dataset import ImageFolderDataset, TrainingOrder, order_at
 from images.scaling import Scaling
 from pfgmpp.augment import AugmentPipe
@@ -27,7 +28,7 @@ from pfgmpp.loss import LOSSES, DenoisingLoss, LossDraws
 from pfgmpp.networks import Precond, build_network
 from torch_utils import distributed, misc, training_stats
 from torch_utils.loading import Timed, read_in_processes, read_in_threads
-from training import checkpoint, device_data
+from training import device_data
 from training.config import TrainConfig
 from training.device_data import DeviceData
 from training.ema import RAMPUP_RATIO, ema_beta, update_ema_
@@ -290,7 +291,7 @@ class Trainer:
         return self.cur_nimg >= self.config.total_nimg and not is_due
 
     def state(self) -> dict[str, Any]:
-        """Returns all that a resumed run needs, see training/checkpoint.py."""
+        """Returns all that a resumed run needs, see checkpoints/checkpoint.py."""
         progress = {"cur_nimg": self.cur_nimg, "ema_rampup": self.ema_rampup,
                     "best_score": self.best_score, "unfinished": self.unfinished,
                     "loss_scale": self.loss_scale.cpu(),
@@ -303,7 +304,7 @@ class Trainer:
         }
 
     def snapshot(self) -> dict[str, Any]:
-        """Returns what sampling needs, see training/checkpoint.py."""
+        """Returns what sampling needs, see checkpoints/checkpoint.py."""
         return {
             "format": checkpoint.SNAPSHOT_FORMAT, "network": self.net.config,
             "ema": dict(self.ema.state_dict()), "progress": {"cur_nimg": self.cur_nimg},

@@ -22,6 +22,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from checkpoints import checkpoint
 from dnnlib import console, signals
 from dnnlib.atomic import append_line, write_json
 from dnnlib.cli import UserError
@@ -32,7 +33,6 @@ from metrics.score_sheet import Score, ScoreSheet
 from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.samplers import SamplerConfig
 from torch_utils import distributed, misc, training_stats
-from training import checkpoint
 from training.config import TrainConfig
 from training.log_sinks import LogSinks
 from training.network_sampler import NetworkSampler, SeedImages

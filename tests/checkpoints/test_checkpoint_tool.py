@@ -8,8 +8,8 @@ import torch
 from snapshots import write_snapshot
 
 import checkpoint_tool
-from training import checkpoint
-from training.checkpoint import digest, load, settle_D
+from checkpoints import checkpoint
+from checkpoints.checkpoint import digest, load, settle_D
 
 needs_safetensors = pytest.mark.skipif(
     importlib.util.find_spec("safetensors") is None, reason="safetensors is an optional extra")

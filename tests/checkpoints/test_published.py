@@ -20,8 +20,8 @@ from pickle_assembler import (
 )
 from published_files import optimizer_state, record, stored
 
+from checkpoints import checkpoint, published
 from pfgmpp.networks import build_network
-from training import checkpoint, foreign
 
 SONG = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4],
         "dropout": 0.13, "model_type": "SongUNet"}
@@ -52,7 +52,7 @@ def network(name="ddpmpp", **changes):
 
 
 def read(data):
-    return foreign.read(io.BytesIO(data), "x.pkl")
+    return published.read(io.BytesIO(data), "x.pkl")
 
 
 def same(ours, theirs):
@@ -67,7 +67,7 @@ def test_a_snapshot_gives_the_source_network_bit_exactly(name, container):
     data = CONTAINERS[container](
         {"ema": stored(net, NETWORKS[name]), "loss_fn": persistent("EDMLoss", {}),
          "augment_pipe": None, "dataset_kwargs": {"path": "x.zip"}}, location="cuda:0")
-    assert foreign.is_foreign(data[:foreign.HEAD_BYTES])
+    assert published.is_published(data[:published.HEAD_BYTES])
     content = read(data)
     assert content["format"] == "edm-snapshot" and content["D_recorded"]
     assert content["network"] == net.config and "net" not in content
@@ -164,11 +164,11 @@ def test_our_own_files_are_not_foreign(tmp_path):
     net = network()
     for kind in (checkpoint.STATE_FORMAT, checkpoint.SNAPSHOT_FORMAT):
         checkpoint.save(tmp_path / "x.pt", {"format": kind, "ema": dict(net.state_dict())})
-        assert not foreign.is_foreign((tmp_path / "x.pt").read_bytes()[:foreign.HEAD_BYTES])
+        assert not published.is_published((tmp_path / "x.pt").read_bytes()[:published.HEAD_BYTES])
     torch.save({"weights": torch.ones(1)}, tmp_path / "x.pt")
-    assert foreign.is_foreign((tmp_path / "x.pt").read_bytes()[:foreign.HEAD_BYTES])
+    assert published.is_published((tmp_path / "x.pt").read_bytes()[:published.HEAD_BYTES])
     for other in (b"", b"<html>", b"\x80", b"\x80\x01", b"PK\x05\x06"):
-        assert not foreign.is_foreign(other)
+        assert not published.is_published(other)
 
 
 # ------------------------------------------------------------------------------- data-only attacks

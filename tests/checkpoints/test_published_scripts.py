@@ -15,9 +15,9 @@ import checkpoint_tool
 import fid
 import generate
 import train
+from checkpoints import checkpoint
 from pfgmpp.networks import build_network
 from pfgmpp.samplers import draw_latents, edm_sampler, to_uint8
-from training import checkpoint
 from training.config import TrainConfig
 
 ZIP, RAW = (next(name for name in CONTAINERS if ("zip" in name.lower()) == is_zip)

@@ -2,8 +2,8 @@
 
 import torch
 
+from checkpoints import checkpoint
 from pfgmpp.networks import build_network
-from training import checkpoint
 from training.config import TrainConfig
 
 

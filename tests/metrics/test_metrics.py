@@ -17,6 +17,7 @@ from tiny import TINY_RUN, write_dataset
 import fid
 import generate
 import train
+from checkpoints import checkpoint
 from metrics import detectors, distances
 from metrics.detectors import Pixels
 from metrics.distances import kernel_distance, precision_recall
@@ -24,7 +25,6 @@ from metrics.inception import InceptionV3, state_shapes
 from metrics.scorer import Scorer, cached_reference
 from metrics.scores import METRICS, dataset_features
 from metrics.statistics import ClassStatistics, FeatureBank
-from training import checkpoint
 
 PIXELS = ["--detector=pixels", "--device=cpu", "--workers=0"]
 

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
+from checkpoints import checkpoint
 from pfgmpp.augment import AugmentPipe
 from pfgmpp.loss import EDMLoss, VELoss, VPLoss
 from pfgmpp.networks import EDMPrecond, VEPrecond, VPPrecond, build_network, iDDPMPrecond
 from pfgmpp.samplers import SamplerConfig, generate_images
-from training import checkpoint
 
 INF = math.inf
 SHORT = (1, 2, 128, INF)

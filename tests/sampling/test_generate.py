@@ -11,8 +11,8 @@ from snapshots import write_snapshot
 from tiny import write_dataset
 
 import generate
+from checkpoints import checkpoint
 from pfgmpp.networks import build_network
-from training import checkpoint
 from training.config import TrainConfig
 from training.network_sampler import NetworkSampler
 

@@ -14,9 +14,9 @@ import generate
 import generate_alpha
 import generate_quant
 import generate_steps
+from checkpoints import checkpoint
 from dnnlib.cli import UserError
 from pfgmpp.samplers import SamplerConfig, StackedRandomGenerator, ablation_sampler, edm_sampler
-from training import checkpoint
 from training.quantization import quantise_
 from training.sweeps import SweepPoint, sweep_points
 

@@ -404,7 +404,7 @@ def own_gadgets():
     for module, name in (("dnnlib.util", "construct_class_by_name"), ("dnnlib.util", "open_url"),
                          ("dnnlib.util", "call_func_by_name"), ("dnnlib", "EasyDict"),
                          ("torch_utils.safe_pickle", "load"), ("torch_utils.safe_pickle", "Record"),
-                         ("dnnlib.atomic", "atomic_write"), ("training.checkpoint", "load"),
+                         ("dnnlib.atomic", "atomic_write"), ("checkpoints.checkpoint", "load"),
                          ("pfgmpp.networks", "build_network"),
                          ("pfgmpp.networks", "EDMPrecond"), ("torch._utils", "_rebuild_tensor"),
                          ("torch.nn.modules.container", "Sequential"), ("torch", "Tensor"),

@@ -6,9 +6,9 @@ import torch
 from tiny import TINY_RUN, write_dataset
 
 import train
+from checkpoints.checkpoint import digest, load
 from images.dataset import ImageFolderDataset
 from training import device_data
-from training.checkpoint import digest, load
 from training.device_data import DeviceData
 
 CPU = torch.device("cpu")

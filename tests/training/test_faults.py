@@ -25,13 +25,13 @@ from watchdog import processes
 
 import fid
 import train
+from checkpoints.checkpoint import BEST_STATE, digest, load, newest_state, save, training_states
 from dnnlib.atomic import append_line, atomic_write, remove_stale
 from dnnlib.run_lock import numbered_dir, run_lock
 from generate import main as generate_main
 from torch_utils import distributed
 from training import config as config_module
 from training import training_loop
-from training.checkpoint import BEST_STATE, digest, load, newest_state, save, training_states
 from training.config import FREE_ON_RESUME, NETWORK_OPTIONS, TrainConfig, changed_options
 from training.run_files import RunFiles
 

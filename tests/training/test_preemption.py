@@ -10,9 +10,9 @@ import pytest
 from faults import Script, end_scripts, run_to_end, wait_until  # noqa: F401 - a fixture
 from tiny import TINY_RUN
 
+from checkpoints.checkpoint import digest, load, newest_state
 from dnnlib.run_lock import run_lock
 from dnnlib.signals import LAUNCHER_SEC
-from training.checkpoint import digest, load, newest_state
 
 STEPS = 700
 LIMIT_SEC = 60  # within which torchrun ends when a process is gone

@@ -8,9 +8,9 @@ from scripts import ROOT, run_script
 from tiny import TINY_NETWORK, TINY_RUN, write_dataset
 
 import train
+from checkpoints.checkpoint import digest, load
 from images.dataset import ImageFolderDataset
 from pfgmpp.networks import build_network
-from training.checkpoint import digest, load
 from training.config import TrainConfig
 from training.trainer import Trainer
 
@@ -132,7 +132,7 @@ def test_world_size_and_batch_gpu_change_nothing_but_rounding(dataset_zip, tmp_p
     ["--lsun=1"],
 ])
 def test_other_settings_train_and_their_snapshot_loads(flags, dataset_zip, tmp_path, invoke):
-    from training.checkpoint import build_ema
+    from checkpoints.checkpoint import build_ema
     result = invoke(train.main, f"--outdir={tmp_path}", f"--data={dataset_zip}", *TINY_RUN,
                     "--duration=0.000024", *flags)
     torch.use_deterministic_algorithms(False)

@@ -10,11 +10,11 @@ from host_reads import HostReads
 from scripts import ROOT
 from tiny import write_dataset
 
+from checkpoints.checkpoint import build_ema, digest, kimg_tag, load, newest_state, save
 from images.dataset import ImageFolderDataset, order_at
 from torch_utils import training_stats
 from torch_utils.misc import mix_seed
 from training import sample_grids
-from training.checkpoint import build_ema, digest, kimg_tag, load, newest_state, save
 from training.config import TrainConfig
 from training.trainer import DivergedError, Trainer
 from training.training_loop import append_stats

@@ -28,11 +28,11 @@ from typing import IO, Any
 
 import torch
 
+from checkpoints import published
 from dnnlib.atomic import atomic_write
 from dnnlib.util import is_url, open_url
 from pfgmpp.networks import Precond, build_network, network_D
 from torch_utils import distributed
-from training import foreign
 
 STATE_FORMAT = "pfgmpp-training-state"
 SNAPSHOT_FORMAT = "pfgmpp-network-snapshot"
@@ -116,17 +116,17 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
 def load(source: str | Path) -> dict[str, Any]:
     """Reads and verifies a state or snapshot from a path or URL; tensors are on the CPU.
 
-    Checkpoints of EDM and PFGM++ are read too, see training/foreign.py for what there is in them.
+    Checkpoints of EDM and PFGM++ are read too; published.py says what there is in them.
 
     Raises:
         OSError: it can't be opened.
         ValueError: not such a file, damaged, or of a newer version.
     """
     with _open_source(source) as file:
-        head = file.read(foreign.HEAD_BYTES)
+        head = file.read(published.HEAD_BYTES)
         file.seek(0)
-        if foreign.is_foreign(head):
-            return foreign.read(file, str(source))
+        if published.is_published(head):
+            return published.read(file, str(source))
         if head[8:9] == b"{":  # safetensors: the header's length, then the header in JSON
             content = _read_safetensors(source, file.read())
         else:
@@ -159,7 +159,7 @@ def _read_torch(source: str | Path, file: IO[bytes]) -> Any:
         _check_claims(content, size)
     except pickle.UnpicklingError:
         file.seek(0)
-        return foreign.read(file, str(source))  # names what the file asked for
+        return published.read(file, str(source))  # names what the file asked for
     except _READ_ERRORS:
         raise ValueError(f"{source}: damaged, or not a training state or network snapshot of this "
                          "project") from None
@@ -309,7 +309,7 @@ def build_ema(content: dict[str, Any]) -> Precond:
         ValueError: the file describes a network that is not allowed, or not that of its weights.
     """
     weights = sampling_weights(content)
-    foreign.check_network(content["network"], weights)
+    published.check_network(content["network"], weights)
     net = build_network(content["network"])
     net.load_state_dict(weights)
     return net.eval().requires_grad_(False)

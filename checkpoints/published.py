@@ -26,14 +26,14 @@ from torch_utils.safe_pickle import ZIP_MAGIC, Record, shown
 EDM_SNAPSHOT_FORMAT = "edm-snapshot"
 EDM_STATE_FORMAT = "edm-training-state"
 PFGMPP_STATE_FORMAT = "pfgmpp-foreign-state"
-HEAD_BYTES = 512  # how much of a file `is_foreign` wants to see
+HEAD_BYTES = 512  # how much of a file `is_published` wants to see
 
 _MAX_MODULES = 10_000  # the largest published network has about 700
 _MAX_MODULE_DEPTH = 16
 _MAX_NAME = 64
 
 
-def is_foreign(first_bytes: bytes) -> bool:
+def is_published(first_bytes: bytes) -> bool:
     """Returns whether a file that begins so is a pickle or torch.save ZIP that is not ours.
 
     Ours name their format first of all, within the first `HEAD_BYTES`.
@@ -45,7 +45,7 @@ def is_foreign(first_bytes: bytes) -> bool:
 
 
 def read(source: str | os.PathLike | IO[bytes], name: str | None = None) -> dict[str, Any]:
-    """Returns a checkpoint of EDM or PFGM++ in the shape of our own, see training/checkpoint.py.
+    """Returns a checkpoint of EDM or PFGM++ in the shape of our own, see checkpoints/checkpoint.py.
 
     Args:
         source: a path, or a binary file that can seek.

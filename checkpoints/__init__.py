@@ -1,0 +1,1 @@
+"""Checkpoints: our own files, and the published ones of EDM and PFGM++."""
