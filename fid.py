@@ -12,7 +12,7 @@ import click
 
 from dnnlib import console
 from dnnlib.cli import BAD_USAGE, IntList, UserError, run, user_errors, verbosity_options
-from training.sampling_options import sampling_options
+from sampling.sampling_options import sampling_options
 
 if TYPE_CHECKING:  # imported late: help is instant
     from metrics.score_sheet import ScoreSheet
@@ -219,10 +219,10 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
     with user_errors():
         from dnnlib.util import format_ranges, is_url
         from metrics.score_sheet import ScoreSheet
+        from sampling.network_sampler import NetworkSampler, UsageError
+        from sampling.sweeps import sweep_points
         from torch_utils import distributed as dist
-        from training.network_sampler import NetworkSampler, UsageError
         from training.scoring import network_features, open_scorer
-        from training.sweeps import sweep_points
 
         if len(seeds) < 2:
             raise ValueError(f"--seeds: {len(seeds)} image, at least 2 needed")

@@ -10,8 +10,8 @@ import click
 
 from dnnlib import console
 from dnnlib.cli import BAD_USAGE, IntList, UserError, run, user_errors, verbosity_options
-from training.sampling_options import sampling_options
-from training.sweeps import sweep_points
+from sampling.sampling_options import sampling_options
+from sampling.sweeps import sweep_points
 
 _MAX_SHOWN = 64  # images in a grid
 _LAST_SEEDS = ((49_999, "ckpt_"), (99_999, "ckpt_2_"), (math.inf, "ckpt_3_"))
@@ -72,8 +72,8 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
                                  is_edm=bool(edm))
         subdirs = subdirs or network is None
 
+        from sampling.network_sampler import NetworkSampler, UsageError
         from torch_utils import distributed, misc
-        from training.network_sampler import NetworkSampler, UsageError
         misc.configure_backends(sampling["precision"])
         with distributed.process_group(device) as torch_device:
             for (source, folder), point in itertools.product(sources, points):
@@ -135,8 +135,8 @@ def _generate(sampler, folder, seeds, batch, subdirs) -> None:
     """Makes the images of `folder` that are missing, this rank's share of them."""
     from tqdm import tqdm
 
+    from sampling.image_writer import ImageFolder, ImageWriter
     from torch_utils import distributed
-    from training.image_writer import ImageFolder, ImageWriter
     images = ImageFolder(folder, sampler.image_shape, subdirs, sampler.scaling.is_8bit)
     distributed.run_on_rank0(images.open, {**sampler.settings, "subdirs": subdirs})
     missing = distributed.run_on_rank0(images.missing, seeds)

@@ -19,7 +19,7 @@ import train
 from dnnlib import signals
 from dnnlib.cli import BAD_USAGE, IntList, NumberList, UserError, run, user_errors
 from dnnlib.util import is_url
-from training.sweeps import FULL_BITS
+from sampling.sweeps import FULL_BITS
 
 if TYPE_CHECKING:  # imported late: help is instant
     from training.study import Step, Study

@@ -20,7 +20,7 @@ from tiny import write_dataset
 from torch.distributed.run import get_args_parser
 
 from benchmarks.__main__ import main as benchmarks
-from training.sampling_options import sampling_options
+from sampling.sampling_options import sampling_options
 
 results, toy = load_script("docs/results.py"), load_script("docs/toy.py")
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "models/README.md"]

@@ -12,8 +12,8 @@ from checkpoints import checkpoint
 from images.dataset import ImageFolderDataset
 from pfgmpp.kernel import PerturbationKernel
 from pfgmpp.networks import build_network
+from sampling.network_sampler import NetworkSampler
 from training.config import TrainConfig
-from training.network_sampler import NetworkSampler
 from training.trainer import Trainer
 
 pytestmark = [

@@ -23,7 +23,7 @@ from dnnlib.util import CACHE_DIR_ENV
 from images.dataset import ImageFolderDataset
 from images.scaling import EIGHT_BIT, Moments, Scaling, default_scaling, scaling_by
 from metrics.references import load_reference
-from training.network_sampler import NetworkSampler
+from sampling.network_sampler import NetworkSampler
 
 CPU = torch.device("cpu")
 OFFSETS = np.array([300.0, -2e5])[:, None, None]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from images.image_files import GENERATE_RECORD
-from training.sweeps import FULL_BITS
+from sampling.sweeps import FULL_BITS
 
 _OPTIONS, _STATS, _METRICS, _LOG = ("training_options.json", "stats.jsonl", "metrics.jsonl",
                                     "log.txt")

@@ -11,8 +11,8 @@ from images.dataset import ImageFolderDataset, order_at
 from images.grid import image_grid, save_png
 from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.samplers import SamplerConfig, generate_images, to_uint8
+from sampling.network_sampler import SeedImages
 from torch_utils import distributed
-from training.network_sampler import SeedImages
 from training.trainer import Trainer
 
 _GRID_SEED = 0

@@ -32,10 +32,10 @@ from images.grid import save_png
 from metrics.score_sheet import Score, ScoreSheet
 from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.samplers import SamplerConfig
+from sampling.network_sampler import NetworkSampler, SeedImages
 from torch_utils import distributed, misc, training_stats
 from training.config import TrainConfig
 from training.log_sinks import LogSinks
-from training.network_sampler import NetworkSampler, SeedImages
 from training.run_files import RunFiles
 from training.sample_grids import sample_grid, save_real_grid
 from training.scoring import network_features, open_scorer

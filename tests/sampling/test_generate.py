@@ -13,8 +13,8 @@ from tiny import write_dataset
 import generate
 from checkpoints import checkpoint
 from pfgmpp.networks import build_network
+from sampling.network_sampler import NetworkSampler
 from training.config import TrainConfig
-from training.network_sampler import NetworkSampler
 
 
 @pytest.fixture(scope="module")

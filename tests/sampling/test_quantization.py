@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pfgmpp.networks import EDMPrecond
-from training.quantization import is_quantised, quantise_, quantised
+from sampling.quantization import is_quantised, quantise_, quantised
 
 
 def by_hand(weight, bits):

@@ -17,8 +17,8 @@ import generate_steps
 from checkpoints import checkpoint
 from dnnlib.cli import UserError
 from pfgmpp.samplers import SamplerConfig, StackedRandomGenerator, ablation_sampler, edm_sampler
-from training.quantization import quantise_
-from training.sweeps import SweepPoint, sweep_points
+from sampling.quantization import quantise_
+from sampling.sweeps import SweepPoint, sweep_points
 
 
 class Ideal:

@@ -22,10 +22,10 @@ from pfgmpp.samplers import (
     generate_images,
     trajectory,
 )
+from sampling.quantization import quantise_
+from sampling.sweeps import FULL_BITS
 from torch_utils import distributed
 from torch_utils.misc import compile_network, compute_dtype
-from training.quantization import quantise_
-from training.sweeps import FULL_BITS
 
 _OpenNetwork = Callable[[str], tuple[dict[str, Any], Precond]]
 
@@ -143,7 +143,7 @@ class NetworkSampler:
             pfgmpp: for files that do not record D, see `checkpoint.settle_D`.
             aug_dim: likewise.
             precision: arithmetic inside the network.
-            bits: what the network's weights are rounded to, see training/quantization.py.
+            bits: what the network's weights are rounded to, see sampling/quantization.py.
             guidance: strength of guidance, see pfgmpp/guidance.py; 1 is none.
             gnet: a path or address of the guide; None is the network without its labels.
             guidance_interval: noise levels (lo, hi] at which to guide; None is everywhere.

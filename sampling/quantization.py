@@ -12,7 +12,7 @@ layer here is one.)
 
 import torch
 
-from training.sweeps import FULL_BITS
+from sampling.sweeps import FULL_BITS
 
 # Norms and embeddings are few, and an error in them moves whole images; the layers at 32x32 were
 # spared by the published experiment, whatever the resolution of the image.

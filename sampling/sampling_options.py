@@ -9,7 +9,7 @@ from collections.abc import Callable
 import click
 
 from dnnlib.cli import NumberList
-from training.sweeps import FULL_BITS
+from sampling.sweeps import FULL_BITS
 
 
 class _Interval(click.ParamType):
