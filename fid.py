@@ -15,7 +15,7 @@ from dnnlib.cli import BAD_USAGE, IntList, UserError, run, user_errors, verbosit
 from sampling.sampling_options import sampling_options
 
 if TYPE_CHECKING:  # imported late: help is instant
-    from metrics.score_sheet import ScoreSheet
+    from metrics.score_log import ScoreLog
 
 # As generate.py names folders: ckpt_[2_|3_]KIMG[_alpha_A][_steps_S][_quant_B].
 _CKPT_PREFIX = "ckpt_"
@@ -162,10 +162,10 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
         folders = _ckpt_folders(images, gen_seed, ckpt, end_ckpt, sweeps)
 
         from images.dataset import ImageFolderDataset
-        from metrics.score_sheet import ScoreSheet
-        from metrics.scores import dataset_features
+        from metrics.metrics import dataset_features
+        from metrics.score_log import ScoreLog
         from torch_utils import distributed as dist
-        from training.scoring import open_scorer
+        from training.scoring import open_evaluator
 
         with dist.process_group(device) as chosen_device:
             with dist.rank0_first():
@@ -179,19 +179,19 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
             sets = {str(dataset.path): dataset for dataset in datasets}
             _use_kernels("fp32")
             with console.timed("detector and reference"):
-                scorer = open_scorer(detector, ref_path, metrics, chosen_device, sets, batch=batch,
-                                     workers=workers)
-            _warn_if_few(num, scorer.detector.name, metrics)
+                evaluator = open_evaluator(detector, ref_path, metrics, chosen_device, sets,
+                                           batch=batch, workers=workers)
+            _warn_if_few(num, evaluator.detector.name, metrics)
 
-            sheet = ScoreSheet(scorer, Path(out) if out else _jsonl_of_images(images))
+            log = ScoreLog(evaluator, Path(out) if out else _jsonl_of_images(images))
             for job, dataset in zip(jobs, datasets, strict=True):
                 with console.timed("features"):
-                    found = dataset_features(dataset, scorer.detector, metrics=metrics, batch=batch,
+                    found = dataset_features(dataset, evaluator.detector, metrics=metrics, batch=batch,
                                              workers=workers, title=Path(job.path).name)
-                values = _values_of(scorer, found)
+                values = _values_of(evaluator, found)
                 facts = {"images": job.path, "num": num, **_facts_of_images(job.path, dataset, seed)}
-                _report(sheet, job, values, facts, alone=not folders)
-            _print_table(sheet)
+                _report(log, job, values, facts, alone=not folders)
+            _print_table(log)
 
 
 @main.command(context_settings={"show_default": True})
@@ -218,11 +218,11 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
     _check_reference_given(ref_path, metrics)
     with user_errors():
         from dnnlib.util import format_ranges, is_url
-        from metrics.score_sheet import ScoreSheet
+        from metrics.score_log import ScoreLog
         from sampling.network_sampler import NetworkSampler, UsageError
         from sampling.sweeps import sweep_points
         from torch_utils import distributed as dist
-        from training.scoring import network_features, open_scorer
+        from training.scoring import network_features, open_evaluator
 
         if len(seeds) < 2:
             raise ValueError(f"--seeds: {len(seeds)} image, at least 2 needed")
@@ -237,12 +237,12 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
             sampler = open_sampler(points[0])
             _use_kernels("fp32")
             with console.timed("detector and reference"):
-                scorer = open_scorer(detector, ref_path, metrics, chosen_device,
-                                     {network: sampler}, batch=batch, workers=workers)
-            _warn_if_few(len(seeds), scorer.detector.name, metrics)
+                evaluator = open_evaluator(detector, ref_path, metrics, chosen_device,
+                                           {network: sampler}, batch=batch, workers=workers)
+            _warn_if_few(len(seeds), evaluator.detector.name, metrics)
 
             default = None if is_url(network) else Path(network).parent / _JSONL
-            sheet = ScoreSheet(scorer, Path(out) if out else default)
+            log = ScoreLog(evaluator, Path(out) if out else default)
             span = max(seeds) - min(seeds) + 1
             for point, i in itertools.product(points, range(ranges)):
                 own = [seed + i * span for seed in seeds]
@@ -252,14 +252,14 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                     sampler = open_sampler(point)
                 _use_kernels(sampling["precision"])
                 with console.timed("samples and features"):
-                    found = network_features(sampler, own, scorer.detector, metrics=metrics,
+                    found = network_features(sampler, own, evaluator.detector, metrics=metrics,
                                              batch=batch, title=job.label)
                 _use_kernels("fp32")
                 facts = {"network": network, "num": len(own), "seeds": format_ranges(own),
                          "sampler": sampler.settings}
-                _report(sheet, job, _values_of(scorer, found), facts,
+                _report(log, job, _values_of(evaluator, found), facts,
                         alone=len(points) * ranges == 1)
-            _print_table(sheet)
+            _print_table(log)
 
 
 @main.command(context_settings={"show_default": True})
@@ -276,8 +276,8 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
     with user_errors():
         from images.dataset import ImageFolderDataset
         from metrics.detectors import build_detector, describe_detector
+        from metrics.evaluator import dataset_reference
         from metrics.references import save_reference
-        from metrics.scorer import dataset_reference
         from torch_utils import distributed as dist
 
         name, _ = describe_detector(detector)
@@ -354,33 +354,33 @@ def _facts_of_images(path: str, dataset, seed: int) -> dict:
     return facts
 
 
-def _values_of(scorer, found) -> dict[str, float]:
+def _values_of(evaluator, found) -> dict[str, float]:
     with console.timed("distances"):
-        return scorer.evaluate(found)
+        return evaluator.evaluate(found)
 
 
-def _report(sheet: "ScoreSheet", job: _Job, values: dict, facts: dict, alone: bool) -> None:
+def _report(log: "ScoreLog", job: _Job, values: dict, facts: dict, alone: bool) -> None:
     """Prints the Frechet distance as the references do, and records all values."""
-    from metrics.score_sheet import Score
+    from metrics.score_log import Score
     from torch_utils.distributed import get_rank
 
     if get_rank() != 0:
         return
-    sheet.add(Score(job.label, job.group, values), facts)
+    log.add(Score(job.label, job.group, values), facts)
     if "fid" in values:
         text = f"{values['fid']:g}"
-        if sheet.distance_name != "FID":
-            text = f"{sheet.distance_name}: {text}"
+        if log.distance_name != "FID":
+            text = f"{log.distance_name}: {text}"
         if not alone:
             text = f"path:{job.path}, {text}" if os.path.isdir(job.path) else f"{job.label}: {text}"
         console.result(text)
 
 
-def _print_table(sheet: "ScoreSheet") -> None:
+def _print_table(log: "ScoreLog") -> None:
     from torch_utils.distributed import get_rank
 
-    if get_rank() == 0 and sheet.has_more_than_one_value:
-        console.result("\n" + sheet.table())
+    if get_rank() == 0 and log.has_more_than_one_value:
+        console.result("\n" + log.table())
 
 
 def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: float,

@@ -10,7 +10,7 @@ import torch
 from scripts import ROOT
 
 from checkpoints import checkpoint
-from metrics.scores import METRICS
+from metrics.metrics import METRICS
 from pfgmpp.kernel import PerturbationKernel
 from pfgmpp.loss import LOSSES, EDMLoss
 from pfgmpp.networks import MODELS, EDMPrecond

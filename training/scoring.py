@@ -9,8 +9,8 @@ import torch
 from images.dataset import ImageFolderDataset
 from images.scaling import Scaling
 from metrics.detectors import Detector, detector_class
-from metrics.scorer import Scorer
-from metrics.scores import FeatureSet, collect
+from metrics.evaluator import Evaluator
+from metrics.metrics import FeatureSet, collect
 from pfgmpp.samplers import SampleBatch
 from torch_utils import distributed as dist
 
@@ -32,8 +32,10 @@ class Sampler(Protocol):
         """Yields the images of each batch of seeds."""
 
 
-def open_scorer(detector: str, reference: str | None, metrics: Iterable[str], device: torch.device,
-                sets: dict[str, Scored], *, batch: int, workers: int) -> Scorer:
+def open_evaluator(
+    detector: str, reference: str | None, metrics: Iterable[str], device: torch.device,
+    sets: dict[str, Scored], *, batch: int, workers: int,
+) -> Evaluator:
     """Returns what scores images of these sets; what can be refused is refused at once.
 
     Args:
@@ -55,12 +57,12 @@ def open_scorer(detector: str, reference: str | None, metrics: Iterable[str], de
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     is_data = reference is not None and (os.path.isdir(reference) or reference.endswith(".zip"))
-    scorer = Scorer(detector, ImageFolderDataset(reference) if is_data else reference, metrics,
-                    device, name=reference)
+    evaluator = Evaluator(detector, ImageFolderDataset(reference) if is_data else reference,
+                          metrics, device, name=reference)
     for name, images in sets.items():
-        scorer.check(images.image_shape, name, images.scale)
-    scorer.prepare(batch, workers)
-    return scorer
+        evaluator.check(images.image_shape, name, images.scale)
+    evaluator.prepare(batch, workers)
+    return evaluator
 
 
 def network_features(sampler: Sampler, seeds: Sequence[int], detector: Detector, *,

@@ -29,7 +29,7 @@ from dnnlib.cli import UserError
 from dnnlib.util import format_ranges, format_time
 from images.dataset import ImageFolderDataset
 from images.grid import save_png
-from metrics.score_sheet import Score, ScoreSheet
+from metrics.score_log import Score, ScoreLog
 from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.samplers import SamplerConfig
 from sampling.network_sampler import NetworkSampler, SeedImages
@@ -38,7 +38,7 @@ from training.config import TrainConfig
 from training.log_sinks import LogSinks
 from training.run_files import RunFiles
 from training.sample_grids import sample_grid, save_real_grid
-from training.scoring import network_features, open_scorer
+from training.scoring import network_features, open_evaluator
 from training.trainer import HEAVY_TAILED_D, Trainer, dataset_record
 
 _unwritten: set[Path] = set()  # files that have been warned of
@@ -136,10 +136,10 @@ class Evaluator:
     def __init__(self, trainer: Trainer, path: Path):
         config, net = trainer.config, trainer.ema
         self._trainer, self._num = trainer, config.eval_num
-        self._scorer = open_scorer(
+        self._evaluator = open_evaluator(
             config.eval_detector, config.eval_ref, ["fid"], trainer.device,
             {"the data": trainer.dataset}, batch=_EVAL_BATCH, workers=config.workers)
-        self._sheet = ScoreSheet(self._scorer, path)
+        self._score_log = ScoreLog(self._evaluator, path)
         sampler = SamplerConfig(sigma_max=LSUN_SIGMA_MAX if config.lsun else None)
         conditions = SeedImages.of_conditions(trainer.dataset) if net.cond_channels else None
         self._sampler = NetworkSampler(net, sampler, trainer.device, None, {}, conditions,
@@ -148,17 +148,17 @@ class Evaluator:
     @property
     def name(self) -> str:
         """What the score is called."""
-        return self._scorer.detector.distance_name
+        return self._evaluator.detector.distance_name
 
     def __call__(self) -> float:
         """Returns the score of the present weights; lower is better."""
         trainer, seeds = self._trainer, range(self._num)
-        found = network_features(self._sampler, seeds, self._scorer.detector, metrics=["fid"],
+        found = network_features(self._sampler, seeds, self._evaluator.detector, metrics=["fid"],
                                  batch=min(trainer.micro_batch, _EVAL_BATCH), title=self.name)
-        values = self._scorer.evaluate(found)
+        values = self._evaluator.evaluate(found)
         if trainer.rank == 0:
             kimg = trainer.cur_nimg / 1e3
-            self._sheet.add(Score(f"{kimg:g} kimg", "", values), {
+            self._score_log.add(Score(f"{kimg:g} kimg", "", values), {
                 "kimg": kimg, "num": self._num, "seeds": format_ranges(seeds),
                 "sampler": finite_json({**dataclasses.asdict(self._sampler.sampler),
                                         "D": self._sampler.net.D}, infinity="inf")})

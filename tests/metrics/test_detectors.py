@@ -11,8 +11,8 @@ import torch
 from metrics import distances, inception, statistics
 from metrics.detectors import MAX_PIXEL_FEATURES, Pixels, build_detector, describe_detector
 from metrics.distances import frechet_distance
+from metrics.metrics import dataset_features
 from metrics.references import Reference, load_reference, save_reference
-from metrics.scores import dataset_features
 from metrics.statistics import FeatureStatistics
 
 RNG = np.random.RandomState

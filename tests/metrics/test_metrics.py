@@ -21,9 +21,9 @@ from checkpoints import checkpoint
 from metrics import detectors, distances
 from metrics.detectors import Pixels
 from metrics.distances import kernel_distance, precision_recall
+from metrics.evaluator import Evaluator, cached_reference
 from metrics.inception import InceptionV3, state_shapes
-from metrics.scorer import Scorer, cached_reference
-from metrics.scores import METRICS, dataset_features
+from metrics.metrics import METRICS, dataset_features
 from metrics.statistics import ClassStatistics, FeatureBank
 
 PIXELS = ["--detector=pixels", "--device=cpu", "--workers=0"]
@@ -367,11 +367,12 @@ def test_two_processes_give_all_scores_of_one(run_dir, data, tmp_path):
                                                          abs=1e-12)
 
 
-def test_a_scorer_names_what_does_not_fit(data):
-    scorer = Scorer("pixels", open_data(data / "real.zip"), ["fid"], torch.device("cpu"), "real")
-    scorer.check([3, 8, 8], "own")
+def test_an_evaluator_names_what_does_not_fit(data):
+    real = open_data(data / "real.zip")
+    evaluator = Evaluator("pixels", real, ["fid"], torch.device("cpu"), "real")
+    evaluator.check([3, 8, 8], "own")
     with pytest.raises(ValueError, match="^real: of 8x8 images, but those of own are 6x4$"):
-        scorer.check([3, 4, 6], "own")
+        evaluator.check([3, 4, 6], "own")
 
 
 def test_a_run_that_moved_keeps_its_scores_together(run_dir, data, capsys, tmp_path):

@@ -12,12 +12,12 @@ import torch
 
 from dnnlib.util import cache_dir
 from metrics.detectors import Detector, build_detector, describe_detector
+from metrics.metrics import METRICS, FeatureSet, Images, dataset_features, no_images
 from metrics.references import MAX_BANK, Reference, load_reference, save_reference
-from metrics.scores import METRICS, FeatureSet, Images, dataset_features, no_images
 from torch_utils import distributed as dist
 
 
-class Scorer:
+class Evaluator:
     """Scores sets of images by `metrics` against one reference.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any
 
 from dnnlib.atomic import append_line
 from metrics.detectors import Inception
-from metrics.scorer import Scorer
+from metrics.evaluator import Evaluator
 
 _GENERAL_NAMES = {"fid": "frechet_distance", "kid": "kernel_distance",
                   "kid_std": "kernel_distance_std"}
@@ -32,16 +32,16 @@ class Score:
     values: dict[str, float]
 
 
-class ScoreSheet:
+class ScoreLog:
     """Scores of images that are compared with one reference by one detector.
 
     Args:
-        scorer: whose scores they are.
+        evaluator: whose scores they are.
         path: the file that JSON lines are appended to; None for none.
     """
 
-    def __init__(self, scorer: Scorer, path: Path | None):
-        self._detector, self._reference, self._path = scorer.detector, scorer.record, path
+    def __init__(self, evaluator: Evaluator, path: Path | None):
+        self._detector, self._reference, self._path = evaluator.detector, evaluator.record, path
         self._scores: list[Score] = []
 
     @property
