@@ -25,12 +25,12 @@ def main(run_dirs: tuple[str, ...], out: str, title: str | None) -> None:
     python report.py runs/cifar10-128 runs/cifar10-2048 runs/cifar10-inf --out=report.html
     """  # noqa: D301 - \b is click's mark for lines to leave alone
     with user_errors():
-        from training.report_plots import check_available
+        from reports.report_plots import check_available
         check_available()
 
         from dnnlib.atomic import atomic_write
-        from training.report_page import render
-        from training.run_record import RunRecord
+        from reports.report_page import render
+        from reports.run_record import RunRecord
         runs = [RunRecord.read(path) for path in dict.fromkeys(run_dirs)]
         page = render(runs, title).encode("utf-8", errors="replace")
         with atomic_write(Path(out)) as file:

@@ -11,7 +11,7 @@ import click
 from dnnlib.cli import run, user_errors
 
 if TYPE_CHECKING:  # imported late: help is instant
-    from training.run_state import RunState
+    from reports.run_state import RunState
 
 _HEADER = ("run", "state", "kimg", "loss", "img/s", "best score", "D", "preset", "last change",
            "note")
@@ -34,7 +34,7 @@ def main(folder: str, as_json: bool) -> None:
     python runs.py runs --json | jq '.[] | select(.state == "failed") | .name'
     """  # noqa: D301 - \b is click's mark for lines to leave alone
     with user_errors():
-        from training.run_state import find_runs
+        from reports.run_state import find_runs
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such folder; name the one that holds the runs")
         runs = find_runs(Path(folder))

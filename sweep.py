@@ -22,7 +22,7 @@ from dnnlib.util import is_url
 from sampling.sweeps import FULL_BITS
 
 if TYPE_CHECKING:  # imported late: help is instant
-    from training.study import Step, Study
+    from reports.study import Step, Study
 
 _ROOT = Path(__file__).resolve().parent
 # Flags of train.py that this script gives itself, or that would keep it from going on with a run.
@@ -95,7 +95,7 @@ def main(outdir, data, aug_dims, name, runs, nproc, report, dry_run, train_optio
     with user_errors():
         study = _open_study(scoring, folders if runs else [], dry_run)
 
-        from training.study import report_step
+        from reports.study import report_step
         for folder in folders:
             steps += study.steps_of(folder)
         steps.append(report_step(Path(report or Path(outdir, "report.html")), folders))
@@ -123,7 +123,7 @@ def _check_options(train_options: Sequence[str], is_trained: bool, ref: str | No
 
 def _open_study(scoring: dict, runs: Sequence[Path], dry_run: bool) -> "Study":
     """Returns the study; what would fail after hours of training is refused at once."""
-    from training.study import Study, has_network
+    from reports.study import Study, has_network
     for folder in runs:
         if not has_network(folder):
             raise ValueError(f"--runs: {folder} holds no network-snapshot-*.pt or training-state-*.pt")
@@ -139,7 +139,7 @@ def _open_study(scoring: dict, runs: Sequence[Path], dry_run: bool) -> "Study":
 
 
 def _train_step(run_dir: Path, D: float, data: str, device: str, extra: Sequence[str]) -> "Step":
-    from training.study import train_step
+    from reports.study import train_step
     noise = ["--pfgmpp=0"] if math.isinf(D) else ["--pfgmpp=1", f"--aug_dim={D:.17g}"]
     # The same seed for every D, unless another one is given after it.
     words = ["--seed=0", *extra, f"--outdir={run_dir.parent}", f"--name={run_dir.name}",

@@ -10,10 +10,10 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dnnlib.cli import UserError, user_errors
-from training.comparison import Comparison, compare
-from training.report_plots import line_style
-from training.report_style import look
-from training.run_record import RunRecord
+from reports.comparison import Comparison, compare
+from reports.report_plots import line_style
+from reports.report_style import look
+from reports.run_record import RunRecord
 
 _AXES = {"noise_alpha": "noise before each step, alpha", "num_steps": "network evaluations",
          "bits": "bits of the weights"}

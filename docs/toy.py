@@ -34,7 +34,7 @@ from pfgmpp.kernel import PerturbationKernel  # noqa: E402
 from pfgmpp.loss import EDMLoss  # noqa: E402
 from pfgmpp.networks import MODELS, EDMPrecond  # noqa: E402
 from pfgmpp.samplers import SamplerConfig, generate_images  # noqa: E402
-from training.report_plots import check_available  # noqa: E402
+from reports.report_plots import check_available  # noqa: E402
 
 N, M = 1000, 10
 SPREAD, ROUGHNESS = 0.2, 0.01  # standard deviations of u in a cluster, and of e

@@ -15,7 +15,7 @@ from tiny import TINY_RUN, write_dataset
 tomllib = pytest.importorskip("tomllib")  # since Python 3.11
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 PACKAGES = ["dnnlib", "torch_utils", "images", "pfgmpp", "checkpoints", "sampling", "metrics",
-            "training"]
+            "training", "reports"]
 
 
 def pyproject():

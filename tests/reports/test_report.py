@@ -13,11 +13,11 @@ from run_dirs import sampler, score_line, sweep_lines, tick, write_lines, write_
 from scripts import run_script
 
 import report
-from training import report_page
-from training.comparison import compare, over_kimg
-from training.report_plots import Axis, Line, plot
-from training.report_style import NUM_COLOURS, look
-from training.run_record import RunRecord, Score, newest_network
+from reports import report_page
+from reports.comparison import compare, over_kimg
+from reports.report_plots import Axis, Line, plot
+from reports.report_style import NUM_COLOURS, look
+from reports.run_record import RunRecord, Score, newest_network
 
 DIMS = (1, 2, 128, math.inf)
 NBSP = "\u00a0"

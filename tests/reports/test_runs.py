@@ -11,8 +11,8 @@ from tiny import TINY_RUN
 import runs
 import train
 from dnnlib.run_lock import lock_holder, run_lock
+from reports.run_state import find_runs
 from training.config import TrainConfig
-from training.run_state import find_runs
 
 
 def write_run(folder, kimg=50.0, log="", scores=(), **options):

@@ -14,7 +14,7 @@ from scripts import run_script
 from tiny import TINY_NETWORK
 
 import sweep
-from training.study import Study, _is_trained, network_of, report_step
+from reports.study import Study, _is_trained, network_of, report_step
 
 STUDY = Study(ref="ref.npz", metrics="fid", detector="inception", detector_name="inception",
               seeds=(0, 1, 2), ranges=3, base_steps=18, alpha=(0.0, 0.1), steps=(10, 18), bits=(5,),

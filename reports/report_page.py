@@ -16,11 +16,11 @@ from pathlib import Path
 import PIL.Image
 
 from images.image_files import DAMAGE
+from reports.comparison import Comparison, Curve, Kind, Spread, compare, over_kimg
+from reports.report_plots import Axis, Level, Line, plot
+from reports.report_style import CSS, look
+from reports.run_record import RunRecord
 from sampling.sweeps import FULL_BITS
-from training.comparison import Comparison, Curve, Kind, Spread, compare, over_kimg
-from training.report_plots import Axis, Level, Line, plot
-from training.report_style import CSS, look
-from training.run_record import RunRecord
 
 _MAX_GRIDS = 6  # of samples over time
 _MAX_SIDE = 1024  # pixels of an embedded picture

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from training.report_style import GRID, INK, SERIES, Look, css_colours, look
+from reports.report_style import GRID, INK, SERIES, Look, css_colours, look
 
 _SIZE = 4.6, 2.7  # inches
 _MAX_MARKED = 40  # points; more are a line alone

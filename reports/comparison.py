@@ -11,8 +11,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from reports.run_record import RunRecord, Score
 from sampling.sweeps import FULL_BITS
-from training.run_record import RunRecord, Score
 
 _USUAL_STEPS = 18  # of EDM and PFGM++ on CIFAR-10: where two numbers are equally frequent
 _METRIC_TITLES = {

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.util import format_ranges
+from reports.run_record import RunRecord, newest_network, read_scores
 from sampling.sweeps import FULL_BITS
 from training.config import FREE_ON_RESUME
-from training.run_record import RunRecord, newest_network, read_scores
 
 _NO_TAG = "NNNNNN"
 # Options of train.py that do not change what is learned, or only for how long.

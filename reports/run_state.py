@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.run_lock import lock_holder
-from training.run_record import RunRecord, Score
+from reports.run_record import RunRecord, Score
 
 _OPTIONS, _LOG = "training_options.json", "log.txt"
 _FILES = (_OPTIONS, _LOG, "stats.jsonl", "metrics.jsonl")
