@@ -25,7 +25,7 @@ from training.presets import PRESETS
 
 _BOOL = click.BOOL
 _ROOT = Path(__file__).resolve().parent
-_EXAMPLE_DATA = "data/emoji-google-32.zip"
+_EXAMPLE_DATA = "examples/emoji-google-32.zip"
 _PARAMETERS = {"compile": "compile_"}  # of options whose name is not that of the parameter
 
 

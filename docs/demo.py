@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 OUT = Path("demo")
-CLASSES = {6: "Smileys", 1: "Animals", 3: "Food"}  # of data/emoji-google-32.zip
+CLASSES = {6: "Smileys", 1: "Animals", 3: "Food"}  # of examples/emoji-google-32.zip
 NUM_IMAGES = 459  # of these classes
 KIMG = 38.4  # 600 steps of 64 images
 COLUMNS = 8
@@ -84,7 +84,7 @@ def main() -> None:
     """Runs the demo."""
     start = time.time()
     data, run_dir = OUT / "emoji-faces-16.zip", OUT / "runs" / "pfgmpp-128"
-    run(f"python dataset_tool.py --source=data/emoji-google-32.zip --dest={data} "
+    run(f"python dataset_tool.py --source=examples/emoji-google-32.zip --dest={data} "
         f"--resolution=16x16 --classes={','.join(map(str, CLASSES))}")
     run(f"python train.py --outdir={OUT}/runs --name=pfgmpp-128 --resume=auto --data={data} "
         "--cond=1 --arch=ncsnpp --pfgmpp=1 --aug_dim=128 --cbase=32 --cres=1,2 --nblock=2 "

@@ -17,7 +17,7 @@ def test_the_examples_run_in_their_order(tmp_path, monkeypatch, capsys):
     values, printed = {}, {}
     small = str(write_dataset(tmp_path / "small.zip", num=200))  # 192 features instead of 3072
     for title, code in SECTIONS:
-        code = code.replace("data/emoji-google-32.zip", small)
+        code = code.replace("examples/emoji-google-32.zip", small)
         exec(compile(code, f"docs/api.md, {title}", "exec"), values)
         printed[title] = capsys.readouterr().out
     assert "EDMPrecond 128.0 3 torch.Size([4, 3, 16, 16])" in printed["Load a network"]

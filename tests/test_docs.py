@@ -23,7 +23,7 @@ from benchmarks.__main__ import main as benchmarks
 from sampling.sampling_options import sampling_options
 
 results, toy = load_script("docs/results.py"), load_script("docs/toy.py")
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "models/README.md"]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/README.md"]
 SCRIPTS = {f"{name}.py": importlib.import_module(name).main
            for name in ("train", "generate", "generate_alpha", "generate_steps", "generate_quant",
                         "fid", "dataset_tool", "checkpoint_tool", "sweep", "report",
@@ -133,11 +133,10 @@ def make_world(root):
     folder.mkdir(parents=True)
     write_snapshot(folder / "training-state.pt", pfgmpp=True, aug_dim=2048)
     write_images(root / "photos", ["cats", "dogs"], 8, 36, 40)
-    (root / "models").mkdir()
-    for network in (ROOT / "models").glob("*.pt"):
-        (root / "models" / network.name).symlink_to(network)
-    (root / "data").mkdir()
-    write_dataset(root / "data/emoji-google-32.zip", side=32, classes=9)
+    (root / "examples").mkdir()
+    for network in (ROOT / "examples").glob("*.pt"):
+        (root / "examples" / network.name).symlink_to(network)
+    write_dataset(root / "examples/emoji-google-32.zip", side=32, classes=9)
     run_own_data([0, 2])
 
 

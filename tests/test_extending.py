@@ -33,7 +33,7 @@ def page(tmp_path_factory):
     values = {}
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("page")
-        (folder / "data").symlink_to(ROOT / "data")
+        (folder / "examples").symlink_to(ROOT / "examples")
         patch.chdir(folder)
         exec(compile("\n".join(BLOCKS), "docs/extending.md", "exec"), values)
     yield values

@@ -408,7 +408,7 @@ def cond_run(tmp_path_factory):
     def invoke(main, *args):
         return CliRunner().invoke(main, [str(arg) for arg in args])
 
-    emoji = ROOT / "data/emoji-google-32.zip"
+    emoji = ROOT / "examples/emoji-google-32.zip"
     convert(invoke, emoji, folder / "small.zip", "--resolution=8x8", "--classes=6,1")
     convert(invoke, emoji, folder / "big.zip", "--resolution=16x16", "--classes=6,1")
     zipfile.ZipFile(folder / "small.zip").extractall(folder / "small")

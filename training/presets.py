@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cond": False, "arch": "ddpmpp", "batch": 256, "batch_gpu": 8, "cres": (1, 1, 2, 2, 4, 4),
         "lr": 2e-4, "lr_rampup": 10, "duration": 200, "ema": 0.5, "dropout": 0, "augment": 0,
         "lsun": True, "precision": "bf16"},
-    "emoji32": {  # data/emoji-google-32.zip on the CPU: minutes, not a good model
+    "emoji32": {  # examples/emoji-google-32.zip on the CPU: minutes, not a good model
         "cond": True, "arch": "ncsnpp", "batch": 64, "cbase": 32, "cres": (1, 2), "nblock": 2,
         "lr": 1e-3, "lr_rampup": 0.005, "duration": 0.02, "ema": 0.5, "dropout": 0, "augment": 0,
         "xflip": False, "tick": 1, "snap": 10, "dump": 10},

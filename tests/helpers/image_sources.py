@@ -11,7 +11,7 @@ from scripts import ROOT
 
 from dataset_tool import main
 
-EMOJI = ROOT / "data" / "emoji-google-32.zip"
+EMOJI = ROOT / "examples/emoji-google-32.zip"
 
 
 def random_pixels(*shape, seed=0):
