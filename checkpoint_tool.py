@@ -69,7 +69,7 @@ def convert(source, dest, pfgmpp, aug_dim, half):
     """
     with user_errors():
         from checkpoints import checkpoint
-        content = checkpoint.settle_D(checkpoint.load(source), source, pfgmpp, aug_dim)
+        content = checkpoint.resolve_D(checkpoint.load(source), source, pfgmpp, aug_dim)
         snapshot = checkpoint.as_snapshot(content)
         if half:
             snapshot["ema"] = checkpoint.halved(snapshot["ema"], source)

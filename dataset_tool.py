@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # imported late: help is instant
     import collections
 
     from images.conversion import Conditions, Outcome, Settings
-    from images.image_files import Kind
+    from images.image_files import ImageFormat
     from images.scaling import Moments, Scaling
     from images.sources import Source
 
@@ -91,11 +91,11 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
             return f" ({source.class_names[old]})"
         return f" (was {old})" if classes else ""
 
-    _print_counts(dest, outcome.num_images, outcome.kind, outcome.label_dim, outcome.classes, origin)
+    _print_counts(dest, outcome.num_images, outcome.format, outcome.label_dim, outcome.classes, origin)
     if outcome.scaling:
         _print_statistics(outcome.moments, outcome.scaling)
     if outcome.conditions:
-        _print_conditions(outcome.conditions.kind, outcome.num_images)
+        _print_conditions(outcome.conditions.format, outcome.num_images)
         if outcome.conditions.scaling:
             _print_statistics(outcome.conditions.moments, outcome.conditions.scaling, is_data=False)
     if outcome.too_small.count:
@@ -111,12 +111,12 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
                    f"profile, the first {outcome.cmyk.first}", err=True)
 
 
-def _print_counts(path: str, num_images: int, kind: "Kind", label_dim: int | None,
+def _print_counts(path: str, num_images: int, image_format: "ImageFormat", label_dim: int | None,
                   classes: "collections.Counter", origin: Callable[[int], str] = lambda _: "") -> None:
     """Prints how many images there are, how large, and of which classes."""
     labels = f"label vectors of {label_dim}" if label_dim else \
         f"{len(classes)} classes" if classes else "no labels"
-    click.echo(f"{path}: {num_images} images, {_shown_kind(kind)}, {labels}")
+    click.echo(f"{path}: {num_images} images, {_shown_format(image_format)}, {labels}")
     if len(classes) > _MAX_CLASS_LINES:
         click.echo(f"  {min(classes.values())} to {max(classes.values())} images a class")
         return
@@ -124,14 +124,14 @@ def _print_counts(path: str, num_images: int, kind: "Kind", label_dim: int | Non
         click.echo(f"  class {label}{origin(label)}: {count}")
 
 
-def _shown_kind(kind: "Kind") -> str:
-    channels = "1 channel" if kind.channels == 1 else f"{kind.channels} channels"
-    dtype = "" if kind.dtype == "uint8" else f" of {kind.dtype}"
-    return f"{kind.width}x{kind.height}, {channels}{dtype}"
+def _shown_format(image_format: "ImageFormat") -> str:
+    channels = "1 channel" if image_format.channels == 1 else f"{image_format.channels} channels"
+    dtype = "" if image_format.dtype == "uint8" else f" of {image_format.dtype}"
+    return f"{image_format.width}x{image_format.height}, {channels}{dtype}"
 
 
-def _print_conditions(kind: "Kind", num_images: int) -> None:
-    click.echo(f"  {num_images} condition images, {_shown_kind(kind)}")
+def _print_conditions(image_format: "ImageFormat", num_images: int) -> None:
+    click.echo(f"  {num_images} condition images, {_shown_format(image_format)}")
 
 
 def _print_statistics(moments: "Moments", scaling: "Scaling", is_data: bool = True) -> None:
@@ -303,9 +303,9 @@ def check(data: str, workers: int | None) -> None:
                              "images")
         from images.dataset import ImageFolderDataset
 
-        _print_counts(data, report.num_images, report.kind, report.label_dim, report.classes)
-        if report.cond_kind:
-            _print_conditions(report.cond_kind, report.num_images)
+        _print_counts(data, report.num_images, report.format, report.label_dim, report.classes)
+        if report.cond_format:
+            _print_conditions(report.cond_format, report.num_images)
         _tell_empty_classes(report.classes)
         click.echo(f"fingerprint: {ImageFolderDataset(data).fingerprint}")
 

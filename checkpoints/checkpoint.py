@@ -320,7 +320,7 @@ def sampling_weights(content: dict[str, Any]) -> dict[str, torch.Tensor]:
     return content["net"] if content.get("ema") is None else content["ema"]
 
 
-def settle_D(
+def resolve_D(
     content: dict[str, Any], source: str | Path, pfgmpp: bool | None, aug_dim: float | None
 ) -> dict[str, Any]:
     """Returns `content` with the D that the file records, or that was given where it records none.

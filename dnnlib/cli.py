@@ -25,7 +25,7 @@ class UserError(click.ClickException):
 
     Under torchrun rank 0 shows it, before there is a process group. In one
     (torch_utils/distributed.py) that which every rank has is shown by whoever has it first, and so
-    is what one rank alone has: `told` then says whether it is this one's to show.
+    is what one rank alone has: `should_print` then says whether it is this one's to show.
 
     Args:
         message: the line.
@@ -38,11 +38,12 @@ class UserError(click.ClickException):
                  hint: str = ""):
         super().__init__(" ".join(message.split()))
         self.exit_code, self.every_rank, self._hint = exit_code, every_rank, hint
-        self.told: bool | None = None
+        self.should_print: bool | None = None
 
     def show(self, file=None) -> None:
         """Prints 'Error: ...' to stderr."""
-        if self.every_rank or console.is_rank0() if self.told is None else self.told:
+        alone = self.every_rank or console.is_rank0()
+        if alone if self.should_print is None else self.should_print:
             super().show(file)
             if self._hint:
                 click.echo(self._hint, file=file, err=True)
@@ -61,7 +62,7 @@ def run(main: click.Command) -> None:
             click.echo("Stopped by a signal", err=True)
         raise
     except Exception as error:  # a mistake of the program: its traceback once, not by every rank
-        if getattr(error, "told", None) is False:
+        if getattr(error, "should_print", None) is False:
             sys.exit(BAD_INPUT)
         raise
 
@@ -107,7 +108,7 @@ def user_errors(exit_code: int = BAD_INPUT) -> Iterator[None]:
     except (ValueError, OSError) as error:
         signals.raise_again()
         shown = UserError(describe(error), exit_code)
-        shown.told = getattr(error, "told", None)
+        shown.should_print = getattr(error, "should_print", None)
         raise shown from error
     except (RuntimeError, MemoryError) as error:
         signals.raise_again()
@@ -115,7 +116,7 @@ def user_errors(exit_code: int = BAD_INPUT) -> Iterator[None]:
         if shown is None:
             raise
         if shown.every_rank:  # else each rank has its own words for the loss of another
-            shown.told = getattr(error, "told", None)
+            shown.should_print = getattr(error, "should_print", None)
         raise shown from error
 
 

@@ -80,7 +80,7 @@ def draw(comparison: Comparison, path: Path) -> None:
         for curve in curves:
             xs = sorted(curve.points)
             places = range(len(xs)) if axis == "bits" else [
-                comparison.kind.evaluations(x) if axis == "num_steps" else x for x in xs]
+                comparison.group.evaluations(x) if axis == "num_steps" else x for x in xs]
             ax.plot(places, [curve.points[x].mean for x in xs], label=f"D = {name_of(curve.D)}",
                     **line_style(looks[curve.D]))
             ax.set_xticks(list(places), [f"{x:g}" for x in (xs if axis == "bits" else places)])
@@ -92,7 +92,7 @@ def draw(comparison: Comparison, path: Path) -> None:
             ax.yaxis.set_minor_formatter(NullFormatter())
         ax.legend()
     for ax in axes.flat:
-        ax.set_ylabel(comparison.kind.title)
+        ax.set_ylabel(comparison.group.title)
         ax.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
@@ -122,8 +122,8 @@ def main(run_dirs: tuple[str, ...], out: Path) -> None:
         if not comparisons:
             raise UserError(f"{', '.join(run_dirs)}: no scores; run the study first")
         for comparison in comparisons:
-            print(f"{comparison.kind.title}\n\n{table(comparison)}\n")
-        first = next((c for c in comparisons if c.kind.metric in _DRAWN), comparisons[0])
+            print(f"{comparison.group.title}\n\n{table(comparison)}\n")
+        first = next((c for c in comparisons if c.group.metric in _DRAWN), comparisons[0])
         draw(first, out / "results-scores.png")
         show_samples(runs, out / "results-samples.png")
 

@@ -16,37 +16,37 @@ from typing import IO
 import numpy as np
 
 from dnnlib.npy_header import read_npy_header
-from images.image_files import Kind
+from images.image_files import ImageFormat
 
 MAGIC = b"\x93NUMPY"
 _STORED = {"uint8": "uint8", "uint16": "uint16", "int16": "float32", "float16": "float32",
            "float32": "float32", "float64": "float32"}
 
 
-def read_kind(file: IO[bytes]) -> Kind:
-    """Returns the kind of the image in a .npy file, whose header alone is read.
+def read_format(file: IO[bytes]) -> ImageFormat:
+    """Returns the format of the image in a .npy file, whose header alone is read.
 
     Raises:
         ValueError: it holds no image.
     """
     shape, _, dtype = read_npy_header(file)
-    return array_kind(shape, dtype)
+    return array_format(shape, dtype)
 
 
-def decode(data: bytes) -> tuple[np.ndarray, Kind]:
-    """Returns the image in a .npy file as uint8, uint16 or float32 [C, H, W], and its kind.
+def decode(data: bytes) -> tuple[np.ndarray, ImageFormat]:
+    """Returns the image in a .npy file as uint8, uint16 or float32 [C, H, W], and its format.
 
     Raises:
         ValueError: it holds no image, is cut short, or has values that are not finite.
     """
     file = io.BytesIO(data)
     shape, is_fortran, dtype = read_npy_header(file)
-    kind = array_kind(shape, dtype)
+    image_format = array_format(shape, dtype)
     if len(data) - file.tell() != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"an array of shape {list(shape)}, but not the bytes of it")
     values = np.frombuffer(data, dtype, offset=file.tell())
     values = values.reshape(shape[::-1]).T if is_fortran else values.reshape(shape)
-    return to_stored(values.reshape(kind.channels, kind.height, kind.width)), kind
+    return to_stored(values.reshape(image_format.shape)), image_format
 
 
 def to_stored(values: np.ndarray) -> np.ndarray:
@@ -82,13 +82,13 @@ def open_stack(path: Path) -> np.ndarray:
         shape, _, dtype = read_npy_header(file)
     if len(shape) not in (3, 4):
         raise ValueError(f"an array of shape {list(shape)}; images are [n, H, W] or [n, C, H, W]")
-    array_kind(shape[1:], dtype)
+    array_format(shape[1:], dtype)
     stack = np.load(path, mmap_mode="r", allow_pickle=False)
     return stack[:, None] if stack.ndim == 3 else stack
 
 
-def array_kind(shape: tuple[int, ...], dtype: np.dtype) -> Kind:
-    """Returns the kind of images that are arrays of this shape and type.
+def array_format(shape: tuple[int, ...], dtype: np.dtype) -> ImageFormat:
+    """Returns the format of images that are arrays of this shape and type.
 
     Raises:
         ValueError: they are no images.
@@ -99,4 +99,5 @@ def array_kind(shape: tuple[int, ...], dtype: np.dtype) -> Kind:
                          f"of {', '.join(_STORED)}")
     channels, height, width = (1, *shape)[-3:]
     plural = "" if channels == 1 else "s"
-    return Kind(f"{channels} channel{plural} of {name}", channels, width, height, _STORED[name])
+    mode = f"{channels} channel{plural} of {name}"
+    return ImageFormat(mode, channels, width, height, _STORED[name])

@@ -39,9 +39,9 @@ from images.image_files import (
     CONDITIONS,
     DAMAGE,
     LABELS_NAME,
-    Kind,
+    ImageFormat,
     is_array,
-    picture_kind,
+    picture_format,
 )
 from images.scaling import Moments, Scaling, scaling_by
 from images.sources import Item, Source
@@ -78,9 +78,9 @@ class Converted(NamedTuple):
 
     name: str  # in the source
     data: bytes | None
-    kind: Kind | None
+    format: ImageFormat | None
     was_cmyk: bool = False
-    format: str | None = None  # Pillow's name of the file's format; None for bare pixels
+    file_format: str | None = None  # Pillow's name of the file's format; None for bare pixels
     moments: Moments | None = None  # of images that are to be scaled
 
 
@@ -111,7 +111,7 @@ def _convert_picture(name: str, decoded: PIL.Image.Image, file_format: str | Non
     """Returns what becomes of a picture of any mode."""
     if settings.scale is not None and decoded.mode in _DEEP_MODES:
         values = np.asarray(decoded, _DEEP_MODES[decoded.mode])
-        return _convert_values(name, values[None], settings)._replace(format=file_format)
+        return _convert_values(name, values[None], settings)._replace(file_format=file_format)
     _refuse_scale(name, settings)
     try:
         image = _to_8bit(decoded, settings.background)
@@ -121,8 +121,8 @@ def _convert_picture(name: str, decoded: PIL.Image.Image, file_format: str | Non
     was_cmyk = decoded.mode == "CMYK"
     if image is None:
         return Converted(name, None, None, was_cmyk, file_format)
-    kind = picture_kind(image.mode, image.size)
-    return Converted(name, _encode_png(image), kind, was_cmyk, file_format)
+    image_format = picture_format(image.mode, image.size)
+    return Converted(name, _encode_png(image), image_format, was_cmyk, file_format)
 
 
 def _refuse_scale(name: str, settings: Settings) -> None:
@@ -142,8 +142,9 @@ def _convert_values(name: str, values: np.ndarray, settings: Settings) -> Conver
     if values.dtype == np.uint8:
         _refuse_scale(name, settings)
     data = array_files.encode(values)
-    kind = array_files.read_kind(io.BytesIO(data))
-    return Converted(name, data, kind, moments=Moments.of(values) if settings.scale else None)
+    image_format = array_files.read_format(io.BytesIO(data))
+    moments = Moments.of(values) if settings.scale else None
+    return Converted(name, data, image_format, moments=moments)
 
 
 def _fit_values(values: np.ndarray, settings: Settings) -> np.ndarray:
@@ -322,7 +323,7 @@ class Tally:
 class Outcome:
     """What a conversion wrote, what it left out, and what was unusual."""
 
-    kind: Kind | None = None
+    format: ImageFormat | None = None
     first: str = ""  # name of the first image
     num_images: int = 0
     label_dim: int | None = None  # length of label vectors; None for class numbers
@@ -337,8 +338,8 @@ class Outcome:
     def add(self, result: Converted, label: Any) -> None:
         """Counts an image that is written; raises ValueError if it is unlike the first."""
         if not self.num_images:
-            self.first, self.kind = result.name, result.kind
-        _check_kind(result.name, result.kind, self.first, self.kind)
+            self.first, self.format = result.name, result.format
+        _check_format(result.name, result.format, self.first, self.format)
         self.num_images += 1
         if result.moments:
             self.moments = self.moments.merge(result.moments) if self.moments else result.moments
@@ -351,12 +352,12 @@ class Outcome:
         """Counts an image of CMYK, or of another format than its name says."""
         if result.was_cmyk:
             self.cmyk.add(result.name)
-        if result.format is None:
+        if result.file_format is None:
             return
         extension = os.path.splitext(result.name)[1].lower()
-        named = PIL.Image.EXTENSION.get(extension, result.format)
-        if _TWINS.get(named, named) != _TWINS.get(result.format, result.format):
-            self.misnamed.add(f"{result.name} ({result.format})")
+        named = PIL.Image.EXTENSION.get(extension, result.file_format)
+        if _TWINS.get(named, named) != _TWINS.get(result.file_format, result.file_format):
+            self.misnamed.add(f"{result.name} ({result.file_format})")
 
     def settle_scaling(self, settings: Settings) -> None:
         """Makes the scaling of what was added; raises ValueError for a constant channel."""
@@ -434,9 +435,9 @@ def _file_name(number: int, result: Converted) -> str:
 
 def _of_one_size(condition: Converted, image: Converted) -> Converted:
     """Returns the condition image; raises ValueError if its size isn't that of its image."""
-    if condition.data is None or condition.kind.shape[1:] != image.kind.shape[1:]:
-        raise ValueError(f"--cond-source: {condition.name} is {condition.kind}, but its image "
-                         f"{image.name} is {image.kind}; --resolution makes both alike")
+    if condition.data is None or condition.format.shape[1:] != image.format.shape[1:]:
+        raise ValueError(f"--cond-source: {condition.name} is {condition.format}, but its image "
+                         f"{image.name} is {image.format}; --resolution makes both alike")
     return condition
 
 
@@ -451,9 +452,9 @@ def _scale_entries(outcome: Outcome, settings: Settings, conditions: Conditions 
                     for key, scaling in scalings.items() if scaling)
 
 
-def _check_kind(name: str, kind: Kind, first: str, first_kind: Kind) -> None:
-    if kind != first_kind:
-        raise ValueError(f"{name} is {kind}, but {first} is {first_kind}; --transform=center-crop "
+def _check_format(name: str, found: ImageFormat, first: str, wanted: ImageFormat) -> None:
+    if found != wanted:
+        raise ValueError(f"{name} is {found}, but {first} is {wanted}; --transform=center-crop "
                          "with --resolution makes all alike")
 
 

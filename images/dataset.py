@@ -42,8 +42,8 @@ from images.image_files import (
     parse_labels,
     split_conditions,
 )
-from images.image_stack import ImageStack
 from images.scaling import Moments, Scaling, recorded_scaling
+from images.uniform_images import UniformImages
 
 _DATA_TAG = int.from_bytes(b"data", "big")  # sets this stream apart from other uses of the seed
 _MEASURE_BYTES = 1 << 24  # data looked at at a time
@@ -56,7 +56,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     see. With `use_conditions` a third item is the condition image, with `cond_scaling`.
 
     Opening looks at the names, the labels and the header of the first image; every other image
-    must be of its kind, which is verified when it is read (see `check_uniform`).
+    must be of its format, which is verified when it is read (see `check_uniform`).
 
     Args:
         path: a folder or a ZIP.
@@ -92,16 +92,16 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         if not self._names:
             raise ValueError(f"{self.path}: no images found")
         self._kept = _subset(len(self._names), max_size, random_seed)  # raw indices, rising
-        self._images = ImageStack(self.path, self._files, self._names, self._kept)
-        self.image_shape = list(self._images.kind.shape)
+        self._images = UniformImages(self.path, self._files, self._names, self._kept)
+        self.image_shape = list(self._images.format.shape)
         self._check_resolution(resolution)
-        self.scaling = recorded_scaling(self._files, self._images.kind, "scale", self.path)
+        self.scaling = recorded_scaling(self._files, self._images.format, "scale", self.path)
         self._conditions = self._open_conditions() if use_conditions else None
         self.cond_shape: list[int] | None = None
         self.cond_scaling: Scaling | None = None
         if self._conditions:
-            self.cond_shape = list(self._conditions.kind.shape)
-            self.cond_scaling = recorded_scaling(self._files, self._conditions.kind, "cond_scale",
+            self.cond_shape = list(self._conditions.format.shape)
+            self.cond_scaling = recorded_scaling(self._files, self._conditions.format, "cond_scale",
                                                  self.path)
 
         labels = self._load_labels() if use_labels else None
@@ -142,7 +142,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             ValueError: an image can't be read.
         """
         total = None
-        size = max(_MEASURE_BYTES // self._images.kind.num_bytes, 1)
+        size = max(_MEASURE_BYTES // self._images.format.num_bytes, 1)
         for start in range(0, len(self._kept), size):
             rows = np.arange(start, min(start + size, len(self._kept)))
             moments = Moments.of(self._images.get(rows))
@@ -165,7 +165,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return self.cond_shape[0] if self.cond_shape else 0
 
     @property
-    def _stacks(self) -> list[ImageStack]:
+    def _stacks(self) -> list[UniformImages]:
         return [self._images, self._conditions] if self._conditions else [self._images]
 
     def _check_resolution(self, resolution: int | Sequence[int] | None) -> None:
@@ -177,16 +177,17 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             raise ValueError(f"{self.path}: images are {width}x{height}, "
                              f"expected {expected[1]}x{expected[0]}")
 
-    def _open_conditions(self) -> ImageStack:
+    def _open_conditions(self) -> UniformImages:
         if not self._cond_names:
             raise ValueError(f"{self.path}: has no condition images; dataset_tool.py --cond-source "
                              "puts them into a data set")
         found, extra = match_names([CONDITIONS + name for name in self._names], self._cond_names)
         check_matched(self._names, found, extra, str(self.path))
-        conditions = ImageStack(self.path, self._files, found, self._kept)
-        if conditions.kind.shape[1:] != self._images.kind.shape[1:]:
-            raise ValueError(f"{conditions.where(0)} is {conditions.kind}, but {self._names[0]} is "
-                             f"{self._images.kind}; a condition image has the size of its image")
+        conditions = UniformImages(self.path, self._files, found, self._kept)
+        if conditions.format.shape[1:] != self._images.format.shape[1:]:
+            raise ValueError(f"{conditions.where(0)} is {conditions.format}, but {self._names[0]} "
+                             f"is {self._images.format}; a condition image has the size of its "
+                             "image")
         return conditions
 
     def get_label(self, idx: int) -> np.ndarray:
@@ -313,7 +314,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """Reads pixels from the packed copy from now on, as `cache` does from the beginning.
 
         Raises:
-            ValueError: an image can't be read, or is not of the first one's kind.
+            ValueError: an image can't be read, or is not of the first one's format.
         """
         for stack, suffix in zip(self._stacks, ("", "-cond"), strict=False):
             name = f"{self.fingerprint}{self._subset_key}{suffix}.npy"

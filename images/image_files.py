@@ -36,7 +36,7 @@ _MAX_FLOAT = float(np.finfo(np.float32).max)
 _MAX_FILE_BYTES = 1 << 30  # one image file, unpacked
 
 
-class Kind(NamedTuple):
+class ImageFormat(NamedTuple):
     """What all images of a data set agree in; `mode` is Pillow's, or describes an array."""
 
     mode: str
@@ -59,9 +59,9 @@ class Kind(NamedTuple):
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-def picture_kind(mode: str, size: tuple[int, int]) -> Kind:
-    """Returns the kind of a picture of this mode of Pillow's and this width and height."""
-    return Kind(mode, {"L": 1, "RGB": 3}.get(mode, 0), *size)
+def picture_format(mode: str, size: tuple[int, int]) -> ImageFormat:
+    """Returns the format of a picture of this mode of Pillow's and this width and height."""
+    return ImageFormat(mode, {"L": 1, "RGB": 3}.get(mode, 0), *size)
 
 
 def is_array(name: str) -> bool:

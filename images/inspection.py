@@ -1,6 +1,6 @@
 """A data set looked at as a whole: what is wrong with it, the statistics of its pixels, a picture.
 
-Every image is decoded once, by several processes, and nothing of it is kept but its kind and the
+Every image is decoded once, by several processes, and nothing of it is kept but its format and the
 moments of its channels, which are merged in the order of the images: the statistics don't depend on
 the number of processes.
 """
@@ -30,7 +30,7 @@ from images.image_files import (
     DAMAGE,
     LABELS_NAME,
     Folder,
-    Kind,
+    ImageFormat,
     check_file_size,
     is_array,
     label_array,
@@ -39,7 +39,7 @@ from images.image_files import (
     name_problem,
     open_files,
     parse_labels,
-    picture_kind,
+    picture_format,
     shown_label,
     split_conditions,
 )
@@ -53,11 +53,11 @@ _MAX_SIDE = 128  # pixels; larger images are shown smaller
 
 
 class Inspected(NamedTuple):
-    """One image: what is wrong with it, or else its kind and the moments of its channels."""
+    """One image: what is wrong with it, or else its format and the moments of its channels."""
 
     name: str
     problem: str | None
-    kind: Kind | None = None
+    format: ImageFormat | None = None
     moments: Moments | None = None
 
 
@@ -66,8 +66,8 @@ class Report:
     """What is in a data set, and what is wrong with it; of the problems the first are kept."""
 
     num_images: int
-    kind: Kind | None = None  # of most images
-    cond_kind: Kind | None = None  # of most condition images; None where there are none
+    format: ImageFormat | None = None  # of most images
+    cond_format: ImageFormat | None = None  # of most condition images; None where there are none
     label_dim: int | None = None  # length of label vectors; None for class numbers
     classes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     problems: list[str] = dataclasses.field(default_factory=list)
@@ -100,13 +100,13 @@ class _DataSet:
             raise ValueError(f"can't be read: {error}") from error
 
     @functools.cache  # noqa: B019 - there is one of these in a process, for as long as it runs
-    def scaling(self, kind: Kind, key: str) -> Scaling:
-        """Returns how images of this kind become what networks see.
+    def scaling(self, image_format: ImageFormat, key: str) -> Scaling:
+        """Returns how images of this format become what networks see.
 
         Raises:
             ValueError: dataset.json says nothing valid of it.
         """
-        return recorded_scaling(self.files, kind, key, self.path)
+        return recorded_scaling(self.files, image_format, key, self.path)
 
     def labels(self) -> dict[str, Any] | None:
         """Returns the labels by name.
@@ -142,18 +142,20 @@ def _inspect(item: Item | Inspected) -> Inspected:
     if isinstance(item, Inspected):
         return item
     try:
-        values, kind = _decode(item)
+        values, image_format = _decode(item)
     except ValueError as error:
         return Inspected(item.name, str(error).removeprefix(f"{item.name}: "))
-    return Inspected(item.name, None, kind, Moments.of(values) if kind.channels else None)
+    moments = Moments.of(values) if image_format.channels else None
+    return Inspected(item.name, None, image_format, moments)
 
 
-def _decode(item: Item) -> tuple[np.ndarray, Kind]:
-    """Returns an image as [C, H, W], and its kind; raises ValueError if it is damaged."""
+def _decode(item: Item) -> tuple[np.ndarray, ImageFormat]:
+    """Returns an image as [C, H, W], and its format; raises ValueError if it is damaged."""
     if is_array(item.name):
         return array_files.decode(item.content())
     image = _decode_picture(item.content())
-    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1), picture_kind(image.mode, image.size)
+    pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+    return pixels, picture_format(image.mode, image.size)
 
 
 def _decode_picture(content: bytes) -> PIL.Image.Image:
@@ -200,14 +202,14 @@ def check_dataset(path: Path, workers: int) -> Report:
     """
     data = _DataSet(path)
     report = Report(len(data.names))
-    report.kind, found = _check_images(data, data.names, workers)
+    report.format, found = _check_images(data, data.names, workers)
     found += [_check_names(data, data.names), _check_labels(data, report)]
     lists = [(data.names, found)]
     if data.cond_names:
-        report.cond_kind, found = _check_images(data, data.cond_names, workers)
+        report.cond_format, found = _check_images(data, data.cond_names, workers)
         found += [_check_names(data, data.cond_names), *_check_conditions(data, report)]
         lists.append((data.cond_names, found))
-    if report.kind:
+    if report.format:
         found.append(_check_scales(data, report))
     report.num_problems = sum(problems.count for _, found in lists for problems in found)
     for names, found in lists:
@@ -219,30 +221,26 @@ def check_dataset(path: Path, workers: int) -> Report:
 
 
 def _check_images(data: _DataSet, names: Sequence[str],
-                  workers: int) -> tuple[Kind | None, list[_Problems]]:
-    """Returns the kind of most images of these names, and what is wrong with the others."""
-    unreadable, kinds = _Problems(), collections.defaultdict(_Problems)
+                  workers: int) -> tuple[ImageFormat | None, list[_Problems]]:
+    """Returns the format of most images of these names, and what is wrong with the others."""
+    unreadable, formats = _Problems(), collections.defaultdict(_Problems)
     for i, inspected in enumerate(_inspect_all(data, names, workers)):
         if inspected.problem:
             unreadable.add(i, inspected.problem)
         else:
-            kinds[inspected.kind].add(i, "")
-    usual = max((kind for kind in kinds if kind.channels), key=lambda kind: kinds[kind].count,
+            formats[inspected.format].add(i, "")
+    usual = max((one for one in formats if one.channels), key=lambda one: formats[one].count,
                 default=None)
-    told = f"but most are {usual}"
-    if usual and 2 * kinds[usual].count <= len(names):
-        told = f"others {usual}; dataset_tool.py --resolution with --transform makes all alike"
-    return usual, [unreadable, *(_unlike(kind, problems, told) for kind, problems in kinds.items()
-                                 if kind != usual)]
-
-
-def _unlike(kind: Kind, problems: _Problems, told: str) -> _Problems:
-    """Returns the images of this kind with what is wrong with them."""
-    text = f"is {kind}" + (
-        f", {told}" if kind.channels else
-        "; images must be gray (L) or RGB, or arrays (.npy): convert them with dataset_tool.py")
-    problems.first = [(i, text) for i, _ in problems.first]
-    return problems
+    others = f"but most are {usual}"
+    if usual and 2 * formats[usual].count <= len(names):
+        others = f"others {usual}; dataset_tool.py --resolution with --transform makes all alike"
+    unlike = {one: problems for one, problems in formats.items() if one != usual}
+    for one, problems in unlike.items():
+        text = f"is {one}, {others}" if one.channels else (
+            f"is {one}; images must be gray (L) or RGB, or arrays (.npy): convert them with "
+            "dataset_tool.py")
+        problems.first = [(i, text) for i, _ in problems.first]
+    return usual, [unreadable, *unlike.values()]
 
 
 def _check_conditions(data: _DataSet, report: Report) -> list[_Problems]:
@@ -256,18 +254,18 @@ def _check_conditions(data: _DataSet, report: Report) -> list[_Problems]:
     numbers = {name: i for i, name in enumerate(data.cond_names)}
     for name in others:
         extra.add(numbers[name], "is the condition of no image")
-    kinds = report.kind, report.cond_kind
-    if all(kinds) and kinds[0].shape[1:] != kinds[1].shape[1:]:
-        size.add(last, f"condition images are {kinds[1]}, but images {kinds[0]}")
+    formats = report.format, report.cond_format
+    if all(formats) and formats[0].shape[1:] != formats[1].shape[1:]:
+        size.add(last, f"condition images are {formats[1]}, but images {formats[0]}")
     return [missing, extra, size]
 
 
 def _check_scales(data: _DataSet, report: Report) -> _Problems:
     """Returns whether the scalings in dataset.json are not those of such images."""
     problems = _Problems()
-    for kind, key in ((report.kind, "scale"), (report.cond_kind, "cond_scale")):
+    for image_format, key in ((report.format, "scale"), (report.cond_format, "cond_scale")):
         try:
-            _ = kind and data.scaling(kind, key)
+            _ = image_format and data.scaling(image_format, key)
         except ValueError as error:
             if f'"{key}"' in str(error):  # what is no JSON is told with the labels
                 problems.add(len(data.files.names), str(error))
@@ -336,10 +334,10 @@ def pixel_statistics(path: Path, workers: int) -> tuple[Moments, Scaling]:
         where = f"{path}: {inspected.name} (image {i})"
         if inspected.problem:
             raise ValueError(f"{where}: {inspected.problem}; dataset_tool.py check lists all")
-        first = first or inspected.kind
-        if inspected.kind != first or not first.channels:
-            raise ValueError(f"{where} is {inspected.kind}; all images must be gray, RGB or arrays "
-                             "of one kind and size: dataset_tool.py check lists all")
+        first = first or inspected.format
+        if inspected.format != first or not first.channels:
+            raise ValueError(f"{where} is {inspected.format}; all images must be gray, RGB or "
+                             "arrays of one kind and size: dataset_tool.py check lists all")
         total = total.merge(inspected.moments) if total else inspected.moments
     return total, data.scaling(first, "scale")
 
@@ -390,9 +388,9 @@ def _pair_grid(data: _DataSet) -> tuple[PIL.Image.Image, str]:
 
 def _small_pixels(data: _DataSet, name: str) -> np.ndarray:
     """Returns an image as uint8 [C, H, W], reduced if it is large."""
-    values, kind = _decode(data.item(name))
+    values, image_format = _decode(data.item(name))
     key = "cond_scale" if name.startswith(CONDITIONS) else "scale"
-    values = data.scaling(kind, key).to_picture(values)
+    values = data.scaling(image_format, key).to_picture(values)
     if max(values.shape[1:]) <= _MAX_SIDE:
         return values
     factor = _MAX_SIDE / max(values.shape[1:])

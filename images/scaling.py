@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from images.image_files import DAMAGE, GENERATE_RECORD, LABELS_NAME, Folder, Kind, Zip, parse_json
+from images.image_files import (
+    DAMAGE,
+    GENERATE_RECORD,
+    LABELS_NAME,
+    Folder,
+    ImageFormat,
+    Zip,
+    parse_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -123,12 +131,14 @@ def default_scaling(dtype: Any) -> Scaling:
     return _UNSCALED[str(np.dtype(dtype)) if np.dtype(dtype).kind == "u" else "float32"]
 
 
-def recorded_scaling(files: Folder | Zip, kind: Kind, key: str, path: Any) -> Scaling:
+def recorded_scaling(
+    files: Folder | Zip, image_format: ImageFormat, key: str, path: Any
+) -> Scaling:
     """Returns the scaling of the images of a data set, or of a folder that generate.py filled.
 
     Args:
         files: of the data set.
-        kind: of its images; 8-bit images have the one scaling that there is.
+        image_format: of its images; 8-bit images have the one scaling that there is.
         key: under which dataset.json or generate.json has it.
         path: what errors call the data set.
 
@@ -136,7 +146,7 @@ def recorded_scaling(files: Folder | Zip, kind: Kind, key: str, path: Any) -> Sc
         ValueError: there is none that is valid, or of other channels.
     """
     for name in (LABELS_NAME, GENERATE_RECORD):
-        if kind.dtype == "uint8" or name not in files.names:
+        if image_format.dtype == "uint8" or name not in files.names:
             continue
         where = f"{path}: {name}"
         try:
@@ -147,11 +157,11 @@ def recorded_scaling(files: Folder | Zip, kind: Kind, key: str, path: Any) -> Sc
         if isinstance(record, dict) and record.get(key) is not None:
             try:
                 scaling = Scaling.from_dict(record[key])
-                scaling.check_channels(kind.channels)
+                scaling.check_channels(image_format.channels)
             except ValueError as error:
                 raise ValueError(f'{where}: "{key}" {error}') from error
             return scaling
-    return default_scaling(kind.dtype)
+    return default_scaling(image_format.dtype)
 
 
 @dataclasses.dataclass

@@ -145,8 +145,8 @@ def _cond_channels(net: Any) -> int:
 
 
 def _denoise(net, x, sigma, class_labels, condition) -> torch.Tensor:
-    told = {} if condition is None else {"condition": condition}
-    return net(x, sigma, class_labels, **told)
+    condition_kwargs = {} if condition is None else {"condition": condition}
+    return net(x, sigma, class_labels, **condition_kwargs)
 
 
 def _twice(value: torch.Tensor) -> torch.Tensor:

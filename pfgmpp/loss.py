@@ -117,8 +117,8 @@ class DenoisingLoss:
         target = images if reference is None else (
             self.kernel.posterior_mean(noisy, draws.sigma, reference))
         sigma = per_image(draws.sigma, images.ndim)
-        told = {} if condition is None else {"condition": condition}
-        denoised = net(noisy, sigma, labels, augment_labels=augment_labels, **told)
+        condition_kwargs = {} if condition is None else {"condition": condition}
+        denoised = net(noisy, sigma, labels, augment_labels=augment_labels, **condition_kwargs)
         return self.weight(sigma) * (denoised - target).square()
 
 

@@ -196,8 +196,8 @@ def _start(
 def _float64_denoiser(
     net: Callable, class_labels: torch.Tensor | None, condition: torch.Tensor | None
 ) -> Denoiser:
-    told = {} if condition is None else {"condition": condition}
-    return lambda x, sigma: net(x, sigma, class_labels, **told).to(torch.float64)
+    condition_kwargs = {} if condition is None else {"condition": condition}
+    return lambda x, sigma: net(x, sigma, class_labels, **condition_kwargs).to(torch.float64)
 
 
 def _scaled_churn(net: Callable, denoise: Denoiser, posterior_scale: PosteriorScale) -> dict:

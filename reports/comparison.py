@@ -1,8 +1,8 @@
 """Scores of several runs side by side, as plain data; no PyTorch is needed.
 
-Only scores of one kind are compared: one metric, detector, number of images, reference, and the
-sampler's settings but steps, alpha and bits. The base point of a kind is alpha = 0, 32 bits and its
-most frequent number of steps, at the last kimg that a run was scored at. Around it, one setting
+Only scores of one group are compared: one metric, detector, number of images, reference, and the
+sampler's settings but steps, alpha and bits. The base point of a group is alpha = 0, 32 bits and
+its most frequent number of steps, at the last kimg that a run was scored at. Around it, one setting
 varies at a time, and every point of a curve is over the same seeds.
 """
 
@@ -21,7 +21,7 @@ _METRIC_TITLES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class ScoreGroup:
     """What scores must share to be compared."""
 
     metric: str
@@ -31,8 +31,8 @@ class Kind:
     other: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, score: Score) -> "Kind":
-        """Returns the kind of a score; references are told apart by their content where known."""
+    def of(cls, score: Score) -> "ScoreGroup":
+        """Returns the group of a score; a reference's content tells it from others where known."""
         return cls(score.metric, score.detector, score.num,
                    score.reference_sha256 or score.reference, score.other)
 
@@ -118,10 +118,10 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Scores of one kind around its base point.
+    """Scores of one group around its base point.
 
     Attributes:
-        kind: what they share.
+        group: what they share.
         reference: the reference as it was given.
         num_steps: of the base point.
         over_D: each run's base point by its D, one curve of one point a run, over all its seeds.
@@ -129,7 +129,7 @@ class Comparison:
             the seeds that all points of all runs share, or failing that all points of a run.
     """
 
-    kind: Kind
+    group: ScoreGroup
     reference: str
     num_steps: int | None
     over_D: list[Curve]
@@ -153,25 +153,25 @@ class Comparison:
 
 
 def compare(runs: Sequence[RunRecord]) -> list[Comparison]:
-    """Returns the comparisons of every kind of score, the most frequent kind first."""
-    kinds: dict[Kind, list[tuple[int, Score]]] = collections.defaultdict(list)
+    """Returns the comparisons of every group of scores, the largest group first."""
+    groups: dict[ScoreGroup, list[tuple[int, Score]]] = collections.defaultdict(list)
     for i, run in enumerate(runs):
         for score in run.scores:
             if not score.metric.endswith("_std"):
-                kinds[Kind.of(score)].append((i, score))
-    ranked = sorted(kinds.items(), key=lambda item: -len(item[1]))
-    return [_compare(kind, scores) for kind, scores in ranked]
+                groups[ScoreGroup.of(score)].append((i, score))
+    ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
+    return [_compare(group, scores) for group, scores in ranked]
 
 
-def over_kimg(run: RunRecord) -> list[tuple[Kind, int | None, dict[float, Spread]]]:
-    """Returns (kind, steps, scores by kimg) of a run's networks, without noise and rounding.
+def over_kimg(run: RunRecord) -> list[tuple[ScoreGroup, int | None, dict[float, Spread]]]:
+    """Returns (group, steps, scores by kimg) of a run's networks, without noise and rounding.
 
     They are over the seed ranges that all share, over each one's own where there are none.
     """
     found: dict[tuple, list[Score]] = collections.defaultdict(list)
     for score in run.scores:
         if score.is_plain and score.kimg is not None and not score.metric.endswith("_std"):
-            found[Kind.of(score), score.num_steps].append(score)
+            found[ScoreGroup.of(score), score.num_steps].append(score)
     series = []
     for key, scores in found.items():
         points = _spreads(scores, lambda score: score.kimg)
@@ -180,7 +180,7 @@ def over_kimg(run: RunRecord) -> list[tuple[Kind, int | None, dict[float, Spread
     return series
 
 
-def _compare(kind: Kind, scores: list[tuple[int, Score]]) -> Comparison:
+def _compare(group: ScoreGroup, scores: list[tuple[int, Score]]) -> Comparison:
     num_steps = _base_steps(score for _, score in scores)
     curves: dict[str, list[Curve]] = collections.defaultdict(list)
     for run in sorted({i for i, _ in scores}):
@@ -201,7 +201,7 @@ def _compare(kind: Kind, scores: list[tuple[int, Score]]) -> Comparison:
                 curves[axis].append(Curve(run, own[0].D, own[0].kimg, points))
     over = {axis: _over_equal_seeds(curves[axis]) for axis in ("noise_alpha", "num_steps", "bits")
             if any(len(curve.points) > 1 for curve in curves[axis])}
-    return Comparison(kind, scores[-1][1].reference, num_steps, curves["D"], over)
+    return Comparison(group, scores[-1][1].reference, num_steps, curves["D"], over)
 
 
 def _over_equal_seeds(curves: Sequence[Curve]) -> list[Curve]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import PIL.Image
 
 from images.image_files import DAMAGE
-from reports.comparison import Comparison, Curve, Kind, Spread, compare, over_kimg
+from reports.comparison import Comparison, Curve, ScoreGroup, Spread, compare, over_kimg
 from reports.report_plots import Axis, Level, Line, plot
 from reports.report_style import CSS, look
 from reports.run_record import RunRecord
@@ -234,11 +234,11 @@ def _in_short(comparison: Comparison, names: Sequence[str]) -> list[str]:
         which = f", {_seeds_text(seeds.pop())}" if len(seeds) == 1 else ""
         text += (" Then its change at the strongest noise, the fewest steps and the fewest bits "
                  f"that were scored, over the same seeds at both ends{which}.")
-    if comparison.kind.is_lower_better is not None:
-        text += f" {'Lower' if comparison.kind.is_lower_better else 'Higher'} is better."
+    if comparison.group.is_lower_better is not None:
+        text += f" {'Lower' if comparison.group.is_lower_better else 'Higher'} is better."
     header = ["run", "score", "seed ranges", *(_POINTS[axis].format(x)
                                                for axis, x in hardest.items())]
-    return [f'<p class="soft">{_text(text)}</p>', *_notes(_few_images([comparison.kind.num])),
+    return [f'<p class="soft">{_text(text)}</p>', *_notes(_few_images([comparison.group.num])),
             _table(header, rows)]
 
 
@@ -263,7 +263,7 @@ def _few_images(nums: Iterable[int | None]) -> list[str]:
 
 
 def _comparison(runs: Sequence[RunRecord], comparisons: Sequence[Comparison]) -> list[str]:
-    """Returns the training of all runs, and per kind of score the plots and tables."""
+    """Returns the training of all runs, and per group of scores the plots and tables."""
     names, parts = _names(runs), []
     cards = [_card_of_all(runs, names, *which) for which in _TICK_PLOTS] if len(runs) > 1 else []
     if cards := list(filter(None, cards)):
@@ -280,17 +280,17 @@ def _comparison(runs: Sequence[RunRecord], comparisons: Sequence[Comparison]) ->
 
 def _headings(comparisons: Sequence[Comparison]) -> list[str]:
     """Returns a heading of each, with the reference where nothing else tells two apart."""
-    plain = [_heading(comparison.kind) for comparison in comparisons]
+    plain = [_heading(comparison.group) for comparison in comparisons]
     return [heading if plain.count(heading) == 1 else
-            f"{heading}, detector {comparison.kind.detector or 'unknown'}, reference "
-            f"{comparison.reference} {comparison.kind.reference[:8]}"
+            f"{heading}, detector {comparison.group.detector or 'unknown'}, reference "
+            f"{comparison.reference} {comparison.group.reference[:8]}"
             for heading, comparison in zip(plain, comparisons, strict=True)]
 
 
-def _heading(kind: Kind, num_steps: int | None = None) -> str:
-    return ", ".join([kind.title, *([f"{kind.num} images"] if kind.num else []),
+def _heading(group: ScoreGroup, num_steps: int | None = None) -> str:
+    return ", ".join([group.title, *([f"{group.num} images"] if group.num else []),
                       *([f"{num_steps} steps"] if num_steps else []),
-                      *(f"{key} {value}" for key, value in kind.other)])
+                      *(f"{key} {value}" for key, value in group.other)])
 
 
 def _card_of_all(runs: Sequence[RunRecord], names: Sequence[str], title: str, column: str,
@@ -307,12 +307,12 @@ def _card_of_all(runs: Sequence[RunRecord], names: Sequence[str], title: str, co
 
 
 def _comparison_head(comparison: Comparison, heading: str, names: Sequence[str]) -> list[str]:
-    kind = comparison.kind
+    group = comparison.group
     facts = [", ".join(names[curve.run] for curve in comparison.over_D),
-             f"{kind.num} images" if kind.num else "", f"detector {kind.detector}",
+             f"{group.num} images" if group.num else "", f"detector {group.detector}",
              f"reference {comparison.reference}" if comparison.reference else "",
              f"{comparison.num_steps} steps unless said otherwise" if comparison.num_steps else "",
-             *(f"{key} {value}" for key, value in kind.other)]
+             *(f"{key} {value}" for key, value in group.other)]
     kimgs = {curve.kimg for curve in comparison.over_D}
     notes = ["The networks compared are of different kimg: " + ", ".join(
         f"{_number(kimg)}" if kimg is not None else "unknown" for kimg in sorted(
@@ -320,7 +320,7 @@ def _comparison_head(comparison: Comparison, heading: str, names: Sequence[str])
     return [f"<h3>{_text(heading)}</h3>",
             _caption(f"{', '.join(filter(None, facts))}. Points are means over seed ranges, bars "
                      "and the second line of a cell reach from the lowest to the highest."),
-            *_notes([*notes, *_few_images([kind.num])])]
+            *_notes([*notes, *_few_images([group.num])])]
 
 
 def _spread(spread: Spread | None, decimals: int) -> str:
@@ -342,7 +342,7 @@ def _card_over_D(comparison: Comparison, names: Sequence[str]) -> str:
              str(len(spread.values))] for curve, spread in known]
     legend = _legend((curve.run, names[curve.run], _is_diffusion(curve)) for curve, _ in known
                      if curve.D is not None)
-    return _card("Over D", legend, _plot_over_D(known, comparison.kind.title), _table(
+    return _card("Over D", legend, _plot_over_D(known, comparison.group.title), _table(
         ["run", "kimg", "mean", "lowest", "highest", "ranges"], rows))
 
 
@@ -373,7 +373,7 @@ def _card_over(axis: str, curves: Sequence[Curve], comparison: Comparison,
                names: Sequence[str]) -> str:
     title, label = _AXES[axis]
     values = sorted({x for curve in curves for x in curve.points})
-    shown, x_axis = _positions(axis, values, label, comparison.kind.evaluations)
+    shown, x_axis = _positions(axis, values, label, comparison.group.evaluations)
     lines = [Line([shown(x) for x in curve.points], *_ends(list(curve.points.values())), curve.run)
              for curve in curves]
     head = {"noise_alpha": "alpha", "num_steps": "steps (NFE)", "bits": "bits"}[axis]
@@ -383,7 +383,7 @@ def _card_over(axis: str, curves: Sequence[Curve], comparison: Comparison,
              *(_spread(curve.points.get(x), places)
                for curve, places in zip(curves, decimals, strict=True))] for x in values]
     return _card(title, _legend((curve.run, names[curve.run], False) for curve in curves),
-                 plot(lines, x_axis, comparison.kind.title),
+                 plot(lines, x_axis, comparison.group.title),
                  _table([head, *(names[curve.run] for curve in curves)], rows),
                  *_seeds_of(axis, curves, names))
 
@@ -516,12 +516,12 @@ def _sample_cards(run: RunRecord, notes: list[str]) -> list[str]:
 
 def _kimg_cards(run: RunRecord) -> list[str]:
     cards = []
-    for kind, num_steps, points in over_kimg(run):
+    for group, num_steps, points in over_kimg(run):
         if len(points) > 1:
             line = Line(list(points), *_ends(list(points.values())))
             is_over_equals = len({tuple(spread.by_seeds) for spread in points.values()}) == 1
             cards.append(_card(
-                _heading(kind, num_steps), plot([line], Axis("images seen, kimg"), kind.title),
+                _heading(group, num_steps), plot([line], Axis("images seen, kimg"), group.title),
                 "" if is_over_equals else _caption("The points are over different seeds.")))
     return cards
 

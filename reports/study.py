@@ -13,11 +13,11 @@ from typing import Any
 from dnnlib.util import format_ranges
 from reports.run_record import RunRecord, newest_network, read_scores
 from sampling.sweeps import FULL_BITS
-from training.config import FREE_ON_RESUME
+from training.config import RESUME_MAY_CHANGE
 
 _NO_TAG = "NNNNNN"
 # Options of train.py that do not change what is learned, or only for how long.
-_FREE = FREE_ON_RESUME.keys() - {"data", "seed", "transfer"}
+_FREE = RESUME_MAY_CHANGE.keys() - {"data", "seed", "transfer"}
 # What --metrics are recorded as: by the published Inception weights, by other features.
 _RECORDED = {"fid": {"fid", "frechet_distance"}, "kid": {"kid", "kernel_distance"},
              "pr": {"precision"}, "is": {"is"}}

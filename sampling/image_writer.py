@@ -39,7 +39,7 @@ class ImageFolder:
     def __init__(self, path: Path, shape: tuple[int, int, int], subdirs: bool,
                  is_8bit: bool = True):
         self.path, self._shape, self._subdirs = path, shape, subdirs
-        self._kind = array_files.array_kind(shape, np.dtype("uint8" if is_8bit else "float32"))
+        self._format = array_files.array_format(shape, np.dtype("uint8" if is_8bit else "float32"))
         self.has_arrays = not is_8bit or shape[0] not in (1, 3)
 
     def open(self, settings: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ class ImageFolder:
     def _is_whole(self, path: Path) -> bool:
         try:
             if self.has_arrays:
-                return array_files.decode(read_regular(path))[1] == self._kind
+                return array_files.decode(read_regular(path))[1] == self._format
             with PIL.Image.open(path) as image:
                 image.load()
                 channels = len(image.getbands())

@@ -140,7 +140,7 @@ class NetworkSampler:
             source: a path or address.
             device: where to sample.
             class_idx: the class to sample, None for the seeds' own.
-            pfgmpp: for files that do not record D, see `checkpoint.settle_D`.
+            pfgmpp: for files that do not record D, see `checkpoint.resolve_D`.
             aug_dim: likewise.
             precision: arithmetic inside the network.
             bits: what the network's weights are rounded to, see sampling/quantization.py.
@@ -233,7 +233,7 @@ def _open_network(
     precision: str, compiled: bool,
 ) -> tuple[dict[str, Any], Precond]:
     """Returns the content of a file and its network, ready to be evaluated."""
-    content = checkpoint.settle_D(checkpoint.load(source), source, pfgmpp, aug_dim)
+    content = checkpoint.resolve_D(checkpoint.load(source), source, pfgmpp, aug_dim)
     net = checkpoint.build_ema(content).to(device)
     net.compute_dtype = compute_dtype(precision)
     if compiled:

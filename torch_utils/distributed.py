@@ -143,7 +143,7 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
     """`init` on entry, `shutdown` on a normal exit.
 
     After an error the group is left as it is: a barrier would wait for ranks that may be gone. The
-    error gets `told`: whether it is this rank's to show, see dnnlib.cli.UserError.
+    error gets `should_print`: whether it is this rank's to show, see dnnlib.cli.UserError.
     """
     chosen = init(device)
     if console.is_verbose():
@@ -151,7 +151,7 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
     try:
         yield chosen
     except Exception as error:  # whatever it is, it goes on from here
-        error.told = _is_first_to_tell(error)
+        error.should_print = _is_first_to_tell(error)
         raise
     shutdown()
 
@@ -171,11 +171,11 @@ def _is_first_to_tell(error: Exception) -> bool | None:
     words = hashlib.sha256(f"{type(error).__name__} {error}".encode()).hexdigest()
     with contextlib.suppress(RuntimeError):  # the store may be gone: torchrun keeps it
         store = torch.distributed.distributed_c10d._get_default_store()
-        return store.add(f"told/{words}", 1) == 1
+        return store.add(f"printed/{words}", 1) == 1
     return None
 
 
-class Agreement:
+class HostAgreement:
     """What any rank has to say becomes what all ranks hear: the largest of each of a few numbers.
 
     It travels between the hosts, beside the device's work, and nothing waits for the device. On

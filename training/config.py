@@ -31,7 +31,7 @@ AUGMENT_DIM = 9  # augmentation labels, see pfgmpp/augment.py
 
 # What a resumed run may change without being asked, with the reason. Everything else, options that
 # are new here too, decides what is computed from the resumed step on: see `changed_options`.
-FREE_ON_RESUME = {
+RESUME_MAY_CHANGE = {
     "data": "a data set may move: its content is compared, by its fingerprint",
     "seed": "taken from the state; another one is refused",
     "transfer": "decides where a run begins, not how it goes on",
@@ -282,7 +282,7 @@ def changed_options(now: TrainConfig, then: dict) -> list[str]:
         name, value = field.name, now.to_dict()[field.name]
         before = then.get(name, field.default)
         is_used = name != "rbatch" or now.stf
-        if name not in {*FREE_ON_RESUME, *NETWORK_OPTIONS} and is_used and value != before:
+        if name not in {*RESUME_MAY_CHANGE, *NETWORK_OPTIONS} and is_used and value != before:
             default = ", the default" if value == field.default else ""
             changed.append(f"--{_flag(name)}={_shown(value)}{default} ({_shown(before)} in the "
                            "state)")

@@ -46,7 +46,7 @@ class RunFiles:
         """Writes a state or snapshot; returns whether it could be written."""
         return self.write(name, checkpoint.save, content)
 
-    def end_occasion(self, last: bool) -> None:
+    def raise_if_writes_failed(self, last: bool) -> None:
         """Warns of what could not be written since the call before, and counts it.
 
         Args:

@@ -187,25 +187,25 @@ def _evaluate(trainer: Trainer, evaluator: Evaluator, files: RunFiles, bar) -> d
 def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None, sinks: LogSinks) -> None:
     config = trainer.config
     now = time.time()
-    upkeep = _Upkeep(trainer, run_dir, evaluator, sinks, training_stats.Collector(trainer.device),
+    ticks = TickRunner(trainer, run_dir, evaluator, sinks, training_stats.Collector(trainer.device),
                      _Clock(now, now, trainer.cur_nimg))
-    is_due = upkeep.resume()
+    is_due = ticks.resume()
     with signals.deferred(), tqdm(
             total=config.total_nimg, initial=trainer.cur_nimg, unit="img", unit_scale=True,
             leave=False, disable=console.bar_disabled()) as bar:
         if is_due:
-            upkeep.run(bar)
+            ticks.run(bar)
         while trainer.cur_nimg < config.total_nimg:
             trainer.train_step()
             bar.update(config.batch)
-            upkeep.after_step()
-            if upkeep.is_due:
-                upkeep.run(bar)
+            ticks.after_step()
+            if ticks.is_due:
+                ticks.run(bar)
     if trainer.rank == 0:
         console.result(f"Training finished: {run_dir}")
 
 
-class _Upkeep:
+class TickRunner:
     """What is done at ticks: scores, the report, files. And at a stop.
 
     Args:
@@ -222,7 +222,7 @@ class _Upkeep:
         self._trainer, self._run_dir, self._evaluator = trainer, run_dir, evaluator
         self._sinks, self._collector, self._clock = sinks, collector, clock
         self._files = RunFiles(run_dir, trainer.config.keep)
-        self._agreement = distributed.Agreement(trainer.device)
+        self._agreement = distributed.HostAgreement(trainer.device)
 
     @property
     def is_due(self) -> bool:
@@ -394,7 +394,7 @@ def _save_files(trainer: Trainer, files: RunFiles, tick: int, done: bool,
     is_state_due = done or (tick > 0 and tick % config.dump == 0)
     if is_state_due and files.save(f"training-state-{tag}.pt", trainer.state()):
         files.prune()
-    files.end_occasion(last=done)
+    files.raise_if_writes_failed(last=done)
 
 
 def _announce(trainer: Trainer) -> None:

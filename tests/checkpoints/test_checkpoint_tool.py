@@ -9,7 +9,7 @@ from snapshots import write_snapshot
 
 import checkpoint_tool
 from checkpoints import checkpoint
-from checkpoints.checkpoint import digest, load, settle_D
+from checkpoints.checkpoint import digest, load, resolve_D
 
 needs_safetensors = pytest.mark.skipif(
     importlib.util.find_spec("safetensors") is None, reason="safetensors is an optional extra")
@@ -118,20 +118,20 @@ def recorded(D):
 @pytest.mark.parametrize("D", [2.5, math.inf])
 def test_a_recorded_D_can_only_be_confirmed(D):
     content = recorded(D)
-    assert settle_D(content, "f", None, None) is content
-    assert settle_D(content, "f", not math.isinf(D), D) is content
+    assert resolve_D(content, "f", None, None) is content
+    assert resolve_D(content, "f", not math.isinf(D), D) is content
     for pfgmpp, aug_dim in ((None, 7.0), (True, 7.0), (math.isinf(D), None)):
         with pytest.raises(ValueError, match="leave"):
-            settle_D(content, "f", pfgmpp, aug_dim)
+            resolve_D(content, "f", pfgmpp, aug_dim)
 
 
 def test_an_unrecorded_D_must_be_given():
     content = {"network": {"class_name": "VEPrecond", "pfgmpp": False}, "D_recorded": False}
     with pytest.raises(ValueError, match="f does not record D"):
-        settle_D(content, "f", None, None)
+        resolve_D(content, "f", None, None)
     with pytest.raises(ValueError, match="f does not record D"):
-        settle_D(content, "f", True, None)
-    finite = settle_D(content, "f", True, 64.0)["network"]
+        resolve_D(content, "f", True, None)
+    finite = resolve_D(content, "f", True, 64.0)["network"]
     assert finite["pfgmpp"] and finite["D"] == 64.0
-    assert settle_D(content, "f", False, None)["network"]["pfgmpp"] is False
+    assert resolve_D(content, "f", False, None)["network"]["pfgmpp"] is False
     assert "D" not in content["network"], "the content given is not changed"

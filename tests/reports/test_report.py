@@ -102,7 +102,7 @@ def test_the_newest_network_is_a_snapshot_if_there_is_any(tmp_path):
 
 def test_settings_vary_one_at_a_time_and_ranges_are_a_spread(runs):
     [comparison] = compare([RunRecord.read(run) for run in runs])
-    assert (comparison.kind.title, comparison.num_steps) == ("FID", 18)
+    assert (comparison.group.title, comparison.num_steps) == ("FID", 18)
     for i, (curve, D) in enumerate(zip(comparison.over_D, DIMS, strict=True)):
         spread = curve.points[D]
         assert (curve.run, curve.D, curve.kimg) == (i, D, 200)

@@ -32,7 +32,7 @@ from generate import main as generate_main
 from torch_utils import distributed
 from training import config as config_module
 from training import training_loop
-from training.config import FREE_ON_RESUME, NETWORK_OPTIONS, TrainConfig, changed_options
+from training.config import NETWORK_OPTIONS, RESUME_MAY_CHANGE, TrainConfig, changed_options
 from training.run_files import RunFiles
 
 DEAD_PID = 2**22 + 1  # beyond what Linux gives
@@ -194,12 +194,12 @@ def test_two_occasions_of_failure_in_a_row_are_one_too_many(tmp_path, capsys):
         with largest_file(size):
             files.save("a.pt", content)
             files.save("b.pt", content)
-        files.end_occasion(last)
+        files.raise_if_writes_failed(last)
 
     occasion(100)
     occasion(10**6)
     occasion(100)
-    files.end_occasion(False)  # an occasion without files is none
+    files.raise_if_writes_failed(False)  # an occasion without files is none
     assert capsys.readouterr().err.count("Warning: not written") == 4
     with pytest.raises(OSError, match=r"a\.pt: .*b\.pt: "):
         occasion(100)
@@ -211,7 +211,7 @@ def RunFilesAtTheirEnd(folder):
     files = RunFiles(folder, None)
     with largest_file(100):
         files.save("c.pt", {"net": torch.zeros(1000)})
-    files.end_occasion(last=True)
+    files.raise_if_writes_failed(last=True)
 
 
 # ------------------------------------------------------------------------------ appended lines
@@ -350,13 +350,13 @@ def test_a_damaged_state_is_named_or_passed_over(damage, finished, dataset_zip, 
 
 def test_every_option_is_free_or_compared_or_in_the_network():
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert names >= FREE_ON_RESUME.keys() | NETWORK_OPTIONS
-    assert not FREE_ON_RESUME.keys() & NETWORK_OPTIONS
-    compared = names - FREE_ON_RESUME.keys() - NETWORK_OPTIONS
+    assert names >= RESUME_MAY_CHANGE.keys() | NETWORK_OPTIONS
+    assert not RESUME_MAY_CHANGE.keys() & NETWORK_OPTIONS
+    compared = names - RESUME_MAY_CHANGE.keys() - NETWORK_OPTIONS
     assert compared == {  # a new option is compared until somebody has thought about it
         "stf", "rbatch", "lsun", "batch", "lr", "lr_rampup", "ema", "dropout", "augment", "xflip",
         "precision", "ls"}
-    assert all(FREE_ON_RESUME.values()), "each with its reason"
+    assert all(RESUME_MAY_CHANGE.values()), "each with its reason"
 
 
 def test_changed_options_are_listed_with_both_values():
@@ -773,4 +773,4 @@ def test_a_time_limit_that_is_none_is_one_line(monkeypatch):
 def test_the_reasons_name_options_of_the_command():
     flags = {option.name for option in train.main.params}
     renamed = {"compile": "compile_"}
-    assert {renamed.get(name, name) for name in config_module.FREE_ON_RESUME} <= flags
+    assert {renamed.get(name, name) for name in config_module.RESUME_MAY_CHANGE} <= flags

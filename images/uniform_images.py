@@ -1,4 +1,4 @@
-"""The images of one kind in a folder or ZIP by number: from their files, or from a packed copy.
+"""The images of one format in a folder or ZIP by number: from their files, or from a packed copy.
 
 A packed copy is one .npy of all images, [n, C, H, W] uint8, uint16 or float32, that every process
 maps.
@@ -21,7 +21,7 @@ from dnnlib.atomic import atomic_write
 from dnnlib.npy_header import read_npy_header
 from dnnlib.ordered_pool import num_cores
 from images import array_files
-from images.image_files import DAMAGE, Folder, Kind, Zip, is_array, picture_kind
+from images.image_files import DAMAGE, Folder, ImageFormat, Zip, is_array, picture_format
 from torch_utils.distributed import get_rank, rank0_first
 from torch_utils.loading import read_in_processes
 
@@ -30,8 +30,8 @@ _PACK_ALONE = 2048  # fewer images are packed sooner than processes start
 _DAMAGE = (*DAMAGE, PIL.Image.DecompressionBombError)
 
 
-class ImageStack:
-    """Images of one kind, which is that of the first; each is compared with it when it is read.
+class UniformImages:
+    """Images of one format, which is that of the first; each is compared with it when it is read.
 
     Args:
         path: what errors call the folder or ZIP.
@@ -40,20 +40,20 @@ class ImageStack:
         kept: the numbers of those that are used, rising; rows count them.
 
     Raises:
-        ValueError: the first image can't be read, or is of a kind that networks don't take.
+        ValueError: the first image can't be read, or is of a format that networks don't take.
     """
 
     def __init__(self, path: Path, files: Folder | Zip, names: Sequence[str], kept: np.ndarray):
         self._path, self._files, self.names, self._kept = path, files, names, kept
-        self.kind = self._read_kind(0)
-        if not self.kind.channels:
-            raise ValueError(f"{self.where(0)} is {self.kind}; images must be gray (L) or RGB, or "
-                             "arrays (.npy): convert them with dataset_tool.py")
+        self.format = self._read_format(0)
+        if not self.format.channels:
+            raise ValueError(f"{self.where(0)} is {self.format}; images must be gray (L) or RGB, "
+                             "or arrays (.npy): convert them with dataset_tool.py")
         self._packed: np.ndarray | None = None  # [len(kept), C, H, W]
         self._packed_path: Path | None = None
 
     def get(self, rows: np.ndarray) -> np.ndarray:
-        """Returns images [B, C, H, W] in the type of the kind, copied."""
+        """Returns images [B, C, H, W] in the type of their format, copied."""
         if self._packed is not None:
             return self._packed[rows]
         return self.decode_batch(self._kept[rows])
@@ -79,15 +79,15 @@ class ImageStack:
             ValueError: naming the first image whose mode or size differs, or a value that is not
                 finite.
         """
-        look = self._decode if self.kind.dtype == "float32" else (
-            lambda number: self._check_kind(number, self._read_kind(number)))
+        look = self._decode if self.format.dtype == "float32" else (
+            lambda number: self._check_format(number, self._read_format(number)))
         for number in tqdm(self._kept, desc="Checking images", unit="img", leave=False,
                            disable=console.bar_disabled(), delay=1):
             look(number)
 
     def decode_batch(self, numbers: Sequence[int]) -> np.ndarray:
         """Returns images by their numbers among all names, from their files."""
-        images = np.empty([len(numbers), *self.kind.shape], self.kind.dtype)
+        images = np.empty([len(numbers), *self.format.shape], self.format.dtype)
         for image, number in zip(images, numbers, strict=True):
             image[:] = self._decode(number)
         return images
@@ -100,19 +100,19 @@ class ImageStack:
         except _DAMAGE as error:
             raise ValueError(f"{self.where(number)} can't be read: {error}") from error
 
-    def _read_kind(self, number: int) -> Kind:
-        """Returns the kind of an image without decoding the pixels."""
+    def _read_format(self, number: int) -> ImageFormat:
+        """Returns the format of an image without decoding the pixels."""
         with self._open_image(number) as file:
             if is_array(self.names[number]):
-                return array_files.read_kind(file)
+                return array_files.read_format(file)
             with PIL.Image.open(file) as image:
-                return picture_kind(image.mode, image.size)
+                return picture_format(image.mode, image.size)
 
-    def _check_kind(self, number: int, kind: Kind) -> None:
-        if kind != self.kind:
+    def _check_format(self, number: int, found: ImageFormat) -> None:
+        if found != self.format:
             raise ValueError(
-                f"{self.where(number)} is {kind}, but {self.names[0]} is {self.kind}; all images "
-                "must agree: convert them with dataset_tool.py")
+                f"{self.where(number)} is {found}, but {self.names[0]} is {self.format}; all "
+                "images must agree: convert them with dataset_tool.py")
 
     def _decode(self, number: int) -> np.ndarray:
         """Returns one image as [C, H, W]."""
@@ -120,13 +120,13 @@ class ImageStack:
         # Reading to the end makes zipfile verify the CRC too.
         with self._open_image(number) as file:
             if is_array(self.names[number]):
-                pixels, kind = array_files.decode(file.read())
+                pixels, image_format = array_files.decode(file.read())
             else:
                 with PIL.Image.open(io.BytesIO(file.read())) as image:
-                    kind = picture_kind(image.mode, image.size)
-                    if kind == self.kind:
+                    image_format = picture_format(image.mode, image.size)
+                    if image_format == self.format:
                         pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
-        self._check_kind(number, kind)
+        self._check_format(number, image_format)
         return pixels
 
     # ------------------------------------------------------------------- the packed copy
@@ -153,8 +153,8 @@ class ImageStack:
             with open(path, "rb") as file:
                 read_npy_header(file)  # whose errors are ValueErrors, unlike those of np.load
             packed = np.load(path, mmap_mode="r", allow_pickle=False)
-            whole = (packed.dtype == self.kind.dtype and packed.flags.c_contiguous
-                     and packed.shape == (len(self._kept), *self.kind.shape)
+            whole = (packed.dtype == self.format.dtype and packed.flags.c_contiguous
+                     and packed.shape == (len(self._kept), *self.format.shape)
                      and os.path.getsize(path) == packed.offset + packed.nbytes)
         except (OSError, ValueError, EOFError):
             return None
@@ -162,8 +162,8 @@ class ImageStack:
 
     def _write_packed(self, path: Path, title: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        header = {"descr": np.dtype(self.kind.dtype).str, "fortran_order": False,
-                  "shape": (len(self._kept), *self.kind.shape)}
+        header = {"descr": np.dtype(self.format.dtype).str, "fortran_order": False,
+                  "shape": (len(self._kept), *self.format.shape)}
         with atomic_write(path) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for images in self._decode_all(title):
@@ -171,7 +171,7 @@ class ImageStack:
 
     def _decode_all(self, title: str) -> Iterator[np.ndarray]:
         """Yields the images in order as [B, C, H, W], decoded on all cores."""
-        size = max(_PACK_BYTES // self.kind.num_bytes, 1)
+        size = max(_PACK_BYTES // self.format.num_bytes, 1)
         batches = np.split(self._kept, range(size, len(self._kept), size))
         workers = num_cores() if len(self._kept) >= _PACK_ALONE else 0
         with tqdm(total=len(self._kept), desc=f"Packing {title}", unit="img", leave=False,
@@ -193,7 +193,7 @@ class ImageStack:
 class _FromFiles:
     """Images by their number among all names, from their files."""
 
-    def __init__(self, stack: ImageStack):
+    def __init__(self, stack: UniformImages):
         self._stack = stack
 
     def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray]:
