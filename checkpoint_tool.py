@@ -1,11 +1,11 @@
 """Shows what is in a checkpoint, and converts it to this project's snapshot format."""
 
 import json
-import math
 
 import click
 
 from dnnlib.cli import run, user_errors
+from dnnlib.util import json_value
 
 
 @click.group(context_settings={"max_content_width": 100})
@@ -39,7 +39,7 @@ def _description(content: dict) -> dict:
         "D": D,
         "parameters": f"{sum(t.numel() for t in weights.values()):,} numbers in "
                       f"{len(weights)} tensors",
-        "network": {k: "inf" if v == math.inf else v for k, v in network.items()},
+        "network": json_value(network),
         "parts": ", ".join(k for k in ("net", "ema", "optimizer") if content.get(k)),
         "progress": _plain(content.get("progress", {})),
         "options": content.get("options", {}),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dnnlib.cli import run, user_errors
+from dnnlib.util import format_table
 
 if TYPE_CHECKING:  # imported late: help is instant
     from reports.run_state import RunState
@@ -62,11 +63,8 @@ def _row(run: "RunState") -> tuple[str, ...]:
 def _table(rows: Sequence[Sequence[str]]) -> str:
     """Returns aligned columns; those in which no run has anything are left out."""
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    lines = ["  ".join(cell.rjust(width) if column[0] in _NUMBERS else cell.ljust(width)
-                       for cell, column, width in zip(row, columns, widths, strict=True))
-             for row in zip(*columns, strict=True)]
-    return "\n".join(line.rstrip() for line in lines)
+    texts = [i for i, column in enumerate(columns) if column[0] not in _NUMBERS]
+    return format_table(list(zip(*columns, strict=True)), left=texts)
 
 
 def cli() -> None:

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
+from dnnlib.util import require
 from pfgmpp.networks import MODELS, PRECONDS, Precond, build_network
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import ZIP_MAGIC, Record, shown
@@ -88,14 +89,14 @@ def _refuse_edm2(source: str | os.PathLike | IO[bytes]) -> None:
 
 
 def _content(top: Any) -> dict[str, Any]:
-    _require(type(top) is dict, f"holds {shown(top)}, not a dictionary of networks")
+    require(type(top) is dict, f"holds {shown(top)}, not a dictionary of networks")
     has = {key for key in ("ema", "net", "optimizer_state", "step") if top.get(key) is not None}
-    _require(has & {"ema", "net"}, "holds no network (neither 'ema' nor 'net')")
+    require(has & {"ema", "net"}, "holds no network (neither 'ema' nor 'net')")
     records = {key: _read_network(top[key], key) for key in ("ema", "net") if key in has}
     first = next(iter(records.values()))
     for other in records.values():
-        _require(other.config == first.config and other.D_recorded == first.D_recorded,
-                 "'net' and 'ema' are different networks")
+        require(other.config == first.config and other.D_recorded == first.D_recorded,
+                "'net' and 'ema' are different networks")
     if has & {"net", "optimizer_state", "step"}:
         kind = PFGMPP_STATE_FORMAT if has & {"ema", "step"} else EDM_STATE_FORMAT
     else:
@@ -122,11 +123,6 @@ def _options(config: dict, recorded: bool) -> dict:
         options["pfgmpp"] = config["pfgmpp"]
         options |= {"aug_dim": config["D"]} if config["pfgmpp"] else {}
     return options
-
-
-def _require(ok: object, problem: str) -> None:
-    if not ok:
-        raise ValueError(problem)
 
 
 # -------------------------------------------------------------------------------- what is allowed
@@ -202,7 +198,7 @@ _OTHER_RULES = {"step": _whole(0, 1 << 48)}
 
 def _checked(key: str, value: Any, rules: dict[str, _Rule] = _OTHER_RULES) -> Any:
     rule = rules[key]
-    _require(rule.holds(value), f"{key}={shown(value)}: must be {rule.allowed}")
+    require(rule.holds(value), f"{key}={shown(value)}: must be {rule.allowed}")
     return rule.convert(value)
 
 
@@ -215,10 +211,10 @@ def check_network(config: Any, tensors: dict[str, torch.Tensor]) -> None:
     Raises:
         ValueError: a keyword or value that is not allowed, or tensors of another network.
     """
-    _require(type(config) is dict, f"describes its network by {shown(config)}")
+    require(type(config) is dict, f"describes its network by {shown(config)}")
     for key, known in (("class_name", PRECONDS), ("model_type", MODELS)):
-        _require(type(config.get(key)) is str and config[key] in known,
-                 f"asks for the {key} {shown(config.get(key))}; known are {', '.join(known)}")
+        require(type(config.get(key)) is str and config[key] in known,
+                f"asks for the {key} {shown(config.get(key))}; known are {', '.join(known)}")
     published = config["class_name"] in _PRECOND_RULES and config["model_type"] in _MODEL_RULES
     rules = (_BASE_RULES | _PRECOND_RULES.get(config["class_name"], {})
              | _MODEL_RULES.get(config["model_type"], {}))
@@ -226,7 +222,7 @@ def check_network(config: Any, tensors: dict[str, torch.Tensor]) -> None:
         if key in rules:
             _checked(key, value, rules)
         else:
-            _require(key == "class_name" or not published, f"unknown argument {shown(key)}")
+            require(key == "class_name" or not published, f"unknown argument {shown(key)}")
     _compare(_skeleton(config).state_dict(), tensors)
 
 
@@ -239,12 +235,12 @@ class _Network(NamedTuple):
 
 
 def _read_network(record: Any, key: str) -> _Network:
-    _require(type(record) is Record, f"{key!r} is {shown(record)}, not a network")
+    require(type(record) is Record, f"{key!r} is {shown(record)}, not a network")
     if record.class_name in ("Precond", "UNet"):
         raise ValueError("an EDM2 network; only those of EDM and PFGM++ are supported")
-    _require(record.class_name in _PRECOND_RULES,
-             f"asks for the network class {shown(record.class_name)}; "
-             f"known are {', '.join(_PRECOND_RULES)}")
+    require(record.class_name in _PRECOND_RULES,
+            f"asks for the network class {shown(record.class_name)}; "
+            f"known are {', '.join(_PRECOND_RULES)}")
     config, recorded = _configuration(record)
     skeleton = _skeleton(config)
     stored = dict(_stored_tensors(record))
@@ -252,7 +248,7 @@ def _read_network(record: Any, key: str) -> _Network:
     own = [name for name, _ in skeleton.named_parameters()]
     tensors = {name: tensor for name, (tensor, _) in stored.items()}
     _compare(skeleton.state_dict(), tensors)
-    _require(set(parameters) == set(own), "takes a buffer for a parameter")
+    require(set(parameters) == set(own), "takes a buffer for a parameter")
     tensors = {name: tensors[name].float() for name in skeleton.state_dict()}
     return _Network(skeleton.config, tensors, parameters, own, recorded)
 
@@ -260,21 +256,21 @@ def _read_network(record: Any, key: str) -> _Network:
 def _configuration(record: Record) -> tuple[dict, bool | None]:
     """Returns checked keywords for `build_network`, and whether D is recorded."""
     model = _dict(record.state, "_modules").get("model")
-    _require(type(model) is Record and model.class_name in _MODEL_RULES,
-             f"asks for the model class {shown(getattr(model, 'class_name', model))}; "
-             f"known are {', '.join(_MODEL_RULES)}")
+    require(type(model) is Record and model.class_name in _MODEL_RULES,
+            f"asks for the model class {shown(getattr(model, 'class_name', model))}; "
+            f"known are {', '.join(_MODEL_RULES)}")
     given = _arguments(record) or _arguments(model, skip=("in_channels", "out_channels"))
     own_rules = _BASE_RULES | _PRECOND_RULES[record.class_name]
     # An attribute is what the network computes with, whatever it was constructed with.
     given |= {key: record.state[key] for key in own_rules if key in record.state}
     rules = own_rules | _MODEL_RULES[model.class_name]
     for key in given:
-        _require(key in rules, f"{record.class_name}: unknown argument {shown(key)}")
+        require(key in rules, f"{record.class_name}: unknown argument {shown(key)}")
     config = {key: _checked(key, value, rules) for key, value in given.items()}
-    _require(config.setdefault("model_type", model.class_name) == model.class_name,
-             f"model_type={shown(config['model_type'])}, but the model is {model.class_name}")
+    require(config.setdefault("model_type", model.class_name) == model.class_name,
+            f"model_type={shown(config['model_type'])}, but the model is {model.class_name}")
     for key in ("img_resolution", "img_channels"):
-        _require(key in config, f"does not record {key}")
+        require(key in config, f"does not record {key}")
     recorded = None
     if "pfgmpp" in config:
         recorded = not config["pfgmpp"] or "D" in config
@@ -294,15 +290,15 @@ def _arguments(record: Record, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     attribute too.
     """
     args, kwargs = record.state.get("_init_args") or (), record.state.get("_init_kwargs") or {}
-    _require(type(args) in (tuple, list) and type(kwargs) is dict,
-             f"{shown(record.class_name)} has arguments in an unknown form")
+    require(type(args) in (tuple, list) and type(kwargs) is dict,
+            f"{shown(record.class_name)} has arguments in an unknown form")
     given = dict(zip(_POSITIONAL, args, strict=False))
     return given | {key: value for key, value in kwargs.items() if key not in skip}
 
 
 def _dict(state: dict, key: str) -> dict:
     value = state.get(key)
-    _require(type(value) is dict, f"has a module whose {key} is {shown(value)}")
+    require(type(value) is dict, f"has a module whose {key} is {shown(value)}")
     return value
 
 
@@ -318,15 +314,15 @@ def _stored_tensors(record: Record) -> Iterator[tuple[str, tuple[torch.Tensor, b
     while waiting:
         prefix, module = waiting.pop()
         modules += 1
-        _require(type(module) is Record and type(module.state) is dict,
-                 f"has {shown(module)} for a module")
-        _require(modules <= _MAX_MODULES and prefix.count(".") <= _MAX_MODULE_DEPTH,
-                 "has too many modules")
+        require(type(module) is Record and type(module.state) is dict,
+                f"has {shown(module)} for a module")
+        require(modules <= _MAX_MODULES and prefix.count(".") <= _MAX_MODULE_DEPTH,
+                "has too many modules")
         for kind in ("_parameters", "_buffers"):
             for key, tensor in _dict(module.state, kind).items():
                 _check_key(key)
                 if tensor is not None:
-                    _require(type(tensor) is torch.Tensor, f"{prefix}{key} is {shown(tensor)}")
+                    require(type(tensor) is torch.Tensor, f"{prefix}{key} is {shown(tensor)}")
                     yield prefix + key, (tensor, kind == "_parameters")
         inner = []
         for key, child in _dict(module.state, "_modules").items():
@@ -337,20 +333,20 @@ def _stored_tensors(record: Record) -> Iterator[tuple[str, tuple[torch.Tensor, b
 
 
 def _check_key(key: Any) -> None:
-    _require(type(key) is str and len(key) <= _MAX_NAME and key.isascii() and key.isprintable()
-             and "." not in key, f"has a module or tensor named {shown(key)}")
+    require(type(key) is str and len(key) <= _MAX_NAME and key.isascii() and key.isprintable()
+            and "." not in key, f"has a module or tensor named {shown(key)}")
 
 
 def _compare(ours: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]) -> None:
     """Raises ValueError at the first name, shape or type of tensor that differs."""
     for name in ours:
-        _require(name in stored, f"lacks the tensor {name}")
+        require(name in stored, f"lacks the tensor {name}")
     for name, tensor in stored.items():
-        _require(name in ours, f"has the tensor {shown(name)}, which its network has not")
-        _require(tensor.shape == ours[name].shape,
-                 f"tensor {name} is {list(tensor.shape)}, must be {list(ours[name].shape)}")
-        _require(tensor.dtype in (torch.float32, torch.float16, torch.bfloat16),
-                 f"tensor {name} is of {tensor.dtype}, must be float32 or float16")
+        require(name in ours, f"has the tensor {shown(name)}, which its network has not")
+        require(tensor.shape == ours[name].shape,
+                f"tensor {name} is {list(tensor.shape)}, must be {list(ours[name].shape)}")
+        require(tensor.dtype in (torch.float32, torch.float16, torch.bfloat16),
+                f"tensor {name} is of {tensor.dtype}, must be float32 or float16")
 
 
 # -------------------------------------------------------------------------------------- optimizer
@@ -365,14 +361,14 @@ _GROUP_RULES = {
 
 def _optimizer(stored: Any, network: _Network) -> dict[str, Any]:
     """Returns Adam's state dict for our order of parameters."""
-    _require(type(stored) is dict, f"'optimizer_state' is {shown(stored)}")
+    require(type(stored) is dict, f"'optimizer_state' is {shown(stored)}")
     groups, state, names = stored.get("param_groups"), _dict(stored, "state"), network.stored_order
-    _require(type(groups) is list and len(groups) == 1 and type(groups[0]) is dict,
-             "has an optimizer that is not of one group of parameters")
+    require(type(groups) is list and len(groups) == 1 and type(groups[0]) is dict,
+            "has an optimizer that is not of one group of parameters")
     params = groups[0].get("params")
-    _require(type(params) is list and len(params) == len(names)
-             and all(type(one) is int and one == i for i, one in enumerate(params)),
-             f"has an optimizer that is not of the network's {len(names)} parameters")
+    require(type(params) is list and len(params) == len(names)
+            and all(type(one) is int and one == i for i, one in enumerate(params)),
+            f"has an optimizer that is not of the network's {len(names)} parameters")
     group = {key: _checked(key, groups[0][key], _GROUP_RULES)
              for key in _GROUP_RULES if key in groups[0]}
     group["betas"] = tuple(group.get("betas", (0.9, 0.999)))
@@ -380,23 +376,23 @@ def _optimizer(stored: Any, network: _Network) -> dict[str, Any]:
     own_index = {name: i for i, name in enumerate(network.own_order)}
     mapped = {}
     for i, moments in state.items():
-        _require(type(i) is int and 0 <= i < len(names), f"has an optimizer state {shown(i)}")
+        require(type(i) is int and 0 <= i < len(names), f"has an optimizer state {shown(i)}")
         name = names[i]
         mapped[own_index[name]] = _moments(moments, name, network.tensors[name].shape)
     return {"state": dict(sorted(mapped.items())), "param_groups": [group]}
 
 
 def _moments(stored: Any, name: str, shape: torch.Size) -> dict[str, torch.Tensor]:
-    _require(type(stored) is dict and {"step", "exp_avg", "exp_avg_sq"} == set(stored),
-             f"the optimizer's state of {name} is not Adam's")
+    require(type(stored) is dict and {"step", "exp_avg", "exp_avg_sq"} == set(stored),
+            f"the optimizer's state of {name} is not Adam's")
     step = stored["step"]
     if type(step) is torch.Tensor and step.numel() == 1:
         step = step.item()
-    _require(_real(0, 1e12).holds(step), f"the optimizer's step of {name} is {shown(step)}")
+    require(_real(0, 1e12).holds(step), f"the optimizer's step of {name} is {shown(step)}")
     for key in ("exp_avg", "exp_avg_sq"):
         moment = stored[key]
-        _require(type(moment) is torch.Tensor and moment.shape == shape
-                 and moment.dtype.is_floating_point,
-                 f"the optimizer's {key} of {name} does not fit")
+        require(type(moment) is torch.Tensor and moment.shape == shape
+                and moment.dtype.is_floating_point,
+                f"the optimizer's {key} of {name} does not fit")
     return {"step": torch.tensor(float(step)), "exp_avg": stored["exp_avg"].float(),
             "exp_avg_sq": stored["exp_avg_sq"].float()}

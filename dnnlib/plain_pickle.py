@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from dnnlib.util import require
+
 MAX_OPCODES = 1_000_000  # a batch of CIFAR-10 has about 60,000
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -46,12 +48,12 @@ class ByteArray:
         if not (isinstance(self._state, tuple) and len(self._state) == 5):
             raise ValueError("has an array without content")
         _, shape, dtype, is_fortran, data = self._state
-        _require(isinstance(dtype, _Dtype) and dtype.name in _BYTE_DTYPES, "has an array that "
-                 "isn't of bytes")
+        require(isinstance(dtype, _Dtype) and dtype.name in _BYTE_DTYPES, "has an array that "
+                "isn't of bytes")
         data = data.encode("latin-1") if isinstance(data, str) else data
-        _require(isinstance(data, bytes) and isinstance(shape, tuple) and len(shape) <= _MAX_DIMS
-                 and all(type(size) is int and size >= 0 for size in shape)
-                 and math.prod(shape) == len(data), "has an array whose shape doesn't fit")
+        require(isinstance(data, bytes) and isinstance(shape, tuple) and len(shape) <= _MAX_DIMS
+                and all(type(size) is int and size >= 0 for size in shape)
+                and math.prod(shape) == len(data), "has an array whose shape doesn't fit")
         order = "F" if is_fortran else "C"
         return np.frombuffer(data, np.uint8).reshape(shape, order=order)
 
@@ -79,7 +81,7 @@ def _reconstruct(*_: Any) -> ByteArray:
 
 def _encode(text: str, encoding: str) -> str:
     """Stands for bytes that Python 3 wrote as text; they stay text until they are needed."""
-    _require(isinstance(text, str) and encoding in ("latin1", "latin-1"), "isn't plain data")
+    require(isinstance(text, str) and encoding in ("latin1", "latin-1"), "isn't plain data")
     return text
 
 
@@ -100,7 +102,7 @@ def loads(data: bytes) -> Any:
     machine = _Machine()
     try:
         for count, (opcode, arg, _) in enumerate(pickletools.genops(io.BytesIO(data))):
-            _require(count < MAX_OPCODES, f"has more than {MAX_OPCODES} instructions")
+            require(count < MAX_OPCODES, f"has more than {MAX_OPCODES} instructions")
             if opcode.name == "STOP":
                 return machine.stack.pop()
             machine.step(opcode.name, arg)
@@ -140,13 +142,13 @@ class _Machine:
             stack[-_TUPLES[name]:] = [tuple(stack[-_TUPLES[name]:])]
         elif name in ("APPEND", "APPENDS"):
             values = self._since_mark() if name == "APPENDS" else [stack.pop()]
-            _require(type(stack[-1]) is list, "appends to what isn't a list")
+            require(type(stack[-1]) is list, "appends to what isn't a list")
             stack[-1].extend(values)
         elif name in ("SETITEM", "SETITEMS"):
             values = self._since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-            _require(type(stack[-1]) is dict, "sets items of what isn't a dict")
+            require(type(stack[-1]) is dict, "sets items of what isn't a dict")
             # Hashing a tuple of tuples of tuples ... would overflow the stack of C.
-            _require(all(type(key) in _KEYS for key in values[::2]), "has keys that aren't texts")
+            require(all(type(key) in _KEYS for key in values[::2]), "has keys that aren't texts")
             stack[-1].update(zip(values[::2], values[1::2], strict=True))
         elif name == "GLOBAL":
             stack.append(_Name(arg))
@@ -174,7 +176,3 @@ class _Machine:
             raise ValueError(f"asks for {ascii(name)[1:-1][:80].replace(' ', '.')}")
         self.stack.append(_CALLS[name](*args))
 
-
-def _require(ok: object, problem: str) -> None:
-    if not ok:
-        raise ValueError(problem)

@@ -1,12 +1,13 @@
-"""Attribute dictionaries, downloads into a cache, a log file beside the console, formatting."""
+"""Attribute dictionaries, downloads, a log file beside the console, formatting, what must hold."""
 
 import hashlib
 import io
+import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlparse
@@ -140,6 +141,27 @@ def format_ranges(numbers: Iterable[int]) -> str:
         else:
             parts.append([number, number])
     return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in parts)
+
+
+def format_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """Returns rows of text in columns, those numbered in `left` to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(
+        cell.ljust(width) if i in left else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)
+
+
+def json_value(value: Any, infinity: str | None = "inf") -> Any:
+    """Returns plain data with NaN and infinities, which JSON lacks, replaced by `infinity`."""
+    if isinstance(value, dict):
+        return {key: json_value(item, infinity) for key, item in value.items()}
+    return infinity if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def require(ok: object, problem: str, allowed: str = "") -> None:
+    """Raises ValueError unless `ok`: '{problem}', or '{problem}: must be {allowed}'."""
+    if not ok:
+        raise ValueError(f"{problem}: must be {allowed}" if allowed else problem)
 
 
 def cache_dir(*parts: str) -> Path:

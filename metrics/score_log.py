@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.atomic import append_line
+from dnnlib.util import format_table
 from metrics.detectors import Inception
 from metrics.evaluator import Evaluator
 
@@ -109,11 +110,3 @@ def _summaries(scores: list[Score], columns: Sequence[str]) -> list[list[str]]:
         lowest.append(f"{min(values):.5g}" if name in _LOWER_IS_BETTER else "")
         mean.append(f"{sum(values) / len(values):.5g}")
     return [lowest, mean]
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows of text in columns, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(
-        cell.ljust(width) if i == 0 else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)

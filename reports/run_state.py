@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.run_lock import lock_holder
+from dnnlib.util import json_value
 from reports.run_record import RunRecord, Score
 
 _OPTIONS, _LOG = "training_options.json", "log.txt"
@@ -81,7 +82,7 @@ class RunState:
         shown = ("metric", "value", "kimg", "num", "num_steps", "detector")
         score = self.score and {key: getattr(self.score, key) for key in shown}
         return {**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
-                "D": "inf" if math.inf == self.D else self.D, "score": score,
+                "D": json_value(self.D), "score": score,
                 "changed": self.changed.isoformat(timespec="seconds")}
 
 

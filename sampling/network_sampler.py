@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from checkpoints import checkpoint
+from dnnlib.util import json_value
 from images.dataset import ImageFolderDataset
 from images.scaling import EIGHT_BIT, Scaling
 from pfgmpp.guidance import EVERYWHERE, GuidedDenoiser, guided
@@ -186,7 +186,7 @@ class NetworkSampler:
             if init_image else None
         for name, images in (("cond_image", conditions), ("init_image", inits)):
             extra |= {name: images.fingerprint} if images else {}
-        settings = {key: _json_number(value) for key, value in (settings | extra).items()}
+        settings = json_value(settings | extra)
         return cls(denoiser, sampler, device, class_idx, settings, conditions, inits, scaling,
                    one_size=compiled)
 
@@ -316,7 +316,7 @@ def _with_guidance(
         distributed.warn0(f"--guidance={guidance:g}: {source} was trained without --label-dropout, "
                           "so it knows nothing without a label; --gnet guides by a second network")
     if interval is not None:
-        settings["guidance_interval"] = [_json_number(float(end)) for end in interval]
+        settings["guidance_interval"] = [json_value(float(end)) for end in interval]
     try:
         denoiser = guided(net, guidance=guidance, gnet=guide, interval=interval or EVERYWHERE)
     except ValueError as error:
@@ -337,7 +337,3 @@ def _open_conditions(net: Precond, source: str, cond_image: str | None,
     scaling = recorded_scaling(content, source, "cond_scale", net.cond_channels)
     return SeedImages.open("--cond-image", cond_image, (net.cond_channels, *net.image_shape[1:]),
                            scaling, conditions=True)
-
-
-def _json_number(value: Any) -> Any:
-    return "inf" if isinstance(value, float) and math.isinf(value) else value

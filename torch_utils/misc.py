@@ -6,7 +6,7 @@ import os
 import numpy as np
 import torch
 
-from dnnlib.util import cache_dir
+from dnnlib.util import cache_dir, format_table
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,7 +93,6 @@ def module_table(module: torch.nn.Module, depth: int = 2) -> str:
     rows = []
     for name, child in module.named_modules():
         if name and name.count(".") < depth and count_parameters(child):
-            rows.append((name, type(child).__name__, count_parameters(child)))
-    rows.append(("total", type(module).__name__, count_parameters(module)))
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    return "\n".join(f"{n:{widths[0]}}  {c:{widths[1]}}  {p:>12,}" for n, c, p in rows)
+            rows.append((name, type(child).__name__, f"{count_parameters(child):12,}"))
+    rows.append(("total", type(module).__name__, f"{count_parameters(module):12,}"))
+    return format_table(rows, left=(0, 1))

@@ -31,6 +31,8 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
+from dnnlib.util import require
+
 ZIP_MAGIC = b"PK\x03\x04"
 MAX_OPCODES = 2_000_000  # the largest published training states have about 400,000
 _MAX_MARKS = 500  # collections that are open at once; genuine files have about 30
@@ -86,11 +88,11 @@ class _Budget:
 
     def spend_encoded(self, count: int) -> None:
         self.encoded -= count
-        _require(self.encoded >= 0, "asks for more bytes than the file has")
+        require(self.encoded >= 0, "asks for more bytes than the file has")
 
     def spend_tensors(self, count: int) -> None:
         self.tensors -= count
-        _require(self.tensors >= 0, "asks for more tensor data than the file has")
+        require(self.tensors >= 0, "asks for more tensor data than the file has")
 
 
 def load(source: str | os.PathLike | IO[bytes]) -> Any:
@@ -104,7 +106,7 @@ def load(source: str | os.PathLike | IO[bytes]) -> Any:
         ValueError: damaged, or it asks for something that no known checkpoint contains; one line.
     """
     data = _contents(source)
-    _require(len(data) > 0, "empty")
+    require(len(data) > 0, "empty")
     try:
         return _load_zip(data) if data[:4] == ZIP_MAGIC else _load_pickle(data)
     except _DAMAGED as error:
@@ -118,11 +120,6 @@ def shown(value: Any) -> str:
     if value is None or type(value) in (bool, int, float):
         return repr(value)
     return f"a {type(value).__name__}"
-
-
-def _require(ok: object, problem: str) -> None:
-    if not ok:
-        raise ValueError(problem)
 
 
 def _contents(source: str | os.PathLike | IO[bytes]) -> memoryview:
@@ -146,7 +143,7 @@ def _contents(source: str | os.PathLike | IO[bytes]) -> memoryview:
 def _load_pickle(data: memoryview) -> Any:
     reader = _Reader(data, _Budget(len(data)))
     value = reader.read()
-    _require(reader.pos == len(data), f"has {len(data) - reader.pos} bytes after its end")
+    require(reader.pos == len(data), f"has {len(data) - reader.pos} bytes after its end")
     return value
 
 
@@ -154,30 +151,30 @@ def _load_zip(data: memoryview) -> Any:
     members = _zip_members(data)
     root = next(iter(members)).partition("/")[0]
     for name in members:
-        _require(re.fullmatch(r"data\.pkl|data/\d{1,9}|version|byteorder|\.[\w./]{1,60}",
-                              name.removeprefix(f"{root}/"))
-                 and name.startswith(f"{root}/") and ".." not in name,
-                 f"holds the ZIP member {shown(name)}, which torch.save does not write")
+        require(re.fullmatch(r"data\.pkl|data/\d{1,9}|version|byteorder|\.[\w./]{1,60}",
+                             name.removeprefix(f"{root}/"))
+                and name.startswith(f"{root}/") and ".." not in name,
+                f"holds the ZIP member {shown(name)}, which torch.save does not write")
     if f"{root}/byteorder" in members:
-        _require(bytes(members[f"{root}/byteorder"].read()) == b"little",
-                 "was written on a big-endian machine")
-    _require(f"{root}/data.pkl" in members, "lacks the ZIP member data.pkl")
+        require(bytes(members[f"{root}/byteorder"].read()) == b"little",
+                "was written on a big-endian machine")
+    require(f"{root}/data.pkl" in members, "lacks the ZIP member data.pkl")
     stored: dict[str, _Storage] = {}
 
     def storage(pid: Any) -> _Storage:
         dtype, key, numel = _persistent_id(pid, 5)
-        _require(f"{root}/data/{key}" in members, f"lacks the ZIP member data/{key}")
+        require(f"{root}/data/{key}" in members, f"lacks the ZIP member data/{key}")
         if key not in stored:
             stored[key] = _Storage(dtype, members[f"{root}/data/{key}"].read(), numel)
         known = stored[key]
-        _require(known.dtype == dtype and known.numel == numel
-                 and len(known.data) == numel * dtype.itemsize,
-                 f"storage {key} has {len(known.data)} bytes, not {numel} x {dtype}")
+        require(known.dtype == dtype and known.numel == numel
+                and len(known.data) == numel * dtype.itemsize,
+                f"storage {key} has {len(known.data)} bytes, not {numel} x {dtype}")
         return known
 
     reader = _Reader(members[f"{root}/data.pkl"].read(), _Budget(len(data)), storage)
     value = reader.read()
-    _require(reader.pos == len(reader.data), "has bytes after the end of data.pkl")
+    require(reader.pos == len(reader.data), "has bytes after the end of data.pkl")
     return value
 
 
@@ -187,8 +184,8 @@ class _Member(NamedTuple):
     crc: int
 
     def read(self) -> memoryview:
-        _require(zlib.crc32(self.data) == self.crc,
-                 f"damaged (the checksum of {shown(self.name)} does not match)")
+        require(zlib.crc32(self.data) == self.crc,
+                f"damaged (the checksum of {shown(self.name)} does not match)")
         return self.data
 
 
@@ -202,50 +199,50 @@ _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # in place of a number that stands in a Z
 def _zip_members(data: memoryview) -> dict[str, _Member]:
     """Returns {name: member} of a ZIP whose members are all stored; nothing may stand around it."""
     start, end, count = _zip_directory(data)
-    _require(0 < count <= _MAX_MEMBERS, f"is a ZIP of {count} members")
+    require(0 < count <= _MAX_MEMBERS, f"is a ZIP of {count} members")
     members, extents, pos = {}, [], start
     for _ in range(count):
-        _require(pos + _ENTRY.size <= end, "damaged (ZIP directory)")
+        require(pos + _ENTRY.size <= end, "damaged (ZIP directory)")
         (magic, _, _, flags, method, _, _, crc, packed, size, name_len, extra_len, comment_len,
          _, _, _, offset) = _ENTRY.unpack_from(data, pos)
         pos += _ENTRY.size
         stop = pos + name_len + extra_len + comment_len
-        _require(magic == b"PK\x01\x02" and stop <= end, "damaged (ZIP directory)")
+        require(magic == b"PK\x01\x02" and stop <= end, "damaged (ZIP directory)")
         raw = bytes(data[pos:pos + name_len])
         name = raw.decode("ascii", "backslashreplace")
         extra = data[pos + name_len:pos + name_len + extra_len]
         size, packed, offset = _zip64_numbers(extra, [size, packed, offset])
         pos = stop
-        _require(method == 0 and packed == size and not flags & 1,
-                 f"compresses or encrypts the ZIP member {shown(name)}")
-        _require(name not in members, f"holds the ZIP member {shown(name)} twice")
+        require(method == 0 and packed == size and not flags & 1,
+                f"compresses or encrypts the ZIP member {shown(name)}")
+        require(name not in members, f"holds the ZIP member {shown(name)} twice")
         begin = _local_data(data, offset, raw)
-        _require(begin + size <= start, f"damaged (ZIP member {shown(name)} is cut short)")
+        require(begin + size <= start, f"damaged (ZIP member {shown(name)} is cut short)")
         members[name] = _Member(name, data[begin:begin + size], crc)
         extents.append((offset, begin + size))
-    _require(pos == end, "damaged (ZIP directory)")
+    require(pos == end, "damaged (ZIP directory)")
     extents.sort()
-    _require(extents[0][0] == 0, "damaged (bytes before the first ZIP member)")
-    _require(all(one[1] <= two[0] for one, two in zip(extents, extents[1:], strict=False)),
-             "holds ZIP members that overlap")
+    require(extents[0][0] == 0, "damaged (bytes before the first ZIP member)")
+    require(all(one[1] <= two[0] for one, two in zip(extents, extents[1:], strict=False)),
+            "holds ZIP members that overlap")
     return members
 
 
 def _zip_directory(data: memoryview) -> tuple[int, int, int]:
     """Returns where a ZIP's directory starts and ends and how many entries it has."""
     at = len(data) - _END.size
-    _require(at >= 0, "damaged (cut short)")
+    require(at >= 0, "damaged (cut short)")
     magic, disk, first_disk, here, count, size, start, comment = _END.unpack_from(data, at)
-    _require(magic == b"PK\x05\x06" and comment == 0,
-             "damaged (the ZIP does not end with its directory: cut short, or bytes follow)")
+    require(magic == b"PK\x05\x06" and comment == 0,
+            "damaged (the ZIP does not end with its directory: cut short, or bytes follow)")
     locator = at - _LOCATOR64.size
     if locator >= 0 and data[locator:locator + 4] == b"PK\x06\x07":
         _, _, at, _ = _LOCATOR64.unpack_from(data, locator)
-        _require(at + _END64.size == locator, "damaged (ZIP64 directory)")
+        require(at + _END64.size == locator, "damaged (ZIP64 directory)")
         magic, _, _, _, disk, first_disk, here, count, size, start = _END64.unpack_from(data, at)
-        _require(magic == b"PK\x06\x06", "damaged (ZIP64 directory)")
-    _require(disk == first_disk == 0 and here == count and start + size == at,
-             "damaged (ZIP directory)")
+        require(magic == b"PK\x06\x06", "damaged (ZIP64 directory)")
+    require(disk == first_disk == 0 and here == count and start + size == at,
+            "damaged (ZIP directory)")
     return start, start + size, count
 
 
@@ -262,11 +259,11 @@ def _zip64_numbers(extra: memoryview, numbers: list[int]) -> list[int]:
 
 def _local_data(data: memoryview, offset: int, name: bytes) -> int:
     """Returns where the content of a ZIP member begins."""
-    _require(offset + _LOCAL.size <= len(data), "damaged (ZIP member outside the file)")
+    require(offset + _LOCAL.size <= len(data), "damaged (ZIP member outside the file)")
     magic, _, flags, method, *_, name_len, extra_len = _LOCAL.unpack_from(data, offset)
     at = offset + _LOCAL.size
-    _require(magic == ZIP_MAGIC and method == 0 and not flags & 1
-             and data[at:at + name_len] == name, "damaged (ZIP member without its header)")
+    require(magic == ZIP_MAGIC and method == 0 and not flags & 1
+            and data[at:at + name_len] == name, "damaged (ZIP member without its header)")
     return at + name_len + extra_len
 
 
@@ -294,15 +291,15 @@ class _Reader:
         self.stack: list[Any] = []
         self.marks: list[list] = []
         self.memo: dict[int, Any] = {}
-        _require(self.byte() == _PROTO and self.byte() in (2, 3, 4, 5),
-                 "is not a pickle of protocol 2 to 5")
+        require(self.byte() == _PROTO and self.byte() in (2, 3, 4, 5),
+                "is not a pickle of protocol 2 to 5")
         while (code := self.byte()) != _STOP:
             self.budget.spend_opcodes(1)
             step = _OPCODES.get(code)
             if step is None:
                 self.refuse(code)
             step(self)
-        _require(len(self.stack) == 1 and not self.marks, "damaged (the pickle ends too early)")
+        require(len(self.stack) == 1 and not self.marks, "damaged (the pickle ends too early)")
         return self.stack.pop()
 
     def refuse(self, code: int) -> None:
@@ -346,12 +343,12 @@ class _Reader:
         """Returns the text up to the next line feed."""
         raw = bytes(self.data[self.pos:self.pos + _MAX_NAME + 1])
         length = raw.find(b"\n")
-        _require(length >= 0, "damaged (a name without an end)")
+        require(length >= 0, "damaged (a name without an end)")
         self.pos += length + 1
         return _decode(raw[:length])
 
     def find(self, module: Any, name: Any) -> _Global:
-        _require(type(module) is str and type(name) is str, "damaged (a name that is not a text)")
+        require(type(module) is str and type(name) is str, "damaged (a name that is not a text)")
         known = self.names.get((module, name))
         if known is None:
             raise ValueError(f"asks for {shown(f'{module}.{name}')}, "
@@ -366,20 +363,20 @@ class _Reader:
         return items
 
     def mark(self) -> None:
-        _require(len(self.marks) < _MAX_MARKS, "is nested too deeply")
+        require(len(self.marks) < _MAX_MARKS, "is nested too deeply")
         self.marks.append(self.stack)
         self.stack = []
 
     def memoize(self, index: int) -> None:
-        _require(index not in self.memo, "writes a memo entry twice")
+        require(index not in self.memo, "writes a memo entry twice")
         self.memo[index] = self.stack[-1]
 
     def recall(self, index: int) -> None:
-        _require(index in self.memo, "damaged (a memo entry that is not there)")
+        require(index in self.memo, "damaged (a memo entry that is not there)")
         self.stack.append(self.memo[index])
 
     def pack(self, count: int) -> None:
-        _require(len(self.stack) >= count, "damaged (stack)")
+        require(len(self.stack) >= count, "damaged (stack)")
         self.stack[-count:] = [tuple(self.stack[-count:])]
 
     def append(self, items: list) -> None:
@@ -421,16 +418,16 @@ class _Reader:
             raise ValueError(f"gives {shown(state)} as state to {shown(target)}")
 
     def persistent(self) -> None:
-        _require(self.storage is not None, "refers to a storage outside itself")
+        require(self.storage is not None, "refers to a storage outside itself")
         self.push(self.storage(self.stack.pop()))
 
     def frame(self) -> None:
         size = self.number(8)
-        _require(size <= len(self.data) - self.pos, "damaged (cut short: a frame)")
+        require(size <= len(self.data) - self.pos, "damaged (cut short: a frame)")
 
     def long(self) -> None:
         size = self.byte()
-        _require(size <= _MAX_LONG, f"has an integer of {size} bytes")
+        require(size <= _MAX_LONG, f"has an integer of {size} bytes")
         self.push(int.from_bytes(self.take(size), "little", signed=True))
 
 
@@ -481,29 +478,29 @@ _OPCODES: dict[int, Callable[[_Reader], None]] = {
 
 def _persistent_object(reader: _Reader, args: tuple) -> Record:
     meta = args[0] if len(args) == 1 and type(args[0]) is dict else {}
-    _require(meta.get("type") == "class" and meta.get("version") == 6,
-             f"has a persistent object of type {shown(meta.get('type'))}, "
-             f"version {shown(meta.get('version'))}; only classes of version 6 are known")
+    require(meta.get("type") == "class" and meta.get("version") == 6,
+            f"has a persistent object of type {shown(meta.get('type'))}, "
+            f"version {shown(meta.get('version'))}; only classes of version 6 are known")
     name, state = meta.get("class_name"), meta.get("state")
-    _require(type(name) is str and len(name) <= _MAX_NAME and type(state) is dict,
-             "has a persistent object without class name or state")
+    require(type(name) is str and len(name) <= _MAX_NAME and type(state) is dict,
+            "has a persistent object without class name or state")
     return Record(name, state)  # its source code, module_src, is left where it is
 
 
 def _ordered_dict(reader: _Reader, args: tuple) -> dict:
-    _require(not args, "gives arguments to OrderedDict")
+    require(not args, "gives arguments to OrderedDict")
     return {}
 
 
 def _set(reader: _Reader, args: tuple) -> set:
-    _require(len(args) == 1 and type(args[0]) is list and not args[0],
-             "has a set that is not empty")
+    require(len(args) == 1 and type(args[0]) is list and not args[0],
+            "has a set that is not empty")
     return set()
 
 
 def _encode(reader: _Reader, args: tuple) -> memoryview:
-    _require(len(args) == 2 and type(args[0]) is str and args[1] == "latin1",
-             "encodes something other than Latin-1 text")
+    require(len(args) == 2 and type(args[0]) is str and args[1] == "latin1",
+            "encodes something other than Latin-1 text")
     reader.budget.spend_encoded(len(args[0]))
     try:
         return memoryview(bytearray(args[0], "latin-1"))
@@ -519,59 +516,59 @@ _SCALARS = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "u1": "<
 
 
 def _dtype(reader: _Reader, args: tuple) -> _DType:
-    _require(len(args) == 3 and type(args[0]) is str and args[0] in _SCALARS
-             and args[1] is False and args[2] is True,
-             f"asks for the NumPy type {shown(args[0]) if args else 'of nothing'}")
+    require(len(args) == 3 and type(args[0]) is str and args[0] in _SCALARS
+            and args[1] is False and args[2] is True,
+            f"asks for the NumPy type {shown(args[0]) if args else 'of nothing'}")
     return _DType(_SCALARS[args[0]])
 
 
 def _check_dtype_state(state: Any) -> None:
     plain = type(state) is tuple and len(state) == 8 and all(
         type(item) in (int, str, type(None)) for item in state)
-    _require(plain and state[0] == 3 and state[1] in ("<", "|")
-             and state[2:] == (None, None, None, -1, -1, 0), "has a NumPy type that is not plain")
+    require(plain and state[0] == 3 and state[1] in ("<", "|")
+            and state[2:] == (None, None, None, -1, -1, 0), "has a NumPy type that is not plain")
 
 
 def _scalar(reader: _Reader, args: tuple) -> int | float:
-    _require(len(args) == 2 and type(args[0]) is _DType and type(args[1]) is memoryview
-             and len(args[1]) == struct.calcsize(args[0].layout),
-             "has a NumPy scalar that is not a plain number")
+    require(len(args) == 2 and type(args[0]) is _DType and type(args[1]) is memoryview
+            and len(args[1]) == struct.calcsize(args[0].layout),
+            "has a NumPy scalar that is not a plain number")
     return struct.unpack(args[0].layout, args[1])[0]
 
 
 def _parameter(reader: _Reader, args: tuple) -> torch.Tensor:
-    _require(len(args) == 3 and type(args[0]) is torch.Tensor and type(args[1]) is bool
-             and type(args[2]) is dict and not args[2],
-             "has a parameter that is not a plain tensor")
+    require(len(args) == 3 and type(args[0]) is torch.Tensor and type(args[1]) is bool
+            and type(args[2]) is dict and not args[2],
+            "has a parameter that is not a plain tensor")
     return args[0]
 
 
 def _persistent_id(pid: Any, length: int) -> tuple[torch.dtype, str, int]:
     """Returns (dtype, key, number of elements) of a reference to a storage."""
-    _require(type(pid) is tuple and len(pid) == length and type(pid[0]) is str
-             and pid[0] == "storage" and type(pid[1]) is _Global and pid[1].dtype
-             and type(pid[2]) is str and re.fullmatch(r"[0-9]{1,20}", pid[2])
-             and type(pid[3]) is str and type(pid[4]) is int and 0 <= pid[4] < 1 << 48
-             and pid[5:] in ((), (None,)), "refers to a storage in an unknown way")
+    require(type(pid) is tuple and len(pid) == length and type(pid[0]) is str
+            and pid[0] == "storage" and type(pid[1]) is _Global and pid[1].dtype
+            and type(pid[2]) is str and re.fullmatch(r"[0-9]{1,20}", pid[2])
+            and type(pid[3]) is str and type(pid[4]) is int and 0 <= pid[4] < 1 << 48
+            and pid[5:] in ((), (None,)), "refers to a storage in an unknown way")
     return pid[1].dtype, pid[2], pid[4]  # its device, pid[3], does not matter
 
 
 def _nested_storage(reader: _Reader, args: tuple) -> _Storage:
     """Returns the storage in a torch.save file of before 1.6, five pickles and then the numbers."""
-    _require(len(args) == 1 and type(args[0]) is memoryview, "has a nested file that is not bytes")
+    require(len(args) == 1 and type(args[0]) is memoryview, "has a nested file that is not bytes")
     inner = _Reader(args[0], reader.budget, _nested_reference, _STORAGES)
     magic, version, system = inner.read(), inner.read(), inner.read()
-    _require(type(magic) is int and magic == _LEGACY_MAGIC and type(version) is int
-             and version == _LEGACY_VERSION and type(system) is dict
-             and system.get("little_endian") is True, "has a nested file of an unknown format")
+    require(type(magic) is int and magic == _LEGACY_MAGIC and type(version) is int
+            and version == _LEGACY_VERSION and type(system) is dict
+            and system.get("little_endian") is True, "has a nested file of an unknown format")
     reference, keys = inner.read(), inner.read()
-    _require(type(reference) is _NestedReference and type(keys) is list and len(keys) == 1
-             and type(keys[0]) is str and keys[0] == reference.key,
-             "has a nested file that is not of one storage")
-    _require(inner.number(8) == reference.numel, "has a nested storage of two sizes")
+    require(type(reference) is _NestedReference and type(keys) is list and len(keys) == 1
+            and type(keys[0]) is str and keys[0] == reference.key,
+            "has a nested file that is not of one storage")
+    require(inner.number(8) == reference.numel, "has a nested storage of two sizes")
     data = args[0][inner.pos:]
-    _require(len(data) == reference.numel * reference.dtype.itemsize,
-             f"nested storage has {len(data)} bytes, not {reference.numel} x {reference.dtype}")
+    require(len(data) == reference.numel * reference.dtype.itemsize,
+            f"nested storage has {len(data)} bytes, not {reference.numel} x {reference.dtype}")
     return _Storage(reference.dtype, data, reference.numel)
 
 
@@ -587,18 +584,18 @@ def _nested_reference(pid: Any) -> _NestedReference:
 
 def _tensor(reader: _Reader, args: tuple) -> torch.Tensor:
     """Returns a contiguous copy of what a tensor sees of its storage."""
-    _require(len(args) == 6, "has a tensor in an unknown form")
+    require(len(args) == 6, "has a tensor in an unknown form")
     storage, offset, size, stride, requires_grad, hooks = args
-    _require(type(storage) is _Storage and type(offset) is int and type(requires_grad) is bool
-             and type(hooks) is dict and not hooks
-             and type(size) is tuple and type(stride) is tuple
-             and len(size) == len(stride) <= _MAX_DIMS
-             and all(type(n) is int and 0 <= n < 1 << 48 for n in (*size, *stride, offset)),
-             "has a tensor in an unknown form")
+    require(type(storage) is _Storage and type(offset) is int and type(requires_grad) is bool
+            and type(hooks) is dict and not hooks
+            and type(size) is tuple and type(stride) is tuple
+            and len(size) == len(stride) <= _MAX_DIMS
+            and all(type(n) is int and 0 <= n < 1 << 48 for n in (*size, *stride, offset)),
+            "has a tensor in an unknown form")
     count = math.prod(size)
     span = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else 0
-    _require(offset + span <= storage.numel,
-             f"has a tensor that ends at element {offset + span} of a storage of {storage.numel}")
+    require(offset + span <= storage.numel,
+            f"has a tensor that ends at element {offset + span} of a storage of {storage.numel}")
     reader.budget.spend_opcodes(_TENSOR_COST)
     reader.budget.spend_tensors(max(span, count) * storage.dtype.itemsize)
     if not count:

@@ -11,6 +11,8 @@ import types
 import typing
 from collections.abc import Sequence
 
+from dnnlib.util import json_value, require
+
 ARCHITECTURES: dict[str, dict] = {
     "ddpmpp": {
         "model_type": "SongUNet", "embedding_type": "positional", "encoder_type": "standard",
@@ -117,48 +119,48 @@ class TrainConfig:
     preset: str | None = None  # a name in presets.PRESETS, whose values are in the other fields
 
     def __post_init__(self):
-        _require(self.arch in ARCHITECTURES, f"--arch={self.arch}", " or ".join(ARCHITECTURES))
-        _require(self.precond != "iddpm", "--precond=iddpm", "edm, ve or vp; no training loss is "
-                 "published for iddpm (such networks can be sampled)")
-        _require(self.precond in PRECONDITIONERS, f"--precond={self.precond}", "edm, ve or vp")
-        _require(not self.pfgmpp or self.aug_dim > 0, f"--aug_dim={self.aug_dim:g}",
-                 "positive; leave out --pfgmpp for D = inf")
-        _require(not self.stf or self.rbatch >= self.batch, f"--rbatch={self.rbatch}",
-                 f"at least --batch={self.batch}, whose images it contains")
-        _require(not self.lsun or self.precond == "edm", f"--lsun=1 with --precond={self.precond}",
-                 "used with --precond=edm")
-        _require(not self.stf or not self.cond_image, "--stf=1 with --cond-image=1", "used one "
-                 "without the other: stable targets know nothing of the condition")
-        _require(self.cond or not self.label_dropout, f"--label-dropout={self.label_dropout:g}",
-                 "used with --cond=1: there are no labels to drop")
-        _require(self.sigma_data == 0.5 or self.precond == "edm", f"--sigma-data with --precond="
-                 f"{self.precond}", "used with --precond=edm")
+        require(self.arch in ARCHITECTURES, f"--arch={self.arch}", " or ".join(ARCHITECTURES))
+        require(self.precond != "iddpm", "--precond=iddpm", "edm, ve or vp; no training loss is "
+                "published for iddpm (such networks can be sampled)")
+        require(self.precond in PRECONDITIONERS, f"--precond={self.precond}", "edm, ve or vp")
+        require(not self.pfgmpp or self.aug_dim > 0, f"--aug_dim={self.aug_dim:g}",
+                "positive; leave out --pfgmpp for D = inf")
+        require(not self.stf or self.rbatch >= self.batch, f"--rbatch={self.rbatch}",
+                f"at least --batch={self.batch}, whose images it contains")
+        require(not self.lsun or self.precond == "edm", f"--lsun=1 with --precond={self.precond}",
+                "used with --precond=edm")
+        require(not self.stf or not self.cond_image, "--stf=1 with --cond-image=1", "used one "
+                "without the other: stable targets know nothing of the condition")
+        require(self.cond or not self.label_dropout, f"--label-dropout={self.label_dropout:g}",
+                "used with --cond=1: there are no labels to drop")
+        require(self.sigma_data == 0.5 or self.precond == "edm", f"--sigma-data with --precond="
+                f"{self.precond}", "used with --precond=edm")
         for name in ("duration", "batch", "tick", "lr", "max_bad_steps", "snap", "dump"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, f"--{_flag(name)}={value:g}", "positive and finite")
+            require(0 < value < math.inf, f"--{_flag(name)}={value:g}", "positive and finite")
         for name in ("batch_gpu", "cbase", "nblock", "ls", "eval", "keep", "sigma_data"):
             value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, f"--{_flag(name)}={value}", "positive")
+            require(value is None or 0 < value < math.inf, f"--{_flag(name)}={value}", "positive")
         for name in ("lr_rampup", "ema", "workers", "samples", "seed"):
             value = getattr(self, name)
-            _require(value is None or value >= 0, f"--{_flag(name)}={value}", "0 or more")
-        _require((self.eval is None) == (self.eval_ref is None), "--eval and --eval-ref",
-                 "given together")
-        _require(self.eval_num >= 2, f"--eval-num={self.eval_num}", "2 or more")
+            require(value is None or value >= 0, f"--{_flag(name)}={value}", "0 or more")
+        require((self.eval is None) == (self.eval_ref is None), "--eval and --eval-ref",
+                "given together")
+        require(self.eval_num >= 2, f"--eval-num={self.eval_num}", "2 or more")
         for name in ("dropout", "augment", "label_dropout"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"--{_flag(name)}={value:g}", "between 0 and 1")
-        _require(self.precision in PRECISIONS, f"--precision={self.precision}",
-                 ", ".join(PRECISIONS))
-        _require(set(self.log) <= set(LOG_SINKS), f"--log={','.join(self.log)}",
-                 f"a list of {', '.join(LOG_SINKS)}")
+            require(0 <= value <= 1, f"--{_flag(name)}={value:g}", "between 0 and 1")
+        require(self.precision in PRECISIONS, f"--precision={self.precision}",
+                ", ".join(PRECISIONS))
+        require(set(self.log) <= set(LOG_SINKS), f"--log={','.join(self.log)}",
+                f"a list of {', '.join(LOG_SINKS)}")
         for name in ("compile", "data_on_device"):
-            _require(getattr(self, name) in ("auto", "0", "1"),
-                     f"--{_flag(name)}={getattr(self, name)}", "auto, 0 or 1")
-        _require(self.cache or self.data_on_device != "1", "--data-on-device=1 with --cache=0",
-                 "used with --cache=1: it is the packed file that is copied")
-        _require(self.cres is None or (self.cres and min(self.cres) > 0), f"--cres={self.cres}",
-                 "a list of positive integers such as 1,2,2,2")
+            require(getattr(self, name) in ("auto", "0", "1"),
+                    f"--{_flag(name)}={getattr(self, name)}", "auto, 0 or 1")
+        require(self.cache or self.data_on_device != "1", "--data-on-device=1 with --cache=0",
+                "used with --cache=1: it is the packed file that is copied")
+        require(self.cres is None or (self.cres and min(self.cres) > 0), f"--cres={self.cres}",
+                "a list of positive integers such as 1,2,2,2")
 
     @property
     def D(self) -> float:
@@ -236,8 +238,7 @@ class TrainConfig:
         values = dataclasses.asdict(self)
         values["cres"] = list(self.cres) if self.cres else None
         values["log"] = list(self.log)
-        values["aug_dim"] = "inf" if math.isinf(self.aug_dim) else self.aug_dim
-        return values
+        return json_value(values)
 
     @property
     def noise_name(self) -> str:
@@ -291,11 +292,6 @@ def changed_options(now: TrainConfig, then: dict) -> list[str]:
 
 def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, int | float) else str(value)
-
-
-def _require(ok: object, given: str, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{given}: must be {allowed}")
 
 
 def _flag(name: str) -> str:

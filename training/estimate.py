@@ -13,7 +13,6 @@ out. `gpumem` in the line of a tick is the truth.
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -149,14 +148,10 @@ def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
         seconds = config.total_nimg / rate
         rows.append(("Time", f"{format_time(seconds)} ({seconds / 3600:.4g} hours) at {rate:g} "
                              "images/s, without scores and files"))
-    return _table(rows)
+    return "\n".join(f"{title:<11s}{text}" for title, text in rows)
 
 
 def _scaled(value: float) -> str:
     """Returns a number with a metric prefix, such as '42.79 G'."""
     power = min(max(int(math.log10(max(value, 1)) // 3), 0), len(_PREFIXES) - 1)
     return f"{value / 1e3**power:.4g} {_PREFIXES[power]}"
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(f"{title:<11s}{text}" for title, text in rows)

@@ -26,7 +26,7 @@ from checkpoints import checkpoint
 from dnnlib import console, signals
 from dnnlib.atomic import append_line, write_json
 from dnnlib.cli import UserError
-from dnnlib.util import format_ranges, format_time
+from dnnlib.util import format_ranges, format_time, json_value
 from images.dataset import ImageFolderDataset
 from images.grid import save_png
 from metrics.score_log import Score, ScoreLog
@@ -108,7 +108,7 @@ def training_loop(
         RunFiles(run_dir, config.keep).tidy()
         write_json(run_dir / "training_options.json", {
             "options": config.to_dict(), "dataset": dataset_record(dataset),
-            "network": finite_json(trainer.net.config, infinity="inf"),
+            "network": json_value(trainer.net.config),
             "provenance": provenance(device)})
         save_real_grid(trainer, run_dir / "reals.png")
     sinks = LogSinks(config, run_dir, trainer.cur_nimg)
@@ -160,8 +160,8 @@ class Evaluator:
             kimg = trainer.cur_nimg / 1e3
             self._score_log.add(Score(f"{kimg:g} kimg", "", values), {
                 "kimg": kimg, "num": self._num, "seeds": format_ranges(seeds),
-                "sampler": finite_json({**dataclasses.asdict(self._sampler.sampler),
-                                        "D": self._sampler.net.D}, infinity="inf")})
+                "sampler": json_value({**dataclasses.asdict(self._sampler.sampler),
+                                       "D": self._sampler.net.D})})
         return values["fid"]
 
 
@@ -369,19 +369,12 @@ def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, ba
 def append_stats(path: Path, record: dict[str, Any]) -> None:
     """Appends one JSON line; numbers that JSON lacks become null. A full disk only warns, once."""
     try:
-        append_line(path, json.dumps(finite_json(record)))
+        append_line(path, json.dumps(json_value(record, infinity=None)))
         _unwritten.discard(path)
     except OSError as error:
         if path not in _unwritten:
             distributed.warn0(f"{path} not written: {error}")
         _unwritten.add(path)
-
-
-def finite_json(value: Any, infinity: str | None = None) -> Any:
-    """Returns plain data with NaN and infinities, which JSON lacks, replaced by `infinity`."""
-    if isinstance(value, dict):
-        return {key: finite_json(item, infinity) for key, item in value.items()}
-    return infinity if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _save_files(trainer: Trainer, files: RunFiles, tick: int, done: bool,
