@@ -133,8 +133,7 @@ def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds, *, is
 
 def _generate(sampler, folder, seeds, batch, subdirs) -> None:
     """Makes the images of `folder` that are missing, this rank's share of them."""
-    from tqdm import tqdm
-
+    from dnnlib.progress import Progress
     from sampling.image_writer import ImageFolder, ImageWriter
     from torch_utils import distributed
     images = ImageFolder(folder, sampler.image_shape, subdirs, sampler.scaling.is_8bit)
@@ -144,10 +143,10 @@ def _generate(sampler, folder, seeds, batch, subdirs) -> None:
         distributed.print0(f"{folder}: {len(seeds) - len(missing)} of {len(seeds)} images are there")
     batches = distributed.split_for_rank(missing, batch)
     with console.timed(f"{folder.name}, files included"), ImageWriter(images) as writer, \
-            tqdm(total=sum(map(len, batches)), unit="img", desc=folder.name, disable=console.bar_disabled()) as bar:
+            Progress(sum(map(len, batches)), folder.name) as progress:
         for done in sampler.images(batches):
             writer.write(done.seeds, sampler.scaling.to_data(done.images).cpu().numpy())
-            bar.update(len(done.seeds))
+            progress.update(len(done.seeds))
     distributed.barrier()
     if distributed.get_rank() == 0:
         console.result(f"{folder}: {len(missing)} images made")

@@ -68,6 +68,14 @@ def detail(text: str) -> None:
         print(text, flush=True)
 
 
+def print_to_files(text: str) -> None:
+    """Prints a line where stdout is a file or a pipe; on a terminal it goes to the log only."""
+    if not sys.stdout.isatty():
+        print(text, flush=True)
+    elif write_log := getattr(sys.stdout, "write_log", None):
+        write_log(text + "\n")
+
+
 def bar_disabled() -> bool | None:
     """Returns tqdm's `disable`: a bar is for a terminal, on rank 0, without --quiet."""
     return None if is_rank0() and not is_quiet() else True

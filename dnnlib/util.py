@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlparse
 
-from dnnlib import console
+from dnnlib.progress import Progress
 
 CACHE_DIR_ENV = "PFGMPP_CACHE_DIR"
 _CHUNK_BYTES = 1 << 20
@@ -86,6 +86,10 @@ class _Tee(io.TextIOBase):
         if "\r" not in text:
             self._logger.write_file(text)
         return len(text)
+
+    def write_log(self, text: str) -> None:
+        """Writes `text` to the file alone."""
+        self._logger.write_file(text)
 
     def write_console(self, text: str) -> None:
         """Writes `text` to the stream alone."""
@@ -227,21 +231,19 @@ def _download(url: str, target: Path, sha256: str | None, verbose: bool) -> None
 
 def _receive(reply, url: str, file: IO[bytes], verbose: bool) -> str:
     """Writes the body of a reply to `file`; returns its sha256."""
-    from tqdm import tqdm
-
     expected = None  # unknown where the body is compressed on its way
     if "Content-Encoding" not in reply.headers and "Content-Length" in reply.headers:
         expected = int(reply.headers["Content-Length"])
     digest, received = hashlib.sha256(), 0
-    with tqdm(total=expected, unit="B", unit_scale=True, desc=os.path.basename(file.name),
-              disable=console.bar_disabled() if verbose else True, leave=False) as bar:
+    with Progress(expected, os.path.basename(file.name), unit="B", is_scaled=True,
+                  is_shown=verbose) as progress:
         for chunk in reply.iter_content(_CHUNK_BYTES):
             if received == 0 and chunk.lstrip()[:15].lower().startswith(_HTML_STARTS):
                 raise OSError(f"{url}: a web page came back instead of a file; download it by hand")
             file.write(chunk)
             digest.update(chunk)
             received += len(chunk)
-            bar.update(len(chunk))
+            progress.update(len(chunk))
     if expected is not None and received != expected:
         raise OSError(f"{url}: {received} of {expected} bytes came")
     return digest.hexdigest()

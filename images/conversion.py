@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-from tqdm import tqdm
 
 from dnnlib.atomic import atomic_write
 from dnnlib.ordered_pool import ordered_map
+from dnnlib.progress import Progress
 from dnnlib.stored_zip import StoredZip
 from images import array_files
 from images.image_files import (
@@ -392,9 +392,8 @@ def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None
     convert = functools.partial(_convert_pair, settings=settings,
                                 cond_settings=conditions.settings if conditions else None)
     results = ordered_map(convert, pairs, min(workers, len(numbers)))
-    with contextlib.closing(results):
-        bar = tqdm(results, total=len(numbers), unit="img", disable=None, leave=False)
-        for i, (result, condition) in enumerate(bar):
+    with contextlib.closing(results), Progress(len(numbers), "Converting") as progress:
+        for i, (result, condition) in enumerate(progress.over(results)):
             outcome.note_oddities(result)
             if result.data is None:
                 outcome.too_small.add(result.name)

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
-from tqdm import tqdm
 
 from dnnlib.ordered_pool import ordered_map
+from dnnlib.progress import Progress
 from images import array_files
 from images.grid import image_grid, square_grid
 from images.image_files import (
@@ -126,7 +126,8 @@ class _DataSet:
 def _inspect_all(data: _DataSet, names: Sequence[str], workers: int) -> Iterator[Inspected]:
     """Yields what became of every image of these names, in order."""
     results = ordered_map(_inspect, _items(data, names), min(workers, len(names)))
-    return iter(tqdm(results, total=len(names), unit="img", disable=None, leave=False))
+    with Progress(len(names), "Inspecting") as progress:
+        yield from progress.over(results)
 
 
 def _items(data: _DataSet, names: Sequence[str]) -> Iterator[Item | Inspected]:

@@ -14,12 +14,11 @@ from typing import IO, Any
 
 import numpy as np
 import PIL.Image
-from tqdm import tqdm
 
-from dnnlib import console
 from dnnlib.atomic import atomic_write
 from dnnlib.npy_header import read_npy_header
 from dnnlib.ordered_pool import num_cores
+from dnnlib.progress import Progress
 from images import array_files
 from images.image_files import DAMAGE, Folder, ImageFormat, Zip, is_array, picture_format
 from torch_utils.distributed import get_rank, rank0_first
@@ -81,9 +80,9 @@ class UniformImages:
         """
         look = self._decode if self.format.dtype == "float32" else (
             lambda number: self._check_format(number, self._read_format(number)))
-        for number in tqdm(self._kept, desc="Checking images", unit="img", leave=False,
-                           disable=console.bar_disabled(), delay=1):
-            look(number)
+        with Progress(len(self._kept), "Checking images", delay=1) as progress:
+            for number in progress.over(self._kept):
+                look(number)
 
     def decode_batch(self, numbers: Sequence[int]) -> np.ndarray:
         """Returns images by their numbers among all names, from their files."""
@@ -174,11 +173,10 @@ class UniformImages:
         size = max(_PACK_BYTES // self.format.num_bytes, 1)
         batches = np.split(self._kept, range(size, len(self._kept), size))
         workers = num_cores() if len(self._kept) >= _PACK_ALONE else 0
-        with tqdm(total=len(self._kept), desc=f"Packing {title}", unit="img", leave=False,
-                  disable=console.bar_disabled(), delay=1) as bar:
+        with Progress(len(self._kept), f"Packing {title}", delay=1) as progress:
             for images, in read_in_processes(_FromFiles(self), batches, workers=workers):
                 yield images.numpy()
-                bar.update(len(images))
+                progress.update(len(images))
 
     def __getstate__(self) -> dict[str, Any]:
         # A mapped copy is mapped anew by the process that unpickles.

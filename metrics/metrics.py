@@ -15,9 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from dnnlib import console
+from dnnlib.progress import Progress
 from metrics.detectors import Detector
 from metrics.distances import frechet_distance, kernel_distance, precision_recall
 from metrics.references import Reference
@@ -141,11 +140,10 @@ def collect(batches: Iterable[tuple[torch.Tensor, Sequence[int]]], *, image_shap
     try:
         # No image: fixes the number of features on a rank that gets none.
         features.append(no_images(image_shape, is_8bit), [])
-        with tqdm(total=count, unit="img", leave=False, desc=title,
-                  disable=console.bar_disabled()) as bar:
+        with Progress(count, title or "") as progress:
             for images, numbers in batches:
                 features.append(images, numbers)
-                bar.update(len(images) * dist.get_world_size())
+                progress.update(len(images) * dist.get_world_size())
     except (ValueError, OSError) as caught:
         error = caught
     _raise_on_all_ranks(error)

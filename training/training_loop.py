@@ -20,12 +20,12 @@ from typing import Any, NoReturn
 import PIL.Image
 import psutil
 import torch
-from tqdm import tqdm
 
 from checkpoints import checkpoint
 from dnnlib import console, signals
 from dnnlib.atomic import append_line, write_json
 from dnnlib.cli import UserError
+from dnnlib.progress import Progress
 from dnnlib.util import format_ranges, format_time, json_value
 from images.dataset import ImageFolderDataset
 from images.grid import save_png
@@ -165,7 +165,8 @@ class Evaluator:
         return values["fid"]
 
 
-def _evaluate(trainer: Trainer, evaluator: Evaluator, files: RunFiles, bar) -> dict[str, float]:
+def _evaluate(trainer: Trainer, evaluator: Evaluator, files: RunFiles,
+              progress: Progress) -> dict[str, float]:
     """Scores the run, keeps its best state, and returns what stats.jsonl says of it."""
     value = evaluator()
     kimg = trainer.cur_nimg / 1e3
@@ -179,7 +180,7 @@ def _evaluate(trainer: Trainer, evaluator: Evaluator, files: RunFiles, bar) -> d
         standing = (f"; the lowest so far is {before:.5g}" if not is_best else
                     f", the lowest so far: kept as {checkpoint.BEST_STATE}"
                     if trainer.best_score == value else ", the lowest so far, but not kept")
-        with bar.external_write_mode():
+        with progress.above_bar():
             console.result(f"{evaluator.name} {value:.5g} at {kimg:g} kimg{standing}")
     return {"Metrics/" + evaluator.name.replace(" ", "_").lower(): value}
 
@@ -190,17 +191,18 @@ def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None, sinks: Lo
     ticks = TickRunner(trainer, run_dir, evaluator, sinks, training_stats.Collector(trainer.device),
                      _Clock(now, now, trainer.cur_nimg))
     is_due = ticks.resume()
-    with signals.deferred(), tqdm(
-            total=config.total_nimg, initial=trainer.cur_nimg, unit="img", unit_scale=True,
-            leave=False, disable=console.bar_disabled()) as bar:
+    with signals.deferred(), Progress(
+            config.total_nimg, "Training", initial=trainer.cur_nimg, is_scaled=True,
+            watch_speed=trainer.device.type == "cpu") as progress:
         if is_due:
-            ticks.run(bar)
+            ticks.run(progress)
         while trainer.cur_nimg < config.total_nimg:
             trainer.train_step()
-            bar.update(config.batch)
+            progress.update(config.batch)
             ticks.after_step()
             if ticks.is_due:
-                ticks.run(bar)
+                ticks.run(progress)
+                progress.restart_clock()
     if trainer.rank == 0:
         console.result(f"Training finished: {run_dir}")
 
@@ -237,7 +239,7 @@ class TickRunner:
             training_stats.resume(left["stats"], self._trainer.device)
         return bool(left and left["is_due"])
 
-    def run(self, bar) -> None:
+    def run(self, progress: Progress) -> None:
         """Scores, reports and writes what is due at this tick."""
         trainer, config = self._trainer, self._trainer.config
         nimg, done = trainer.cur_nimg, trainer.cur_nimg >= config.total_nimg
@@ -251,11 +253,12 @@ class TickRunner:
         scores, pictures = {}, None
         if has_eval or has_pictures:
             with self._stops_at_once():
-                scores = _evaluate(trainer, self._evaluator, self._files, bar) if has_eval else {}
+                if has_eval:
+                    scores = _evaluate(trainer, self._evaluator, self._files, progress)
                 pictures = sample_grid(trainer) if has_pictures else None
         self._clock.maintenance_sec += time.time() - started
-        numbers = _report_tick(trainer, self._collector, self._clock, tick, self._run_dir, bar,
-                               scores)
+        numbers = _report_tick(trainer, self._collector, self._clock, tick, self._run_dir,
+                               progress, scores)
         self._sinks.scalars(numbers, nimg)
         if pictures is not None:
             self._sinks.picture("samples", pictures, nimg)
@@ -317,7 +320,7 @@ def _tag(trainer: Trainer) -> str:
     return checkpoint.kimg_tag(trainer.cur_nimg, fractional=trainer.config.tick < 1)
 
 
-def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, bar,
+def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, progress: Progress,
                  scores: dict[str, float]) -> dict[str, float]:
     """Prints the tick's line, appends it to stats.jsonl, and starts the clock of the next tick.
 
@@ -355,9 +358,9 @@ def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, ba
                 f"mem {fields['Resources/cpu_mem_gb']:.2f} GB "
                 f"gpumem {fields['Resources/peak_gpu_mem_gb']:.2f} GB"
                 + (f" bad steps {bad}" if bad else ""))
-        bar.write(line, file=sys.stdout)
-        bar.set_postfix_str(f"loss {collector.mean('Loss/loss'):.5f}", refresh=False)
-        sys.stdout.flush()
+        with progress.above_bar():
+            print(line)
+        progress.set_note(f"loss {collector.mean('Loss/loss'):.5f}")
         console.detail(f"Time       steps {tick_sec:.2f} s, of it waiting for data "
                        f"{fields['Timing/data_sec']:.2f} s; scores and files before it "
                        f"{clock.maintenance_sec:.2f} s")

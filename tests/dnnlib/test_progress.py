@@ -1,0 +1,137 @@
+"""Progress: lines in files every LINE_SEC, a bar on terminals, a word when it gets slow."""
+
+import io
+import re
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from dnnlib import console, progress
+from dnnlib.progress import Progress
+from dnnlib.util import Logger
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def stdout(monkeypatch):
+    def make(stream):
+        monkeypatch.setattr(sys, "stdout", stream)
+        return stream
+    monkeypatch.setattr(progress, "LINE_SEC", 0.05)
+    return make
+
+
+def wait_for(condition):
+    end = time.monotonic() + 10
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_lines_come_while_nothing_is_done(stdout):
+    out = stdout(io.StringIO())
+    with Progress(10, "Packing", initial=4) as bar:
+        assert wait_for(lambda: out.getvalue().count("Packing: 4 of 10 img\n") >= 2)
+        bar.update(3)
+        assert wait_for(lambda: "Packing: 7 of 10 img, " in out.getvalue())
+    assert " img/s, " in out.getvalue() and out.getvalue().rstrip().endswith(" left")
+    said = out.getvalue()
+    time.sleep(0.2)
+    assert out.getvalue() == said  # nothing after the end
+
+
+def test_a_line_of_the_program_puts_off_the_next(stdout, monkeypatch):
+    out = stdout(io.StringIO())
+    monkeypatch.setattr(progress, "LINE_SEC", 60.0)
+    with Progress(10) as bar:
+        with bar.above_bar():
+            print("tick 0")
+        time.sleep(0.1)
+    assert out.getvalue() == "tick 0\n"
+
+
+def test_on_a_terminal_lines_go_to_the_log_only(stdout, tmp_path, monkeypatch):
+    terminal = stdout(Terminal())
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Logger(tmp_path / "log.txt"), Progress(3, "Training"):
+        assert wait_for(lambda: "Training: 0 of 3 img" in (tmp_path / "log.txt").read_text())
+    assert "0 of 3 img\n" not in terminal.getvalue()
+
+
+@pytest.mark.parametrize("rank, quiet", [("1", False), ("0", True)])
+def test_other_ranks_and_quiet_runs_say_nothing(rank, quiet, stdout, monkeypatch):
+    out = stdout(io.StringIO())
+    monkeypatch.setenv("RANK", rank)
+    with console.speaking(quiet=quiet, verbose=False), Progress(3):
+        time.sleep(0.2)
+    assert out.getvalue() == ""
+
+
+def test_every_item_is_counted_and_no_thread_is_left():
+    before = threading.active_count()
+    with Progress(3) as bar:
+        assert list(bar.over("abc")) == ["a", "b", "c"] and bar._done == 3
+    assert threading.active_count() == before
+
+
+class Clock:
+    """A machine whose time and load are set by the test."""
+
+    def __init__(self, monkeypatch, load=0.0):
+        self.now, self.load = 0.0, load
+        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(progress.os, "getloadavg", lambda: (self.load,) * 3)
+        monkeypatch.setattr(progress, "num_cores", lambda: 2)
+        monkeypatch.delenv("RANK", raising=False)
+
+    def work(self, bar, steps, sec):
+        for _ in range(steps):
+            self.now += sec
+            bar.update(64)
+
+
+def test_a_collapse_of_the_speed_is_told_once_with_the_way_out(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    bar = Progress(10**6, watch_speed=True)
+    clock.work(bar, 60, 0.4)   # 160 img/s
+    clock.work(bar, 30, 1.0)   # 64 img/s: more than a third
+    assert capsys.readouterr().err == ""
+    clock.work(bar, 10, 8.0)   # 8 img/s, but for the rest of the window before
+    err = capsys.readouterr().err
+    assert re.match(r"Warning: \d+ img/s after 160, ", err) and "OMP_NUM_THREADS=1" in err
+    assert err.count("Warning") == 1 and err.endswith("\n")
+
+
+def test_other_work_between_updates_is_no_collapse(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    bar = Progress(10**6, watch_speed=True)
+    for _ in range(5):
+        clock.work(bar, 40, 0.4)
+        clock.now += 1000.0  # a score
+        bar.restart_clock()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_machine_that_is_busy_from_the_start_is_told(monkeypatch, capsys):
+    clock = Clock(monkeypatch, load=2.4)
+    bar = Progress(10**6, watch_speed=True)
+    clock.work(bar, 60, 0.4)
+    assert capsys.readouterr().err == ""  # two threads of our own on two cores
+    clock.load = 3.1
+    clock.work(bar, 60, 0.4)
+    assert "with 3.1 programs on 2 cores" in capsys.readouterr().err
+
+
+def test_nothing_is_told_without_being_asked_for(monkeypatch, capsys):
+    clock = Clock(monkeypatch, load=9.0)
+    bar = Progress(10**6)
+    clock.work(bar, 40, 0.4)
+    clock.work(bar, 10, 8.0)
+    assert capsys.readouterr().err == ""
