@@ -6,16 +6,13 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import click
 
 from dnnlib import console
 from dnnlib.cli import BAD_USAGE, IntList, UserError, run, user_errors, verbosity_options
 from sampling.sampling_options import sampling_options
-
-if TYPE_CHECKING:  # imported late: help is instant
-    from metrics.score_log import ScoreLog
 
 # As generate.py names folders: ckpt_[2_|3_]KIMG[_alpha_A][_steps_S][_quant_B].
 _CKPT_PREFIX = "ckpt_"
@@ -163,9 +160,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
 
         from images.dataset import ImageFolderDataset
         from metrics.metrics import dataset_features
-        from metrics.score_log import ScoreLog
         from torch_utils import distributed as dist
-        from training.scoring import open_evaluator
 
         with dist.process_group(device) as chosen_device:
             with dist.rank0_first():
@@ -177,21 +172,15 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                         raise ValueError(f"{dataset.path}: {len(dataset)} images, but --num={num}; "
                                          f"make more, or score these with --num={len(dataset)}")
             sets = {str(dataset.path): dataset for dataset in datasets}
-            _use_kernels("fp32")
-            with console.timed("detector and reference"):
-                evaluator = open_evaluator(detector, ref_path, metrics, chosen_device, sets,
-                                           batch=batch, workers=workers)
-            _warn_if_few(num, evaluator.detector.name, metrics)
-
-            log = ScoreLog(evaluator, Path(out) if out else _jsonl_of_images(images))
+            scores = _Scores(detector, ref_path, metrics, chosen_device, sets, num, batch=batch,
+                             workers=workers, path=Path(out) if out else _jsonl_of_images(images))
             for job, dataset in zip(jobs, datasets, strict=True):
                 with console.timed("features"):
-                    found = dataset_features(dataset, evaluator.detector, metrics=metrics, batch=batch,
+                    found = dataset_features(dataset, scores.detector, metrics=metrics, batch=batch,
                                              workers=workers, title=Path(job.path).name)
-                values = _values_of(evaluator, found)
                 facts = {"images": job.path, "num": num, **_facts_of_images(job.path, dataset, seed)}
-                _report(log, job, values, facts, alone=not folders)
-            _print_table(log)
+                scores.add(job, found, facts, is_only=not folders)
+            scores.print_table()
 
 
 @main.command(context_settings={"show_default": True})
@@ -218,11 +207,11 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
     _check_reference_given(ref_path, metrics)
     with user_errors():
         from dnnlib.util import format_ranges, is_url
-        from metrics.score_log import ScoreLog
         from sampling.network_sampler import NetworkSampler, UsageError
         from sampling.sweeps import sweep_points
         from torch_utils import distributed as dist
-        from training.scoring import network_features, open_evaluator
+        from torch_utils.misc import configure_backends
+        from training.scoring import network_features
 
         if len(seeds) < 2:
             raise ValueError(f"--seeds: {len(seeds)} image, at least 2 needed")
@@ -235,14 +224,10 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
 
             points = sweep_points(steps, alpha, bits)
             sampler = open_sampler(points[0])
-            _use_kernels("fp32")
-            with console.timed("detector and reference"):
-                evaluator = open_evaluator(detector, ref_path, metrics, chosen_device,
-                                           {network: sampler}, batch=batch, workers=workers)
-            _warn_if_few(len(seeds), evaluator.detector.name, metrics)
-
             default = None if is_url(network) else Path(network).parent / _JSONL
-            log = ScoreLog(evaluator, Path(out) if out else default)
+            scores = _Scores(detector, ref_path, metrics, chosen_device, {network: sampler},
+                             len(seeds), batch=batch, workers=workers,
+                             path=Path(out) if out else default)
             span = max(seeds) - min(seeds) + 1
             for point, i in itertools.product(points, range(ranges)):
                 own = [seed + i * span for seed in seeds]
@@ -250,16 +235,15 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                 job = _Job(network, text, network + point.suffix)
                 if i == 0 and point is not points[0]:
                     sampler = open_sampler(point)
-                _use_kernels(sampling["precision"])
+                configure_backends(sampling["precision"])
                 with console.timed("samples and features"):
-                    found = network_features(sampler, own, evaluator.detector, metrics=metrics,
+                    found = network_features(sampler, own, scores.detector, metrics=metrics,
                                              batch=batch, title=job.label)
-                _use_kernels("fp32")
+                configure_backends("fp32")
                 facts = {"network": network, "num": len(own), "seeds": format_ranges(own),
                          "sampler": sampler.settings}
-                _report(log, job, _values_of(evaluator, found), facts,
-                        alone=len(points) * ranges == 1)
-            _print_table(log)
+                scores.add(job, found, facts, is_only=len(points) * ranges == 1)
+            scores.print_table()
 
 
 @main.command(context_settings={"show_default": True})
@@ -279,6 +263,7 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
         from metrics.evaluator import dataset_reference
         from metrics.references import save_reference
         from torch_utils import distributed as dist
+        from torch_utils.misc import configure_backends
 
         name, _ = describe_detector(detector)
         with dist.process_group(device) as chosen_device:
@@ -287,7 +272,7 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
                 if len(dataset) < 2:
                     raise ValueError(f"{data}: {len(dataset)} image, at least 2 needed")
                 built = build_detector(detector, chosen_device)
-            _use_kernels("fp32")
+            configure_backends("fp32")
             _warn_if_few(len(dataset), name, ("fid",))
             with console.timed("features"):
                 reference = dataset_reference(dataset, built, with_features=features, batch=batch,
@@ -312,10 +297,59 @@ def _check_reference_given(ref_path: str | None, metrics: tuple[str, ...]) -> No
                         "needed by " + ", ".join(m for m in metrics if m != "is"), BAD_USAGE)
 
 
-def _use_kernels(precision: str) -> None:
-    from torch_utils.misc import configure_backends
+class _Scores:
+    """The scores of one command, against one reference: computed, printed and recorded.
 
-    configure_backends(precision)
+    Args:
+        detector, ref_path, metrics, device, sets, batch, workers: see `open_evaluator`.
+        num: how many images each score is of.
+        path: the file that gets a JSON line a score; None for none.
+    """
+
+    def __init__(self, detector: str, ref_path: str | None, metrics: tuple[str, ...], device,
+                 sets: dict, num: int, *, batch: int, workers: int, path: Path | None):
+        from metrics.score_log import ScoreLog
+        from torch_utils.distributed import get_rank
+        from torch_utils.misc import configure_backends
+        from training.scoring import open_evaluator
+
+        configure_backends("fp32")
+        with console.timed("detector and reference"):
+            self._evaluator = open_evaluator(detector, ref_path, metrics, device, sets,
+                                             batch=batch, workers=workers)
+        self.detector = self._evaluator.detector
+        self._log, self._is_rank0 = ScoreLog(self._evaluator, path), get_rank() == 0
+        _warn_if_few(num, self.detector.name, metrics)
+
+    def add(self, job: _Job, found, facts: dict, *, is_only: bool) -> None:
+        """Scores the features of a job, prints its distance as the references do, and records all.
+
+        Args:
+            job: the images.
+            found: their features.
+            facts: what else the record says of them.
+            is_only: this is the command's only score.
+        """
+        from metrics.score_log import Score
+
+        with console.timed("distances"):
+            values = self._evaluator.evaluate(found)
+        if not self._is_rank0:
+            return
+        self._log.add(Score(job.label, job.group, values), facts)
+        if "fid" in values:
+            text = f"{values['fid']:g}"
+            if self._log.distance_name != "FID":
+                text = f"{self._log.distance_name}: {text}"
+            if not is_only:
+                text = (f"path:{job.path}, {text}" if os.path.isdir(job.path)
+                        else f"{job.label}: {text}")
+            console.result(text)
+
+    def print_table(self) -> None:
+        """Prints all scores where there are several values."""
+        if self._is_rank0 and self._log.has_more_than_one_value:
+            console.result("\n" + self._log.table())
 
 
 def _warn_if_few(count: int, detector: str, metrics: tuple[str, ...]) -> None:
@@ -352,35 +386,6 @@ def _facts_of_images(path: str, dataset, seed: int) -> dict:
     with contextlib.suppress(OSError, ValueError, RecursionError):  # not a folder of generate.py
         facts["sampler"] = json.loads(Path(path, GENERATE_RECORD).read_text(encoding="utf-8"))
     return facts
-
-
-def _values_of(evaluator, found) -> dict[str, float]:
-    with console.timed("distances"):
-        return evaluator.evaluate(found)
-
-
-def _report(log: "ScoreLog", job: _Job, values: dict, facts: dict, alone: bool) -> None:
-    """Prints the Frechet distance as the references do, and records all values."""
-    from metrics.score_log import Score
-    from torch_utils.distributed import get_rank
-
-    if get_rank() != 0:
-        return
-    log.add(Score(job.label, job.group, values), facts)
-    if "fid" in values:
-        text = f"{values['fid']:g}"
-        if log.distance_name != "FID":
-            text = f"{log.distance_name}: {text}"
-        if not alone:
-            text = f"path:{job.path}, {text}" if os.path.isdir(job.path) else f"{job.label}: {text}"
-        console.result(text)
-
-
-def _print_table(log: "ScoreLog") -> None:
-    from torch_utils.distributed import get_rank
-
-    if get_rank() == 0 and log.has_more_than_one_value:
-        console.result("\n" + log.table())
 
 
 def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: float,

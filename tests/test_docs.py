@@ -312,7 +312,8 @@ def test_migration_names_every_flag_and_existing_imports():
             missing = {flag for flag in flags if f"`{flag}`" not in parts[script]
                        and f"{each.name} {flag}`" not in parts[script]}
             assert not missing, f"{script}: {missing}"
-    here = [row.split("|")[2] for row in parts["Imports"].splitlines() if row.startswith("| `")]
+    rows = parts["Where it is in EDM, where it is here"].splitlines()
+    here = [row.split("|")[2] for row in rows if row.startswith("| `")]
     names = re.findall(r"`((?:dnnlib|images|pfgmpp|metrics|training)\.\w+)\.(\w+)`", " ".join(here))
     assert len(names) > 15
     for module, name in names:
