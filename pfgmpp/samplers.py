@@ -18,10 +18,9 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
 
-from images.scaling import EIGHT_BIT, default_scaling
+from images.scaling import EIGHT_BIT
 from pfgmpp.kernel import PerturbationKernel, per_image
 from pfgmpp.networks import Precond
 from pfgmpp.schedules import edm_sigmas, make_schedule, sigma_grid
@@ -180,16 +179,14 @@ def ablation_sampler(
     return SOLVERS[solver](denoise, start, times, before_step, schedule_slope(path))
 
 
-def _prior(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Returns the state at the highest level; beyond float32 it saturates, as noise does."""
-    return (latents.to(torch.float64) * sigma).clamp(-_FLOAT32_MAX, _FLOAT32_MAX)
-
-
 def _start(
     latents: torch.Tensor, sigma: torch.Tensor, init: torch.Tensor | None
 ) -> torch.Tensor:
-    """Returns the state at the highest level, around `init` where there is one."""
-    noise = _prior(latents, sigma)
+    """Returns the state at the highest level, around `init` where there is one.
+
+    Noise beyond float32 saturates, as that of the kernel does.
+    """
+    noise = (latents.to(torch.float64) * sigma).clamp(-_FLOAT32_MAX, _FLOAT32_MAX)
     return noise if init is None else init.to(torch.float64) + noise
 
 
@@ -343,11 +340,3 @@ def trajectory(
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Returns clip(x*127.5 + 128, 0, 255) truncated to uint8."""
     return EIGHT_BIT.to_data(images)
-
-
-def from_data(images: np.ndarray) -> torch.Tensor:
-    """Returns images of which no scale is recorded as networks see them, float32 on the CPU.
-
-    uint8 becomes x/127.5 - 1; floating-point images are in their own scale, about [-1, 1], already.
-    """
-    return default_scaling(images.dtype).to_network(torch.from_numpy(np.ascontiguousarray(images)))

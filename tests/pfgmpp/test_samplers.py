@@ -8,6 +8,7 @@ import scipy.stats
 import torch
 from host_reads import HostReads
 
+from images.scaling import default_scaling
 from pfgmpp.kernel import PerturbationKernel
 from pfgmpp.networks import EDMPrecond
 from pfgmpp.samplers import (
@@ -15,7 +16,6 @@ from pfgmpp.samplers import (
     StackedRandomGenerator,
     draw_latents,
     edm_sampler,
-    from_data,
     generate_images,
     to_uint8,
 )
@@ -365,12 +365,14 @@ def test_little_noise_keeps_the_given_image_and_much_forgets_it(D, settings):
 
 def test_images_of_a_data_set_are_scaled_by_their_type():
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
-    assert torch.equal(to_uint8(from_data(pixels)), torch.from_numpy(pixels))
-    assert from_data(pixels).flatten()[[0, -1]].tolist() == [-1, 1]
+    seen = default_scaling(pixels.dtype).to_network(torch.from_numpy(pixels))
+    assert torch.equal(to_uint8(seen), torch.from_numpy(pixels))
+    assert seen.flatten()[[0, -1]].tolist() == [-1, 1]
     for dtype in (np.float32, np.float64):
         values = np.linspace(-3, 3, 12, dtype=dtype).reshape(1, 3, 2, 2)
-        assert from_data(values).dtype == torch.float32
-        np.testing.assert_allclose(from_data(values), values, rtol=1e-7)
+        seen = default_scaling(dtype).to_network(torch.from_numpy(values))
+        assert seen.dtype == torch.float32
+        np.testing.assert_allclose(seen, values, rtol=1e-7)
 
 
 @pytest.mark.long
