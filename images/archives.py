@@ -6,6 +6,7 @@ extracted, and what they unpack to is bounded.
 """
 
 import contextlib
+import functools
 import gzip
 import tarfile
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from dnnlib import plain_pickle
-from images.image_files import DAMAGE, name_problem
+from images.image_files import DAMAGE, error_prefix, name_problem
 
 CIFAR10_SIZE, MNIST_SIZE = 50_000, 60_000  # training images
 MNIST_IMAGES, MNIST_LABELS = "-images-idx3-ubyte.gz", "-labels-idx1-ubyte.gz"
@@ -86,7 +87,7 @@ def open_lmdb(path: Path) -> Iterator[tuple[int, Iterator[tuple[str, bytes]]]]:
     """Yields the number of entries and an iterator over (key, value) in the order of the keys.
 
     Raises:
-        OSError: it can't be read, or the package `lmdb` isn't there.
+        OSError: it can't be read, or the package `lmdb` isn't installed.
     """
     try:
         import lmdb
@@ -95,14 +96,11 @@ def open_lmdb(path: Path) -> Iterator[tuple[int, Iterator[tuple[str, bytes]]]]:
     try:
         with lmdb.open(str(path), readonly=True, lock=False, create=False) as database, \
                 database.begin() as transaction:
-            yield transaction.stat()["entries"], _lmdb_items(transaction)
+            yield transaction.stat()["entries"], (
+                (key.decode("ascii", "backslashreplace"), value)
+                for key, value in transaction.cursor())
     except lmdb.Error as error:
         raise OSError(f"{path}: can't be read as an LMDB database ({error})") from error
-
-
-def _lmdb_items(transaction: Any) -> Iterator[tuple[str, bytes]]:
-    for key, value in transaction.cursor():
-        yield key.decode("ascii", "backslashreplace"), value
 
 
 @contextlib.contextmanager
@@ -135,18 +133,13 @@ class _Bounded:
         self._check(position)
         return self._file.seek(position)
 
-    def drain(self) -> None:
-        """Reads to the end, where gzip compares its checksum."""
-        while self.read(_MAX_READ):
-            pass
-
     def _check(self, position: int) -> None:
         if not position <= _MAX_BYTES:
             raise ValueError(f"unpacks to more than the {_MAX_BYTES} bytes allowed")
 
 
 def _read_members(path: Path, wanted: set[str]) -> dict[str, bytes]:
-    """Returns the files called so in a .tar.gz; every other member is looked at and passed over."""
+    """Returns the wanted files of a .tar.gz; every other member is checked and passed over."""
     found, names = {}, set()
     with gzip.open(path) as unpacked:
         file = _Bounded(unpacked)
@@ -159,13 +152,11 @@ def _read_members(path: Path, wanted: set[str]) -> dict[str, bytes]:
                 if len(names) > _MAX_MEMBERS:
                     raise ValueError(f"has more than {_MAX_MEMBERS} members")
                 if member.name in wanted:
-                    found[member.name] = _read_slowly(tar.extractfile(member))
-        file.drain()
+                    read = functools.partial(tar.extractfile(member).read, _MAX_READ)
+                    found[member.name] = b"".join(iter(read, b""))
+        while file.read(_MAX_READ):  # to the end, where gzip compares its checksum
+            pass
     return found
-
-
-def _read_slowly(file: IO[bytes]) -> bytes:
-    return b"".join(iter(lambda: file.read(_MAX_READ), b""))
 
 
 def _shown(member: tarfile.TarInfo) -> str:
@@ -173,8 +164,7 @@ def _shown(member: tarfile.TarInfo) -> str:
 
 
 def _check_member(member: tarfile.TarInfo) -> None:
-    problem = name_problem(member.name)
-    if problem:
+    if problem := name_problem(member.name):
         raise ValueError(f"{_shown(member)} {problem}")
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
         raise ValueError(f"{_shown(member)} is a link or special file")
@@ -184,12 +174,10 @@ def _check_member(member: tarfile.TarInfo) -> None:
 
 
 def _plain_dict(name: str, data: bytes) -> dict[str, Any]:
-    try:
+    with error_prefix(f"{name}: "):
         content = plain_pickle.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{name}: not a dict")
+        if not isinstance(content, dict):
+            raise ValueError("not a dict")
     return {key.decode("latin-1") if isinstance(key, bytes) else key: value
             for key, value in content.items()}
 
@@ -198,23 +186,21 @@ def _cifar10_batch(name: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Returns images [n, 3072] and labels [n]."""
     content = _plain_dict(name, data)
     pixels, labels = content.get("data"), content.get("labels")
-    if not (isinstance(pixels, plain_pickle.ByteArray) and isinstance(labels, list)
-            and all(type(label) is int for label in labels)):
-        raise ValueError(f'{name}: has no "data" that is an array and "labels" that are integers')
-    try:
+    with error_prefix(f"{name}: "):
+        if not (isinstance(pixels, plain_pickle.ByteArray) and isinstance(labels, list)
+                and all(type(label) is int for label in labels)):
+            raise ValueError('has no "data" that is an array and "labels" that are integers')
         images = pixels.numpy()
         _check_labels(labels, len(images) if images.ndim else 0)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    if images.ndim != 2 or images.shape[1] != 3 * 32 * 32:
-        raise ValueError(f"{name}: has data of shape {list(images.shape)}, expected [n, 3072]")
+        if images.ndim != 2 or images.shape[1] != 3 * 32 * 32:
+            raise ValueError(f"has data of shape {list(images.shape)}, expected [n, 3072]")
     return images, np.array(labels, np.int64)
 
 
 def _cifar10_names(data: bytes) -> list[str]:
-    names = _plain_dict(_CIFAR10_NAMES, data).get("label_names")
-    names = names if isinstance(names, list) else []
-    names = [name.decode("latin-1") if isinstance(name, bytes) else name for name in names]
+    found = _plain_dict(_CIFAR10_NAMES, data).get("label_names")
+    names = [name.decode("latin-1") if isinstance(name, bytes) else name
+             for name in (found if isinstance(found, list) else [])]
     if len(names) != _NUM_CLASSES or not all(isinstance(name, str) for name in names):
         raise ValueError(f'{_CIFAR10_NAMES}: has no {_NUM_CLASSES} "label_names"')
     return [ascii(name)[1:-1] for name in names]

@@ -40,6 +40,7 @@ from images.image_files import (
     DAMAGE,
     LABELS_NAME,
     ImageFormat,
+    error_prefix,
     is_array,
     picture_format,
 )
@@ -54,23 +55,14 @@ _TWINS = {"MPO": "JPEG", "DIB": "BMP"}  # formats that another one's extension m
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How every image is converted.
+    """How every image is converted."""
 
-    Attributes:
-        transform: how to crop, a key of `_TRANSFORMS`.
-        size: width and height to resize to; None keeps them.
-        background: what transparent images lie on.
-        first_frame: whether to take the first frame of animations.
-        scale: the rule of `scaling.scaling_by`; None makes all images 8-bit.
-        flag: what errors call the rule.
-    """
-
-    transform: str | None
-    size: tuple[int, int] | None  # width, height
-    background: tuple[int, int, int]
-    first_frame: bool
-    scale: str | tuple[float, float] | None = None
-    flag: str = "--scale"
+    transform: str | None  # how to crop, a key of `_TRANSFORMS`
+    size: tuple[int, int] | None  # width and height to resize to; None keeps them
+    background: tuple[int, int, int]  # the colour behind transparent images
+    first_frame: bool  # whether to take the first frame of animations
+    scale: str | tuple[float, float] | None = None  # for `scaling_by`; None makes all images 8-bit
+    flag: str = "--scale"  # what errors call the rule of scaling
 
 
 class Converted(NamedTuple):
@@ -96,10 +88,8 @@ def convert_image(item: Item, settings: Settings) -> Converted:
     if not (is_array(item.name) or content.startswith(array_files.MAGIC)):
         decoded, file_format = _decode(item.name, content, settings.first_frame)
         return _convert_picture(item.name, decoded, file_format, settings)
-    try:
+    with error_prefix(f"{item.name}: "):
         values, _ = array_files.decode(content)
-    except ValueError as error:
-        raise ValueError(f"{item.name}: {error}") from error
     if values.dtype == np.uint8 and len(values) in (1, 3):
         pixels = values[0] if len(values) == 1 else values.transpose(1, 2, 0)
         return _convert_picture(item.name, PIL.Image.fromarray(pixels), None, settings)
@@ -113,10 +103,8 @@ def _convert_picture(name: str, decoded: PIL.Image.Image, file_format: str | Non
         values = np.asarray(decoded, _DEEP_MODES[decoded.mode])
         return _convert_values(name, values[None], settings)._replace(file_format=file_format)
     _refuse_scale(name, settings)
-    try:
+    with error_prefix(f"{name}: "):
         image = _to_8bit(decoded, settings.background)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
     image = _TRANSFORMS[settings.transform](image, settings.size)
     was_cmyk = decoded.mode == "CMYK"
     if image is None:
@@ -133,12 +121,10 @@ def _refuse_scale(name: str, settings: Settings) -> None:
 
 def _convert_values(name: str, values: np.ndarray, settings: Settings) -> Converted:
     """Returns values [C, H, W] as a .npy, as uint8, uint16 or float32."""
-    try:
+    with error_prefix(f"{name}: "):
         values = array_files.to_stored(_fit_values(values, settings))
         if values.dtype != np.uint8 and settings.scale is None:
             raise ValueError(f"holds {values.dtype}: give {settings.flag}=minmax, std or LO,HI")
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
     if values.dtype == np.uint8:
         _refuse_scale(name, settings)
     data = array_files.encode(values)
@@ -227,9 +213,12 @@ def _to_8bit(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Im
         return image.convert("L")
     if mode in ("P", "CMYK", "YCbCr", "RGBX"):
         return image.convert("RGB")
-    if mode in ("I", "I;16", "I;16L", "I;16B") and "transparency" not in image.info:
-        return _upper_byte(image)
-    raise ValueError(f"mode {mode} isn't supported; convert it to RGB")
+    if mode not in ("I", "I;16", "I;16L", "I;16B") or "transparency" in image.info:
+        raise ValueError(f"mode {mode} isn't supported; convert it to RGB")
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 0xFFFF:
+        raise ValueError("values beyond 16 bits aren't supported")
+    return PIL.Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
 def _composite(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Image.Image:
@@ -237,13 +226,6 @@ def _composite(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.
     rgb = PIL.Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
     is_gray = image.mode in ("1", "L", "LA") and len(set(background)) == 1
     return rgb.getchannel("R") if is_gray else rgb
-
-
-def _upper_byte(image: PIL.Image.Image) -> PIL.Image.Image:
-    pixels = np.asarray(image)
-    if pixels.min() < 0 or pixels.max() > 0xFFFF:
-        raise ValueError("values beyond 16 bits aren't supported")
-    return PIL.Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
 def _resize(image: PIL.Image.Image, size: tuple[int, int] | None) -> PIL.Image.Image:
@@ -261,8 +243,7 @@ def _center_crop(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Ima
     return _resize(image.crop((left, top, left + side, top + side)).convert("RGB"), size)
 
 
-def _center_crop_wide(image: PIL.Image.Image,
-                      size: tuple[int, int]) -> "PIL.Image.Image | None":
+def _center_crop_wide(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image | None:
     """Returns the central rows at the aspect of `size` as RGB, resized, on a black square.
 
     None for an image that would have to be enlarged.
@@ -339,7 +320,10 @@ class Outcome:
         """Counts an image that is written; raises ValueError if it is unlike the first."""
         if not self.num_images:
             self.first, self.format = result.name, result.format
-        _check_format(result.name, result.format, self.first, self.format)
+        if result.format != self.format:
+            raise ValueError(f"{result.name} is {result.format}, but {self.first} is "
+                             f"{self.format}; --transform=center-crop with --resolution makes all "
+                             "alike")
         self.num_images += 1
         if result.moments:
             self.moments = self.moments.merge(result.moments) if self.moments else result.moments
@@ -362,23 +346,15 @@ class Outcome:
     def settle_scaling(self, settings: Settings) -> None:
         """Makes the scaling of what was added; raises ValueError for a constant channel."""
         if self.moments:
-            try:
+            with error_prefix(settings.flag):
                 self.scaling = scaling_by(settings.scale, self.moments)
-            except ValueError as error:
-                raise ValueError(f"{settings.flag}{error}") from error
 
 
 class Conditions(NamedTuple):
-    """The condition images of a conversion.
-
-    Attributes:
-        source: where they are.
-        numbers: of the condition image of each image that is converted.
-        settings: how they are converted.
-    """
+    """The condition images of a conversion, and how they are converted."""
 
     source: Source
-    numbers: Sequence[int]
+    numbers: Sequence[int]  # the condition image of each image that is converted
     settings: Settings
 
 
@@ -421,10 +397,8 @@ def _convert_pair(items: tuple[Item, Item | None], settings: Settings,
     result = convert_image(item, settings)
     if condition is None or result.data is None:
         return result, None
-    try:
+    with error_prefix("--cond-source: "):
         return result, convert_image(condition, cond_settings)
-    except ValueError as error:
-        raise ValueError(f"--cond-source: {error}") from error
 
 
 def _file_name(number: int, result: Converted) -> str:
@@ -451,15 +425,8 @@ def _scale_entries(outcome: Outcome, settings: Settings, conditions: Conditions 
                     for key, scaling in scalings.items() if scaling)
 
 
-def _check_format(name: str, found: ImageFormat, first: str, wanted: ImageFormat) -> None:
-    if found != wanted:
-        raise ValueError(f"{name} is {found}, but {first} is {wanted}; --transform=center-crop "
-                         "with --resolution makes all alike")
-
-
-@contextlib.contextmanager
-def open_dest(path: Path) -> Iterator[Callable[[str, bytes], None]]:
-    """Yields a function that writes a file by name; `path` appears when the block ends well.
+def open_dest(path: Path) -> contextlib.AbstractContextManager[Callable[[str, bytes], None]]:
+    """Opens a function that writes a file by name; `path` appears when the block ends well.
 
     An earlier ZIP is replaced, an earlier folder must be empty.
 
@@ -468,9 +435,7 @@ def open_dest(path: Path) -> Iterator[Callable[[str, bytes], None]]:
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    opener = _write_zip if path.suffix.lower() == ".zip" else _write_folder
-    with opener(path) as write:
-        yield write
+    return _write_zip(path) if path.suffix.lower() == ".zip" else _write_folder(path)
 
 
 @contextlib.contextmanager

@@ -201,14 +201,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return EasyDict(raw_idx=raw_idx, xflip=int(mirrored[0]),
                         raw_label=self._labels[raw_idx].copy())
 
-    def image_name(self, idx: int) -> str:
-        """Returns the name of image `idx` inside the folder or ZIP."""
-        return self._names[self._kept[self.locate([idx])[0][0]]]
-
     @property
     def is_packed(self) -> bool:
         """Whether images come from an array instead of files."""
-        return all(stack.is_packed for stack in self._stacks)
+        return all(stack.packed is not None for stack in self._stacks)
 
     @property
     def all_names(self) -> Sequence[str]:
@@ -245,7 +241,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @property
     def class_numbers(self) -> np.ndarray:
-        """The class of each image, int64 [len]; for `has_onehot_labels` alone."""
+        """The class of each image, int64 [len]; only where `has_onehot_labels`."""
         return np.tile(self._labels[self._kept], self._copies)
 
     @functools.cached_property
@@ -274,7 +270,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @property
     def arrays(self) -> list[np.ndarray]:
-        """The packed images, [n, C, H, W], and condition images if read; where `is_packed`."""
+        """The packed images, [n, C, H, W], and condition images if read; only where `is_packed`."""
         return [stack.packed for stack in self._stacks]
 
     def locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

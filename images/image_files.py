@@ -28,7 +28,7 @@ GENERATE_RECORD = "generate.json"  # marks a folder of generated images
 PICTURES = "vis"  # its subfolder of grids and movies
 CONDITIONS = "cond/"  # begins the names of condition images
 ARRAY_SUFFIX = ".npy"
-MAX_CLASSES = 1 << 16  # a class number beyond is an identifier, not a class
+MAX_CLASSES = 1 << 16  # a larger number is an identifier, not a class
 # What Pillow and zipfile raise for a damaged file.
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error,
           zipfile.BadZipFile)
@@ -107,6 +107,15 @@ def check_matched(names: Sequence[str], found: Sequence[str | None], extra: Sequ
     if extra:
         raise ValueError(f"{where}: {extra[0]} is the condition of no image, and so are "
                          f"{len(extra)} files in all")
+
+
+@contextlib.contextmanager
+def error_prefix(text: str) -> Iterator[None]:
+    """Puts `text` before the message of a ValueError that is raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{text}{error}") from error
 
 
 def name_problem(name: str) -> str | None:

@@ -32,6 +32,7 @@ from images.image_files import (
     Folder,
     ImageFormat,
     check_file_size,
+    error_prefix,
     is_array,
     label_array,
     label_problem,
@@ -116,10 +117,8 @@ class _DataSet:
         """
         if LABELS_NAME not in self.files.names:
             return None
-        try:
+        with error_prefix(f"{LABELS_NAME}: "):
             content = self.item(LABELS_NAME).content()
-        except ValueError as error:
-            raise ValueError(f"{LABELS_NAME}: {error}") from error
         return parse_labels(content, LABELS_NAME)
 
 
@@ -177,9 +176,6 @@ def _decode_picture(content: bytes) -> PIL.Image.Image:
         problem = "not an image" if isinstance(error, PIL.UnidentifiedImageError) else error
         raise ValueError(f"can't be read: {problem}") from error
     return image
-
-
-# ------------------------------------------------------------------------------------- check
 
 
 class _Problems:
@@ -319,9 +315,6 @@ def _usual_label(labels: Iterable[Any]) -> Any:
             counts[form] += 1
             examples.setdefault(form, label)
     return examples[counts.most_common(1)[0][0]] if counts else None
-
-
-# -------------------------------------------------------------------------------------- show
 
 
 def pixel_statistics(path: Path, workers: int) -> tuple[Moments, Scaling]:

@@ -1,7 +1,7 @@
 """The images of one format in a folder or ZIP by number: from their files, or from a packed copy.
 
-A packed copy is one .npy of all images, [n, C, H, W] uint8, uint16 or float32, that every process
-maps.
+A packed copy is one .npy of all images, [n, C, H, W] uint8, uint16 or float32, which every process
+maps into its memory.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ class UniformImages:
     Args:
         path: what errors call the folder or ZIP.
         files: its files.
-        names: those of the images, in order.
-        kept: the numbers of those that are used, rising; rows count them.
+        names: the names of the images, in order.
+        kept: the numbers of the images that are used, rising; rows count them.
 
     Raises:
         ValueError: the first image can't be read, or is of a format that networks don't take.
@@ -48,24 +48,14 @@ class UniformImages:
         if not self.format.channels:
             raise ValueError(f"{self.where(0)} is {self.format}; images must be gray (L) or RGB, "
                              "or arrays (.npy): convert them with dataset_tool.py")
-        self._packed: np.ndarray | None = None  # [len(kept), C, H, W]
+        self.packed: np.ndarray | None = None  # the packed copy, [len(kept), C, H, W]
         self._packed_path: Path | None = None
 
     def get(self, rows: np.ndarray) -> np.ndarray:
         """Returns images [B, C, H, W] in the type of their format, copied."""
-        if self._packed is not None:
-            return self._packed[rows]
-        return self.decode_batch(self._kept[rows])
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether images come from an array instead of files."""
-        return self._packed is not None
-
-    @property
-    def packed(self) -> np.ndarray | None:
-        """The packed copy, [rows, C, H, W]; None where there is none."""
-        return self._packed
+        if self.packed is not None:
+            return self.packed[rows]
+        return self.get_batch(self._kept[rows])[0]
 
     def where(self, number: int) -> str:
         """Returns what errors call an image, by its number among all names."""
@@ -84,12 +74,12 @@ class UniformImages:
             for number in progress.over(self._kept):
                 look(number)
 
-    def decode_batch(self, numbers: Sequence[int]) -> np.ndarray:
+    def get_batch(self, numbers: Sequence[int]) -> tuple[np.ndarray]:
         """Returns images by their numbers among all names, from their files."""
         images = np.empty([len(numbers), *self.format.shape], self.format.dtype)
         for image, number in zip(images, numbers, strict=True):
             image[:] = self._decode(number)
-        return images
+        return (images,)
 
     @contextlib.contextmanager
     def _open_image(self, number: int) -> Iterator[IO[bytes]]:
@@ -128,18 +118,16 @@ class UniformImages:
         self._check_format(number, image_format)
         return pixels
 
-    # ------------------------------------------------------------------- the packed copy
-
     def open_packed(self, path: Path, title: str) -> None:
-        """Maps the packed copy at `path`, which is made where there is none that is whole."""
+        """Maps the packed copy at `path`, which is written first if it is missing or damaged."""
         with rank0_first():
-            self._packed = self._map_packed(path)
-            if self._packed is None:
+            self.packed = self._map_packed(path)
+            if self.packed is None:
                 try:
                     self._write_packed(path, title)
-                    self._packed = self._map_packed(path)
+                    self.packed = self._map_packed(path)
                 except OSError as error:  # damaged images are ValueErrors
-                    self._packed = np.concatenate(list(self._decode_all(title)))
+                    self.packed = np.concatenate(list(self._decode_all(title)))
                     if get_rank() == 0:
                         warnings.warn(f"{path} can't be written ({error}): every process keeps "
                                       "the images in its own memory", stacklevel=4)
@@ -147,7 +135,7 @@ class UniformImages:
         self._packed_path = path
 
     def _map_packed(self, path: Path) -> np.ndarray | None:
-        """Returns the memory-mapped copy, or None where it is missing or isn't whole."""
+        """Returns the memory-mapped copy, or None where it is missing or not whole."""
         try:
             with open(path, "rb") as file:
                 read_npy_header(file)  # whose errors are ValueErrors, unlike those of np.load
@@ -174,25 +162,15 @@ class UniformImages:
         batches = np.split(self._kept, range(size, len(self._kept), size))
         workers = num_cores() if len(self._kept) >= _PACK_ALONE else 0
         with Progress(len(self._kept), f"Packing {title}", delay=1) as progress:
-            for images, in read_in_processes(_FromFiles(self), batches, workers=workers):
+            for images, in read_in_processes(self, batches, workers=workers):
                 yield images.numpy()
                 progress.update(len(images))
 
     def __getstate__(self) -> dict[str, Any]:
         # A mapped copy is mapped anew by the process that unpickles.
-        return self.__dict__ | ({"_packed": None} if self._packed_path else {})
+        return self.__dict__ | ({"packed": None} if self._packed_path else {})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._packed_path:
-            self._packed = np.load(self._packed_path, mmap_mode="r").view(np.ndarray)
-
-
-class _FromFiles:
-    """Images by their number among all names, from their files."""
-
-    def __init__(self, stack: UniformImages):
-        self._stack = stack
-
-    def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray]:
-        return (self._stack.decode_batch(indices),)
+            self.packed = np.load(self._packed_path, mmap_mode="r").view(np.ndarray)

@@ -70,7 +70,7 @@ def test_pixels_are_pillows_in_the_order_of_sorted_names(tmp_path, write, channe
     dataset = ImageFolderDataset(write(tmp_path / "my.zip", {**files, "notes.txt": b"x"}))
     assert (dataset.name, dataset.image_shape) == ("my", [channels, 8, 8])
     assert (dataset.num_channels, dataset.resolution) == (channels, 8)
-    assert [dataset.image_name(i) for i in range(len(dataset))] == NAMES
+    assert list(dataset.all_names) == NAMES and len(dataset) == len(NAMES)
     for (image, label), data in zip(dataset, files.values(), strict=True):
         pixels = np.asarray(PIL.Image.open(io.BytesIO(data)))
         assert np.array_equal(image, pixels[None] if channels == 1 else np.moveaxis(pixels, 2, 0))
@@ -125,11 +125,11 @@ def test_xflip_appends_a_mirrored_copy():
 
 def test_labels_of_a_subset_are_those_of_its_images():
     whole = ImageFolderDataset(EMOJI, use_labels=True)
-    by_name = {whole.image_name(i): whole.get_label(i) for i in range(len(whole))}
+    by_name = {name: whole.get_label(i) for i, name in enumerate(whole.all_names)}
     part = ImageFolderDataset(EMOJI, use_labels=True, max_size=20, random_seed=1)
     _, labels = part.get_batch(range(20))
     for i, label in enumerate(labels):
-        assert np.array_equal(label, by_name[part.image_name(i)])
+        assert np.array_equal(label, by_name[part.all_names[part.get_details(i).raw_idx]])
     assert len({label.argmax() for label in labels}) > 1
 
 
