@@ -85,9 +85,9 @@ def split_conditions(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def match_names(names: Sequence[str], others: Sequence[str]) -> tuple[list[str | None], list[str]]:
-    """Returns for each name that of `others` which is equal but for the extension, or None.
+    """Returns the partner of each name among `others`, or None, and the others left over.
 
-    And those of `others` that belong to none.
+    Partners have the same name except for the extension.
     """
     by_stem = {}
     extra = [other for other in others
@@ -99,7 +99,7 @@ def match_names(names: Sequence[str], others: Sequence[str]) -> tuple[list[str |
 
 def check_matched(names: Sequence[str], found: Sequence[str | None], extra: Sequence[str],
                   where: str) -> None:
-    """Raises ValueError, naming the first, where `match_names` left any over."""
+    """Raises ValueError if `match_names` left any over, and names the first."""
     missing = [name for name, other in zip(names, found, strict=True) if other is None]
     if missing:
         raise ValueError(f"{where}: no condition image for {missing[0]}; {len(missing)} of "
@@ -148,11 +148,9 @@ def check_file_size(size: int) -> None:
 
 
 def parse_labels(text: bytes, where: str) -> dict[str, Any] | None:
-    """Returns the labels of a `dataset.json` by image name, or None where it holds none.
+    """Returns the labels of a `dataset.json` by image name, or None if it has no labels.
 
-    Args:
-        text: the file's bytes.
-        where: what to call the file in an error.
+    Errors call the file `where`.
 
     Raises:
         ValueError: it isn't JSON of the expected form, or names an image twice.
@@ -229,9 +227,9 @@ def label_problem(label: Any, first: Any) -> str | None:
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """Inside, Python does not look for garbage.
+    """Keeps Python from looking for garbage inside.
 
-    Of a million names and labels there is none, and looking takes a third of the time.
+    A million names and labels hold none, and looking takes a third of the time.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -257,7 +255,7 @@ def open_files(path: Path) -> "Folder | Zip":
 
 
 class Folder:
-    """The files below a folder by their '/'-separated names; `stamp` tells a change of content."""
+    """The files below a folder by their '/'-separated names; `stamp` changes with the content."""
 
     def __init__(self, path: Path):
         def refuse(error):

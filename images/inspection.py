@@ -1,8 +1,8 @@
 """A data set looked at as a whole: what is wrong with it, the statistics of its pixels, a picture.
 
-Every image is decoded once, by several processes, and nothing of it is kept but its format and the
-moments of its channels, which are merged in the order of the images: the statistics don't depend on
-the number of processes.
+Every image is decoded once, by several processes. Only its format and the moments of its channels
+are kept. They are merged in the order of the images, so the statistics don't depend on the number
+of processes.
 """
 
 import collections
@@ -258,13 +258,13 @@ def _check_conditions(data: _DataSet, report: Report) -> list[_Problems]:
 
 
 def _check_scales(data: _DataSet, report: Report) -> _Problems:
-    """Returns whether the scalings in dataset.json are not those of such images."""
+    """Returns what is wrong with the scalings in dataset.json."""
     problems = _Problems()
     for image_format, key in ((report.format, "scale"), (report.cond_format, "cond_scale")):
         try:
             _ = image_format and data.scaling(image_format, key)
         except ValueError as error:
-            if f'"{key}"' in str(error):  # what is no JSON is told with the labels
+            if f'"{key}"' in str(error):  # a file that isn't JSON is reported with the labels
                 problems.add(len(data.files.names), str(error))
     return problems
 

@@ -21,6 +21,7 @@ from images.image_files import (
     Folder,
     ImageFormat,
     Zip,
+    error_prefix,
     parse_json,
 )
 
@@ -33,20 +34,15 @@ _MAX_CHANNELS = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """An affine map of each channel, or one for all.
-
-    Attributes:
-        center: what becomes 0, [1] or [C].
-        spread: what becomes 1 after that, [1] or [C].
-        is_8bit: whether data are whole numbers from 0 to 255.
+    """An affine map of each channel, or one for all channels.
 
     Raises:
         ValueError: numbers that are not finite, or spreads that are not positive.
     """
 
-    center: tuple[float, ...]
-    spread: tuple[float, ...]
-    is_8bit: bool = False
+    center: tuple[float, ...]  # what becomes 0, [1] or [C]
+    spread: tuple[float, ...]  # what becomes 1 after that, [1] or [C]
+    is_8bit: bool = False  # whether the data are whole numbers from 0 to 255
 
     def __post_init__(self):
         object.__setattr__(self, "center", tuple(map(float, self.center)))
@@ -87,7 +83,7 @@ class Scaling:
         return EIGHT_BIT.to_data(self.to_network(torch.from_numpy(values))).numpy()
 
     def check_channels(self, channels: int) -> None:
-        """Raises ValueError where this is not a scaling of so many channels."""
+        """Raises ValueError if this is not a scaling of so many channels."""
         if len(self.center) not in (1, channels):
             raise ValueError(f"is of {len(self.center)} channels, the data have {channels}")
 
@@ -127,7 +123,7 @@ _UNSCALED = {"uint8": EIGHT_BIT, "uint16": Scaling((32767.5,), (32767.5,)),
 
 
 def default_scaling(dtype: Any) -> Scaling:
-    """Returns the scaling of data of this NumPy type of which no other is recorded."""
+    """Returns the scaling of data of this NumPy type for which none is recorded."""
     return _UNSCALED[str(np.dtype(dtype)) if np.dtype(dtype).kind == "u" else "float32"]
 
 
@@ -136,14 +132,11 @@ def recorded_scaling(
 ) -> Scaling:
     """Returns the scaling of the images of a data set, or of a folder that generate.py filled.
 
-    Args:
-        files: of the data set.
-        image_format: of its images; 8-bit images have the one scaling that there is.
-        key: under which dataset.json or generate.json has it.
-        path: what errors call the data set.
+    dataset.json or generate.json has it under `key`, except for 8-bit images, of which there is
+    only one. `path` is what errors call the data set.
 
     Raises:
-        ValueError: there is none that is valid, or of other channels.
+        ValueError: the recorded scaling is invalid, or of another number of channels.
     """
     for name in (LABELS_NAME, GENERATE_RECORD):
         if image_format.dtype == "uint8" or name not in files.names:
@@ -155,11 +148,9 @@ def recorded_scaling(
         except DAMAGE as error:
             raise ValueError(f"{where} can't be read: {error}") from error
         if isinstance(record, dict) and record.get(key) is not None:
-            try:
+            with error_prefix(f'{where}: "{key}" '):
                 scaling = Scaling.from_dict(record[key])
                 scaling.check_channels(image_format.channels)
-            except ValueError as error:
-                raise ValueError(f'{where}: "{key}" {error}') from error
             return scaling
     return default_scaling(image_format.dtype)
 

@@ -9,8 +9,8 @@
 | array | a file *.npy of [n, H, W] or [n, C, H, W] | none |
 | folder | any other folder | dataset.json, else the folders at its top |
 
-Images are named and counted here, and read one after the other when they are needed; none but
-those of CIFAR-10 and MNIST, a fixed size, are ever held.
+Images are named and counted here, and read one after the other when they are needed. Only those of
+CIFAR-10 and MNIST, whose size is fixed, are kept in memory.
 """
 
 import collections
@@ -32,6 +32,7 @@ from images.image_files import (
     LABELS_NAME,
     check_file_size,
     check_matched,
+    error_prefix,
     is_array,
     is_image,
     label_array,
@@ -66,29 +67,17 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass
 class Source:
-    """Images to convert, numbered from 0 in their order.
-
-    Attributes:
-        num_images: how many there are.
-        names: their names; None where they are known only after reading.
-        read: yields the images of these rising numbers.
-        labels: returns the labels of the first n images; None where there are none.
-        class_names: what the classes are called in the source.
-        num_others: files that aren't images.
-        num_conditions: condition images of the source, which are not taken along.
-        links: folders that are symbolic links, which aren't followed.
-        note: what a user may not expect.
-    """
+    """Images to convert, numbered from 0 in their order."""
 
     num_images: int
-    names: Sequence[str] | None
-    read: Callable[[Iterable[int]], Iterator[Item]]
-    labels: Callable[[int], list[Any]] | None = None
-    class_names: Sequence[str] | None = None
-    num_others: int = 0
-    num_conditions: int = 0
-    links: Sequence[str] = ()
-    note: str = ""
+    names: Sequence[str] | None  # None where they are known only after reading
+    read: Callable[[Iterable[int]], Iterator[Item]]  # yields the images of these rising numbers
+    labels: Callable[[int], list[Any]] | None = None  # of the first n images; None without labels
+    class_names: Sequence[str] | None = None  # as the source calls them
+    num_others: int = 0  # files that aren't images
+    num_conditions: int = 0  # condition images, which are not taken along
+    links: Sequence[str] = ()  # folders that are symbolic links, which aren't followed
+    note: str = ""  # what a user may not expect
 
 
 @contextlib.contextmanager
@@ -225,7 +214,7 @@ def _open_zip(path: Path) -> Iterator[Source]:
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
-    """Raises ValueError for names that lead elsewhere or are there twice, and for links."""
+    """Raises ValueError for names that lead elsewhere or occur twice, and for links."""
     for info in archive.infolist():
         problem = name_problem(info.filename)
         if stat.S_ISLNK(info.external_attr >> 16):
@@ -240,24 +229,18 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
 
 @contextlib.contextmanager
 def _open_array(path: Path) -> Iterator[Source]:
-    try:
+    with error_prefix(f"{path}: "):
         stack = array_files.open_stack(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    names = _numbered(len(stack))
+    names = [f"image {i}" for i in range(len(stack))]
     yield Source(len(stack), names, lambda numbers: (
         Item(names[i], array_files.encode(stack[i])) for i in numbers))
 
 
-def _numbered(num: int) -> list[str]:
-    return [f"image {i}" for i in range(num)]
-
-
 def _of_arrays(arrays: archives.Arrays, name: str, expected: int) -> Source:
-    """Returns a source of images that are held; they are called image 0, image 1, ..."""
+    """Returns a source of images in memory."""
     num = len(arrays.images)
     note = "" if num == expected else f"{name} has {expected} training images, this file {num}"
-    names = _numbered(num)
+    names = [f"image {i}" for i in range(num)]
     return Source(num, names, lambda numbers: (Item(names[i], arrays.images[i]) for i in numbers),
                   lambda num: arrays.labels[:num].tolist(), arrays.class_names, note=note)
 
