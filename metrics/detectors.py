@@ -18,23 +18,15 @@ MAX_PIXEL_FEATURES = 3 * 64 * 64
 
 
 class Detector:
-    """A callable from images [B, C, H, W], uint8 or float32, to float features [B, feature_dim].
+    """A callable from images [B, C, H, W], uint8 or float32, to float features [B, feature_dim]."""
 
-    Attributes:
-        name: what statistics files call it.
-        distance_name: what a Frechet distance between its features is called.
-        weights_sha256: of the weight file; None where there is none.
-        feature_dim: length of a feature vector; None where the first batch decides.
-        device: where the features are computed and returned.
-    """
-
-    name: str
-    distance_name: str
-    weights_sha256: str | None = None
-    feature_dim: int | None = None
+    name: str  # what statistics files call it
+    distance_name: str  # what a Frechet distance between its features is called
+    weights_sha256: str | None = None  # of the weight file, if there is one
+    feature_dim: int | None = None  # length of a feature vector; None where the first batch decides
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self.device = torch.device(device)
+        self.device = torch.device(device)  # where features are computed and returned
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the features; an empty batch is allowed and gives [0, feature_dim].
@@ -46,7 +38,7 @@ class Detector:
 
     @classmethod
     def check_kind(cls, channels: int, is_8bit: bool) -> None:
-        """Raises ValueError where the detector can't take images of this kind."""
+        """Raises ValueError if the detector can't take images of this kind."""
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Returns unnormalised log probabilities of classes [B, classes] from features.
@@ -60,12 +52,8 @@ class Detector:
 class Inception(Detector):
     """The 2048 pooled features of Inception-v3, which FID is defined by.
 
-    Other weights of the same graph are allowed, but then neither the features nor the distance are
-    called by these names.
-
-    Args:
-        device: where to compute.
-        path: a local file of weights; None for the cached download.
+    Other weights of the same graph are allowed, from a local file at `path`, but then neither the
+    features nor the distance are called by these names.
     """
 
     name = "inception"
@@ -102,7 +90,8 @@ class Inception(Detector):
 class Pixels(Detector):
     """The pixels themselves, flattened: x/127.5 - 1 of 8 bits, else as networks see them.
 
-    A plain distance for small images that needs no download and says little about how they look.
+    They give a plain distance between small images, which needs no download and says little about
+    how the images look.
     """
 
     name = "pixels"
@@ -155,7 +144,7 @@ def build_detector(spec: str, device: torch.device | str = "cpu") -> Detector:
     """Returns the detector called `spec`: a name in `DETECTORS`, or a path of Inception's weights.
 
     Raises:
-        ValueError: there is no such detector, or the file holds other than its weights.
+        ValueError: there is no such detector, or the file holds something other than its weights.
         OSError: the weights can't be read or downloaded.
     """
     return DETECTORS[spec](device) if spec in DETECTORS else Inception(device, path=spec)

@@ -47,11 +47,7 @@ _CHUNK_ROWS = 1024  # rows of a distance matrix at a time: 200 MB against 50,000
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
     """Returns the squared Frechet distance of two Gaussians, computed in float64 on the CPU.
 
-    Args:
-        mu1: mean [d] of the first.
-        sigma1: its covariance [d, d]: symmetric, positive semi-definite, of any rank.
-        mu2: mean [d] of the second.
-        sigma2: its covariance.
+    Means are [d]. Covariances are [d, d], symmetric and positive semi-definite, of any rank.
 
     Raises:
         ValueError: the shapes differ.
@@ -75,7 +71,7 @@ def _trace_of_root(sigma1: torch.Tensor, sigma2: torch.Tensor) -> torch.Tensor:
 
 
 def _quick_factor(sigma: torch.Tensor) -> torch.Tensor | None:
-    """Returns A [d, d] with A A^T = sigma, None where sigma is nearly singular."""
+    """Returns A [d, d] with A A^T = sigma, or None if sigma is nearly singular."""
     factor, failed = torch.linalg.cholesky_ex(sigma)
     pivots = factor.diagonal().square()
     return None if failed or pivots.min() <= _WELL_CONDITIONED * pivots.max() else factor
@@ -92,15 +88,11 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor, *, subsets: int = NUM_SUBS
                     size: int = SUBSET_SIZE, seed: int = SUBSET_SEED) -> tuple[float, float]:
     """Returns mean and standard deviation, over random subsets, of the kernel distance in float64.
 
-    Args:
-        x: features [m, d] of the generated images.
-        y: features [n, d] of the real ones.
-        subsets: how many subsets.
-        size: images in each, at most m and n.
-        seed: chooses them.
+    Features of the generated images are x [m, d], those of the real ones y [n, d]. `seed` chooses
+    the subsets, each of `size` images, but of at most m and n.
 
     Raises:
-        ValueError: fewer than two images on a side, or other features.
+        ValueError: fewer than two images on a side, or features of different lengths.
     """
     _check_features(x, y, least=2)
     rng, size = np.random.RandomState(seed), min(size, len(x), len(y))
@@ -125,24 +117,19 @@ def _squared_discrepancy(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def precision_recall(x: torch.Tensor, y: torch.Tensor, *, k: int = NUM_NEIGHBOURS,
                      device: torch.device | str = "cpu") -> tuple[float, float]:
-    """Returns precision and recall, each in [0, 1].
+    """Returns precision and recall, each in [0, 1], computed on `device`.
 
-    Args:
-        x: features [m, d] of the generated images.
-        y: features [n, d] of the real ones.
-        k: which neighbour sets the radius.
-        device: where to compute.
+    Features of the generated images are x [m, d], those of the real ones y [n, d]; the distance to
+    the k-th nearest neighbour is the radius.
 
     Raises:
-        ValueError: no k neighbours on a side, or other features.
+        ValueError: fewer than k neighbours on a side, or features of different lengths.
     """
     _check_features(x, y, least=k + 1)
     # Distances are differences of squares: centred features lose fewer digits.
     centre = y.to(torch.float64).mean(0).to(torch.float32)
     x, y = (features.to(device) - centre.to(device) for features in (x, y))
-    precision = _covered(x, y, _neighbour_radii(y, k))
-    recall = _covered(y, x, _neighbour_radii(x, k))
-    return precision, recall
+    return _covered(x, y, _neighbour_radii(y, k)), _covered(y, x, _neighbour_radii(x, k))
 
 
 def _neighbour_radii(x: torch.Tensor, k: int) -> torch.Tensor:

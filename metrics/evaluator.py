@@ -1,4 +1,4 @@
-"""A detector, a reference and metrics: all that scores images, checked before anything is computed.
+"""A detector, a reference and metrics: what scores images, checked before anything is computed.
 
 Under torchrun every method is called on all ranks; the reference is on rank 0.
 """
@@ -64,9 +64,9 @@ class Evaluator:
 
     def check(self, image_shape: Sequence[int], images: str,
               scale: dict[str, Any] | None = None) -> None:
-        """Raises ValueError where images of this shape, called `images`, can't be scored.
+        """Raises ValueError if images of this shape, called `images`, can't be scored.
 
-        `scale` is that of images that are not 8-bit, which must be the reference's.
+        `scale` is that of images that are not 8-bit. It must be the reference's.
         """
         try:
             dim = self.detector(no_images(image_shape, scale is None)).shape[1]
@@ -88,9 +88,7 @@ class Evaluator:
     def prepare(self, batch: int, workers: int) -> None:
         """Computes the statistics of a reference that is a data set, or takes them from the cache.
 
-        Args:
-            batch: the most images at a time on one rank.
-            workers: processes that read ahead.
+        One rank takes up to `batch` images at a time; `workers` processes read ahead.
         """
         if self._data is not None:
             needed = any(METRICS[name].needs_reference_features for name in self.metrics)
@@ -122,7 +120,7 @@ def dataset_reference(images: Images, detector: Detector, *, with_features: bool
                       workers: int) -> Reference:
     """Returns the statistics of a data set, on rank 0 with features if asked for.
 
-    Of a large data set the features of 50,000 evenly spaced images are kept.
+    For a large data set, the features of 50,000 evenly spaced images are kept.
 
     Raises:
         ValueError: fewer than two images, or one that can't be read.
@@ -146,7 +144,6 @@ def cached_reference(images: Images, detector: Detector, *, with_features: bool,
     """Returns `dataset_reference` on rank 0, kept in the cache folder between calls."""
     key = f"{images.fingerprint}-{detector.name.replace(':', '-')}"
     path = cache_dir("references") / f"{key}{'-features' if with_features else ''}.npz"
-
     reference = None
     if dist.get_rank() == 0:
         with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged

@@ -276,8 +276,7 @@ def _check_state(state: Mapping[str, torch.Tensor]) -> None:
 def load_weights(path: str | None = None) -> dict[str, torch.Tensor]:
     """Returns the content of a weight file; nothing in it is run.
 
-    Args:
-        path: a local file; None for the published one, from the cache folder or downloaded to it.
+    Without a `path` it is the published file, from the cache folder or downloaded to it.
 
     Raises:
         OSError: the file can't be read or downloaded.

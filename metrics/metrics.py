@@ -39,13 +39,7 @@ class Images(Protocol):
 
 
 class FeatureSet:
-    """What the wanted metrics need of one set of images.
-
-    Args:
-        count: number of images that will come, over all ranks.
-        detector: gives the features.
-        metrics: names of the metrics.
-    """
+    """What the wanted metrics need of one set of `count` images over all ranks."""
 
     def __init__(self, count: int, detector: Detector, metrics: Iterable[str]):
         needs = {METRICS[name].needs for name in metrics}
@@ -77,18 +71,11 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: what it needs, the names of its values, and how they are computed.
+    """A metric: what it needs, the names of its values, and how they are computed."""
 
-    Attributes:
-        needs: 'moments', 'bank' or 'classes' of the images.
-        values: names of the values by which they are recorded, for Inception's features.
-        needs_reference_features: whether mean and covariance of the reference are not enough.
-        compute: from the images and the reference to the values.
-    """
-
-    needs: str
-    values: tuple[str, ...]
-    needs_reference_features: bool
+    needs: str  # 'moments', 'bank' or 'classes' of the images
+    values: tuple[str, ...]  # the names that they are recorded by, for Inception's features
+    needs_reference_features: bool  # whether the reference's mean and covariance are not enough
     compute: Callable[[FeatureSet, Reference], tuple[float, ...]]
 
 
@@ -129,7 +116,7 @@ def collect(batches: Iterable[tuple[torch.Tensor, Sequence[int]]], *, image_shap
         count: number of images over all ranks.
         detector: gives the features.
         metrics: names of the metrics.
-        is_8bit: whether the images are uint8, else float32.
+        is_8bit: whether the images are uint8 rather than float32.
         title: text before the progress bar.
 
     Raises:
@@ -146,7 +133,8 @@ def collect(batches: Iterable[tuple[torch.Tensor, Sequence[int]]], *, image_shap
                 progress.update(len(images) * dist.get_world_size())
     except (ValueError, OSError) as caught:
         error = caught
-    _raise_on_all_ranks(error)
+    for first in filter(None, dist.gather_objects(error)):  # else the other ranks would wait
+        raise first
     features.finish()
     return features
 
@@ -156,23 +144,12 @@ def no_images(image_shape: Sequence[int], is_8bit: bool) -> torch.Tensor:
     return torch.empty([0, *image_shape], dtype=torch.uint8 if is_8bit else torch.float32)
 
 
-def _raise_on_all_ranks(error: Exception | None) -> None:
-    """Raises the error of the first rank that has one; without this the others would wait."""
-    for first in filter(None, dist.gather_objects(error)):
-        raise first
-
-
 def dataset_features(images: Images, detector: Detector, *, metrics: Iterable[str] = ("fid",),
                      batch: int, workers: int, title: str | None = None) -> FeatureSet:
-    """Returns what `metrics` need of a data set.
+    """Returns what `metrics` need of a data set, by `collect`.
 
-    Args:
-        images: the data set.
-        detector: gives the features.
-        metrics: names of the metrics.
-        batch: the most images at a time on one rank.
-        workers: processes that read ahead; 0 reads when needed.
-        title: text before the progress bar.
+    One rank takes up to `batch` images at a time. `workers` processes read ahead; with 0, images
+    are read when they are needed.
 
     Raises:
         ValueError: an image can't be read. All ranks raise the same.

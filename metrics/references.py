@@ -32,34 +32,20 @@ _KINDS = {"f": "floats", "i": "integers", "U": "text"}
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are compared with.
+    """What generated images are compared with."""
 
-    Attributes:
-        mu: mean of the features, [d] float64.
-        sigma: their covariance, [d, d] float64.
-        detector: the name of the detector whose features they are.
-        features: the features themselves, [n, d] float32, for the metrics that need them.
-        image_shape: channels, height and width of the images; None where not recorded.
-        count: their number; None where not recorded.
-        digest: sha256 of the file, or fingerprint of the data set.
-        scale: {"center": [...], "spread": [...]} of images that are not 8-bit.
-    """
-
-    mu: np.ndarray
-    sigma: np.ndarray
-    detector: str
-    features: torch.Tensor | None = None
-    image_shape: tuple[int, ...] | None = None
-    count: int | None = None
-    digest: str | None = None
-    scale: dict | None = None
+    mu: np.ndarray  # mean of the features, [d] float64
+    sigma: np.ndarray  # their covariance, [d, d] float64
+    detector: str  # the name of the detector whose features they are
+    features: torch.Tensor | None = None  # [n, d] float32, for the metrics that need them
+    image_shape: tuple[int, ...] | None = None  # channels, height, width; None if not recorded
+    count: int | None = None  # number of images; None if not recorded
+    digest: str | None = None  # sha256 of the file, or fingerprint of the data set
+    scale: dict | None = None  # {"center": [...], "spread": [...]} of images that are not 8-bit
 
 
 def save_reference(path: str | os.PathLike, reference: Reference) -> None:
-    """Writes an .npz: `mu`, `sigma`, `detector`, `image_shape`, `count`, `features`, `scale`.
-
-    The last four where they are known. Makes the folder.
-    """
+    """Writes an .npz of what is known, into a folder that is made if needed."""
     arrays = {"mu": reference.mu, "sigma": reference.sigma,
               "detector": np.array(reference.detector)}
     for name in ("image_shape", "count", "features"):
@@ -74,12 +60,7 @@ def save_reference(path: str | os.PathLike, reference: Reference) -> None:
 
 
 def load_reference(path: str) -> Reference:
-    """Reads a file of `save_reference`, or an .npz of EDM or PFGM++, which hold less.
-
-    Nothing is unpickled, and sizes are checked before memory is asked for.
-
-    Args:
-        path: a file or an http(s) address.
+    """Reads a file or http(s) address: of `save_reference`, or of EDM or PFGM++, which hold less.
 
     Raises:
         OSError: it can't be read or downloaded.
@@ -91,13 +72,12 @@ def load_reference(path: str) -> Reference:
                       if name in _REQUIRED or f"{name}.npy" in archive.namelist()}
             file.seek(0)
             digest = hashlib.sha256(file.read()).hexdigest()
-        reference = _checked_reference(arrays, digest)
+        return _checked_reference(arrays, digest)
     # The last two: an unknown compression method, an encrypted member.
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError,
             RuntimeError) as error:
         reason = str(error).strip("'\"").split("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: not reference statistics: {reason}") from error
-    return reference
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, kind: str) -> np.ndarray:
@@ -117,11 +97,7 @@ def _read_array(archive: zipfile.ZipFile, name: str, kind: str) -> np.ndarray:
 
 
 def _checked_reference(arrays: dict[str, np.ndarray], digest: str) -> Reference:
-    """Returns the reference that an .npz describes.
-
-    Raises:
-        ValueError: its arrays are not of one set of features.
-    """
+    """Returns the reference of an .npz; raises ValueError if its arrays don't fit together."""
     mu, sigma, features = arrays["mu"], arrays["sigma"], arrays.get("features")
     if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
         raise ValueError(f"mu has shape {list(mu.shape)} and sigma {list(sigma.shape)}, "

@@ -1,9 +1,9 @@
-"""What is told of scores: one JSON line each as they come, and a table at the end.
+"""How scores are reported: one JSON line each as they come, and a table at the end.
 
     {"metric": "fid", "value": 1.91, "images": ..., "num": 50000, "detector": "inception", ...}
 
-Only Inception's features, with the published weights, make an FID or KID; by other features the
-values are recorded as `frechet_distance` and `kernel_distance`.
+Only Inception's features, with the published weights, make an FID or KID. The values of other
+features are recorded as `frechet_distance` and `kernel_distance`.
 """
 
 import json
@@ -34,12 +34,7 @@ class Score:
 
 
 class ScoreLog:
-    """Scores of images that are compared with one reference by one detector.
-
-    Args:
-        evaluator: whose scores they are.
-        path: the file that JSON lines are appended to; None for none.
-    """
+    """The scores of one evaluator, with JSON lines appended to the file `path` if there is one."""
 
     def __init__(self, evaluator: Evaluator, path: Path | None):
         self._detector, self._reference, self._path = evaluator.detector, evaluator.record, path
@@ -52,7 +47,7 @@ class ScoreLog:
 
     @property
     def has_more_than_one_value(self) -> bool:
-        """Whether a table tells more than the one Frechet distance."""
+        """Whether a table would say more than the one Frechet distance."""
         return len(self._scores) > 1 or any(set(s.values) != {"fid"} for s in self._scores)
 
     def add(self, score: Score, details: dict[str, Any]) -> None:
@@ -89,8 +84,8 @@ class ScoreLog:
     def _title(self, name: str) -> str:
         if name == "fid":
             return self.distance_name
-        return {"kid": "KID", "is": "IS"}.get(recorded := self._names()[name],
-                                              recorded.replace("_", " "))
+        recorded = self._names()[name]
+        return {"kid": "KID", "is": "IS"}.get(recorded, recorded.replace("_", " "))
 
     def _names(self) -> dict[str, str]:
         values = self._scores[0].values

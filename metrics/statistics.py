@@ -43,7 +43,7 @@ class FeatureStatistics:
     def append(self, features: torch.Tensor) -> None:
         """Adds features [n, d] of any float type; the sums stay on their device.
 
-        n = 0 only fixes d, which a rank without images needs before `all_reduce`.
+        With n = 0 it only fixes d, which a rank without images needs before `all_reduce`.
         """
         features = features.to(torch.float64)
         n, d = features.shape
@@ -114,9 +114,7 @@ class FeatureBank:
 class ClassStatistics:
     """Sums over class probabilities p(c|i) of the images of each of `NUM_SPLITS` random splits.
 
-    Args:
-        count: number of images that will come.
-        seed: assigns images to splits.
+    `count` is the number of images that will come; `seed` assigns them to splits.
     """
 
     def __init__(self, count: int, seed: int = SPLIT_SEED):
