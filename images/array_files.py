@@ -24,7 +24,7 @@ _STORED = {"uint8": "uint8", "uint16": "uint16", "int16": "float32", "float16": 
 
 
 def read_format(file: IO[bytes]) -> ImageFormat:
-    """Returns the format of the image in a .npy file, whose header alone is read.
+    """Returns the format of the image in a .npy file, of which only the header is read.
 
     Raises:
         ValueError: it holds no image.

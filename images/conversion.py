@@ -2,11 +2,11 @@
 
 Each image is turned upright, made 8-bit gray or RGB, cropped and resized as asked, and stored as
 an uncompressed PNG under its number; `dataset.json` with the labels comes last. With a rule of
-scaling, floating-point and 16-bit images keep their values and become .npy files; what the rule
-needs to know of all of them is measured on the way, and the scaling goes into `dataset.json`. So do
-8-bit arrays of other than 1 or 3 channels, which no PNG holds. Condition images are converted
-beside their images. What becomes of an image is a function of it alone, so the result does not
-depend on the number of worker processes. No PyTorch is needed.
+scaling, floating-point and 16-bit images keep their values and become .npy files. What the rule
+needs to know of all of them is measured on the way, and the scaling goes into `dataset.json`. 8-bit
+arrays of other than 1 or 3 channels become .npy files too, because no PNG holds them. Condition
+images are converted beside their images. What becomes of an image depends only on that image, not
+on the number of worker processes. No PyTorch is needed.
 """
 
 import collections
@@ -143,9 +143,8 @@ def _fit_values(values: np.ndarray, settings: Settings) -> np.ndarray:
         values = values[:, top:top + side, left:left + side]
     if settings.size in (None, values.shape[:0:-1]):
         return values
-    channels = [_resize(PIL.Image.fromarray(channel), settings.size)
-                for channel in values.astype(np.float32)]
-    resized = np.stack([np.asarray(channel) for channel in channels])
+    resized = np.stack([np.asarray(_resize(PIL.Image.fromarray(channel), settings.size))
+                        for channel in values.astype(np.float32)])
     if values.dtype.kind == "f":
         return resized
     limits = np.iinfo(values.dtype)
@@ -174,7 +173,6 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 def _decode(name: str, data: bytes, first_frame: bool) -> tuple[PIL.Image.Image, str]:
     """Returns the image upright, in whatever mode, and its file's format."""
     bombs = (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
-    is_animated = is_program = False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
@@ -290,7 +288,7 @@ def select_images(source: Source, max_images: int | None,
 
 
 class Tally:
-    """How many images something holds for, and the first of them."""
+    """How many images something is true of, and the first of them."""
 
     def __init__(self) -> None:
         self.count, self.first = 0, ""
@@ -431,7 +429,7 @@ def open_dest(path: Path) -> contextlib.AbstractContextManager[Callable[[str, by
     An earlier ZIP is replaced, an earlier folder must be empty.
 
     Raises:
-        OSError: the destination can't be written, or is there already.
+        OSError: the destination can't be written, or it exists.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,24 +1,22 @@
 """Images as arrays from a folder or ZIP, with labels and conditions, and the order of training.
 
 A data set is a folder or a ZIP of images of one size: pictures that Pillow reads, gray ('L') or
-RGB, or arrays (.npy) of any channels. Optionally it has `dataset.json` at its root:
-
-    {"labels": [["00000/img00000000.png", 6], ...]}    or    {"labels": null}
-
-Integers are class numbers and become one-hot vectors; lists are vectors of numbers. Images are
-numbered by their sorted names. "scale" and "cond_scale" there say how arrays become what networks
-see (images/scaling.py). `cond/00000/img00000000.png` is the condition image of the image above.
+RGB, or arrays (.npy) of any channels. Images are numbered by their sorted names. Labels are in
+`dataset.json` and condition images in cond/, as images/image_files.py says; class numbers become
+one-hot vectors. "scale" and "cond_scale" in `dataset.json` say how arrays become what networks see
+(images/scaling.py).
 
 Training sees one endless stream of images. Position p of the stream is image
 
     permutation_e[p mod size],    e = p div size,
 
-where permutation_e is drawn from (seed, e) alone. So batch size, world size and resuming change
+where permutation_e is drawn only from (seed, e). So batch size, world size and resuming change
 who reads an image, never which one comes next.
 """
 
 import functools
 import hashlib
+import itertools
 import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -141,13 +139,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         Raises:
             ValueError: an image can't be read.
         """
-        total = None
         size = max(_MEASURE_BYTES // self._images.format.num_bytes, 1)
-        for start in range(0, len(self._kept), size):
-            rows = np.arange(start, min(start + size, len(self._kept)))
-            moments = Moments.of(self._images.get(rows))
-            total = total.merge(moments) if total else moments
-        return total
+        parts = np.split(np.arange(len(self._kept)), range(size, len(self._kept), size))
+        moments = (Moments.of(self._images.get(rows)) for rows in parts)
+        return functools.reduce(Moments.merge, moments)
 
     @property
     def scale(self) -> dict[str, Any] | None:
@@ -231,7 +226,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @property
     def has_labels(self) -> bool:
-        """Whether labels were asked for and are there."""
+        """Whether labels were asked for and found."""
         return self.label_dim != 0
 
     @property
@@ -259,7 +254,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return digest.hexdigest()
 
     def check_uniform(self) -> None:
-        """Reads the header of every picture used, and all of arrays of floats.
+        """Reads the header of every picture that is used, and the whole of arrays of floats.
 
         Raises:
             ValueError: naming the first image whose mode or size differs, or a value that is not
@@ -348,13 +343,11 @@ class TrainingOrder(torch.utils.data.Sampler):
         self._offset = rank * rounds * self._micro_batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        position = self._start + self._offset
-        while True:
+        for position in itertools.count(self._start + self._offset, self._batch):
             for i in range(self._rounds):
                 first = position + i * self._micro_batch
                 positions = np.arange(first, first + self._micro_batch)
                 yield order_at(self._size, self._seed, positions).tolist()
-            position += self._batch
 
 
 def order_at(size: int, seed: int, positions: Iterable[int]) -> np.ndarray:

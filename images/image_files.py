@@ -286,11 +286,9 @@ class Zip:
     def __init__(self, path: Path):
         self._path = path
         self._zip, self._pid = None, None
-        members = [info for info in self._handle().infolist() if not info.is_dir()]
-        self.names = [info.filename for info in members]
-        if len(set(self.names)) != len(members):
-            counts = collections.Counter(self.names)
-            [(name, count)] = counts.most_common(1)
+        self.names = [info.filename for info in self._handle().infolist() if not info.is_dir()]
+        if len(set(self.names)) != len(self.names):
+            [(name, count)] = collections.Counter(self.names).most_common(1)
             raise ValueError(f"{path}: {name} is there {count} times; no two members may share a "
                              "name")
 

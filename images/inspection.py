@@ -86,10 +86,9 @@ class _DataSet:
             raise ValueError(f"{path}: no images found")
 
     def item(self, name: str) -> Item:
-        """Returns a file, or its content out of a ZIP, which is read in one place.
+        """Returns a file, or its content out of a ZIP, which only the main process reads.
 
-        Raises:
-            ValueError: it can't be read; without its name.
+        Raises ValueError, without the name, if it can't be read.
         """
         if isinstance(self.files, Folder):
             return Item(name, self.path / name)
@@ -100,21 +99,13 @@ class _DataSet:
         except DAMAGE as error:
             raise ValueError(f"can't be read: {error}") from error
 
-    @functools.cache  # noqa: B019 - there is one of these in a process, for as long as it runs
+    @functools.cache  # noqa: B019 - a process has one of these, for as long as it runs
     def scaling(self, image_format: ImageFormat, key: str) -> Scaling:
-        """Returns how images of this format become what networks see.
-
-        Raises:
-            ValueError: dataset.json says nothing valid of it.
-        """
+        """Returns how images of this format become what networks see, see `recorded_scaling`."""
         return recorded_scaling(self.files, image_format, key, self.path)
 
     def labels(self) -> dict[str, Any] | None:
-        """Returns the labels by name.
-
-        Raises:
-            ValueError: dataset.json can't be read or is malformed.
-        """
+        """Returns the labels by name; raises ValueError if dataset.json is damaged or malformed."""
         if LABELS_NAME not in self.files.names:
             return None
         with error_prefix(f"{LABELS_NAME}: "):

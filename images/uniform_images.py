@@ -62,12 +62,7 @@ class UniformImages:
         return f"{self._path}: {self.names[number]} (image {number})"
 
     def check_uniform(self) -> None:
-        """Reads the header of every picture that is used, and all of arrays of floats.
-
-        Raises:
-            ValueError: naming the first image whose mode or size differs, or a value that is not
-                finite.
-        """
+        """Compares all images with the first, as `ImageFolderDataset.check_uniform` says."""
         look = self._decode if self.format.dtype == "float32" else (
             lambda number: self._check_format(number, self._read_format(number)))
         with Progress(len(self._kept), "Checking images", delay=1) as progress:

@@ -28,12 +28,8 @@ _IMAGE = "[0-9]" * 6 + "*"  # the name of an image, but for its extension
 class ImageFolder:
     """Where the images of one network and one setting of the sampler go.
 
-    Args:
-        path: the folder; made by `open`.
-        shape: (channels, height, width) of the images.
-        subdirs: one subfolder per thousand seeds.
-        is_8bit: whether the images are uint8, else float32. The former of 1 or 3 channels become
-            PNGs, all others .npy files.
+    `shape` is (channels, height, width). Images of 1 or 3 channels become PNGs if `is_8bit`. All
+    others become .npy files, of uint8 or float32. `subdirs` makes a subfolder per thousand seeds.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], subdirs: bool,
@@ -45,16 +41,16 @@ class ImageFolder:
     def open(self, settings: dict[str, Any]) -> None:
         """Makes the folder and records `settings`, plain JSON data.
 
-        What a killed run has left unfinished is removed.
+        Unfinished files of a killed run are removed.
 
         Raises:
-            ValueError: the folder holds images made with other settings, or nobody knows how.
+            ValueError: the folder holds images made with other or unknown settings.
             OSError: it can't be made or written.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--outdir={self.path}: a file, but a folder is needed; name another")
         self.path.mkdir(parents=True, exist_ok=True)
-        image = self._any_image()  # before the record is looked for, which is older than images
+        image = self._any_image()  # before looking for the record, which is older than the images
         record = self.path / GENERATE_RECORD
         if image and not record.exists():
             raise ValueError(f"{self.path} holds {image} but no {GENERATE_RECORD}, which says how "
@@ -116,10 +112,10 @@ class ImageWriter:
         self._pending: list[concurrent.futures.Future] = []
 
     def write(self, seeds: list[int], images: np.ndarray) -> None:
-        """Takes images [B, C, H, W]; returns when those of the call before are on disk.
+        """Takes images [B, C, H, W]; returns when those of the previous call are on disk.
 
         Raises:
-            OSError: an image of this or the call before could not be written.
+            OSError: an image of this or the previous call could not be written.
         """
         self._wait()
         for path in {self._folder.image_path(seed).parent for seed in seeds}:

@@ -11,6 +11,7 @@ import torch
 from checkpoints import checkpoint
 from dnnlib.util import json_value
 from images.dataset import ImageFolderDataset
+from images.image_files import error_prefix
 from images.scaling import EIGHT_BIT, Scaling
 from pfgmpp.guidance import EVERYWHERE, GuidedDenoiser, guided
 from pfgmpp.loss import LSUN_SIGMA_MAX
@@ -34,17 +35,10 @@ class UsageError(ValueError):
     """A flag that this network has no use for, or that lacks another."""
 
 
-class ClassError(UsageError):
-    """The network does not have the class that was asked for."""
-
-
 class SeedImages:
     """The images of a data set by seed: seed k has image k mod n of its n, by sorted name.
 
-    Args:
-        dataset: the data set.
-        scaling: of its images, or of its condition images where it reads them: then these are
-            meant.
+    If the data set reads its condition images, it is these. `scaling` is theirs.
     """
 
     def __init__(self, dataset: ImageFolderDataset, scaling: Scaling):
@@ -81,8 +75,10 @@ class SeedImages:
             raise ValueError(f"{flag}={path}: images are {given} (channels x height x width), the "
                              f"network takes {allowed}; convert them with dataset_tool.py")
         if own.is_8bit != scaling.is_8bit:
-            raise ValueError(f"{flag}={path}: images are {_numbers(own)}, but the network was "
-                             f"trained on {_numbers(scaling)}; give such images in the same units")
+            given, allowed = ("8-bit" if s.is_8bit else "floating-point or 16-bit"
+                              for s in (own, scaling))
+            raise ValueError(f"{flag}={path}: images are {given}, but the network was trained on "
+                             f"{allowed}; give such images in the same units")
         return cls(dataset, scaling)
 
     def __call__(self, seeds: Sequence[int]) -> torch.Tensor:
@@ -97,35 +93,19 @@ class SeedImages:
         return self._dataset.fingerprint
 
 
-def _numbers(scaling: Scaling) -> str:
-    return "8-bit" if scaling.is_8bit else "floating-point or 16-bit"
-
-
 @dataclasses.dataclass(frozen=True)
 class NetworkSampler:
-    """A network with settings that have been checked against it.
+    """A network with settings that have been checked against it."""
 
-    Attributes:
-        net: the averaged network, on `device`, in evaluation mode, under guidance where asked.
-        sampler: how to sample it.
-        device: where to sample.
-        class_idx: the class to sample, None for the seeds' own.
-        settings: what decides an image beside its seed, as plain JSON data.
-        conditions: the condition images, None for a network without.
-        inits: the images from which sampling starts, None for pure noise.
-        scaling: of the data that the network was trained on.
-        one_size: whether short batches are filled up, so that the network sees one size alone.
-    """
-
-    net: Precond | GuidedDenoiser
+    net: Precond | GuidedDenoiser  # averaged, on `device`, in evaluation mode, guided if asked
     sampler: SamplerConfig
     device: torch.device
-    class_idx: int | None
-    settings: dict[str, Any]
-    conditions: SeedImages | None = None
-    inits: SeedImages | None = None
-    scaling: Scaling = EIGHT_BIT
-    one_size: bool = False
+    class_idx: int | None  # the class to sample, None for the seeds' own
+    settings: dict[str, Any]  # what decides an image beside its seed, as plain JSON data
+    conditions: SeedImages | None = None  # None for a network without condition images
+    inits: SeedImages | None = None  # where sampling starts, None for pure noise
+    scaling: Scaling = EIGHT_BIT  # of the data that the network was trained on
+    one_size: bool = False  # fill up short batches, so that the network sees only one size
 
     @classmethod
     def open(cls, source: str, device: torch.device, *, class_idx: int | None = None,
@@ -166,10 +146,10 @@ class NetworkSampler:
         quantise_(net, bits)
         sampler = _sampler_config(content, sampler_options, init_image, init_sigma)
         _check_class(source, net, class_idx)
-        settings = {"weights": _weights_digest(content), "class": class_idx,
-                    "precision": precision, "device": device.type, "D": net.D,
+        settings = {"weights": checkpoint.digest(checkpoint.sampling_weights(content)),
+                    "class": class_idx, "precision": precision, "device": device.type, "D": net.D,
                     **dataclasses.asdict(sampler)}
-        # Recorded where they are used alone: folders of before know no such settings.
+        # Recorded only where they are used: older folders have no such settings.
         if not sampler.noise_alpha:
             del settings["noise_alpha"]
         if bits < FULL_BITS:
@@ -203,10 +183,8 @@ class NetworkSampler:
     def images(self, batches: Iterable[Sequence[int]]) -> Iterator[SampleBatch]:
         """Yields the images of each batch of seeds."""
         if not self.one_size:
-            return generate_images(self.net, batches, **self._how())
-        return self._images_of_one_size(batches)
-
-    def _images_of_one_size(self, batches: Iterable[Sequence[int]]) -> Iterator[SampleBatch]:
+            yield from generate_images(self.net, batches, **self._how())
+            return
         size = 0
         for seeds in filter(None, batches):
             size = max(size, len(seeds))
@@ -242,25 +220,19 @@ def _open_network(
 
 
 def recorded_scaling(content: dict[str, Any], source: str, key: str, channels: int) -> Scaling:
-    """Returns the scaling of the data or conditions of a network, 8-bit where none is recorded.
+    """Returns the scaling of the data or conditions of a network, 8-bit if none is recorded.
 
     Raises:
-        ValueError: the file has none that is valid.
+        ValueError: the recorded scaling is invalid, or of another number of channels.
     """
     dataset = content.get("dataset")
     record = dataset.get(key) if isinstance(dataset, dict) else None
     if record is None:
         return EIGHT_BIT
-    try:
+    with error_prefix(f'{source}: "{key}" of its data '):
         scaling = Scaling.from_dict(record)
         scaling.check_channels(channels)
-    except ValueError as error:
-        raise ValueError(f'{source}: "{key}" of its data {error}') from error
     return scaling
-
-
-def _weights_digest(content: dict[str, Any]) -> str:
-    return checkpoint.digest(checkpoint.sampling_weights(content))
 
 
 def _sampler_config(
@@ -286,16 +258,16 @@ def _check_class(source: str, net: Precond, class_idx: int | None) -> None:
     if class_idx is None:
         return
     if not net.label_dim:
-        raise ClassError(f"--class={class_idx}: {source} is unconditional; leave --class out")
+        raise UsageError(f"--class={class_idx}: {source} is unconditional; leave --class out")
     if not 0 <= class_idx < net.label_dim:
-        raise ClassError(f"--class={class_idx}: must be between 0 and {net.label_dim - 1}")
+        raise UsageError(f"--class={class_idx}: must be between 0 and {net.label_dim - 1}")
 
 
 def _with_guidance(
     net: Precond, source: str, guidance: float, gnet: str | None,
     interval: tuple[float, float] | None, open_network: _OpenNetwork, scaling: Scaling,
 ) -> tuple[Precond | GuidedDenoiser, dict[str, Any]]:
-    """Returns (the network under guidance, the settings that say so); no settings without."""
+    """Returns the network under guidance and the settings of it, which are empty without."""
     if guidance == 1:
         for flag, value in (("--gnet", gnet), ("--guidance-interval", interval)):
             if value is not None:
@@ -308,7 +280,7 @@ def _with_guidance(
         content, guide = open_network(gnet)
         if recorded_scaling(content, gnet, "scale", guide.img_channels) != scaling:
             raise ValueError(f"--gnet={gnet}: was trained on data of another scale than {source}")
-        settings["gnet"] = _weights_digest(content)
+        settings["gnet"] = checkpoint.digest(checkpoint.sampling_weights(content))
     elif not net.label_dim:
         raise UsageError(f"--guidance={guidance:g}: {source} has no labels to be guided by; give a "
                          "second network with --gnet")

@@ -26,11 +26,7 @@ def is_quantised(name: str) -> bool:
 
 @torch.no_grad()
 def quantise_(module: torch.nn.Module, bits: int) -> None:
-    """Rounds the weights of a module, in place; give it a copy.
-
-    Args:
-        module: any network.
-        bits: at least 1; from 32 on nothing changes.
+    """Rounds the weights of a module, in place; from 32 bits on nothing changes.
 
     Raises:
         ValueError: bits out of range.

@@ -36,7 +36,7 @@ def sweep_points(
         steps: numbers of steps; several of them are a sweep.
         alphas: strengths of the noise before each step; None where they aren't swept.
         bits: bits of the weights; None where they aren't swept.
-        is_steps_sweep: name the folder after the steps even if there is one number of them.
+        is_steps_sweep: name the folder after the steps even if there is only one number of them.
     """
     points = []
     for alpha, num_steps, num_bits in itertools.product(alphas or [None], steps, bits or [None]):
