@@ -84,33 +84,32 @@ def convert_image(item: Item, settings: Settings) -> Converted:
     """
     content = item.content()
     if not isinstance(content, bytes):
-        return _convert_picture(item.name, PIL.Image.fromarray(content), None, settings)
+        return _convert_picture(item.name, PIL.Image.fromarray(content), settings)
     if not (is_array(item.name) or content.startswith(array_files.MAGIC)):
-        decoded, file_format = _decode(item.name, content, settings.first_frame)
-        return _convert_picture(item.name, decoded, file_format, settings)
+        decoded = _decode(item.name, content, settings.first_frame)
+        return _convert_picture(item.name, decoded, settings)
     with error_prefix(f"{item.name}: "):
         values, _ = array_files.decode(content)
     if values.dtype == np.uint8 and len(values) in (1, 3):
         pixels = values[0] if len(values) == 1 else values.transpose(1, 2, 0)
-        return _convert_picture(item.name, PIL.Image.fromarray(pixels), None, settings)
+        return _convert_picture(item.name, PIL.Image.fromarray(pixels), settings)
     return _convert_values(item.name, values, settings)
 
 
-def _convert_picture(name: str, decoded: PIL.Image.Image, file_format: str | None,
-                     settings: Settings) -> Converted:
+def _convert_picture(name: str, decoded: PIL.Image.Image, settings: Settings) -> Converted:
     """Returns what becomes of a picture of any mode."""
     if settings.scale is not None and decoded.mode in _DEEP_MODES:
         values = np.asarray(decoded, _DEEP_MODES[decoded.mode])
-        return _convert_values(name, values[None], settings)._replace(file_format=file_format)
+        return _convert_values(name, values[None], settings)._replace(file_format=decoded.format)
     _refuse_scale(name, settings)
     with error_prefix(f"{name}: "):
         image = _to_8bit(decoded, settings.background)
     image = _TRANSFORMS[settings.transform](image, settings.size)
     was_cmyk = decoded.mode == "CMYK"
     if image is None:
-        return Converted(name, None, None, was_cmyk, file_format)
+        return Converted(name, None, None, was_cmyk, decoded.format)
     image_format = picture_format(image.mode, image.size)
-    return Converted(name, _encode_png(image), image_format, was_cmyk, file_format)
+    return Converted(name, _encode_png(image), image_format, was_cmyk, decoded.format)
 
 
 def _refuse_scale(name: str, settings: Settings) -> None:
@@ -170,8 +169,8 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
 
 
-def _decode(name: str, data: bytes, first_frame: bool) -> tuple[PIL.Image.Image, str]:
-    """Returns the image upright, in whatever mode, and its file's format."""
+def _decode(name: str, data: bytes, first_frame: bool) -> PIL.Image.Image:
+    """Returns the image upright, in whatever mode, with its file's format."""
     bombs = (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
     try:
         with warnings.catch_warnings():
@@ -192,7 +191,7 @@ def _decode(name: str, data: bytes, first_frame: bool) -> tuple[PIL.Image.Image,
         raise ValueError(f"{name}: PostScript isn't supported; convert it to PNG")
     if is_animated and not first_frame:
         raise ValueError(f"{name}: has several frames; --first-frame takes the first")
-    return image, image.format
+    return image
 
 
 def _to_8bit(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Image.Image:

@@ -94,14 +94,15 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self.image_shape = list(self._images.format.shape)
         self._check_resolution(resolution)
         self.scaling = recorded_scaling(self._files, self._images.format, "scale", self.path)
-        self._conditions = self._open_conditions() if use_conditions else None
+        self._stacks = [self._images]
         self.cond_shape: list[int] | None = None
         self.cond_scaling: Scaling | None = None
-        if self._conditions:
-            self.cond_shape = list(self._conditions.format.shape)
-            self.cond_scaling = recorded_scaling(self._files, self._conditions.format, "cond_scale",
+        if use_conditions:
+            conditions = self._open_conditions()
+            self._stacks.append(conditions)
+            self.cond_shape = list(conditions.format.shape)
+            self.cond_scaling = recorded_scaling(self._files, conditions.format, "cond_scale",
                                                  self.path)
-
         labels = self._load_labels() if use_labels else None
         self._labels = np.zeros([len(self._names), 0], np.float32) if labels is None else labels
         self._copies = 2 if xflip else 1
@@ -158,10 +159,6 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def cond_channels(self) -> int:
         """Channels of the condition images that are read, 0 where none are."""
         return self.cond_shape[0] if self.cond_shape else 0
-
-    @property
-    def _stacks(self) -> list[UniformImages]:
-        return [self._images, self._conditions] if self._conditions else [self._images]
 
     def _check_resolution(self, resolution: int | Sequence[int] | None) -> None:
         if resolution is None:
@@ -316,18 +313,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 class TrainingOrder(torch.utils.data.Sampler):
     """The endless training order: for each step, the indices that this rank reads.
 
-    Step k covers the stream positions start + k*batch ... start + (k+1)*batch - 1. Rank r takes
-    the r-th of `world_size` contiguous slices of them and yields it as `rounds` lists, so that
-    one list is the micro-batch of one round of gradient accumulation.
-
-    Args:
-        size: number of images in the data set.
-        seed: a non-negative integer.
-        batch: images per step over all ranks and rounds.
-        start: stream position of the first image; the images seen so far when resuming.
-        rank: this process.
-        world_size: the number of processes.
-        rounds: the number of lists per step.
+    Step k covers the stream positions start + k*batch ... start + (k+1)*batch - 1, where `start` is
+    the number of images seen before. Rank r takes the r-th of `world_size` contiguous slices of
+    them and yields it as `rounds` lists, so that one list is the micro-batch of one round of
+    gradient accumulation. The data set has `size` images; `seed` is not negative.
     """
 
     def __init__(self, size: int, seed: int, batch: int, *, start: int = 0, rank: int = 0,

@@ -21,10 +21,8 @@ def image_grid(
 ) -> PIL.Image.Image:
     """Returns one picture of the rows, on white.
 
-    Args:
-        rows: uint8 images [C, H, W] of one shape; unless C is 3, the first channel is shown.
-        labels: text at the left of each row; none where all are empty.
-        split: leave a wider gap before this column.
+    Images are uint8 [C, H, W] of one shape, of which only the first channel is shown unless C is 3.
+    Labels stand at the left of the rows. There is a wider gap before the column `split`.
     """
     first = next(image for row in rows for image in row)
     zoom = max(-(-_MIN_SIDE // first.shape[1]), 1)

@@ -126,6 +126,13 @@ def name_problem(name: str) -> str | None:
     return "has a zero byte in its name" if "\0" in name else None
 
 
+def member_problem(info: zipfile.ZipInfo) -> str | None:
+    """Says what is wrong with the name or kind of a member of a ZIP; None if it is fine."""
+    if stat.S_ISLNK(info.external_attr >> 16):
+        return "is a symbolic link"
+    return name_problem(info.filename)
+
+
 def read_regular(path: str | os.PathLike) -> bytes:
     """Returns the content of a file; not of a pipe, which might never end.
 
@@ -309,16 +316,11 @@ class Zip:
         return self._handle().open(name)
 
     def stamp(self, name: str) -> str:
-        info = self._handle().getinfo(name)
-        return f"{info.file_size} {info.CRC}"
+        return f"{self.info(name).file_size} {self.info(name).CRC}"
 
-    def size(self, name: str) -> int:
-        """Returns how many bytes the member unpacks to."""
-        return self._handle().getinfo(name).file_size
-
-    def mode(self, name: str) -> int:
-        """Returns the member's type and permissions as Unix has them."""
-        return self._handle().getinfo(name).external_attr >> 16
+    def info(self, name: str) -> zipfile.ZipInfo:
+        """Returns what the ZIP says of a member."""
+        return self._handle().getinfo(name)
 
     def close(self) -> None:
         if self._zip is not None and self._pid == os.getpid():

@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 import os
-import stat
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from images.image_files import (
     label_array,
     label_problem,
     match_names,
+    member_problem,
     name_problem,
     open_files,
     parse_labels,
@@ -93,7 +93,7 @@ class _DataSet:
         if isinstance(self.files, Folder):
             return Item(name, self.path / name)
         try:
-            check_file_size(self.files.size(name))
+            check_file_size(self.files.info(name).file_size)
             with self.files.open(name) as file:
                 return Item(name, file.read())
         except DAMAGE as error:
@@ -263,9 +263,8 @@ def _check_scales(data: _DataSet, report: Report) -> _Problems:
 def _check_names(data: _DataSet, names: Sequence[str]) -> _Problems:
     problems = _Problems()
     for i, name in enumerate(names):
-        problem = name_problem(name)
-        if not isinstance(data.files, Folder) and stat.S_ISLNK(data.files.mode(name)):
-            problem = "is a symbolic link"
+        problem = (name_problem(name) if isinstance(data.files, Folder)
+                   else member_problem(data.files.info(name)))
         if problem:
             problems.add(i, problem)
     return problems

@@ -204,10 +204,8 @@ class Moments:
 def scaling_by(rule: str | tuple[float, float], moments: Moments) -> Scaling:
     """Returns the scaling that a rule makes of data with these moments.
 
-    Args:
-        rule: 'minmax': the least and largest value of each channel become -1 and 1; 'std': mean
-            and deviation become 0 and 0.5; (lo, hi): these become -1 and 1 in all channels.
-        moments: of the data.
+    By 'minmax' the least and largest value of each channel become -1 and 1, by 'std' mean and
+    deviation become 0 and 0.5, and by (lo, hi) these two become -1 and 1 in all channels.
 
     Raises:
         ValueError: a channel that is constant, which neither 'minmax' nor 'std' can scale.

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from images.image_files import (
     is_image,
     label_array,
     match_names,
-    name_problem,
+    member_problem,
     parse_labels,
     read_regular,
     split_conditions,
@@ -216,10 +215,7 @@ def _open_zip(path: Path) -> Iterator[Source]:
 def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
     """Raises ValueError for names that lead elsewhere or occur twice, and for links."""
     for info in archive.infolist():
-        problem = name_problem(info.filename)
-        if stat.S_ISLNK(info.external_attr >> 16):
-            problem = "is a symbolic link"
-        if problem:
+        if problem := member_problem(info):
             raise ValueError(f"{path}: {info.filename} {problem}")
     if len(archive.NameToInfo) != len(archive.infolist()):
         counts = collections.Counter(info.filename for info in archive.infolist())

@@ -32,11 +32,8 @@ _DAMAGE = (*DAMAGE, PIL.Image.DecompressionBombError)
 class UniformImages:
     """Images of one format, which is that of the first; each is compared with it when it is read.
 
-    Args:
-        path: what errors call the folder or ZIP.
-        files: its files.
-        names: the names of the images, in order.
-        kept: the numbers of the images that are used, rising; rows count them.
+    `names` are the images among the files, in order. `kept` are the rising numbers of those that
+    are used, and rows count these. Errors call the folder or ZIP `path`.
 
     Raises:
         ValueError: the first image can't be read, or is of a format that networks don't take.

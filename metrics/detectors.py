@@ -52,8 +52,8 @@ class Detector:
 class Inception(Detector):
     """The 2048 pooled features of Inception-v3, which FID is defined by.
 
-    Other weights of the same graph are allowed, from a local file at `path`, but then neither the
-    features nor the distance are called by these names.
+    Without a local file at `path` they are computed by the published weights. Other weights of the
+    same graph are allowed, but then neither the features nor the distance have these names.
     """
 
     name = "inception"

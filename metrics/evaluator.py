@@ -18,14 +18,10 @@ from torch_utils import distributed as dist
 
 
 class Evaluator:
-    """Scores sets of images by `metrics` against one reference.
+    """Scores sets of images by `metrics` against one reference, with a detector by name.
 
-    Args:
-        detector: see `build_detector`.
-        reference: a file or address of statistics, a data set, or None where no metric needs one.
-        metrics: names of the metrics.
-        device: where to compute.
-        name: what errors call the reference.
+    The reference is a file or address of statistics, a data set, or None where no metric needs one.
+    Errors call it `name`.
 
     Raises:
         ValueError: detector, reference and metrics do not fit.

@@ -109,15 +109,9 @@ def collect(batches: Iterable[tuple[torch.Tensor, Sequence[int]]], *, image_shap
             title: str | None = None) -> FeatureSet:
     """Returns what `metrics` need of all images, split over ranks and merged again.
 
-    Args:
-        batches: this rank's images [B, C, H, W], each batch with the numbers of its images
-            among 0 ... count-1.
-        image_shape: channels, height and width.
-        count: number of images over all ranks.
-        detector: gives the features.
-        metrics: names of the metrics.
-        is_8bit: whether the images are uint8 rather than float32.
-        title: text before the progress bar.
+    `batches` are this rank's images [B, C, H, W], uint8 or, unless `is_8bit`, float32. Each batch
+    comes with the numbers of its images among 0 ... count-1, which all ranks share. `title` stands
+    before the progress bar.
 
     Raises:
         ValueError: an image can't be read. All ranks raise the same.

@@ -38,7 +38,8 @@ class UsageError(ValueError):
 class SeedImages:
     """The images of a data set by seed: seed k has image k mod n of its n, by sorted name.
 
-    If the data set reads its condition images, it is these. `scaling` is theirs.
+    If the data set reads its condition images, these are meant instead. `scaling` is that of the
+    images that are meant.
     """
 
     def __init__(self, dataset: ImageFolderDataset, scaling: Scaling):
@@ -267,7 +268,7 @@ def _with_guidance(
     net: Precond, source: str, guidance: float, gnet: str | None,
     interval: tuple[float, float] | None, open_network: _OpenNetwork, scaling: Scaling,
 ) -> tuple[Precond | GuidedDenoiser, dict[str, Any]]:
-    """Returns the network under guidance and the settings of it, which are empty without."""
+    """Returns the network under guidance, and the settings that record it: none without."""
     if guidance == 1:
         for flag, value in (("--gnet", gnet), ("--guidance-interval", interval)):
             if value is not None:

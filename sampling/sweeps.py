@@ -32,11 +32,8 @@ def sweep_points(
 ) -> list[SweepPoint]:
     """Returns all combinations, the last list running fastest.
 
-    Args:
-        steps: numbers of steps; several of them are a sweep.
-        alphas: strengths of the noise before each step; None where they aren't swept.
-        bits: bits of the weights; None where they aren't swept.
-        is_steps_sweep: name the folder after the steps even if there is only one number of them.
+    Several numbers of steps are a sweep. So is one number if `is_steps_sweep`. `alphas`, strengths
+    of the noise before each step, and `bits` of the weights are None where they aren't swept.
     """
     points = []
     for alpha, num_steps, num_bits in itertools.product(alphas or [None], steps, bits or [None]):
