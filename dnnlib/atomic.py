@@ -1,11 +1,12 @@
 """Files that are either complete or not there: a temporary name, fsync, rename.
 
 A crash at any moment leaves the earlier file untouched and at most one `NAME.HOST-PID.tmp` beside
-it, which `remove_stale` and the next writing of that file take away. Lines are appended whole.
+it, which `remove_stale` or the next write of that file removes. Lines are appended whole.
 """
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import re
@@ -29,15 +30,15 @@ def atomic_write(path: str | os.PathLike, *, sync: bool = True,
         path: the final name; its folder must exist.
         sync: whether the bytes must be on the disk before the name appears. Off for files that
             are cheap to make again and too many to wait for, such as generated images.
-        replace: off to raise FileExistsError where there is such a file, even one that another
-            process made meanwhile.
+        replace: False raises FileExistsError if the file exists, even if another process made it
+            meanwhile.
 
     Raises:
         OSError: the file can't be written; the temporary file is removed.
     """
     path = Path(path)
     if sync:  # not of images by the thousand: each would read the whole folder
-        _remove(_stale(path.parent.glob(f"{_escaped(path.name)}.*.tmp")))
+        _remove(_stale(path.parent.glob(f"{glob.escape(path.name)}.*.tmp")))
     tmp = path.with_name(f"{path.name}.{_host()}-{os.getpid()}.tmp")
     try:
         with open(tmp, "wb") as file:
@@ -73,10 +74,9 @@ def write_json(path: str | os.PathLike, value: Any, *, replace: bool = True) -> 
 
 
 def remove_stale(folder: str | os.PathLike) -> list[Path]:
-    """Removes the temporary files of `atomic_write` in a folder whose writers are gone.
+    """Removes and returns the temporary files of `atomic_write` whose writers are gone.
 
-    Returns them. Those of processes that live are left alone; so are those of other machines
-    until they are a day old.
+    Files of running processes stay, and so do those of other machines until they are a day old.
     """
     stale = list(_stale(Path(folder).glob("*.tmp")))
     _remove(stale)
@@ -86,13 +86,12 @@ def remove_stale(folder: str | os.PathLike) -> list[Path]:
 def _stale(paths: Iterator[Path]) -> Iterator[Path]:
     here = _host()
     for path in paths:
-        if not (match := _TMP_NAME.fullmatch(path.name)):
-            continue
-        if match["host"] == here:
-            # A file of this very number is of an earlier process: nothing of ours is pending.
+        match = _TMP_NAME.fullmatch(path.name)
+        if match and match["host"] == here:
+            # A file with this process's own number was left by an earlier one.
             if int(match["pid"]) == os.getpid() or not _is_alive(int(match["pid"])):
                 yield path
-        else:
+        elif match:
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > _ABANDONED_SEC:
                     yield path
@@ -116,10 +115,6 @@ def _remove(paths: Iterator[Path] | list[Path]) -> None:
     for path in paths:
         with contextlib.suppress(OSError):  # another process removed it, or it isn't ours
             path.unlink()
-
-
-def _escaped(name: str) -> str:
-    return re.sub(r"([\[*?])", r"[\1]", name)
 
 
 def append_line(path: str | os.PathLike, line: str) -> None:

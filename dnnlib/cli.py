@@ -23,15 +23,15 @@ _LOST = re.compile(r"gloo|connection (closed|reset|was)|timed out|nccl|socket|br
 class UserError(click.ClickException):
     """One line for the user.
 
-    Under torchrun rank 0 shows it, before there is a process group. In one
-    (torch_utils/distributed.py) that which every rank has is shown by whoever has it first, and so
-    is what one rank alone has: `should_print` then says whether it is this one's to show.
+    Under torchrun, rank 0 shows it while there is no process group. In a process group
+    (torch_utils/distributed.py) the first rank that raises it shows it, whether it is the only one
+    or not: `should_print` then says whether this rank does.
 
     Args:
         message: the line.
         exit_code: of the process.
-        every_rank: printed by every process under torchrun that has it, not by rank 0 alone.
-        hint: a second line, what to do.
+        every_rank: whether every process under torchrun prints it, not only rank 0.
+        hint: a second line, which says what to do.
     """
 
     def __init__(self, message: str, exit_code: int = BAD_INPUT, every_rank: bool = False, *,
@@ -50,9 +50,9 @@ class UserError(click.ClickException):
 
 
 def run(main: click.Command) -> None:
-    """Runs a script: its command, with signals met as in dnnlib/signals.py."""
+    """Runs the command of a script, with signals handled as in dnnlib/signals.py."""
     signals.install()
-    if not console.is_rank0():  # they speak of the code, which is the same on every rank
+    if not console.is_rank0():  # they are about the code, which is the same on every rank
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
     try:
@@ -68,7 +68,7 @@ def run(main: click.Command) -> None:
 
 
 def _run_on_other_rank(main: click.Command) -> None:
-    """Does what click does, but what is wrong with the command line is for rank 0 to say."""
+    """Does what click does, but leaves errors of the command line for rank 0 to show."""
     try:
         main(standalone_mode=False)
     except click.UsageError as error:
@@ -96,10 +96,10 @@ def verbosity_options(function: Callable) -> Callable:
 
 @contextlib.contextmanager
 def user_errors(exit_code: int = BAD_INPUT) -> Iterator[None]:
-    """Turns ValueError and OSError, which speak of the user's input, into UserError.
+    """Turns ValueError and OSError, which are about the user's input, into UserError.
 
-    And what PyTorch raises when memory runs out, a data loader process is killed or another rank
-    is gone. All of these follow from a signal where one has ended the work that goes on here.
+    So does what PyTorch raises when memory runs out, a data loader process is killed or another
+    rank is gone. If a signal has ended the work, any of these only follows from it.
     """
     try:
         yield
@@ -121,7 +121,7 @@ def user_errors(exit_code: int = BAD_INPUT) -> Iterator[None]:
 
 
 def _machine_error(error: Exception) -> UserError | None:
-    """Returns the line for an error of PyTorch's that is the machine's; None for any other."""
+    """Returns the line for an error of PyTorch that the machine causes; None for any other."""
     text = f"{error} {error.__cause__}"
     if "DataLoader worker" in text:
         killed = _KILLED.search(text)
@@ -147,11 +147,7 @@ def describe(error: Exception) -> str:
 
 
 class IntList(click.ParamType):
-    """Comma-separated integers and ranges a-b, in the order given.
-
-    Args:
-        unique: drop what was there before.
-    """
+    """Comma-separated integers and ranges a-b, in the order given; `unique` drops repetitions."""
 
     name = "list"
 
@@ -178,11 +174,7 @@ class IntList(click.ParamType):
 
 
 class NameList(click.ParamType):
-    """Comma-separated names, each once; none where the text is empty.
-
-    Args:
-        names: those that are allowed.
-    """
+    """Comma-separated names out of `names`, each once; none where the text is empty."""
 
     name = "list"
 
@@ -199,13 +191,7 @@ class NameList(click.ParamType):
 
 
 class NumberList(click.ParamType):
-    """Comma-separated numbers within a range, in the order given, each once.
-
-    Args:
-        kind: int or float.
-        least: the smallest allowed.
-        most: the largest allowed.
-    """
+    """Comma-separated numbers of a `kind`, int or float, each once, in the order given."""
 
     name = "list"
 

@@ -3,7 +3,7 @@
     stdout    what goes on, and results; --quiet drops all but `result`
     stderr    warnings and errors, always; progress bars on a terminal, unless --quiet
 
-Under torchrun rank 0 alone speaks. Errors of other ranks: see dnnlib/cli.py.
+Under torchrun, only rank 0 prints. For errors of other ranks see dnnlib/cli.py.
 """
 
 import contextlib
@@ -40,25 +40,25 @@ def speaking(*, quiet: bool, verbose: bool) -> Iterator[None]:
 
 
 def is_verbose() -> bool:
-    """Says whether details are asked for, on whatever rank."""
+    """Says whether the user asked for details, on every rank."""
     return _is_verbose
 
 
 def is_quiet() -> bool:
-    """Says whether results, warnings and errors alone are asked for, on whatever rank."""
+    """Says whether the user asked for only results, warnings and errors, on every rank."""
     return _console is not None
 
 
 def is_rank0() -> bool:
-    """Says whether this process speaks: alone, or the first that torchrun started."""
+    """Says whether this process prints: the only one, or the first that torchrun started."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def result(text: str) -> None:
-    """Prints what the script was started for; rank 0 alone may call it."""
+    """Prints what the script was started for; only rank 0 may call it."""
     print(text, flush=True)  # a log gets it from here
     if _console is not None:
-        with contextlib.suppress(OSError):  # whoever read it has gone: a run goes on
+        with contextlib.suppress(OSError):  # its reader has gone: a run goes on
             print(text, file=_console, flush=True)
 
 
@@ -83,7 +83,7 @@ def bar_disabled() -> bool | None:
 
 @contextlib.contextmanager
 def timed(title: str) -> Iterator[None]:
-    """Tells with --verbose how long the block took."""
+    """Prints with --verbose how long the block took."""
     start = time.perf_counter()
     yield
     detail(f"Time       {title}: {time.perf_counter() - start:.2f} s")

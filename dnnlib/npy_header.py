@@ -1,4 +1,4 @@
-"""The header of a NumPy array file (.npy), which may be anybody's."""
+"""The header of a NumPy array file (.npy), which may come from anybody."""
 
 import tokenize
 from typing import IO
@@ -16,7 +16,7 @@ def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Returns shape, whether columns come first, and type; the file stands before the values.
 
     Raises:
-        ValueError: it is no such file, or its header is damaged.
+        ValueError: the file is no NumPy array, or its header is damaged.
     """
     try:
         return _READERS[np.lib.format.read_magic(file)](file)

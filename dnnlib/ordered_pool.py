@@ -28,9 +28,9 @@ def num_cores() -> int:
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Yields function(item) in the order of the items; their number of processes is `workers`.
+    """Yields function(item) in the order of the items, computed by `workers` processes.
 
-    With one worker everything happens in this process. What `function` raises is raised here.
+    With one worker everything happens in this process. Errors of `function` are raised here.
 
     Raises:
         OSError: a worker was killed.
@@ -62,7 +62,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
 
 
 def _next_size(size: int, num: int, seconds: float) -> int:
-    """Returns the size of the next chunk, given that `num` items took so long."""
+    """Returns the size of the next chunk, given that `num` items took `seconds`."""
     fitting = int(num * _CHUNK_SEC / max(seconds, 1e-9))
     return min(max(fitting, 1), 2 * size, _MAX_CHUNK)
 

@@ -24,10 +24,10 @@ _FLOCK = "hhqqi"  # struct flock of 64-bit Linux: type, whence, start, length, p
 def run_lock(run_dir: str | os.PathLike) -> Iterator[None]:
     """Holds the lock of an existing directory.
 
-    Where the file system has no locks there is only a warning: two runs are then not told apart.
+    Where the file system has no locks it only warns: a second run is then not detected.
 
     Raises:
-        ValueError: another process holds it; names host and process.
+        ValueError: another process holds it; the message names host and process.
         OSError: the directory can't be written.
     """
     path = Path(run_dir) / LOCK_NAME
@@ -55,9 +55,10 @@ def _acquire(fd: int, path: Path) -> None:
 
 
 def lock_holder(run_dir: str | os.PathLike) -> str | None:
-    """Returns who holds the lock of a directory, None where nobody does or nothing tells.
+    """Returns who holds the lock of a directory, None where nobody does or it can't be told.
 
-    Takes no lock, so a run that starts meanwhile is not disturbed. A process does not see its own.
+    It takes no lock, so a run that starts meanwhile is not disturbed. A process does not see its
+    own lock.
     """
     try:
         fd = os.open(Path(run_dir) / LOCK_NAME, os.O_RDONLY)
@@ -78,9 +79,9 @@ def lock_holder(run_dir: str | os.PathLike) -> str | None:
 def numbered_dir(parent: Path, text: str) -> Path:
     """Makes and returns PARENT/NNNNN-text, with a number that no other folder there has.
 
-    The number alone is taken first, by mkdir, of which one process succeeds on every file system.
-    A process that lists the folders before another has taken the number, and makes its own after
-    that one has got its full name, sees the full name then.
+    First the bare number is taken by mkdir, at which one process succeeds on every file system. A
+    process that listed the folders before another one took the number, and makes its own folder
+    after that one got its full name, then sees the full name.
     """
     while True:
         number = f"{max(_numbers(parent), default=-1) + 1:05d}"

@@ -1,15 +1,15 @@
-"""How a script meets SIGTERM, SIGINT and SIGUSR1, by which clusters and people stop it.
+"""How a script handles SIGTERM, SIGINT and SIGUSR1, by which clusters and people stop it.
 
     outside `deferred()`    `Stopped` is raised where the main thread is: temporary files are
                             removed, worker processes ended
-    inside                  the signal is remembered; who deferred it asks `requested()`
+    inside                  the signal is remembered; whoever deferred it asks `requested()`
     a second signal         ends the process at once
 
-torchrun passes on what a cluster's scheduler may have sent to every process already. So the same
-stop can come twice, and signals within GRACE_SEC of the first are taken for it.
+torchrun passes on signals that a cluster's scheduler may already have sent to every process. So the
+same stop can come twice, and signals within GRACE_SEC of the first count as the same one.
 
-A process of torchrun whose torchrun is killed is told by nobody. It stops as at SIGTERM, and ends
-at once LAUNCHER_SEC later, as torchrun would have seen to.
+Nobody tells a process of torchrun that its torchrun was killed. It stops as at SIGTERM, and ends at
+once LAUNCHER_SEC later, as torchrun would have done.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _is_deferred = _was_raised = False
 
 
 def install() -> None:
-    """Takes over the three signals; call once, in the main thread, before anything slow."""
+    """Handles the three signals; call it once, in the main thread, before anything slow."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in EXIT_CODES:
@@ -47,7 +47,7 @@ def install() -> None:
 
 
 def requested() -> int | None:
-    """Returns the exit code of the signal that came, None while none has come."""
+    """Returns the exit code of the signal that has come, None if none has."""
     return _requested
 
 
@@ -66,7 +66,7 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def immediate() -> Iterator[None]:
-    """Inside, within `deferred()`, signals raise `Stopped` again, one that has come too."""
+    """Inside, within `deferred()`, signals raise `Stopped` again, even one that has come before."""
     with _deferring(False):
         if _requested is not None:
             raise Stopped(_requested)
@@ -86,7 +86,7 @@ def _deferring(value: bool) -> Iterator[None]:
 def _handle(number: int, frame) -> None:
     global _requested, _was_raised
     if _requested is not None:
-        return  # `_watch` sees to it
+        return  # `_watch` handles it
     _requested = EXIT_CODES[number]
     if not _is_deferred:
         _was_raised = True
@@ -107,7 +107,7 @@ def _watch(reader: int) -> None:
 
 
 def _watch_launcher(launcher: int) -> None:
-    """Ends the process when torchrun is gone: an orphan would train on, and hold its run's lock."""
+    """Ends the process when torchrun is gone: an orphan would train on and hold the run's lock."""
     while os.getppid() == launcher:
         time.sleep(_POLL_SEC)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -116,7 +116,7 @@ def _watch_launcher(launcher: int) -> None:
 
 
 def _forget() -> None:
-    """Gives a forked child the ordinary signals back: it is not the one to be stopped tidily."""
+    """Gives a forked child the ordinary signals back: only its parent stops tidily."""
     signal.set_wakeup_fd(-1)
     for number in EXIT_CODES:
         signal.signal(number, signal.SIG_DFL)

@@ -1,7 +1,8 @@
 """Writes uncompressed ZIPs of very many members, quickly and in little memory.
 
-What `zipfile` would write, byte for byte, but an entry of the directory takes under 100 bytes of
-memory instead of about 600 and is packed once. Format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.
+It writes what `zipfile` would write, byte for byte, but an entry of the directory takes under 100
+bytes of memory instead of about 600 and is packed once. The format is that of PKWARE's
+APPNOTE.TXT, sections 4.3 and 4.5.
 """
 
 import struct
@@ -45,7 +46,7 @@ class StoredZip:
         self._count += 1
 
     def close(self) -> None:
-        """Writes the directory; without it the ZIP isn't one."""
+        """Writes the directory, without which the file is no ZIP."""
         start, size, count = self._position, len(self._directory), self._count
         self._file.write(self._directory)
         if count > _MAX_COUNT or max(start, size) > _MAX_OFFSET:

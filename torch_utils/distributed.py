@@ -1,10 +1,10 @@
 """Processes: the start and end of a process group, who is who, and who waits for whom.
 
-Without torchrun there is no process group and every function here is that of a single process.
-Under torchrun there are two: NCCL on GPUs and gloo on the CPU for tensors, and gloo for what the
-hosts say to each other: objects, barriers, whether to stop.
+Without torchrun there is no process group, and every function here does its work for one process.
+Under torchrun there are two groups: NCCL on GPUs and gloo on the CPU for tensors, and gloo for what
+the hosts tell each other: objects, barriers, whether to stop.
 
-The two differ in their patience. Ranks meet in every step, so one that does not come to a tensor's
+The two have different timeouts. Ranks meet in every step, so a rank that does not reach a tensor's
 all-reduce within half an hour hangs. Rank 0 may keep the others waiting longer while it packs a
 large data set or checks 50,000 images.
 """
@@ -29,8 +29,8 @@ from dnnlib.ordered_pool import num_cores
 
 T = TypeVar("T")
 
-# $PFGMPP_TIMEOUT, in seconds, takes the place of the first. Writing a state happens between steps
-# too, and compiling a network in the first: both take minutes at the worst.
+# $PFGMPP_TIMEOUT, in seconds, replaces the first. A state is also written between steps, and a
+# network is compiled in the first one: both take minutes at worst.
 TIMEOUT_ENV = "PFGMPP_TIMEOUT"
 _STEP_TIMEOUT = datetime.timedelta(minutes=30)
 _HOST_TIMEOUT = datetime.timedelta(hours=2)
@@ -38,7 +38,7 @@ _POLL_SEC = 0.02
 STOP_TIMEOUT = datetime.timedelta(seconds=5)  # torchrun kills after 30
 _host_group: torch.distributed.ProcessGroup | None = None
 _stop_group: torch.distributed.ProcessGroup | None = None  # nothing else may be under way in it
-_PIECE_ROWS = 4096  # rows that cross between processes at a time
+_PIECE_ROWS = 4096  # how many rows cross between processes at a time
 
 
 def init(device: str = "auto") -> torch.device:
@@ -69,14 +69,13 @@ def init(device: str = "auto") -> torch.device:
 
 
 def _fresh_store() -> tuple[torch.distributed.Store, int, int]:
-    """Returns (store, rank, world size); in the store there is nothing of processes that are gone.
+    """Returns (store, rank, world size); the store holds nothing of processes that are gone.
 
     torchrun keeps one store for all its restarts (PyTorch 2.13). A restarted rank could find there
-    where another one listened before it died, and wait for it. So rank 0 chooses a prefix, and
-    gives it to those who ask under names that nobody has used before.
+    the address of another one that has died, and wait for it. So rank 0 chooses a prefix, and gives
+    it to the ranks that ask under names that nobody has used before.
     """
-    store, rank, size = next(torch.distributed.rendezvous(
-        "env://", timeout=_HOST_TIMEOUT))
+    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=_HOST_TIMEOUT))
     own = uuid.uuid4().hex
     if rank != 0:
         store.set(f"asks/{rank}", own)
@@ -86,7 +85,7 @@ def _fresh_store() -> tuple[torch.distributed.Store, int, int]:
     waiting, end = set(range(1, size)), time.monotonic() + _HOST_TIMEOUT.total_seconds()
     while waiting:
         for other in sorted(waiting):
-            if store.check([f"asks/{other}"]):  # perhaps one that is gone: then it asks again
+            if store.check([f"asks/{other}"]):  # if that one is gone, its successor asks again
                 store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
             if store.check([f"{own}/{other}"]):
                 waiting.remove(other)
@@ -124,15 +123,11 @@ def _choose_device(device: str) -> torch.device:
 
 
 def shutdown() -> None:
-    """Ends the process group. Drop every DDP module and its optimizer before."""
+    """Ends the process group. Drop every DDP module and its optimizer first."""
+    global _host_group, _stop_group
     if not torch.distributed.is_initialized():
         return
     barrier()
-    _leave()
-
-
-def _leave() -> None:
-    global _host_group, _stop_group
     _host_group = _stop_group = None
     gc.collect()  # gloo sometimes aborts at exit while a DDP reducer is still alive
     torch.distributed.destroy_process_group()
@@ -140,17 +135,17 @@ def _leave() -> None:
 
 @contextlib.contextmanager
 def process_group(device: str = "auto") -> Iterator[torch.device]:
-    """`init` on entry, `shutdown` on a normal exit.
+    """Calls `init` on entry, and `shutdown` on a normal exit.
 
     After an error the group is left as it is: a barrier would wait for ranks that may be gone. The
-    error gets `should_print`: whether it is this rank's to show, see dnnlib.cli.UserError.
+    error gets `should_print`, whether this rank shows it: see dnnlib.cli.UserError.
     """
     chosen = init(device)
     if console.is_verbose():
         _print_ranks(chosen)
     try:
         yield chosen
-    except Exception as error:  # whatever it is, it goes on from here
+    except Exception as error:  # of any kind: it is raised again
         error.should_print = _is_first_to_tell(error)
         raise
     shutdown()
@@ -165,7 +160,7 @@ def _print_ranks(device: torch.device) -> None:
 
 
 def _is_first_to_tell(error: Exception) -> bool | None:
-    """Says whether no other rank has shown an error of these words; None where nobody knows."""
+    """Says whether no other rank has shown an error with this text; None where nobody knows."""
     if get_world_size() == 1:
         return None
     words = hashlib.sha256(f"{type(error).__name__} {error}".encode()).hexdigest()
@@ -176,11 +171,12 @@ def _is_first_to_tell(error: Exception) -> bool | None:
 
 
 class HostAgreement:
-    """What any rank has to say becomes what all ranks hear: the largest of each of a few numbers.
+    """Tells all ranks the largest value that any rank has said of each of a few numbers.
 
-    It travels between the hosts, beside the device's work, and nothing waits for the device. On
-    GPUs the ranks hear in a step what was said a step ago, so that no host waits for another one
-    to reach the end of a step. On the CPU, where they meet in every step anyway, it is the present.
+    The numbers travel between the hosts, beside the device's work, and nothing waits for the
+    device. On GPUs the ranks hear in a step what was said a step ago, so that no host waits for
+    another one to reach the end of a step. On the CPU, where they meet in every step anyway, they
+    hear what is said now.
     """
 
     def __init__(self, device: torch.device):
@@ -223,9 +219,9 @@ class HostAgreement:
 def run_while_others_wait(function: Callable[[], None]) -> None:
     """Calls `function` on rank 0 while the other ranks wait for its end, if it begins soon.
 
-    Only their being there counts: a rank that leaves makes torchrun end the others. Nothing is
-    exchanged, so ranks may come here from different places; and rank 0, which may be waiting for
-    one of them in a collective, gets away once they leave.
+    They wait because a rank that leaves makes torchrun end the others. Nothing is exchanged, so
+    ranks may come here from different places; and rank 0, which may be waiting for one of them in a
+    collective, gets away once they leave.
     """
     if get_world_size() == 1:
         function()
@@ -259,13 +255,13 @@ def _in_group() -> bool:
 
 
 def print0(*values, **options) -> None:
-    """Prints on rank 0 alone, at once."""
+    """Prints on rank 0 only, and flushes."""
     if get_rank() == 0:
         print(*values, **{"flush": True, **options})
 
 
 def warn0(text: str) -> None:
-    """Prints 'Warning: ...' on rank 0 to stderr, which --quiet leaves."""
+    """Prints 'Warning: ...' on rank 0 to stderr, even with --quiet."""
     print0(f"Warning: {text}", file=sys.stderr)
 
 
@@ -301,13 +297,14 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_to_rank0(rows: torch.Tensor) -> list[torch.Tensor] | None:
-    """Returns every rank's CPU tensor [n, d], n of its own, on rank 0, and None on the others.
+    """Returns every rank's CPU tensor [n, d], each with its own n, on rank 0; None on the others.
 
-    In pieces, so that no other rank and no device holds more than its own and a little.
+    They are sent in pieces, so that no other rank and no device holds much more than its own.
     """
     if get_world_size() == 1:
         return [rows]
-    device = _communication_device()
+    is_nccl = torch.distributed.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
     sizes = gather_objects(tuple(rows.shape))
     if get_rank() != 0:
         for piece in rows.split(_PIECE_ROWS):
@@ -324,16 +321,11 @@ def gather_to_rank0(rows: torch.Tensor) -> list[torch.Tensor] | None:
     return parts
 
 
-def _communication_device() -> torch.device:
-    is_nccl = torch.distributed.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
-
-
 @contextlib.contextmanager
 def rank0_first() -> Iterator[None]:
     """Runs the block on rank 0 before it runs on the others, so that they find its work done.
 
-    An error of rank 0 is raised on every rank, as the same ValueError or OSError.
+    A ValueError or OSError of rank 0 is raised on every rank.
     """
     if get_world_size() == 1:
         yield
@@ -351,7 +343,7 @@ def rank0_first() -> Iterator[None]:
 
 
 def run_on_rank0(function, *args) -> Any:
-    """Returns `function(*args)`, called on rank 0 alone, on every rank; so are its errors."""
+    """Calls `function(*args)` on rank 0; returns its result, or raises its error, on every rank."""
     result: Any = None
     if get_rank() == 0:
         try:

@@ -1,14 +1,15 @@
 """Batches read ahead of their use, in order: by processes or by threads.
 
 Processes suit sources that decode. Threads suit sources in memory or in mapped files, where the
-work is copying, which lets other threads run: nothing crosses a process boundary, and a batch costs
+work is copying, which lets other threads run: nothing crosses a process boundary, and a batch takes
 a tenth of the time.
 
-Processes leave SIGINT, SIGTERM and SIGUSR1 to the one that started them: a signal to the whole
-group must not take away the data of a step that is still to be finished.
+Worker processes leave SIGINT, SIGTERM and SIGUSR1 to the one that started them: a signal to the
+whole group must not take away the data of a step that has yet to finish.
 """
 
 import collections
+import functools
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ import numpy as np
 import torch.utils.data
 
 T = TypeVar("T")
-_AHEAD = 2  # batches per process or thread that are ready or being read
+_AHEAD = 2  # batches that are ready or being read, for each process or thread
 
 
 class Batched(Protocol):
@@ -31,7 +32,7 @@ class Batched(Protocol):
 
 
 class Timed(Generic[T]):
-    """An iterator that knows how long it was waited for."""
+    """An iterator that measures how long its user waits for it."""
 
     def __init__(self, items: Iterator[T]):
         self._items, self._sec = items, 0.0
@@ -60,8 +61,8 @@ def read_in_processes(source: Batched, batches: Iterable[Sequence[int]], *, work
     Args:
         source: where to read; each process has a copy of it.
         batches: lists of indices; may be endless.
-        workers: how many processes; 0 reads in this one, when needed.
-        pin_memory: put the tensors where a GPU can fetch them asynchronously.
+        workers: how many processes; 0 reads in this one, on demand.
+        pin_memory: whether to put the tensors where a GPU can fetch them asynchronously.
 
     Raises:
         ValueError: as `source.get_batch` raises it.
@@ -95,7 +96,7 @@ def _start_worker(worker: int) -> None:
 
 
 def _except_that_nobody_listens(kind, error, trace) -> None:
-    """Shows an error of a thread, but not that the process which asked for a batch has ended."""
+    """Shows a thread's error, unless it says that the process which asked for a batch has ended."""
     if not issubclass(kind, (EOFError, OSError)):
         sys.__excepthook__(kind, error, trace)
 
@@ -110,8 +111,10 @@ def read_in_threads(source: Batched, batches: Iterable[Sequence[int]], *, worker
     if workers == 0:
         yield from map(read, batches)
         return
-    pool = ThreadPoolExecutor(workers, initializer=_use_device,
-                              initargs=(torch.cuda.current_device() if pin_memory else None,))
+    # A thread that pins memory would otherwise open a context on the first GPU.
+    start = functools.partial(torch.cuda.set_device, torch.cuda.current_device()) \
+        if pin_memory else None
+    pool = ThreadPoolExecutor(workers, initializer=start)
     pending: collections.deque = collections.deque()
     try:
         for indices in batches:
@@ -122,9 +125,3 @@ def read_in_threads(source: Batched, batches: Iterable[Sequence[int]], *, worker
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _use_device(device: int | None) -> None:
-    """Keeps a thread that pins memory from opening a context on the first GPU."""
-    if device is not None:
-        torch.cuda.set_device(device)

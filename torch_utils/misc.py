@@ -25,7 +25,7 @@ def mix_seed(*words: int) -> int:
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """Returns the generator that PyTorch uses on `device` when none is given."""
+    """Returns the generator that PyTorch uses on `device` by default."""
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]
     return torch.default_generator
@@ -48,7 +48,7 @@ def configure_backends(precision: str, *, benchmark: bool = True, deterministic:
 
 
 def _keep_freed_memory() -> None:
-    """Has glibc keep freed memory for the next allocation, where it is glibc.
+    """Makes glibc, if it is the C library, keep freed memory for the next allocation.
 
     Activations are allocated anew in every step, and each would come back from the kernel page by
     page, zeroed. The peak stays as it is.
@@ -76,8 +76,8 @@ def compile_network(model: torch.nn.Module, *, graphs: bool = False) -> None:
     """Compiles a network in place; its first call takes a minute or so.
 
     Args:
-        model: takes batches of one size, or is compiled anew.
-        graphs: replay each call as one CUDA graph, on a GPU; for networks without gradients.
+        model: the network; it is compiled anew for each size of batch.
+        graphs: whether to replay each call as one CUDA graph, on a GPU, without gradients.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("compiled")))
     model.compile(mode="reduce-overhead" if graphs else None, dynamic=False)

@@ -34,7 +34,7 @@ def report(name: str, value: float | torch.Tensor) -> float | torch.Tensor:
 
 
 def resume(moments: dict[str, list[float]], device: torch.device) -> None:
-    """Adds what a `Collector` had read, in a run that goes on from there; call on every rank."""
+    """Adds what a `Collector` had read, in a run that continues from there; call on every rank."""
     for name, values in moments.items():
         own = values if distributed.get_rank() == 0 else [0.0] * len(values)
         _sums[name] = torch.tensor(own, dtype=torch.float64, device=device)
