@@ -1,7 +1,7 @@
 """Training states and network snapshots: what is in them, how they are written and read.
 
-Both are ordinary `torch.save` files that hold tensors, numbers, strings, lists and dicts only, so
-they load with `weights_only=True`. A state has all that a run needs to go on exactly:
+Both are ordinary `torch.save` files that hold only tensors, numbers, strings, lists and dicts, so
+they load with `weights_only=True`. A state has all that a run needs to continue exactly:
 
     format, version, network   what the file is; class name and keywords of the network
     net, ema, optimizer        state dicts
@@ -9,10 +9,10 @@ they load with `weights_only=True`. A state has all that a run needs to go on ex
     options, dataset           the run's TrainConfig; name, size and fingerprint of the data
     checksum                   sha256 of everything else
 
-`dataset` also has the scaling of the data (images/scaling.py), `scale`, and `cond_scale` and
-`cond_shape` of condition images; files without it are of 8-bit images. A snapshot has format,
-version, network, ema, progress, options, dataset, checksum. Random draws and the
-data order are functions of the seed in `options` and of `cur_nimg`, so no generator state is kept.
+`dataset` also has the scaling of the data, `scale` (images/scaling.py), and for condition images
+`cond_scale` and `cond_shape`; files without `scale` are of 8-bit images. A snapshot has format,
+version, network, ema, progress, options, dataset, checksum. Random draws and the order of the data
+are functions of the seed in `options` and of `cur_nimg`, so no generator state is kept.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from torch_utils import distributed
 STATE_FORMAT = "pfgmpp-training-state"
 SNAPSHOT_FORMAT = "pfgmpp-network-snapshot"
 VERSION = 1
-BEST_STATE = "training-state-best.pt"  # of the lowest score so far; never taken by its age
+BEST_STATE = "training-state-best.pt"  # of the lowest score so far; never chosen by its age
 
 _STATE_NAME = re.compile(r"training-state-(\d{6,}(?:\.\d{3})?)\.(?P<suffix>pt|pkl)")
 _READ_ERRORS = (zipfile.BadZipFile, RuntimeError, MemoryError, EOFError,
@@ -46,7 +46,7 @@ _READ_ERRORS = (zipfile.BadZipFile, RuntimeError, MemoryError, EOFError,
 
 
 class SnapshotGivenError(ValueError):
-    """A network snapshot stands where a training state is needed."""
+    """A network snapshot was given where a training state is needed."""
 
 
 def kimg_tag(nimg: int, *, fractional: bool) -> str:
@@ -55,11 +55,9 @@ def kimg_tag(nimg: int, *, fractional: bool) -> str:
 
 
 def training_states(run_dir: str | Path, suffix: str = "pt") -> list[Path]:
-    """Returns the training states in a run directory, oldest first by the names' thousands.
+    """Returns the training states in a run directory, oldest first by the numbers in their names.
 
-    Args:
-        run_dir: the folder.
-        suffix: 'pt', or 'pkl' for pickles of PFGM++.
+    Their `suffix` is 'pt', or 'pkl' for pickles of PFGM++.
 
     Raises:
         OSError: there is no such folder.
@@ -86,11 +84,10 @@ def digest(value: Any) -> str:
 def _update(sha, value: Any) -> None:
     if isinstance(value, torch.Tensor):
         sha.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
-        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-        sha.update(raw.numpy())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     elif isinstance(value, dict):
         sha.update(f"dict {len(value)};".encode())
-        for key in sorted(value, key=repr):  # containers differ in the order that they keep
+        for key in sorted(value, key=repr):  # formats differ in the order that they keep
             _update(sha, key)
             _update(sha, value[key])
     elif isinstance(value, list | tuple):
@@ -116,7 +113,7 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
 def load(source: str | Path) -> dict[str, Any]:
     """Reads and verifies a state or snapshot from a path or URL; tensors are on the CPU.
 
-    Checkpoints of EDM and PFGM++ are read too; published.py says what there is in them.
+    It also reads checkpoints of EDM and PFGM++; published.py says what they hold.
 
     Raises:
         OSError: it can't be opened.
@@ -146,8 +143,8 @@ def load(source: str | Path) -> dict[str, Any]:
 def _read_torch(source: str | Path, file: IO[bytes]) -> Any:
     """Returns the content of one of our files, not verified yet.
 
-    PyTorch builds plain data alone, but it believes the sizes that the file claims; here members
-    must be stored as they are, and tensors and items within what the file has bytes for.
+    PyTorch builds only plain data, but it believes the sizes that the file claims. So members must
+    be uncompressed, and tensors and items no more than the file has bytes for.
     """
     try:
         size = os.fstat(file.fileno()).st_size
@@ -203,7 +200,7 @@ def as_snapshot(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def halved(weights: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """Returns weights as float16, which every reader takes; networks compute with them as float32.
+    """Returns weights as float16, which every reader accepts and turns into float32.
 
     Raises:
         ValueError: a weight of the file `source` is beyond float16.
@@ -217,7 +214,7 @@ def halved(weights: dict[str, torch.Tensor], source: str) -> dict[str, torch.Ten
 
 
 def save_safetensors(path: str | Path, snapshot: dict[str, Any]) -> None:
-    """Writes a snapshot as safetensors; all but the tensors goes into the metadata as JSON.
+    """Writes a snapshot as safetensors; all but the tensors becomes JSON in the metadata.
 
     Raises:
         OSError: the file can't be written.
@@ -269,18 +266,17 @@ def load_state(source: str | Path) -> dict[str, Any]:
 
 
 def newest_state(run_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """Returns the newest state that verifies, None if there is none, and what was wrong with newer.
+    """Returns the newest state that verifies, or None, and what was wrong with newer ones.
 
-    Newest is by the number of images recorded in the file.
+    The newest is the one whose file records the most images.
     """
     problems = []
     for path in sorted(training_states(run_dir), key=recorded_nimg, reverse=True):
         try:
             load_state(path)
+            return path, problems
         except (OSError, ValueError) as error:
             problems.append(str(error))
-            continue
-        return path, problems
     return None, problems
 
 
@@ -294,7 +290,7 @@ def verifies(path: Path) -> bool:
 
 
 def recorded_nimg(path: Path) -> float:
-    """Returns the images seen that a state records, unverified; by its name if it is damaged."""
+    """Returns the images seen that a state records, unverified; if damaged, those of its name."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return int(content["progress"]["cur_nimg"])
@@ -316,20 +312,20 @@ def build_ema(content: dict[str, Any]) -> Precond:
 
 
 def sampling_weights(content: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Returns the averaged weights, or the plain ones where a foreign file has no average."""
+    """Returns the averaged weights, or the plain ones if a foreign file has no average."""
     return content["net"] if content.get("ema") is None else content["ema"]
 
 
 def resolve_D(
     content: dict[str, Any], source: str | Path, pfgmpp: bool | None, aug_dim: float | None
 ) -> dict[str, Any]:
-    """Returns `content` with the D that the file records, or that was given where it records none.
+    """Returns `content` with the D that the file records, or else the D that was given.
 
     Args:
         content: what `load` returned.
         source: what errors call the file.
-        pfgmpp: the user's word on whether it was trained on PFGM++ noise; None for no word.
-        aug_dim: the user's D; None for no word.
+        pfgmpp: whether the user says that it was trained on PFGM++ noise; None if not given.
+        aug_dim: the user's D; None if not given.
 
     Raises:
         ValueError: file and user disagree, or neither says.

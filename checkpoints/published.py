@@ -5,7 +5,7 @@
     PFGM++   training-state-*.pt/.pkl  pfgmpp-foreign-state    network, EMA, optimizer, progress
     EDM2     network-snapshot-*.pkl    recognised and refused
 
-Both are pickles of the authors' classes with their source code. `torch_utils.safe_pickle` reads
+They are pickles of the authors' classes with their source code. `torch_utils.safe_pickle` reads
 them as inert records; here a record's class name and constructor arguments, each checked against
 the tables below, become the configuration of a network of ours. That network is built without
 memory (on the "meta" device) and its names and shapes are compared with the file's tensors,
@@ -13,7 +13,6 @@ strictly: whoever builds it afterwards needs no more memory than the file's tens
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
@@ -27,7 +26,7 @@ from torch_utils.safe_pickle import ZIP_MAGIC, Record, shown
 EDM_SNAPSHOT_FORMAT = "edm-snapshot"
 EDM_STATE_FORMAT = "edm-training-state"
 PFGMPP_STATE_FORMAT = "pfgmpp-foreign-state"
-HEAD_BYTES = 512  # how much of a file `is_published` wants to see
+HEAD_BYTES = 512  # how much of a file `is_published` needs to see
 
 _MAX_MODULES = 10_000  # the largest published network has about 700
 _MAX_MODULE_DEPTH = 16
@@ -35,9 +34,9 @@ _MAX_NAME = 64
 
 
 def is_published(first_bytes: bytes) -> bool:
-    """Returns whether a file that begins so is a pickle or torch.save ZIP that is not ours.
+    """Says whether a file that begins so is a pickle or torch.save ZIP that is not ours.
 
-    Ours name their format first of all, within the first `HEAD_BYTES`.
+    Our files name their format first, within `HEAD_BYTES`.
     """
     head = bytes(first_bytes[:HEAD_BYTES])
     if head[:4] == ZIP_MAGIC:
@@ -45,12 +44,12 @@ def is_published(first_bytes: bytes) -> bool:
     return head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
 
 
-def read(source: str | os.PathLike | IO[bytes], name: str | None = None) -> dict[str, Any]:
+def read(file: IO[bytes], name: str) -> dict[str, Any]:
     """Returns a checkpoint of EDM or PFGM++ in the shape of our own, see checkpoints/checkpoint.py.
 
     Args:
-        source: a path, or a binary file that can seek.
-        name: what errors call it; the path where left out.
+        file: a binary file that can seek.
+        name: what errors call it.
 
     Returns:
         format: one of the three above.
@@ -66,26 +65,20 @@ def read(source: str | os.PathLike | IO[bytes], name: str | None = None) -> dict
         OSError: it can't be read.
         ValueError: damaged, of another kind, or asks for something unknown; one line with `name`.
     """
-    if name is None:
-        name = os.fspath(source) if isinstance(source, str | os.PathLike) else "file"
     try:
-        _refuse_edm2(source)
-        return _content(safe_pickle.load(source))
+        _refuse_edm2(file)
+        return _content(safe_pickle.load(file))
     except ValueError as error:
         raise ValueError(f"{name}: not a training state or network snapshot that can be read: "
                          f"{error}") from None
 
 
-def _refuse_edm2(source: str | os.PathLike | IO[bytes]) -> None:
+def _refuse_edm2(file: IO[bytes]) -> None:
     """Raises ValueError for a file that begins as those of EDM2, whatever else is in it."""
-    if isinstance(source, str | os.PathLike):
-        with open(source, "rb") as file:
-            return _refuse_edm2(file)
-    source.seek(0)
-    head = source.read(HEAD_BYTES)
+    file.seek(0)
+    head = file.read(HEAD_BYTES)
     if head[:1] == b"\x80" and b"EasyDict" in head[:64] and b"encoder" in head[:128]:
         raise ValueError("an EDM2 network; only those of EDM and PFGM++ are supported")
-    return None
 
 
 def _content(top: Any) -> dict[str, Any]:
@@ -106,9 +99,9 @@ def _content(top: Any) -> dict[str, Any]:
     content = {"format": kind, "network": first.config, "ema": None,
                **{key: record.tensors for key, record in records.items()}}
     if "optimizer_state" in has:
-        owner = records.get("net", first)
-        content["optimizer"] = _optimizer(top["optimizer_state"], owner)
-    content["progress"] = {"cur_nimg": _checked("step", top["step"]) if "step" in has else None}
+        content["optimizer"] = _optimizer(top["optimizer_state"], records.get("net", first))
+    content["progress"] = {"cur_nimg": _checked("step", top["step"], _STEP_RULE)
+                           if "step" in has else None}
     content["options"] = _options(first.config, recorded)
     content["D_recorded"] = recorded
     return content
@@ -123,9 +116,6 @@ def _options(config: dict, recorded: bool) -> dict:
         options["pfgmpp"] = config["pfgmpp"]
         options |= {"aug_dim": config["D"]} if config["pfgmpp"] else {}
     return options
-
-
-# -------------------------------------------------------------------------------- what is allowed
 
 
 class _Rule(NamedTuple):
@@ -192,17 +182,13 @@ _MODEL_RULES = {
         "decoder_type": _choice("standard", "skip"),
         "resample_filter": _several(_real(0, 1e3), 1, 8)},
     "DhariwalUNet": _COMMON_RULES,
-}  # of the published classes; keywords of classes added to MODELS or PRECONDS are their own affair
-_OTHER_RULES = {"step": _whole(0, 1 << 48)}
+}  # of the published classes; classes added to MODELS or PRECONDS check their own keywords
+_STEP_RULE = _whole(0, 1 << 48)
 
 
-def _checked(key: str, value: Any, rules: dict[str, _Rule] = _OTHER_RULES) -> Any:
-    rule = rules[key]
+def _checked(key: str, value: Any, rule: _Rule) -> Any:
     require(rule.holds(value), f"{key}={shown(value)}: must be {rule.allowed}")
     return rule.convert(value)
-
-
-# --------------------------------------------------------------------------------------- networks
 
 
 def check_network(config: Any, tensors: dict[str, torch.Tensor]) -> None:
@@ -220,7 +206,7 @@ def check_network(config: Any, tensors: dict[str, torch.Tensor]) -> None:
              | _MODEL_RULES.get(config["model_type"], {}))
     for key, value in config.items():
         if key in rules:
-            _checked(key, value, rules)
+            _checked(key, value, rules[key])
         else:
             require(key == "class_name" or not published, f"unknown argument {shown(key)}")
     _compare(_skeleton(config).state_dict(), tensors)
@@ -246,10 +232,9 @@ def _read_network(record: Any, key: str) -> _Network:
     stored = dict(_stored_tensors(record))
     parameters = [name for name, (_, is_parameter) in stored.items() if is_parameter]
     own = [name for name, _ in skeleton.named_parameters()]
-    tensors = {name: tensor for name, (tensor, _) in stored.items()}
-    _compare(skeleton.state_dict(), tensors)
+    _compare(skeleton.state_dict(), {name: tensor for name, (tensor, _) in stored.items()})
     require(set(parameters) == set(own), "takes a buffer for a parameter")
-    tensors = {name: tensors[name].float() for name in skeleton.state_dict()}
+    tensors = {name: stored[name][0].float() for name in skeleton.state_dict()}
     return _Network(skeleton.config, tensors, parameters, own, recorded)
 
 
@@ -266,14 +251,12 @@ def _configuration(record: Record) -> tuple[dict, bool | None]:
     rules = own_rules | _MODEL_RULES[model.class_name]
     for key in given:
         require(key in rules, f"{record.class_name}: unknown argument {shown(key)}")
-    config = {key: _checked(key, value, rules) for key, value in given.items()}
+    config = {key: _checked(key, value, rules[key]) for key, value in given.items()}
     require(config.setdefault("model_type", model.class_name) == model.class_name,
             f"model_type={shown(config['model_type'])}, but the model is {model.class_name}")
     for key in ("img_resolution", "img_channels"):
         require(key in config, f"does not record {key}")
-    recorded = None
-    if "pfgmpp" in config:
-        recorded = not config["pfgmpp"] or "D" in config
+    recorded = (not config["pfgmpp"] or "D" in config) if "pfgmpp" in config else None
     if recorded is not True or not config["pfgmpp"]:
         config.pop("D", None)  # the PFGM++ code stores a D in plain EDM networks too
         config["pfgmpp"] = False
@@ -286,8 +269,8 @@ _POSITIONAL = ("img_resolution", "img_channels", "label_dim")  # alike in EDM an
 def _arguments(record: Record, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     """Returns the arguments that an object was constructed with, by name.
 
-    Past the third, positions mean different things in EDM and PFGM++, but what stands there is an
-    attribute too.
+    After the third, positions mean different things in EDM and PFGM++, but those arguments are
+    attributes too.
     """
     args, kwargs = record.state.get("_init_args") or (), record.state.get("_init_kwargs") or {}
     require(type(args) in (tuple, list) and type(kwargs) is dict,
@@ -324,12 +307,11 @@ def _stored_tensors(record: Record) -> Iterator[tuple[str, tuple[torch.Tensor, b
                 if tensor is not None:
                     require(type(tensor) is torch.Tensor, f"{prefix}{key} is {shown(tensor)}")
                     yield prefix + key, (tensor, kind == "_parameters")
-        inner = []
-        for key, child in _dict(module.state, "_modules").items():
+        inner = _dict(module.state, "_modules")
+        for key in inner:
             _check_key(key)
-            if child is not None:
-                inner.append((f"{prefix}{key}.", child))
-        waiting += reversed(inner)
+        waiting += [(f"{prefix}{key}.", child) for key, child in reversed(inner.items())
+                    if child is not None]
 
 
 def _check_key(key: Any) -> None:
@@ -349,9 +331,6 @@ def _compare(ours: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]) -> 
                 f"tensor {name} is of {tensor.dtype}, must be float32 or float16")
 
 
-# -------------------------------------------------------------------------------------- optimizer
-
-
 _GROUP_RULES = {
     "lr": _real(0, 1e3), "eps": _real(0, 1), "weight_decay": _real(0, 1e3),
     "betas": _several(_real(0, 1), 2, 2), "amsgrad": _Rule("false", lambda v: v is False),
@@ -369,8 +348,8 @@ def _optimizer(stored: Any, network: _Network) -> dict[str, Any]:
     require(type(params) is list and len(params) == len(names)
             and all(type(one) is int and one == i for i, one in enumerate(params)),
             f"has an optimizer that is not of the network's {len(names)} parameters")
-    group = {key: _checked(key, groups[0][key], _GROUP_RULES)
-             for key in _GROUP_RULES if key in groups[0]}
+    group = {key: _checked(key, groups[0][key], rule)
+             for key, rule in _GROUP_RULES.items() if key in groups[0]}
     group["betas"] = tuple(group.get("betas", (0.9, 0.999)))
     group["params"] = params
     own_index = {name: i for i, name in enumerate(network.own_order)}
