@@ -31,16 +31,20 @@ LOG_SINKS = ("tensorboard", "wandb")  # see training/log_sinks.py
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 AUGMENT_DIM = 9  # augmentation labels, see pfgmpp/augment.py
 
-# What a resumed run may change without being asked, with the reason. Everything else, options that
-# are new here too, decides what is computed from the resumed step on: see `changed_options`.
+# What a run writes to its directory besides states, snapshots and samples.
+OPTIONS_FILE, STATS_FILE, SCORES_FILE = "training_options.json", "stats.jsonl", "metrics.jsonl"
+LOG_FILE, REALS_FILE = "log.txt", "reals.png"
+
+# What a resumed run may change without --override-options, with the reason. Everything else, also
+# options added later, decides what is computed from the resumed step on: see `changed_options`.
 RESUME_MAY_CHANGE = {
     "data": "a data set may move: its content is compared, by its fingerprint",
     "seed": "taken from the state; another one is refused",
-    "transfer": "decides where a run begins, not how it goes on",
+    "transfer": "decides where a run begins, not how it continues",
     "preset": "a name: what it stands for is compared",
-    "duration": "how long is no matter of how: going on for longer is a reason to resume",
-    "batch_gpu": "the split over rounds and processes changes rounding alone",
-    "bench": "which kernels, as the machine does",
+    "duration": "how long, not how: to train for longer is a reason to resume",
+    "batch_gpu": "the split over rounds and processes changes only rounding",
+    "bench": "which kernels run, as the machine does",
     "compile": "likewise",
     "deterministic": "likewise",
     "cache": "where the pixels come from, not which",
@@ -51,21 +55,21 @@ RESUME_MAY_CHANGE = {
     "snap": "likewise",
     "dump": "likewise",
     "keep": "likewise",
-    "log": "where numbers and pictures go besides",
+    "log": "where else numbers and pictures go",
     "samples": "pictures are drawn from seeds of their own",
-    "eval": "scores too, and training does not see them",
+    "eval": "so are scores, and training does not see them",
     "eval_ref": "likewise",
     "eval_num": "likewise",
     "eval_detector": "likewise",
 }
-# Options that are in the network itself, which is compared key by key with the state's.
+# Options that are in the network itself, which is compared with the state's key by key.
 NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "label_dropout",
                    "sigma_data", "cbase", "cres", "nblock"}
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """What a run is trained on, with and how. Field names are those of train.py's flags.
+    """What a run trains, on which data and how. Field names are those of train.py's flags.
 
     Raises:
         ValueError: an option outside its range, or options that exclude each other.
@@ -180,8 +184,8 @@ class TrainConfig:
     def tick_at(self, nimg: int) -> int | None:
         """Returns the number of the tick that is due after `nimg` images, None if none is.
 
-        Tick 0 comes after the first step, so that a new run shows a sign of life. A function of
-        `nimg` alone: a resumed run reports when an undisturbed one would.
+        Tick 0 comes after the first step, so that a new run shows a sign of life. It depends only
+        on `nimg`: a resumed run reports when an undisturbed one would.
         """
         tick = (nimg - self.batch) // self.tick_nimg
         return tick if tick > (nimg - 2 * self.batch) // self.tick_nimg else None
@@ -199,39 +203,36 @@ class TrainConfig:
         Raises:
             ValueError: batch is not micro-batch * rounds * processes.
         """
-        if self.batch % world_size:
-            raise ValueError(f"--batch={self.batch} can't be split over {world_size} processes; "
-                             f"nearest: {_nearest_multiples(self.batch, world_size)}")
         share = self.batch // world_size
+        if self.batch % world_size:
+            nearest = " or ".join(str(n * world_size) for n in (share, share + 1) if n)
+            raise ValueError(f"--batch={self.batch} can't be split over {world_size} processes; "
+                             f"nearest: {nearest}")
         micro = min(self.batch_gpu or share, share)
         if share % micro:
-            divisors = [d for d in range(1, share + 1) if share % d == 0]
-            below = max(d for d in divisors if d < micro)
-            above = min(d for d in divisors if d > micro)
+            below = next(d for d in range(micro, 0, -1) if share % d == 0)
+            above = next(d for d in range(micro, share + 1) if share % d == 0)
             raise ValueError(f"--batch-gpu={micro} must divide --batch={self.batch} / {world_size} "
                              f"process(es) = {share}; nearest: {below} or {above}")
         return micro, share // micro
 
     def network(self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int,
                 cond_channels: int = 0) -> dict:
-        """Returns what `pfgmpp.networks.build_network` makes the network for this data of."""
-        config = {
+        """Returns the configuration of the network for this data, as `build_network` takes it."""
+        optional = {
+            "D": self.aug_dim if self.pfgmpp else None,
+            "augment_dim": AUGMENT_DIM if self.augment > 0 else None,
+            "sigma_data": self.sigma_data if self.precond == "edm" else None,
+            "label_dropout": self.label_dropout or None, "cond_channels": cond_channels or None,
+            "model_channels": self.cbase, "num_blocks": self.nblock,
+            "channel_mult": list(self.cres) if self.cres else None,
+        }
+        return {
             "class_name": PRECONDITIONERS[self.precond], "img_resolution": img_resolution,
             "img_channels": img_channels, "label_dim": label_dim, "pfgmpp": self.pfgmpp,
             "dropout": self.dropout, **ARCHITECTURES[self.arch],
+            **{key: value for key, value in optional.items() if value is not None},
         }
-        if self.pfgmpp:
-            config["D"] = self.aug_dim
-        if self.augment > 0:
-            config["augment_dim"] = AUGMENT_DIM
-        if self.sigma_data is not None and self.precond == "edm":
-            config["sigma_data"] = self.sigma_data
-        for key, value in (("label_dropout", self.label_dropout), ("cond_channels", cond_channels)):
-            if value:
-                config[key] = value
-        overrides = {"model_channels": self.cbase, "num_blocks": self.nblock,
-                     "channel_mult": list(self.cres) if self.cres else None}
-        return config | {key: value for key, value in overrides.items() if value is not None}
 
     def to_dict(self) -> dict:
         """Returns plain data that JSON can hold; infinity becomes the string 'inf'."""
@@ -256,7 +257,7 @@ class TrainConfig:
 
 
 def check_options(values: dict) -> dict:
-    """Returns some of the options that `TrainConfig.to_dict` wrote, as its fields hold them.
+    """Returns some of the options that `TrainConfig.to_dict` wrote, as the types of its fields.
 
     Raises:
         ValueError: an unknown key, or a value of the wrong kind.
@@ -270,13 +271,13 @@ def check_options(values: dict) -> dict:
 
 
 def changed_options(now: TrainConfig, then: dict) -> list[str]:
-    """Returns '--lr=0.01 (0.001 in the state)' for each option that goes on differently.
+    """Returns '--lr=0.01 (0.001 in the state)' for each option that would change the run.
 
-    Where the value now is train.py's default, which nobody may have typed, that is said too.
+    If the value now is train.py's default, which nobody may have typed, the text says so.
 
     Args:
         now: the options of the run that is resumed.
-        then: those that the state holds, of `to_dict`; one that it lacks had its default.
+        then: what `to_dict` wrote to the state; an option that it lacks had its default.
     """
     changed = []
     for field in dataclasses.fields(now):
@@ -296,11 +297,6 @@ def _shown(value: object) -> str:
 
 def _flag(name: str) -> str:
     return name.replace("_", "-")
-
-
-def _nearest_multiples(value: int, factor: int) -> str:
-    below = value // factor * factor
-    return f"{below} or {below + factor}" if below else f"{factor}"
 
 
 def _coerce(key: str, value: object, hint: object) -> object:

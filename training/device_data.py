@@ -1,16 +1,16 @@
 """A data set in the memory of the training device, from which batches are taken by number.
 
-Nothing is read ahead and no pixel crosses to the device in a step: numbers of images and labels do.
+Nothing is read ahead, and in a step only numbers of images and labels cross to the device.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from images.dataset import ImageFolderDataset
 
-_SHARE = 1 / 16  # of a GPU's memory that data take without being asked
+_SHARE = 1 / 16  # of a GPU's memory, which data may take by default
 
 
 def fits_by_itself(dataset: ImageFolderDataset, device: torch.device) -> bool:
@@ -22,21 +22,15 @@ def fits_by_itself(dataset: ImageFolderDataset, device: torch.device) -> bool:
 
 
 class DeviceData:
-    """Batches of a packed data set, equal to what the data set itself reads.
-
-    Args:
-        dataset: opened with its cache.
-        device: where the images are kept and given.
-    """
+    """Batches of a data set that was opened with its cache, equal to what it reads itself."""
 
     def __init__(self, dataset: ImageFolderDataset, device: torch.device):
         self._dataset, self._device = dataset, device
-        self._arrays = [_to_device(array, device) for array in dataset.arrays]
+        # 16 bits as a signed type, which every operation takes.
+        arrays = [array.view(np.int16) if array.dtype == np.uint16 else array
+                  for array in dataset.arrays]
+        self._arrays = [torch.from_numpy(np.array(array)).to(device) for array in arrays]
         self._dtypes = [torch.from_numpy(array[:0].copy()).dtype for array in dataset.arrays]
-
-    def batches(self, order: Iterable[Sequence[int]]) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yields images, labels and, if read, conditions of each list of indices."""
-        return map(self.get_batch, order)
 
     def get_batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """Returns images [B, C, H, W], float32 labels [B, label_dim] and, if read, conditions."""
@@ -55,9 +49,3 @@ class DeviceData:
         if self._device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self._device, non_blocking=True)
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Returns a copy of a mapped array; 16 bits as a signed type, which every operation takes."""
-    copied = np.array(array.view(np.int16) if array.dtype == np.uint16 else array)
-    return torch.from_numpy(copied).to(device)

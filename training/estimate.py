@@ -1,14 +1,14 @@
-"""What a run will take, told before it starts; nothing is trained and no memory is taken.
+"""What a run will take, computed before it starts, without training and without its memory.
 
-The network runs once, forward and backward, on PyTorch's meta device, which knows shapes alone.
+The network runs once, forward and backward, on PyTorch's meta device, which knows only shapes.
 Operations are those of convolutions and matrix products, counted by torch.utils.flop_counter (a
 multiply-add is two); the rest of a U-Net is about 1% of them. Memory is
 
     20 bytes x parameters             weights, their average, gradients, two moments of Adam
     + tensors kept for backward       the network's, counted, x images at a time
 
-and a rough estimate: what the device itself, its convolutions' workspace and the batch take is left
-out. `gpumem` in the line of a tick is the truth.
+This is a rough estimate: it leaves out what the device itself, the workspace of its convolutions
+and the batch take. `gpumem` in the line of a tick is the truth.
 """
 
 import dataclasses
@@ -33,21 +33,13 @@ _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a network takes.
-
-    Attributes:
-        parameters: their number.
-        forward_flops: of one image.
-        training_flops: of one image, forward and backward.
-        state_bytes: of a process, whatever the batch.
-        image_bytes: of a process, for each image at a time.
-    """
+    """What a network takes."""
 
     parameters: int
-    forward_flops: float
-    training_flops: float
-    state_bytes: float
-    image_bytes: float
+    forward_flops: float  # of one image
+    training_flops: float  # of one image, forward and backward
+    state_bytes: float  # of a process, whatever the batch
+    image_bytes: float  # of a process, for each image at a time
 
     @classmethod
     def of_network(cls, network: dict[str, Any], precision: str = "fp32") -> "Estimate":
@@ -55,7 +47,7 @@ class Estimate:
         dtype = misc.compute_dtype(precision)
         with torch.device("meta"):
             net = build_network(network)
-            # Half precision of either kind has the same size, and fp16 runs on GPUs alone.
+            # Both kinds of half precision have the same size, and fp16 runs only on GPUs.
             net.compute_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
             inputs = _inputs(net, network.get("augment_dim", 0))
         kept = _Kept(net)
@@ -70,16 +62,16 @@ class Estimate:
                    _STATE_BYTES * parameters + fixed, by_image / _BATCH)
 
     def memory_bytes(self, micro_batch: int) -> float:
-        """Returns about what a process needs for `micro_batch` images at a time."""
+        """Returns roughly what a process needs for `micro_batch` images at a time."""
         return self.state_bytes + micro_batch * self.image_bytes
 
 
 class _Kept(TorchFunctionMode):
-    """Collects what autograd keeps for backward, each storage once; parameters are left out.
+    """Collects what autograd keeps for backward, each storage once, without the parameters.
 
-    Of attention and matrix products it is what the kernels of real devices keep. The meta device
-    has only the plain formula of attention, whose matrices of weights are larger than all else, and
-    loses channels_last, so that 1x1 convolutions copy their input.
+    For attention and matrix products, that is what the kernels of real devices keep. The meta
+    device has only the plain formula of attention, whose matrices of weights are larger than all
+    else, and loses channels_last, so that 1x1 convolutions copy their input.
     """
 
     def __init__(self, net: torch.nn.Module):
@@ -126,10 +118,10 @@ def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
     """Returns the lines that tell what a run takes.
 
     Args:
-        config: its options.
-        network: that of `config.network` for the run's data.
+        config: the run's options.
+        network: what `config.network` returns for the run's data.
         world_size: number of processes.
-        rate: images a second over all processes, where that is known.
+        rate: images a second over all processes, if known.
     """
     found = Estimate.of_network(network, config.precision)
     micro_batch, _ = config.rounds(world_size)

@@ -4,8 +4,8 @@
     wandb         a run of project $WANDB_PROJECT or 'pfgmpp'; RUN_DIR/wandb-id.txt has its id, by
                   which a resumed run goes on. WANDB_MODE=offline needs no network
 
-Rank 0 alone has them. A sink that fails is given up with one warning, and training goes on: all
-that it would get is in stats.jsonl and samples-*.png.
+Only rank 0 has them. A sink that fails is given up with one warning, and training goes on: all that
+it would get is in stats.jsonl and samples-*.png.
 """
 
 import importlib.util
@@ -20,9 +20,6 @@ import PIL.Image
 from dnnlib import console
 from torch_utils import distributed
 from training.config import TrainConfig
-
-_PROJECT = "pfgmpp"
-_ID_FILE = "wandb-id.txt"
 
 
 class Sink(Protocol):
@@ -41,7 +38,7 @@ class Sink(Protocol):
 class _TensorBoard:
     def __init__(self, run_dir: Path, config: TrainConfig, nimg: int):
         from torch.utils.tensorboard import SummaryWriter
-        # What a killed run had written beyond the state that it goes on from is taken back.
+        # What a killed run wrote after the state from which it continues is taken back.
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=nimg + 1)
 
     def scalars(self, values: dict[str, float], nimg: int) -> None:
@@ -64,15 +61,15 @@ class _Wandb:
         import wandb
         if console.is_quiet():
             os.environ.setdefault("WANDB_SILENT", "true")
-        id_file = run_dir / _ID_FILE
+        id_file = run_dir / "wandb-id.txt"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
         self._picture = wandb.Image
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", _PROJECT), name=run_dir.name, dir=str(run_dir),
+            project=os.environ.get("WANDB_PROJECT", "pfgmpp"), name=run_dir.name, dir=str(run_dir),
             id=id_file.read_text(encoding="utf-8").strip(), resume="allow",
             config=config.to_dict())
-        # wandb's own steps can't go back, which a run does that was killed.
+        # wandb's own steps can't go back, but a run that was killed does.
         self._run.define_metric("*", step_metric="Progress/kimg")
 
     def scalars(self, values: dict[str, float], nimg: int) -> None:
@@ -98,13 +95,7 @@ def check_available(names: Sequence[str]) -> None:
 
 
 class LogSinks:
-    """The sinks of a run; none on ranks other than 0.
-
-    Args:
-        config: the run's options; `config.log` are the names.
-        run_dir: its folder.
-        nimg: images that it has seen.
-    """
+    """The sinks that `config.log` names, for a run that has seen `nimg` images; only on rank 0."""
 
     def __init__(self, config: TrainConfig, run_dir: Path, nimg: int):
         self._sinks: dict[str, Sink] = {}
@@ -132,7 +123,7 @@ class LogSinks:
     def _try(self, name: str, function: Callable[[], Any]) -> None:
         try:
             function()
-        except Exception as error:  # of code that is not ours: whatever it is, training goes on
+        except Exception as error:  # of code that is not ours: whatever it is, training continues
             self._sinks.pop(name, None)
             words = " ".join(f"{type(error).__name__}: {error}".split())
             distributed.warn0(f"--log={name} given up: {words}; training goes on, its numbers are "

@@ -1,12 +1,12 @@
 """Settings of training runs by name, in the units of train.py's flags; no PyTorch is needed.
 
 The published runs set every hyperparameter, also those that are train.py's default, so that each is
-in one place. D is no part of a preset: --pfgmpp and --aug_dim choose it, and everything else stays.
+in one place. D is not part of a preset: --pfgmpp and --aug_dim choose it, and all else stays.
 
     cifar10-*, ffhq64-*, afhqv2-64, imagenet64-adm   EDM (Karras et al. 2022) and PFGM++ (Xu et al.
                                                      2023); no score is published for PFGM++ on
                                                      AFHQv2 and ImageNet
-    lsun256, emoji32                                 this project's own, where to start from: no
+    lsun256, emoji32                                 this project's own, as starting points; no
                                                      scores are published
 """
 

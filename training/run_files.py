@@ -1,7 +1,7 @@
-"""The files of a run that rank 0 writes as it goes: what a full disk costs, what is kept.
+"""The files that rank 0 writes during a run: what a full disk costs, what is kept.
 
-One failed writing costs what was to be written: a warning, the earlier files stay, training goes
-on. Failures at two occasions in a row end the run, and so does one at the last.
+If a file can't be written, only that file is lost: there is a warning, earlier files stay, and
+training goes on. Failures at two ticks in a row end the run, and so does one at the last tick.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,11 @@ from checkpoints import checkpoint
 from dnnlib.atomic import remove_stale
 from torch_utils import distributed
 
-_MAX_FAILURES = 2  # occasions in a row
+_MAX_FAILURES = 2  # ticks in a row
 
 
 class RunFiles:
-    """Writes files of a run directory; used on rank 0 alone.
-
-    Args:
-        run_dir: an existing folder.
-        keep: how many training states to keep; None for all.
-    """
+    """Writes files of an existing run directory, on rank 0; keeps `keep` training states or all."""
 
     def __init__(self, run_dir: Path, keep: int | None):
         self.run_dir, self._keep = run_dir, keep
@@ -33,7 +28,7 @@ class RunFiles:
             distributed.print0(f"Removed {path}, left by a process that was killed")
 
     def write(self, name: str, function: Callable[[Path, Any], None], content: Any) -> bool:
-        """Calls `function(path, content)`; returns whether it could be written."""
+        """Calls `function(path, content)`; returns whether the file could be written."""
         try:
             function(self.run_dir / name, content)
         except OSError as error:
@@ -47,13 +42,10 @@ class RunFiles:
         return self.write(name, checkpoint.save, content)
 
     def raise_if_writes_failed(self, last: bool) -> None:
-        """Warns of what could not be written since the call before, and counts it.
-
-        Args:
-            last: nothing will be written any more.
+        """Warns of what could not be written since the last call, and counts it.
 
         Raises:
-            OSError: the failures are too many.
+            OSError: it failed too often, or at the `last` call.
         """
         problems, written = self._problems, self._written
         self._problems, self._written = [], 0
@@ -69,7 +61,7 @@ class RunFiles:
                               "again")
 
     def prune(self) -> None:
-        """Removes all training states but the newest `keep`, once one of those verifies."""
+        """Removes all training states but the newest `keep`, if one of those verifies."""
         if self._keep is None:
             return
         states = sorted(checkpoint.training_states(self.run_dir), key=checkpoint.recorded_nimg)

@@ -25,7 +25,7 @@ def sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
     With condition images, row i has the condition image of training image i, then samples, then
     the image itself.
     """
-    has_conditions = trainer.dataset.cond_channels > 0
+    dataset = trainer.dataset
     classes, rows, columns = _grid_layout(trainer)
     if rows == 0:
         return None
@@ -33,14 +33,17 @@ def sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
     mine = {}
     for row in range(rows)[trainer.rank::trainer.world_size]:
         seeds = range(row * columns, (row + 1) * columns)
-        number = row % len(trainer.dataset)
-        given = _grid_condition(trainer, number) if has_conditions else {}
-        [batch] = generate_images(
-            trainer.ema, [seeds], sampler=sampler, device=trainer.device,
-            **({"class_idx": classes[row] if classes else None} | given))
+        number = row % len(dataset)
+        given = {"class_idx": classes[row] if classes else None}
+        if dataset.cond_channels:
+            given = _grid_condition(dataset, number)
+        [batch] = generate_images(trainer.ema, [seeds], sampler=sampler, device=trainer.device,
+                                  **given)
         mine[row] = [*to_uint8(batch.images).cpu().numpy()]
-        if has_conditions:
-            mine[row] = _with_truth(trainer.dataset, number, mine[row])
+        if dataset.cond_channels:
+            images, _, conditions = dataset.get_batch([number])
+            mine[row] = [dataset.cond_scaling.to_picture(conditions)[0], *mine[row],
+                         dataset.scaling.to_picture(images)[0]]
     pictures = {row: images for part in distributed.gather_objects(mine)
                 for row, images in part.items()}
     if trainer.rank != 0:
@@ -48,20 +51,11 @@ def sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
     return image_grid([pictures[row] for row in range(rows)], list(map(str, classes)))
 
 
-def _grid_condition(trainer: Trainer, number: int) -> dict[str, Any]:
-    """Returns what `generate_images` is told to sample for the condition and class of an image."""
-    label = trainer.dataset.get_label(number)
-    of_seed = SeedImages.of_conditions(trainer.dataset)
+def _grid_condition(dataset: ImageFolderDataset, number: int) -> dict[str, Any]:
+    """Returns keywords of `generate_images` for the condition and class of a training image."""
+    label, of_seed = dataset.get_label(number), SeedImages.of_conditions(dataset)
     return {"conditions": lambda seeds: of_seed([number] * len(seeds)),
-            "class_idx": int(label.argmax()) if trainer.dataset.has_onehot_labels else None}
-
-
-def _with_truth(dataset: ImageFolderDataset, number: int,
-                samples: list[np.ndarray]) -> list[np.ndarray]:
-    """Returns the condition image of an image, samples, and the image, to look at."""
-    images, _, conditions = dataset.get_batch([number])
-    return [dataset.cond_scaling.to_picture(conditions)[0], *samples,
-            dataset.scaling.to_picture(images)[0]]
+            "class_idx": int(label.argmax()) if dataset.has_onehot_labels else None}
 
 
 def save_real_grid(trainer: Trainer, path: Path) -> None:
@@ -83,7 +77,7 @@ def save_real_grid(trainer: Trainer, path: Path) -> None:
 def _grid_layout(trainer: Trainer) -> tuple[list[int], int, int]:
     """Returns (classes of the rows, if any, rows, columns) of about `config.samples` images.
 
-    The classes are the first that have images, and none where there are condition images.
+    The classes are the first that have images; there are none where there are condition images.
     """
     count = trainer.config.samples
     if count is None:

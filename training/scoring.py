@@ -16,14 +16,14 @@ from torch_utils import distributed as dist
 
 
 class Scored(Protocol):
-    """What has images to score: a data set or a sampler."""
+    """A source of images to score: a data set or a sampler."""
 
     image_shape: Sequence[int]
     scale: dict[str, Any] | None
 
 
 class Sampler(Protocol):
-    """What samples; `network_sampler.NetworkSampler` does."""
+    """A source of samples, such as `network_sampler.NetworkSampler`."""
 
     image_shape: tuple[int, int, int]
     scaling: Scaling
@@ -36,14 +36,14 @@ def open_evaluator(
     detector: str, reference: str | None, metrics: Iterable[str], device: torch.device,
     sets: dict[str, Scored], *, batch: int, workers: int,
 ) -> Evaluator:
-    """Returns what scores images of these sets; what can be refused is refused at once.
+    """Returns the evaluator for images of these sets; what can't be scored is refused at once.
 
     Args:
         detector: see `metrics.detectors.build_detector`.
         reference: statistics (.npz, or their address), a data set (folder or .zip), or None.
         metrics: names of the metrics.
         device: where to compute.
-        sets: what will be scored, by what errors call the images.
+        sets: the images to score, by what errors call them.
         batch: the most images of a reference data set at a time.
         workers: processes that read them ahead.
 
@@ -69,24 +69,13 @@ def network_features(sampler: Sampler, seeds: Sequence[int], detector: Detector,
                      metrics: Iterable[str], batch: int, title: str | None = None) -> FeatureSet:
     """Returns what `metrics` need of the images of `seeds`, as they would be written and read.
 
-    Args:
-        sampler: gives the images.
-        seeds: one image each.
-        detector: gives the features.
-        metrics: names of the metrics.
-        batch: the most images at a time on one rank.
-        title: text before the progress bar.
+    `batch` is the most images at a time on one rank, `title` the text before the progress bar.
     """
+    scaling = sampler.scaling
     numbers = [own for own in dist.split_for_rank(range(len(seeds)), batch) if own]
     samples = sampler.images([seeds[i] for i in own] for own in numbers)
-    images: Iterator[torch.Tensor] = (_as_read(sample.images, sampler.scaling)
-                                      for sample in samples)
+    data = (scaling.to_data(sample.images) for sample in samples)
+    images = data if scaling.is_8bit else map(scaling.to_network, data)
     return collect(zip(images, numbers, strict=True), image_shape=sampler.image_shape,
-                   count=len(seeds), detector=detector, metrics=metrics,
-                   is_8bit=sampler.scaling.is_8bit, title=title)
-
-
-def _as_read(images: torch.Tensor, scaling: Scaling) -> torch.Tensor:
-    """Returns what would be read of these images after they were written, for a detector."""
-    data = scaling.to_data(images)
-    return data if scaling.is_8bit else scaling.to_network(data)
+                   count=len(seeds), detector=detector, metrics=metrics, is_8bit=scaling.is_8bit,
+                   title=title)

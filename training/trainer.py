@@ -4,7 +4,7 @@
 
 Order of a step: learning rate, gradients (all accumulation rounds, averaged over ranks),
 finiteness, Adam, EMA, cur_nimg += batch. Nothing in a step waits for the device; what is reported
-stays there until the tick reads it.
+stays on the device until the tick reads it.
 """
 
 import contextlib
@@ -28,17 +28,16 @@ from pfgmpp.loss import LOSSES, DenoisingLoss, LossDraws
 from pfgmpp.networks import Precond, build_network
 from torch_utils import distributed, misc, training_stats
 from torch_utils.loading import Timed, read_in_processes, read_in_threads
-from training import device_data
 from training.config import TrainConfig
-from training.device_data import DeviceData
+from training.device_data import DeviceData, fits_by_itself
 from training.ema import RAMPUP_RATIO, ema_beta, update_ema_
 
-# Set the uses of the run's seed apart.
+# These keep the uses of the run's seed apart.
 _INIT_TAG, _STEP_TAG, _DROPOUT_TAG, _REFERENCE_TAG = 1, 2, 3, 4
 _DYNAMIC_SCALE_START = 2.0**16
 _DYNAMIC_SCALE_PERIOD = 2000  # good steps between doublings
 HEAVY_TAILED_D = 0.5  # below, draws beyond float32 have been seen (pfgmpp/kernel.py)
-# The buffers never change. The flag that says so has two names, by the version of PyTorch.
+# The buffers never change. The flag that says so has two names, depending on PyTorch's version.
 _BUFFERS_ALONE = {
     "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel)
     .parameters else "broadcast_buffers": False}
@@ -50,13 +49,7 @@ class DivergedError(RuntimeError):
 
 
 class Trainer:
-    """The state of a run in one process, and its step.
-
-    Args:
-        config: the run's options.
-        dataset: the images.
-        device: where to train.
-    """
+    """The state of a run in one process, and its step."""
 
     def __init__(self, config: TrainConfig, dataset: ImageFolderDataset, device: torch.device):
         self.config, self.dataset, self.device = config, dataset, device
@@ -64,7 +57,7 @@ class Trainer:
         self.micro_batch, self.rounds = config.rounds(self.world_size)
         self.cur_nimg = 0
         self.best_score: float | None = None
-        # What a tick has collected and still has to do, in a state that a signal had written.
+        # What a tick has collected and still has to do, in a state that was written at a signal.
         self.unfinished: dict[str, Any] | None = None
 
         torch.manual_seed(misc.mix_seed(config.seed, _INIT_TAG))
@@ -106,36 +99,31 @@ class Trainer:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the network is compiled: as --compile says, by itself where that is exact."""
+        """Whether the network is compiled: as --compile says; 'auto' compiles where it is exact."""
         if self.config.compile == "auto":
             return not self.config.deterministic and misc.compiles_by_itself(self.device)
         return self.config.compile == "1"
 
     def close(self) -> None:
-        """Lets go of the process group's hooks and of the loader workers."""
+        """Releases the process group's hooks and the loader workers."""
         self.ddp = self.net
         self._batches = None
         self.optimizer = None
 
     def take_data_sec(self) -> float:
-        """Returns how long steps have waited for batches since the call before."""
+        """Returns how long steps have waited for batches since the last call."""
         return self._batches.take_sec()
 
     def _open_batches(self) -> Iterator[tuple[torch.Tensor, ...]]:
         order = TrainingOrder(
             len(self.dataset), self.config.seed, self.config.batch, start=self.cur_nimg,
             rank=self.rank, world_size=self.world_size, rounds=self.rounds)
-        if self._is_data_on_device:
-            return DeviceData(self.dataset, self.device).batches(order)
+        on_device = self.config.data_on_device
+        if on_device == "1" or (on_device == "auto" and fits_by_itself(self.dataset, self.device)):
+            return map(DeviceData(self.dataset, self.device).get_batch, order)
         read = read_in_threads if self.dataset.is_packed else read_in_processes
         return read(self.dataset, order, workers=self.config.workers,
                     pin_memory=self.device.type == "cuda")
-
-    @property
-    def _is_data_on_device(self) -> bool:
-        if self.config.data_on_device == "auto":
-            return device_data.fits_by_itself(self.dataset, self.device)
-        return self.config.data_on_device == "1"
 
     @property
     def step(self) -> int:
@@ -177,10 +165,11 @@ class Trainer:
             condition = self._to_device(conditions[0], self.dataset.cond_scaling) \
                 if conditions else None
             labels = labels.to(self.device, non_blocking=True)
-            # Dropout takes no generator: it alone draws from PyTorch's default one.
+            # Dropout takes no generator: only it draws from PyTorch's default one.
             torch.manual_seed(misc.mix_seed(
                 self.config.seed, _DROPOUT_TAG, self.step, self.rank, i))
-            with self._sync_on_last_round(i):
+            is_synced = i == self.rounds - 1 or self.ddp is self.net
+            with contextlib.nullcontext() if is_synced else self.ddp.no_sync():
                 part = slice(i * self.micro_batch, (i + 1) * self.micro_batch)
                 loss = self.loss_fn(self.ddp, images, labels, self.augment_pipe, draws=draws[part],
                                     reference=reference, condition=condition)
@@ -189,17 +178,16 @@ class Trainer:
                 (loss.sum() * gain).backward()
 
     def _draw_step(self) -> LossDraws:
-        """Returns what the whole global batch of this step draws."""
-        rng = self._step_rng.manual_seed(
-            misc.mix_seed(self.config.seed, _STEP_TAG, self.step))
+        """Returns the draws of the whole global batch of this step."""
+        rng = self._step_rng.manual_seed(misc.mix_seed(self.config.seed, _STEP_TAG, self.step))
         shape = (self.config.batch, *self.dataset.image_shape)
         return self.loss_fn.draw(shape, rng, self.augment_pipe)
 
     def _reference_batch(self, augment_draws: Any) -> torch.Tensor:
         """Returns the `rbatch` images over which stable targets are the mean, [R, C, H, W].
 
-        The global batch as it is augmented for training, then images of a stream of their own. A
-        function of the seed and the step alone, the same on every rank.
+        First comes the global batch as it is augmented for training, then images of a stream of
+        their own. It depends only on the seed and the step, and is the same on every rank.
         """
         batch, extra = self.config.batch, self.config.rbatch - self.config.batch
         seed = misc.mix_seed(self.config.seed, _REFERENCE_TAG)
@@ -220,16 +208,11 @@ class Trainer:
         """Returns stored images as networks see them on the device."""
         return scaling.to_network(images.to(self.device, non_blocking=True))
 
-    def _sync_on_last_round(self, i: int) -> contextlib.AbstractContextManager:
-        if i == self.rounds - 1 or self.ddp is self.net:
-            return contextlib.nullcontext()
-        return self.ddp.no_sync()
-
     def _finish_gradients(self) -> torch.Tensor:
         """Returns 1 if the averaged gradients are not finite, else 0: a 0-d float on the device.
 
-        By their 2-norm, the cheapest pass over all of them. It is infinite where a square exceeds
-        float32, and so would Adam's second moment be, for ever.
+        Their 2-norm is the cheapest pass over all of them. It is infinite where a square exceeds
+        float32, as Adam's second moment would then be for ever.
         """
         grads = [p.grad for p in self.net.parameters() if p.grad is not None]
         return (~torch.nn.utils.get_total_norm(grads).isfinite()).to(torch.float32)
@@ -253,11 +236,11 @@ class Trainer:
         c["good_since_change"] = torch.where(double, torch.zeros_like(good), good)
 
     def seems_diverged(self) -> bool:
-        """Says whether too many steps in a row were bad, as far as is known without waiting."""
+        """Says whether too many steps in a row were bad, as far as it knows without waiting."""
         return self._seen_row(self.counters["worst_row"]) > self.config.max_bad_steps
 
     def check_divergence(self) -> None:
-        """Raises DivergedError where too many steps in a row were bad. Waits for the device.
+        """Raises DivergedError if too many steps in a row were bad. It waits for the device.
 
         Every rank must call it at the same step.
         """
@@ -305,14 +288,10 @@ class Trainer:
 
     def snapshot(self) -> dict[str, Any]:
         """Returns what sampling needs, see checkpoints/checkpoint.py."""
-        return {
-            "format": checkpoint.SNAPSHOT_FORMAT, "network": self.net.config,
-            "ema": dict(self.ema.state_dict()), "progress": {"cur_nimg": self.cur_nimg},
-            "options": self.config.to_dict(), "dataset": dataset_record(self.dataset),
-        }
+        return checkpoint.as_snapshot(self.state())
 
     def restore(self, state: dict[str, Any], source: str) -> None:
-        """Continues from a training state; call before `start`.
+        """Continues from a training state; call it before `start`.
 
         Raises:
             ValueError: it belongs to another network or other data; names the first difference.
@@ -337,14 +316,14 @@ class Trainer:
         self.counters = {k: v.to(self.device) for k, v in state["progress"]["counters"].items()}
 
     def _check_network(self, state: dict[str, Any], source: str) -> None:
-        """Raises ValueError where a state is of another network than this run's."""
+        """Raises ValueError if a state is of another network than this run's."""
         # The dtype follows --precision of this run, not of the one that wrote the state.
         skip = {"use_fp16"}
         if not state.get("D_recorded", True):
             skip |= {"pfgmpp", "D"}
         ours, theirs = self.net.config, state["network"]
         if state["format"] != checkpoint.STATE_FORMAT:
-            # Foreign files spell out what ours leave at its default, and the other way round.
+            # Foreign files spell out what ours leave at its default, and vice versa.
             skip |= set(ours) ^ set(theirs)
         else:
             skip.add("dropout")  # an option without weights, see config.changed_options
@@ -373,7 +352,7 @@ class Trainer:
             f"{self.cur_nimg / 1000:g} kimg with draws and data order of its own seed")
 
     def _check_weights(self, weights: dict[str, torch.Tensor], given: str) -> None:
-        """Raises ValueError, naming the first difference, where weights do not fit the network."""
+        """Raises ValueError, naming the first difference, if weights do not fit the network."""
         ours, theirs = ({name: tuple(t.shape) for name, t in tensors.items()}
                         for tensors in (self.net.state_dict(), weights))
         difference = checkpoint.first_difference(ours, theirs)
@@ -384,11 +363,11 @@ class Trainer:
         weights = checkpoint.sampling_weights(checkpoint.load(source))
         self._check_weights(weights, f"--transfer={source}")
         self.net.load_state_dict(weights)
-        self.ema_rampup = None  # the weights are good already: nothing to forget
+        self.ema_rampup = None  # the weights are good already: there is nothing to forget
 
 
 class _HostCopy:
-    """The value of a number on the device as it was a moment ago, for the host to look at."""
+    """The value that a number on the device had a moment ago, for the host to read."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
@@ -417,7 +396,7 @@ def build_loss(config: TrainConfig, net: Precond) -> DenoisingLoss:
 
 
 def dataset_record(dataset: ImageFolderDataset) -> dict[str, Any]:
-    """Returns what a file keeps of the data set: to recognise it, and the scaling of samples."""
+    """Returns what files record of the data set: what identifies it, and the samples' scaling."""
     record = {"name": dataset.name, "size": len(dataset), "label_dim": dataset.label_dim,
               "image_shape": list(dataset.image_shape), "fingerprint": dataset.fingerprint,
               "scale": dataset.scaling.to_dict()}

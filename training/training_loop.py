@@ -1,7 +1,7 @@
 """The training loop: one process, or many under torchrun, with the same result.
 
-Steps until the run is done; at ticks, and at a stop, what they have made is scored, reported and
-written.
+It takes steps until the run is done. At ticks, and at a stop, it scores, reports and writes what
+they have made.
 """
 
 import contextlib
@@ -34,28 +34,25 @@ from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.samplers import SamplerConfig
 from sampling.network_sampler import NetworkSampler, SeedImages
 from torch_utils import distributed, misc, training_stats
-from training.config import TrainConfig
+from training.config import OPTIONS_FILE, REALS_FILE, SCORES_FILE, STATS_FILE, TrainConfig
 from training.log_sinks import LogSinks
 from training.run_files import RunFiles
 from training.sample_grids import sample_grid, save_real_grid
 from training.scoring import network_features, open_evaluator
 from training.trainer import HEAVY_TAILED_D, Trainer, dataset_record
 
-_unwritten: set[Path] = set()  # files that have been warned of
+_unwritten: set[Path] = set()  # files for which it has warned
 _EVAL_BATCH = 64  # the most samples at a time; smaller where --batch-gpu is
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Returns where a run comes from: commit, versions, device, world size."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, text=True,
-            capture_output=True, timeout=10, check=True).stdout.strip()
-        # An installed copy may lie in a checkout of something else.
-        commit = commit if (root / ".git").exists() else None
-    except (OSError, subprocess.SubprocessError):
-        commit = None  # not a checkout
+    """Returns what a run was made with: commit, versions, device, world size, command."""
+    root, commit = Path(__file__).resolve().parent.parent, None
+    if (root / ".git").exists():  # an installed copy may lie in a checkout of something else
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            commit = subprocess.run(
+                ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, text=True,
+                capture_output=True, timeout=10, check=True).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "commit": commit, "python": platform.python_version(), "torch": torch.__version__,
@@ -66,28 +63,13 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass
-class _Clock:
-    """Times and image counts since the run and the tick began."""
-
-    start_time: float
-    tick_start_time: float
-    tick_start_nimg: int
-    maintenance_sec: float = 0.0
-
-
 def training_loop(
     config: TrainConfig, *, dataset: ImageFolderDataset, run_dir: Path, device: torch.device,
     resume: tuple[str, dict[str, Any]] | None = None,
 ) -> None:
     """Trains until `config.duration`; writes states, snapshots, grids and statistics to `run_dir`.
 
-    Args:
-        config: the run's options.
-        dataset: the images.
-        run_dir: an existing folder.
-        device: where to train.
-        resume: (name, content) of the training state to continue from.
+    `resume` is (name, content) of the training state to continue from; the folder must exist.
 
     Raises:
         ValueError: the state or network to start from does not fit.
@@ -106,13 +88,13 @@ def training_loop(
     _announce(trainer)
     if distributed.get_rank() == 0:
         RunFiles(run_dir, config.keep).tidy()
-        write_json(run_dir / "training_options.json", {
+        write_json(run_dir / OPTIONS_FILE, {
             "options": config.to_dict(), "dataset": dataset_record(dataset),
             "network": json_value(trainer.net.config),
             "provenance": provenance(device)})
-        save_real_grid(trainer, run_dir / "reals.png")
+        save_real_grid(trainer, run_dir / REALS_FILE)
     sinks = LogSinks(config, run_dir, trainer.cur_nimg)
-    evaluator = Evaluator(trainer, run_dir / "metrics.jsonl") if config.eval else None
+    evaluator = Evaluator(trainer, run_dir / SCORES_FILE) if config.eval else None
     trainer.start()
     try:
         _run(trainer, run_dir, evaluator, sinks)
@@ -122,11 +104,7 @@ def training_loop(
 
 
 class Evaluator:
-    """Scores the averaged weights as `fid.py gen` scores a snapshot.
-
-    Args:
-        trainer: whose weights.
-        path: the file that gets a JSON line a score.
+    """Scores the averaged weights as `fid.py gen` scores a snapshot; `path` gets a line a score.
 
     Raises:
         ValueError: reference, detector and images do not fit.
@@ -165,36 +143,13 @@ class Evaluator:
         return values["fid"]
 
 
-def _evaluate(trainer: Trainer, evaluator: Evaluator, files: RunFiles,
-              progress: Progress) -> dict[str, float]:
-    """Scores the run, keeps its best state, and returns what stats.jsonl says of it."""
-    value = evaluator()
-    kimg = trainer.cur_nimg / 1e3
-    before = trainer.best_score
-    is_best = before is None or value < before
-    if is_best:
-        trainer.best_score = value  # which the state records
-        if trainer.rank == 0 and not files.save(checkpoint.BEST_STATE, trainer.state()):
-            trainer.best_score = before  # the next one may be kept
-    if trainer.rank == 0:
-        standing = (f"; the lowest so far is {before:.5g}" if not is_best else
-                    f", the lowest so far: kept as {checkpoint.BEST_STATE}"
-                    if trainer.best_score == value else ", the lowest so far, but not kept")
-        with progress.above_bar():
-            console.result(f"{evaluator.name} {value:.5g} at {kimg:g} kimg{standing}")
-    return {"Metrics/" + evaluator.name.replace(" ", "_").lower(): value}
-
-
 def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None, sinks: LogSinks) -> None:
     config = trainer.config
-    now = time.time()
-    ticks = TickRunner(trainer, run_dir, evaluator, sinks, training_stats.Collector(trainer.device),
-                     _Clock(now, now, trainer.cur_nimg))
-    is_due = ticks.resume()
+    ticks = TickRunner(trainer, run_dir, evaluator, sinks)
     with signals.deferred(), Progress(
             config.total_nimg, "Training", initial=trainer.cur_nimg, is_scaled=True,
             watch_speed=trainer.device.type == "cpu") as progress:
-        if is_due:
+        if ticks.resume():
             ticks.run(progress)
         while trainer.cur_nimg < config.total_nimg:
             trainer.train_step()
@@ -208,23 +163,16 @@ def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None, sinks: Lo
 
 
 class TickRunner:
-    """What is done at ticks: scores, the report, files. And at a stop.
-
-    Args:
-        trainer: the run.
-        run_dir: its folder.
-        evaluator: gives the scores; None for none.
-        sinks: get the numbers and pictures too.
-        collector: gives the statistics.
-        clock: times the ticks.
-    """
+    """What is done at ticks (scores, the report, files) and at a stop."""
 
     def __init__(self, trainer: Trainer, run_dir: Path, evaluator: Evaluator | None,
-                 sinks: LogSinks, collector: training_stats.Collector, clock: _Clock):
+                 sinks: LogSinks):
         self._trainer, self._run_dir, self._evaluator = trainer, run_dir, evaluator
-        self._sinks, self._collector, self._clock = sinks, collector, clock
-        self._files = RunFiles(run_dir, trainer.config.keep)
+        self._sinks, self._files = sinks, RunFiles(run_dir, trainer.config.keep)
+        self._collector = training_stats.Collector(trainer.device)
         self._agreement = distributed.HostAgreement(trainer.device)
+        self._start_time = self._tick_start_time = time.time()
+        self._tick_start_nimg, self._maintenance_sec = trainer.cur_nimg, 0.0
 
     @property
     def is_due(self) -> bool:
@@ -233,7 +181,7 @@ class TickRunner:
         return nimg >= config.total_nimg or config.tick_at(nimg) is not None
 
     def resume(self) -> bool:
-        """Takes over what a stopped run has left of its tick; says whether the tick is due now."""
+        """Takes over what a stopped run left of its tick; says whether the tick is due now."""
         left, self._trainer.unfinished = self._trainer.unfinished, None
         if left:
             training_stats.resume(left["stats"], self._trainer.device)
@@ -253,22 +201,97 @@ class TickRunner:
         scores, pictures = {}, None
         if has_eval or has_pictures:
             with self._stops_at_once():
-                if has_eval:
-                    scores = _evaluate(trainer, self._evaluator, self._files, progress)
+                scores = self._evaluate(progress) if has_eval else {}
                 pictures = sample_grid(trainer) if has_pictures else None
-        self._clock.maintenance_sec += time.time() - started
-        numbers = _report_tick(trainer, self._collector, self._clock, tick, self._run_dir,
-                               progress, scores)
+        self._maintenance_sec += time.time() - started
+        numbers = self._report(tick, scores, progress)
         self._sinks.scalars(numbers, nimg)
         if pictures is not None:
             self._sinks.picture("samples", pictures, nimg)
         trainer.check_divergence()
         if trainer.rank == 0:
-            _save_files(trainer, self._files, tick, done, pictures)
-        self._clock.maintenance_sec = time.time() - self._clock.tick_start_time
+            self._save_files(tick, done, pictures)
+        self._maintenance_sec = time.time() - self._tick_start_time
+
+    def _evaluate(self, progress: Progress) -> dict[str, float]:
+        """Scores the run, keeps its best state, and returns what stats.jsonl says of it."""
+        trainer, name, value = self._trainer, self._evaluator.name, self._evaluator()
+        before = trainer.best_score
+        if before is None or value < before:
+            standing = f", the lowest so far: kept as {checkpoint.BEST_STATE}"
+            trainer.best_score = value  # which the state records
+            if trainer.rank == 0 and not self._files.save(checkpoint.BEST_STATE, trainer.state()):
+                standing = ", the lowest so far, but not kept"
+                trainer.best_score = before  # the next one may be kept
+        else:
+            standing = f"; the lowest so far is {before:.5g}"
+        if trainer.rank == 0:
+            with progress.above_bar():
+                console.result(f"{name} {value:.5g} at {trainer.cur_nimg / 1e3:g} kimg{standing}")
+        return {"Metrics/" + name.replace(" ", "_").lower(): value}
+
+    def _report(self, tick: int, scores: dict[str, float], progress: Progress) -> dict[str, float]:
+        """Prints the tick's line, appends it to stats.jsonl, and starts the next tick's clock.
+
+        Returns the numbers, the means of statistics.
+        """
+        trainer, now = self._trainer, time.time()
+        fields = self._numbers(tick, now) | scores
+        stats = self._collector.as_dict() | {name: {"num": 1, "mean": value, "std": 0.0}
+                                             for name, value in fields.items()}
+        if trainer.rank == 0:
+            loss, bad = self._collector.mean("Loss/loss"), fields["Progress/bad_steps"]
+            sec_per_kimg = fields["Timing/sec_per_kimg"]
+            rate = "-" if math.isnan(sec_per_kimg) else f"{1e3 / sec_per_kimg:.4g}"
+            with progress.above_bar():
+                print(f"tick {tick:<5d} kimg {fields['Progress/kimg']:<9.4g} loss {loss:<8.5f} "
+                      f"time {format_time(fields['Timing/total_sec']):<12s} img/s {rate:<8} "
+                      f"mem {fields['Resources/cpu_mem_gb']:.2f} GB "
+                      f"gpumem {fields['Resources/peak_gpu_mem_gb']:.2f} GB"
+                      + (f" bad steps {bad}" if bad else ""))
+            progress.set_note(f"loss {loss:.5f}")
+            console.detail(f"Time       steps {fields['Timing/sec_per_tick']:.2f} s, of it waiting "
+                           f"for data {fields['Timing/data_sec']:.2f} s; scores and files before "
+                           f"it {self._maintenance_sec:.2f} s")
+            append_stats(self._run_dir / STATS_FILE, stats | {"timestamp": now})
+        self._tick_start_nimg, self._tick_start_time = trainer.cur_nimg, now
+        return {name: values["mean"] for name, values in stats.items()}
+
+    def _numbers(self, tick: int, now: float) -> dict[str, float]:
+        """Returns the progress, times and memory of the tick that ends now."""
+        trainer, device = self._trainer, self._trainer.device
+        tick_sec = now - self._tick_start_time - self._maintenance_sec
+        kimg = (trainer.cur_nimg - self._tick_start_nimg) / 1e3  # 0 in a stopped run's last tick
+        gb, peak, peak_reserved = 2**30, 0, 0
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+            peak_reserved = torch.cuda.max_memory_reserved(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        return {
+            "Progress/tick": tick, "Progress/kimg": trainer.cur_nimg / 1e3,
+            "Progress/lr": trainer.lr, "Progress/loss_scale": float(trainer.loss_scale),
+            "Progress/bad_steps": int(trainer.counters["bad_total"]),
+            "Timing/total_sec": now - self._start_time, "Timing/sec_per_tick": tick_sec,
+            "Timing/sec_per_kimg": tick_sec / kimg if kimg else math.nan,
+            "Timing/maintenance_sec": self._maintenance_sec,
+            "Timing/data_sec": trainer.take_data_sec(),
+            "Resources/cpu_mem_gb": psutil.Process().memory_info().rss / gb,
+            "Resources/peak_gpu_mem_gb": peak / gb,
+            "Resources/peak_gpu_mem_reserved_gb": peak_reserved / gb}
+
+    def _save_files(self, tick: int, done: bool, pictures: PIL.Image.Image | None) -> None:
+        trainer, config, tag = self._trainer, self._trainer.config, _tag(self._trainer)
+        if done or tick % config.snap == 0:
+            self._files.save(f"network-snapshot-{tag}.pt", trainer.snapshot())
+        if pictures is not None:
+            self._files.write(f"samples-{tag}.png", save_png, pictures)
+        is_state_due = done or (tick > 0 and tick % config.dump == 0)
+        if is_state_due and self._files.save(f"training-state-{tag}.pt", trainer.state()):
+            self._files.prune()
+        self._files.raise_if_writes_failed(last=done)
 
     def after_step(self) -> None:
-        """Stops or fails on all ranks where one of them has seen the reason."""
+        """Stops or fails on all ranks once one of them has a reason."""
         trainer = self._trainer
         code, diverged = self._agreement.in_step(
             [signals.requested() or 0, int(trainer.seems_diverged())])
@@ -280,7 +303,7 @@ class TickRunner:
 
     @contextlib.contextmanager
     def _stops_at_once(self) -> Iterator[None]:
-        """Ends what is inside at a signal: it takes long, and leaves the run as it is."""
+        """At a signal, ends the block, which takes long and leaves the run as it is."""
         cause, timeout = None, None
         try:
             with signals.immediate():
@@ -288,7 +311,7 @@ class TickRunner:
         except (signals.Stopped, RuntimeError) as error:
             if signals.requested() is None:
                 raise
-            # Ranks may be anywhere inside, waiting for this one in a collective: then it leaves.
+            # Ranks may be anywhere inside, waiting for this one in a collective: it leaves them.
             cause, timeout = error, distributed.STOP_TIMEOUT
         heard = self._agreement.now([signals.requested() or 0 if cause else 0], timeout)
         if heard is None and self._trainer.rank != 0:
@@ -320,57 +343,8 @@ def _tag(trainer: Trainer) -> str:
     return checkpoint.kimg_tag(trainer.cur_nimg, fractional=trainer.config.tick < 1)
 
 
-def _report_tick(trainer, collector, clock: _Clock, tick: int, run_dir: Path, progress: Progress,
-                 scores: dict[str, float]) -> dict[str, float]:
-    """Prints the tick's line, appends it to stats.jsonl, and starts the clock of the next tick.
-
-    Returns the numbers, the means of statistics.
-    """
-    device = trainer.device
-    now = time.time()
-    tick_sec = now - clock.tick_start_time - clock.maintenance_sec
-    kimg = (trainer.cur_nimg - clock.tick_start_nimg) / 1e3
-    gb = 2**30
-    sec_per_kimg = tick_sec / kimg if kimg else math.nan  # a stopped run's tick that was left
-    fields = {
-        "Progress/tick": tick, "Progress/kimg": trainer.cur_nimg / 1e3,
-        "Progress/lr": trainer.lr, "Progress/loss_scale": float(trainer.loss_scale),
-        "Progress/bad_steps": int(trainer.counters["bad_total"]),
-        "Timing/total_sec": now - clock.start_time, "Timing/sec_per_tick": tick_sec,
-        "Timing/sec_per_kimg": sec_per_kimg, "Timing/maintenance_sec": clock.maintenance_sec,
-        "Timing/data_sec": trainer.take_data_sec(),
-        "Resources/cpu_mem_gb": psutil.Process().memory_info().rss / gb,
-        "Resources/peak_gpu_mem_gb": 0.0, "Resources/peak_gpu_mem_reserved_gb": 0.0, **scores,
-    }
-    if device.type == "cuda":
-        fields["Resources/peak_gpu_mem_gb"] = torch.cuda.max_memory_allocated(device) / gb
-        fields["Resources/peak_gpu_mem_reserved_gb"] = torch.cuda.max_memory_reserved(device) / gb
-        torch.cuda.reset_peak_memory_stats(device)
-    bad = fields["Progress/bad_steps"]
-    stats = collector.as_dict() | {name: {"num": 1, "mean": value, "std": 0.0}
-                                   for name, value in fields.items()}
-    if trainer.rank == 0:
-        rate = f"{1e3 / sec_per_kimg:.4g}" if kimg else "-"
-        line = (f"tick {tick:<5d} kimg {fields['Progress/kimg']:<9.4g} "
-                f"loss {collector.mean('Loss/loss'):<8.5f} "
-                f"time {format_time(fields['Timing/total_sec']):<12s} "
-                f"img/s {rate:<8} "
-                f"mem {fields['Resources/cpu_mem_gb']:.2f} GB "
-                f"gpumem {fields['Resources/peak_gpu_mem_gb']:.2f} GB"
-                + (f" bad steps {bad}" if bad else ""))
-        with progress.above_bar():
-            print(line)
-        progress.set_note(f"loss {collector.mean('Loss/loss'):.5f}")
-        console.detail(f"Time       steps {tick_sec:.2f} s, of it waiting for data "
-                       f"{fields['Timing/data_sec']:.2f} s; scores and files before it "
-                       f"{clock.maintenance_sec:.2f} s")
-        append_stats(run_dir / "stats.jsonl", stats | {"timestamp": now})
-    clock.tick_start_nimg, clock.tick_start_time = trainer.cur_nimg, now
-    return {name: values["mean"] for name, values in stats.items()}
-
-
 def append_stats(path: Path, record: dict[str, Any]) -> None:
-    """Appends one JSON line; numbers that JSON lacks become null. A full disk only warns, once."""
+    """Appends one JSON line, with null for NaN and infinity. A full disk causes only a warning."""
     try:
         append_line(path, json.dumps(json_value(record, infinity=None)))
         _unwritten.discard(path)
@@ -378,19 +352,6 @@ def append_stats(path: Path, record: dict[str, Any]) -> None:
         if path not in _unwritten:
             distributed.warn0(f"{path} not written: {error}")
         _unwritten.add(path)
-
-
-def _save_files(trainer: Trainer, files: RunFiles, tick: int, done: bool,
-                pictures: PIL.Image.Image | None) -> None:
-    config, tag = trainer.config, _tag(trainer)
-    if done or tick % config.snap == 0:
-        files.save(f"network-snapshot-{tag}.pt", trainer.snapshot())
-    if pictures is not None:
-        files.write(f"samples-{tag}.png", save_png, pictures)
-    is_state_due = done or (tick > 0 and tick % config.dump == 0)
-    if is_state_due and files.save(f"training-state-{tag}.pt", trainer.state()):
-        files.prune()
-    files.raise_if_writes_failed(last=done)
 
 
 def _announce(trainer: Trainer) -> None:

@@ -30,8 +30,9 @@ def test_batches_are_those_of_the_data_set(tmp_path, kind):
                 np.save(file, rng.integers(0, 60000, [2, 4, 6]).astype(kind))
         options |= {"use_labels": False, "use_conditions": True}
     dataset = ImageFolderDataset(path, **options)
-    for indices, found in zip(ORDER, DeviceData(dataset, CPU).batches(ORDER), strict=True):
-        expected = dataset.get_batch(indices)
+    data = DeviceData(dataset, CPU)
+    for indices in ORDER:
+        found, expected = data.get_batch(indices), dataset.get_batch(indices)
         assert len(found) == len(expected)
         for tensor, array in zip(found, expected, strict=True):
             assert tensor.dtype == torch.from_numpy(array).dtype
