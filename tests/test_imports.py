@@ -6,11 +6,10 @@ import inspect
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from scripts import HANG_SEC, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # A room may import those before it.
 ROOMS = ("dnnlib", "torch_utils", "images", "pfgmpp", "checkpoints", "sampling", "metrics",
          "training", "reports")
@@ -154,7 +153,7 @@ assert not torch.cuda.is_initialized(), "the GPU was started"
 
 def python(code, *args):
     return subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, text=True,
-                          capture_output=True, timeout=120)
+                          capture_output=True, timeout=HANG_SEC)
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from scripts import ROOT
+from scripts import HANG_SEC, ROOT
 from watchdog import kill_marked, processes
 
 _MARK = "PFGMPP_TEST_MARK"
@@ -25,7 +25,7 @@ def end_scripts():
         _started.pop().kill_all()
 
 
-def wait_until(condition, timeout=120.0, period=0.02):
+def wait_until(condition, timeout=HANG_SEC, period=0.02):
     """Returns the first true value of `condition()`."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
@@ -59,7 +59,7 @@ class Script:
     def errors(self):
         return [line for line in self.output.splitlines() if line.startswith("Error: ")]
 
-    def wait_for(self, pattern, timeout=120.0):
+    def wait_for(self, pattern, timeout=HANG_SEC):
         """Waits until the output has a line that matches; fails if the script ends before."""
         def found():
             ended = self.process.poll() is not None
@@ -99,13 +99,13 @@ class Script:
         kill_marked(f"{_MARK}={self.mark}")
         self.wait()
 
-    def wait(self, timeout=120.0):
+    def wait(self, timeout=HANG_SEC):
         """Returns the exit code."""
         return self.process.wait(timeout)
 
     def wait_for_all(self):
         """Waits until everything that the script has started has ended too."""
-        wait_until(lambda: not self.processes(), 30)
+        wait_until(lambda: not self.processes(), 120)
 
     def assert_left_nothing(self, *folders):
         """No process, no temporary file, no shared memory of processes that are gone."""

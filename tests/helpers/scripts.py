@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+HANG_SEC = 900  # only what hangs takes so long, on any machine
 
 
 def run_script(*args, processes: int = 0, check: bool = True) -> subprocess.CompletedProcess:
@@ -15,7 +16,7 @@ def run_script(*args, processes: int = 0, check: bool = True) -> subprocess.Comp
         launch += ["-m", "torch.distributed.run", "--standalone",
                    f"--nproc_per_node={processes}"]
     done = subprocess.run([*launch, *map(str, args)], cwd=ROOT, text=True, capture_output=True,
-                          timeout=300)
+                          timeout=HANG_SEC)
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

@@ -448,7 +448,7 @@ def test_a_killed_conversion_leaves_a_temporary_name_alone_and_its_workers_end(t
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
-    process.communicate(timeout=20)  # ends when the last process with this pipe does
+    process.communicate(timeout=120)  # ends when the last process with this pipe does
     assert [name.endswith(".tmp") for name in os.listdir(tmp_path / "out")] == [True]
     assert run(path, tmp_path / "out" / dest, "--max-images=3").exit_code == 0  # not in the way
     assert len(ImageFolderDataset(tmp_path / "out" / dest)) == 3

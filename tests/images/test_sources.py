@@ -36,7 +36,7 @@ from published_archives import (
     write_mnist,
     write_tar,
 )
-from scripts import ROOT
+from scripts import HANG_SEC, ROOT
 
 from images import archives
 
@@ -390,7 +390,7 @@ def test_bombs_are_refused_within_one_gigabyte(tmp_path, kind):
                          + 64 * gzip.compress(bytes(16 << 20)))
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, f"--source={path}", f"--dest={tmp_path}/out/a.zip",
-         "--workers=1"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+         "--workers=1"], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SEC)
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")

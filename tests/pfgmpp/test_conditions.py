@@ -115,7 +115,10 @@ def test_a_conditional_network_comes_back_from_its_file(cls, tmp_path):
         "progress": {"cur_nimg": 0}, "options": {}})
     copy = checkpoint.build_ema(checkpoint.load(tmp_path / "net.pt"))
     x, condition = randn(2, 3, 8, 12), randn(2, 2, 8, 12, seed=1)
-    assert torch.equal(copy(x, 1.0, condition=condition), net(x, 1.0, condition=condition))
+    # Weights that lie otherwise in memory may be summed in another order.
+    torch.testing.assert_close(copy(x, 1.0, condition=condition),
+                               net(x, 1.0, condition=condition), rtol=1e-4, atol=1e-5)
+    assert checkpoint.digest(dict(copy.state_dict())) == checkpoint.digest(dict(net.state_dict()))
     assert getattr(copy, "sigma_data", None) == getattr(net, "sigma_data", None)
 
 

@@ -401,7 +401,9 @@ def test_any_number_of_channels_is_denoised(arch, channels):
     x = randn(2, channels, 4, 8)
     with torch.no_grad():
         denoised = net(x, 1.0)
-        assert torch.equal(copy(x, 1.0), denoised) and denoised.shape == x.shape
+        assert denoised.shape == x.shape
+        # Weights that lie otherwise in memory may be summed in another order.
+        torch.testing.assert_close(copy(x, 1.0), denoised, rtol=1e-4, atol=1e-5)
         # Every channel of the input reaches every channel of the output beside its own c_skip.
         for c in range(channels):
             changed = x.clone()
@@ -845,7 +847,8 @@ def test_a_network_is_rebuilt_from_its_config(cls, arch):
     copy.load_state_dict(net.state_dict(), strict=True)
     x, labels = randn(2, 3, 8, 8), torch.eye(4)[:2]
     with torch.no_grad():
-        assert torch.equal(copy(x, 1.3, labels), net(x, 1.3, labels))
+        # Weights that lie otherwise in memory may be summed in another order.
+        torch.testing.assert_close(copy(x, 1.3, labels), net(x, 1.3, labels), rtol=1e-4, atol=1e-5)
 
 
 def test_default_models_are_the_references():

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from scripts import ROOT
+from scripts import HANG_SEC, ROOT
 from tiny import TINY_RUN
 
 import runs
@@ -140,5 +140,5 @@ def test_listing_needs_no_torch(tmp_path):
     code = ("import sys, runs; runs.main([sys.argv[1]], standalone_mode=False); "
             "assert not {'torch', 'scipy'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=60)
+                          capture_output=True, timeout=HANG_SEC)
     assert done.returncode == 0, done.stderr

@@ -3,11 +3,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
 import torch
+from faults import wait_until
 from scripts import ROOT
 
 from dnnlib.cli import UserError, user_errors
@@ -106,8 +106,7 @@ def test_dropping_the_iterator_ends_the_workers():
     next(reader)
     assert len(set(children()) - before) >= 2
     reader.close()
-    time.sleep(0.5)
-    assert set(children()) <= before
+    wait_until(lambda: set(children()) <= before)
 
 
 def test_closing_the_iterator_ends_the_threads():

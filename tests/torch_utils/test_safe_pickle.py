@@ -31,6 +31,7 @@ from pickle_assembler import (
     zip_file,
     zipped,
 )
+from scripts import HANG_SEC
 
 from torch_utils import safe_pickle
 
@@ -437,9 +438,9 @@ def refusal(data):
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_file_is_refused_in_one_line_and_runs_nothing(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    modules, start = set(sys.modules), time.perf_counter()
+    modules, start = set(sys.modules), time.process_time()
     message = refusal(HOSTILE[case])
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert message and message.isprintable() and message.isascii() and len(message) < 300
     assert not list(tmp_path.iterdir()) and set(sys.modules) == modules
 
@@ -472,7 +473,8 @@ def test_a_refusal_names_what_was_asked_for(case, asked):
 def test_bombs_stay_within_time_and_memory(tmp_path):
     bombs = [data for case, data in HOSTILE.items() if "bomb" in case or "tensor_lies" in case]
     # Begun anew: a process starts with the peak of the one that made it.
-    code = ("import sys, io\nfrom torch_utils import safe_pickle\n"
+    code = ("import resource, sys\nfrom torch_utils import safe_pickle\n"
+            "resource.setrlimit(resource.RLIMIT_CPU, (60, 60))\n"  # seconds of its own
             "open('/proc/self/clear_refs', 'w').write('5')\n"
             "for path in sys.argv[1:]:\n"
             "    try: safe_pickle.load(path); print('read', path)\n"
@@ -483,7 +485,7 @@ def test_bombs_stay_within_time_and_memory(tmp_path):
         paths.append(tmp_path / f"{i}.pkl")
         paths[-1].write_bytes(data)
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True,
-                          check=True, timeout=60)
+                          check=True, timeout=HANG_SEC)
     peak_kb = int(done.stdout)  # nothing else is printed: all were refused
     assert peak_kb < 2e6
 
