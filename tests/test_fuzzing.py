@@ -10,7 +10,7 @@ import click
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pickle_assembler import mutated
 
@@ -22,6 +22,9 @@ from images.image_files import label_array, parse_labels
 from metrics.references import load_reference
 
 MISTAKES = (ValueError, OSError, click.ClickException)
+# The same examples on every machine, however slow it is.
+SAME_EVERYWHERE = settings(deadline=None, derandomize=True,
+                           suppress_health_check=[HealthCheck.too_slow])
 # What breaks parsers: no number, too large, too deep, half a surrogate, other digits.
 JSON_PIECES = [b"null", b"true", b"1e999", b"NaN", b"-1", b"{}", b"[", b"]", b'"', b"1.5",
                b"99999999999999999999", b'"\\ud800"', b"9" * 5000, b"[" * 100_000,
@@ -64,7 +67,7 @@ def test_lists_of_any_characters_are_numbers_in_range_or_a_mistake():
 RANGES = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 30)), min_size=1, max_size=8)
 
 
-@settings(deadline=None, derandomize=True)
+@settings(SAME_EVERYWHERE)
 @given(RANGES)
 def test_lists_of_numbers_and_ranges_are_read_as_they_are_written(ranges):
     text = ",".join(f"{low}" if more == 0 else f"{low}-{low + more}" for low, more in ranges)
@@ -74,7 +77,7 @@ def test_lists_of_numbers_and_ranges_are_read_as_they_are_written(ranges):
         found is None or sorted(set(found)) == sorted(set(expected)))
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(SAME_EVERYWHERE, max_examples=300)
 @given(st.text(max_size=40))
 def test_any_text_is_a_list_of_numbers_or_a_mistake(text):
     for kind in (IntList(), NumberList(int, 1, 32), NumberList(float, 0)):
@@ -92,7 +95,7 @@ PAIRS = st.lists(st.lists(st.sampled_from(["a.png", "b.png", "c.png"]) | JSON, m
 
 
 @pytest.mark.long
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(SAME_EVERYWHERE, max_examples=300)
 @given(JSON | st.fixed_dictionaries({"labels": PAIRS | JSON}))
 def test_any_json_is_labels_of_all_images_or_a_mistake(value):
     data = json.dumps(value).encode()

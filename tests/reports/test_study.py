@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -107,6 +108,9 @@ def test_the_report_is_written_again_only_for_newer_files(run_dir, tmp_path):
     out.touch()
     assert report_step(out, [run_dir]).words() is None
     write_scores(run_dir, score_line(128, 1))
+    # Later by more than file systems tell apart: many count in ticks, some in seconds.
+    later = out.stat().st_mtime + 2
+    os.utime(run_dir / "metrics.jsonl", (later, later))
     assert report_step(out, [run_dir]).words() is not None
 
 
