@@ -1,9 +1,9 @@
 """Scores of several runs side by side, as plain data; no PyTorch is needed.
 
-Only scores of one group are compared: one metric, detector, number of images, reference, and the
-sampler's settings but steps, alpha and bits. The base point of a group is alpha = 0, 32 bits and
-its most frequent number of steps, at the last kimg that a run was scored at. Around it, one setting
-varies at a time, and every point of a curve is over the same seeds.
+Only scores of one group are compared: of one metric, detector, number of images and reference, and
+the same settings of the sampler except steps, alpha and bits. The base point of a group is
+alpha = 0, 32 bits and its most frequent number of steps, at the last kimg at which a run was
+scored. Around it, one setting varies at a time, and every point of a curve is over the same seeds.
 """
 
 import collections
@@ -32,13 +32,13 @@ class ScoreGroup:
 
     @classmethod
     def of(cls, score: Score) -> "ScoreGroup":
-        """Returns the group of a score; a reference's content tells it from others where known."""
+        """Returns the group of a score; a reference is identified by its content, if known."""
         return cls(score.metric, score.detector, score.num,
                    score.reference_sha256 or score.reference, score.other)
 
     @property
     def is_lower_better(self) -> bool | None:
-        """Whether lower values are better, None where nothing tells."""
+        """Whether lower values are better, None if unknown."""
         if self.metric in ("is", "precision", "recall"):
             return False
         return True if self.metric in _METRIC_TITLES else None
@@ -60,7 +60,7 @@ class ScoreGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Values of one point by seed range."""
+    """The values of one point, by seed range."""
 
     by_seeds: dict[str, float]
 
@@ -85,23 +85,20 @@ class Spread:
         return max(self.values)
 
     def over(self, seeds: Iterable[str]) -> "Spread":
-        """Returns the values of some seed ranges alone."""
+        """Returns the values of only some seed ranges."""
         chosen = set(seeds)
         return Spread({key: x for key, x in self.by_seeds.items() if key in chosen})
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """The scores of one run over one setting, all over the same seed ranges.
-
-    `left_out` are the values of the setting that were scored over other seeds alone.
-    """
+    """The scores of one run over one setting, all over the same seed ranges."""
 
     run: int
     D: float | None
     kimg: float | None
     points: dict[float, Spread]
-    left_out: tuple[float, ...] = ()
+    left_out: tuple[float, ...] = ()  # values of the setting that were only scored over other seeds
 
     @property
     def seeds(self) -> tuple[str, ...]:
@@ -109,7 +106,7 @@ class Curve:
         return tuple(next(iter(self.points.values())).by_seeds)
 
     def change(self, x: float, base: float | None) -> Spread | None:
-        """Returns how much the score at x differs from the base's, None where one is unknown."""
+        """Returns how much the score at x differs from the base's, None if one is unknown."""
         if x not in self.points or base not in self.points:
             return None
         before = self.points[base].by_seeds
@@ -118,21 +115,14 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Scores of one group around its base point.
-
-    Attributes:
-        group: what they share.
-        reference: the reference as it was given.
-        num_steps: of the base point.
-        over_D: each run's base point by its D, one curve of one point a run, over all its seeds.
-        over: curves over 'noise_alpha', 'num_steps' and 'bits', where a run has two points; over
-            the seeds that all points of all runs share, or failing that all points of a run.
-    """
+    """Scores of one group around its base point."""
 
     group: ScoreGroup
-    reference: str
-    num_steps: int | None
-    over_D: list[Curve]
+    reference: str  # as it was given
+    num_steps: int | None  # of the base point
+    over_D: list[Curve]  # for each run its base point, a curve of one point, over all its seeds
+    # Over 'noise_alpha', 'num_steps' and 'bits', where a run has two points. The seeds are those
+    # that all points of all runs share, or else those that all points of a run share.
     over: dict[str, list[Curve]]
 
     @property
@@ -142,7 +132,7 @@ class Comparison:
 
     @property
     def hardest(self) -> dict[str, float]:
-        """The strongest noise, the fewest steps and the fewest bits, where not the base's."""
+        """The strongest noise, the fewest steps and the fewest bits, unless they are the base's."""
         found = {}
         for axis, curves in self.over.items():
             values = {x for curve in curves for x in curve.points}
@@ -166,7 +156,7 @@ def compare(runs: Sequence[RunRecord]) -> list[Comparison]:
 def over_kimg(run: RunRecord) -> list[tuple[ScoreGroup, int | None, dict[float, Spread]]]:
     """Returns (group, steps, scores by kimg) of a run's networks, without noise and rounding.
 
-    They are over the seed ranges that all share, over each one's own where there are none.
+    They are over the seed ranges that all share; if there are none, over each one's own.
     """
     found: dict[tuple, list[Score]] = collections.defaultdict(list)
     for score in run.scores:
@@ -207,11 +197,16 @@ def _compare(group: ScoreGroup, scores: list[tuple[int, Score]]) -> Comparison:
 def _over_equal_seeds(curves: Sequence[Curve]) -> list[Curve]:
     """Returns the curves over the seed ranges that all points share, else all points of each run.
 
-    A run whose points share none keeps those of its most frequent range.
+    A run whose points share no range keeps those of its most frequent one.
     """
-    shared = set.intersection(*(_shared_seeds(curve.points) for curve in curves))
-    return [_over_seeds(curve, shared or _shared_seeds(curve.points) or _usual_seeds(curve.points))
-            for curve in curves]
+    shared, chosen = set.intersection(*(_shared_seeds(curve.points) for curve in curves)), []
+    for curve in curves:
+        seeds = shared or _shared_seeds(curve.points) or _usual_seeds(curve.points)
+        points = {x: spread.over(seeds) for x, spread in curve.points.items()}
+        chosen.append(dataclasses.replace(
+            curve, points={x: s for x, s in points.items() if s.by_seeds},
+            left_out=tuple(x for x, s in points.items() if not s.by_seeds)))
+    return chosen
 
 
 def _shared_seeds(points: dict[float, Spread]) -> set[str]:
@@ -221,12 +216,6 @@ def _shared_seeds(points: dict[float, Spread]) -> set[str]:
 def _usual_seeds(points: dict[float, Spread]) -> set[str]:
     counts = collections.Counter(key for spread in points.values() for key in spread.by_seeds)
     return {counts.most_common(1)[0][0]}
-
-
-def _over_seeds(curve: Curve, seeds: set[str]) -> Curve:
-    points = {x: spread.over(seeds) for x, spread in curve.points.items()}
-    return dataclasses.replace(curve, points={x: s for x, s in points.items() if s.by_seeds},
-                               left_out=tuple(x for x, s in points.items() if not s.by_seeds))
 
 
 def _age(score: Score) -> float:
@@ -239,7 +228,7 @@ def _base_steps(scores: Iterable[Score]) -> int | None:
 
 
 def _spreads(scores: Iterable[Score], key: Callable[[Score], float]) -> dict[float, Spread]:
-    """Returns the values at each key by rising key; of the same seeds the last score counts."""
+    """Returns the values at each key by rising key; for equal seeds the last score counts."""
     values: dict[float, dict[str, float]] = collections.defaultdict(dict)
     for score in scores:
         values[key(score)][score.seeds] = score.value

@@ -5,10 +5,11 @@
     metrics.jsonl            one JSON object a score
     samples-*.png, ckpt_*/   pictures
 
-Runs are read while they go on and after they were killed: what is missing or damaged is a note.
+Runs can be read while they go on and after they were killed; what is missing or damaged is noted.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,61 +22,43 @@ from typing import Any
 
 from images.image_files import GENERATE_RECORD
 from sampling.sweeps import FULL_BITS
+from training.config import LOG_FILE, OPTIONS_FILE, REALS_FILE, SCORES_FILE, STATS_FILE
 
-_OPTIONS, _STATS, _METRICS, _LOG = ("training_options.json", "stats.jsonl", "metrics.jsonl",
-                                    "log.txt")
 _TAG = r"(\d{6,}(?:\.\d+)?)"
 _SAMPLES_NAME = re.compile(rf"samples-{_TAG}\.png")
 _NETWORK_NAME = re.compile(rf"(?:network-snapshot|training-state)-{_TAG}\.(?:pt|pkl)")
-_IMAGES_NAME = re.compile(rf"ckpt_{_TAG}")  # no seed range but the first, no sweep
+_IMAGES_NAME = re.compile(rf"ckpt_{_TAG}")  # of the first seed range, outside of sweeps
 _SOURCE_NAME = re.compile(rf"(?:network-snapshot-|training-state-|ckpt_(?:[23]_)?){_TAG}")
 _TOTAL_LINE = re.compile(r"^total +\S+ +([\d,]+)$", re.M)  # of the table of parameters in log.txt
-# What sampler settings are where nothing is said, see sampling.SamplerConfig.
+# The defaults of sampler settings, see pfgmpp.samplers.SamplerConfig.
 _SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"), ("S_noise", 1),
                      ("precision", "fp32")]
-# Of these, the first three are the axes of sweeps; the others do not tell one comparison apart.
+# The first three are the axes of sweeps; comparisons ignore the others.
 _NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs"}
-_GB_KEYS = {"cpu_mem_gb": "Resources/cpu_mem_gb", "gpu_mem_gb": "Resources/peak_gpu_mem_gb"}
 _TICK_KEYS = {"kimg": "Progress/kimg", "loss": "Loss/loss", "lr": "Progress/lr",
-              "bad_steps": "Progress/bad_steps", **_GB_KEYS}
+              "bad_steps": "Progress/bad_steps", "cpu_mem_gb": "Resources/cpu_mem_gb",
+              "gpu_mem_gb": "Resources/peak_gpu_mem_gb"}
 _SCORE_PREFIX = "Metrics/"
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One value of one metric.
+    """One value of one metric; None and '' stand for what is unknown."""
 
-    Attributes:
-        metric: its recorded name.
-        value: finite.
-        kimg: of the network, thousands of images; None where nothing tells.
-        D: augmented dimensions of the network, None where nothing tells.
-        num: number of images, None where nothing tells.
-        seeds: theirs, as text.
-        num_steps: of the sampler, None where nothing tells.
-        noise_alpha: strength of the noise before each step.
-        bits: of the weights.
-        detector: name of the features, '' where nothing tells.
-        reference: as it was given.
-        reference_sha256: its content's.
-        network: file name of the network, '' where images were scored.
-        other: the sampler's other settings that are not the default, as names and texts.
-    """
-
-    metric: str
-    value: float
-    kimg: float | None = None
-    D: float | None = None
-    num: int | None = None
-    seeds: str = ""
+    metric: str  # its recorded name
+    value: float  # finite
+    kimg: float | None = None  # thousands of images that the network has seen
+    D: float | None = None  # augmented dimensions of the network
+    num: int | None = None  # of images
+    seeds: str = ""  # of the images
     num_steps: int | None = None
-    noise_alpha: float = 0.0
-    bits: int = FULL_BITS
-    detector: str = ""
-    reference: str = ""
-    reference_sha256: str = ""
-    network: str = ""
-    other: tuple[tuple[str, str], ...] = ()
+    noise_alpha: float = 0.0  # strength of the noise before each step
+    bits: int = FULL_BITS  # of the weights
+    detector: str = ""  # name of the features
+    reference: str = ""  # as it was given
+    reference_sha256: str = ""  # of its content
+    network: str = ""  # its file name; '' if images were scored
+    other: tuple[tuple[str, str], ...] = ()  # settings of the sampler that are not the default
 
     @property
     def is_plain(self) -> bool:
@@ -85,7 +68,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class SampleFolder:
-    """Images of one state of a run by seed, and the sampler's settings but those of the network."""
+    """Images of one state of a run by seed, and the settings of the sampler."""
 
     kimg: float
     settings: tuple[tuple[str, str], ...]
@@ -96,50 +79,45 @@ class SampleFolder:
 class RunRecord:
     """What is known of a run.
 
-    Attributes:
-        path: its folder.
-        options: the training options as they were written, {} where nothing tells.
-        settings: what is worth showing of options, data, network and provenance, by title.
-        ticks: numbers of each tick: 'kimg', and where recorded 'loss', 'lr', 'bad_steps',
-            'images_per_sec', 'cpu_mem_gb', 'gpu_mem_gb'.
-        scores: in the order in which they were written.
-        samples: (kimg, picture) by rising kimg.
-        notes: what was missing or damaged, one line each.
+    Each tick has its 'kimg', and where recorded 'loss', 'lr', 'bad_steps', 'images_per_sec',
+    'cpu_mem_gb' and 'gpu_mem_gb'.
     """
 
     path: Path
-    options: dict[str, Any]
-    settings: dict[str, str]
+    options: dict[str, Any]  # the training options as they were written, {} if unknown
+    settings: dict[str, str]  # what a report shows of them, the data and the machine, by title
     ticks: list[dict[str, float]]
-    scores: list[Score]
-    samples: list[tuple[float, Path]]
-    notes: list[str]
+    scores: list[Score]  # in the order in which they were written
+    samples: list[tuple[float, Path]]  # (kimg, picture) by rising kimg
+    notes: list[str]  # what was missing or damaged, one line each
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "RunRecord":
         """Returns what a run directory tells.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is no run directory.
             OSError: it can't be read.
         """
         path, notes = Path(path), []
         names = {entry.name for entry in os.scandir(path)}
         samples = sorted((float(match[1]), path / match[0])
                          for match in filter(None, map(_SAMPLES_NAME.fullmatch, names)))
-        if not names & {_OPTIONS, _STATS, _METRICS} and not samples:
-            raise ValueError(f"{path}: no run directory (it has no {_OPTIONS}, {_STATS} or "
-                             f"{_METRICS})")
-        record = _read_options(path / _OPTIONS, notes)
+        if not names & {OPTIONS_FILE, STATS_FILE, SCORES_FILE} and not samples:
+            raise ValueError(f"{path}: no run directory (it has no {OPTIONS_FILE}, {STATS_FILE} or "
+                             f"{SCORES_FILE})")
+        record = _read_json(path / OPTIONS_FILE)
+        if not record:
+            notes.append(f"{OPTIONS_FILE} is missing, empty or damaged: the settings are unknown")
         options = _dict(record.get("options"))
         D = _D_of(options)
-        lines = _json_lines(path / _STATS, notes)
+        lines = _json_lines(path / STATS_FILE, notes)
         scores = read_scores(path, D, notes)
         known = {(score.kimg, score.value) for score in scores}
         scores += [score for score in _scores_of_stats(lines, D)
                    if (score.kimg, score.value) not in known]
-        return cls(path, options, _settings(record, D, path / _LOG), _ticks(lines), scores, samples,
-                   notes)
+        return cls(path, options, _settings(record, D, path / LOG_FILE), _ticks(lines), scores,
+                   samples, notes)
 
     @property
     def name(self) -> str:
@@ -148,15 +126,14 @@ class RunRecord:
 
     @property
     def D(self) -> float | None:
-        """Augmented dimensions, inf for diffusion; None where nothing tells."""
-        known = [score.D for score in self.scores if score.D is not None]
-        own = _D_of(self.options)
-        return own if own is not None or not known else known[0]
+        """Augmented dimensions, inf for diffusion; None if unknown."""
+        found = [_D_of(self.options), *(score.D for score in self.scores)]
+        return next((D for D in found if D is not None), None)
 
     @property
     def reals(self) -> Path | None:
-        """The grid of training images, None where there is none."""
-        path = self.path / "reals.png"
+        """The grid of training images, None if there is none."""
+        path = self.path / REALS_FILE
         return path if path.is_file() else None
 
     @functools.cached_property
@@ -181,19 +158,16 @@ class RunRecord:
 
 def read_scores(run_dir: str | os.PathLike, D: float | None = None,
                 notes: list[str] | None = None) -> list[Score]:
-    """Returns what metrics.jsonl of a run holds.
+    """Returns the scores in metrics.jsonl of a run; if it is damaged, `notes` get a line.
 
-    Args:
-        run_dir: the folder.
-        D: of networks whose scores do not record it.
-        notes: gets a line where the file is damaged.
+    `D` is that of networks whose scores do not record it.
     """
-    lines = _json_lines(Path(run_dir, _METRICS), [] if notes is None else notes, required=False)
+    lines = _json_lines(Path(run_dir, SCORES_FILE), [] if notes is None else notes, required=False)
     return [score for line in lines if (score := _score(line, D))]
 
 
 def newest_network(run_dir: str | os.PathLike) -> tuple[Path, str] | None:
-    """Returns the file of a run's last network and the number in its name, a snapshot if any."""
+    """Returns a run's last snapshot, or else its last state, and the number in its name."""
     found = [(path.name.startswith("network"), float(match[1]), path, match[1])
              for path in Path(run_dir).glob("*-*.p*")
              if (match := _NETWORK_NAME.fullmatch(path.name))]
@@ -205,7 +179,7 @@ def _dict(value: Any) -> dict:
 
 
 def _number(value: Any) -> float | None:
-    """Returns a finite number as such, None for anything else."""
+    """Returns a finite number as a float, None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -226,39 +200,27 @@ def _dimensions(value: Any) -> float | None:
 
 
 def _read_json(path: Path) -> dict:
-    """Returns the object in a file, {} where there is none."""
+    """Returns the JSON object in a file, {} if there is none."""
     try:
         return _dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
         return {}
 
 
-def _read_options(path: Path, notes: list[str]) -> dict:
-    record = _read_json(path)
-    if not record:
-        notes.append(f"{path.name} is missing, empty or damaged: the settings are unknown")
-    return record
-
-
 def _json_lines(path: Path, notes: list[str], *, required: bool = True) -> list[dict]:
-    """Returns the objects in a file, one a line; lines that are none are counted in `notes`."""
+    """Returns the JSON objects in a file, one a line; `notes` count the lines that are none."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         if required or path.exists():
             notes.append(f"{path.name} can't be read: {error.strerror}")
         return []
-    records, bad = [], 0
-    for line in filter(str.strip, text.split("\n")):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict):
-            records.append(value)
-        else:
-            bad += 1
-    if bad:
+    records, lines = [], list(filter(str.strip, text.split("\n")))
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(value := json.loads(line), dict):
+                records.append(value)
+    if bad := len(lines) - len(records):
         notes.append(f"{path.name}: {bad} line{'s' if bad > 1 else ''} left out: not JSON objects "
                      "(a run that was killed leaves half a line)")
     if required and not records:
@@ -271,7 +233,7 @@ def _mean(line: dict, key: str) -> float | None:
 
 
 def _ticks(lines: Iterable[dict]) -> list[dict[str, float]]:
-    """Returns the numbers of each tick by rising kimg: a resumed run overwrites what it repeats."""
+    """Returns the numbers of each tick by rising kimg; those that a resumed run repeats win."""
     ticks: list[dict[str, float]] = []
     for line in lines:
         tick = {name: value for name, key in _TICK_KEYS.items()
@@ -338,8 +300,8 @@ def _settings(record: dict, D: float | None, log: Path) -> dict[str, str]:
     shape = data["image_shape"]
     rows = {
         "D": None if D is None else f"{D:g}", "preset": options["preset"],
-        "architecture": options["arch"],
-        "preconditioning": options["precond"], "parameters": _parameters(log),
+        "architecture": options["arch"], "preconditioning": options["precond"],
+        "parameters": _parameters(log),
         "channels": network["model_channels"], "channels per level": network["channel_mult"],
         "blocks per level": network["num_blocks"], "data": options["data"],
         "images": data["size"],

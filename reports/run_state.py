@@ -1,9 +1,9 @@
-"""Whether a run goes on, and how it ended: from its lock, its statistics and its log.
+"""Whether a run is going on, and how it ended: from its lock, its statistics and its log.
 
     running    its lock is held
     finished   it has seen all its images
     stopped    a signal ended it, after it had written a state
-    failed     it ended otherwise: an error, or killed
+    failed     it ended otherwise: by an error, or killed
 
 No PyTorch is needed.
 """
@@ -20,45 +20,30 @@ from typing import Any
 from dnnlib.run_lock import lock_holder
 from dnnlib.util import json_value
 from reports.run_record import RunRecord, Score
+from training.config import LOG_FILE, OPTIONS_FILE, SCORES_FILE, STATS_FILE
 
-_OPTIONS, _LOG = "training_options.json", "log.txt"
-_FILES = (_OPTIONS, _LOG, "stats.jsonl", "metrics.jsonl")
 _START = "Run directory  "  # of each start in log.txt
 _STOPPED, _ERROR = re.compile(r"^Stopped at ", re.M), re.compile(r"^Error: (.*)", re.M)
 _LOG_TAIL_BYTES = 1 << 16
-# Metrics of which lower is better, the first that a run has is its score.
+# Metrics of which lower is better; a run's score is the first that it has.
 _LOWER_IS_BETTER = ("fid", "frechet_distance", "pixels_frechet_distance")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """A run at a glance.
+    """A run at a glance; None stands for what is unknown or not there."""
 
-    Attributes:
-        name: its folder, as seen from where runs were looked for.
-        state: 'running', 'finished', 'stopped' or 'failed'.
-        kimg: thousands of images seen at the last tick.
-        total_kimg: of the whole run; None where nothing tells.
-        loss: of the last tick.
-        images_per_sec: likewise.
-        score: the best, of the largest number of images; None without one.
-        D: augmented dimensions; None where nothing tells.
-        preset: its name; None without one.
-        changed: when a file of the run was written last.
-        note: why it failed, where it runs.
-    """
-
-    name: str
-    state: str
-    kimg: float
-    total_kimg: float | None
-    loss: float | None
-    images_per_sec: float | None
-    score: Score | None
-    D: float | None
+    name: str  # its folder, as seen from where runs were looked for
+    state: str  # 'running', 'finished', 'stopped' or 'failed'
+    kimg: float  # thousands of images seen at the last tick
+    total_kimg: float | None  # of the whole run
+    loss: float | None  # of the last tick
+    images_per_sec: float | None  # likewise
+    score: Score | None  # the best, of the largest number of images
+    D: float | None  # augmented dimensions
     preset: str | None
-    changed: datetime.datetime
-    note: str
+    changed: datetime.datetime  # when a file of the run was last written
+    note: str  # why it failed, or where it runs
 
     @classmethod
     def read(cls, path: Path, name: str) -> "RunState":
@@ -81,8 +66,7 @@ class RunState:
         """Returns plain data that JSON can hold; an infinite D becomes the string 'inf'."""
         shown = ("metric", "value", "kimg", "num", "num_steps", "detector")
         score = self.score and {key: getattr(self.score, key) for key in shown}
-        return {**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
-                "D": json_value(self.D), "score": score,
+        return {**vars(self), "D": json_value(self.D), "score": score,
                 "changed": self.changed.isoformat(timespec="seconds")}
 
 
@@ -97,10 +81,10 @@ def find_runs(folder: Path) -> list[RunState]:
 
 
 def _run_dirs(folder: Path) -> Iterator[Path]:
-    """Yields the run directories, in which there are no others; links are not followed."""
+    """Yields the run directories, and looks for no others inside them; links are not followed."""
     with os.scandir(folder) as entries:
         entries = list(entries)
-    if any(entry.name == _OPTIONS for entry in entries):
+    if any(entry.name == OPTIONS_FILE for entry in entries):
         yield folder
         return
     for entry in entries:
@@ -109,12 +93,12 @@ def _run_dirs(folder: Path) -> Iterator[Path]:
 
 
 def _state(path: Path, is_done: bool) -> tuple[str, str]:
-    """Returns the state and a note."""
+    """Returns the state of a run and a note."""
     if holder := lock_holder(path):
         return "running", holder
     if is_done:
         return "finished", ""
-    last = _log_tail(path / _LOG).rpartition(_START)[2]
+    last = _log_tail(path / LOG_FILE).rpartition(_START)[2]
     if errors := _ERROR.findall(last):
         return "failed", errors[-1]
     if _STOPPED.search(last):
@@ -149,5 +133,6 @@ def _best(scores: list[Score]) -> Score | None:
 
 
 def _changed(path: Path) -> datetime.datetime:
-    times = [(path / name).stat().st_mtime for name in _FILES if (path / name).exists()]
+    files = [path / name for name in (OPTIONS_FILE, LOG_FILE, STATS_FILE, SCORES_FILE)]
+    times = [file.stat().st_mtime for file in files if file.exists()]
     return datetime.datetime.fromtimestamp(max(times)).astimezone()

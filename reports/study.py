@@ -13,12 +13,12 @@ from typing import Any
 from dnnlib.util import format_ranges
 from reports.run_record import RunRecord, newest_network, read_scores
 from sampling.sweeps import FULL_BITS
-from training.config import RESUME_MAY_CHANGE
+from training.config import OPTIONS_FILE, RESUME_MAY_CHANGE
 
 _NO_TAG = "NNNNNN"
 # Options of train.py that do not change what is learned, or only for how long.
 _FREE = RESUME_MAY_CHANGE.keys() - {"data", "seed", "transfer"}
-# What --metrics are recorded as: by the published Inception weights, by other features.
+# What --metrics are recorded as, by the published Inception weights or by other features.
 _RECORDED = {"fid": {"fid", "frechet_distance"}, "kid": {"kid", "kernel_distance"},
              "pr": {"precision"}, "is": {"is"}}
 _FIELDS = {"alpha": "noise_alpha", "steps": "num_steps", "bits": "bits"}
@@ -26,7 +26,7 @@ _FIELDS = {"alpha": "noise_alpha", "steps": "num_steps", "bits": "bits"}
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step by its title; `words()` is the script and its arguments, None where it is done."""
+    """A titled step; `words()` returns the script and its arguments, None if it is done."""
 
     title: str
     words: Callable[[], list[str] | None]
@@ -67,7 +67,7 @@ class Study:
         return ["fid.py", "gen", f"--network={network}", *same, f"--seeds={seeds}", *flags]
 
     def _base_words(self, run_dir: Path) -> list[str] | None:
-        """The seed ranges from the first that is not scored."""
+        """Returns the command for the seed ranges from the first that is not scored."""
         span = max(self.seeds) - min(self.seeds) + 1
         for i in range(self.ranges):
             seeds = format_ranges(seed + i * span for seed in self.seeds)
@@ -77,7 +77,7 @@ class Study:
         return None
 
     def _axis_words(self, run_dir: Path, flag: str) -> list[str] | None:
-        """The values of an axis that are not scored, in one command."""
+        """Returns one command for all values of an axis that are not scored."""
         seeds = format_ranges(self.seeds)
         left = [f"{value:.15g}" for value in getattr(self, flag)
                 if not self._is_scored(run_dir, seeds, **{_FIELDS[flag]: value})]
@@ -87,7 +87,7 @@ class Study:
         return self.score_words(network_of(run_dir)[0], seeds, *steps, f"--{flag}={','.join(left)}")
 
     def _is_scored(self, run_dir: Path, seeds: str, **point: float) -> bool:
-        """Whether all metrics of a point are recorded for the run's newest network."""
+        """Says whether all metrics of a point are recorded for the run's newest network."""
         sought = {"network": network_of(run_dir)[0].name, "seeds": seeds, "reference": self.ref,
                   "detector": self.detector_name, "num_steps": self.base_steps, "noise_alpha": 0,
                   "bits": FULL_BITS, "other": (), **point}
@@ -106,7 +106,7 @@ class Study:
 
 
 def network_of(run_dir: Path) -> tuple[Path, str]:
-    """Returns a run's newest network and the number in its name, a stand-in where none is yet."""
+    """Returns a run's newest network and the number in its name; stand-ins if there is none yet."""
     return newest_network(run_dir) or (run_dir / f"network-snapshot-{_NO_TAG}.pt", _NO_TAG)
 
 
@@ -116,12 +116,9 @@ def has_network(run_dir: Path) -> bool:
 
 
 def train_step(run_dir: Path, words: list[str], asked: dict[str, Any]) -> Step:
-    """Returns the step that trains a network, or goes on with it.
+    """Returns the step that trains a network in `run_dir`, or continues to.
 
-    Args:
-        run_dir: where.
-        words: the command, without --resume.
-        asked: the options of train.py that the command comes to.
+    `words` is the command without --resume, and `asked` the options of train.py that it sets.
     """
     return Step(f"{run_dir.name}: training",
                 lambda: None if _is_trained(run_dir, asked) else [*words, "--resume=auto"])
@@ -129,7 +126,7 @@ def train_step(run_dir: Path, words: list[str], asked: dict[str, Any]) -> Step:
 
 def _is_trained(run_dir: Path, asked: dict[str, Any]) -> bool:
     """Says whether a run is finished; raises ValueError if it was begun with other settings."""
-    if not (run_dir / "training_options.json").exists():
+    if not (run_dir / OPTIONS_FILE).exists():
         return False
     run = RunRecord.read(run_dir)
     for key in sorted((run.options.keys() & asked.keys()) - _FREE):
