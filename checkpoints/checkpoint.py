@@ -349,7 +349,7 @@ def resolve_D(
 
 def first_difference(ours: dict, theirs: dict) -> str | None:
     """Returns 'key: a here, b there' for the first key whose values differ, or None."""
-    for key in [*ours, *(k for k in theirs if k not in ours)]:
+    for key in ours | theirs:
         here, there = ours.get(key), theirs.get(key)
         if here != there:
             return f"{key}: {here} here, {there} there"

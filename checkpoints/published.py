@@ -47,9 +47,7 @@ def is_published(first_bytes: bytes) -> bool:
 def read(file: IO[bytes], name: str) -> dict[str, Any]:
     """Returns a checkpoint of EDM or PFGM++ in the shape of our own, see checkpoints/checkpoint.py.
 
-    Args:
-        file: a binary file that can seek.
-        name: what errors call it.
+    The binary file must be able to seek; `name` is what errors call it.
 
     Returns:
         format: one of the three above.

@@ -25,13 +25,8 @@ class UserError(click.ClickException):
 
     Under torchrun, rank 0 shows it while there is no process group. In a process group
     (torch_utils/distributed.py) the first rank that raises it shows it, whether it is the only one
-    or not: `should_print` then says whether this rank does.
-
-    Args:
-        message: the line.
-        exit_code: of the process.
-        every_rank: whether every process under torchrun prints it, not only rank 0.
-        hint: a second line, which says what to do.
+    or not: `should_print` then says whether this rank does. With `every_rank`, every process under
+    torchrun that raises it shows it. `hint` is a second line, which says what to do.
     """
 
     def __init__(self, message: str, exit_code: int = BAD_INPUT, every_rank: bool = False, *,

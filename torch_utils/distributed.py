@@ -44,11 +44,10 @@ _PIECE_ROWS = 4096  # how many rows cross between processes at a time
 def init(device: str = "auto") -> torch.device:
     """Starts the process group if torchrun launched this process; returns the device to use.
 
-    Args:
-        device: 'cuda', 'cpu', or 'auto' for CUDA where there is a GPU.
+    `device` is 'cuda', 'cpu', or 'auto' for CUDA if there is a GPU.
 
     Raises:
-        ValueError: CUDA is asked for and there is none, or fewer GPUs than local processes.
+        ValueError: CUDA was asked for, and there is no GPU or fewer than local processes.
     """
     chosen = _choose_device(device)
     if chosen.type == "cuda":
@@ -242,16 +241,12 @@ def run_while_others_wait(function: Callable[[], None]) -> None:
 
 def get_rank() -> int:
     """Returns this process's number, 0 without a process group."""
-    return torch.distributed.get_rank() if _in_group() else 0
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def get_world_size() -> int:
     """Returns the number of processes, 1 without a process group."""
-    return torch.distributed.get_world_size() if _in_group() else 1
-
-
-def _in_group() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def print0(*values, **options) -> None:
@@ -327,11 +322,9 @@ def rank0_first() -> Iterator[None]:
 
     A ValueError or OSError of rank 0 is raised on every rank.
     """
-    if get_world_size() == 1:
-        yield
-        return
     if get_rank() != 0:
-        _raise_if_error(broadcast_object(None))
+        if error := broadcast_object(None):
+            raise error
         yield
         return
     try:
@@ -351,13 +344,9 @@ def run_on_rank0(function, *args) -> Any:
         except (ValueError, OSError) as error:
             result = error
     result = broadcast_object(result)
-    _raise_if_error(result)
+    if isinstance(result, Exception):
+        raise result
     return result
-
-
-def _raise_if_error(value: Any) -> None:
-    if isinstance(value, Exception):
-        raise value
 
 
 def split_for_rank(items: Sequence[T], batch: int) -> list[list[T]]:

@@ -9,12 +9,11 @@ import torch
 from dnnlib.util import cache_dir, format_table
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compute_dtype(precision: str) -> torch.dtype:
     """Returns the dtype in which the inside of the network runs at this precision."""
-    return _DTYPES.get(precision, torch.float32)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def mix_seed(*words: int) -> int:

@@ -30,12 +30,8 @@ def update_ema_(
 ) -> None:
     """Moves the parameters of `ema` towards those of `net` by 1 - beta; copies the buffers.
 
-    Args:
-        ema: the average, changed in place.
-        net: the network, of the same structure.
-        beta: decay of this step.
-        skip: 0-d float tensor on the parameters' device; 1 leaves the average as it is, without
-            a round trip to the host.
+    `skip` is a 0-d float tensor on the parameters' device: 1 leaves the parameters as they are,
+    without a round trip to the host.
     """
     averages, params = list(ema.parameters()), list(net.parameters())
     steps = torch._foreach_sub(params, averages)

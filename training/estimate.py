@@ -117,11 +117,8 @@ def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
              rate: float | None = None) -> str:
     """Returns the lines that tell what a run takes.
 
-    Args:
-        config: the run's options.
-        network: what `config.network` returns for the run's data.
-        world_size: number of processes.
-        rate: images a second over all processes, if known.
+    `network` is what `config.network` returns for the run's data, and `rate` the images a second
+    over all processes, if known.
     """
     found = Estimate.of_network(network, config.precision)
     micro_batch, _ = config.rounds(world_size)

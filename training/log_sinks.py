@@ -8,10 +8,11 @@ Only rank 0 has them. A sink that fails is given up with one warning, and traini
 it would get is in stats.jsonl and samples-*.png.
 """
 
+import contextlib
 import importlib.util
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,8 +101,8 @@ class LogSinks:
     def __init__(self, config: TrainConfig, run_dir: Path, nimg: int):
         self._sinks: dict[str, Sink] = {}
         for name in config.log if distributed.get_rank() == 0 else ():
-            self._try(name, lambda name=name: self._sinks.__setitem__(
-                name, _SINKS[name](run_dir, config, nimg)))
+            with self._given_up_on_error(name):
+                self._sinks[name] = _SINKS[name](run_dir, config, nimg)
 
     def scalars(self, values: dict[str, float], nimg: int) -> None:
         """Sends the numbers of a tick."""
@@ -118,11 +119,13 @@ class LogSinks:
 
     def _each(self, send: Callable[[Sink], Any]) -> None:
         for name, sink in list(self._sinks.items()):
-            self._try(name, lambda sink=sink: send(sink))
+            with self._given_up_on_error(name):
+                send(sink)
 
-    def _try(self, name: str, function: Callable[[], Any]) -> None:
+    @contextlib.contextmanager
+    def _given_up_on_error(self, name: str) -> Iterator[None]:
         try:
-            function()
+            yield
         except Exception as error:  # of code that is not ours: whatever it is, training continues
             self._sinks.pop(name, None)
             words = " ".join(f"{type(error).__name__}: {error}".split())
