@@ -195,8 +195,10 @@ class Trainer:
         indices = np.concatenate([
             order_at(size, self.config.seed, self.cur_nimg + np.arange(batch)),
             order_at(size, seed, self.step * extra + np.arange(extra))])
-        images = self._to_device(torch.from_numpy(self.dataset.get_batch(indices)[0]),
-                                 self.dataset.scaling)
+        images = torch.from_numpy(self.dataset.get_batch(indices)[0])
+        if self.device.type == "cuda":
+            images = images.pin_memory()  # from elsewhere the copy would wait for the device
+        images = self._to_device(images, self.dataset.scaling)
         if self.augment_pipe is None:
             return images
         rng = self._step_rng.manual_seed(misc.mix_seed(seed, self.step))
