@@ -18,7 +18,7 @@ from torch_utils import distributed as dist
 
 
 class Evaluator:
-    """Scores sets of images by `metrics` against one reference, with a detector by name.
+    """Scores sets of images by `metrics` against one reference, by a detector of `build_detector`.
 
     The reference is a file or address of statistics, a data set, or None where no metric needs one.
     Errors call it `name`.

@@ -32,8 +32,8 @@ def sweep_points(
 ) -> list[SweepPoint]:
     """Returns all combinations, the last list running fastest.
 
-    Several numbers of steps are a sweep. So is one number if `is_steps_sweep`. `alphas`, strengths
-    of the noise before each step, and `bits` of the weights are None where they aren't swept.
+    Several numbers of steps are a sweep; one number is a sweep only if `is_steps_sweep`. `alphas`,
+    strengths of the noise before each step, and `bits` of the weights are None if not swept.
     """
     points = []
     for alpha, num_steps, num_bits in itertools.product(alphas or [None], steps, bits or [None]):
