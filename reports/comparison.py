@@ -199,7 +199,8 @@ def _over_equal_seeds(curves: Sequence[Curve]) -> list[Curve]:
 
     A run whose points share no range keeps those of its most frequent one.
     """
-    shared, chosen = set.intersection(*(_shared_seeds(curve.points) for curve in curves)), []
+    shared = set.intersection(*(_shared_seeds(curve.points) for curve in curves))
+    chosen = []
     for curve in curves:
         seeds = shared or _shared_seeds(curve.points) or _usual_seeds(curve.points)
         points = {x: spread.over(seeds) for x, spread in curve.points.items()}

@@ -1,4 +1,4 @@
-"""Options of a training run as plain data, and what follows from them.
+"""Options of a training run as plain data, what follows from them, and the names of its files.
 
 `TrainConfig` holds the values of train.py's flags in the units of the command line, checks them,
 and round-trips through JSON; it travels inside every checkpoint.
