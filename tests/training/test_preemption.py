@@ -300,7 +300,9 @@ def test_other_numbers_of_processes_and_batches_continue_the_run(dataset_zip, tm
         assert part.wait() == 0, part.output
     expected = {kimg: loss["mean"] for kimg, loss in rows(tmp_path / "whole").items()}
     found = {kimg: loss["mean"] for kimg, loss in rows(tmp_path / "parts").items()}
-    assert len(expected) == 16 and found == pytest.approx(expected, rel=1e-5)
+    # Another start of a part would change losses by tens of percent; rounding, which doubles with
+    # each step of Adam, by up to 1e-3.
+    assert len(expected) == 16 and found == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.slow

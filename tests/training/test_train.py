@@ -103,20 +103,25 @@ def test_world_size_and_batch_gpu_change_nothing_but_rounding(dataset_zip, tmp_p
     run_script(*args, "--name=one")
     run_script(*args, "--name=rounds", "--batch-gpu=2")
     run_script(*args, "--name=two", "--batch-gpu=2", "--workers=1", processes=2)
+    # Other draws or gradients change losses by percents. Rounding does by 1e-8 at first, and by
+    # twice as much with each step, for Adam divides gradients near 0 by their size.
+    rounding, of_ten_steps = 1e-4, 1e-3
     stf = ["--stf=1", "--rbatch=20"]
     run_script(*args, *stf, "--name=stf-one")
     run_script(*args, *stf, "--name=stf-two", "--batch-gpu=2", processes=2)
-    assert losses(tmp_path / "stf-two") == pytest.approx(losses(tmp_path / "stf-one"), rel=1e-5)
+    assert losses(tmp_path / "stf-two") == pytest.approx(losses(tmp_path / "stf-one"),
+                                                         rel=rounding)
     expected = losses(tmp_path / "one")
     assert len(expected) == 5
     for name in ("rounds", "two"):
-        assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-5)
+        assert losses(tmp_path / name) == pytest.approx(expected, rel=rounding)
+        assert losses(tmp_path / name)[0] == pytest.approx(expected[0], rel=1e-6)
     # A run continues exactly under another number of processes.
     more = [*args[:-2], "--duration=0.00008", "--device=cpu", "--name=two", "--resume=auto"]
     run_script(*more)
     args[-2] = "--duration=0.00008"
     run_script(*args, "--name=whole")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), rel=of_ten_steps)
 
 
 @pytest.mark.parametrize("flags", [
