@@ -123,7 +123,7 @@ def test_a_network_that_is_not_there_yet_has_a_stand_in(tmp_path):
     (["--aug_dims=2"], "give --data and --aug_dims to train, or --runs"),
     (["--data=DATA", "--aug_dims=0,inf"], "--aug_dims=0,inf: must be numbers above 0 or inf"),
     (["--data=DATA", "--aug_dims=2", "--", "--pfgmpp=1"], "--pfgmpp=1: can't be given"),
-    (["--data=DATA", "--aug_dims=2", "--", "--no=1"], "No such option '--no'"),
+    (["--data=DATA", "--aug_dims=2", "--", "--no=1"], "No such option"),
     (["--data=DATA", "--aug_dims=2", "--cbase=16"], "options of train.py follow after '--'"),
     (["--data=DATA", "--aug_dims=2", "--metrics=nice"], "'nice': must be a list of fid"),
     (["--data=DATA", "--aug_dims=2", "--detector=nice"], "detector 'nice': must be"),
