@@ -1,96 +1,22 @@
-"""Pickles of plain values and byte arrays, read by a small machine; nothing in them is run.
+"""Pickles of plain values and of NumPy arrays of bytes, as data sets are published in them.
 
-A pickle is a program. This machine knows the instructions that dicts, lists, tuples, numbers, texts
-and NumPy arrays of bytes consist of, looks no name up, and refuses everything else, naming it.
-Every instruction pushes at most one small object, so what a file can ask for is bounded by the
-number of instructions; arrays are views of the bytes that are there.
+CIFAR-10 was written by Python 2, whose texts are bytes: they are read as Latin-1, which keeps every
+byte, and an array's content may be such a text. Nothing in a file is run, see
+`dnnlib.pickle_reader`; arrays are views of the bytes that are there.
 """
 
-import io
 import math
-import pickletools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from dnnlib.pickle_reader import Budget, Global, Reader, Stateful, reporting_damage
 from dnnlib.util import require
 
 MAX_OPCODES = 1_000_000  # a batch of CIFAR-10 has about 60,000
 
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_FRESH = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
-_VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINSTRING", "BINSTRING", "BINUNICODE",
-           "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES"}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_KEYS = (str, bytes, int)
 _BYTE_DTYPES = ("u1", "uint8")
 _MAX_DIMS = 8
-# What may go wrong in a damaged file beyond what is checked explicitly.
-_DAMAGED = (IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError)
-
-
-class ByteArray:
-    """A uint8 array of the file, empty until its state is known."""
-
-    def __init__(self) -> None:
-        self._state: tuple | None = None
-
-    def set_state(self, state: tuple) -> None:
-        self._state = state
-
-    def numpy(self) -> np.ndarray:
-        """Returns the array, which can't be written to.
-
-        Raises:
-            ValueError: it isn't of bytes, or its shape doesn't fit them.
-        """
-        if not (isinstance(self._state, tuple) and len(self._state) == 5):
-            raise ValueError("has an array without content")
-        _, shape, dtype, is_fortran, data = self._state
-        require(isinstance(dtype, _Dtype) and dtype.name in _BYTE_DTYPES, "has an array that "
-                "isn't of bytes")
-        data = data.encode("latin-1") if isinstance(data, str) else data
-        require(isinstance(data, bytes) and isinstance(shape, tuple) and len(shape) <= _MAX_DIMS
-                and all(type(size) is int and size >= 0 for size in shape)
-                and math.prod(shape) == len(data), "has an array whose shape doesn't fit")
-        order = "F" if is_fortran else "C"
-        return np.frombuffer(data, np.uint8).reshape(shape, order=order)
-
-
-class _Dtype:
-    """A NumPy type of the file: its name."""
-
-    def __init__(self, name: Any, *_: Any):
-        self.name = name
-
-    def set_state(self, state: Any) -> None:
-        pass  # byte order and alignment, which bytes don't have
-
-
-class _Name:
-    """A global that the file asks for; only those of `_CALLS` can be called."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-
-def _reconstruct(*_: Any) -> ByteArray:
-    return ByteArray()
-
-
-def _encode(text: str, encoding: str) -> str:
-    """Stands for bytes that Python 3 wrote as text; they stay text until they are needed."""
-    require(isinstance(text, str) and encoding in ("latin1", "latin-1"), "isn't plain data")
-    return text
-
-
-_CALLS: dict[str, Callable[..., Any]] = {
-    "numpy.core.multiarray _reconstruct": _reconstruct,
-    "numpy._core.multiarray _reconstruct": _reconstruct,
-    "numpy dtype": _Dtype,
-    "_codecs encode": _encode,
-}
 
 
 def loads(data: bytes) -> Any:
@@ -99,80 +25,94 @@ def loads(data: bytes) -> Any:
     Raises:
         ValueError: damaged, or anything but plain values and arrays of bytes; one line.
     """
-    machine = _Machine()
-    try:
-        for count, (opcode, arg, _) in enumerate(pickletools.genops(io.BytesIO(data))):
-            require(count < MAX_OPCODES, f"has more than {MAX_OPCODES} instructions")
-            if opcode.name == "STOP":
-                return machine.stack.pop()
-            machine.step(opcode.name, arg)
-    except _DAMAGED as error:
-        raise ValueError(f"damaged ({type(error).__name__})") from None
-    raise ValueError("has no end")
+    budget = Budget(MAX_OPCODES, f"has more than {MAX_OPCODES} instructions")
+    reader = _Reader(memoryview(data), _NAMES, budget)
+    with reporting_damage():
+        value = reader.read()
+    require(reader.pos == len(data), f"has {len(data) - reader.pos} bytes after its end")
+    return value
 
 
-class _Machine:
-    """The stack, the marks in it, and the objects that later instructions refer to."""
+class ByteArray(Stateful):
+    """A uint8 array of the file, empty until its state is known."""
 
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
+    _state: Any = None
 
-    def step(self, name: str, arg: Any) -> None:
-        """Does one instruction of pickle."""
-        stack = self.stack
-        if name in _VALUES:
-            stack.append(arg)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in _FRESH:
-            stack.append(_FRESH[name]())
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            self._memo[arg] = stack[-1]
-        elif name == "MEMOIZE":
-            self._memo[len(self._memo)] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(self._memo[arg])
-        elif name == "MARK":
-            self._marks.append(len(stack))
-        elif name == "TUPLE":
-            stack.append(tuple(self._since_mark()))
-        elif name in _TUPLES:
-            stack[-_TUPLES[name]:] = [tuple(stack[-_TUPLES[name]:])]
-        elif name in ("APPEND", "APPENDS"):
-            values = self._since_mark() if name == "APPENDS" else [stack.pop()]
-            require(type(stack[-1]) is list, "appends to what isn't a list")
-            stack[-1].extend(values)
-        elif name in ("SETITEM", "SETITEMS"):
-            values = self._since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-            require(type(stack[-1]) is dict, "sets items of what isn't a dict")
-            # Hashing a tuple of tuples of tuples ... would overflow the stack of C.
-            require(all(type(key) in _KEYS for key in values[::2]), "has keys that aren't texts")
-            stack[-1].update(zip(values[::2], values[1::2], strict=True))
-        elif name == "GLOBAL":
-            stack.append(_Name(arg))
-        elif name == "STACK_GLOBAL":
-            member, module = stack.pop(), stack.pop()
-            stack.append(_Name(f"{module} {member}"))
-        elif name == "REDUCE":
-            self._call()
-        elif name == "BUILD":
-            state = stack.pop()
-            stack[-1].set_state(state)
-        elif name not in ("PROTO", "FRAME"):
-            raise ValueError(f"has the instruction {name}, which plain data doesn't need")
+    def set_state(self, state: Any) -> None:
+        self._state = state
 
-    def _since_mark(self) -> list[Any]:
-        start = self._marks.pop()
-        values = self.stack[start:]
-        del self.stack[start:]
-        return values
+    def numpy(self) -> np.ndarray:
+        """Returns the array, which can't be written to.
 
-    def _call(self) -> None:
-        args, function = self.stack.pop(), self.stack.pop()
-        name = function.name if isinstance(function, _Name) else type(function).__name__
-        if name not in _CALLS:
-            raise ValueError(f"asks for {ascii(name)[1:-1][:80].replace(' ', '.')}")
-        self.stack.append(_CALLS[name](*args))
+        Raises:
+            ValueError: it isn't of bytes, or its shape doesn't fit them.
+        """
+        require(type(self._state) is tuple and len(self._state) == 5,
+                "has an array without content")
+        _, shape, dtype, is_fortran, data = self._state
+        require(isinstance(dtype, _DType) and dtype.name in _BYTE_DTYPES,
+                "has an array that isn't of bytes")
+        data = data.encode("latin-1") if isinstance(data, str) else data
+        require(isinstance(data, bytes) and type(shape) is tuple and len(shape) <= _MAX_DIMS
+                and all(type(size) is int and size >= 0 for size in shape)
+                and math.prod(shape) == len(data), "has an array whose shape doesn't fit")
+        order = "F" if is_fortran else "C"
+        return np.frombuffer(data, np.uint8).reshape(shape, order=order)
 
+
+class _DType(Stateful):
+    """A NumPy type of the file: its name."""
+
+    def __init__(self, name: Any):
+        self.name = name
+
+    def set_state(self, state: Any) -> None:
+        pass  # byte order and alignment, which bytes don't have
+
+
+class _Reader(Reader):
+    """The machine with the texts of Python 2, and with bytes that are Python's own."""
+
+    opcodes = Reader.opcodes | {
+        ord("U"): lambda r: r.push(str(r.take(r.byte()), "latin-1")),
+        ord("T"): lambda r: r.push(str(r.take(r.number(4)), "latin-1")),
+        ord("B"): lambda r: r.push(bytes(r.take(r.number(4)))),
+        ord("C"): lambda r: r.push(bytes(r.take(r.byte()))),
+    }
+    key_types = (str, bytes)
+
+    strange_opcode = "has the instruction {name}, which plain data doesn't need"
+    strange_key = "has keys that aren't texts"
+    cut_short = "pickle exhausted before seeing STOP"
+
+    def check_name(self, name: Global) -> None:
+        pass  # an array names its class too; what counts is what is called
+
+    def reduce(self) -> None:
+        called = self.stack[-2]
+        if type(called) is Global and called not in self.names:
+            raise ValueError(f"asks for {ascii('.'.join(called))[1:-1][:80]}")
+        super().reduce()
+
+
+def _array(reader: Reader, args: tuple) -> ByteArray:
+    return ByteArray()  # what is known of it follows as its state
+
+
+def _dtype(reader: Reader, args: tuple) -> _DType:
+    return _DType(args[0])
+
+
+def _encode(reader: Reader, args: tuple) -> str:
+    """Stands for bytes that Python 3 wrote as text; they stay text until they are needed."""
+    text, encoding = args
+    require(isinstance(text, str) and encoding in ("latin1", "latin-1"), "isn't plain data")
+    return text
+
+
+_NAMES = {
+    ("numpy.core.multiarray", "_reconstruct"): _array,
+    ("numpy._core.multiarray", "_reconstruct"): _array,
+    ("numpy", "dtype"): _dtype,
+    ("_codecs", "encode"): _encode,
+}

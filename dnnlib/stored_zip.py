@@ -1,13 +1,20 @@
-"""Writes uncompressed ZIPs of very many members, quickly and in little memory.
+"""Uncompressed ZIPs: written quickly in little memory, and read without trust.
 
-It writes what `zipfile` would write, byte for byte, but an entry of the directory takes under 100
-bytes of memory instead of about 600 and is packed once. The format is that of PKWARE's
-APPNOTE.TXT, sections 4.3 and 4.5.
+`StoredZip` writes what `zipfile` would, byte for byte, but an entry of the directory takes under
+100 bytes of memory instead of about 600 and is packed once. `stored_members` reads files that
+anybody may have made: members are views of the bytes that are there, each byte belongs to one
+member at most, and nothing stands around the ZIP.
+
+Format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.
 """
 
 import struct
 import zlib
-from typing import IO
+from typing import IO, NamedTuple
+
+from dnnlib.util import require, shown
+
+ZIP_MAGIC = b"PK\3\4"  # opens a member, and so the file
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -19,6 +26,8 @@ _UNIX = 3 << 8
 _DATE = 1 << 5 | 1  # 1 January 1980, the earliest a ZIP can hold: equal images, equal files
 _PERMISSIONS = 0o644 << 16
 _MAX_COUNT, _MAX_OFFSET = 0xFFFF, 0x7FFFFFFF  # beyond, the fields of ZIP64
+_FULL = 0xFFFFFFFF  # in place of a number that stands in a field of ZIP64
+_MAX_MEMBERS = 100_000  # of a ZIP that is read
 
 
 class StoredZip:
@@ -33,13 +42,13 @@ class StoredZip:
         encoded = name.encode("ascii")
         assert len(data) <= _MAX_OFFSET
         fields = (0, 0, 0, _DATE, zlib.crc32(data), len(data), len(data), len(encoded))
-        header = _LOCAL.pack(b"PK\3\4", _VERSION, *fields, 0)
+        header = _LOCAL.pack(ZIP_MAGIC, _VERSION, *fields, 0)
         far = self._position > _MAX_OFFSET
         extra = struct.pack("<2HQ", 1, 8, self._position) if far else b""
         version = _VERSION64 if far else _VERSION
         self._directory += _CENTRAL.pack(
             b"PK\1\2", _UNIX | version, version, *fields, len(extra), 0, 0, 0, _PERMISSIONS,
-            0xFFFFFFFF if far else self._position) + encoded + extra
+            _FULL if far else self._position) + encoded + extra
         self._file.write(header + encoded)
         self._file.write(data)
         self._position += len(header) + len(encoded) + len(data)
@@ -54,4 +63,94 @@ class StoredZip:
                                          count, count, size, start))
             self._file.write(_LOCATOR64.pack(b"PK\6\7", 0, start + size, 1))
         self._file.write(_END.pack(b"PK\5\6", 0, 0, min(count, _MAX_COUNT), min(count, _MAX_COUNT),
-                                   min(size, 0xFFFFFFFF), min(start, 0xFFFFFFFF), 0))
+                                   min(size, _FULL), min(start, _FULL), 0))
+
+
+class Member(NamedTuple):
+    """A member of a ZIP that is read; its checksum has yet to be compared."""
+
+    name: str
+    data: memoryview
+    crc: int
+
+    def read(self) -> memoryview:
+        """Returns the content; raises ValueError where it is not what the checksum is of."""
+        require(zlib.crc32(self.data) == self.crc,
+                f"damaged (the checksum of {shown(self.name)} does not match)")
+        return self.data
+
+
+def stored_members(data: memoryview) -> dict[str, Member]:
+    """Returns {name: member} of a ZIP whose members are all stored; nothing may stand around it.
+
+    Raises:
+        ValueError: damaged, or a member is compressed, encrypted or there twice.
+    """
+    start, end, count = _directory(data)
+    require(0 < count <= _MAX_MEMBERS, f"is a ZIP of {count} members")
+    members, extents, pos = {}, [], start
+    for _ in range(count):
+        require(pos + _CENTRAL.size <= end, "damaged (ZIP directory)")
+        (magic, _, _, flags, method, _, _, crc, packed, size, name_len, extra_len, comment_len,
+         _, _, _, offset) = _CENTRAL.unpack_from(data, pos)
+        pos += _CENTRAL.size
+        stop = pos + name_len + extra_len + comment_len
+        require(magic == b"PK\1\2" and stop <= end, "damaged (ZIP directory)")
+        raw = bytes(data[pos:pos + name_len])
+        name = raw.decode("ascii", "backslashreplace")
+        extra = data[pos + name_len:pos + name_len + extra_len]
+        size, packed, offset = _wide_numbers(extra, [size, packed, offset])
+        pos = stop
+        require(method == 0 and packed == size and not flags & 1,
+                f"compresses or encrypts the ZIP member {shown(name)}")
+        require(name not in members, f"holds the ZIP member {shown(name)} twice")
+        begin = _local_data(data, offset, raw)
+        require(begin + size <= start, f"damaged (ZIP member {shown(name)} is cut short)")
+        members[name] = Member(name, data[begin:begin + size], crc)
+        extents.append((offset, begin + size))
+    require(pos == end, "damaged (ZIP directory)")
+    extents.sort()
+    require(extents[0][0] == 0, "damaged (bytes before the first ZIP member)")
+    require(all(one[1] <= two[0] for one, two in zip(extents, extents[1:], strict=False)),
+            "holds ZIP members that overlap")
+    return members
+
+
+def _directory(data: memoryview) -> tuple[int, int, int]:
+    """Returns where a ZIP's directory starts and ends and how many entries it has."""
+    at = len(data) - _END.size
+    require(at >= 0, "damaged (cut short)")
+    magic, disk, first_disk, here, count, size, start, comment = _END.unpack_from(data, at)
+    require(magic == b"PK\5\6" and comment == 0,
+            "damaged (the ZIP does not end with its directory: cut short, or bytes follow)")
+    locator = at - _LOCATOR64.size
+    if locator >= 0 and data[locator:locator + 4] == b"PK\6\7":
+        _, _, at, _ = _LOCATOR64.unpack_from(data, locator)
+        require(at + _END64.size == locator, "damaged (ZIP64 directory)")
+        magic, _, _, _, disk, first_disk, here, count, size, start = _END64.unpack_from(data, at)
+        require(magic == b"PK\6\6", "damaged (ZIP64 directory)")
+    require(disk == first_disk == 0 and here == count and start + size == at,
+            "damaged (ZIP directory)")
+    return start, start + size, count
+
+
+def _wide_numbers(extra: memoryview, numbers: list[int]) -> list[int]:
+    """Returns size, packed size and offset, those that are too large for 32 bits from `extra`."""
+    wide: list[int] = []
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<2H", extra)
+        if kind == 1:
+            wide = [int.from_bytes(extra[4 + i:12 + i], "little") for i in range(0, length, 8)]
+        extra = extra[4 + length:]
+    require(len(wide) >= numbers.count(_FULL), "damaged (ZIP directory)")
+    return [wide.pop(0) if number == _FULL else number for number in numbers]
+
+
+def _local_data(data: memoryview, offset: int, name: bytes) -> int:
+    """Returns where the content of a ZIP member begins."""
+    require(offset + _LOCAL.size <= len(data), "damaged (ZIP member outside the file)")
+    magic, _, flags, method, *_, name_len, extra_len = _LOCAL.unpack_from(data, offset)
+    at = offset + _LOCAL.size
+    require(magic == ZIP_MAGIC and method == 0 and not flags & 1
+            and data[at:at + name_len] == name, "damaged (ZIP member without its header)")
+    return at + name_len + extra_len

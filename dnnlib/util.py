@@ -168,6 +168,15 @@ def require(ok: object, problem: str, allowed: str = "") -> None:
         raise ValueError(f"{problem}: must be {allowed}" if allowed else problem)
 
 
+def shown(value: Any) -> str:
+    """Returns a short text for a value out of a file, one line of ASCII whatever the value is."""
+    if type(value) is str:
+        return ascii(value if len(value) <= 80 else value[:77] + "...")
+    if value is None or type(value) in (bool, int, float):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
 def cache_dir(*parts: str) -> Path:
     """Returns a folder for downloads and packed data: $PFGMPP_CACHE_DIR or ~/.cache/pfgmpp."""
     root = os.environ.get(CACHE_DIR_ENV)

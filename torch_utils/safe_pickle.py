@@ -1,8 +1,8 @@
 """Foreign checkpoints as inert records: nothing in the file is run, imported or looked up.
 
-A pickle is a program. This reader knows the few instructions and the few names that published EDM
-and PFGM++ checkpoints consist of and refuses everything else, naming it. A name never leads to an
-object of that name: it selects one of the small functions below, which build plain data.
+This is the machine of `dnnlib.pickle_reader` with the few more instructions and the few names that
+published EDM and PFGM++ checkpoints consist of. A name never leads to an object of that name: it
+selects one of the small functions below, which build plain data.
 
     dict, list, tuple, set, str, int, float, bool, None   themselves
     bytes                                                 a memoryview of the file
@@ -21,37 +21,28 @@ import io
 import math
 import mmap
 import os
-import pickletools
 import re
 import stat
 import struct
-import zlib
 from collections.abc import Callable
 from typing import IO, Any, NamedTuple
 
 import torch
 
-from dnnlib.util import require
+from dnnlib.pickle_reader import Budget, Global, Reader, Stateful, reporting_damage, shown_target
+from dnnlib.stored_zip import ZIP_MAGIC, stored_members
+from dnnlib.util import require, shown
 
-ZIP_MAGIC = b"PK\x03\x04"
 MAX_OPCODES = 2_000_000  # the largest published training states have about 400,000
-_MAX_MARKS = 500  # collections that are open at once; genuine files have about 30
 _TENSOR_COST = 50  # what building a tensor counts as
-_MAX_LONG = 16  # bytes of an integer
-_MAX_NAME = 256  # characters of a module's or class's name
-_MAX_KEY = 1 << 20  # of whole numbers that are keys: indices of parameters
+_MAX_NAME = 256  # characters of a class's name
 _MAX_DIMS = 8
-_LONG_TEXT = 1 << 20  # longer ones can only be bytes written as Latin-1
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # opens a torch.save file of before 1.6
 _LEGACY_VERSION = 1001
 
-# What may go wrong in a damaged file beyond what is checked explicitly.
-_DAMAGED = (IndexError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError,
-            MemoryError, OverflowError, struct.error, zlib.error, BufferError)
 
-
-class Record:
+class Record(Stateful):
     """An object of the file: the name of its class and its state, a dict."""
 
     __slots__ = ("class_name", "state")
@@ -59,40 +50,10 @@ class Record:
     def __init__(self, class_name: str, state: Any = None):
         self.class_name, self.state = class_name, state
 
-
-class _Storage(NamedTuple):
-    dtype: torch.dtype
-    data: memoryview
-    numel: int
-
-
-class _Global(NamedTuple):
-    """A known name; at most one of the three says what it is for."""
-
-    name: str
-    call: Callable[["_Reader", tuple], Any] | None = None
-    new: Callable[[], Any] | None = None
-    dtype: torch.dtype | None = None
-
-
-class _Budget:
-    """What a file may still ask for: instructions, bytes of text turned to bytes, tensor bytes."""
-
-    def __init__(self, size: int):
-        self.opcodes, self.encoded, self.tensors = MAX_OPCODES, size, size
-
-    def spend_opcodes(self, count: int) -> None:
-        self.opcodes -= count
-        if self.opcodes < 0:
-            raise ValueError(f"has more than {MAX_OPCODES} instructions")
-
-    def spend_encoded(self, count: int) -> None:
-        self.encoded -= count
-        require(self.encoded >= 0, "asks for more bytes than the file has")
-
-    def spend_tensors(self, count: int) -> None:
-        self.tensors -= count
-        require(self.tensors >= 0, "asks for more tensor data than the file has")
+    def set_state(self, state: Any) -> None:
+        require(self.state is None and type(state) is dict,
+                f"gives {shown(state)} as state to {shown(self)}")
+        self.state = state
 
 
 def load(source: str | os.PathLike | IO[bytes]) -> Any:
@@ -107,19 +68,8 @@ def load(source: str | os.PathLike | IO[bytes]) -> Any:
     """
     data = _contents(source)
     require(len(data) > 0, "empty")
-    try:
+    with reporting_damage():
         return _load_zip(data) if data[:4] == ZIP_MAGIC else _load_pickle(data)
-    except _DAMAGED as error:
-        raise ValueError(f"damaged ({type(error).__name__})") from None
-
-
-def shown(value: Any) -> str:
-    """Returns a short text for a value out of a file, one line of ASCII whatever the value is."""
-    if type(value) is str:
-        return ascii(value if len(value) <= 80 else value[:77] + "...")
-    if value is None or type(value) in (bool, int, float):
-        return repr(value)
-    return f"a {type(value).__name__}"
 
 
 def _contents(source: str | os.PathLike | IO[bytes]) -> memoryview:
@@ -141,14 +91,14 @@ def _contents(source: str | os.PathLike | IO[bytes]) -> memoryview:
 
 
 def _load_pickle(data: memoryview) -> Any:
-    reader = _Reader(data, _Budget(len(data)))
+    reader = _Reader(data, _NAMES, _Budgets(len(data)))
     value = reader.read()
     require(reader.pos == len(data), f"has {len(data) - reader.pos} bytes after its end")
     return value
 
 
 def _load_zip(data: memoryview) -> Any:
-    members = _zip_members(data)
+    members = stored_members(data)
     root = next(iter(members)).partition("/")[0]
     for name in members:
         require(re.fullmatch(r"data\.pkl|data/\d{1,9}|version|byteorder|\.[\w./]{1,60}",
@@ -172,305 +122,61 @@ def _load_zip(data: memoryview) -> Any:
                 f"storage {key} has {len(known.data)} bytes, not {numel} x {dtype}")
         return known
 
-    reader = _Reader(members[f"{root}/data.pkl"].read(), _Budget(len(data)), storage)
+    reader = _Reader(members[f"{root}/data.pkl"].read(), _NAMES, _Budgets(len(data)), storage)
     value = reader.read()
     require(reader.pos == len(reader.data), "has bytes after the end of data.pkl")
     return value
 
 
-class _Member(NamedTuple):
-    name: str
-    data: memoryview
-    crc: int
-
-    def read(self) -> memoryview:
-        require(zlib.crc32(self.data) == self.crc,
-                f"damaged (the checksum of {shown(self.name)} does not match)")
-        return self.data
-
-
-_MAX_MEMBERS = 100_000
-_END, _END64, _LOCATOR64, _ENTRY, _LOCAL = (
-    struct.Struct(f"<{layout}") for layout in (
-        "4s4H2LH", "4sQ2H2L4Q", "4sLQL", "4s6H3L5H2L", "4s5H3L2H"))
-_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # in place of a number that stands in a ZIP64 record
-
-
-def _zip_members(data: memoryview) -> dict[str, _Member]:
-    """Returns {name: member} of a ZIP whose members are all stored; nothing may stand around it."""
-    start, end, count = _zip_directory(data)
-    require(0 < count <= _MAX_MEMBERS, f"is a ZIP of {count} members")
-    members, extents, pos = {}, [], start
-    for _ in range(count):
-        require(pos + _ENTRY.size <= end, "damaged (ZIP directory)")
-        (magic, _, _, flags, method, _, _, crc, packed, size, name_len, extra_len, comment_len,
-         _, _, _, offset) = _ENTRY.unpack_from(data, pos)
-        pos += _ENTRY.size
-        stop = pos + name_len + extra_len + comment_len
-        require(magic == b"PK\x01\x02" and stop <= end, "damaged (ZIP directory)")
-        raw = bytes(data[pos:pos + name_len])
-        name = raw.decode("ascii", "backslashreplace")
-        extra = data[pos + name_len:pos + name_len + extra_len]
-        size, packed, offset = _zip64_numbers(extra, [size, packed, offset])
-        pos = stop
-        require(method == 0 and packed == size and not flags & 1,
-                f"compresses or encrypts the ZIP member {shown(name)}")
-        require(name not in members, f"holds the ZIP member {shown(name)} twice")
-        begin = _local_data(data, offset, raw)
-        require(begin + size <= start, f"damaged (ZIP member {shown(name)} is cut short)")
-        members[name] = _Member(name, data[begin:begin + size], crc)
-        extents.append((offset, begin + size))
-    require(pos == end, "damaged (ZIP directory)")
-    extents.sort()
-    require(extents[0][0] == 0, "damaged (bytes before the first ZIP member)")
-    require(all(one[1] <= two[0] for one, two in zip(extents, extents[1:], strict=False)),
-            "holds ZIP members that overlap")
-    return members
-
-
-def _zip_directory(data: memoryview) -> tuple[int, int, int]:
-    """Returns where a ZIP's directory starts and ends and how many entries it has."""
-    at = len(data) - _END.size
-    require(at >= 0, "damaged (cut short)")
-    magic, disk, first_disk, here, count, size, start, comment = _END.unpack_from(data, at)
-    require(magic == b"PK\x05\x06" and comment == 0,
-            "damaged (the ZIP does not end with its directory: cut short, or bytes follow)")
-    locator = at - _LOCATOR64.size
-    if locator >= 0 and data[locator:locator + 4] == b"PK\x06\x07":
-        _, _, at, _ = _LOCATOR64.unpack_from(data, locator)
-        require(at + _END64.size == locator, "damaged (ZIP64 directory)")
-        magic, _, _, _, disk, first_disk, here, count, size, start = _END64.unpack_from(data, at)
-        require(magic == b"PK\x06\x06", "damaged (ZIP64 directory)")
-    require(disk == first_disk == 0 and here == count and start + size == at,
-            "damaged (ZIP directory)")
-    return start, start + size, count
-
-
-def _zip64_numbers(extra: memoryview, numbers: list[int]) -> list[int]:
-    """Returns size, packed size and offset, those that are too large for 32 bits from `extra`."""
-    wide: list[int] = []
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<2H", extra)
-        if kind == 1:
-            wide = [int.from_bytes(extra[4 + i:12 + i], "little") for i in range(0, length, 8)]
-        extra = extra[4 + length:]
-    return [wide.pop(0) if number == _FULL32 else number for number in numbers]
-
-
-def _local_data(data: memoryview, offset: int, name: bytes) -> int:
-    """Returns where the content of a ZIP member begins."""
-    require(offset + _LOCAL.size <= len(data), "damaged (ZIP member outside the file)")
-    magic, _, flags, method, *_, name_len, extra_len = _LOCAL.unpack_from(data, offset)
-    at = offset + _LOCAL.size
-    require(magic == ZIP_MAGIC and method == 0 and not flags & 1
-            and data[at:at + name_len] == name, "damaged (ZIP member without its header)")
-    return at + name_len + extra_len
-
-
 # ----------------------------------------------------------------------------------- the machine
 
 
-class _Reader:
-    """The pickle machine with the closed list of instructions.
+class _Storage(NamedTuple):
+    dtype: torch.dtype
+    data: memoryview
+    numel: int
 
-    `pos` is where the next pickle begins; `read` may be called again for pickles back to back.
+
+class _Budgets:
+    """What a file of `size` bytes may ask for, nested files included."""
+
+    def __init__(self, size: int):
+        self.instructions = Budget(MAX_OPCODES, f"has more than {MAX_OPCODES} instructions")
+        self.encoded = Budget(size, "asks for more bytes than the file has")
+        self.tensors = Budget(size, "asks for more tensor data than the file has")
+
+
+class _Reader(Reader):
+    """The machine with real numbers, sets, new objects and storages that lie elsewhere.
+
+    Args:
+        storage: returns the storage that a persistent id of the file refers to.
     """
 
-    def __init__(self, data: memoryview, budget: _Budget,
-                 storage: Callable[[Any], _Storage] | None = None,
-                 names: dict[tuple[str, str], _Global] | None = None):
-        self.data, self.budget, self.storage, self.pos = data, budget, storage, 0
-        self.names = _GLOBALS if names is None else names
+    opcodes = Reader.opcodes | {
+        ord("G"): lambda r: r.push(struct.unpack(">d", r.take(8))[0]),
+        ord("\x8f"): lambda r: r.push(set()),
+        ord("\x81"): lambda r: r.new_object(),
+        ord("Q"): lambda r: r.persistent(),
+    }
+    strange_opcode = Reader.strange_opcode + ", which no known checkpoint does"
+    strange_name = Reader.strange_name + ", which no known checkpoint does; nothing was run"
 
-    def read(self) -> Any:
-        """Returns the object of the pickle at `pos` and moves past its end.
-
-        Raises:
-            ValueError: it has an instruction or a name that is not on the lists, or is damaged.
-        """
-        self.stack: list[Any] = []
-        self.marks: list[list] = []
-        self.memo: dict[int, Any] = {}
-        require(self.byte() == _PROTO and self.byte() in (2, 3, 4, 5),
-                "is not a pickle of protocol 2 to 5")
-        while (code := self.byte()) != _STOP:
-            self.budget.spend_opcodes(1)
-            step = _OPCODES.get(code)
-            if step is None:
-                self.refuse(code)
-            step(self)
-        require(len(self.stack) == 1 and not self.marks, "damaged (the pickle ends too early)")
-        return self.stack.pop()
-
-    def refuse(self, code: int) -> None:
-        if chr(code) == "i":  # INST carries the name of a class
-            self.find(self.line(), self.line())
-        known = pickletools.code2op.get(chr(code))
-        name = known.name if known else "none that exists"
-        raise ValueError(f"uses the pickle instruction {name} (0x{code:02x}), "
-                         "which no known checkpoint does")
-
-    def take(self, count: int) -> memoryview:
-        """Returns the next `count` bytes."""
-        start = self.pos
-        self.pos = stop = start + count
-        if stop > len(self.data):
-            raise ValueError(f"damaged (cut short: {count} bytes wanted at {start}, "
-                             f"{len(self.data) - start} are left)")
-        return self.data[start:stop]
-
-    def byte(self) -> int:
-        """Returns the next byte."""
-        pos = self.pos
-        if pos >= len(self.data):
-            raise ValueError(f"damaged (cut short at byte {pos})")
-        self.pos = pos + 1
-        return self.data[pos]
-
-    def number(self, size: int, *, signed: bool = False) -> int:
-        """Returns the next whole number, of `size` bytes."""
-        return int.from_bytes(self.take(size), "little", signed=signed)
-
-    def text(self, size: int) -> str:
-        """Returns the next `size` bytes as text."""
-        raw = self.take(size)
-        # A few wide characters would make Python store the whole text in four bytes each.
-        if size > _LONG_TEXT and re.search(rb"[\xc4-\xff]", raw):
-            raise ValueError("has a long text that is not Latin-1")
-        return _decode(raw)
-
-    def line(self) -> str:
-        """Returns the text up to the next line feed."""
-        raw = bytes(self.data[self.pos:self.pos + _MAX_NAME + 1])
-        length = raw.find(b"\n")
-        require(length >= 0, "damaged (a name without an end)")
-        self.pos += length + 1
-        return _decode(raw[:length])
-
-    def find(self, module: Any, name: Any) -> _Global:
-        require(type(module) is str and type(name) is str, "damaged (a name that is not a text)")
-        known = self.names.get((module, name))
-        if known is None:
-            raise ValueError(f"asks for {shown(f'{module}.{name}')}, "
-                             "which no known checkpoint does; nothing was run")
-        return known
-
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
-
-    def pop_mark(self) -> list:
-        items, self.stack = self.stack, self.marks.pop()
-        return items
-
-    def mark(self) -> None:
-        require(len(self.marks) < _MAX_MARKS, "is nested too deeply")
-        self.marks.append(self.stack)
-        self.stack = []
-
-    def memoize(self, index: int) -> None:
-        require(index not in self.memo, "writes a memo entry twice")
-        self.memo[index] = self.stack[-1]
-
-    def recall(self, index: int) -> None:
-        require(index in self.memo, "damaged (a memo entry that is not there)")
-        self.stack.append(self.memo[index])
-
-    def pack(self, count: int) -> None:
-        require(len(self.stack) >= count, "damaged (stack)")
-        self.stack[-count:] = [tuple(self.stack[-count:])]
-
-    def append(self, items: list) -> None:
-        target = self.stack[-1]
-        if type(target) is not list:
-            raise ValueError(f"appends to {shown(target)}")
-        target.extend(items)
-
-    def set_items(self, items: list) -> None:
-        target = self.stack[-1]
-        if type(target) is not dict or len(items) % 2:
-            raise ValueError(f"sets items of {shown(target)}")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) is not str and not (type(key) is int and 0 <= key < _MAX_KEY):
-                raise ValueError(f"has {shown(key)} as a key")
-            if key in target:
-                raise ValueError(f"has the key {shown(key)} twice")
-            target[key] = value
-
-    def reduce(self) -> None:
-        args, called = self.stack.pop(), self.stack.pop()
-        if type(called) is not _Global or not called.call or type(args) is not tuple:
-            raise ValueError(f"calls {_shown_target(called)}")
-        self.push(called.call(self, args))
+    def __init__(self, data: memoryview, names: dict, budgets: _Budgets,
+                 storage: Callable[[Any], Any] | None = None):
+        super().__init__(data, names, budgets.instructions)
+        self.budgets, self.storage = budgets, storage
 
     def new_object(self) -> None:
-        args, cls = self.stack.pop(), self.stack.pop()
-        if type(cls) is not _Global or not cls.new or type(args) is not tuple or args:
-            raise ValueError(f"makes an object of {_shown_target(cls)}")
-        self.push(cls.new())
-
-    def build(self) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
-        if type(target) is _DType:
-            _check_dtype_state(state)
-        elif type(target) is Record and target.state is None and type(state) is dict:
-            target.state = state
-        else:
-            raise ValueError(f"gives {shown(state)} as state to {shown(target)}")
+        cls, args = self.pop_pair()
+        new = _CLASSES.get(cls) if type(cls) is Global else None
+        if new is None or type(args) is not tuple or args:
+            raise ValueError(f"makes an object of {shown_target(cls)}")
+        self.push(new())
 
     def persistent(self) -> None:
         require(self.storage is not None, "refers to a storage outside itself")
         self.push(self.storage(self.stack.pop()))
-
-    def frame(self) -> None:
-        size = self.number(8)
-        require(size <= len(self.data) - self.pos, "damaged (cut short: a frame)")
-
-    def long(self) -> None:
-        size = self.byte()
-        require(size <= _MAX_LONG, f"has an integer of {size} bytes")
-        self.push(int.from_bytes(self.take(size), "little", signed=True))
-
-
-def _decode(raw: memoryview | bytes) -> str:
-    try:
-        return str(raw, "utf-8")
-    except UnicodeDecodeError:
-        raise ValueError("damaged (a text that is not UTF-8)") from None
-
-
-def _shown_target(value: Any) -> str:
-    return shown(value.name) if type(value) is _Global else shown(value)
-
-
-_PROTO, _STOP = 0x80, ord(".")
-_OPCODES: dict[int, Callable[[_Reader], None]] = {
-    ord(code): step for code, step in {
-        "N": lambda r: r.push(None), "\x88": lambda r: r.push(True),
-        "\x89": lambda r: r.push(False),
-        "J": lambda r: r.push(r.number(4, signed=True)), "K": lambda r: r.push(r.byte()),
-        "M": lambda r: r.push(r.number(2)),
-        "G": lambda r: r.push(struct.unpack(">d", r.take(8))[0]),
-        "\x8a": _Reader.long,
-        "X": lambda r: r.push(r.text(r.number(4))), "\x8c": lambda r: r.push(r.text(r.byte())),
-        "B": lambda r: r.push(r.take(r.number(4))),
-        "C": lambda r: r.push(r.take(r.byte())),
-        "}": lambda r: r.push({}), "]": lambda r: r.push([]), ")": lambda r: r.push(()),
-        "\x8f": lambda r: r.push(set()),
-        "(": _Reader.mark, "t": lambda r: r.push(tuple(r.pop_mark())),
-        "\x85": lambda r: r.pack(1), "\x86": lambda r: r.pack(2), "\x87": lambda r: r.pack(3),
-        "a": lambda r: r.append([r.stack.pop()]), "e": lambda r: r.append(r.pop_mark()),
-        "s": lambda r: r.set_items([r.stack.pop(), r.stack.pop()][::-1]),
-        "u": lambda r: r.set_items(r.pop_mark()),
-        "c": lambda r: r.push(r.find(r.line(), r.line())),
-        "\x93": lambda r: r.push(r.find(*[r.stack.pop(), r.stack.pop()][::-1])),
-        "R": _Reader.reduce, "\x81": _Reader.new_object, "b": _Reader.build,
-        "Q": _Reader.persistent,
-        "h": lambda r: r.recall(r.byte()), "j": lambda r: r.recall(r.number(4)),
-        "q": lambda r: r.memoize(r.byte()), "r": lambda r: r.memoize(r.number(4)),
-        "\x94": lambda r: r.memoize(len(r.memo)),
-        "\x95": _Reader.frame,
-    }.items()
-}
 
 
 # ------------------------------------------------------------- what stands in for the known names
@@ -501,15 +207,25 @@ def _set(reader: _Reader, args: tuple) -> set:
 def _encode(reader: _Reader, args: tuple) -> memoryview:
     require(len(args) == 2 and type(args[0]) is str and args[1] == "latin1",
             "encodes something other than Latin-1 text")
-    reader.budget.spend_encoded(len(args[0]))
+    reader.budgets.encoded.spend(len(args[0]))
     try:
         return memoryview(bytearray(args[0], "latin-1"))
     except UnicodeEncodeError:
         raise ValueError("encodes something other than Latin-1 text") from None
 
 
-class _DType(NamedTuple):
-    layout: str
+class _DType(Stateful):
+    """A NumPy type of the file: how `struct` calls it."""
+
+    def __init__(self, layout: str):
+        self.layout = layout
+
+    def set_state(self, state: Any) -> None:
+        require(type(state) is tuple and len(state) == 8
+                and all(type(item) in (int, str, type(None)) for item in state)
+                and state[0] == 3 and state[1] in ("<", "|")
+                and state[2:] == (None, None, None, -1, -1, 0),
+                "has a NumPy type that is not plain")
 
 
 _SCALARS = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "u1": "<B", "b1": "<?"}
@@ -520,13 +236,6 @@ def _dtype(reader: _Reader, args: tuple) -> _DType:
             and args[1] is False and args[2] is True,
             f"asks for the NumPy type {shown(args[0]) if args else 'of nothing'}")
     return _DType(_SCALARS[args[0]])
-
-
-def _check_dtype_state(state: Any) -> None:
-    plain = type(state) is tuple and len(state) == 8 and all(
-        type(item) in (int, str, type(None)) for item in state)
-    require(plain and state[0] == 3 and state[1] in ("<", "|")
-            and state[2:] == (None, None, None, -1, -1, 0), "has a NumPy type that is not plain")
 
 
 def _scalar(reader: _Reader, args: tuple) -> int | float:
@@ -546,17 +255,17 @@ def _parameter(reader: _Reader, args: tuple) -> torch.Tensor:
 def _persistent_id(pid: Any, length: int) -> tuple[torch.dtype, str, int]:
     """Returns (dtype, key, number of elements) of a reference to a storage."""
     require(type(pid) is tuple and len(pid) == length and type(pid[0]) is str
-            and pid[0] == "storage" and type(pid[1]) is _Global and pid[1].dtype
+            and pid[0] == "storage" and type(pid[1]) is Global and pid[1] in _DTYPES
             and type(pid[2]) is str and re.fullmatch(r"[0-9]{1,20}", pid[2])
             and type(pid[3]) is str and type(pid[4]) is int and 0 <= pid[4] < 1 << 48
             and pid[5:] in ((), (None,)), "refers to a storage in an unknown way")
-    return pid[1].dtype, pid[2], pid[4]  # its device, pid[3], does not matter
+    return _DTYPES[pid[1]], pid[2], pid[4]  # its device, pid[3], does not matter
 
 
 def _nested_storage(reader: _Reader, args: tuple) -> _Storage:
     """Returns the storage in a torch.save file of before 1.6, five pickles and then the numbers."""
     require(len(args) == 1 and type(args[0]) is memoryview, "has a nested file that is not bytes")
-    inner = _Reader(args[0], reader.budget, _nested_reference, _STORAGES)
+    inner = _Reader(args[0], _STORAGES, reader.budgets, _nested_reference)
     magic, version, system = inner.read(), inner.read(), inner.read()
     require(type(magic) is int and magic == _LEGACY_MAGIC and type(version) is int
             and version == _LEGACY_VERSION and type(system) is dict
@@ -596,8 +305,8 @@ def _tensor(reader: _Reader, args: tuple) -> torch.Tensor:
     span = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else 0
     require(offset + span <= storage.numel,
             f"has a tensor that ends at element {offset + span} of a storage of {storage.numel}")
-    reader.budget.spend_opcodes(_TENSOR_COST)
-    reader.budget.spend_tensors(max(span, count) * storage.dtype.itemsize)
+    reader.budgets.instructions.spend(_TENSOR_COST)
+    reader.budgets.tensors.spend(max(span, count) * storage.dtype.itemsize)
     if not count:
         return torch.empty(size, dtype=storage.dtype)
     width = storage.dtype.itemsize
@@ -609,29 +318,28 @@ def _tensor(reader: _Reader, args: tuple) -> torch.Tensor:
     return flat.view(storage.dtype).as_strided(size, stride).contiguous()
 
 
-_STORAGES = {
-    ("torch", f"{name}Storage"): _Global(f"torch.{name}Storage", dtype=dtype) for name, dtype in {
+_DTYPES = {
+    ("torch", f"{name}Storage"): dtype for name, dtype in {
         "Float": torch.float32, "Double": torch.float64, "Half": torch.float16,
         "BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32,
         "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
     }.items()
 }
-_GLOBALS = _STORAGES | {
-    (module, name): _Global(f"{module}.{name}", call=call) for module, name, call in (
-        ("torch_utils.persistence", "_reconstruct_persistent_obj", _persistent_object),
-        ("collections", "OrderedDict", _ordered_dict),
-        ("torch._utils", "_rebuild_parameter", _parameter),
-        ("torch._utils", "_rebuild_tensor_v2", _tensor),
-        ("torch.storage", "_load_from_bytes", _nested_storage),
-        ("numpy.core.multiarray", "scalar", _scalar),
-        ("numpy._core.multiarray", "scalar", _scalar),
-        ("numpy", "dtype", _dtype),
-        ("_codecs", "encode", _encode),
-        ("builtins", "set", _set),
-        ("__builtin__", "set", _set),
-    )
-} | {
-    ("torch.nn.modules.container", "ModuleDict"):
-        _Global("torch.nn.modules.container.ModuleDict", new=lambda: Record("ModuleDict")),
-    ("dnnlib.util", "EasyDict"): _Global("dnnlib.util.EasyDict", new=dict),
+_CLASSES = {
+    ("torch.nn.modules.container", "ModuleDict"): lambda: Record("ModuleDict"),
+    ("dnnlib.util", "EasyDict"): dict,
+}
+_STORAGES = dict.fromkeys(_DTYPES)  # names that are referred to; nothing calls them
+_NAMES = _STORAGES | dict.fromkeys(_CLASSES) | {
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch.storage", "_load_from_bytes"): _nested_storage,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("numpy", "dtype"): _dtype,
+    ("_codecs", "encode"): _encode,
+    ("builtins", "set"): _set,
+    ("__builtin__", "set"): _set,
 }

@@ -469,6 +469,15 @@ def test_a_refusal_names_what_was_asked_for(case, asked):
     assert asked in refusal(HOSTILE[case])
 
 
+@pytest.mark.parametrize("data, problem", [
+    (geometry(size=(1000,), stride=(0,)), "more tensor data than the file has"),
+    (HOSTILE["memo_and_length_bombs: doubling texts"], "more bytes than the file has"),
+    (HOSTILE["tensor_lies: many views"].replace(b"K\x04\x85", b"K\x00\x85"),  # of nothing
+     "more than 2000000 instructions")])
+def test_what_a_file_asks_for_is_counted_together(data, problem):
+    assert problem in refusal(data)
+
+
 @pytest.mark.scripts  # in a subprocess
 def test_bombs_stay_within_time_and_memory(tmp_path):
     bombs = [data for case, data in HOSTILE.items() if "bomb" in case or "tensor_lies" in case]
