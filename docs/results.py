@@ -11,8 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dnnlib.cli import UserError, user_errors
 from reports.comparison import Comparison, compare
-from reports.report_plots import line_style
-from reports.report_style import look
+from reports.report_plots import look
 from reports.run_record import RunRecord
 
 _AXES = {"noise_alpha": "noise before each step, alpha", "num_steps": "network evaluations",
@@ -82,7 +81,7 @@ def draw(comparison: Comparison, path: Path) -> None:
             places = range(len(xs)) if axis == "bits" else [
                 comparison.group.evaluations(x) if axis == "num_steps" else x for x in xs]
             ax.plot(places, [curve.points[x].mean for x in xs], label=f"D = {name_of(curve.D)}",
-                    **line_style(looks[curve.D]))
+                    **looks[curve.D].line)
             ax.set_xticks(list(places), [f"{x:g}" for x in (xs if axis == "bits" else places)])
         ax.set_xlabel(_AXES[axis])
         if axis != "noise_alpha":

@@ -371,7 +371,7 @@ def write_pictures(outdir: Path, plane: Plane, scores: dict, real_scores: list[S
 def main(outdir: str, train_steps: int, samples: int) -> None:
     """Trains networks of several D on two clusters, samples, measures and draws pictures."""
     with user_errors():
-        check_available("the pictures of docs/toy.py")
+        check_available("the pictures of docs/toy.py need")
         start = time.monotonic()
         plane, rng = Plane(), torch.Generator().manual_seed(1)
         real = plane.draw(samples, rng)

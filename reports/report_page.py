@@ -17,8 +17,7 @@ import PIL.Image
 
 from images.image_files import DAMAGE
 from reports.comparison import Comparison, Curve, ScoreGroup, Spread, compare, over_kimg
-from reports.report_plots import Axis, Level, Line, plot
-from reports.report_style import CSS, look
+from reports.report_plots import Axis, Level, Line, look, plot
 from reports.run_record import RunRecord
 from sampling.sweeps import FULL_BITS
 
@@ -49,6 +48,7 @@ _NO_RANKING = ("Losses at different D are not to be ranked: noise of small D has
 _NBSP = "\u00a0"  # a space that does not break
 
 _text = html.escape
+_CSS = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
 def render(runs: Sequence[RunRecord], title: str | None = None) -> str:
@@ -70,7 +70,7 @@ def render(runs: Sequence[RunRecord], title: str | None = None) -> str:
         body += _run_section(i, run)
     return ('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{_text(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+            f"<title>{_text(title)}</title>\n<style>\n{_CSS}</style>\n</head>\n<body>\n"
             + "\n".join(body) + "\n</body>\n</html>\n")
 
 
@@ -135,7 +135,7 @@ def _legend(entries: Iterable[tuple[int, str, bool]]) -> str:
     items = []
     for series, name, is_level in entries:
         mark = "- -" if is_level else look(series).glyph
-        items.append(f'<li><b style="color:var(--c{look(series).colour})">{mark}</b> '
+        items.append(f'<li><b style="color:var(--{look(series).colour})">{mark}</b> '
                      f"{_text(name)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>' if len(items) > 1 else ""
 

@@ -1,34 +1,70 @@
-"""Plots of a report as SVG text for a page; matplotlib is imported when one is drawn.
+"""How the series of a report look, and plots of them as SVG text for a page.
 
-Colours are variables of the page's style sheet and nothing from outside is referred to, so that a
-plot reads in light and dark mode and offline. Legends are the page's: no text of a run's files
-reaches matplotlib.
+Colours are variables of report.css and nothing from outside is referred to, so that a plot reads in
+light and dark mode and offline. Legends are the page's: of a run's files the names of metrics and
+detectors alone reach matplotlib, which escapes them. It is imported when a plot is drawn.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from reports.report_style import GRID, INK, SERIES, Look, css_colours, look
-
-_SIZE = 4.6, 2.7  # inches
 _MAX_MARKED = 40  # points; more are a line alone
 _LOG_RATIO = 8  # of the largest to the smallest value: from here on the axis is logarithmic
 _MAX_NAMED_TICKS = 9
 _MAX_TICKS = 6
-_SETTINGS = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 9,
-    "font.family": "DejaVu Sans", "text.color": INK, "axes.edgecolor": GRID,
-    "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6,
-    "axes.formatter.useoffset": False, "lines.linewidth": 1.5,
-    "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How a series is drawn: colour, mark (of plots, of legends), dashes, width, size of marks.
+
+    The colour is a variable of report.css. Where curves coincide all are seen: later ones are
+    thinner, have gaps and smaller marks.
+    """
+
+    colour: str
+    mark: str
+    glyph: str
+    dashes: tuple[float, ...]
+    width: float
+    size: float
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """What matplotlib's plot() is told of a look, but for its colour."""
+        return {"linewidth": self.width, "linestyle": (0, self.dashes) if self.dashes else "-",
+                "marker": self.mark, "markersize": self.size, "markerfacecolor": "none"}
+
+
+_MARKS = (("o", "○"), ("s", "□"), ("^", "△"), ("D", "◇"), ("v", "▽"), ("x", "✕"), ("+", "+"),
+          (".", "•"))
+_DASHES = ((), (4, 2), (1, 2), (5, 1.5, 1, 1.5), (8, 2), (2, 1), (1, 3), (5, 1, 1, 1, 1, 1))
+LOOKS = [Look(f"c{i}", *marks, dashes, width=1 + 1.5 * 0.6**i, size=8 - 0.45 * i)
+         for i, (marks, dashes) in enumerate(zip(_MARKS, _DASHES, strict=True))]
+
+
+def look(series: int) -> Look:
+    """Returns how a series is drawn, the same in every plot and legend."""
+    return LOOKS[series % len(LOOKS)]
+
+
+# Matplotlib draws in stand-ins for the variables of the style sheet, which it knows nothing of.
+_COLOURS = {name: f"#0102{i:02}" for i, name in
+            enumerate(["ink", "grid", *(each.colour for each in LOOKS)])}
+_INK, _GRID = _COLOURS["ink"], _COLOURS["grid"]
+_STYLE = {
+    "figure.figsize": (4.6, 2.7), "figure.constrained_layout.use": True, "savefig.format": "svg",
+    "savefig.transparent": True, "svg.fonttype": "none", "svg.hashsalt": "report",
+    "text.parse_math": False, "font.size": 9, "font.family": "DejaVu Sans", "text.color": _INK,
+    "axes.edgecolor": _GRID, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _GRID,
+    "grid.linewidth": 0.6, "axes.formatter.useoffset": False, "lines.linewidth": 1.5,
+    "errorbar.capsize": 3, "xtick.major.size": 0, "ytick.major.size": 0,
 }
-_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +100,11 @@ class Axis:
     is_log: bool = False
 
 
-def check_available(what: str = "the plots of a report") -> None:
-    """Raises ValueError where matplotlib is not installed, which `what` need."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"{what} need matplotlib, which is not installed: pip install matplotlib")
+def check_available(needing: str = "the plots of a report need",
+                    package: str = "matplotlib") -> None:
+    """Raises ValueError where a package is not installed; `needing` says what needs it."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{needing} {package}, which is not installed: pip install {package}")
 
 
 def plot(lines: Sequence[Line], axis: Axis, y_label: str, levels: Sequence[Level] = (),
@@ -81,61 +118,49 @@ def plot(lines: Sequence[Line], axis: Axis, y_label: str, levels: Sequence[Level
         levels: values along the whole axis.
         from_zero: begin the vertical axis at zero.
     """
-    with _figure() as figure:
-        axes = figure.add_subplot()
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    with matplotlib.style.context(_STYLE, after_reset=True):  # whatever the user's own style is
+        axes = Figure().add_subplot(xlabel=axis.label, ylabel=y_label)
         for level in levels:
-            colour = SERIES[look(level.series).colour]
+            colour = _COLOURS[look(level.series).colour]
             axes.axhspan(level.low, level.high, color=colour, alpha=0.15, linewidth=0)
             axes.axhline(level.y, color=colour, linestyle="--")
         for line in lines:
             _draw(axes, line)
         values = [y for line in lines for y in (*line.y, *line.low)] + [e.low for e in levels]
-        axes.set_xlabel(axis.label)
-        axes.set_ylabel(y_label)
-        _scale_y(axes, values, from_zero)
-        _scale_x(axes, axis)
+        _scale(axes, axis, values, from_zero)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
+        axes.figure.savefig(buffer)
     return _inline(buffer.getvalue())
-
-
-def line_style(style: Look) -> dict[str, Any]:
-    """Returns what matplotlib's plot() is told of a look but its colour."""
-    return {"linewidth": style.width, "linestyle": (0, style.dashes) if style.dashes else "-",
-            "marker": style.mark, "markersize": style.size, "markerfacecolor": "none"}
-
-
-@contextlib.contextmanager
-def _figure() -> Iterator:
-    """Yields a figure within this module's settings; those of the user are left out."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
-        yield Figure(figsize=_SIZE, layout="constrained")
 
 
 def _draw(axes, line: Line) -> None:
     if line.series is None:
-        axes.plot(line.x, line.y, color=INK, linewidth=0.6)
+        axes.plot(line.x, line.y, color=_INK, linewidth=0.6)
         return
     style = look(line.series)
-    colour = SERIES[style.colour]
+    colour = _COLOURS[style.colour]
     marks = {} if len(line.x) <= _MAX_MARKED else {"marker": None}
-    axes.plot(line.x, line.y, color=colour, clip_on=False, **line_style(style) | marks)
-    bars = [(x, y, low, high) for x, y, low, high
+    axes.plot(line.x, line.y, color=colour, clip_on=False, **style.line | marks)
+    bars = [(x, y, abs(y - low), abs(high - y)) for x, y, low, high
             in zip(line.x, line.y, line.low, line.high, strict=False) if high > low]
     if bars:
-        x, y, low, high = zip(*bars, strict=True)
-        below, above = ([abs(a - b) for a, b in zip(y, ends, strict=True)] for ends in (low, high))
-        axes.errorbar(x, y, yerr=(below, above), fmt="none", color=colour, capsize=3)
+        x, y, *lengths = zip(*bars, strict=True)
+        axes.errorbar(x, y, yerr=lengths, fmt="none", color=colour)
 
 
-def _scale_y(axes, values: Sequence[float], from_zero: bool) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+def _scale(axes, axis: Axis, values: Sequence[float], from_zero: bool) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
+    if axis.is_log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(_MAX_TICKS))
+    if 0 < len(axis.ticks) <= _MAX_NAMED_TICKS:
+        axes.set_xticks(list(axis.ticks), list(axis.ticks.values()))
     if from_zero:
         axes.set_ylim(0, max(values, default=0) * 1.05 or 1)
         if all(value == int(value) for value in values):
@@ -143,21 +168,8 @@ def _scale_y(axes, values: Sequence[float], from_zero: bool) -> None:
     elif values and min(values) > 0 and max(values) > _LOG_RATIO * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _scale_x(axes, axis: Axis) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-
-    if not axis.is_log:
-        axes.xaxis.set_major_locator(MaxNLocator(_MAX_TICKS))
-    else:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    if 0 < len(axis.ticks) <= _MAX_NAMED_TICKS:
-        axes.set_xticks(list(axis.ticks), list(axis.ticks.values()))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
 
 
 def _inline(svg: str) -> str:
@@ -168,4 +180,6 @@ def _inline(svg: str) -> str:
     svg = re.sub(r'font(?:-size|-family)?: [^;"]*;? ?', "", svg)  # the style sheet has one for all
     head, rest = svg.split(">", 1)
     view_box = re.search(r'viewBox="[^"]*"', head)[0]
-    return css_colours(f'<svg {view_box} aria-hidden="true">{rest}')
+    for name, colour in _COLOURS.items():
+        rest = rest.replace(colour, f"var(--{name})")
+    return f'<svg {view_box} aria-hidden="true">{rest}'

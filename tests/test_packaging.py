@@ -28,21 +28,26 @@ def test_every_script_and_package_is_installed():
     assert sorted(project["tool"]["setuptools"]["py-modules"]) == SCRIPTS
     files = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"],
                            cwd=ROOT, text=True, capture_output=True, check=True).stdout.split()
-    for package in PACKAGES:  # no folder inside that the list would leave out, no data files
+    data = project["tool"]["setuptools"]["package-data"]
+    for package in PACKAGES:  # no folder inside that the list would leave out, no data left out
         inside = [Path(name) for name in files if name.startswith(f"{package}/")]
-        assert {(len(path.parts), path.suffix) for path in inside} == {(2, ".py")}
+        assert {(len(path.parts), f"*{path.suffix}") for path in inside} == {
+            (2, pattern) for pattern in ("*.py", *data.get(package, ()))}
     assert project["project"]["scripts"] == {
         f"pfgmpp-{name.replace('_', '-')}": f"{name}:cli" for name in SCRIPTS}
 
 
 @pytest.mark.parametrize("room", ["images", "checkpoints", "reports"])
 def test_own_files_in_a_folder_named_like_a_room_are_ignored(room):
-    names = [f"{room}/a/x.png", f"{room}/b.pt", f"{room}/code.py"]
+    data = pyproject()["tool"]["setuptools"]["package-data"].get(room, [])
+    ours = [f"{room}/code{pattern[1:]}" for pattern in ("*.py", *data)]
+    names = [f"{room}/a/x.png", f"{room}/b.pt", *ours]
     done = subprocess.run(["git", "check-ignore", "--no-index", *names], cwd=ROOT, text=True,
                           capture_output=True)
     assert done.stdout.split() == names[:2]
     rules = (ROOT / ".dockerignore").read_text().splitlines()
-    assert rules.index(f"{room}/*") + 1 == rules.index(f"!{room}/*.py")
+    first = rules.index(f"{room}/*") + 1
+    assert rules[first:first + len(ours)] == [f"!{room}/{pattern}" for pattern in ("*.py", *data)]
 
 
 def test_versions_and_extras_have_one_home():

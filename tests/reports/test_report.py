@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -15,12 +16,13 @@ from scripts import run_script
 import report
 from reports import report_page
 from reports.comparison import compare, over_kimg
-from reports.report_plots import Axis, Line, plot
-from reports.report_style import NUM_COLOURS, look
+from reports.report_plots import LOOKS, Axis, Line, look, plot
 from reports.run_record import RunRecord, Score, newest_network
 
 DIMS = (1, 2, 128, math.inf)
 NBSP = "\u00a0"
+ROOM = Path(report_page.__file__).parent
+STYLE = (ROOM / "report.css").read_text(encoding="utf-8")
 HOSTILE = "<script>alert(1)</script>&\"'$\\frac{$"
 
 
@@ -240,7 +242,9 @@ def test_colours_of_plots_are_of_the_style_sheet_and_follow_the_mode(page):
     for text in plots:
         assert not re.search(r"(?:stroke|fill): #", text)
         assert "var(--ink)" in text and "viewBox" in text and "<style" not in text
-    assert "prefers-color-scheme: dark" in page
+    assert "prefers-color-scheme: dark" in page and STYLE in page
+    for name in ("ink", "grid", *(each.colour for each in LOOKS)):
+        assert len(re.findall(rf"--{name}: #[0-9a-f]{{6}};", STYLE)) == 2
 
 
 def test_numbers_are_in_tables_and_in_csv(page, runs):
@@ -279,8 +283,8 @@ def test_tables_say_how_many_ranges_a_value_is_of_and_align_their_decimals(page)
 def test_ranges_in_cells_may_break(tmp_path):
     cells = report_page._table(["x"], [["1", "5\n4.25..6.25"]])
     assert '<span class="soft">4.25..<wbr>6.25</span>' in cells
-    assert re.search(r"td .soft {[^}]*white-space: normal", report_page.CSS)
-    assert re.search(r"th {[^}]*white-space: normal", report_page.CSS)
+    assert re.search(r"td .soft {[^}]*white-space: normal", STYLE)
+    assert re.search(r"th {[^}]*white-space: normal", STYLE)
 
 
 def test_cards_of_many_runs_are_wide(tmp_path, page):
@@ -324,10 +328,10 @@ def test_no_skipped_steps_are_a_line_and_no_plot(tmp_path):
 
 
 def test_curves_that_coincide_differ_in_mark_dashes_and_size_as_in_the_legend():
-    looks = [look(i) for i in range(NUM_COLOURS)]
+    looks = [look(i) for i in range(len(LOOKS))]
     for values in zip(*((x.colour, x.glyph, x.dashes, x.width, x.size) for x in looks),
                       strict=True):
-        assert len(set(values)) == NUM_COLOURS
+        assert len(set(values)) == len(LOOKS)
     assert [x.size for x in looks] == sorted((x.size for x in looks), reverse=True)
     svg = plot([Line([1, 2], [3, 4], series=i) for i in (0, 2)], Axis("x"), "y")
     assert svg.count("stroke-dasharray") == 1 and "fill: var(--c" not in svg
