@@ -110,12 +110,13 @@ def test_dropping_the_iterator_ends_the_workers():
 
 
 def test_closing_the_iterator_ends_the_threads():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     reader = read_in_threads(Numbers(), ([i] for i in range(10**9)), workers=2)
     next(reader)
-    assert threading.active_count() == before + 2
+    # The second starts only where the first is still busy when there is more to read.
+    assert 1 <= len(set(threading.enumerate()) - before) <= 2
     reader.close()
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.scripts
