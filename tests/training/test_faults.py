@@ -15,6 +15,7 @@ import threading
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from faults import Script, end_scripts, run_to_end, wait_until  # noqa: F401 - a fixture
@@ -140,18 +141,28 @@ def test_a_full_disk_for_log_and_statistics_is_one_warning_each(dataset_zip, dis
 
 @pytest.mark.scripts
 def test_a_console_on_a_full_disk_does_not_end_the_run(dataset_zip, disk):
-    script = Script("train.py", *command(dataset_zip, disk, "--dump=1000", steps=600), folder=disk)
+    steps = 600 * resource.getpagesize() // 4096  # of which a page of a file holds a hundred
+    script = Script("train.py", *command(dataset_zip, disk, f"--dump={steps}", steps=steps),
+                    folder=disk)
     script.wait_for("^tick 10 ")
     filler = fill(disk)
-    time.sleep(2)  # a page of each file holds a hundred ticks
-    assert script.process.poll() is None
+    log, process = disk / "run" / "log.txt", psutil.Process(script.process.pid)
+
+    def is_lost():
+        """Whether the log stays as it is while the run goes on."""
+        size, end = log.stat().st_size, process.cpu_times().user + 0.3
+        wait_until(lambda: script.process.poll() is not None or process.cpu_times().user > end)
+        assert script.process.poll() is None
+        return log.stat().st_size == size
+
+    wait_until(is_lost)
     filler.unlink()
     assert script.wait() == 0
-    log = (disk / "run" / "log.txt").read_text()
-    assert log.count("tick ") < 600, "nothing was lost: the disk was not full"
+    log = log.read_text()
+    assert log.count("tick ") < steps, "nothing was lost: the disk was not full"
     assert log.splitlines()[-1].startswith("Training finished")
     path, problems = newest_state(disk / "run")
-    assert load(path)["progress"]["cur_nimg"] == 600 * 8 and not problems
+    assert load(path)["progress"]["cur_nimg"] == steps * 8 and not problems
 
 
 @pytest.mark.scripts
