@@ -476,14 +476,13 @@ def test_a_second_run_in_a_directory_is_told_who_is_there(finished, dataset_zip,
 
 
 def test_a_lock_ends_with_its_owner_though_its_children_live(tmp_path):
-    code = HOLD.replace("time.sleep(600)", "import os; os.fork(); time.sleep(600)")
+    code = HOLD.replace("print(", "import os; os.fork() and print(")  # once there is a child
     owner = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, text=True,
                              stdout=subprocess.PIPE, start_new_session=True)
     assert owner.stdout.readline() == "held\n"
     code = "import sys; from dnnlib.run_lock import run_lock\nwith run_lock(sys.argv[1]): pass"
     taker = [sys.executable, "-c", code, tmp_path]
     assert b"in use by process" in subprocess.run(taker, cwd=ROOT, capture_output=True).stderr
-    time.sleep(0.3)
     owner.kill()
     owner.wait()
     assert subprocess.run(taker, cwd=ROOT, capture_output=True).returncode == 0
