@@ -20,6 +20,12 @@ _KILLED = re.compile(r"killed by signal: (\w[\w ]*)")
 _LOST = re.compile(r"gloo|connection (closed|reset|was)|timed out|nccl|socket|broken pipe", re.I)
 
 
+# How OpenMP's threads wait for each other, read when PyTorch is imported: they spin for a moment,
+# then sleep. By default they spin for milliseconds, and where another program holds a core, the
+# thread that is waited for does not get one meanwhile (docs/performance.md).
+_OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+
+
 class UserError(click.ClickException):
     """One line for the user.
 
@@ -47,6 +53,8 @@ class UserError(click.ClickException):
 def run(main: click.Command) -> None:
     """Runs the command of a script, with signals handled as in dnnlib/signals.py."""
     signals.install()
+    for name, value in _OPENMP.items():
+        os.environ.setdefault(name, value)
     if not console.is_rank0():  # they are about the code, which is the same on every rank
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -1,6 +1,8 @@
 import hashlib
 import http.server
 import json
+import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from scripts import ROOT
 
 from dnnlib import EasyDict, util
 from dnnlib.atomic import atomic_write, write_json
@@ -151,6 +154,32 @@ def test_other_errors_are_not_hidden():
         raise KeyError("a bug")
     with pytest.raises(UserError, match="^nowhere: No such file"), user_errors():
         Path("nowhere").read_bytes()
+
+
+OPENMP = """
+import os, sys
+from dnnlib import cli
+import click
+
+@click.command()
+def main():
+    assert "torch" not in sys.modules  # which reads them
+    print(os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"])
+
+cli.run(main)
+"""
+
+
+@pytest.mark.scripts
+@pytest.mark.parametrize("given, expected", [
+    ({}, "PASSIVE 10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE 10000"),
+    ({"GOMP_SPINCOUNT": "7"}, "PASSIVE 7")])
+def test_threads_of_scripts_sleep_while_they_wait_unless_the_user_says_otherwise(given, expected):
+    others = {key: value for key, value in os.environ.items()
+              if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, "-c", OPENMP], cwd=ROOT, text=True, capture_output=True,
+                          env=others | given)
+    assert done.stdout.strip() == expected, done.stderr
 
 
 def test_an_interrupted_write_leaves_the_earlier_file_alone(tmp_path):
