@@ -27,6 +27,7 @@ def main(run_dirs: tuple[str, ...], out: str, title: str | None) -> None:
     with user_errors():
         from reports.report_plots import check_available
         check_available()
+        check_available("a report needs", "jinja2")
 
         from dnnlib.atomic import atomic_write
         from reports.report_page import render

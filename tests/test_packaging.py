@@ -109,6 +109,7 @@ def test_an_installed_copy_trains_samples_and_scores(tmp_path):
                 "--detector=pixels", cwd=work)
     assert score.startswith("pixels Frechet distance: ")
     assert " finished " in run(binaries / "pfgmpp-runs", cwd=work)
+    assert "report.html: 1 run" in run(binaries / "pfgmpp-report", "runs/a", cwd=work)
     run(binaries / "python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
         "-m", "train", "--outdir=runs", "--name=b", f"--data={data}", *TINY_RUN,
         "--duration=0.000008", cwd=work)

@@ -2,6 +2,7 @@
 
 import base64
 import html.parser
+import importlib.util
 import json
 import math
 import re
@@ -281,7 +282,8 @@ def test_tables_say_how_many_ranges_a_value_is_of_and_align_their_decimals(page)
 
 
 def test_ranges_in_cells_may_break(tmp_path):
-    cells = report_page._table(["x"], [["1", "5\n4.25..6.25"]])
+    row = report_page._TEMPLATES.get_template("report_parts.html.jinja").module.row
+    cells = row(["1", "5\n4.25..6.25"])
     assert '<span class="soft">4.25..<wbr>6.25</span>' in cells
     assert re.search(r"td .soft {[^}]*white-space: normal", STYLE)
     assert re.search(r"th {[^}]*white-space: normal", STYLE)
@@ -313,7 +315,8 @@ def test_kinds_of_scores_are_told_apart_by_their_headings(tmp_path):
 
 def test_losses_at_different_D_and_scores_of_few_images_come_with_a_warning(page, tmp_path):
     assert page.count(report_page._NO_RANKING) == 1
-    assert "Scores of few images (10, fewer than 2,048): differences within" in page
+    assert ("Scores of few images (10, fewer than 2,048): differences within"
+            in " ".join(page.split()))
     folders = [write_run(tmp_path / name, 2, [score_line(2, 5, num=2048)]) for name in "ab"]
     text = report_page.render([RunRecord.read(folder) for folder in folders])
     assert report_page._NO_RANKING not in text and "few images" not in text
@@ -372,6 +375,12 @@ def test_texts_of_files_are_escaped(tmp_path):
     assert HOSTILE in parsed.text and name in parsed.text
 
 
+def test_plots_alone_are_not_escaped():
+    pages = "".join(path.read_text(encoding="utf-8") for path in ROOM.glob("*.jinja"))
+    assert report_page._TEMPLATES.autoescape is True and "autoescape" not in pages
+    assert re.findall(r"{{[^}]*\bsafe\b.*?}}", pages) == ["{{- card.svg | safe }}"]
+
+
 def test_damage_becomes_notes(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "training_options.json").write_text("")
@@ -399,8 +408,10 @@ def test_runs_with_hardly_anything_are_reported(tmp_path):
 def test_large_pictures_are_embedded_smaller(tmp_path):
     notes = []
     PIL.Image.new("P", (3000, 1500)).save(tmp_path / "large.png")
-    assert 'width="1024" height="512"' in report_page._picture(tmp_path / "large.png", notes, "x")
-    assert notes == []
+    picture = report_page._picture(tmp_path / "large.png", notes, "x")
+    assert (picture["width"], picture["height"]) == (1024, 512) and notes == []
+    PIL.Image.new("P", (3000, 1500)).save(write_run(tmp_path / "run", seeds=()) / "reals.png")
+    assert 'width="1024" height="512"' in report_page.render([RunRecord.read(tmp_path / "run")])
 
 
 # --------------------------------------------------------------------------- the command
@@ -433,6 +444,15 @@ def test_without_matplotlib_there_is_one_line(runs, tmp_path, invoke, monkeypatc
         "Error: the plots of a report need matplotlib, which is not installed: pip install "
         "matplotlib\n")
     assert invoke(report.main, "--help").exit_code == 0
+
+
+def test_without_jinja2_there_is_one_line(runs, tmp_path, invoke, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec",
+                        lambda name, *args: None if name == "jinja2" else find_spec(name, *args))
+    done = invoke(report.main, runs[0], f"--out={tmp_path / 'r.html'}")
+    assert done.exit_code == 1 and done.output == (
+        "Error: a report needs jinja2, which is not installed: pip install jinja2\n")
 
 
 NO_TORCH = """
