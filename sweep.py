@@ -3,7 +3,6 @@
 Composes train.py, fid.py gen, generate.py and report.py; what is there already is not done again.
 """
 
-import importlib.util
 import math
 import shlex
 import subprocess
@@ -123,15 +122,15 @@ def _check_options(train_options: Sequence[str], is_trained: bool, ref: str | No
 
 def _open_study(scoring: dict, runs: Sequence[Path], dry_run: bool) -> "Study":
     """Returns the study; what would fail after hours of training is refused at once."""
+    from reports.report_plots import check_available
     from reports.study import Study, has_network
     for folder in runs:
         if not has_network(folder):
             raise ValueError(f"--runs: {folder} holds no network-snapshot-*.pt or training-state-*.pt")
     if not is_url(scoring["ref"]) and not Path(scoring["ref"]).exists():
         raise ValueError(f"{scoring['ref']}: no such file or folder")
-    if not dry_run and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the report at the end needs matplotlib, which is not installed: "
-                         "pip install matplotlib")
+    for package in () if dry_run else ("matplotlib", "jinja2"):
+        check_available("the report at the end needs", package)
     from metrics.detectors import describe_detector
     study = Study(**scoring, detector_name=describe_detector(scoring["detector"])[0])
     fid.gen.make_context("fid.py gen", study.score_words(Path("none"), "0-1")[2:])

@@ -1,7 +1,7 @@
 """sweep.py: the study through the real commands, what is not done again, what is refused early."""
 
 import dataclasses
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -136,6 +136,20 @@ def test_mistakes_get_one_line_before_anything_starts(args, words, dataset_zip, 
     done = invoke(sweep.main, f"--outdir={tmp_path / 'runs'}", *args)
     assert done.exit_code in (1, 2) and words in done.output, done.output
     assert "[1/" not in done.output and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_what_the_report_needs_is_asked_for_before_anything_starts(package, dataset_zip, tmp_path,
+                                                                   invoke, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec",
+                        lambda name, *args: None if name == package else find_spec(name, *args))
+    args = [f"--outdir={tmp_path}", f"--data={dataset_zip}", "--aug_dims=2"]
+    done = invoke(sweep.main, *args)
+    assert done.exit_code == 1 and done.output == (
+        f"Error: the report at the end needs {package}, which is not installed: "
+        f"pip install {package}\n")
+    assert invoke(sweep.main, *args, "--dry-run").exit_code == 0
 
 
 def test_the_first_failing_step_stops_the_study(dataset_zip, tmp_path, invoke, monkeypatch):
