@@ -23,7 +23,7 @@ _LOST = re.compile(r"gloo|connection (closed|reset|was)|timed out|nccl|socket|br
 # How OpenMP's threads wait for each other, read when PyTorch is imported: they spin for a moment,
 # then sleep. By default they spin for milliseconds, and where another program holds a core, the
 # thread that is waited for does not get one meanwhile (docs/performance.md).
-_OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+_OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 
 class UserError(click.ClickException):

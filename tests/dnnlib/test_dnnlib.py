@@ -172,7 +172,7 @@ cli.run(main)
 
 @pytest.mark.scripts
 @pytest.mark.parametrize("given, expected", [
-    ({}, "PASSIVE 10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE 10000"),
+    ({}, "PASSIVE 1000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE 1000"),
     ({"GOMP_SPINCOUNT": "7"}, "PASSIVE 7")])
 def test_threads_of_scripts_sleep_while_they_wait_unless_the_user_says_otherwise(given, expected):
     others = {key: value for key, value in os.environ.items()
