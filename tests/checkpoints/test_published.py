@@ -322,3 +322,11 @@ def test_damaged_files_end_in_a_value_error_or_in_the_same_tensors_names():
                 assert str(error).isprintable()
                 continue
             assert list(content["ema"]) == list(net.state_dict())
+
+
+def test_what_a_network_computes_with_counts_more_than_how_it_was_constructed():
+    net = network("ddpmpp", sigma_data=0.4)
+    given = {**NETWORKS["ddpmpp"], "sigma_data": 0.5, "sigma_max": 80}
+    data = zip_file({"ema": stored(net, given, {"sigma_data": 0.4, "img_resolution": 8})})
+    config = read(data)["network"]
+    assert (config["sigma_data"], config["sigma_max"]) == (0.4, 80)

@@ -15,6 +15,7 @@ import torch
 from image_sources import EMOJI
 
 from images.dataset import ImageFolderDataset, TrainingOrder, order_at
+from images.scaling import Scaling
 
 # Sorted as strings; '-' sorts before '/'.
 NAMES = ["a-1/x.png", "a/10.png", "a/9.PNG", "b.png", "c/d/e.png"]
@@ -488,3 +489,36 @@ def test_folders_of_equal_names_sizes_and_times_are_told_apart(tmp_path):
     first, second = (ImageFolderDataset(path, cache=True) for path in paths)
     assert first.fingerprint != second.fingerprint
     assert first[0][0].max() == 10 and second[0][0].max() == 200
+
+
+def test_pictures_of_floats_show_what_networks_see():
+    values = np.array([[[3.0, 8.0], [13.0, 99.0]]], np.float32)  # -1, 0 and 1 are 3, 8 and 13
+    picture = Scaling((8.0,), (5.0,)).to_picture(values)
+    assert picture.dtype == np.uint8 and picture.tolist() == [[[0, 128], [255, 255]]]
+
+
+@pytest.mark.parametrize("change", [b"a byte too many", -1])
+def test_a_packed_copy_of_another_size_is_made_again(dataset_zip, tmp_path, change, monkeypatch):
+    monkeypatch.setenv("PFGMPP_CACHE_DIR", str(tmp_path))
+    ImageFolderDataset(dataset_zip).pack()
+    [path] = [path for path in tmp_path.rglob("*") if path.suffix == ".npy"]
+    content = path.read_bytes()
+    path.write_bytes(content + change if isinstance(change, bytes) else content[:change])
+    dataset = ImageFolderDataset(dataset_zip)
+    dataset.pack()
+    assert path.read_bytes() == content
+    unpacked = ImageFolderDataset(dataset_zip)
+    np.testing.assert_array_equal(dataset.get_batch(range(40))[0], unpacked.get_batch(range(40))[0])
+
+
+def test_the_format_of_a_data_set_is_that_of_its_first_image_even_of_a_part(tmp_path):
+    # Which images a part has depends on a seed; whether they may be used does not.
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for i in range(6):
+            file = io.BytesIO()
+            PIL.Image.fromarray(np.zeros([4 if i else 8] * 2, np.uint8)).save(file, "PNG")
+            archive.writestr(f"{i}.png", file.getvalue())
+    parts = (ImageFolderDataset(tmp_path / "x.zip", max_size=2, random_seed=k) for k in range(99))
+    dataset = next(part for part in parts if 0 not in part._kept)
+    with pytest.raises(ValueError, match="is L 4x4, but 0.png is L 8x8"):
+        dataset.check_uniform()

@@ -522,3 +522,16 @@ def test_a_conversion_without_dataset_json_needs_no_torch(tmp_path):
             f"dataset_tool.main({args!r}, standalone_mode=False)\n"
             "assert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_values_of_16_bits_are_resized_to_the_nearest_whole_number(tmp_path):
+    values = np.random.default_rng(0).integers(0, 2000, [9, 9]).astype(np.uint16)
+    np.save(tmp_path / "x.npy", values)
+    source = write_source(tmp_path / "src", {"x.npy": (tmp_path / "x.npy").read_bytes()})
+    result = run(source, tmp_path / "out.zip", "--resolution=5x5", "--scale=0,2000")
+    assert result.exit_code == 0, result.output
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        found = np.load(io.BytesIO(archive.read("00000/img00000000.npy")))
+    resized = np.asarray(PIL.Image.fromarray(values.astype(np.float32)).resize((5, 5), LANCZOS))
+    np.testing.assert_array_equal(found.squeeze(), np.round(resized))
+    assert (np.trunc(resized) != np.round(resized)).any()

@@ -3,6 +3,7 @@
 import builtins
 import gzip
 import io
+import json
 import os
 import pickle
 import stat
@@ -39,6 +40,7 @@ from published_archives import (
 from scripts import HANG_SEC, ROOT
 
 from images import archives
+from images.sources import condition_numbers, open_source
 
 NUM = 23  # images: batches of 5, 5, 5, 4 and 4
 IMAGES = random_pixels(NUM, 32, 32, 3)
@@ -394,3 +396,25 @@ def test_bombs_are_refused_within_one_gigabyte(tmp_path, kind):
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["src", "src.zip"])
+def test_labels_are_no_file_that_is_left_out(tmp_path, name):
+    for others in ({}, {"notes.txt": b"hello"}, {"notes.txt": b"x", "a/readme": b"y"}):
+        path = tmp_path / f"{len(others)}-{name}"
+        labels = json.dumps({"labels": [["a/0.png", 1], ["a/1.png", 0]]}).encode()
+        write_source(path, {"a/0.png": flat(1), "a/1.png": flat(2), "dataset.json": labels,
+                            **others})
+        with open_source(path) as source:
+            assert (source.num_images, source.num_others) == (2, len(others))
+            assert source.labels(2) == [1, 0]
+
+
+def test_condition_images_are_found_by_name_whatever_order_their_source_has(tmp_path):
+    # A folder goes by path component, a ZIP by the whole name: "a/x" and "a-1/x" change places.
+    images = write_source(tmp_path / "src", {"a/x.png": flat(1), "a-1/x.png": flat(2)})
+    conditions = write_source(tmp_path / "cond.zip", {"a/x.png": flat(3), "a-1/x.png": flat(4)})
+    with open_source(images) as source, open_source(conditions) as others:
+        numbers = condition_numbers(source, others)
+        assert [others.names[k] for k in numbers] == list(source.names) == ["a/x.png", "a-1/x.png"]
+        assert numbers == [1, 0]

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ import generate
 import train
 from checkpoints import checkpoint
 from metrics import detectors, distances
-from metrics.detectors import Pixels
+from metrics import evaluator as evaluator_module
+from metrics.detectors import Pixels, build_detector
 from metrics.distances import kernel_distance, precision_recall
 from metrics.evaluator import Evaluator, cached_reference
 from metrics.inception import InceptionV3, state_shapes
@@ -457,3 +459,60 @@ def test_two_processes_score_during_training_as_fid_py_does(data, tmp_path):
                "--batch=3", *PIXELS)
     [during], [after] = lines_of(tmp_path / "a/metrics.jsonl"), lines_of(tmp_path / "gen.jsonl")
     assert during["value"] == pytest.approx(after["value"], rel=1e-9)
+
+
+def test_kernel_distances_are_over_the_subsets_of_torch_fidelity():
+    # Its defaults: kid_subsets=100, kid_subset_size=1000, rng_seed=2020.
+    x, y = (torch.randn([1500, 4], generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+            for k in range(2))
+    rng = np.random.RandomState(2020)
+    values = []
+    for _ in range(100):
+        a, b = (t[rng.choice(1500, 1000, replace=False)].numpy() for t in (x, y))
+        k_aa, k_bb, k_ab = ((u @ v.T / 4 + 1) ** 3 for u, v in ((a, a), (b, b), (a, b)))
+        inside = sum((k.sum() - np.trace(k)) / (1000 * 999) for k in (k_aa, k_bb))
+        values.append(inside - 2 * k_ab.mean())
+    assert distances.kernel_distance(x, y) == pytest.approx(
+        (np.mean(values), np.std(values)), rel=1e-6)
+
+
+def test_the_features_that_are_kept_of_many_are_evenly_spaced(data, monkeypatch):
+    monkeypatch.setattr(evaluator_module, "MAX_BANK", 4)
+    reference = evaluator_module.dataset_reference(
+        open_data(data / "real.zip"), build_detector("pixels", torch.device("cpu")),
+        with_features=True, batch=5, workers=0)
+    num = reference.count
+    whole = dataset_features(open_data(data / "real.zip"),
+                             build_detector("pixels", torch.device("cpu")), metrics=["kid"],
+                             batch=5, workers=0).features
+    assert torch.equal(reference.features, whole[[0, (num - 1) // 3, 2 * (num - 1) // 3, num - 1]])
+
+
+def test_each_detector_and_need_of_features_has_a_cached_reference_of_its_own(data, monkeypatch,
+                                                                              tmp_path):
+    monkeypatch.setenv("PFGMPP_CACHE_DIR", str(tmp_path))
+
+    def reference(detector, with_features):
+        return evaluator_module.cached_reference(
+            open_data(data / "real.zip"), detector, with_features=with_features, batch=8, workers=0)
+
+    pixels = build_detector("pixels", torch.device("cpu"))
+    shrunk = build_detector("pixels", torch.device("cpu"))
+    shrunk.name = "pixels:other"
+    assert reference(pixels, False).features is None
+    assert len(reference(pixels, True).features)
+    assert reference(shrunk, False).detector == "pixels:other"
+    assert reference(pixels, False).detector == "pixels"
+    assert len(list(tmp_path.rglob("*.npz"))) == 3
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    (None, {"center": [0.0], "spread": [1.0]}), ({"center": [0.0], "spread": [1.0]}, None),
+    ({"center": [0.0], "spread": [1.0]}, {"center": [0.0], "spread": [2.0]})])
+def test_images_of_another_scale_than_the_reference_are_refused(data, ours, theirs):
+    real = open_data(data / "real.zip")
+    evaluator = Evaluator("pixels", real, ["fid"], torch.device("cpu"), "real")
+    evaluator._data = SimpleNamespace(image_shape=[3, 8, 8], scale=theirs)
+    with pytest.raises(ValueError, match="^real: of another scale than the images of own"):
+        evaluator.check([3, 8, 8], "own", ours)
+    evaluator.check([3, 8, 8], "own", theirs)

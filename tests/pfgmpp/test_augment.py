@@ -330,3 +330,22 @@ def test_the_device_is_never_waited_for():
         AugmentPipe.standard(0.5)(images[:, :, :, :30], rng=generator)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.2, 1.0])
+def test_the_stretched_axis_is_turned_with_its_probability(prob):
+    draws = AugmentPipe(1.0, aniso=1, aniso_rotate_prob=prob).draw(2000, rng())
+    assert within((draws.aniso_angle != 0).sum(), prob, 2000)
+
+
+def test_a_seed_draws_eleven_uniform_then_four_normal_rows():
+    # What a step of a seed trains on is part of what a run can be resumed from.
+    draws = AugmentPipe.standard(1.0).draw(6, rng(3))
+    source = rng(3)
+    uniform = torch.rand([11, 6], generator=source)
+    normal = torch.randn([4, 6], generator=source)
+    torch.testing.assert_close(draws.theta, (uniform[9] * 2 - 1) * math.pi)
+    assert torch.equal(draws.xflip, uniform[6] < 0.5)
+    assert torch.equal(draws.yflip, uniform[7] < 0.5)
+    for name, row in (("scale", 0), ("aniso", 1), ("tx", 2), ("ty", 3)):
+        assert torch.equal(getattr(draws, name), normal[row]), name

@@ -400,3 +400,14 @@ def test_posterior_mean_carries_probability_along_the_flow(D):
             torch.full([1, 1, 1, 1], x, dtype=torch.float64), sigma,
             torch.tensor(data).reshape(-1, 1, 1, 1)).item()
         assert ours == pytest.approx(x - sigma * slope, abs=1e-7)
+
+
+@pytest.mark.parametrize("D", [1e10, 1e13, 1e16, 1e300])
+def test_density_and_posterior_mean_of_huge_D_are_those_of_diffusion(D):
+    # The exponent is (N + D)/2 log(1 + s/D), s/2 to a relative error of about s/D. Each sum 1 + s/D
+    # would be off by up to 1e-16, and the exponent by 1e-16 D.
+    finite, gaussian = PerturbationKernel(D), PerturbationKernel(INF)
+    noise = torch.randn(2, 12, generator=seeded(), dtype=torch.float64)
+    for kernel_of in (lambda k: k.log_density(noise, 0.7).diff(),
+                      lambda k: k.posterior_mean(noise, 0.7, 2 * noise.flip(0) + 0.3)):
+        torch.testing.assert_close(kernel_of(finite), kernel_of(gaussian), rtol=1e-7, atol=1e-9)

@@ -292,3 +292,28 @@ def test_any_function_can_augment():
         return -ones
     ones = torch.ones(4, 3, 8, 8)
     assert (EDMLoss()(net, ones, None, pipe) == 0).all()
+
+
+@pytest.mark.parametrize("D", SHORT)
+def test_lsun_raises_the_noise_levels_of_a_seed_by_380_over_80(D):
+    plain, lsun = (loss_of(EDMLoss, D, lsun=on).draw((50, 3, 4, 4), seeded()) for on in (0, 1))
+    torch.testing.assert_close(lsun.sigma, plain.sigma * 4.75)
+    assert torch.equal(lsun.z, plain.z) and torch.equal(lsun.scale, plain.scale)
+
+
+@pytest.mark.parametrize("D", SHORT)
+@pytest.mark.parametrize("cls", ALL_LOSSES)
+def test_the_loss_of_the_ideal_denoiser_is_zero_for_stable_targets(cls, D):
+    # The target is the mean of the reference images given the noisy image, not the clean one.
+    loss_fn, reference = loss_of(cls, D), images(40)
+    net = Net(lambda x, sigma: PerturbationKernel(D).posterior_mean(x, sigma, reference))
+    draws = loss_fn.draw(reference.shape, seeded())
+    assert loss_fn(net, reference, draws=draws, reference=reference).abs().max() == 0
+    assert loss_fn(net, reference, draws=draws).max() > 1e-4
+
+
+@pytest.mark.parametrize("cls", ALL_LOSSES)
+def test_the_noise_levels_of_a_seed_do_not_depend_on_the_size_of_images(cls):
+    loss_fn = loss_of(cls, 128)
+    small, large = (loss_fn.draw((5, 3, side, side), seeded(4)) for side in (2, 8))
+    assert torch.equal(small.sigma, large.sigma)

@@ -180,3 +180,10 @@ def test_watch_sees_every_state_in_units_of_the_data():
         grid = sigma_grid("edm", ANY, 4)[0][:-1].tolist()
         assert [sigma for _, sigma in seen] == pytest.approx(grid)
         torch.testing.assert_close(seen[0][0], latents * 80)
+
+
+@pytest.mark.parametrize("name", DISCRETIZATIONS)
+@pytest.mark.parametrize("rho", [0, -7, math.nan])
+def test_a_rho_that_is_not_positive_is_refused(name, rho):
+    with pytest.raises(ValueError, match="^rho=.*must be positive$"):
+        sigma_grid(name, ANY, 5, rho=rho)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from run_dirs import sampler, score_line, sweep_lines, tick, write_lines, write_run
+from run_dirs import sampler, score_line, sweep_lines, tick, write_lines, write_picture, write_run
 from scripts import run_script
 
 import report
 from reports import report_page
-from reports.comparison import compare, over_kimg
+from reports.comparison import ScoreGroup, compare, over_kimg
 from reports.report_plots import LOOKS, Axis, Line, look, plot
 from reports.run_record import RunRecord, Score, newest_network
 
@@ -471,3 +471,22 @@ def test_a_report_needs_no_torch(runs, tmp_path):
     out = tmp_path / "r.html"
     done = run_script("-c", NO_TORCH, "report.py", runs[0], runs[1], f"--out={out}")
     assert "2 runs" in done.stdout and out.stat().st_size > 1e4
+
+
+@pytest.mark.parametrize("metric, lower", [
+    ("fid", True), ("kid", True), ("frechet_distance", True), ("kernel_distance", True),
+    ("is", False), ("precision", False), ("recall", False), ("a_new_one", None)])
+def test_which_values_are_better_is_known_of_every_metric(metric, lower):
+    group = ScoreGroup(metric, "inception", 10, "ref", ())
+    assert group.is_lower_better is lower
+
+
+def test_the_newest_network_and_images_go_by_their_number_not_by_their_text(tmp_path):
+    write_run(tmp_path / "a", seeds=())
+    for kimg in ("999999", "1000000", "000002.500"):
+        (tmp_path / f"a/network-snapshot-{kimg}.pt").write_bytes(b"")
+        write_picture(tmp_path / f"a/ckpt_{kimg}/000000/000003.png")
+    (tmp_path / "a/training-state-2000000.pt").write_bytes(b"")
+    assert newest_network(tmp_path / "a")[1] == "1000000"
+    folder = RunRecord.read(tmp_path / "a").sample_folder
+    assert folder.kimg == 1_000_000 and "ckpt_1000000" in str(folder.paths[3])

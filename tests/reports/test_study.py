@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from run_dirs import score_line, write_run
+from run_dirs import score_line, tick, write_lines, write_picture, write_run
 from scripts import run_script
 from tiny import TINY_NETWORK
 
@@ -212,3 +212,23 @@ def test_a_study_runs_and_a_second_call_does_nothing_again(dataset_zip, tmp_path
 def test_a_study_runs_as_users_start_it(dataset_zip, tmp_path):
     args = ["sweep.py", *study_args(tmp_path, dataset_zip)]
     check_study(tmp_path, run_script(*args).stdout, run_script(*args).stdout)
+
+
+def test_images_are_made_until_all_are_there(tmp_path):
+    study = dataclasses.replace(STUDY, images=3)
+    write_run(tmp_path / "a", seeds=())
+    (tmp_path / "a/network-snapshot-000200.pt").write_bytes(b"")
+    for seed in range(3):
+        assert study._image_words(tmp_path / "a"), f"{seed} of 3 are there"
+        write_picture(tmp_path / f"a/ckpt_000200/000000/{seed:06d}.png")
+    assert study._image_words(tmp_path / "a") is None
+
+
+@pytest.mark.parametrize("kimg, tag, finished", [
+    (20.48, "000020", True), (20.48, "000019", False), (0.512, "000000.512", True),
+    (0.512, "000000.256", False)])
+def test_a_run_is_trained_when_its_last_network_is_written(tmp_path, kimg, tag, finished):
+    write_run(tmp_path / "a", seeds=(), duration=kimg / 1e3)
+    write_lines(tmp_path / "a/stats.jsonl", [tick(kimg)])
+    (tmp_path / f"a/network-snapshot-{tag}.pt").write_bytes(b"")
+    assert _is_trained(tmp_path / "a", {"duration": kimg / 1e3}) is finished

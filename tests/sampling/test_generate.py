@@ -13,6 +13,7 @@ from tiny import write_dataset
 import generate
 from checkpoints import checkpoint
 from pfgmpp.networks import build_network
+from sampling.image_writer import ImageFolder, ImageWriter
 from sampling.network_sampler import NetworkSampler
 from training.config import TrainConfig
 
@@ -463,3 +464,34 @@ def test_flags_that_do_not_fit_the_network_get_one_line(which, flags, code, word
     [line] = [text for text in result.output.splitlines() if text.startswith("Error: ")]
     assert words in line
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_could_not_be_written_stops_the_next_batch(tmp_path):
+    folder = ImageFolder(tmp_path / "out", (3, 4, 4), False, True)
+    folder.open({"weights": "x"})
+    (tmp_path / "out/000001.png").mkdir()  # a folder has the image's name
+    (tmp_path / "out/000001.png/x").write_text("")
+    with pytest.raises(OSError), ImageWriter(folder) as writer:
+        writer.write([0, 1], np.zeros([2, 3, 4, 4], np.uint8))
+        with pytest.raises(OSError):
+            writer.write([2], np.zeros([1, 3, 4, 4], np.uint8))
+        raise OSError("seen")
+    assert not (tmp_path / "out/000002.png").exists()
+
+
+@pytest.mark.parametrize("class_idx", [None, 0, 1])
+def test_settings_record_the_class(snapshot, class_idx):
+    sampler = NetworkSampler.open(str(snapshot), torch.device("cpu"), class_idx=class_idx)
+    assert sampler.settings["class"] == class_idx
+
+
+@pytest.mark.parametrize("options, expected", [
+    ({}, 380.0), ({"sigma_max": 50.0}, 50.0), ({"solver": "euler"}, 380.0),
+    ({"discretization": "edm"}, 380.0), ({"discretization": "vp"}, None)])
+def test_networks_of_large_images_start_from_380_on_the_edm_grid(tmp_path, options, expected):
+    path = write_snapshot(tmp_path / "lsun.pt", lsun=True)
+    assert NetworkSampler.open(str(path), torch.device("cpu"),
+                               **options).sampler.sigma_max == expected
+    plain = write_snapshot(tmp_path / "plain.pt")
+    assert NetworkSampler.open(str(plain), torch.device("cpu"),
+                               **options).sampler.sigma_max == options.get("sigma_max")

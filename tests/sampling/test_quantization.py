@@ -70,3 +70,11 @@ def test_32_bits_are_the_identity_and_none_is_refused():
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.named_parameters())
     with pytest.raises(ValueError, match="bits=0: must be 1 or more"):
         quantise_(net, 0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_zero_point_is_cut_off_and_levels_are_rounded(seed, bits):
+    # In float64, where no two levels are taken for one another by rounding.
+    w = torch.from_numpy(np.random.default_rng(seed).normal(0.3 * seed, 1, 500))
+    np.testing.assert_allclose(quantised(w, bits), by_hand(w, bits), rtol=1e-9, atol=1e-12)

@@ -545,3 +545,31 @@ def test_a_single_flipped_bit_in_a_zip_member_is_noticed():
         damaged = good.copy()
         damaged[at + rng.randrange(3000)] ^= 1 << rng.randrange(8)
         assert "checksum" in refusal(damaged)
+
+
+# ------------------------------------------------------------------------------ values bit by bit
+
+
+def test_bytes_of_bool_tensors_other_than_0_and_1_become_true():
+    storage = Call("torch.storage", "_load_from_bytes", nested("BoolStorage", 3, b"\x00\x02\xff"))
+    found = load(raw_file(Call("torch._utils", "_rebuild_tensor_v2", storage, 0, (3,), (1,), False,
+                               ordered())))
+    assert found.dtype == torch.bool and found.view(torch.uint8).tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("name, layout, value", [
+    ("f8", "<d", -0.1), ("f4", "<f", -0.5), ("f2", "<e", 1.5), ("i8", "<q", -(1 << 40)),
+    ("i4", "<i", -5), ("u1", "<B", 200), ("b1", "<?", True)])
+def test_numpy_scalars_of_every_type_keep_their_value(name, layout, value):
+    dtype = Call("numpy", "dtype", name, False, True,
+                 state=(3, "<", None, None, None, -1, -1, 0))
+    found = load(raw_file(Call("numpy.core.multiarray", "scalar", dtype,
+                               struct.pack(layout, value))))
+    assert found == value and type(found) in (int, float, bool)
+
+
+@pytest.mark.parametrize("offset, size, stride, end", [
+    (2, (3,), (1,), 5), (4, (1,), (1,), 5), (0, (5,), (1,), 5), (1, (2, 2), (2, 1), 5)])
+def test_a_tensor_beyond_its_storage_is_refused_with_both_ends(offset, size, stride, end):
+    with pytest.raises(ValueError, match=f"ends at element {end} of a storage of 4$"):
+        load(geometry(offset, size, stride))

@@ -1,0 +1,268 @@
+"""A step of training, part by part, against its formulas; ranks are played one after another."""
+
+import contextlib
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoints import checkpoint
+from images.dataset import ImageFolderDataset, order_at
+from torch_utils import distributed
+from training.config import TrainConfig
+from training.trainer import Trainer
+
+CPU = torch.device("cpu")
+SIZE = 40  # images of the data set
+
+
+def make_trainer(data, **options):
+    options = {"arch": "ncsnpp", "cbase": 8, "cres": (1, 2), "nblock": 1, "batch": 8, "lr": 1e-2,
+               "lr_rampup": 0.0, "workers": 0, "augment": 0.0, "dropout": 0.0} | options
+    dataset = ImageFolderDataset(data, use_labels=options.get("cond", False))
+    trainer = Trainer(TrainConfig(data=str(data), **options), dataset, CPU)
+    trainer.start()
+    return trainer
+
+
+def as_rank(monkeypatch, rank, world_size=2):
+    monkeypatch.setattr(distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: world_size)
+
+
+def gradients(trainer):
+    trainer._accumulate_gradients()
+    return {name: p.grad.clone() for name, p in trainer.net.named_parameters()
+            if p.grad is not None}
+
+
+def plain_gradients(trainer):
+    """The gradient of this step by the definition of the loss, for all images at once."""
+    config, dataset = trainer.config, trainer.dataset
+    pixels, labels = dataset.get_batch(
+        order_at(SIZE, config.seed, trainer.cur_nimg + np.arange(config.batch)))
+    draws = trainer._draw_step()
+    net = copy.deepcopy(trainer.net)
+    net.zero_grad(set_to_none=True)
+    y, augment_labels = torch.from_numpy(pixels).float() / 127.5 - 1, None
+    if trainer.augment_pipe:
+        y, augment_labels = trainer.augment_pipe(y, draws.augment)
+    sigma = draws.sigma.reshape(-1, 1, 1, 1)
+    noisy = (y.double() + sigma * draws.scale.reshape(-1, 1, 1, 1) * draws.z.double()).float()
+    denoised = net(noisy, sigma, torch.from_numpy(labels), augment_labels=augment_labels)
+    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    (weight * (denoised - y) ** 2).sum(dim=(1, 2, 3)).mean().backward()
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def assert_close(found, expected, factor=1.0):
+    """Equal but for float32 rounding, which is relative to the largest gradient of a tensor."""
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], factor * grad, rtol=1e-3, msg=name,
+                                   atol=1e-4 * factor * float(grad.abs().max()) + 1e-5)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"cond": True}, {"cond": True, "batch_gpu": 2}, {"augment": 0.5, "pfgmpp": True},
+    {"cond": True, "augment": 0.5, "pfgmpp": True, "aug_dim": 3.0, "batch_gpu": 4}],
+    ids=lambda options: ",".join(options) or "plain")
+def test_the_gradient_is_that_of_the_loss_of_the_whole_batch(dataset_zip, options):
+    trainer = make_trainer(dataset_zip, **options)
+    for _ in range(2):
+        assert_close(gradients(trainer), plain_gradients(trainer))
+        trainer.cur_nimg += trainer.config.batch
+
+
+def test_a_loss_scale_multiplies_the_gradient_of_every_rank(dataset_zip, monkeypatch):
+    plain = plain_gradients(make_trainer(dataset_zip, cond=True))
+    found = []
+    for rank in range(2):
+        as_rank(monkeypatch, rank)
+        found.append(gradients(make_trainer(dataset_zip, cond=True, batch_gpu=2, ls=8.0)))
+    # What DDP makes of them: their mean.
+    assert_close({name: (found[0][name] + found[1][name]) / 2 for name in plain}, plain, 8.0)
+
+
+def test_ranks_meet_in_the_last_round_only(dataset_zip):
+    trainer, events = make_trainer(dataset_zip, batch_gpu=2), []
+
+    class Coupled(torch.nn.Module):
+        def forward(self, *args, **kwargs):
+            events.append("evaluates")
+            return trainer.net(*args, **kwargs)
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            events.append("alone")
+            yield
+
+    trainer.ddp = Coupled()
+    trainer._accumulate_gradients()
+    assert events == [*["alone", "evaluates"] * 3, "evaluates"]
+
+
+def test_no_two_rounds_steps_or_ranks_share_a_dropout_mask(dataset_zip, monkeypatch):
+    seeds, manual_seed = [], torch.manual_seed
+    for rank in range(2):
+        as_rank(monkeypatch, rank)
+        trainer = make_trainer(dataset_zip, dropout=0.5, batch_gpu=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "manual_seed",
+                          lambda seed: (seeds.append(seed), manual_seed(seed))[1])
+            for _ in range(3):
+                trainer.train_step()
+    assert len(seeds) == len(set(seeds)) == 2 * 3 * 2
+
+
+@pytest.mark.parametrize("lr_rampup", [0.0, 24e-6])
+def test_weights_move_by_adam(dataset_zip, lr_rampup):
+    trainer = make_trainer(dataset_zip, lr=3e-3, lr_rampup=lr_rampup)
+    first, second = {}, {}
+    for k in range(5):
+        before = {name: p.detach().clone() for name, p in trainer.net.named_parameters()}
+        lr = 3e-3 * (min(8 * k / 24, 1) if lr_rampup else 1)
+        trainer.train_step()
+        for name, p in trainer.net.named_parameters():
+            if p.grad is None:
+                assert torch.equal(p, before[name])
+                continue
+            g = p.grad.double()
+            first[name] = 0.9 * first.get(name, 0) + 0.1 * g
+            second[name] = 0.999 * second.get(name, 0) + 0.001 * g**2
+            step = first[name] / (1 - 0.9 ** (k + 1)) / (
+                (second[name] / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
+            moved = before[name].double() - p.detach().double()
+            # Float32 weights of size 1 move in steps of 6e-8; the moments are float32 too.
+            torch.testing.assert_close(moved, lr * step, rtol=1e-4, atol=3e-7, msg=name)
+
+
+@pytest.mark.parametrize("ema, beta_of_step", [
+    (1.0, lambda nimg: 0.5 ** (8 / max(0.05 * nimg, 1e-8))),  # ramping up
+    (10e-6, lambda nimg: 0.5 ** (8 / max(min(10, 0.05 * nimg), 1e-8)))])
+def test_the_average_follows_the_images_before_the_step(dataset_zip, ema, beta_of_step):
+    trainer = make_trainer(dataset_zip, ema=ema)
+    average = {name: p.detach().double() for name, p in trainer.net.named_parameters()}
+    trainer.cur_nimg = 8 * 4  # where both kinds of half-life have some length
+    for _ in range(12):
+        beta = beta_of_step(trainer.cur_nimg)
+        trainer.train_step()
+        for name, p in trainer.net.named_parameters():
+            average[name] = beta * average[name] + (1 - beta) * p.detach().double()
+    for name, p in trainer.ema.named_parameters():
+        torch.testing.assert_close(p.double(), average[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("precision, dtype", [
+    ("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_network_computes_in_the_precision_asked_for(dataset_zip, precision, dtype):
+    trainer, seen = make_trainer(dataset_zip, precision=precision), []
+    trainer.net.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    trainer.train_step()
+    assert seen == [dtype] and trainer.ema.compute_dtype == dtype
+    assert all(p.dtype == torch.float32 for p in trainer.net.parameters())
+
+
+# ---- stable targets -----------------------------------------------------------------------------
+
+def reference_of(trainer):
+    """The reference batch of this step, and which images of the data set it is made of."""
+    indices, get_batch = [], trainer.dataset.get_batch
+    trainer.dataset.get_batch = lambda given: (indices.extend(given), get_batch(given))[1]
+    try:
+        return trainer._reference_batch(trainer._draw_step().augment), indices
+    finally:
+        trainer.dataset.get_batch = get_batch
+
+
+def test_the_other_reference_images_are_an_epoch_of_a_stream_of_their_own(dataset_zip):
+    trainer, others = make_trainer(dataset_zip, stf=True, rbatch=8 + SIZE // 2), []
+    for _ in range(2):
+        others += reference_of(trainer)[1][8:]
+        trainer.train_step()
+    assert sorted(others) == list(range(SIZE))
+    assert others != order_at(SIZE, trainer.config.seed, range(SIZE)).tolist()
+
+
+def test_the_other_reference_images_are_augmented_too(dataset_zip):
+    trainer = make_trainer(dataset_zip, stf=True, rbatch=28, augment=1.0)
+    reference, indices = reference_of(trainer)
+    plain = torch.from_numpy(trainer.dataset.get_batch(indices)[0]).float() / 127.5 - 1
+    changed = (reference - plain).abs().amax(dim=(1, 2, 3)) > 0.05
+    assert changed.all()
+    again, _ = reference_of(trainer)
+    assert torch.equal(again, reference)
+
+
+# ---- the dynamic loss scale, and what a state holds ---------------------------------------------
+
+def test_a_dynamic_loss_scale_doubles_after_two_thousand_good_steps(dataset_zip):
+    trainer = make_trainer(dataset_zip, precision="fp16")
+    trainer.counters["good_since_change"] += 1998
+    trainer.train_step()
+    assert float(trainer.loss_scale) == 2.0**16
+    trainer.train_step()
+    assert float(trainer.loss_scale) == 2.0**17 and trainer.counters["good_since_change"] == 0
+
+
+def leaves(value, path=()):
+    items = value.items() if isinstance(value, dict) else enumerate(value) \
+        if isinstance(value, list) else None
+    if items is None:
+        yield path, value
+    else:
+        for key, inner in items:
+            yield from leaves(inner, (*path, key))
+
+
+def changed(value):
+    if isinstance(value, torch.Tensor):
+        return value + 1
+    return {type(None): 0.25, bool: True, float: 0.125}.get(type(value), 16)
+
+
+def with_leaf(state, path, value):
+    copied = copy.deepcopy(state)
+    inner = copied
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return copied
+
+
+def test_every_number_of_a_state_is_restored(dataset_zip):
+    options = {"precision": "fp16", "ema": 1e-5}
+    trainer = make_trainer(dataset_zip, **options)
+    trainer.train_step()
+    state = copy.deepcopy(trainer.state())
+    paths = [path for path, _ in leaves({key: state[key] for key in ("net", "ema", "progress")})]
+    paths += [("optimizer", "state", i, name) for i, moments in state["optimizer"]["state"].items()
+              for name in moments]
+    fresh = make_trainer(dataset_zip, **options)
+    last = {path[:2]: path for path in paths}  # one tensor of each part, all of the progress
+    chosen = {path for path in paths if path[0] == "progress"} | set(last.values())
+    assert len([path for path in chosen if path[0] == "progress"]) >= 10
+    for path in sorted(chosen, key=str):
+        value = state
+        for key in path:
+            value = value[key]
+        fresh.restore(with_leaf(state, path, changed(value)), "x.pt")
+        found = fresh.state()
+        for key in path:
+            found = found[key]
+        assert checkpoint.digest(found) == checkpoint.digest(changed(value)), path
+        assert checkpoint.digest(found) != checkpoint.digest(value), path
+
+
+def test_a_foreign_state_without_a_count_goes_on_at_the_kimg_of_its_name(dataset_zip, capsys):
+    trainer = make_trainer(dataset_zip)
+    trainer.train_step()
+    state = copy.deepcopy(trainer.state())
+    state |= {"format": "edm-training-state", "progress": {"cur_nimg": None}, "D_recorded": True}
+    for name, nimg in (("runs/training-state-000123.pt", 123_000), ("runs/state.pt", 0)):
+        trainer.restore(state, name)
+        assert trainer.cur_nimg == nimg
+        assert f"goes on at {nimg // 1000} kimg" in capsys.readouterr().out
+    assert math.isfinite(trainer.lr)
