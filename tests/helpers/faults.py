@@ -35,11 +35,17 @@ def wait_until(condition, timeout=HANG_SEC, period=0.02):
     raise AssertionError("waited in vain")
 
 
+def shared_memory():
+    """Returns the files of PyTorch's shared memory."""
+    return list(Path("/dev/shm").glob("torch_*"))
+
+
 class Script:
     """A script in a subprocess of its own session, under torchrun if `processes` > 0."""
 
     def __init__(self, *args, processes=0, launch=("--standalone",), folder, **env):
         self.mark = uuid.uuid4().hex
+        self._shared_before = set(shared_memory())  # perhaps of other people's processes
         command = [sys.executable]
         if processes:
             command += ["-m", "torch.distributed.run", *launch, f"--nproc_per_node={processes}"]
@@ -112,7 +118,7 @@ class Script:
         self.wait_for_all()
         left = [path for folder in folders for path in Path(folder).rglob("*.tmp")]
         assert not left
-        for path in Path("/dev/shm").glob("torch_*"):
+        for path in set(shared_memory()) - self._shared_before:
             pid = int(re.match(r"torch_(\d+)", path.name)[1])
             assert Path(f"/proc/{pid}").exists(), f"{path} is nobody's"
 
