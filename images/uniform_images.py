@@ -151,7 +151,7 @@ class UniformImages:
     def _decode_all(self, title: str) -> Iterator[np.ndarray]:
         """Yields the images in order as [B, C, H, W], decoded on all cores."""
         size = max(_PACK_BYTES // self.format.num_bytes, 1)
-        batches = np.split(self._kept, range(size, len(self._kept), size))
+        batches = [self._kept[i:i + size] for i in range(0, len(self._kept), size)]
         workers = num_cores() if len(self._kept) >= _PACK_ALONE else 0
         with Progress(len(self._kept), f"Packing {title}", delay=1) as progress:
             for images, in read_in_processes(self, batches, workers=workers):
