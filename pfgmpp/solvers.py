@@ -163,7 +163,9 @@ def churn(
         raised, std = schedule.sigma(raised_starts), schedule.scale(raised_starts)
         scales = schedule.scale(starts)
         ratio = std / scales
-    std = std * (raised.square() - levels.square()).clamp(min=0).sqrt() * S_noise
+    # A level that isn't churned comes back from a schedule's inverse off by rounding alone.
+    is_churned = inside & (gamma > 0)
+    std = std * is_churned * (raised.square() - levels.square()).clamp(min=0).sqrt() * S_noise
 
     is_raised = (std > 0).tolist()
 

@@ -465,6 +465,21 @@ def test_churn_costs_an_evaluation_a_churned_step_at_finite_D_alone(D):
             assert k > 0
 
 
+@pytest.mark.parametrize("name", ["vp", "ve", "linear"])
+@pytest.mark.parametrize("S_churn", [0, 1.5])
+def test_levels_that_are_not_churned_get_no_noise_and_no_evaluation_along_a_schedule(name, S_churn):
+    # A schedule's inverse gives levels back off by rounding, now up, now down.
+    sigmas = sigma_grid("ve", free_net(), 257)[0]
+    path, asked = make_schedule(name, "none", 0.02, 100), []
+    before_step = churn(path.sigma_inv(sigmas), torch.ones_like, S_churn=S_churn, S_min=0.1,
+                        S_max=10, schedule=path, denoise=lambda x, sigma: asked.append(sigma) or x,
+                        noise_scale=lambda n, sigma: torch.ones(len(n)))
+    zeros = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    noisy = [bool(before_step(zeros, i)[0].any()) for i in range(257)]
+    churned = [S_churn > 0 and 0.1 <= sigma <= 10 for sigma in sigmas[:-1]]
+    assert noisy == churned and len(asked) == sum(churned)
+
+
 @pytest.mark.parametrize("D", [1, 2, 128])
 def test_churn_is_allowed_at_every_D(D):
     SamplerConfig(S_churn=10).check(EDMPrecond(8, 3, pfgmpp=True, D=D, **SMALL))
