@@ -20,7 +20,7 @@ def mix_seed(*words: int) -> int:
     """Returns a 63-bit seed that depends on every word and on their order."""
     # SeedSequence pads with zeros: without the length, (1, 2) and (1, 2, 0) were the same.
     sequence = np.random.SeedSequence([len(words), *words])
-    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
 def default_generator(device: torch.device) -> torch.Generator:
