@@ -69,13 +69,20 @@ def read_in_processes(source: Batched, batches: Iterable[Sequence[int]], *, work
         OSError: likewise.
         RuntimeError: a process was killed; `dnnlib.cli.user_errors` makes one line of it.
     """
-    for batch in torch.utils.data.DataLoader(
-            _BatchReader(source), sampler=batches, batch_size=None, num_workers=workers,
-            prefetch_factor=_AHEAD if workers else None, pin_memory=pin_memory,
-            worker_init_fn=_start_worker):
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+    loader = iter(torch.utils.data.DataLoader(
+        _BatchReader(source), sampler=batches, batch_size=None, num_workers=workers,
+        prefetch_factor=_AHEAD if workers else None, pin_memory=pin_memory,
+        worker_init_fn=_start_worker))
+    try:
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    finally:
+        # Not when the loader is freed: the traceback of an error may keep it until the process
+        # ends, which then waits for workers that leave its signals to it, for ever.
+        if workers:
+            loader._shutdown_workers()
 
 
 class _BatchReader(torch.utils.data.Dataset):

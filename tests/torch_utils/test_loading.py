@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from faults import wait_until
-from scripts import ROOT
+from scripts import HANG_SEC, ROOT
 
 from dnnlib.cli import UserError, user_errors
 from torch_utils.loading import read_in_processes, read_in_threads
@@ -67,6 +67,21 @@ def test_a_killed_worker_is_one_line_with_its_signal():
         list(read_in_processes(Numbers({5: die}), [[1], [5], [7]], workers=1))
     assert info.value.exit_code == 1
     assert "\n" not in info.value.message
+
+
+@pytest.mark.scripts
+def test_a_process_ends_though_one_of_its_workers_was_killed_and_the_error_is_kept():
+    code = ("import os, signal, sys\nimport numpy as np\n"
+            "from torch_utils.loading import read_in_processes\n"
+            "class Source:\n"
+            "    def get_batch(self, indices):\n"
+            "        if indices[0] == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "        return np.array(indices),\n"
+            "try: list(read_in_processes(Source(), ([i] for i in range(10**9)), workers=2))\n"
+            "except RuntimeError as error: sys.kept = error\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=HANG_SEC)
+    assert done.returncode == 0, done.stderr
 
 
 def test_workers_leave_signals_to_their_parent():
