@@ -217,14 +217,14 @@ class TickRunner:
         """Scores the run, keeps its best state, and returns what stats.jsonl says of it."""
         trainer, name, value = self._trainer, self._evaluator.name, self._evaluator()
         before = trainer.best_score
-        if before is None or value < before:
+        if value < (math.inf if before is None else before):  # not where it is NaN
             standing = f", the lowest so far: kept as {checkpoint.BEST_STATE}"
             trainer.best_score = value  # which the state records
             if trainer.rank == 0 and not self._files.save(checkpoint.BEST_STATE, trainer.state()):
                 standing = ", the lowest so far, but not kept"
                 trainer.best_score = before  # the next one may be kept
         else:
-            standing = f"; the lowest so far is {before:.5g}"
+            standing = "" if before is None else f"; the lowest so far is {before:.5g}"
         if trainer.rank == 0:
             with progress.above_bar():
                 console.result(f"{name} {value:.5g} at {trainer.cur_nimg / 1e3:g} kimg{standing}")

@@ -1,7 +1,9 @@
+import contextlib
 import functools
 import json
 import math
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from torch_utils.misc import mix_seed
 from training import sample_grids
 from training.config import TrainConfig
 from training.trainer import DivergedError, Trainer
-from training.training_loop import append_stats
+from training.training_loop import TickRunner, append_stats
 
 CPU = torch.device("cpu")
 
@@ -277,6 +279,27 @@ def test_statistics_are_those_of_all_elements():
     assert stats["y"] == {"num": 1, "mean": 2.0, "std": 0.0}
     collector.update()
     assert collector.as_dict() == {}
+
+
+def test_a_score_that_is_no_number_is_never_the_best(capsys):
+    class Score:
+        name = "FID"
+
+        def __call__(self):
+            return next(values)
+
+    values, saved = iter([math.nan, 5.0, math.nan, 7.0, 4.0]), []
+    trainer = SimpleNamespace(best_score=None, rank=0, cur_nimg=1000, state=dict)
+    ticks = TickRunner.__new__(TickRunner)
+    ticks._trainer, ticks._evaluator = trainer, Score()
+    ticks._files = SimpleNamespace(save=lambda name, state: saved.append(name) or True)
+    best = []
+    for _ in range(5):
+        ticks._evaluate(SimpleNamespace(above_bar=contextlib.nullcontext))
+        best.append(trainer.best_score)
+    assert best == [None, 5.0, 5.0, 5.0, 4.0] and len(saved) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "FID nan at 1 kimg" and lines[3].endswith("; the lowest so far is 5")
 
 
 def test_stats_lines_are_json_even_with_nan(tmp_path):
