@@ -21,6 +21,7 @@ import numpy as np
 import torch.utils.data
 
 T = TypeVar("T")
+_END_SEC = 0.5  # for a worker whose connection is lost to be known as ended
 _AHEAD = 2  # batches that are ready or being read, for each process or thread
 
 
@@ -74,7 +75,7 @@ def read_in_processes(source: Batched, batches: Iterable[Sequence[int]], *, work
         prefetch_factor=_AHEAD if workers else None, pin_memory=pin_memory,
         worker_init_fn=_start_worker))
     try:
-        for batch in loader:
+        while (batch := _next_batch(loader)) is not None:
             if isinstance(batch, Exception):
                 raise batch
             yield batch
@@ -83,6 +84,21 @@ def read_in_processes(source: Batched, batches: Iterable[Sequence[int]], *, work
         # ends, which then waits for workers that leave its signals to it, for ever.
         if workers:
             loader._shutdown_workers()
+
+
+def _next_batch(loader: Iterator) -> tuple[torch.Tensor, ...] | Exception | None:
+    """Returns the next batch, or the error of reading it; None after the last."""
+    try:
+        return next(loader, None)
+    except (OSError, EOFError) as error:  # of a worker that ended while it handed over a batch
+        for worker in getattr(loader, "_workers", ()):
+            worker.join(_END_SEC)
+            if worker.exitcode:
+                # As PyTorch says it of a worker that ends at any other time.
+                name = signal.strsignal(-worker.exitcode) if worker.exitcode < 0 else "none"
+                raise RuntimeError(f"DataLoader worker (pid {worker.pid}) is killed by signal: "
+                                   f"{name}. ") from error
+        raise
 
 
 class _BatchReader(torch.utils.data.Dataset):

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,6 +68,29 @@ def test_a_killed_worker_is_one_line_with_its_signal():
         list(read_in_processes(Numbers({5: die}), [[1], [5], [7]], workers=1))
     assert info.value.exit_code == 1
     assert "\n" not in info.value.message
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"),
+                                   EOFError(), FileNotFoundError(2, "No such file")])
+def test_a_worker_killed_while_it_hands_over_a_batch_is_the_same_line(error, monkeypatch):
+    class Loader:
+        _workers = [SimpleNamespace(pid=6, exitcode=None, join=lambda timeout: None),
+                    SimpleNamespace(pid=7, exitcode=-9, join=lambda timeout: None)]
+        _shutdown_workers = staticmethod(lambda: None)
+
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise error
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", Loader)
+    told = "data loader process was killed .Killed.*--workers"
+    with pytest.raises(UserError, match=told), user_errors():
+        list(read_in_processes(Numbers(), [[1]], workers=2))
 
 
 @pytest.mark.scripts
