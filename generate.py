@@ -143,10 +143,10 @@ def _generate(sampler, folder, seeds, batch, subdirs) -> None:
         distributed.print0(f"{folder}: {len(seeds) - len(missing)} of {len(seeds)} images are there")
     batches = distributed.split_for_rank(missing, batch)
     with console.timed(f"{folder.name}, files included"), ImageWriter(images) as writer, \
-            Progress(sum(map(len, batches)), folder.name) as progress:
+            Progress(len(missing), folder.name) as progress:
         for done in sampler.images(batches):
             writer.write(done.seeds, sampler.scaling.to_data(done.images).cpu().numpy())
-            progress.update(len(done.seeds))
+            progress.update(len(done.seeds) * distributed.get_world_size())
     distributed.barrier()
     if distributed.get_rank() == 0:
         console.result(f"{folder}: {len(missing)} images made")

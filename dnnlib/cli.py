@@ -53,8 +53,8 @@ class UserError(click.ClickException):
 def run(main: click.Command) -> None:
     """Runs the command of a script, with signals handled as in dnnlib/signals.py."""
     signals.install()
-    for name, value in _OPENMP.items():
-        os.environ.setdefault(name, value)
+    if not _OPENMP.keys() & os.environ.keys():
+        os.environ.update(_OPENMP)
     if not console.is_rank0():  # they are about the code, which is the same on every rank
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)

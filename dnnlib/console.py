@@ -70,8 +70,11 @@ def detail(text: str) -> None:
 
 def print_to_files(text: str) -> None:
     """Prints a line where stdout is a file or a pipe; on a terminal it goes to the log only."""
+    if sys.stdout is None:
+        return
     if not sys.stdout.isatty():
-        print(text, flush=True)
+        sys.stdout.write(text + "\n")  # at once, so that no other line comes between
+        sys.stdout.flush()
     elif write_log := getattr(sys.stdout, "write_log", None):
         write_log(text + "\n")
 

@@ -2,27 +2,25 @@
 
 Where stdout is a file or a pipe, a line is printed at least every LINE_SEC seconds. On a terminal
 there is a bar, and the lines go to the log file if there is one. A thread writes them, so that they
-come while a single step takes minutes too.
+come while a single step takes minutes too. Work within other work is the one that is told.
 """
 
 import contextlib
-import os
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from dnnlib import console
-from dnnlib.ordered_pool import num_cores
 
 T = TypeVar("T")
 
 LINE_SEC = 15.0
 _COLLAPSED = 1 / 3  # of the best speed so far
-_CROWDED = 1.25  # programs that want to run, for each core
-_WAY_OUT = ("Threads that wait for each other on a busy machine are slow: end the other programs, "
-            "or start again with fewer threads, such as OMP_NUM_THREADS=1")
+_END_SEC = 1.0  # for a line that is being written when the work ends
+_WAY_OUT = ("Other programs may want the processor, and threads that wait for each other are slow "
+            "then: end the others, or start again with fewer threads, such as OMP_NUM_THREADS=1")
 
 
 class Progress:
@@ -36,8 +34,10 @@ class Progress:
         is_scaled: show numbers as 1.2k and 3.4M.
         is_shown: show anything.
         delay: seconds before the bar appears.
-        watch_speed: warn, once, when other programs slow this one down.
+        watch_speed: warn, once, when the speed collapses.
     """
+
+    _open: ClassVar[list["Progress"]] = []
 
     def __init__(self, total: int | None, title: str = "", *, initial: int = 0, unit: str = "img",
                  is_scaled: bool = False, is_shown: bool = True, delay: float = 0.0,
@@ -48,32 +48,33 @@ class Progress:
                          unit_scale=is_scaled, delay=delay,
                          disable=console.bar_disabled() if is_shown else True)
         self._total, self._title, self._unit, self._is_scaled = total, title, unit, is_scaled
-        self._initial = self._done = initial
+        self._done = initial
         self._is_shown = is_shown and console.is_rank0()
         self._watches_speed = watch_speed and self._is_shown
-        self._best = self._window_sec = 0.0
+        self._rate = self._best_rate = self._window_sec = 0.0
         self._window_count = 0
-        self._start = self._last_update = self._last_line = time.monotonic()
+        self._last_update = self._last_line = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._write_lines, daemon=True)
 
     def __enter__(self) -> "Progress":
+        self._open.append(self)
         if self._is_shown:
             self._thread.start()
         return self
 
     def __exit__(self, *exc_info) -> None:
         self._ended.set()
+        self._open.remove(self)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_END_SEC)
         self._bar.close()
 
     def update(self, count: int = 1) -> None:
         """Counts `count` more as done."""
         self._done += count
         self._bar.update(count)
-        if self._watches_speed:
-            self._check_speed(count)
+        self._measure_speed(count)
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
         """Yields the items, each counted when the next one is asked for."""
@@ -103,10 +104,16 @@ class Progress:
             if time.monotonic() < self._last_line + LINE_SEC:
                 continue
             self._last_line = time.monotonic()
-            console.print_to_files(self._line())
+            if self._open[-1:] == [self]:
+                try:
+                    with self._bar.get_lock():
+                        console.print_to_files(self._line())
+                except (OSError, ValueError):  # nobody reads, or not these characters
+                    return
 
     def _line(self) -> str:
-        rate = (self._done - self._initial) / max(time.monotonic() - self._start, 1e-9)
+        # Until there is a whole window, of what there is: the first step may have taken longer.
+        rate = self._rate or self._window_count / max(self._window_sec, 1e-9)
         parts = [f"{self._number(self._done)} {self._unit}"]
         if self._total is not None:
             parts = [f"{self._number(self._done)} of {self._number(self._total)} {self._unit}"]
@@ -119,23 +126,19 @@ class Progress:
     def _number(self, value: int) -> str:
         return self._bar.format_sizeof(value) if self._is_scaled else str(value)
 
-    def _check_speed(self, count: int) -> None:
-        """Warns if the last LINE_SEC of work went much slower than before, or cores are few."""
+    def _measure_speed(self, count: int) -> None:
+        """Takes the speed of the last LINE_SEC of work, and warns, once, if it has collapsed."""
         now = time.monotonic()
         self._window_count += count
         self._window_sec += now - self._last_update
         self._last_update = now
         if self._window_sec < LINE_SEC:
             return
-        rate = self._window_count / self._window_sec
+        self._rate = self._window_count / self._window_sec
         self._window_count, self._window_sec = 0, 0.0
-        load, cores = os.getloadavg()[0], num_cores()
-        slow = rate < _COLLAPSED * self._best
-        # Several processes of this run may want more cores than there are without being slow.
-        if slow or ("RANK" not in os.environ and load > _CROWDED * cores):
+        if self._watches_speed and self._rate < _COLLAPSED * self._best_rate:
             self._watches_speed = False
-            speed = f"{rate:.3g} {self._unit}/s" + (f" after {self._best:.3g}" if slow else "")
             with self.above_bar():
-                print(f"Warning: {speed}, with {load:.1f} programs on {cores} cores. {_WAY_OUT}",
-                      file=sys.stderr, flush=True)
-        self._best = max(self._best, rate)
+                print(f"Warning: {self._rate:.3g} {self._unit}/s after {self._best_rate:.3g}. "
+                      f"{_WAY_OUT}", file=sys.stderr, flush=True)
+        self._best_rate = max(self._best_rate, self._rate)

@@ -82,13 +82,11 @@ def test_every_item_is_counted_and_no_thread_is_left():
 
 
 class Clock:
-    """A machine whose time and load are set by the test."""
+    """A clock that the test sets."""
 
-    def __init__(self, monkeypatch, load=0.0):
-        self.now, self.load = 0.0, load
+    def __init__(self, monkeypatch):
+        self.now = 0.0
         monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(progress.os, "getloadavg", lambda: (self.load,) * 3)
-        monkeypatch.setattr(progress, "num_cores", lambda: 2)
         monkeypatch.delenv("RANK", raising=False)
 
     def work(self, bar, steps, sec):
@@ -105,7 +103,7 @@ def test_a_collapse_of_the_speed_is_told_once_with_the_way_out(monkeypatch, caps
     assert capsys.readouterr().err == ""
     clock.work(bar, 10, 8.0)   # 8 img/s, but for the rest of the window before
     err = capsys.readouterr().err
-    assert re.match(r"Warning: \d+ img/s after 160, ", err) and "OMP_NUM_THREADS=1" in err
+    assert re.match(r"Warning: \d+ img/s after 160\. ", err) and "OMP_NUM_THREADS=1" in err
     assert err.count("Warning") == 1 and err.endswith("\n")
 
 
@@ -119,19 +117,61 @@ def test_other_work_between_updates_is_no_collapse(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_machine_that_is_busy_from_the_start_is_told(monkeypatch, capsys):
-    clock = Clock(monkeypatch, load=2.4)
-    bar = Progress(10**6, watch_speed=True)
-    clock.work(bar, 60, 0.4)
-    assert capsys.readouterr().err == ""  # two threads of our own on two cores
-    clock.load = 3.1
-    clock.work(bar, 60, 0.4)
-    assert "with 3.1 programs on 2 cores" in capsys.readouterr().err
-
-
 def test_nothing_is_told_without_being_asked_for(monkeypatch, capsys):
-    clock = Clock(monkeypatch, load=9.0)
+    clock = Clock(monkeypatch)
     bar = Progress(10**6)
     clock.work(bar, 40, 0.4)
     clock.work(bar, 10, 8.0)
     assert capsys.readouterr().err == ""
+
+
+def test_the_speed_and_what_is_left_are_those_of_the_last_work(monkeypatch):
+    clock = Clock(monkeypatch)
+    bar = Progress(64 * 1000, "Training")
+    clock.work(bar, 1, 500.0)  # compiling
+    clock.now += 3600.0  # a score
+    bar.restart_clock()
+    clock.work(bar, 99, 0.5)
+    assert bar._line() == "Training: 6400 of 64000 img, 128 img/s, 07:30 left"
+
+
+def test_work_within_work_is_the_one_that_is_told(stdout):
+    out = stdout(io.StringIO())
+    with Progress(8, "outer"):
+        with Progress(8, "inner"):
+            assert wait_for(lambda: out.getvalue().count("inner: 0 of 8 img\n") > 3)
+            assert out.getvalue().count("outer") <= 1
+        assert wait_for(lambda: "outer: 0 of 8 img\n" in out.getvalue())
+
+
+class Broken(io.StringIO):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize("stream", [
+    None, Broken(BrokenPipeError()), Broken(OSError(28, "No space left on device")),
+    Broken(UnicodeEncodeError("ascii", "\u00fc", 0, 1, "not in range"))])
+def test_a_console_that_takes_no_lines_does_not_stop_the_work(stdout, stream, monkeypatch):
+    stdout(stream)
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    with Progress(3, "\u00fc") as bar:
+        time.sleep(0.3)
+        bar.update(3)
+    assert not failed and bar._done == 3
+
+
+def test_lines_are_written_whole(stdout):
+    class Writes(io.StringIO):
+        def write(self, text):
+            assert text.endswith("\n")
+            return super().write(text)
+
+    out = stdout(Writes())
+    with Progress(3):
+        assert wait_for(lambda: out.getvalue().count("0 of 3 img\n") > 2)
