@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 OUT = Path("demo")
 CLASSES = {6: "Smileys", 1: "Animals", 3: "Food"}  # of examples/emoji-google-32.zip
 NUM_IMAGES = 459  # of these classes
-KIMG = 38.4  # 600 steps of 64 images
+KIMG = 25.6  # 400 steps of 64 images
 COLUMNS = 8
 REAL_SEED = 1
 
@@ -112,7 +112,7 @@ def main() -> None:
     trained, untrained = (run_dir / f"network-snapshot-{int(kimg):06d}.pt" for kimg in (KIMG, 0))
     for network, folder in ((trained, "images"), (untrained, "images-untrained")):
         run(f"python generate.py --network={network} --outdir={OUT}/{folder} "
-            f"--seeds=0-{NUM_IMAGES - 1} --batch=64")
+            f"--seeds=0-{NUM_IMAGES - 1} --batch=64 --steps=10")
     run(f"python fid.py ref --data={data} --dest={OUT}/ref-pixels.npz --detector=pixels")
     write_noise(ROOT / OUT / "noise")
     scores = {"samples of the trained network": score(OUT / "images"),
