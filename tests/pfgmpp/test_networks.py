@@ -195,6 +195,15 @@ def test_fourth_positional_argument_is_force_fp32():
     assert [call[0].dtype for call in model.calls] == [torch.bfloat16, *[torch.float32] * 2]
 
 
+def test_half_precision_networks_compute_in_float32_on_the_cpu():
+    net, model = stubbed(EDMPrecond, use_fp16=True)
+    x = randn(4, 3, 8, 8)
+    denoised = net(x, 1.0)
+    assert [call[0].dtype for call in model.calls] == [torch.float32] and net.use_fp16
+    plain, _ = stubbed(EDMPrecond)
+    assert torch.equal(denoised, plain(x, 1.0))
+
+
 def test_labels_and_augment_labels_reach_the_model():
     net, model = stubbed(EDMPrecond, label_dim=4)
     labels, augment = randn(4, 4), randn(4, 9, seed=1)
