@@ -31,10 +31,10 @@ def leave_busy_cores_alone() -> None:
     """
     import psutil
 
-    from dnnlib.ordered_pool import num_cores
-
-    cores = num_cores()
-    busy = round(psutil.cpu_percent(interval=1.0) / 100 * psutil.cpu_count())
+    loads = psutil.cpu_percent(interval=1.0, percpu=True)
+    if hasattr(os, "sched_getaffinity"):  # only of the cores that this process may use
+        loads = [loads[core] for core in os.sched_getaffinity(0) if core < len(loads)]
+    cores, busy = len(loads), round(sum(loads) / 100)
     if busy and "OMP_NUM_THREADS" not in os.environ:
         threads = max(cores - busy, 1)
         os.environ["OMP_NUM_THREADS"] = str(threads)
