@@ -156,13 +156,13 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
     _check_reference_given(ref_path, metrics)
     with user_errors():
         sweeps = {name for name, on in zip(_SWEEPS, (alpha, steps, quant), strict=True) if on}
-        folders = _ckpt_folders(images, gen_seed, ckpt, end_ckpt, sweeps)
 
         from images.dataset import ImageFolderDataset
         from metrics.metrics import dataset_features
         from torch_utils import distributed as dist
 
         with dist.process_group(device) as chosen_device:
+            folders = dist.run_on_rank0(_ckpt_folders, images, gen_seed, ckpt, end_ckpt, sweeps)
             with dist.rank0_first():
                 jobs = folders or [_Job(images, Path(images).name)]
                 datasets = [ImageFolderDataset(job.path, max_size=num, random_seed=seed)

@@ -67,15 +67,15 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
     """  # noqa: D301 - \b is click's mark for lines to leave alone
     with user_errors():
         points = sweep_points(steps, alpha, bits, is_steps_sweep=name_steps)
-        sources = _find_networks(network, Path(outdir), ckpt, end_ckpt, seeds,
-                                 is_sweep=bool(points[0].suffix), is_pickle=bool(use_pickle),
-                                 is_edm=bool(edm))
         subdirs = subdirs or network is None
 
         from sampling.network_sampler import NetworkSampler, UsageError
         from torch_utils import distributed, misc
         misc.configure_backends(sampling["precision"])
         with distributed.process_group(device) as torch_device:
+            sources = distributed.run_on_rank0(lambda: _find_networks(
+                network, Path(outdir), ckpt, end_ckpt, seeds, is_sweep=bool(points[0].suffix),
+                is_pickle=bool(use_pickle), is_edm=bool(edm)))
             for (source, folder), point in itertools.product(sources, points):
                 folder = Path(f"{folder}{point.suffix}")
                 try:

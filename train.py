@@ -193,8 +193,9 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         raise UserError("--nosubdir: can't be combined with --name or --desc", BAD_USAGE)
     if resume == "auto" and not (name or nosubdir):
         raise UserError("--resume=auto: needs --name or --nosubdir to know the run", BAD_USAGE)
-    if resume and opts["transfer"]:
-        raise UserError("--resume and --transfer: choose one", BAD_USAGE)
+    if resume not in (None, "auto") and opts["transfer"]:
+        raise UserError("--resume=FILE and --transfer: choose one; --resume=auto goes with it, and "
+                        "transfers where there is no state yet", BAD_USAGE)
     typed = [name for name in ("preset", "config")
              if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if len(typed) == 2:
@@ -203,10 +204,12 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         raise UserError("--rate: used with --dry-run", BAD_USAGE)
     fixed_dir = Path(outdir) if nosubdir else Path(outdir, name) if name else None
     with user_errors():
-        _check_writable(fixed_dir or Path(outdir))
+        if console.is_rank0():  # the only one that writes
+            _check_writable(fixed_dir or Path(outdir))
 
-    from checkpoints import checkpoint
     from torch_utils import distributed
+    from training import agreement
+    from training import resume as resuming
     from training.log_sinks import check_available
 
     with user_errors(BAD_USAGE):
@@ -216,29 +219,38 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
     with user_errors(), distributed.process_group(device) as torch_device, \
             contextlib.ExitStack() as stack:
         _warn_of_idle_dim(ctx, config)
+        agreement.check_options(
+            config, device=torch_device.type, seed=opts["seed"], resume=bool(resume),
+            override_options=override_options, dry_run=dry_run)
         if fixed_dir and not dry_run:  # before another run's newest state is read
             distributed.run_on_rank0(_lock_if_there, stack, fixed_dir)
-        state = None
-        if resume:
-            try:
-                state = _load_state(fixed_dir, resume)
-            except checkpoint.SnapshotGivenError as error:
-                raise UserError(str(error), BAD_USAGE) from error
-        config = _settle_seed(config, opts["seed"], state)
-        changed = _changed_options(config, state, override_options) if state else []
+        state = resuming.open_state(resume, fixed_dir) if resume else None
+        config, state = resuming.settle_options(config, opts["seed"], state,
+                                                override=override_options)
         with console.timed("data"):
-            dataset = _open_dataset(config, pack=config.cache and not dry_run)
-        if state:
-            state = _settle_data(config, dataset, state, override_options)
+            dataset = _open_dataset(config)
+            _network(config, dataset)  # its own checks
+            agreement.check_data(dataset)
+            if state:
+                state = resuming.settle_data(config, dataset, state, override=override_options)
+            if config.cache and not dry_run:
+                dataset.pack()
+            else:
+                dataset.check_uniform()
         if config.sigma_data is None and not dry_run:
             config = distributed.run_on_rank0(_measure_sigma_data, config, dataset)
         if dry_run:
             distributed.run_on_rank0(_print_plan, config, dataset, rate)
             return
+        start, net = state, _network(config, dataset)
+        if state:
+            resuming.check_network(net.config, state)
+        elif config.transfer:
+            start = resuming.open_weights(config.transfer, net)
         run_dir = distributed.run_on_rank0(
             _make_run_dir, config, dataset.name, Path(outdir), fixed_dir, desc, bool(resume))
         distributed.run_on_rank0(_lock, stack, run_dir)  # a second time is none
-        _train(config, dataset, run_dir, torch_device, state, changed)
+        _train(config, dataset, run_dir, torch_device, start)
 
 
 def _lock(stack, run_dir: Path) -> None:
@@ -250,42 +262,6 @@ def _lock(stack, run_dir: Path) -> None:
 def _lock_if_there(stack, run_dir: Path) -> None:
     if run_dir.is_dir():
         _lock(stack, run_dir)
-
-
-def _changed_options(config, state, override: bool) -> list[str]:
-    """Returns the options that decide otherwise than those of the state to resume.
-
-    Raises:
-        UserError: there are some, and they may not.
-    """
-    from checkpoints import checkpoint
-    from training.config import changed_options
-    source, content = state
-    if content["format"] != checkpoint.STATE_FORMAT:
-        return []  # foreign states do not say
-    changed = changed_options(config, content["options"])
-    if changed and not override:
-        raise UserError(f"{source}: the run to resume has other options: {', '.join(changed)}; "
-                        "give them as they were, or --override-options to change them", BAD_USAGE)
-    return changed
-
-
-def _settle_data(config, dataset, state, override: bool):
-    """Returns the state, made out for other data where those were named and that is allowed."""
-    from checkpoints import checkpoint
-    from training.trainer import dataset_record
-    source, content = state
-    is_named = config.data != content["options"].get("data")
-    if content["format"] != checkpoint.STATE_FORMAT or not is_named \
-            or dataset.fingerprint == content["dataset"]["fingerprint"]:
-        return state  # Trainer.restore compares
-    if not override:
-        raise UserError(
-            f"{source}: the run to resume has other data: --data={config.data} "
-            f"({content['options'].get('data')} in the state; {content['dataset']['size']} images "
-            f"then, {len(dataset)} now); give them as they were, or --override-options to change "
-            "them", BAD_USAGE)
-    return source, {**content, "dataset": dataset_record(dataset)}
 
 
 def _config(data: str, opts: dict, precision: str):
@@ -305,24 +281,6 @@ def _warn_of_idle_dim(ctx, config) -> None:
                           "is diffusion (D = inf)")
 
 
-def _settle_seed(config, given: int | None, state):
-    """Returns the config with the seed given, the resumed state's, or a random one, on all ranks.
-
-    Raises:
-        ValueError: the seed given is not the resumed state's.
-    """
-    import dataclasses
-
-    from torch_utils import distributed
-    recorded = state[1]["options"].get("seed") if state else None  # foreign states have none
-    if recorded is not None and given not in (None, recorded):
-        raise ValueError(f"--seed={given}: the run to resume has seed {recorded}; leave --seed out")
-    seed = recorded if given is None else given
-    if seed is None:
-        seed = distributed.broadcast_object(int.from_bytes(os.urandom(4), "big") >> 1)
-    return dataclasses.replace(config, seed=seed)
-
-
 def _check_writable(folder: Path) -> None:
     """Raises ValueError where a folder can't be made or written, before anything slow starts."""
     existing = next(path for path in [folder.absolute(), *folder.absolute().parents]
@@ -333,30 +291,9 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(f"--outdir or --name: no permission to write in {existing}")
 
 
-def _load_state(fixed_dir: Path | None, resume: str):
-    """Returns (name, content) of the state to resume, or None if `auto` finds none."""
-    from checkpoints import checkpoint
-    from torch_utils import distributed
-    path = Path(resume)
-    if resume == "auto":
-        if not fixed_dir.is_dir():
-            return None
-        path, problems = distributed.run_on_rank0(checkpoint.newest_state, fixed_dir)
-        for problem in problems:
-            distributed.warn0(f"skipped {problem}")
-        if path is None:
-            if problems:
-                raise ValueError(f"--resume=auto: no training state in {fixed_dir} verifies")
-            return None
-    return str(path), checkpoint.load_state(path)
-
-
-def _open_dataset(config, pack: bool):
-    """Returns the data set, checked against the options; packs it on first use if asked to."""
-    import torch
-
+def _open_dataset(config):
+    """Returns the data set, checked against the options."""
     from images.dataset import ImageFolderDataset
-    from pfgmpp.networks import build_network
     kwargs = {"use_labels": config.cond, "xflip": config.xflip}
     dataset = ImageFolderDataset(config.data, **kwargs)
     if config.cond_image:
@@ -368,14 +305,17 @@ def _open_dataset(config, pack: bool):
     if config.cond and not dataset.has_labels:
         raise UserError(f"--cond=1: {config.data} has no labels; add them to its dataset.json or "
                         "train with --cond=0", BAD_USAGE)
-    with torch.device("meta"):  # the network's own checks, without its memory
-        build_network(config.network(dataset.resolution, dataset.num_channels, dataset.label_dim,
-                                     dataset.cond_channels))
-    if pack:
-        dataset.pack()
-    else:
-        dataset.check_uniform()
     return dataset
+
+
+def _network(config, dataset):
+    """Returns the network of a run without its memory, on the "meta" device."""
+    import torch
+
+    from pfgmpp.networks import build_network
+    with torch.device("meta"):
+        return build_network(config.network(dataset.resolution, dataset.num_channels,
+                                            dataset.label_dim, dataset.cond_channels))
 
 
 def _measure_sigma_data(config, dataset):
@@ -409,20 +349,20 @@ def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Pa
     return numbered_dir(outdir, text)
 
 
-def _train(config, dataset, run_dir, device, state, changed) -> None:
+def _train(config, dataset, run_dir, device, start) -> None:
+    """Trains from a State, from Weights, or from None: the seed's own weights."""
     from dnnlib.util import Logger
     from torch_utils import distributed
+    from training.resume import describe_start
     from training.trainer import DivergedError
     from training.training_loop import training_loop
     log = Logger(run_dir / "log.txt") if distributed.get_rank() == 0 else contextlib.nullcontext()
     with log:
         distributed.print0(f"Run directory  {run_dir}")
-        if state:
-            distributed.print0(f"Resuming from  {state[0]}")
-        if changed:
-            distributed.print0(f"Changed        {', '.join(changed)}")
+        for line in describe_start(start):
+            distributed.print0(line)
         try:
-            training_loop(config, dataset=dataset, run_dir=run_dir, device=device, resume=state)
+            training_loop(config, dataset=dataset, run_dir=run_dir, device=device, start=start)
         except (DivergedError, ValueError, OSError) as error:
             if distributed.get_rank() == 0:
                 log.write_file(f"Error: {error}\n")  # the console shows it at the end

@@ -32,7 +32,6 @@ from checkpoints import published
 from dnnlib.atomic import atomic_write
 from dnnlib.util import is_url, open_url
 from pfgmpp.networks import Precond, build_network, network_D
-from torch_utils import distributed
 
 STATE_FORMAT = "pfgmpp-training-state"
 SNAPSHOT_FORMAT = "pfgmpp-network-snapshot"
@@ -185,8 +184,7 @@ def _open_source(source: str | Path) -> IO[bytes]:
             raise FileNotFoundError(f"{source}: no such file; name a network-snapshot-*.pt, a "
                                     "training-state-*.pt, or a published file or its address")
         return open(source, "rb")
-    with distributed.rank0_first():  # one download for all
-        return open_url(str(source))
+    return open_url(str(source))
 
 
 def as_snapshot(content: dict[str, Any]) -> dict[str, Any]:
@@ -263,21 +261,6 @@ def load_state(source: str | Path) -> dict[str, Any]:
         raise SnapshotGivenError(f"{source}: a network snapshot has no optimizer to resume from; "
                          "use --transfer for it, or resume from a training-state-*.pt")
     return content
-
-
-def newest_state(run_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """Returns the newest state that verifies, or None, and what was wrong with newer ones.
-
-    The newest is the one whose file records the most images.
-    """
-    problems = []
-    for path in sorted(training_states(run_dir), key=recorded_nimg, reverse=True):
-        try:
-            load_state(path)
-            return path, problems
-        except (OSError, ValueError) as error:
-            problems.append(str(error))
-    return None, problems
 
 
 def verifies(path: Path) -> bool:

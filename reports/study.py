@@ -13,7 +13,8 @@ from typing import Any
 from dnnlib.util import format_ranges
 from reports.run_record import RunRecord, newest_network, read_scores
 from sampling.sweeps import FULL_BITS
-from training.config import OPTIONS_FILE, RESUME_MAY_CHANGE
+from training.config import OPTIONS_FILE
+from training.resume import RESUME_MAY_CHANGE
 
 _NO_TAG = "NNNNNN"
 # Options of train.py that do not change what is learned, or only for how long.

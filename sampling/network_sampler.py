@@ -212,7 +212,8 @@ def _open_network(
     precision: str, compiled: bool,
 ) -> tuple[dict[str, Any], Precond]:
     """Returns the content of a file and its network, ready to be evaluated."""
-    content = checkpoint.resolve_D(checkpoint.load(source), source, pfgmpp, aug_dim)
+    content = distributed.run_on_rank0(checkpoint.load, source)
+    content = checkpoint.resolve_D(content, source, pfgmpp, aug_dim)
     net = checkpoint.build_ema(content).to(device)
     net.compute_dtype = compute_dtype(precision)
     if compiled:

@@ -46,6 +46,7 @@ from torch_utils import training_stats
 from torch_utils.misc import compute_dtype
 from training.config import ARCHITECTURES, PRECISIONS, PRECONDITIONERS, TrainConfig
 from training.device_data import DeviceData
+from training.resume import State, restore_
 from training.trainer import Trainer
 from training.training_loop import training_loop
 
@@ -271,7 +272,7 @@ def test_a_run_there_writes_what_a_run_here_writes_and_goes_on_alike(gpu, datase
         state = checkpoint.load(path)
         states = [checkpoint.digest(state[part]) for part in ("net", "ema", "optimizer")]
         trainer = Trainer(config, dataset, device)
-        trainer.restore(state, path.name)
+        restore_(trainer, State(path.name, state))
         trainer.start()
         trainer.train_step()
         state = trainer.state()

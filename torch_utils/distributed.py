@@ -13,13 +13,15 @@ import contextlib
 import datetime
 import gc
 import hashlib
+import io
 import os
+import pickle
 import socket
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed
@@ -273,13 +275,48 @@ def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+class _TensorlessPickler(pickle.Pickler):
+    """Leaves tensors out of the pickle and collects them."""
+
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file)
+        self.tensors: list[torch.Tensor] = []
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, torch.Tensor):
+            return None
+        self.tensors.append(value)
+        return len(self.tensors) - 1
+
+
+class _TensorlessUnpickler(pickle.Unpickler):
+    """Reads what `_TensorlessPickler` wrote, given the tensors."""
+
+    def __init__(self, data: bytes, tensors: Sequence[torch.Tensor]):
+        super().__init__(io.BytesIO(data))
+        self.persistent_load = tensors.__getitem__
+
+
 def broadcast_object(value: T) -> T:
-    """Returns rank 0's `value` on every rank."""
+    """Returns rank 0's `value` on every rank, with tensors on the CPU.
+
+    Tensors are sent one by one, so that a rank holds little more than the value itself.
+    """
     if get_world_size() == 1:
         return value
-    box = [value]
+    pickler = _TensorlessPickler(file := io.BytesIO())
+    if get_rank() == 0:
+        pickler.dump(value)
+    tensors = pickler.tensors
+    box = [(file.getvalue(), [(t.shape, t.dtype) for t in tensors])]
     torch.distributed.broadcast_object_list(box, src=0, group=_host_group)
-    return box[0]
+    data, formats = box[0]
+    if get_rank() != 0:
+        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in formats]
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        torch.distributed.broadcast(flat, src=0, group=_host_group)
+    return value if get_rank() == 0 else _TensorlessUnpickler(data, tensors).load()
 
 
 def gather_objects(value: T) -> list[T]:

@@ -35,37 +35,6 @@ AUGMENT_DIM = 9  # augmentation labels, see pfgmpp/augment.py
 OPTIONS_FILE, STATS_FILE, SCORES_FILE = "training_options.json", "stats.jsonl", "metrics.jsonl"
 LOG_FILE, REALS_FILE = "log.txt", "reals.png"
 
-# What a resumed run may change without --override-options, with the reason. Everything else, also
-# options added later, decides what is computed from the resumed step on: see `changed_options`.
-RESUME_MAY_CHANGE = {
-    "data": "a data set may move: its content is compared, by its fingerprint",
-    "seed": "taken from the state; another one is refused",
-    "transfer": "decides where a run begins, not how it continues",
-    "preset": "a name: what it stands for is compared",
-    "duration": "how long, not how: to train for longer is a reason to resume",
-    "batch_gpu": "the split over rounds and processes changes only rounding",
-    "bench": "which kernels run, as the machine does",
-    "compile": "likewise",
-    "deterministic": "likewise",
-    "cache": "where the pixels come from, not which",
-    "workers": "likewise",
-    "data_on_device": "likewise",
-    "max_bad_steps": "when to give up, not what is trained",
-    "tick": "when to report and to write",
-    "snap": "likewise",
-    "dump": "likewise",
-    "keep": "likewise",
-    "log": "where else numbers and pictures go",
-    "samples": "pictures are drawn from seeds of their own",
-    "eval": "so are scores, and training does not see them",
-    "eval_ref": "likewise",
-    "eval_num": "likewise",
-    "eval_detector": "likewise",
-}
-# Options that are in the network itself, which is compared with the state's key by key.
-NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "label_dropout",
-                   "sigma_data", "cbase", "cres", "nblock"}
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -141,26 +110,27 @@ class TrainConfig:
                 f"{self.precond}", "used with --precond=edm")
         for name in ("duration", "batch", "tick", "lr", "max_bad_steps", "snap", "dump"):
             value = getattr(self, name)
-            require(0 < value < math.inf, f"--{_flag(name)}={value:g}", "positive and finite")
+            require(0 < value < math.inf, f"--{flag_name(name)}={value:g}", "positive and finite")
         for name in ("batch_gpu", "cbase", "nblock", "ls", "eval", "keep", "sigma_data"):
             value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, f"--{_flag(name)}={value}", "positive")
+            require(value is None or 0 < value < math.inf, f"--{flag_name(name)}={value}",
+                    "positive")
         for name in ("lr_rampup", "ema", "workers", "samples", "seed"):
             value = getattr(self, name)
-            require(value is None or value >= 0, f"--{_flag(name)}={value}", "0 or more")
+            require(value is None or value >= 0, f"--{flag_name(name)}={value}", "0 or more")
         require((self.eval is None) == (self.eval_ref is None), "--eval and --eval-ref",
                 "given together")
         require(self.eval_num >= 2, f"--eval-num={self.eval_num}", "2 or more")
         for name in ("dropout", "augment", "label_dropout"):
             value = getattr(self, name)
-            require(0 <= value <= 1, f"--{_flag(name)}={value:g}", "between 0 and 1")
+            require(0 <= value <= 1, f"--{flag_name(name)}={value:g}", "between 0 and 1")
         require(self.precision in PRECISIONS, f"--precision={self.precision}",
                 ", ".join(PRECISIONS))
         require(set(self.log) <= set(LOG_SINKS), f"--log={','.join(self.log)}",
                 f"a list of {', '.join(LOG_SINKS)}")
         for name in ("compile", "data_on_device"):
             require(getattr(self, name) in ("auto", "0", "1"),
-                    f"--{_flag(name)}={getattr(self, name)}", "auto, 0 or 1")
+                    f"--{flag_name(name)}={getattr(self, name)}", "auto, 0 or 1")
         require(self.cache or self.data_on_device != "1", "--data-on-device=1 with --cache=0",
                 "used with --cache=1: it is the packed file that is copied")
         require(self.cres is None or (self.cres and min(self.cres) > 0), f"--cres={self.cres}",
@@ -170,6 +140,11 @@ class TrainConfig:
     def D(self) -> float:
         """Augmented dimensions, inf for Gaussian diffusion."""
         return self.aug_dim if self.pfgmpp else math.inf
+
+    @property
+    def has_dynamic_scale(self) -> bool:
+        """Whether the loss scale is found by trying, as it is for fp16 without --ls."""
+        return self.ls is None and self.precision == "fp16"
 
     @property
     def total_nimg(self) -> int:
@@ -270,32 +245,8 @@ def check_options(values: dict) -> dict:
     return {key: _coerce(key, value, hints[key]) for key, value in values.items()}
 
 
-def changed_options(now: TrainConfig, then: dict) -> list[str]:
-    """Returns '--lr=0.01 (0.001 in the state)' for each option that would change the run.
-
-    If the value now is train.py's default, which nobody may have typed, the text says so.
-
-    Args:
-        now: the options of the run that is resumed.
-        then: what `to_dict` wrote to the state; an option that it lacks had its default.
-    """
-    changed = []
-    for field in dataclasses.fields(now):
-        name, value = field.name, now.to_dict()[field.name]
-        before = then.get(name, field.default)
-        is_used = name != "rbatch" or now.stf
-        if name not in {*RESUME_MAY_CHANGE, *NETWORK_OPTIONS} and is_used and value != before:
-            default = ", the default" if value == field.default else ""
-            changed.append(f"--{_flag(name)}={_shown(value)}{default} ({_shown(before)} in the "
-                           "state)")
-    return changed
-
-
-def _shown(value: object) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
-
-
-def _flag(name: str) -> str:
+def flag_name(name: str) -> str:
+    """Returns train.py's flag for a field, without its dashes."""
     return name.replace("_", "-")
 
 

@@ -56,7 +56,8 @@ def open_evaluator(
             detector_class(detector).check_kind(images.image_shape[0], images.scale is None)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    is_data = reference is not None and (os.path.isdir(reference) or reference.endswith(".zip"))
+    is_data = reference is not None and dist.broadcast_object(
+        os.path.isdir(reference) or reference.endswith(".zip"))
     evaluator = Evaluator(detector, ImageFolderDataset(reference) if is_data else reference,
                           metrics, device, name=reference)
     for name, images in sets.items():

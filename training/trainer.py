@@ -11,9 +11,7 @@ import contextlib
 import copy
 import inspect
 import math
-import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +30,8 @@ from training.config import TrainConfig
 from training.device_data import DeviceData, fits_by_itself
 from training.ema import RAMPUP_RATIO, ema_beta, update_ema_
 
+# Raised by every change of what a seed draws, or of the order of the data: resuming compares it.
+DRAWS_VERSION = 1
 # These keep the uses of the run's seed apart.
 _INIT_TAG, _STEP_TAG, _DROPOUT_TAG, _REFERENCE_TAG = 1, 2, 3, 4
 _DYNAMIC_SCALE_START = 2.0**16
@@ -49,9 +49,13 @@ class DivergedError(RuntimeError):
 
 
 class Trainer:
-    """The state of a run in one process, and its step."""
+    """The state of a run in one process, and its step.
 
-    def __init__(self, config: TrainConfig, dataset: ImageFolderDataset, device: torch.device):
+    The tensors of `weights` take the place of those that the seed initialises.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: ImageFolderDataset, device: torch.device,
+                 weights: Mapping[str, torch.Tensor] | None = None):
         self.config, self.dataset, self.device = config, dataset, device
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         self.micro_batch, self.rounds = config.rounds(self.world_size)
@@ -67,8 +71,8 @@ class Trainer:
         self.net.to(device).train()
         self.net.compute_dtype = misc.compute_dtype(config.precision)
         self.ema_rampup: float | None = RAMPUP_RATIO
-        if config.transfer:
-            self._transfer(config.transfer)
+        if weights is not None and not self.net.load_state_dict(weights, strict=False).missing_keys:
+            self.ema_rampup = None  # the weights are good already: there is nothing to forget
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.loss_fn = build_loss(config, self.net)
         self.augment_pipe = AugmentPipe.standard(config.augment) if config.augment > 0 else None
@@ -76,7 +80,7 @@ class Trainer:
             self.net.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
         # Counters that live on the device: scale of a dynamic loss, good steps since its last
         # change, bad steps in all, bad steps in a row, the longest such row, its first step.
-        self.dynamic_scale = config.ls is None and config.precision == "fp16"
+        self.dynamic_scale = config.has_dynamic_scale
         start = _DYNAMIC_SCALE_START if self.dynamic_scale else (config.ls or 1.0)
         self.loss_scale = torch.tensor(start, device=device)
         self.counters = {name: torch.zeros([], device=device) for name in
@@ -279,7 +283,7 @@ class Trainer:
         """Returns all that a resumed run needs, see checkpoints/checkpoint.py."""
         progress = {"cur_nimg": self.cur_nimg, "ema_rampup": self.ema_rampup,
                     "best_score": self.best_score, "unfinished": self.unfinished,
-                    "loss_scale": self.loss_scale.cpu(),
+                    "loss_scale": self.loss_scale.cpu(), "draws": DRAWS_VERSION,
                     "counters": {name: value.cpu() for name, value in self.counters.items()}}
         return {
             "format": checkpoint.STATE_FORMAT, "network": self.net.config,
@@ -291,81 +295,6 @@ class Trainer:
     def snapshot(self) -> dict[str, Any]:
         """Returns what sampling needs, see checkpoints/checkpoint.py."""
         return checkpoint.as_snapshot(self.state())
-
-    def restore(self, state: dict[str, Any], source: str) -> None:
-        """Continues from a training state; call it before `start`.
-
-        Raises:
-            ValueError: it belongs to another network or other data; names the first difference.
-        """
-        self._check_network(state, source)
-        if state["format"] != checkpoint.STATE_FORMAT:
-            self._restore_foreign(state, source)
-            return
-        record = dataset_record(self.dataset)
-        if record["fingerprint"] != state["dataset"]["fingerprint"]:
-            raise ValueError(f"{source}: the data set has changed since the run began "
-                             f"({state['dataset']['size']} images then, {record['size']} now)")
-        self.net.load_state_dict(state["net"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.cur_nimg = state["progress"]["cur_nimg"]
-        self.ema_rampup = state["progress"]["ema_rampup"]
-        self.best_score = state["progress"].get("best_score")
-        self.unfinished = state["progress"].get("unfinished")
-        if self.dynamic_scale:
-            self.loss_scale = state["progress"]["loss_scale"].to(self.device)
-        self.counters = {k: v.to(self.device) for k, v in state["progress"]["counters"].items()}
-
-    def _check_network(self, state: dict[str, Any], source: str) -> None:
-        """Raises ValueError if a state is of another network than this run's."""
-        # The dtype follows --precision of this run, not of the one that wrote the state.
-        skip = {"use_fp16"}
-        if not state.get("D_recorded", True):
-            skip |= {"pfgmpp", "D"}
-        ours, theirs = self.net.config, state["network"]
-        if state["format"] != checkpoint.STATE_FORMAT:
-            # Foreign files spell out what ours leave at its default, and vice versa.
-            skip |= set(ours) ^ set(theirs)
-        else:
-            skip.add("dropout")  # an option without weights, see config.changed_options
-        difference = checkpoint.first_difference(
-            *({k: v for k, v in config.items() if k not in skip} for config in (ours, theirs)))
-        if difference:
-            raise ValueError(
-                f"{source}: the state is of another network ({difference}); give the options that "
-                "it was trained with, or begin a new run under another --name")
-
-    def _restore_foreign(self, state: dict[str, Any], source: str) -> None:
-        """Continues from a state of EDM or PFGM++, and says what can't be restored."""
-        weights = state.get("net") or state["ema"]
-        self._check_weights(weights, f"--resume={source}")
-        self.net.load_state_dict(weights)
-        self.ema.load_state_dict(state["ema"] or weights)
-        moments = self.optimizer.state_dict() | {"state": state["optimizer"]["state"]}
-        self.optimizer.load_state_dict(moments)
-        nimg = state["progress"]["cur_nimg"]
-        named = re.search(r"training-state-(\d+)", Path(source).name)
-        self.cur_nimg = nimg if nimg is not None else int(named[1]) * 1000 if named else 0
-        self.ema_rampup = None  # these states follow long runs, whose ramp-up is over
-        lost = ["random state", "data position"] + ([] if state["ema"] else ["averaged weights"])
-        distributed.print0(
-            f"Note: {source} does not hold {', '.join(lost)}; the run goes on at "
-            f"{self.cur_nimg / 1000:g} kimg with draws and data order of its own seed")
-
-    def _check_weights(self, weights: dict[str, torch.Tensor], given: str) -> None:
-        """Raises ValueError, naming the first difference, if weights do not fit the network."""
-        ours, theirs = ({name: tuple(t.shape) for name, t in tensors.items()}
-                        for tensors in (self.net.state_dict(), weights))
-        difference = checkpoint.first_difference(ours, theirs)
-        if difference:
-            raise ValueError(f"{given}: the weights are of another network ({difference})")
-
-    def _transfer(self, source: str) -> None:
-        weights = checkpoint.sampling_weights(checkpoint.load(source))
-        self._check_weights(weights, f"--transfer={source}")
-        self.net.load_state_dict(weights)
-        self.ema_rampup = None  # the weights are good already: there is nothing to forget
 
 
 class _HostCopy:

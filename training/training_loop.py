@@ -34,8 +34,10 @@ from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.samplers import SamplerConfig
 from sampling.network_sampler import NetworkSampler, SeedImages
 from torch_utils import distributed, misc, training_stats
+from training.agreement import check_weights
 from training.config import OPTIONS_FILE, REALS_FILE, SCORES_FILE, STATS_FILE, TrainConfig
 from training.log_sinks import LogSinks
+from training.resume import State, Weights, restore_
 from training.run_files import RunFiles
 from training.sample_grids import sample_grid, save_real_grid
 from training.scoring import network_features, open_evaluator
@@ -65,22 +67,24 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 def training_loop(
     config: TrainConfig, *, dataset: ImageFolderDataset, run_dir: Path, device: torch.device,
-    resume: tuple[str, dict[str, Any]] | None = None,
+    start: State | Weights | None = None,
 ) -> None:
     """Trains until `config.duration`; writes states, snapshots, grids and statistics to `run_dir`.
 
-    `resume` is (name, content) of the training state to continue from; the folder must exist.
+    `start` is the state to go on with, or the weights to begin with; the folder must exist.
 
     Raises:
-        ValueError: the state or network to start from does not fit.
+        ValueError: the state does not fit, or ranks have other weights.
         DivergedError: too many bad steps in a row.
     """
     misc.configure_backends(config.precision, benchmark=config.bench,
                             deterministic=config.deterministic)
     with console.timed("network"):
-        trainer = Trainer(config, dataset, device)
-    if resume:
-        trainer.restore(resume[1], resume[0])
+        weights = start.tensors if isinstance(start, Weights) else None
+        trainer = Trainer(config, dataset, device, weights)
+    if isinstance(start, State):
+        restore_(trainer, start)
+    check_weights(trainer)
     if trainer.is_finished:
         if trainer.rank == 0:
             console.result(f"Nothing to do: {trainer.cur_nimg} of {config.total_nimg} images done")
@@ -197,20 +201,24 @@ class TickRunner:
         self._collector.update()
         started = time.time()
         has_eval = self._evaluator and (done or config.is_eval_due(nimg))
-        has_pictures = done or tick % config.snap == 0
+        has_snapshot = done or tick % config.snap == 0
         scores, pictures = {}, None
-        if has_eval or has_pictures:
+        if has_eval or has_snapshot:
             with self._stops_at_once():
                 scores = self._evaluate(progress) if has_eval else {}
-                pictures = sample_grid(trainer) if has_pictures else None
+                pictures = sample_grid(trainer) if has_snapshot else None
         self._maintenance_sec += time.time() - started
         numbers = self._report(tick, scores, progress)
         self._sinks.scalars(numbers, nimg)
         if pictures is not None:
             self._sinks.picture("samples", pictures, nimg)
         trainer.check_divergence()
+        has_state = done or (tick > 0 and tick % config.dump == 0)
+        if has_snapshot or has_state:
+            check_weights(trainer)
         if trainer.rank == 0:
-            self._save_files(tick, done, pictures)
+            self._save_files(has_snapshot, has_state, pictures)
+            self._files.raise_if_writes_failed(last=done)
         self._maintenance_sec = time.time() - self._tick_start_time
 
     def _evaluate(self, progress: Progress) -> dict[str, float]:
@@ -219,6 +227,7 @@ class TickRunner:
         before = trainer.best_score
         if value < (math.inf if before is None else before):  # not where it is NaN
             standing = f", the lowest so far: kept as {checkpoint.BEST_STATE}"
+            check_weights(trainer)
             trainer.best_score = value  # which the state records
             if trainer.rank == 0 and not self._files.save(checkpoint.BEST_STATE, trainer.state()):
                 standing = ", the lowest so far, but not kept"
@@ -279,16 +288,15 @@ class TickRunner:
             "Resources/peak_gpu_mem_gb": peak / gb,
             "Resources/peak_gpu_mem_reserved_gb": peak_reserved / gb}
 
-    def _save_files(self, tick: int, done: bool, pictures: PIL.Image.Image | None) -> None:
-        trainer, config, tag = self._trainer, self._trainer.config, _tag(self._trainer)
-        if done or tick % config.snap == 0:
+    def _save_files(self, has_snapshot: bool, has_state: bool, pictures: PIL.Image.Image | None
+                    ) -> None:
+        trainer, tag = self._trainer, _tag(self._trainer)
+        if has_snapshot:
             self._files.save(f"network-snapshot-{tag}.pt", trainer.snapshot())
         if pictures is not None:
             self._files.write(f"samples-{tag}.png", save_png, pictures)
-        is_state_due = done or (tick > 0 and tick % config.dump == 0)
-        if is_state_due and self._files.save(f"training-state-{tag}.pt", trainer.state()):
+        if has_state and self._files.save(f"training-state-{tag}.pt", trainer.state()):
             self._files.prune()
-        self._files.raise_if_writes_failed(last=done)
 
     def after_step(self) -> None:
         """Stops or fails on all ranks once one of them has a reason."""

@@ -18,7 +18,7 @@ CALLS = (
     "metrics.references:load_reference", "metrics.references:save_reference",
     "metrics.evaluator:Evaluator._evaluate", "metrics.score_log:ScoreLog.add",
     "images.dataset:ImageFolderDataset.measure", "checkpoints.checkpoint:save",
-    "checkpoints.checkpoint:newest_state", "training.sample_grids:save_real_grid",
+    "training.resume:read_state", "training.sample_grids:save_real_grid",
     "images.grid:save_png", "images.grid:save_gif", "dnnlib.run_lock:run_lock",
 )
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT

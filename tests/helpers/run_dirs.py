@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -65,3 +66,10 @@ def sweep_lines(D, base):
     return [*(score_line(D, base + i, seeds) for i, seeds in enumerate(("0-9", "10-19", "20-29"))),
             score_line(D, base + 5, noise_alpha=0.1), score_line(D, base + 9, noise_alpha=0.2),
             score_line(D, base + 4, num_steps=10), score_line(D, base + 3, bits=5)]
+
+
+def newest_state(run_dir):
+    """Returns the path of the state that --resume=auto would take, or None, and what was wrong."""
+    from training.resume import read_state
+    state, problems = read_state("auto", Path(run_dir))
+    return Path(state.source) if state else None, problems

@@ -19,20 +19,21 @@ import psutil
 import pytest
 import torch
 from faults import Script, end_scripts, run_to_end, wait_until  # noqa: F401 - a fixture
+from run_dirs import newest_state
 from scripts import HANG_SEC, ROOT
 from tiny import TINY_RUN, write_dataset
 from watchdog import processes
 
 import fid
 import train
-from checkpoints.checkpoint import BEST_STATE, digest, load, newest_state, save, training_states
+from checkpoints.checkpoint import BEST_STATE, digest, load, save, training_states
 from dnnlib.atomic import append_line, atomic_write, remove_stale
 from dnnlib.run_lock import numbered_dir, run_lock
 from generate import main as generate_main
 from torch_utils import distributed
-from training import config as config_module
 from training import training_loop
-from training.config import NETWORK_OPTIONS, RESUME_MAY_CHANGE, TrainConfig, changed_options
+from training.config import TrainConfig
+from training.resume import NETWORK_OPTIONS, RESUME_MAY_CHANGE, changed_options
 from training.run_files import RunFiles
 
 DEAD_PID = 2**22 + 1  # beyond what Linux gives
@@ -788,4 +789,4 @@ def test_a_time_limit_that_is_none_is_one_line(monkeypatch):
 def test_the_reasons_name_options_of_the_command():
     flags = {option.name for option in train.main.params}
     renamed = {"compile": "compile_"}
-    assert {renamed.get(name, name) for name in config_module.RESUME_MAY_CHANGE} <= flags
+    assert {renamed.get(name, name) for name in RESUME_MAY_CHANGE} <= flags

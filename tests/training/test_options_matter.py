@@ -13,8 +13,10 @@ from tiny import TINY_RUN, write_dataset
 import train
 from checkpoints.checkpoint import digest
 from images.dataset import ImageFolderDataset
+from pfgmpp.networks import build_network
 from torch_utils.misc import configure_backends
 from training.config import TrainConfig
+from training.resume import open_weights
 from training.trainer import Trainer
 
 BASE = {"arch": "ncsnpp", "cbase": 8, "cres": (1, 2), "nblock": 1, "batch": 8, "lr": 1e-2,
@@ -81,11 +83,13 @@ def digest_of(folder):
     @functools.cache
     def trained(options):
         config = TrainConfig(data=str(data), **BASE | dict(options))
-        if config.transfer:
-            config = dataclasses.replace(config, transfer=str(folder / config.transfer))
         cls = WithConditions if config.cond_image else ImageFolderDataset
-        trainer = Trainer(config, cls(data, use_labels=config.cond, xflip=config.xflip),
-                          torch.device("cpu"))
+        dataset = cls(data, use_labels=config.cond, xflip=config.xflip)
+        weights = None
+        if config.transfer:
+            net = build_network(config.network(8, 3, 0))
+            weights = open_weights(str(folder / config.transfer), net).tensors
+        trainer = Trainer(config, dataset, torch.device("cpu"), weights)
         trainer.start()
         for _ in range(3):
             trainer.train_step()

@@ -8,9 +8,10 @@ import time
 
 import pytest
 from faults import Script, end_scripts, run_to_end, wait_until  # noqa: F401 - a fixture
+from run_dirs import newest_state
 from tiny import TINY_RUN
 
-from checkpoints.checkpoint import digest, load, newest_state
+from checkpoints.checkpoint import digest, load
 from dnnlib.run_lock import run_lock
 from dnnlib.signals import LAUNCHER_SEC
 

@@ -287,13 +287,6 @@ def test_auto_resume_goes_by_the_images_in_the_file(undisturbed, tmp_path, invok
     assert "Nothing to do" in result.output
 
 
-def test_a_transfer_that_does_not_fit_names_the_weight(undisturbed, dataset_zip, tmp_path, invoke):
-    source = undisturbed[0] / "network-snapshot-000000.080.pt"
-    result = invoke(train.main, f"--outdir={tmp_path}", f"--data={dataset_zip}", *TINY_RUN,
-                    "--cbase=16", f"--transfer={source}")
-    one_line_error(result, 1, "model.", "here", "there")
-
-
 @pytest.mark.long
 def test_a_run_on_label_vectors_trains_and_draws_its_grids(tmp_path, invoke):
     data = write_dataset(tmp_path / "vectors.zip", vectors=True)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from host_reads import HostReads
+from run_dirs import newest_state
 from scripts import ROOT
 from tiny import write_dataset
 
-from checkpoints.checkpoint import build_ema, digest, kimg_tag, load, newest_state, save
+from checkpoints.checkpoint import build_ema, digest, kimg_tag, load, save
 from images.dataset import ImageFolderDataset, order_at
 from torch_utils import training_stats
 from torch_utils.misc import mix_seed

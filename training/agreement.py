@@ -1,0 +1,94 @@
+"""Whether all ranks train the same thing: their options, code, data and weights.
+
+Ranks that were started differently train on without a sign: gradients are averaged whatever they
+are of. So they are compared at the start, and their weights whenever files are written.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from images.dataset import ImageFolderDataset
+from torch_utils import distributed
+from training.config import TrainConfig, flag_name
+from training.trainer import Trainer, dataset_record
+
+# What may differ between machines: paths, and how each of them reads its data.
+_OWN_OPTIONS = {"data", "transfer", "eval_ref", "workers"}
+_ROOT = Path(__file__).resolve().parent.parent
+_ROOMS = ("dnnlib", "torch_utils", "images", "pfgmpp", "checkpoints", "sampling", "metrics",
+          "training")
+
+
+def check_options(config: TrainConfig, **others: Any) -> None:
+    """Raises ValueError on every rank if one has other options, code or PyTorch than rank 0.
+
+    Args:
+        config: the options of this rank.
+        others: what else must be alike, by flag.
+    """
+    facts = {f"--{flag_name(name)}": value for name, value in (config.to_dict() | others).items()
+             if name not in _OWN_OPTIONS}
+    _require_alike(facts, "start every process with the same command")
+    _require_alike({"code of sha256": _code_digest(), "PyTorch": torch.__version__},
+                   "install the same on every machine")
+
+
+def check_data(dataset: ImageFolderDataset) -> None:
+    """Raises ValueError on every rank if one reads other data than rank 0."""
+    record = dataset_record(dataset)
+    _require_alike({"images in --data": record["size"],
+                    "data of fingerprint": record["fingerprint"]},
+                   "give every machine the same data")
+
+
+def check_weights(trainer: Trainer) -> None:
+    """Raises ValueError on every rank if one has other weights than rank 0, bit by bit.
+
+    Every rank must call it at the same step. It waits for the device.
+    """
+    if distributed.get_world_size() == 1:
+        return
+    tensors = {f"{kind} {name}": tensor
+               for kind, net in (("weight", trainer.net), ("averaged weight", trainer.ema))
+               for name, tensor in net.named_parameters()}
+    sums = torch.stack([_bit_sum(tensor) for tensor in tensors.values()]).tolist()
+    everyone = distributed.gather_objects(sums)
+    for rank, theirs in enumerate(everyone):
+        differing = [name for name, a, b in zip(tensors, everyone[0], theirs, strict=True)
+                     if a != b]
+        if differing:
+            raise ValueError(
+                f"rank {rank} has other weights than rank 0 at {trainer.cur_nimg / 1000:g} kimg "
+                f"({len(differing)} of {len(sums)} tensors, first {differing[0]}): nothing was "
+                "written, and the last state is from before; look for a machine with other "
+                "hardware, drivers or libraries")
+
+
+def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns an int64 on the device that changes with any bit of a float32 tensor and its place.
+
+    Odd factors make each term a bijection of its element modulo 2^64.
+    """
+    bits = tensor.detach().reshape(-1).view(torch.int32).to(torch.int64)
+    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
+
+
+def _require_alike(facts: dict[str, Any], advice: str) -> None:
+    """Raises ValueError on every rank if one has other facts than rank 0; names the first."""
+    everyone = distributed.gather_objects(facts)
+    for rank, theirs in enumerate(everyone):
+        differing = [f"{name}={theirs.get(name)} ({value} on rank 0)"
+                     for name, value in everyone[0].items() if theirs.get(name) != value]
+        if differing:
+            raise ValueError(f"rank {rank} was started with {', '.join(differing)}; {advice}")
+
+
+def _code_digest() -> str:
+    """Returns the beginning of a sha256 over the source files that training uses."""
+    sha = hashlib.sha256()
+    for path in sorted(path for room in _ROOMS for path in (_ROOT / room).glob("*.py")):
+        sha.update(f"{path.relative_to(_ROOT)}\0".encode() + path.read_bytes())
+    return sha.hexdigest()[:16]

@@ -1,0 +1,422 @@
+"""What a run starts from: a training state to go on with, the weights of another run, or nothing.
+
+    open_state      the state that --resume names
+    settle_options  the run's seed, and whether its options may differ from the state's
+    settle_data     whether its data are the state's
+    open_weights    the weights that --transfer names, as far as they fit
+    restore_        puts a state into a trainer
+
+Rank 0 finds and reads the files, and every rank gets what it has read: none of the others looks at
+its own file system. No PyTorch is needed to import this file.
+
+Adam's moments have the scale of the gradients they were computed from: a loss scale of `ls` makes
+the first moment ls times and the second ls^2 times larger. They are brought to this run's scale.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dnnlib.cli import BAD_USAGE, UserError
+from training.config import OPTIONS_FILE, TrainConfig, flag_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from images.dataset import ImageFolderDataset
+    from training.trainer import Trainer
+
+# What a resumed run may change without --override-options, with the reason. Everything else, also
+# options added later, decides what is computed from the resumed step on.
+RESUME_MAY_CHANGE = {
+    "data": "a data set may move: its content is compared, by its fingerprint",
+    "seed": "taken from the state; another one is refused",
+    "transfer": "decides where a run begins, not how it continues",
+    "preset": "a name: what it stands for is compared",
+    "duration": "how long, not how: to train for longer is a reason to resume",
+    "batch_gpu": "the split over rounds and processes changes only rounding",
+    "bench": "which kernels run, as the machine does",
+    "compile": "likewise",
+    "deterministic": "likewise",
+    "cache": "where the pixels come from, not which",
+    "workers": "likewise",
+    "data_on_device": "likewise",
+    "max_bad_steps": "when to give up, not what is trained",
+    "tick": "when to report and to write",
+    "snap": "likewise",
+    "dump": "likewise",
+    "keep": "likewise",
+    "log": "where else numbers and pictures go",
+    "samples": "pictures are drawn from seeds of their own",
+    "eval": "so are scores, and training does not see them",
+    "eval_ref": "likewise",
+    "eval_num": "likewise",
+    "eval_detector": "likewise",
+}
+# Options that are in the network itself, which is compared with the state's key by key.
+NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "label_dropout",
+                   "sigma_data", "cbase", "cres", "nblock"}
+_EDM_LOSS_SCALE = "loss_scaling"  # in the training_options.json of EDM and PFGM++
+_STATE_TAG = re.compile(r"training-state-(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A training state to go on with: what `checkpoint.load_state` read from `source`.
+
+    `changed` lists the options of the run that differ from the state's.
+    """
+
+    source: str
+    content: dict[str, Any]
+    changed: tuple[str, ...] = ()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this project wrote it, so that it holds all that a run needs."""
+        from checkpoints.checkpoint import STATE_FORMAT
+        return self.content["format"] == STATE_FORMAT
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights to begin with: those of `source` that fit, and what was left out, a line each."""
+
+    source: str
+    tensors: Mapping[str, "torch.Tensor"]
+    left_out: tuple[str, ...]
+
+
+def describe_start(start: State | Weights | None) -> list[str]:
+    """Returns lines that say what a run starts from, none for a new run."""
+    if isinstance(start, State):
+        changed = [f"Changed        {', '.join(start.changed)}"] if start.changed else []
+        return [f"Resuming from  {start.source}", *changed]
+    if start is None:
+        return []
+    return [f"Transferred    {len(start.tensors)} tensors of {start.source}"
+            + (f"; {len(start.left_out)} do not fit:" if start.left_out else ""),
+            *(f"               {line}" for line in start.left_out)]
+
+
+# ---------------------------------------------------------------------------- which state
+
+
+def open_state(resume: str, run_dir: Path | None) -> State | None:
+    """Returns the state that `resume` names; None if it is 'auto' and `run_dir` has none.
+
+    Raises:
+        ValueError: it is damaged, or no state in `run_dir` verifies; UserError for a snapshot.
+        OSError: it can't be read.
+    """
+    from checkpoints.checkpoint import SnapshotGivenError
+    from torch_utils import distributed
+    try:
+        found, problems = distributed.run_on_rank0(read_state, resume, run_dir)
+    except SnapshotGivenError as error:
+        raise UserError(str(error), BAD_USAGE) from error
+    for problem in problems:
+        distributed.warn0(f"skipped {problem}")
+    if found is None and problems:
+        raise ValueError(f"--resume=auto: no training state in {run_dir} verifies")
+    return found
+
+
+def read_state(resume: str, run_dir: Path | None) -> tuple[State | None, list[str]]:
+    """Returns the state that `resume` names, and what was wrong with newer ones.
+
+    For 'auto' it is the state in `run_dir` that records the most images and verifies, if any.
+    """
+    if resume != "auto":
+        return _read_state(Path(resume)), []
+    from checkpoints import checkpoint
+    assert run_dir is not None, "train.py asks for --name or --nosubdir"
+    problems: list[str] = []
+    paths = checkpoint.training_states(run_dir) if run_dir.is_dir() else []
+    for path in sorted(paths, key=checkpoint.recorded_nimg, reverse=True):
+        try:
+            return _read_state(path), problems
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def _read_state(path: Path) -> State:
+    from checkpoints import checkpoint
+    state = State(str(path), checkpoint.load_state(path))
+    return state if state.is_ours else _with_neighbours(state)
+
+
+def _with_neighbours(state: State) -> State:
+    """Returns a state of EDM or PFGM++ with what the files beside it say of the same run.
+
+    EDM's states lack the averaged weights, which are in the network-snapshot of the same number.
+    Both projects write the loss scale to training_options.json.
+    """
+    from checkpoints import checkpoint
+    content, path = dict(state.content), Path(state.source)
+    tag = _STATE_TAG.match(path.name)
+    snapshot = path.with_name(f"network-snapshot-{tag[1]}.pkl") if tag else None
+    if content["ema"] is None and snapshot and snapshot.is_file():
+        other = checkpoint.load(snapshot)
+        difference = checkpoint.first_difference(content["network"], other["network"])
+        if difference:
+            raise ValueError(f"{snapshot}: lies beside {path.name}, but is of another network "
+                             f"({difference}); move one of them away")
+        content |= {"ema": other["ema"], "ema_source": str(snapshot)}
+    try:
+        options = json.loads(path.with_name(OPTIONS_FILE).read_text(encoding="utf-8"))
+        scale = options.get(_EDM_LOSS_SCALE)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        scale = None
+    if isinstance(scale, int | float) and 0 < scale < float("inf"):
+        content["options"] = {**content["options"], "ls": float(scale)}
+    return dataclasses.replace(state, content=content)
+
+
+# ---------------------------------------------------------------------------- which options
+
+
+def settle_options(
+    config: TrainConfig, seed: int | None, state: State | None, *, override: bool,
+) -> tuple[TrainConfig, State | None]:
+    """Returns the run's options with its seed, and the state with the options that differ.
+
+    The seed is the one given, else that of the state, else a random one, the same on every rank.
+
+    Raises:
+        ValueError: the seed given is not that of the state.
+        UserError: options that decide what is computed differ, and `override` is not set; or the
+            loss scale of the state of another project is not known.
+    """
+    from torch_utils import distributed
+    recorded = state.content["options"].get("seed") if state else None  # foreign states have none
+    if recorded is not None and seed not in (None, recorded):
+        raise ValueError(f"--seed={seed}: the run to resume has seed {recorded}; leave --seed out")
+    seed = recorded if seed is None else seed
+    if seed is None:
+        seed = distributed.broadcast_object(int.from_bytes(os.urandom(4), "big") >> 1)
+    config = dataclasses.replace(config, seed=seed)
+    if state is None:
+        return config, None
+    if not state.is_ours:  # these do not record options
+        return config, _with_loss_scale(config, state)
+    changed = [*changed_options(config, state.content["options"]), *_changed_draws(state)]
+    if changed and not override:
+        raise UserError(
+            f"{state.source}: the run to resume has other options: {', '.join(changed)}; give them "
+            "as they were, or --override-options to change them", BAD_USAGE)
+    return config, dataclasses.replace(state, changed=tuple(changed))
+
+
+def changed_options(now: TrainConfig, then: dict[str, Any]) -> list[str]:
+    """Returns '--lr=0.01 (0.001 in the state)' for each option that would change the run.
+
+    If the value now is train.py's default, which nobody may have typed, the text says so.
+
+    Args:
+        now: the options of the run that is resumed.
+        then: what `TrainConfig.to_dict` wrote to the state; an option that it lacks had its
+            default.
+    """
+    changed = []
+    for field in dataclasses.fields(now):
+        name, value = field.name, now.to_dict()[field.name]
+        before = then.get(name, field.default)
+        is_used = name != "rbatch" or now.stf
+        if name not in {*RESUME_MAY_CHANGE, *NETWORK_OPTIONS} and is_used and value != before:
+            default = ", the default" if value == field.default else ""
+            changed.append(f"--{flag_name(name)}={_shown(value)}{default} ({_shown(before)} in the "
+                           "state)")
+    return changed
+
+
+def _changed_draws(state: State) -> list[str]:
+    """Returns a text if the state's run drew its random numbers in another way than this code."""
+    from training.trainer import DRAWS_VERSION
+    then = state.content["progress"].get("draws", 1)  # states without a number have the first
+    return [] if then == DRAWS_VERSION else [
+        f"random draws of version {DRAWS_VERSION} ({then} in the state, from another version of "
+        "the code)"]
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _with_loss_scale(config: TrainConfig, state: State) -> State:
+    """Returns a state of EDM or PFGM++ with the loss scale that its moments are of, as 'ls'.
+
+    Raises:
+        UserError: it is neither recorded nor given, and the network was trained in float16.
+    """
+    from torch_utils import distributed
+    options = state.content["options"]
+    if "ls" in options:
+        return state
+    if config.ls is None and state.content["network"].get("use_fp16"):
+        raise UserError(
+            f"{state.source}: trained in float16 with a loss scale that is not recorded; give the "
+            "--ls it was trained with (100 for EDM's ImageNet), or put its training_options.json "
+            "beside it", BAD_USAGE)
+    distributed.print0(f"Note: {state.source} does not record its loss scale; it is taken to be "
+                       f"{config.ls or 1:g}, " + ("as --ls says" if config.ls else "the default"))
+    return dataclasses.replace(
+        state, content={**state.content, "options": {**options, "ls": config.ls or 1.0}})
+
+
+def settle_data(
+    config: TrainConfig, dataset: "ImageFolderDataset", state: State, *, override: bool,
+) -> State:
+    """Returns the state, made out for other data if those were named and that is allowed.
+
+    Raises:
+        ValueError: the data have changed since the run began; UserError where others were named.
+    """
+    from training.trainer import dataset_record
+    if not state.is_ours:
+        return state
+    record, then = dataset_record(dataset), state.content["dataset"]
+    if record["fingerprint"] == then["fingerprint"]:
+        return state
+    named_then = state.content["options"].get("data")
+    if config.data == named_then:
+        raise ValueError(f"{state.source}: the data set has changed since the run began "
+                         f"({then['size']} images then, {record['size']} now)")
+    if not override:
+        raise UserError(
+            f"{state.source}: the run to resume has other data: --data={config.data} "
+            f"({named_then} in the state; {then['size']} images then, {record['size']} now); give "
+            "them as they were, or --override-options to change them", BAD_USAGE)
+    return dataclasses.replace(state, content={**state.content, "dataset": record})
+
+
+# ---------------------------------------------------------------------------- which weights
+
+
+def open_weights(source: str, net: "torch.nn.Module") -> Weights:
+    """Returns the averaged weights of a snapshot or state whose names and shapes `net` has too.
+
+    `net` may be on the "meta" device. What does not fit begins as a new run's does.
+
+    Raises:
+        ValueError: no checkpoint, or no parameter fits.
+        OSError: it can't be read.
+    """
+    from checkpoints import checkpoint
+    from torch_utils import distributed
+    theirs = distributed.run_on_rank0(
+        lambda: checkpoint.sampling_weights(checkpoint.load(source)))
+    ours = net.state_dict()
+    left_out = []
+    for name in ours | theirs:
+        there, here = (f"{list(t[name].shape)}" if name in t else "none" for t in (theirs, ours))
+        if there != here:
+            left_out.append(f"{name} ({there} there, {here} here)")
+    fitting = {name: tensor for name, tensor in theirs.items()
+               if name in ours and tensor.shape == ours[name].shape}
+    if not fitting.keys() & {name for name, _ in net.named_parameters()}:
+        raise ValueError(f"--transfer={source}: none of its weights fits this network (first: "
+                         f"{left_out[0]}); give the options of its architecture")
+    return Weights(source, fitting, tuple(left_out))
+
+
+# ---------------------------------------------------------------------------- into the trainer
+
+
+def restore_(trainer: "Trainer", state: State) -> None:
+    """Continues from a training state; call it before `trainer.start`.
+
+    Raises:
+        ValueError: it belongs to another network; names the first difference.
+    """
+    check_network(trainer.net.config, state)
+    content = state.content
+    if not state.is_ours:
+        _restore_foreign_(trainer, state)
+        return
+    trainer.net.load_state_dict(content["net"])
+    trainer.ema.load_state_dict(content["ema"])
+    _load_moments_(trainer, content["optimizer"], then=content["options"].get("ls"))
+    progress = content["progress"]
+    trainer.cur_nimg = progress["cur_nimg"]
+    trainer.ema_rampup = progress["ema_rampup"]
+    trainer.best_score = progress.get("best_score")
+    trainer.unfinished = progress.get("unfinished")
+    counters = {name: value.to(trainer.device) for name, value in progress["counters"].items()}
+    if trainer.dynamic_scale:
+        if TrainConfig.from_dict(content["options"]).has_dynamic_scale:
+            trainer.loss_scale = progress["loss_scale"].to(trainer.device)
+        else:  # the scale of a new run, found anew
+            counters["good_since_change"].zero_()
+    trainer.counters = counters
+
+
+def check_network(ours: dict[str, Any], state: State) -> None:
+    """Raises ValueError if a state is of another network than `ours`, a configuration."""
+    from checkpoints import checkpoint
+    # The dtype follows --precision of this run, not of the one that wrote the state.
+    skip = {"use_fp16"}
+    if not state.content.get("D_recorded", True):
+        skip |= {"pfgmpp", "D"}
+    theirs = state.content["network"]
+    if state.is_ours:
+        skip.add("dropout")  # an option without weights, see `changed_options`
+    else:
+        # Foreign files spell out what ours leave at its default, and vice versa.
+        skip |= set(ours) ^ set(theirs)
+    difference = checkpoint.first_difference(
+        *({k: v for k, v in config.items() if k not in skip} for config in (ours, theirs)))
+    if difference:
+        raise ValueError(
+            f"{state.source}: the state is of another network ({difference}); give the options "
+            "that it was trained with, or begin a new run under another --name")
+
+
+def _restore_foreign_(trainer: "Trainer", state: State) -> None:
+    """Continues from a state of EDM or PFGM++, and says what can't be restored."""
+    from checkpoints import checkpoint
+    from torch_utils import distributed
+    content, source = state.content, state.source
+    weights = content.get("net") or content["ema"]
+    shapes = ({name: tuple(t.shape) for name, t in tensors.items()}
+              for tensors in (trainer.net.state_dict(), weights))
+    if difference := checkpoint.first_difference(*shapes):
+        raise ValueError(f"--resume={source}: the weights are of another network ({difference})")
+    trainer.net.load_state_dict(weights)
+    trainer.ema.load_state_dict(content["ema"] or weights)
+    moments = trainer.optimizer.state_dict() | {"state": content["optimizer"]["state"]}
+    _load_moments_(trainer, moments, then=content["options"].get("ls"))
+    nimg, tag = content["progress"]["cur_nimg"], _STATE_TAG.match(Path(source).name)
+    trainer.cur_nimg = nimg if nimg is not None else int(tag[1]) * 1000 if tag else 0
+    trainer.ema_rampup = None  # these states follow long runs, whose ramp-up is over
+    lost = ["random state", "data position"] + ([] if content["ema"] else ["averaged weights"])
+    distributed.print0(
+        f"Note: {source} does not hold {', '.join(lost)}; the run goes on at "
+        f"{trainer.cur_nimg / 1000:g} kimg with draws and data order of its own seed")
+    if "ema_source" in content:
+        distributed.print0(f"Note: the averaged weights are those of {content['ema_source']}")
+    elif not content["ema"]:
+        distributed.print0("Note: no network-snapshot of the same number lies beside it, so the "
+                           "average begins anew with the weights themselves")
+
+
+def _load_moments_(
+    trainer: "Trainer", optimizer: dict[str, Any], *, then: float | None,
+) -> None:
+    """Takes over an optimizer's state, each moment in its parameter's layout and this run's scale.
+
+    Fused Adam pairs elements by their place in memory, and files may hold other strides than the
+    channels-last weights. `then` is the loss scale the moments are of, None for gradients that are
+    free of it, as those of a dynamic scale are.
+    """
+    import torch
+    trainer.optimizer.load_state_dict(optimizer)
+    ratio = (trainer.config.ls or 1.0) / (then or 1.0)
+    for parameter, moments in trainer.optimizer.state.items():
+        for name, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+            moments[name] = torch.empty_like(parameter).copy_(moments[name]).mul_(ratio**power)
