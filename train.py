@@ -126,6 +126,8 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--stf", type=_BOOL, default=False, help="Stable targets: the mean over a reference batch, given the noisy image.")
 @click.option("--rbatch", metavar="INT", type=int, default=4096, help="Images in the reference batch of --stf, the batch included.")
 @click.option("--lsun", type=_BOOL, default=False, help="Noise levels for 256x256 images: 380/80 times higher.")
+@click.option("--P_mean", "P_mean", metavar="FLOAT", type=float, default=-1.2, help="Mean of ln sigma in training, with --precond=edm. Latents and 512x512 images use others: EDM2 has -0.4.")
+@click.option("--P_std", "P_std", metavar="FLOAT", type=float, default=1.2, help="Standard deviation of ln sigma in training, with --precond=edm; EDM2 has 1.0.")
 @click.option("--cond-image", type=_BOOL, default=False, help="Train with the condition images of the data set.")
 # Hyperparameters.
 @click.option("--duration", metavar="MIMG", type=float, default=200, help="Length of training in millions of images.")

@@ -65,6 +65,7 @@ RESUME_MAY_CHANGE = {
 # Options that are in the network itself, which is compared with the state's key by key.
 NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "label_dropout",
                    "sigma_data", "cbase", "cres", "nblock"}
+_UNDERSCORED = {"aug_dim", "P_mean", "P_std"}  # as the flags are written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,8 @@ class TrainConfig:
     stf: bool = False
     rbatch: int = 4096
     lsun: bool = False
+    P_mean: float = -1.2  # of ln sigma, with precond='edm'
+    P_std: float = 1.2
     duration: float = 200.0  # Mimg
     batch: int = 512
     batch_gpu: int | None = None  # None = batch / number of processes
@@ -139,7 +142,14 @@ class TrainConfig:
                 "used with --cond=1: there are no labels to drop")
         require(self.sigma_data == 0.5 or self.precond == "edm", f"--sigma-data with --precond="
                 f"{self.precond}", "used with --precond=edm")
-        for name in ("duration", "batch", "tick", "lr", "max_bad_steps", "snap", "dump"):
+        for name in ("P_mean", "P_std"):
+            value = getattr(self, name)
+            require(value == _default(name) or self.precond == "edm", f"--{name}={value:g} with "
+                    f"--precond={self.precond}", "used with --precond=edm: the noise levels of ve "
+                    "and vp have another law")
+        require(math.isfinite(self.P_mean), f"--P_mean={self.P_mean:g}", "finite")
+        for name in ("duration", "batch", "tick", "lr", "max_bad_steps", "snap", "dump",
+                     "P_std"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"--{_flag(name)}={value:g}", "positive and finite")
         for name in ("batch_gpu", "cbase", "nblock", "ls", "eval", "keep", "sigma_data"):
@@ -296,7 +306,11 @@ def _shown(value: object) -> str:
 
 
 def _flag(name: str) -> str:
-    return name.replace("_", "-")
+    return name if name in _UNDERSCORED else name.replace("_", "-")
+
+
+def _default(name: str) -> object:
+    return TrainConfig.__dataclass_fields__[name].default
 
 
 def _coerce(key: str, value: object, hint: object) -> object:

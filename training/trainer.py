@@ -393,7 +393,8 @@ def build_loss(config: TrainConfig, net: Precond) -> DenoisingLoss:
     """Returns the loss of the run's preconditioner, at the run's D."""
     kwargs: dict[str, Any] = {"pfgmpp": config.pfgmpp, "D": config.aug_dim}
     if config.precond == "edm":
-        kwargs |= {"sigma_data": net.sigma_data, "lsun": config.lsun}
+        kwargs |= {"sigma_data": net.sigma_data, "lsun": config.lsun, "P_mean": config.P_mean,
+                   "P_std": config.P_std}
     return LOSSES[config.precond](**kwargs)
 
 

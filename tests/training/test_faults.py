@@ -365,7 +365,7 @@ def test_every_option_is_free_or_compared_or_in_the_network():
     compared = names - RESUME_MAY_CHANGE.keys() - NETWORK_OPTIONS
     assert compared == {  # a new option is compared until somebody has thought about it
         "stf", "rbatch", "lsun", "batch", "lr", "lr_rampup", "ema", "dropout", "augment", "xflip",
-        "precision", "ls"}
+        "precision", "ls", "P_mean", "P_std"}
     assert all(RESUME_MAY_CHANGE.values()), "each with its reason"
 
 
@@ -381,6 +381,9 @@ def test_changed_options_are_listed_with_both_values():
     then["gone"] = 1
     assert changed_options(dataclasses.replace(now, batch=64, lr=1e-3), then) == []
     assert "--rbatch=100" in str(changed_options(dataclasses.replace(now, stf=True), then))
+    now = dataclasses.replace(back, lr=1e-3, P_mean=-0.4, P_std=1.0)
+    assert changed_options(now, then) == [
+        "--P_mean=-0.4 (-1.2 in the state)", "--P_std=1 (1.2 in the state)"]
 
 
 @pytest.mark.long

@@ -227,6 +227,10 @@ def one_line_error(result, code, *words):
     (["--lr=0"], 2, ["--lr=0"]),
     (["--stf=1", "--rbatch=7"], 2, ["--rbatch=7", "--batch=8"]),
     (["--lsun=1", "--precond=vp"], 2, ["--lsun=1", "edm"]),
+    (["--P_mean=-0.4", "--precond=vp"], 2, ["--P_mean=-0.4 with --precond=vp", "edm"]),
+    (["--P_std=1", "--precond=ve"], 2, ["--P_std=1 with --precond=ve", "edm"]),
+    (["--P_mean=inf"], 2, ["--P_mean=inf", "finite"]),
+    (["--P_std=0"], 2, ["--P_std=0", "positive"]),
     (["--device=cuda"], 1, ["--device=cpu"]),
 ])
 def test_bad_options_get_one_line(flags, code, words, dataset_zip, tmp_path, invoke):
