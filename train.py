@@ -136,6 +136,7 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--cbase", metavar="INT", type=int, help="Channel multiplier.  [default: by architecture]")
 @click.option("--cres", metavar="LIST", type=IntList(unique=False), help="Channels per resolution, e.g. 1,2,2,2.  [default: by architecture]")
 @click.option("--nblock", metavar="INT", type=int, help="Residual blocks per resolution.  [default: by architecture]")
+@click.option("--ares", metavar="LIST", type=IntList(empty="none"), help="Image sides (the longer one) at which blocks attend, e.g. 32,16,8; with none, only the block in the middle does.  [default: by architecture: 16, and 32,16,8 for adm]")
 @click.option("--lr", metavar="FLOAT", type=float, default=10e-4, help="Learning rate of Adam.")
 @click.option("--lr-rampup", metavar="MIMG", type=float, default=10, help="Linear rise of the learning rate, in millions of images.")
 @click.option("--ema", metavar="MIMG", type=float, default=0.5, help="Half-life of the weights' moving average.")

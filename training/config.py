@@ -64,7 +64,7 @@ RESUME_MAY_CHANGE = {
 }
 # Options that are in the network itself, which is compared with the state's key by key.
 NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "label_dropout",
-                   "sigma_data", "cbase", "cres", "nblock"}
+                   "sigma_data", "cbase", "cres", "nblock", "ares"}
 _UNDERSCORED = {"aug_dim", "P_mean", "P_std"}  # as the flags are written
 
 
@@ -94,6 +94,7 @@ class TrainConfig:
     cbase: int | None = None
     cres: tuple[int, ...] | None = None
     nblock: int | None = None
+    ares: tuple[int, ...] | None = None  # () = no level attends
     lr: float = 10e-4
     lr_rampup: float = 10.0  # Mimg
     ema: float = 0.5  # Mimg
@@ -228,7 +229,11 @@ class TrainConfig:
 
     def network(self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int,
                 cond_channels: int = 0) -> dict:
-        """Returns the configuration of the network for this data, as `build_network` takes it."""
+        """Returns the configuration of the network for this data, as `build_network` takes it.
+
+        Raises:
+            ValueError: `ares` names a resolution that the network does not reach.
+        """
         optional = {
             "D": self.aug_dim if self.pfgmpp else None,
             "augment_dim": AUGMENT_DIM if self.augment > 0 else None,
@@ -236,7 +241,9 @@ class TrainConfig:
             "label_dropout": self.label_dropout or None, "cond_channels": cond_channels or None,
             "model_channels": self.cbase, "num_blocks": self.nblock,
             "channel_mult": list(self.cres) if self.cres else None,
+            "attn_resolutions": None if self.ares is None else sorted(self.ares, reverse=True),
         }
+        self._check_ares(img_resolution)
         return {
             "class_name": PRECONDITIONERS[self.precond], "img_resolution": img_resolution,
             "img_channels": img_channels, "label_dim": label_dim, "pfgmpp": self.pfgmpp,
@@ -244,10 +251,25 @@ class TrainConfig:
             **{key: value for key, value in optional.items() if value is not None},
         }
 
+    def _check_ares(self, img_resolution: int | Sequence[int]) -> None:
+        """Raises ValueError, naming those there are, for an attention resolution that is not there.
+
+        A level is named by the longer side of its image, as the U-Nets do.
+        """
+        side = max(img_resolution) if isinstance(img_resolution, Sequence) else img_resolution
+        levels = len(self.cres or ARCHITECTURES[self.arch]["channel_mult"])
+        sides = [side >> level for level in range(levels)]
+        unknown = [str(given) for given in self.ares or () if given not in sides]
+        if unknown:
+            raise ValueError(f"--ares={','.join(map(str, self.ares))}: no level of the network has "
+                             f"an image side of {' or '.join(unknown)}; choose from "
+                             f"{', '.join(map(str, sides))}, or none")
+
     def to_dict(self) -> dict:
         """Returns plain data that JSON can hold; infinity becomes the string 'inf'."""
         values = dataclasses.asdict(self)
         values["cres"] = list(self.cres) if self.cres else None
+        values["ares"] = None if self.ares is None else list(self.ares)
         values["log"] = list(self.log)
         return json_value(values)
 

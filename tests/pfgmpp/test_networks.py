@@ -1,5 +1,6 @@
 """Preconditioners against their table, U-Nets against numpy, names and sizes as published."""
 
+import dataclasses
 import json
 import math
 
@@ -399,6 +400,37 @@ def test_a_level_attends_where_its_longer_side_is_listed(arch, size):
     attending = {name.split(".")[2].split("_")[0] for name in net.state_dict()
                  if "qkv" in name and "in0" not in name}
     assert attending == {f"{size[0] // 2}x{size[1] // 2}"}
+
+
+def attending(net):
+    """The longer sides of the levels that attend, the block in the middle left out."""
+    return {max(map(int, name.split(".")[2].split("_")[0].split("x"))) for name in net.state_dict()
+            if "qkv" in name and "in0" not in name}
+
+
+@pytest.mark.parametrize("arch, by_default", [("ddpmpp", {16}), ("ncsnpp", {16}), ("adm", {8, 16})])
+@pytest.mark.parametrize("size", [16, [16, 8], [4, 16]], ids=str)
+@pytest.mark.parametrize("ares", [None, (), (8,), (16, 4)], ids=str)
+def test_a_run_attends_where_its_options_say(arch, by_default, size, ares):
+    config = TrainConfig(data="none", arch=arch, ares=ares, cbase=64, cres=(1, 1, 1), nblock=1)
+    with torch.device("meta"):
+        net = build_network(config.network(size, 3, 0))
+    assert attending(net) == (by_default if ares is None else set(ares))
+    assert any("in0.qkv" in name for name in net.state_dict()), "the middle does anyway"
+    assert net.config.get("attn_resolutions") == (None if ares is None else list(ares))
+    if ares:
+        turned = dataclasses.replace(config, ares=ares[::-1])
+        assert turned.network(size, 3, 0) == config.network(size, 3, 0), "one network, one file"
+
+
+@pytest.mark.parametrize("size", [16, [16, 8], [4, 16]], ids=str)
+def test_a_level_that_is_not_there_can_not_attend(size):
+    config = TrainConfig(data="none", ares=(8, 32, 2), cres=(1, 1, 1))
+    with pytest.raises(ValueError, match="--ares=8,32,2: .* of 32 or 2; choose from 16, 8, 4, or"):
+        config.network(size, 3, 0)
+    by_default = TrainConfig(data="none", ares=(2,))  # three levels
+    with pytest.raises(ValueError, match="16, 8, 4"):
+        by_default.network(size, 3, 0)
 
 
 @pytest.mark.parametrize("arch", NETWORKS)

@@ -25,8 +25,8 @@ LEARNED = {
     "pfgmpp": (True, {}), "aug_dim": (3.0, {"pfgmpp": True}), "stf": (True, {"rbatch": 16}),
     "rbatch": (24, {"stf": True}), "lsun": (True, {}), "P_mean": (-0.4, {}),
     "P_std": (1.0, {}), "batch": (16, {}), "cbase": (16, {}),
-    "cres": ((1, 1), {}), "nblock": (2, {}), "lr": (2e-2, {}), "lr_rampup": (1e-4, {}),
-    "ema": (1e-7, {}), "dropout": (0.5, {}), "augment": (0.5, {}),
+    "cres": ((1, 1), {}), "nblock": (2, {}), "ares": ((8,), {}), "lr": (2e-2, {}),
+    "lr_rampup": (1e-4, {}), "ema": (1e-7, {}), "dropout": (0.5, {}), "augment": (0.5, {}),
     "label_dropout": (0.9, {"cond": True}), "sigma_data": (0.3, {}), "xflip": (True, {}),
     "precision": ("bf16", {}), "ls": (3.0, {}), "seed": (1, {}), "transfer": ("snapshot.pt", {}),
 }

@@ -71,6 +71,16 @@ def test_the_table_of_presets_says_what_they_set():
         assert config == options(f"--preset={name}").to_dict()
 
 
+@pytest.mark.parametrize("word, ares", [("none", ()), ("16", (16,)), ("32,16,8", (32, 16, 8))])
+def test_attention_resolutions_are_a_list_or_none(word, ares, tmp_path):
+    config = options(f"--ares={word}")
+    assert config.ares == ares and TrainConfig.from_dict(config.to_dict()) == config
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps(config.to_dict()))
+    assert options(f"--config={path}").ares == ares
+    assert options().ares is None
+
+
 def test_flags_that_are_typed_come_before_a_preset_and_a_config(tmp_path):
     config = options("--preset=imagenet64-adm", "--lr=0.5", "--cond=0", "--tick=50")
     assert (config.lr, config.cond, config.tick, config.batch) == (0.5, False, 50, 4096)
@@ -107,6 +117,7 @@ def test_a_config_gives_back_the_run_that_wrote_it(dataset_zip, tmp_path, invoke
 def test_every_option_survives_the_way_through_a_config(tmp_path):
     given = TrainConfig(
         data="x", cond=True, arch="adm", cres=(1, 2), cbase=64, nblock=2, batch_gpu=4, stf=True,
+        P_mean=-0.4, P_std=1.0, ares=(),
         aug_dim=float("inf"), pfgmpp=True, sigma_data=None, label_dropout=0.1, ls=2.0, keep=3,
         compile="1", workers=0, samples=0, eval=3.0, eval_ref="ref.npz", seed=7, transfer="y.pt",
         preset="emoji32", precision="bf16")
