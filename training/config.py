@@ -104,6 +104,7 @@ class TrainConfig:
     sigma_data: float | None = 0.5  # None = measured
     xflip: bool = False
     precision: str = "fp32"
+    clip_grad: float | None = None
     ls: float | None = None  # None = dynamic for fp16, 1 elsewhere
     max_bad_steps: int = 100
     bench: bool = True
@@ -153,7 +154,8 @@ class TrainConfig:
                      "P_std"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"--{_flag(name)}={value:g}", "positive and finite")
-        for name in ("batch_gpu", "cbase", "nblock", "ls", "eval", "keep", "sigma_data"):
+        for name in ("batch_gpu", "cbase", "nblock", "ls", "eval", "keep", "sigma_data",
+                     "clip_grad"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"--{_flag(name)}={value}", "positive")
         for name in ("lr_rampup", "ema", "workers", "samples", "seed"):

@@ -3,8 +3,8 @@
     step k trains on images k*batch ... (k+1)*batch - 1 of the stream; cur_nimg = k*batch before it
 
 Order of a step: learning rate, gradients (all accumulation rounds, averaged over ranks),
-finiteness, Adam, EMA, cur_nimg += batch. Nothing in a step waits for the device; what is reported
-stays on the device until the tick reads it.
+finiteness and clipping, Adam, EMA, cur_nimg += batch. Nothing in a step waits for the device; what
+is reported stays on the device until the tick reads it.
 """
 
 import contextlib
@@ -211,13 +211,21 @@ class Trainer:
         return scaling.to_network(images.to(self.device, non_blocking=True))
 
     def _finish_gradients(self) -> torch.Tensor:
-        """Returns 1 if the averaged gradients are not finite, else 0: a 0-d float on the device.
+        """Clips the averaged gradients, if asked to, and says whether they are finite.
 
         Their 2-norm is the cheapest pass over all of them. It is infinite where a square exceeds
-        float32, as Adam's second moment would then be for ever.
+        float32, as Adam's second moment would then be for ever. The limit is one on the gradient of
+        the loss, which a loss scale multiplies: it is scaled in the same way.
+
+        Returns:
+            1 if they are not finite, else 0: a 0-d float on the device.
         """
         grads = [p.grad for p in self.net.parameters() if p.grad is not None]
-        return (~torch.nn.utils.get_total_norm(grads).isfinite()).to(torch.float32)
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.config.clip_grad is not None:
+            limit = self.config.clip_grad * self.loss_scale
+            torch._foreach_mul_(grads, (limit / norm).clamp(max=1))  # 1 at norm 0
+        return (~norm.isfinite()).to(torch.float32)
 
     def _count(self, bad: torch.Tensor) -> None:
         """Updates the counters and a dynamic loss scale, all on the device."""

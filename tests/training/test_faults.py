@@ -365,7 +365,7 @@ def test_every_option_is_free_or_compared_or_in_the_network():
     compared = names - RESUME_MAY_CHANGE.keys() - NETWORK_OPTIONS
     assert compared == {  # a new option is compared until somebody has thought about it
         "stf", "rbatch", "lsun", "batch", "lr", "lr_rampup", "ema", "dropout", "augment", "xflip",
-        "precision", "ls", "P_mean", "P_std"}
+        "precision", "ls", "P_mean", "P_std", "clip_grad"}
     assert all(RESUME_MAY_CHANGE.values()), "each with its reason"
 
 

@@ -28,7 +28,8 @@ LEARNED = {
     "cres": ((1, 1), {}), "nblock": (2, {}), "ares": ((8,), {}), "lr": (2e-2, {}),
     "lr_rampup": (1e-4, {}), "ema": (1e-7, {}), "dropout": (0.5, {}), "augment": (0.5, {}),
     "label_dropout": (0.9, {"cond": True}), "sigma_data": (0.3, {}), "xflip": (True, {}),
-    "precision": ("bf16", {}), "ls": (3.0, {}), "seed": (1, {}), "transfer": ("snapshot.pt", {}),
+    "precision": ("bf16", {}), "ls": (3.0, {}), "clip_grad": (1e-9, {}),
+    "seed": (1, {}), "transfer": ("snapshot.pt", {}),
 }
 # Options that change when and where, not what is learned, and the tests that see what they change.
 ELSEWHERE = {

@@ -139,6 +139,89 @@ def test_weights_move_by_adam(dataset_zip, lr_rampup):
             torch.testing.assert_close(moved, lr * step, rtol=1e-4, atol=3e-7, msg=name)
 
 
+def norm_of(grads):
+    return math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+
+
+SCALINGS = [{}, {"ls": 8.0}, {"precision": "fp16"}]  # a fixed loss scale, and a dynamic one
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999, 1.001, 100.0])
+@pytest.mark.parametrize("options", SCALINGS, ids=str)
+def test_the_gradient_is_clipped_to_a_norm_of_all_parameters(dataset_zip, share, options):
+    plain = gradients(make_trainer(dataset_zip, **options))
+    scale = {"ls": 8.0, "precision": 2.0**16}.get("".join(options), 1.0)
+    norm = norm_of(plain) / scale  # of the gradient of the loss itself
+    trainer = make_trainer(dataset_zip, clip_grad=share * norm, **options)
+    gradients(trainer)
+    bad = trainer._finish_gradients()
+    found = {name: p.grad for name, p in trainer.net.named_parameters() if p.grad is not None}
+    assert bad == 0 and found.keys() == plain.keys()
+    for name, g in plain.items():
+        torch.testing.assert_close(found[name], g * min(1, share), rtol=1e-5, atol=0)
+        assert share < 1 or torch.equal(found[name], g), "below the limit nothing changes"
+    assert norm_of(found) / scale == pytest.approx(min(share, 1) * norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("split", ["rounds", "ranks"])
+def test_clipping_is_that_of_the_whole_batch_however_it_is_split(dataset_zip, monkeypatch, split):
+    limit = 0.1 * norm_of(plain_gradients(make_trainer(dataset_zip)))
+    whole = make_trainer(dataset_zip, clip_grad=limit)
+    whole.train_step()
+    if split == "rounds":
+        trainer = make_trainer(dataset_zip, clip_grad=limit, batch_gpu=2)
+        trainer.train_step()
+    else:
+        found = []
+        for rank in range(2):
+            as_rank(monkeypatch, rank)
+            trainer = make_trainer(dataset_zip, clip_grad=limit)
+            found.append(gradients(trainer))
+        for name, p in trainer.net.named_parameters():  # what DDP makes of them: their mean
+            if p.grad is not None:
+                p.grad.copy_((found[0][name] + found[1][name]) / 2)
+        trainer._finish_gradients()
+    expected, found = ({name: p.grad for name, p in t.net.named_parameters() if p.grad is not None}
+                       for t in (whole, trainer))
+    assert norm_of(found) == pytest.approx(limit, rel=1e-5)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])  # the square of the last is infinite
+@pytest.mark.parametrize("options", SCALINGS, ids=str)
+def test_a_step_that_is_not_finite_is_skipped_with_clipping_too(dataset_zip, value, options):
+    trainer = make_trainer(dataset_zip, clip_grad=1.0, **options)
+    trainer.train_step()
+    accumulate = trainer._accumulate_gradients
+
+    def broken():
+        accumulate()
+        next(p.grad for p in trainer.net.parameters() if p.grad is not None).view(-1)[0] = value
+
+    trainer._accumulate_gradients = broken
+    before = copy.deepcopy([trainer.net.state_dict(), trainer.ema.state_dict(),
+                            trainer.optimizer.state_dict()["state"]])
+    trainer.train_step()
+    assert trainer.counters["bad_total"] == 1
+    assert checkpoint.digest(before) == checkpoint.digest(
+        [trainer.net.state_dict(), trainer.ema.state_dict(),
+         trainer.optimizer.state_dict()["state"]])
+    trainer._accumulate_gradients = accumulate
+    trainer.train_step()
+    assert trainer.counters["bad_total"] == 1
+    assert all(p.isfinite().all() for p in trainer.net.parameters())
+
+
+def test_no_gradient_is_not_clipped(dataset_zip):
+    trainer = make_trainer(dataset_zip, clip_grad=1.0)
+    gradients(trainer)
+    for p in trainer.net.parameters():
+        if p.grad is not None:
+            p.grad.zero_()
+    assert trainer._finish_gradients() == 0
+    assert all(not p.grad.any() for p in trainer.net.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("ema, beta_of_step", [
     (1.0, lambda nimg: 0.5 ** (8 / max(0.05 * nimg, 1e-8))),  # ramping up
     (10e-6, lambda nimg: 0.5 ** (8 / max(min(10, 0.05 * nimg), 1e-8)))])

@@ -233,6 +233,7 @@ def one_line_error(result, code, *words):
     (["--P_std=0"], 2, ["--P_std=0", "positive"]),
     (["--ares=8,3"], 1, ["--ares=8,3", "of 3; choose from 8, 4, or none"]),
     (["--ares=no"], 2, ["'no' is not a list"]),
+    (["--clip-grad=0"], 2, ["--clip-grad=0", "positive"]),
     (["--device=cuda"], 1, ["--device=cpu"]),
 ])
 def test_bad_options_get_one_line(flags, code, words, dataset_zip, tmp_path, invoke):
