@@ -28,6 +28,7 @@ ARCHITECTURES: dict[str, dict] = {
 }
 PRECONDITIONERS = {"vp": "VPPrecond", "ve": "VEPrecond", "edm": "EDMPrecond"}
 LOG_SINKS = ("tensorboard", "wandb")  # see training/log_sinks.py
+LR_DECAYS = ("none", "rsqrt", "cosine")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 AUGMENT_DIM = 9  # augmentation labels, see pfgmpp/augment.py
 
@@ -42,7 +43,8 @@ RESUME_MAY_CHANGE = {
     "seed": "taken from the state; another one is refused",
     "transfer": "decides where a run begins, not how it continues",
     "preset": "a name: what it stands for is compared",
-    "duration": "how long, not how: to train for longer is a reason to resume",
+    "duration": "how long, not how: to train for longer is a reason to resume; compared with "
+                "--lr-decay=cosine, which ends there",
     "batch_gpu": "the split over rounds and processes changes only rounding",
     "bench": "which kernels run, as the machine does",
     "compile": "likewise",
@@ -97,6 +99,8 @@ class TrainConfig:
     ares: tuple[int, ...] | None = None  # () = no level attends
     lr: float = 10e-4
     lr_rampup: float = 10.0  # Mimg
+    lr_decay: str = "none"  # of LR_DECAYS
+    lr_decay_start: float | None = None  # Mimg; None = the end of the ramp-up
     ema: float = 0.5  # Mimg
     dropout: float = 0.13
     augment: float = 0.12
@@ -158,9 +162,10 @@ class TrainConfig:
                      "clip_grad"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"--{_flag(name)}={value}", "positive")
-        for name in ("lr_rampup", "ema", "workers", "samples", "seed"):
+        for name in ("lr_rampup", "ema", "workers", "samples", "seed", "lr_decay_start"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"--{_flag(name)}={value}", "0 or more")
+        self._check_lr_decay()
         require((self.eval is None) == (self.eval_ref is None), "--eval and --eval-ref",
                 "given together")
         require(self.eval_num >= 2, f"--eval-num={self.eval_num}", "2 or more")
@@ -178,6 +183,36 @@ class TrainConfig:
                 "used with --cache=1: it is the packed file that is copied")
         require(self.cres is None or (self.cres and min(self.cres) > 0), f"--cres={self.cres}",
                 "a list of positive integers such as 1,2,2,2")
+
+    def _check_lr_decay(self) -> None:
+        require(self.lr_decay in LR_DECAYS, f"--lr-decay={self.lr_decay}", " or ".join(LR_DECAYS))
+        start = self.decay_start
+        given = f"--lr-decay-start={start:g}" + (
+            ", the end of --lr-rampup," if self.lr_decay_start is None else "")
+        if self.lr_decay == "rsqrt":
+            require(0 < start < math.inf, f"{given} with --lr-decay=rsqrt", "positive and finite")
+        if self.lr_decay == "cosine":
+            require(start < self.duration, f"{given} with --lr-decay=cosine",
+                    f"less than --duration={self.duration:g}, where the rate is 0")
+
+    @property
+    def decay_start(self) -> float:
+        """Mimg after which the learning rate falls, if --lr-decay says so."""
+        return self.lr_rampup if self.lr_decay_start is None else self.lr_decay_start
+
+    def lr_decay_at(self, nimg: int) -> float:
+        """Returns the factor of --lr-decay on the learning rate after `nimg` images.
+
+        'rsqrt' is sqrt(start / nimg) from the start on (Karras et al. 2024, arXiv 2312.02696);
+        'cosine' falls from 1 at the start to 0 at the end of the run by half a cosine.
+        """
+        start = self.decay_start * 1e6
+        if self.lr_decay == "none" or nimg <= start:
+            return 1.0
+        if self.lr_decay == "rsqrt":
+            return math.sqrt(start / nimg)
+        done = min((nimg - start) / (self.duration * 1e6 - start), 1.0)
+        return (1 + math.cos(math.pi * done)) / 2
 
     @property
     def D(self) -> float:
@@ -313,12 +348,15 @@ def changed_options(now: TrainConfig, then: dict) -> list[str]:
         now: the options of the run that is resumed.
         then: what `to_dict` wrote to the state; an option that it lacks had its default.
     """
-    changed = []
+    changed, free = [], {*RESUME_MAY_CHANGE, *NETWORK_OPTIONS}
+    if now.lr_decay == "cosine":
+        free.remove("duration")  # which says how the learning rate falls
+    unused = ({"rbatch"} if not now.stf else set()) | (
+        {"lr_decay_start"} if now.lr_decay == "none" else set())
     for field in dataclasses.fields(now):
         name, value = field.name, now.to_dict()[field.name]
         before = then.get(name, field.default)
-        is_used = name != "rbatch" or now.stf
-        if name not in {*RESUME_MAY_CHANGE, *NETWORK_OPTIONS} and is_used and value != before:
+        if name not in free | unused and value != before:
             default = ", the default" if value == field.default else ""
             changed.append(f"--{_flag(name)}={_shown(value)}{default} ({_shown(before)} in the "
                            "state)")

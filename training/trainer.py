@@ -135,7 +135,7 @@ class Trainer:
         """Learning rate of the next step."""
         rampup_nimg = self.config.lr_rampup * 1e6
         ramp = min(self.cur_nimg / rampup_nimg, 1.0) if rampup_nimg > 0 else 1.0
-        return self.config.lr * ramp
+        return self.config.lr * ramp * self.config.lr_decay_at(self.cur_nimg)
 
     def train_step(self) -> None:
         """Trains on the next batch."""

@@ -117,7 +117,7 @@ def test_a_config_gives_back_the_run_that_wrote_it(dataset_zip, tmp_path, invoke
 def test_every_option_survives_the_way_through_a_config(tmp_path):
     given = TrainConfig(
         data="x", cond=True, arch="adm", cres=(1, 2), cbase=64, nblock=2, batch_gpu=4, stf=True,
-        P_mean=-0.4, P_std=1.0, ares=(), clip_grad=2.5,
+        P_mean=-0.4, P_std=1.0, ares=(), clip_grad=2.5, lr_decay="rsqrt", lr_decay_start=1.5,
         aug_dim=float("inf"), pfgmpp=True, sigma_data=None, label_dropout=0.1, ls=2.0, keep=3,
         compile="1", workers=0, samples=0, eval=3.0, eval_ref="ref.npz", seed=7, transfer="y.pt",
         preset="emoji32", precision="bf16")

@@ -139,6 +139,33 @@ def test_weights_move_by_adam(dataset_zip, lr_rampup):
             torch.testing.assert_close(moved, lr * step, rtol=1e-4, atol=3e-7, msg=name)
 
 
+@pytest.mark.parametrize("rampup", [0.0, 2.0])
+@pytest.mark.parametrize("options, decay", [
+    ({}, lambda mimg: 1),
+    ({"lr_decay": "rsqrt", "lr_decay_start": 3.0}, lambda mimg: 1 / math.sqrt(max(mimg / 3, 1))),
+    ({"lr_decay": "rsqrt", "lr_decay_start": 0.5}, lambda mimg: 1 / math.sqrt(max(mimg / 0.5, 1))),
+    ({"lr_decay": "cosine", "lr_decay_start": 4.0},
+     lambda mimg: 1 if mimg < 4 else math.cos(math.pi * (mimg - 4) / 8 / 2) ** 2),
+    ({"lr_decay": "cosine", "lr_decay_start": 0.0},
+     lambda mimg: math.cos(math.pi * mimg / 12 / 2) ** 2),
+    ({"lr_decay": "cosine", "lr_rampup": 2.0},
+     lambda mimg: 1 if mimg < 2 else math.cos(math.pi * (mimg - 2) / 10 / 2) ** 2),
+], ids=str)
+def test_the_learning_rate_rises_and_falls_with_the_images_seen(dataset_zip, rampup, options,
+                                                                 decay):
+    options = {"lr_rampup": rampup, "duration": 12.0} | options
+    rampup = options["lr_rampup"]
+    trainer = make_trainer(dataset_zip, lr=0.5, batch=8, **options)
+    for mimg in (0, 0.25, 0.5, 1, 2, 3, 3.5, 4, 6, 8, 11, 12):
+        trainer.cur_nimg = round(mimg * 1e6)
+        expected = 0.5 * (min(mimg / rampup, 1) if rampup else 1) * decay(mimg)
+        assert trainer.lr == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        trainer.train_step()
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-12)
+    trainer.cur_nimg = 13_000_000  # a last batch may go beyond the end
+    assert trainer.lr >= 0 and (trainer.lr == 0) == (options.get("lr_decay") == "cosine")
+
+
 def norm_of(grads):
     return math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
 
