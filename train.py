@@ -154,6 +154,7 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--clip-grad", metavar="NORM", type=float, help="Shorten the gradient of a step, all parameters together, to this 2-norm.  [default: no limit]")
 @click.option("--max-bad-steps", metavar="INT", type=int, default=100, help="End the run after more steps in a row with gradients that are not finite; looked at in passing, at the latest at a tick.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to train.")
+@click.option("--checkpoint-blocks", type=_BOOL, default=False, help="Keep only the inputs of the network's blocks for the backward pass, and compute each block twice: less memory, about a third more time.")
 @click.option("--compile", "compile_", type=click.Choice(["auto", "0", "1"]), default="auto", help="torch.compile the network; auto does on a GPU with Triton, but for --deterministic=1.")
 @click.option("--deterministic", type=_BOOL, is_flag=False, flag_value=True, default=False, help="Only deterministic GPU kernels.")
 @click.option("--bench", type=_BOOL, default=True, help="cuDNN autotuning.")

@@ -223,6 +223,7 @@ def arrays_with_conditions(path):
     {"arch": "adm", "cbase": 32, "precond": "ve", "cond": True, "label_dropout": 0.3},
     {"stf": True, "rbatch": 16, "pfgmpp": True, "precision": "tf32"},
     {"precision": "bf16", "lsun": True, "clip_grad": 0.5},
+    {"checkpoint_blocks": True, "dropout": 0.3},
     {"precision": "fp16", "clip_grad": 0.5},
     {"precision": "fp16", "ls": 100.0, "augment": 0.0},
     {"cond_image": True},

@@ -46,6 +46,7 @@ RESUME_MAY_CHANGE = {
     "duration": "how long, not how: to train for longer is a reason to resume; compared with "
                 "--lr-decay=cosine, which ends there",
     "batch_gpu": "the split over rounds and processes changes only rounding",
+    "checkpoint_blocks": "what is kept for the backward pass, not what it gives",
     "bench": "which kernels run, as the machine does",
     "compile": "likewise",
     "deterministic": "likewise",
@@ -111,6 +112,7 @@ class TrainConfig:
     clip_grad: float | None = None
     ls: float | None = None  # None = dynamic for fp16, 1 elsewhere
     max_bad_steps: int = 100
+    checkpoint_blocks: bool = False
     bench: bool = True
     compile: str = "auto"
     data_on_device: str = "auto"

@@ -21,6 +21,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import checkpoint
+from dnnlib.util import require
 from images.dataset import ImageFolderDataset, TrainingOrder, order_at
 from images.scaling import Scaling
 from pfgmpp.augment import AugmentPipe
@@ -66,6 +67,10 @@ class Trainer:
                            dataset.cond_channels))
         self.net.to(device).train()
         self.net.compute_dtype = misc.compute_dtype(config.precision)
+        require(not config.checkpoint_blocks or hasattr(self.net.model, "checkpoint_blocks"),
+                f"--checkpoint-blocks=1: a {self.net.model_type} has no blocks to compute twice; "
+                "leave it out")
+        self.net.model.checkpoint_blocks = config.checkpoint_blocks
         self.ema_rampup: float | None = RAMPUP_RATIO
         if config.transfer:
             self._transfer(config.transfer)
@@ -91,6 +96,9 @@ class Trainer:
         """Opens the stream of batches at `cur_nimg` and couples the ranks."""
         if self.is_compiled:
             misc.compile_network(self.net.model)
+            if self.config.checkpoint_blocks:
+                # PyTorch 2.6 can't cut such a compiled network at DDP's buckets.
+                torch._dynamo.config.optimize_ddp = False
         if torch.distributed.is_initialized():
             ids = [self.device] if self.device.type == "cuda" else None
             self.ddp = DistributedDataParallel(

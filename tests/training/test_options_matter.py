@@ -42,6 +42,7 @@ ELSEWHERE = {
     "batch_gpu": "the_gradient_is_that_of_the_loss_of_the_whole_batch",
     "max_bad_steps": "too_many_bad_steps_in_a_row_end_the_run_and_name_the_step",
     "bench": "kernels_are_chosen_as_asked", "deterministic": "kernels_are_chosen_as_asked",
+    "checkpoint_blocks": "a_run_that_checkpoints_writes_what_another_does",
     "compile": "networks_are_compiled_by_themselves_on_gpus_alone",
     "data_on_device": "training_is_the_same_to_the_bit",
     "cache": "without_the_packed_file_there_is_nothing_to_copy",

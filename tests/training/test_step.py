@@ -10,6 +10,7 @@ import torch
 
 from checkpoints import checkpoint
 from images.dataset import ImageFolderDataset, order_at
+from pfgmpp.unets import UNetBlock
 from torch_utils import distributed
 from training.config import TrainConfig
 from training.trainer import Trainer
@@ -273,6 +274,27 @@ def test_the_network_computes_in_the_precision_asked_for(dataset_zip, precision,
     trainer.train_step()
     assert seen == [dtype] and trainer.ema.compute_dtype == dtype
     assert all(p.dtype == torch.float32 for p in trainer.net.parameters())
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"batch_gpu": 2, "augment": 0.5, "precision": "bf16", "cond": True, "label_dropout": 0.5}],
+    ids=str)
+def test_a_run_that_checkpoints_writes_what_another_does(dataset_zip, options):
+    plain, other = (make_trainer(dataset_zip, dropout=0.3, checkpoint_blocks=checkpoint_blocks,
+                                 **options) for checkpoint_blocks in (False, True))
+    calls = []
+    blocks = [block for block in other.net.modules() if isinstance(block, UNetBlock)]
+    for block in blocks:
+        block.norm0.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        plain.train_step()
+        other.train_step()
+    assert len(calls) == 2 * len(blocks) * other.rounds * 3
+    written, expected = other.state(), plain.state()
+    assert written["options"].pop("checkpoint_blocks") is True
+    assert expected["options"].pop("checkpoint_blocks") is False
+    assert checkpoint.digest(written) == checkpoint.digest(expected)
+    assert not other.ema.training
 
 
 # ---- stable targets -----------------------------------------------------------------------------

@@ -381,10 +381,12 @@ def test_networks_are_compiled_by_themselves_on_gpus_alone(dataset_zip, monkeypa
 
 
 @pytest.mark.slow
-def test_a_compiled_network_trains_alike(dataset_zip, tmp_path, invoke):
+@pytest.mark.parametrize("flags", [[], ["--checkpoint-blocks=1"]], ids=str)
+def test_a_compiled_network_trains_alike(dataset_zip, tmp_path, invoke, flags):
     for name in ("0", "1"):
         result = invoke(train.main, f"--outdir={tmp_path}", f"--data={dataset_zip}", *TINY_RUN,
-                        "--duration=0.00004", "--dropout=0", f"--compile={name}", f"--name={name}")
+                        "--duration=0.00004", "--dropout=0", f"--compile={name}", f"--name={name}",
+                        *flags)
         assert result.exit_code == 0, result.output
         assert (", compiled" in result.output) == (name == "1")
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "0"), rel=1e-3)
