@@ -219,7 +219,10 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
     with user_errors(BAD_USAGE):
         config = _config(data, opts, precision_of(ctx))
         check_available(config.log)
-        config.rounds(int(os.environ.get("WORLD_SIZE", "1")))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if ctx.get_parameter_source("batch_gpu") is not ParameterSource.COMMANDLINE:
+            config = config.with_fitting_batch_gpu(world_size)  # of a preset or another run
+        config.rounds(world_size)
     with user_errors(), distributed.process_group(device) as torch_device, \
             contextlib.ExitStack() as stack:
         _warn_of_idle_dim(ctx, config)

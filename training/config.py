@@ -266,6 +266,17 @@ class TrainConfig:
                              f"process(es) = {share}; nearest: {below} or {above}")
         return micro, share // micro
 
+    def with_fitting_batch_gpu(self, world_size: int) -> "TrainConfig":
+        """Returns the options with `batch_gpu` lowered until it divides the share of a process.
+
+        Where the batch itself can't be split it stays, for `rounds` to complain.
+        """
+        share, rest = divmod(self.batch, world_size)
+        if self.batch_gpu is None or rest or not share:
+            return self
+        fitting = next(d for d in range(min(self.batch_gpu, share), 0, -1) if share % d == 0)
+        return dataclasses.replace(self, batch_gpu=fitting)
+
     def network(self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int,
                 cond_channels: int = 0) -> dict:
         """Returns the configuration of the network for this data, as `build_network` takes it.

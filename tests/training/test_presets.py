@@ -1,5 +1,6 @@
 """Presets, --config and what a dry run says: every flag has one home, and what is typed wins."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -80,6 +81,31 @@ def test_attention_resolutions_are_a_list_or_none(word, ares, tmp_path):
     path.write_text(json.dumps(config.to_dict()))
     assert options(f"--config={path}").ares == ares
     assert options().ares is None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags, processes, expected", [
+    (["--preset=imagenet64-adm", "--batch=100"], 1, '"batch_gpu": 25,'),
+    (["--preset=lsun256", "--batch=60"], 5, '"batch_gpu": 6,'),
+    (["--config=FILE"], 3, '"batch_gpu": 5,'),
+    (["--config=FILE"], 1, '"batch_gpu": 5,'),
+    (["--config=FILE", "--batch-gpu=5"], 3, '"batch_gpu": 5,'),
+    (["--config=FILE", "--batch-gpu=4"], 3, "Error: --batch-gpu=4 must divide --batch=15 / 3 "
+                                            "process(es) = 5; nearest: 1 or 5"),
+    (["--preset=lsun256", "--batch-gpu=7"], 1, "Error: --batch-gpu=7 must divide --batch=256 / 1 "
+                                               "process(es) = 256; nearest: 4 or 8"),
+], ids=str)
+def test_a_batch_gpu_that_nobody_typed_fits_itself(flags, processes, expected, dataset_zip,
+                                                   tmp_path, invoke, monkeypatch):
+    (tmp_path / "some.json").write_text(json.dumps({"batch": 15, "batch_gpu": 7}))
+    flags = [flag.replace("FILE", str(tmp_path / "some.json")) for flag in flags]
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr("torch_utils.distributed.process_group",
+                        lambda device: contextlib.nullcontext(torch.device("cpu")))
+    result = invoke(train.main, f"--outdir={tmp_path / 'out'}", f"--data={dataset_zip}", *flags,
+                    "--cond=0", "--cbase=64", "--cres=1", "--nblock=1", "-n")
+    assert expected in result.output
+    assert result.exit_code == (2 if expected.startswith("Error") else 0), result.output
 
 
 def test_flags_that_are_typed_come_before_a_preset_and_a_config(tmp_path):
