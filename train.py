@@ -154,7 +154,7 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--clip-grad", metavar="NORM", type=float, help="Shorten the gradient of a step, all parameters together, to this 2-norm.  [default: no limit]")
 @click.option("--max-bad-steps", metavar="INT", type=int, default=100, help="End the run after more steps in a row with gradients that are not finite; looked at in passing, at the latest at a tick.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to train.")
-@click.option("--checkpoint-blocks", type=_BOOL, default=False, help="Keep only the inputs of the network's blocks for the backward pass, and compute each block twice: less memory, about a third more time.")
+@click.option("--checkpoint-blocks", type=_BOOL, default=False, help="Keep only the inputs of the network's blocks for the backward pass, and compute each block twice: less memory, about a third more operations.")
 @click.option("--compile", "compile_", type=click.Choice(["auto", "0", "1"]), default="auto", help="torch.compile the network; auto does on a GPU with Triton, but for --deterministic=1.")
 @click.option("--deterministic", type=_BOOL, is_flag=False, flag_value=True, default=False, help="Only deterministic GPU kernels.")
 @click.option("--bench", type=_BOOL, default=True, help="cuDNN autotuning.")
@@ -243,7 +243,7 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         if config.sigma_data is None and not dry_run:
             config = distributed.run_on_rank0(_measure_sigma_data, config, dataset)
         if dry_run:
-            distributed.run_on_rank0(_print_plan, config, dataset, rate)
+            distributed.run_on_rank0(_print_plan, config, dataset, rate, torch_device)
             return
         run_dir = distributed.run_on_rank0(
             _make_run_dir, config, dataset.name, Path(outdir), fixed_dir, desc, bool(resume))
@@ -441,9 +441,13 @@ def _train(config, dataset, run_dir, device, state, changed) -> None:
             raise
 
 
-def _print_plan(config, dataset, rate: float | None) -> None:
-    """Prints what --dry-run shows: the options, the data, and what the run will take."""
-    from torch_utils import distributed
+def _print_plan(config, dataset, rate: float | None, device) -> None:
+    """Prints what --dry-run shows: options, data, what the run will take, and warnings."""
+    import torch
+
+    from pfgmpp.networks import build_network
+    from torch_utils import distributed, misc
+    from training.advice import Machine, advice
     from training.estimate import describe as describe_estimate
     world_size = distributed.get_world_size()
     micro_batch, rounds = config.rounds(world_size)
@@ -457,6 +461,10 @@ def _print_plan(config, dataset, rate: float | None) -> None:
         f"Noise      {config.noise_name}",
         describe_estimate(config, network, world_size, rate),
         "Dry run: nothing was trained or written."]))
+    with torch.device("meta"):
+        parameters = misc.count_parameters(build_network(network))
+    for line in advice(config, Machine.of(device), parameters):
+        distributed.warn0(line)
 
 
 def cli() -> None:
