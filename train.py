@@ -20,7 +20,7 @@ from dnnlib.cli import (
     user_errors,
     verbosity_options,
 )
-from training.config import LOG_SINKS
+from training.config import LOG_SINKS, LR_DECAYS
 from training.presets import PRESETS
 
 _BOOL = click.BOOL
@@ -139,7 +139,7 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--ares", metavar="LIST", type=IntList(empty="none"), help="Image sides (the longer one) at which blocks attend, e.g. 32,16,8; with none, only the block in the middle does.  [default: by architecture: 16, and 32,16,8 for adm]")
 @click.option("--lr", metavar="FLOAT", type=float, default=10e-4, help="Learning rate of Adam.")
 @click.option("--lr-rampup", metavar="MIMG", type=float, default=10, help="Linear rise of the learning rate, in millions of images.")
-@click.option("--lr-decay", type=click.Choice(["none", "rsqrt", "cosine"]), default="none", help="Fall of the learning rate: rsqrt is sqrt(start / images), as in EDM2; cosine reaches 0 at --duration.")
+@click.option("--lr-decay", type=click.Choice(LR_DECAYS), default="none", help="Fall of the learning rate: rsqrt is sqrt(start / images), as in EDM2; cosine reaches 0 at --duration.")
 @click.option("--lr-decay-start", metavar="MIMG", type=float, help="Where --lr-decay begins, in millions of images; above 0 for rsqrt.  [default: the end of --lr-rampup]")
 @click.option("--ema", metavar="MIMG", type=float, default=0.5, help="Half-life of the weights' moving average.")
 @click.option("--dropout", metavar="FLOAT", type=float, default=0.13, help="Dropout probability.")

@@ -7,6 +7,8 @@ import torch
 from tiny import TINY_RUN
 
 import train
+from pfgmpp.networks import build_network
+from torch_utils.misc import count_parameters
 from training.advice import LARGE_FOR_CPU, Machine, advice, cpu_has_bf16
 from training.config import PRECISIONS, TrainConfig
 from training.presets import PRESETS
@@ -25,6 +27,13 @@ def lines(machine=H100, parameters=1000, **options):
 @pytest.mark.parametrize("machine", [H100, AMD], ids=lambda machine: machine.name)
 def test_published_runs_on_a_gpu_get_none(name, machine):
     assert lines(machine, 300_000_000, **PRESETS[name]) == []
+
+
+def test_the_example_for_the_cpu_gets_none_there():
+    config = TrainConfig(data="none", **PRESETS["emoji32"])
+    with torch.device("meta"):
+        parameters = count_parameters(build_network(config.network(32, 3, 9)))
+    assert advice(config, OLD_CPU, parameters) == []
 
 
 @pytest.mark.parametrize("options, words", [

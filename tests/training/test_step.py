@@ -297,6 +297,12 @@ def test_a_run_that_checkpoints_writes_what_another_does(dataset_zip, options):
     assert not other.ema.training
 
 
+def test_a_network_without_blocks_refuses_to_checkpoint_them(dataset_zip, monkeypatch):
+    monkeypatch.delattr("pfgmpp.unets._UNet.checkpoint_blocks")
+    with pytest.raises(ValueError, match="--checkpoint-blocks=1: a SongUNet has no blocks"):
+        make_trainer(dataset_zip, checkpoint_blocks=True)
+
+
 # ---- stable targets -----------------------------------------------------------------------------
 
 def reference_of(trainer):
