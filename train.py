@@ -20,7 +20,7 @@ from dnnlib.cli import (
     user_errors,
     verbosity_options,
 )
-from training.config import LOG_SINKS
+from training.config import LOG_SINKS, LR_DECAYS
 from training.presets import PRESETS
 
 _BOOL = click.BOOL
@@ -126,6 +126,8 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--stf", type=_BOOL, default=False, help="Stable targets: the mean over a reference batch, given the noisy image.")
 @click.option("--rbatch", metavar="INT", type=int, default=4096, help="Images in the reference batch of --stf, the batch included.")
 @click.option("--lsun", type=_BOOL, default=False, help="Noise levels for 256x256 images: 380/80 times higher.")
+@click.option("--P_mean", "P_mean", metavar="FLOAT", type=float, default=-1.2, help="Mean of ln sigma in training, with --precond=edm. Latents and 512x512 images use others: EDM2 has -0.4.")
+@click.option("--P_std", "P_std", metavar="FLOAT", type=float, default=1.2, help="Standard deviation of ln sigma in training, with --precond=edm; EDM2 has 1.0.")
 @click.option("--cond-image", type=_BOOL, default=False, help="Train with the condition images of the data set.")
 # Hyperparameters.
 @click.option("--duration", metavar="MIMG", type=float, default=200, help="Length of training in millions of images.")
@@ -134,8 +136,11 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--cbase", metavar="INT", type=int, help="Channel multiplier.  [default: by architecture]")
 @click.option("--cres", metavar="LIST", type=IntList(unique=False), help="Channels per resolution, e.g. 1,2,2,2.  [default: by architecture]")
 @click.option("--nblock", metavar="INT", type=int, help="Residual blocks per resolution.  [default: by architecture]")
+@click.option("--ares", metavar="LIST", type=IntList(empty="none"), help="Image sides (the longer one) at which blocks attend, e.g. 32,16,8; with none, only the block in the middle does.  [default: by architecture: 16, and 32,16,8 for adm]")
 @click.option("--lr", metavar="FLOAT", type=float, default=10e-4, help="Learning rate of Adam.")
 @click.option("--lr-rampup", metavar="MIMG", type=float, default=10, help="Linear rise of the learning rate, in millions of images.")
+@click.option("--lr-decay", type=click.Choice(LR_DECAYS), default="none", help="Fall of the learning rate: rsqrt is sqrt(start / images), as in EDM2; cosine reaches 0 at --duration.")
+@click.option("--lr-decay-start", metavar="MIMG", type=float, help="Where --lr-decay begins, in millions of images; above 0 for rsqrt.  [default: the end of --lr-rampup]")
 @click.option("--ema", metavar="MIMG", type=float, default=0.5, help="Half-life of the weights' moving average.")
 @click.option("--dropout", metavar="FLOAT", type=float, default=0.13, help="Dropout probability.")
 @click.option("--augment", metavar="FLOAT", type=float, default=0.12, help="Augmentation probability; 0 is off.")
@@ -146,8 +151,10 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), help="Arithmetic inside the network.  [default: fp32]")
 @click.option("--fp16", type=_BOOL, default=False, help="The same as --precision=fp16.")
 @click.option("--ls", metavar="FLOAT", type=float, help="Loss scaling.  [default: dynamic for fp16, else 1]")
+@click.option("--clip-grad", metavar="NORM", type=float, help="Shorten the gradient of a step, all parameters together, to this 2-norm.  [default: no limit]")
 @click.option("--max-bad-steps", metavar="INT", type=int, default=100, help="End the run after more steps in a row with gradients that are not finite; looked at in passing, at the latest at a tick.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to train.")
+@click.option("--checkpoint-blocks", type=_BOOL, default=False, help="Keep only the inputs of the network's blocks for the backward pass, and compute each block twice: less memory, about a third more operations.")
 @click.option("--compile", "compile_", type=click.Choice(["auto", "0", "1"]), default="auto", help="torch.compile the network; auto does on a GPU with Triton, but for --deterministic=1.")
 @click.option("--deterministic", type=_BOOL, is_flag=False, flag_value=True, default=False, help="Only deterministic GPU kernels.")
 @click.option("--bench", type=_BOOL, default=True, help="cuDNN autotuning.")
@@ -215,7 +222,10 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
     with user_errors(BAD_USAGE):
         config = _config(data, opts, precision_of(ctx))
         check_available(config.log)
-        config.rounds(int(os.environ.get("WORLD_SIZE", "1")))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if ctx.get_parameter_source("batch_gpu") is not ParameterSource.COMMANDLINE:
+            config = config.with_fitting_batch_gpu(world_size)  # of a preset or another run
+        config.rounds(world_size)
     with user_errors(), distributed.process_group(device) as torch_device, \
             contextlib.ExitStack() as stack:
         _warn_of_idle_dim(ctx, config)
@@ -240,7 +250,7 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         if config.sigma_data is None and not dry_run:
             config = distributed.run_on_rank0(_measure_sigma_data, config, dataset)
         if dry_run:
-            distributed.run_on_rank0(_print_plan, config, dataset, rate)
+            distributed.run_on_rank0(_print_plan, config, dataset, rate, torch_device)
             return
         start, net = state, _network(config, dataset)
         if state:
@@ -371,9 +381,10 @@ def _train(config, dataset, run_dir, device, start) -> None:
             raise
 
 
-def _print_plan(config, dataset, rate: float | None) -> None:
-    """Prints what --dry-run shows: the options, the data, and what the run will take."""
-    from torch_utils import distributed
+def _print_plan(config, dataset, rate: float | None, device) -> None:
+    """Prints what --dry-run shows: options, data, what the run will take, and warnings."""
+    from torch_utils import distributed, misc
+    from training.advice import Machine, advice
     from training.estimate import describe as describe_estimate
     world_size = distributed.get_world_size()
     micro_batch, rounds = config.rounds(world_size)
@@ -387,6 +398,9 @@ def _print_plan(config, dataset, rate: float | None) -> None:
         f"Noise      {config.noise_name}",
         describe_estimate(config, network, world_size, rate),
         "Dry run: nothing was trained or written."]))
+    parameters = misc.count_parameters(_network(config, dataset))
+    for line in advice(config, Machine.of(device), parameters):
+        distributed.warn0(line)
 
 
 def cli() -> None:

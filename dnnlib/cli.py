@@ -150,17 +150,22 @@ def describe(error: Exception) -> str:
 
 
 class IntList(click.ParamType):
-    """Comma-separated integers and ranges a-b, in the order given; `unique` drops repetitions."""
+    """Comma-separated integers and ranges a-b, in the order given; `unique` drops repetitions.
+
+    `empty` is the word for the list without any, where that is allowed.
+    """
 
     name = "list"
 
-    def __init__(self, unique: bool = True):
-        self._unique = unique
+    def __init__(self, unique: bool = True, *, empty: str | None = None):
+        self._unique, self._empty = unique, empty
 
     def convert(self, value, param, ctx):
         """Returns a tuple of integers."""
         if isinstance(value, tuple):
             return value
+        if value == self._empty:
+            return ()
         numbers: list[int] = []
         try:
             for item in str(value).split(","):

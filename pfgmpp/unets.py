@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
 
 _SQRT_HALF = math.sqrt(0.5)  # keeps the variance of a sum of two branches
 _SONG_ATTN_GAIN = math.sqrt(0.2)  # of the initial query, key and value projections
@@ -283,7 +284,14 @@ class _UNet(torch.nn.Module):
 
     A subclass fills the two dicts in the order of the places and gives the embedding, and what
     happens to the image beside the main path.
+
+    Attributes:
+        checkpoint_blocks: in training, keep only the inputs of blocks for the backward pass, which
+            computes each block a second time. The results are the same, dropout included. It is a
+            setting of a run and no part of the network's configuration.
     """
+
+    checkpoint_blocks = False
 
     def __init__(self, img_resolution: int | Sequence[int], in_channels: int,
                  channel_mult: Sequence[int], model_channels: int, num_blocks: int, stem: int):
@@ -305,7 +313,7 @@ class _UNet(torch.nn.Module):
         beside, skips = x, []
         for place in self._encoder:
             layer = self.enc[place.name]
-            x = layer(x) if place.kind == "stem" else layer(x, emb)
+            x = layer(x) if place.kind == "stem" else self._run_block(layer, x, emb)
             if place.kind == "down":
                 x, beside = self._mix_input(place, x, beside)
             skips.append(x)
@@ -313,10 +321,15 @@ class _UNet(torch.nn.Module):
         for place in self._decoder:
             if place.skip_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = self.dec[place.name](x, emb)
+            x = self._run_block(self.dec[place.name], x, emb)
             if place.closes:
                 image = self._mix_output(place, x, image)
         return image
+
+    def _run_block(self, block: UNetBlock, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, emb, use_reentrant=False)
+        return block(x, emb)
 
     def _embed(self, noise_labels, class_labels, augment_labels) -> torch.Tensor:
         """Returns the embedding of all labels, [B or 1, E] float32."""

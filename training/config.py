@@ -28,12 +28,15 @@ ARCHITECTURES: dict[str, dict] = {
 }
 PRECONDITIONERS = {"vp": "VPPrecond", "ve": "VEPrecond", "edm": "EDMPrecond"}
 LOG_SINKS = ("tensorboard", "wandb")  # see training/log_sinks.py
+LR_DECAYS = ("none", "rsqrt", "cosine")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 AUGMENT_DIM = 9  # augmentation labels, see pfgmpp/augment.py
 
 # What a run writes to its directory besides states, snapshots and samples.
 OPTIONS_FILE, STATS_FILE, SCORES_FILE = "training_options.json", "stats.jsonl", "metrics.jsonl"
 LOG_FILE, REALS_FILE = "log.txt", "reals.png"
+
+_UNDERSCORED = {"aug_dim", "P_mean", "P_std"}  # as the flags are written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +57,19 @@ class TrainConfig:
     stf: bool = False
     rbatch: int = 4096
     lsun: bool = False
+    P_mean: float = -1.2  # of ln sigma, with precond='edm'
+    P_std: float = 1.2
     duration: float = 200.0  # Mimg
     batch: int = 512
     batch_gpu: int | None = None  # None = batch / number of processes
     cbase: int | None = None
     cres: tuple[int, ...] | None = None
     nblock: int | None = None
+    ares: tuple[int, ...] | None = None  # () = no level attends
     lr: float = 10e-4
     lr_rampup: float = 10.0  # Mimg
+    lr_decay: str = "none"  # of LR_DECAYS
+    lr_decay_start: float | None = None  # Mimg; None = the end of the ramp-up
     ema: float = 0.5  # Mimg
     dropout: float = 0.13
     augment: float = 0.12
@@ -69,8 +77,10 @@ class TrainConfig:
     sigma_data: float | None = 0.5  # None = measured
     xflip: bool = False
     precision: str = "fp32"
+    clip_grad: float | None = None
     ls: float | None = None  # None = dynamic for fp16, 1 elsewhere
     max_bad_steps: int = 100
+    checkpoint_blocks: bool = False
     bench: bool = True
     compile: str = "auto"
     data_on_device: str = "auto"
@@ -108,16 +118,25 @@ class TrainConfig:
                 "used with --cond=1: there are no labels to drop")
         require(self.sigma_data == 0.5 or self.precond == "edm", f"--sigma-data with --precond="
                 f"{self.precond}", "used with --precond=edm")
-        for name in ("duration", "batch", "tick", "lr", "max_bad_steps", "snap", "dump"):
+        for name in ("P_mean", "P_std"):
+            value = getattr(self, name)
+            require(value == _default(name) or self.precond == "edm", f"--{name}={value:g} with "
+                    f"--precond={self.precond}", "used with --precond=edm: the noise levels of ve "
+                    "and vp have another law")
+        require(math.isfinite(self.P_mean), f"--P_mean={self.P_mean:g}", "finite")
+        for name in ("duration", "batch", "tick", "lr", "max_bad_steps", "snap", "dump",
+                     "P_std"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"--{flag_name(name)}={value:g}", "positive and finite")
-        for name in ("batch_gpu", "cbase", "nblock", "ls", "eval", "keep", "sigma_data"):
+        for name in ("batch_gpu", "cbase", "nblock", "ls", "eval", "keep", "sigma_data",
+                     "clip_grad"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"--{flag_name(name)}={value}",
                     "positive")
-        for name in ("lr_rampup", "ema", "workers", "samples", "seed"):
+        for name in ("lr_rampup", "ema", "workers", "samples", "seed", "lr_decay_start"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"--{flag_name(name)}={value}", "0 or more")
+        self._check_lr_decay()
         require((self.eval is None) == (self.eval_ref is None), "--eval and --eval-ref",
                 "given together")
         require(self.eval_num >= 2, f"--eval-num={self.eval_num}", "2 or more")
@@ -135,6 +154,36 @@ class TrainConfig:
                 "used with --cache=1: it is the packed file that is copied")
         require(self.cres is None or (self.cres and min(self.cres) > 0), f"--cres={self.cres}",
                 "a list of positive integers such as 1,2,2,2")
+
+    def _check_lr_decay(self) -> None:
+        require(self.lr_decay in LR_DECAYS, f"--lr-decay={self.lr_decay}", " or ".join(LR_DECAYS))
+        start = self.decay_start
+        given = f"--lr-decay-start={start:g}" + (
+            ", the end of --lr-rampup," if self.lr_decay_start is None else "")
+        if self.lr_decay == "rsqrt":
+            require(0 < start < math.inf, f"{given} with --lr-decay=rsqrt", "positive and finite")
+        if self.lr_decay == "cosine":
+            require(start < self.duration, f"{given} with --lr-decay=cosine",
+                    f"less than --duration={self.duration:g}, where the rate is 0")
+
+    @property
+    def decay_start(self) -> float:
+        """Mimg after which the learning rate falls, if --lr-decay says so."""
+        return self.lr_rampup if self.lr_decay_start is None else self.lr_decay_start
+
+    def lr_decay_at(self, nimg: int) -> float:
+        """Returns the factor of --lr-decay on the learning rate after `nimg` images.
+
+        'rsqrt' is sqrt(start / nimg) from the start on (Karras et al. 2024, arXiv 2312.02696);
+        'cosine' falls from 1 at the start to 0 at the end of the run by half a cosine.
+        """
+        start = self.decay_start * 1e6
+        if self.lr_decay == "none" or nimg <= start:
+            return 1.0
+        if self.lr_decay == "rsqrt":
+            return math.sqrt(start / nimg)
+        done = min((nimg - start) / (self.duration * 1e6 - start), 1.0)
+        return (1 + math.cos(math.pi * done)) / 2
 
     @property
     def D(self) -> float:
@@ -191,9 +240,24 @@ class TrainConfig:
                              f"process(es) = {share}; nearest: {below} or {above}")
         return micro, share // micro
 
+    def with_fitting_batch_gpu(self, world_size: int) -> "TrainConfig":
+        """Returns the options with `batch_gpu` lowered until it divides the share of a process.
+
+        Where the batch itself can't be split it stays, for `rounds` to complain.
+        """
+        share, rest = divmod(self.batch, world_size)
+        if self.batch_gpu is None or rest or not share:
+            return self
+        fitting = next(d for d in range(min(self.batch_gpu, share), 0, -1) if share % d == 0)
+        return dataclasses.replace(self, batch_gpu=fitting)
+
     def network(self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int,
                 cond_channels: int = 0) -> dict:
-        """Returns the configuration of the network for this data, as `build_network` takes it."""
+        """Returns the configuration of the network for this data, as `build_network` takes it.
+
+        Raises:
+            ValueError: `ares` names a resolution that the network does not reach.
+        """
         optional = {
             "D": self.aug_dim if self.pfgmpp else None,
             "augment_dim": AUGMENT_DIM if self.augment > 0 else None,
@@ -201,7 +265,9 @@ class TrainConfig:
             "label_dropout": self.label_dropout or None, "cond_channels": cond_channels or None,
             "model_channels": self.cbase, "num_blocks": self.nblock,
             "channel_mult": list(self.cres) if self.cres else None,
+            "attn_resolutions": None if self.ares is None else sorted(self.ares, reverse=True),
         }
+        self._check_ares(img_resolution)
         return {
             "class_name": PRECONDITIONERS[self.precond], "img_resolution": img_resolution,
             "img_channels": img_channels, "label_dim": label_dim, "pfgmpp": self.pfgmpp,
@@ -209,10 +275,25 @@ class TrainConfig:
             **{key: value for key, value in optional.items() if value is not None},
         }
 
+    def _check_ares(self, img_resolution: int | Sequence[int]) -> None:
+        """Raises ValueError, naming those there are, for an attention resolution that is not there.
+
+        A level is named by the longer side of its image, as the U-Nets do.
+        """
+        side = max(img_resolution) if isinstance(img_resolution, Sequence) else img_resolution
+        levels = len(self.cres or ARCHITECTURES[self.arch]["channel_mult"])
+        sides = [side >> level for level in range(levels)]
+        unknown = [str(given) for given in self.ares or () if given not in sides]
+        if unknown:
+            raise ValueError(f"--ares={','.join(map(str, self.ares))}: no level of the network has "
+                             f"an image side of {' or '.join(unknown)}; choose from "
+                             f"{', '.join(map(str, sides))}, or none")
+
     def to_dict(self) -> dict:
         """Returns plain data that JSON can hold; infinity becomes the string 'inf'."""
         values = dataclasses.asdict(self)
         values["cres"] = list(self.cres) if self.cres else None
+        values["ares"] = None if self.ares is None else list(self.ares)
         values["log"] = list(self.log)
         return json_value(values)
 
@@ -247,7 +328,11 @@ def check_options(values: dict) -> dict:
 
 def flag_name(name: str) -> str:
     """Returns train.py's flag for a field, without its dashes."""
-    return name.replace("_", "-")
+    return name if name in _UNDERSCORED else name.replace("_", "-")
+
+
+def _default(name: str) -> object:
+    return TrainConfig.__dataclass_fields__[name].default
 
 
 def _coerce(key: str, value: object, hint: object) -> object:

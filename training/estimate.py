@@ -7,10 +7,13 @@ multiply-add is two); the rest of a U-Net is about 1% of them. Memory is
     20 bytes x parameters             weights, their average, gradients, two moments of Adam
     + tensors kept for backward       the network's, counted, x images at a time
 
+With --checkpoint-blocks the latter are the inputs of all blocks and what the largest block keeps.
+
 This is a rough estimate: it leaves out what the device itself, the workspace of its convolutions
 and the batch take. `gpumem` in the line of a tick is the truth.
 """
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -22,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib.util import format_time
 from pfgmpp.networks import build_network
+from pfgmpp.unets import UNetBlock
 from torch_utils import misc
 from training.config import TrainConfig
 
@@ -42,24 +46,32 @@ class Estimate:
     image_bytes: float  # of a process, for each image at a time
 
     @classmethod
-    def of_network(cls, network: dict[str, Any], precision: str = "fp32") -> "Estimate":
-        """Returns the estimate for a network of `TrainConfig.network` at a precision."""
+    def of_network(cls, network: dict[str, Any], precision: str = "fp32", *,
+                   checkpoint_blocks: bool = False) -> "Estimate":
+        """Returns the estimate for a network of `TrainConfig.network` at a precision.
+
+        `checkpoint_blocks` is the flag of that name.
+        """
         dtype = misc.compute_dtype(precision)
         with torch.device("meta"):
             net = build_network(network)
             # Both kinds of half precision have the same size, and fp16 runs only on GPUs.
             net.compute_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
             inputs = _inputs(net, network.get("augment_dim", 0))
+        largest_block = _largest_block(net, inputs) if checkpoint_blocks else 0
+        net.model.checkpoint_blocks = checkpoint_blocks
         kept = _Kept(net)
+        # In blocks that keep nothing, the kernels keep nothing either: only autograd is asked.
+        kernels = contextlib.nullcontext() if checkpoint_blocks else kept
         with FlopCounterMode(display=False) as counter:
-            with kept, torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+            with kernels, torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
                 denoised = net(**inputs)
             forward = counter.get_total_flops()
             denoised.sum().backward()
         parameters = misc.count_parameters(net)
         by_image, fixed = kept.sizes()
         return cls(parameters, forward / _BATCH, counter.get_total_flops() / _BATCH,
-                   _STATE_BYTES * parameters + fixed, by_image / _BATCH)
+                   _STATE_BYTES * parameters + fixed, (by_image + largest_block) / _BATCH)
 
     def memory_bytes(self, micro_batch: int) -> float:
         """Returns roughly what a process needs for `micro_batch` images at a time."""
@@ -104,6 +116,26 @@ class _Kept(TorchFunctionMode):
         return sum(by_image), sum(sizes) - sum(by_image)
 
 
+def _largest_block(net: torch.nn.Module, inputs: dict[str, torch.Tensor | None]) -> int:
+    """Returns the bytes of what grows with the batch that the block keeps which keeps most."""
+    kept, sizes = _Kept(net), [0]
+
+    def enter(*_: Any) -> None:
+        sizes.append(-kept.sizes()[0])
+
+    def leave(*_: Any) -> None:
+        sizes[-1] += kept.sizes()[0]
+
+    handles = [register(hook) for block in net.modules() if isinstance(block, UNetBlock)
+               for register, hook in ((block.register_forward_pre_hook, enter),
+                                      (block.register_forward_hook, leave))]
+    with kept, torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+        net(**inputs)
+    for handle in handles:
+        handle.remove()
+    return max(sizes)
+
+
 def _inputs(net: torch.nn.Module, augment_dim: int) -> dict[str, torch.Tensor | None]:
     def zeros(*shape: int) -> torch.Tensor | None:
         return torch.zeros(_BATCH, *shape) if shape[0] else None
@@ -120,7 +152,8 @@ def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
     `network` is what `config.network` returns for the run's data, and `rate` the images a second
     over all processes, if known.
     """
-    found = Estimate.of_network(network, config.precision)
+    found = Estimate.of_network(network, config.precision,
+                                checkpoint_blocks=config.checkpoint_blocks)
     micro_batch, _ = config.rounds(world_size)
     steps = -(-config.total_nimg // config.batch)
     rows = [

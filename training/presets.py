@@ -3,9 +3,11 @@
 The published runs set every hyperparameter, also those that are train.py's default, so that each is
 in one place. D is not part of a preset: --pfgmpp and --aug_dim choose it, and all else stays.
 
-    cifar10-*, ffhq64-*, afhqv2-64, imagenet64-adm   EDM (Karras et al. 2022) and PFGM++ (Xu et al.
+    cifar10-*, ffhq64-*, afhqv2-*, imagenet64-adm    EDM (Karras et al. 2022) and PFGM++ (Xu et al.
                                                      2023); no score is published for PFGM++ on
                                                      AFHQv2 and ImageNet
+    cifar10-cond-vp, afhqv2-ve                       of these, EDM alone; vp and ve are its names of
+                                                     architectures, DDPM++ and NCSN++
     lsun256, emoji32                                 this project's own, as starting points; no
                                                      scores are published
 """
@@ -21,9 +23,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar10-ncsnpp": {"cond": False, "arch": "ncsnpp", **_CIFAR10},
     "cifar10-ddpmpp": {"cond": False, "arch": "ddpmpp", **_CIFAR10},
     "cifar10-cond": {"cond": True, "arch": "ncsnpp", **_CIFAR10},
+    "cifar10-cond-vp": {"cond": True, "arch": "ddpmpp", **_CIFAR10},
     "ffhq64-ddpmpp": {**_FACES64, "dropout": 0.05},
     "ffhq64-ncsnpp": {**_FACES64, "arch": "ncsnpp", "dropout": 0.05},
     "afhqv2-64": {**_FACES64, "dropout": 0.25},
+    "afhqv2-ve": {**_FACES64, "arch": "ncsnpp", "dropout": 0.25},
     "imagenet64-adm": {
         "cond": True, "arch": "adm", "batch": 4096, "batch_gpu": 32, "lr": 1e-4, "lr_rampup": 10,
         "duration": 2500, "ema": 50, "dropout": 0.10, "augment": 0, "precision": "fp16", "ls": 100,

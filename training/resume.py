@@ -37,8 +37,10 @@ RESUME_MAY_CHANGE = {
     "seed": "taken from the state; another one is refused",
     "transfer": "decides where a run begins, not how it continues",
     "preset": "a name: what it stands for is compared",
-    "duration": "how long, not how: to train for longer is a reason to resume",
+    "duration": "how long, not how: to train for longer is a reason to resume; compared with "
+                "--lr-decay=cosine, which ends there",
     "batch_gpu": "the split over rounds and processes changes only rounding",
+    "checkpoint_blocks": "what is kept for the backward pass, not what it gives",
     "bench": "which kernels run, as the machine does",
     "compile": "likewise",
     "deterministic": "likewise",
@@ -59,7 +61,7 @@ RESUME_MAY_CHANGE = {
 }
 # Options that are in the network itself, which is compared with the state's key by key.
 NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "label_dropout",
-                   "sigma_data", "cbase", "cres", "nblock"}
+                   "sigma_data", "cbase", "cres", "nblock", "ares"}
 _EDM_LOSS_SCALE = "loss_scaling"  # in the training_options.json of EDM and PFGM++
 _STATE_TAG = re.compile(r"training-state-(\d+)")
 
@@ -223,12 +225,15 @@ def changed_options(now: TrainConfig, then: dict[str, Any]) -> list[str]:
         then: what `TrainConfig.to_dict` wrote to the state; an option that it lacks had its
             default.
     """
-    changed = []
+    changed, free = [], {*RESUME_MAY_CHANGE, *NETWORK_OPTIONS}
+    if now.lr_decay == "cosine":
+        free.remove("duration")  # which says how the learning rate falls
+    unused = ({"rbatch"} if not now.stf else set()) | (
+        {"lr_decay_start"} if now.lr_decay == "none" else set())
     for field in dataclasses.fields(now):
         name, value = field.name, now.to_dict()[field.name]
         before = then.get(name, field.default)
-        is_used = name != "rbatch" or now.stf
-        if name not in {*RESUME_MAY_CHANGE, *NETWORK_OPTIONS} and is_used and value != before:
+        if name not in free | unused and value != before:
             default = ", the default" if value == field.default else ""
             changed.append(f"--{flag_name(name)}={_shown(value)}{default} ({_shown(before)} in the "
                            "state)")

@@ -3,8 +3,8 @@
     step k trains on images k*batch ... (k+1)*batch - 1 of the stream; cur_nimg = k*batch before it
 
 Order of a step: learning rate, gradients (all accumulation rounds, averaged over ranks),
-finiteness, Adam, EMA, cur_nimg += batch. Nothing in a step waits for the device; what is reported
-stays on the device until the tick reads it.
+finiteness and clipping, Adam, EMA, cur_nimg += batch. Nothing in a step waits for the device; what
+is reported stays on the device until the tick reads it.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import checkpoint
+from dnnlib.util import require
 from images.dataset import ImageFolderDataset, TrainingOrder, order_at
 from images.scaling import Scaling
 from pfgmpp.augment import AugmentPipe
@@ -70,6 +71,10 @@ class Trainer:
                            dataset.cond_channels))
         self.net.to(device).train()
         self.net.compute_dtype = misc.compute_dtype(config.precision)
+        require(not config.checkpoint_blocks or hasattr(self.net.model, "checkpoint_blocks"),
+                f"--checkpoint-blocks=1: a {self.net.model_type} has no blocks to compute twice; "
+                "leave it out")
+        self.net.model.checkpoint_blocks = config.checkpoint_blocks
         self.ema_rampup: float | None = RAMPUP_RATIO
         if weights is not None and not self.net.load_state_dict(weights, strict=False).missing_keys:
             self.ema_rampup = None  # the weights are good already: there is nothing to forget
@@ -95,6 +100,9 @@ class Trainer:
         """Opens the stream of batches at `cur_nimg` and couples the ranks."""
         if self.is_compiled:
             misc.compile_network(self.net.model)
+            if self.config.checkpoint_blocks:
+                # PyTorch 2.6 can't cut such a compiled network at DDP's buckets.
+                torch._dynamo.config.optimize_ddp = False
         if torch.distributed.is_initialized():
             ids = [self.device] if self.device.type == "cuda" else None
             self.ddp = DistributedDataParallel(
@@ -139,7 +147,7 @@ class Trainer:
         """Learning rate of the next step."""
         rampup_nimg = self.config.lr_rampup * 1e6
         ramp = min(self.cur_nimg / rampup_nimg, 1.0) if rampup_nimg > 0 else 1.0
-        return self.config.lr * ramp
+        return self.config.lr * ramp * self.config.lr_decay_at(self.cur_nimg)
 
     def train_step(self) -> None:
         """Trains on the next batch."""
@@ -215,13 +223,21 @@ class Trainer:
         return scaling.to_network(images.to(self.device, non_blocking=True))
 
     def _finish_gradients(self) -> torch.Tensor:
-        """Returns 1 if the averaged gradients are not finite, else 0: a 0-d float on the device.
+        """Clips the averaged gradients, if asked to, and says whether they are finite.
 
         Their 2-norm is the cheapest pass over all of them. It is infinite where a square exceeds
-        float32, as Adam's second moment would then be for ever.
+        float32, as Adam's second moment would then be for ever. The limit is one on the gradient of
+        the loss, which a loss scale multiplies: it is scaled in the same way.
+
+        Returns:
+            1 if they are not finite, else 0: a 0-d float on the device.
         """
         grads = [p.grad for p in self.net.parameters() if p.grad is not None]
-        return (~torch.nn.utils.get_total_norm(grads).isfinite()).to(torch.float32)
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.config.clip_grad is not None:
+            limit = self.config.clip_grad * self.loss_scale
+            torch._foreach_mul_(grads, (limit / norm).clamp(max=1))  # 1 at norm 0
+        return (~norm.isfinite()).to(torch.float32)
 
     def _count(self, bad: torch.Tensor) -> None:
         """Updates the counters and a dynamic loss scale, all on the device."""
@@ -322,7 +338,8 @@ def build_loss(config: TrainConfig, net: Precond) -> DenoisingLoss:
     """Returns the loss of the run's preconditioner, at the run's D."""
     kwargs: dict[str, Any] = {"pfgmpp": config.pfgmpp, "D": config.aug_dim}
     if config.precond == "edm":
-        kwargs |= {"sigma_data": net.sigma_data, "lsun": config.lsun}
+        kwargs |= {"sigma_data": net.sigma_data, "lsun": config.lsun, "P_mean": config.P_mean,
+                   "P_std": config.P_std}
     return LOSSES[config.precond](**kwargs)
 
 

@@ -34,6 +34,7 @@ from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.samplers import SamplerConfig
 from sampling.network_sampler import NetworkSampler, SeedImages
 from torch_utils import distributed, misc, training_stats
+from training.advice import Machine, advice
 from training.agreement import check_weights
 from training.config import OPTIONS_FILE, REALS_FILE, SCORES_FILE, STATS_FILE, TrainConfig
 from training.log_sinks import LogSinks
@@ -378,5 +379,5 @@ def _announce(trainer: Trainer) -> None:
     if config.D < HEAVY_TAILED_D:
         distributed.warn0(f"noise of D = {config.D:g} can exceed float32; steps with such draws "
                           "are skipped and counted as bad steps")
-    if config.precision == "fp16" and trainer.device.type != "cuda":
-        distributed.print0("Note: fp16 is for GPUs; on the CPU the network runs in fp32")
+    for line in advice(config, Machine.of(trainer.device), misc.count_parameters(trainer.net)):
+        distributed.warn0(line)

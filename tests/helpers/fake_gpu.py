@@ -174,6 +174,7 @@ class FakeGpu(contextlib.ExitStack):
             (torch.cuda, "manual_seed_all", default.manual_seed),
             (torch.cuda, "Event", _Event),
             (torch.cuda, "get_device_name", lambda device: "a GPU that is not there"),
+            (torch.cuda, "get_device_capability", lambda device: (9, 0)),
             (torch.cuda, "max_memory_allocated", lambda device: 0),
             (torch.cuda, "max_memory_reserved", lambda device: 0),
             (torch.cuda, "reset_peak_memory_stats", lambda device: None),

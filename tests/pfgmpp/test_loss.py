@@ -115,6 +115,15 @@ def test_sigma_data_of_the_network_makes_the_loss_that_of_F_at_every_sigma(sigma
     assert x.double().square().mean().item() == pytest.approx(1, abs=0.05)  # what F sees
 
 
+@pytest.mark.parametrize("lsun", [False, True])
+def test_noise_levels_of_a_run_have_the_law_that_its_options_say(lsun):
+    config = TrainConfig(data="none", P_mean=0.7, P_std=0.3, lsun=lsun)
+    net = EDMPrecond(2, 1, model_type="SongUNet", model_channels=4, channel_mult=[1], num_blocks=1)
+    log_sigma = build_loss(config, net).sample_sigma(20_000, seeded(4)).double().log().numpy()
+    law = scipy.stats.norm(0.7 + (math.log(380 / 80) if lsun else 0), 0.3)
+    assert scipy.stats.kstest(log_sigma, law.cdf).pvalue > 1e-3
+
+
 def test_losses_are_listed_by_their_preconditioner():
     assert {"edm": EDMLoss, "ve": VELoss, "vp": VPLoss} == LOSSES
 

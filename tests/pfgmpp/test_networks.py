@@ -1,5 +1,6 @@
 """Preconditioners against their table, U-Nets against numpy, names and sizes as published."""
 
+import dataclasses
 import json
 import math
 
@@ -399,6 +400,92 @@ def test_a_level_attends_where_its_longer_side_is_listed(arch, size):
     attending = {name.split(".")[2].split("_")[0] for name in net.state_dict()
                  if "qkv" in name and "in0" not in name}
     assert attending == {f"{size[0] // 2}x{size[1] // 2}"}
+
+
+def gradients_and_kept(net, x, labels, augment):
+    """The gradients of a sum, and the bytes that the forward pass has kept for them."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    x = x.clone().requires_grad_()
+    torch.manual_seed(7)  # of dropout
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = net(x, torch.tensor([0.3, 4.0]), labels, augment_labels=augment)
+    drawn = torch.get_rng_state()
+    torch.manual_seed(99)  # what others draw before the backward pass changes nothing
+    (out * randn(*out.shape, seed=3)).sum().backward()
+    grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return [out.detach(), x.grad, drawn], grads, sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_checkpointed_blocks_have_the_same_gradients_and_keep_less(arch, dtype):
+    net = sized(16, arch, num_blocks=3, dropout=0.3, label_dropout=0.5, attn_resolutions=[8])
+    net.train().requires_grad_().compute_dtype = dtype
+    given = randn(2, 3, 16, 16), randn(2, 4, seed=1), randn(2, 9, seed=2)
+    results, grads, kept = gradients_and_kept(net, *given)
+    net.zero_grad(set_to_none=True)
+    before = json.dumps(net.config), list(net.state_dict())
+    net.model.checkpoint_blocks = True
+    checkpointed, grads_again, kept_again = gradients_and_kept(net, *given)
+    assert all(torch.equal(a, b) for a, b in zip(results, checkpointed, strict=True))
+    assert grads.keys() == grads_again.keys() and len(grads) > 20
+    assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+    parameters = sum(p.numel() * p.element_size() for p in net.parameters())
+    assert kept_again - parameters < 0.5 * (kept - parameters) or kept_again < 0.4 * kept
+    assert (json.dumps(net.config), list(net.state_dict())) == before, "no part of the network"
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_blocks_are_computed_twice_in_training_with_gradients_alone(arch):
+    net = sized(8, arch)
+    net.requires_grad_()
+    net.model.checkpoint_blocks = True
+    calls, given = [], (randn(2, 3, 8, 8), 1.0, randn(2, 4, seed=1))
+    blocks = [block for block in net.modules() if isinstance(block, UNetBlock)]
+    for block in blocks:
+        block.norm0.register_forward_hook(lambda *_: calls.append(1))
+    net(*given).sum().backward()
+    with torch.no_grad():
+        net.train()(*given)
+    assert len(calls) == 2 * len(blocks)
+    calls.clear()
+    net(*given).sum().backward()
+    assert len(calls) == 2 * len(blocks)
+
+
+def attending(net):
+    """The longer sides of the levels that attend, the block in the middle left out."""
+    return {max(map(int, name.split(".")[2].split("_")[0].split("x"))) for name in net.state_dict()
+            if "qkv" in name and "in0" not in name}
+
+
+@pytest.mark.parametrize("arch, by_default", [("ddpmpp", {16}), ("ncsnpp", {16}), ("adm", {8, 16})])
+@pytest.mark.parametrize("size", [16, [16, 8], [4, 16]], ids=str)
+@pytest.mark.parametrize("ares", [None, (), (8,), (16, 4)], ids=str)
+def test_a_run_attends_where_its_options_say(arch, by_default, size, ares):
+    config = TrainConfig(data="none", arch=arch, ares=ares, cbase=64, cres=(1, 1, 1), nblock=1)
+    with torch.device("meta"):
+        net = build_network(config.network(size, 3, 0))
+    assert attending(net) == (by_default if ares is None else set(ares))
+    assert any("in0.qkv" in name for name in net.state_dict()), "the middle does anyway"
+    assert net.config.get("attn_resolutions") == (None if ares is None else list(ares))
+    if ares:
+        turned = dataclasses.replace(config, ares=ares[::-1])
+        assert turned.network(size, 3, 0) == config.network(size, 3, 0), "one network, one file"
+
+
+@pytest.mark.parametrize("size", [16, [16, 8], [4, 16]], ids=str)
+def test_a_level_that_is_not_there_can_not_attend(size):
+    config = TrainConfig(data="none", ares=(8, 32, 2), cres=(1, 1, 1))
+    with pytest.raises(ValueError, match="--ares=8,32,2: .* of 32 or 2; choose from 16, 8, 4, or"):
+        config.network(size, 3, 0)
+    by_default = TrainConfig(data="none", ares=(2,))  # three levels
+    with pytest.raises(ValueError, match="16, 8, 4"):
+        by_default.network(size, 3, 0)
 
 
 @pytest.mark.parametrize("arch", NETWORKS)

@@ -13,7 +13,7 @@ from tiny import TINY_RUN, write_dataset
 from torch_utils import distributed
 from training import agreement
 from training.agreement import _bit_sum
-from training.config import TrainConfig
+from training.config import TrainConfig, flag_name
 
 
 def two_processes(test):
@@ -41,7 +41,7 @@ ALIKE = {"lr": 1e-3, "augment": 0.0}
 
 @pytest.mark.parametrize("other, words", [
     ({"lr": 2e-3}, "--lr=0.002 (0.001 on rank 0)"),
-    ({"pfgmpp": True, "aug_dim": 64.0}, "--pfgmpp=True (False on rank 0), --aug-dim=64.0 (128.0"),
+    ({"pfgmpp": True, "aug_dim": 64.0}, "--pfgmpp=True (False on rank 0), --aug_dim=64.0 (128.0"),
     ({"resume": False}, "--resume=False (True on rank 0)"),
     ({"dry_run": True}, "--dry-run=True (False on rank 0)"),
     ({"seed": 3}, "--seed=3 (None on rank 0)"),
@@ -53,7 +53,7 @@ def test_other_options_or_code_are_named(other, words, monkeypatch):
 
     def gather(facts):
         """What the ranks say: rank 0 this, rank 1 the same but for `other`."""
-        changed = {f"--{name.replace('_', '-')}": value for name, value in other.items()} | other
+        changed = {f"--{flag_name(name)}": value for name, value in other.items()} | other
         return [facts, facts | {name: value for name, value in changed.items() if name in facts}]
 
     monkeypatch.setattr(distributed, "gather_objects", gather)

@@ -366,7 +366,7 @@ def test_every_option_is_free_or_compared_or_in_the_network():
     compared = names - RESUME_MAY_CHANGE.keys() - NETWORK_OPTIONS
     assert compared == {  # a new option is compared until somebody has thought about it
         "stf", "rbatch", "lsun", "batch", "lr", "lr_rampup", "ema", "dropout", "augment", "xflip",
-        "precision", "ls"}
+        "precision", "ls", "P_mean", "P_std", "clip_grad", "lr_decay", "lr_decay_start"}
     assert all(RESUME_MAY_CHANGE.values()), "each with its reason"
 
 
@@ -382,6 +382,18 @@ def test_changed_options_are_listed_with_both_values():
     then["gone"] = 1
     assert changed_options(dataclasses.replace(now, batch=64, lr=1e-3), then) == []
     assert "--rbatch=100" in str(changed_options(dataclasses.replace(now, stf=True), then))
+    cosine = dataclasses.replace(now, batch=64, lr=1e-3, lr_decay="cosine", lr_decay_start=2)
+    assert changed_options(cosine, then) == [
+        "--duration=7 (200 in the state)", "--lr-decay=cosine (none in the state)",
+        "--lr-decay-start=2 (None in the state)"]
+    assert changed_options(dataclasses.replace(cosine, lr_rampup=1), cosine.to_dict()) == [
+        "--lr-rampup=1 (10 in the state)"]
+    rsqrt = dataclasses.replace(cosine, lr_decay="rsqrt")
+    assert changed_options(dataclasses.replace(rsqrt, duration=9), rsqrt.to_dict()) == []
+    assert changed_options(dataclasses.replace(now, lr_decay_start=2), now.to_dict()) == []
+    now = dataclasses.replace(back, lr=1e-3, P_mean=-0.4, P_std=1.0)
+    assert changed_options(now, then) == [
+        "--P_mean=-0.4 (-1.2 in the state)", "--P_std=1 (1.2 in the state)"]
 
 
 @pytest.mark.long

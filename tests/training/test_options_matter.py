@@ -25,11 +25,15 @@ BASE = {"arch": "ncsnpp", "cbase": 8, "cres": (1, 2), "nblock": 1, "batch": 8, "
 LEARNED = {
     "cond": (True, {}), "cond_image": (True, {}), "arch": ("ddpmpp", {}), "precond": ("ve", {}),
     "pfgmpp": (True, {}), "aug_dim": (3.0, {"pfgmpp": True}), "stf": (True, {"rbatch": 16}),
-    "rbatch": (24, {"stf": True}), "lsun": (True, {}), "batch": (16, {}), "cbase": (16, {}),
-    "cres": ((1, 1), {}), "nblock": (2, {}), "lr": (2e-2, {}), "lr_rampup": (1e-4, {}),
+    "rbatch": (24, {"stf": True}), "lsun": (True, {}), "P_mean": (-0.4, {}),
+    "P_std": (1.0, {}), "batch": (16, {}), "cbase": (16, {}),
+    "cres": ((1, 1), {}), "nblock": (2, {}), "ares": ((8,), {}), "lr": (2e-2, {}),
+    "lr_rampup": (1e-4, {}), "lr_decay": ("rsqrt", {"lr_decay_start": 8e-6}),
+    "lr_decay_start": (4e-6, {"lr_decay": "rsqrt", "lr_rampup": 8e-6}),
     "ema": (1e-7, {}), "dropout": (0.5, {}), "augment": (0.5, {}),
     "label_dropout": (0.9, {"cond": True}), "sigma_data": (0.3, {}), "xflip": (True, {}),
-    "precision": ("bf16", {}), "ls": (3.0, {}), "seed": (1, {}), "transfer": ("snapshot.pt", {}),
+    "precision": ("bf16", {}), "ls": (3.0, {}), "clip_grad": (1e-9, {}),
+    "seed": (1, {}), "transfer": ("snapshot.pt", {}),
 }
 # Options that change when and where, not what is learned, and the tests that see what they change.
 ELSEWHERE = {
@@ -40,6 +44,7 @@ ELSEWHERE = {
     "batch_gpu": "the_gradient_is_that_of_the_loss_of_the_whole_batch",
     "max_bad_steps": "too_many_bad_steps_in_a_row_end_the_run_and_name_the_step",
     "bench": "kernels_are_chosen_as_asked", "deterministic": "kernels_are_chosen_as_asked",
+    "checkpoint_blocks": "a_run_that_checkpoints_writes_what_another_does",
     "compile": "networks_are_compiled_by_themselves_on_gpus_alone",
     "data_on_device": "training_is_the_same_to_the_bit",
     "cache": "without_the_packed_file_there_is_nothing_to_copy",

@@ -1,5 +1,6 @@
 """Presets, --config and what a dry run says: every flag has one home, and what is typed wins."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -11,6 +12,7 @@ from tiny import TINY_NETWORK, TINY_RUN
 
 import train
 from pfgmpp.networks import build_network
+from pfgmpp.unets import UNetBlock
 from training.config import TrainConfig
 from training.estimate import Estimate
 from training.presets import PRESETS
@@ -71,6 +73,41 @@ def test_the_table_of_presets_says_what_they_set():
         assert config == options(f"--preset={name}").to_dict()
 
 
+@pytest.mark.parametrize("word, ares", [("none", ()), ("16", (16,)), ("32,16,8", (32, 16, 8))])
+def test_attention_resolutions_are_a_list_or_none(word, ares, tmp_path):
+    config = options(f"--ares={word}")
+    assert config.ares == ares and TrainConfig.from_dict(config.to_dict()) == config
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps(config.to_dict()))
+    assert options(f"--config={path}").ares == ares
+    assert options().ares is None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags, processes, expected", [
+    (["--preset=imagenet64-adm", "--batch=100"], 1, '"batch_gpu": 25,'),
+    (["--preset=lsun256", "--batch=60"], 5, '"batch_gpu": 6,'),
+    (["--config=FILE"], 3, '"batch_gpu": 5,'),
+    (["--config=FILE"], 1, '"batch_gpu": 5,'),
+    (["--config=FILE", "--batch-gpu=5"], 3, '"batch_gpu": 5,'),
+    (["--config=FILE", "--batch-gpu=4"], 3, "Error: --batch-gpu=4 must divide --batch=15 / 3 "
+                                            "process(es) = 5; nearest: 1 or 5"),
+    (["--preset=lsun256", "--batch-gpu=7"], 1, "Error: --batch-gpu=7 must divide --batch=256 / 1 "
+                                               "process(es) = 256; nearest: 4 or 8"),
+], ids=str)
+def test_a_batch_gpu_that_nobody_typed_fits_itself(flags, processes, expected, dataset_zip,
+                                                   tmp_path, invoke, monkeypatch):
+    (tmp_path / "some.json").write_text(json.dumps({"batch": 15, "batch_gpu": 7}))
+    flags = [flag.replace("FILE", str(tmp_path / "some.json")) for flag in flags]
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr("torch_utils.distributed.process_group",
+                        lambda device: contextlib.nullcontext(torch.device("cpu")))
+    result = invoke(train.main, f"--outdir={tmp_path / 'out'}", f"--data={dataset_zip}", *flags,
+                    "--cond=0", "--cbase=64", "--cres=1", "--nblock=1", "-n")
+    assert expected in result.output
+    assert result.exit_code == (2 if expected.startswith("Error") else 0), result.output
+
+
 def test_flags_that_are_typed_come_before_a_preset_and_a_config(tmp_path):
     config = options("--preset=imagenet64-adm", "--lr=0.5", "--cond=0", "--tick=50")
     assert (config.lr, config.cond, config.tick, config.batch) == (0.5, False, 50, 4096)
@@ -107,6 +144,8 @@ def test_a_config_gives_back_the_run_that_wrote_it(dataset_zip, tmp_path, invoke
 def test_every_option_survives_the_way_through_a_config(tmp_path):
     given = TrainConfig(
         data="x", cond=True, arch="adm", cres=(1, 2), cbase=64, nblock=2, batch_gpu=4, stf=True,
+        P_mean=-0.4, P_std=1.0, ares=(), checkpoint_blocks=True, clip_grad=2.5,
+        lr_decay="rsqrt", lr_decay_start=1.5,
         aug_dim=float("inf"), pfgmpp=True, sigma_data=None, label_dropout=0.1, ls=2.0, keep=3,
         compile="1", workers=0, samples=0, eval=3.0, eval_ref="ref.npz", seed=7, transfer="y.pt",
         preset="emoji32", precision="bf16")
@@ -180,9 +219,19 @@ def network(arch="ncsnpp", resolution=16, precision="fp32", **kwargs):
     return config.network(resolution, 3, 2)
 
 
-def kept_bytes(content, batch):
+def kept_bytes(content, batch, checkpoint_blocks=False):
     """Returns the bytes that a real forward pass of a real network keeps, parameters left out."""
+    return run_and_keep(content, batch, checkpoint_blocks)[0]
+
+
+def kept_by_blocks(content, batch):
+    """Returns the same of each block by itself, in the order in which they run."""
+    return run_and_keep(content, batch, False)[1]
+
+
+def run_and_keep(content, batch, checkpoint_blocks):
     net = build_network(content)
+    net.model.checkpoint_blocks = checkpoint_blocks
     known = {p.untyped_storage().data_ptr() for p in net.parameters()}
     kept = {}
 
@@ -192,10 +241,19 @@ def kept_bytes(content, batch):
         return tensor
     side = content["img_resolution"]
     labels = torch.zeros(batch, 9) if content.get("augment_dim") else None
+    def total():
+        return sum(t.untyped_storage().nbytes() for t in kept.values())
+    at_blocks = []
+    for block in net.modules():
+        if isinstance(block, UNetBlock):
+            block.register_forward_pre_hook(lambda *_: at_blocks.append(total()))
+            block.register_forward_hook(lambda *_: at_blocks.append(total()))
     with torch.autograd.graph.saved_tensors_hooks(add, lambda tensor: tensor):
         net(torch.zeros(batch, 3, side, side), torch.ones(batch), torch.zeros(batch, 2),
             augment_labels=labels)
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
+    by_blocks = [after - before for before, after in zip(at_blocks[::2], at_blocks[1::2],
+                                                         strict=True)]
+    return total(), by_blocks
 
 
 @pytest.mark.long
@@ -204,6 +262,21 @@ def test_memory_of_an_image_is_what_autograd_keeps_of_a_real_one(arch):
     content = network(arch)
     measured = (kept_bytes(content, 5) - kept_bytes(content, 2)) / 3
     assert Estimate.of_network(content).image_bytes == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ["ncsnpp", "ddpmpp", "adm"])
+def test_with_checkpoints_an_image_takes_what_is_kept_and_the_largest_block(arch):
+    content = network(arch, nblock=4)
+    found, plain = (Estimate.of_network(content, checkpoint_blocks=checkpoint_blocks)
+                    for checkpoint_blocks in (True, False))
+    measured = (kept_bytes(content, 5, True) - kept_bytes(content, 2, True)) / 3
+    largest = max((five - two) / 3 for five, two in zip(
+        kept_by_blocks(content, 5), kept_by_blocks(content, 2), strict=True))
+    assert found.image_bytes == pytest.approx(measured + largest, rel=0.03)
+    assert found.image_bytes < 0.5 * plain.image_bytes
+    assert found.training_flops / found.forward_flops == pytest.approx(4, rel=0.05), "one more"
+    assert (found.parameters, found.forward_flops) == (plain.parameters, plain.forward_flops)
 
 
 @pytest.mark.long
@@ -239,4 +312,9 @@ def test_a_dry_run_says_what_the_run_takes(dataset_zip, tmp_path, invoke):
     assert "1h 00m 00s (1 hours) at 100 images/s" in result.output
     for word in ("Parameters", "FLOP an image forward", "(an estimate)", "+ 50 x"):
         assert word in result.output
+    less = invoke(train.main, f"--outdir={tmp_path / 'new'}", f"--data={dataset_zip}", "-n",
+                  *TINY_NETWORK, "--batch=100", "--batch-gpu=50", "--checkpoint-blocks=1")
+    [before], [after] = (re.findall(r"50 x ([\d.]+) kB an image", output)
+                         for output in (result.output, less.output))
+    assert float(after) < float(before)
     assert not (tmp_path / "new").exists()

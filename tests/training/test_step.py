@@ -10,6 +10,7 @@ import torch
 
 from checkpoints import checkpoint
 from images.dataset import ImageFolderDataset, order_at
+from pfgmpp.unets import UNetBlock
 from torch_utils import distributed
 from training.config import TrainConfig
 from training.resume import State, restore_
@@ -140,6 +141,116 @@ def test_weights_move_by_adam(dataset_zip, lr_rampup):
             torch.testing.assert_close(moved, lr * step, rtol=1e-4, atol=3e-7, msg=name)
 
 
+@pytest.mark.parametrize("rampup", [0.0, 2.0])
+@pytest.mark.parametrize("options, decay", [
+    ({}, lambda mimg: 1),
+    ({"lr_decay": "rsqrt", "lr_decay_start": 3.0}, lambda mimg: 1 / math.sqrt(max(mimg / 3, 1))),
+    ({"lr_decay": "rsqrt", "lr_decay_start": 0.5}, lambda mimg: 1 / math.sqrt(max(mimg / 0.5, 1))),
+    ({"lr_decay": "cosine", "lr_decay_start": 4.0},
+     lambda mimg: 1 if mimg < 4 else math.cos(math.pi * (mimg - 4) / 8 / 2) ** 2),
+    ({"lr_decay": "cosine", "lr_decay_start": 0.0},
+     lambda mimg: math.cos(math.pi * mimg / 12 / 2) ** 2),
+    ({"lr_decay": "cosine", "lr_rampup": 2.0},
+     lambda mimg: 1 if mimg < 2 else math.cos(math.pi * (mimg - 2) / 10 / 2) ** 2),
+], ids=["none", "rsqrt-3", "rsqrt-0.5", "cosine-4", "cosine-0", "cosine-rampup"])
+def test_the_learning_rate_rises_and_falls_with_the_images_seen(dataset_zip, rampup, options,
+                                                                 decay):
+    options = {"lr_rampup": rampup, "duration": 12.0} | options
+    rampup = options["lr_rampup"]
+    trainer = make_trainer(dataset_zip, lr=0.5, batch=8, **options)
+    for mimg in (0, 0.25, 0.5, 1, 2, 3, 3.5, 4, 6, 8, 11, 12):
+        trainer.cur_nimg = round(mimg * 1e6)
+        expected = 0.5 * (min(mimg / rampup, 1) if rampup else 1) * decay(mimg)
+        assert trainer.lr == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        trainer.train_step()
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-12)
+    trainer.cur_nimg = 13_000_000  # a last batch may go beyond the end
+    assert trainer.lr >= 0 and (trainer.lr == 0) == (options.get("lr_decay") == "cosine")
+
+
+def norm_of(grads):
+    return math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+
+
+SCALINGS = [{}, {"ls": 8.0}, {"precision": "fp16"}]  # a fixed loss scale, and a dynamic one
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999, 1.001, 100.0])
+@pytest.mark.parametrize("options", SCALINGS, ids=str)
+def test_the_gradient_is_clipped_to_a_norm_of_all_parameters(dataset_zip, share, options):
+    plain = gradients(make_trainer(dataset_zip, **options))
+    scale = {"ls": 8.0, "precision": 2.0**16}.get("".join(options), 1.0)
+    norm = norm_of(plain) / scale  # of the gradient of the loss itself
+    trainer = make_trainer(dataset_zip, clip_grad=share * norm, **options)
+    gradients(trainer)
+    bad = trainer._finish_gradients()
+    found = {name: p.grad for name, p in trainer.net.named_parameters() if p.grad is not None}
+    assert bad == 0 and found.keys() == plain.keys()
+    for name, g in plain.items():
+        torch.testing.assert_close(found[name], g * min(1, share), rtol=1e-5, atol=0)
+        assert share < 1 or torch.equal(found[name], g), "below the limit nothing changes"
+    assert norm_of(found) / scale == pytest.approx(min(share, 1) * norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("split", ["rounds", "ranks"])
+def test_clipping_is_that_of_the_whole_batch_however_it_is_split(dataset_zip, monkeypatch, split):
+    limit = 0.1 * norm_of(plain_gradients(make_trainer(dataset_zip)))
+    whole = make_trainer(dataset_zip, clip_grad=limit)
+    whole.train_step()
+    if split == "rounds":
+        trainer = make_trainer(dataset_zip, clip_grad=limit, batch_gpu=2)
+        trainer.train_step()
+    else:
+        found = []
+        for rank in range(2):
+            as_rank(monkeypatch, rank)
+            trainer = make_trainer(dataset_zip, clip_grad=limit)
+            found.append(gradients(trainer))
+        for name, p in trainer.net.named_parameters():  # what DDP makes of them: their mean
+            if p.grad is not None:
+                p.grad.copy_((found[0][name] + found[1][name]) / 2)
+        trainer._finish_gradients()
+    expected, found = ({name: p.grad for name, p in t.net.named_parameters() if p.grad is not None}
+                       for t in (whole, trainer))
+    assert norm_of(found) == pytest.approx(limit, rel=1e-5)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])  # the square of the last is infinite
+@pytest.mark.parametrize("options", SCALINGS, ids=str)
+def test_a_step_that_is_not_finite_is_skipped_with_clipping_too(dataset_zip, value, options):
+    trainer = make_trainer(dataset_zip, clip_grad=1.0, **options)
+    trainer.train_step()
+    accumulate = trainer._accumulate_gradients
+
+    def broken():
+        accumulate()
+        next(p.grad for p in trainer.net.parameters() if p.grad is not None).view(-1)[0] = value
+
+    trainer._accumulate_gradients = broken
+    before = copy.deepcopy([trainer.net.state_dict(), trainer.ema.state_dict(),
+                            trainer.optimizer.state_dict()["state"]])
+    trainer.train_step()
+    assert trainer.counters["bad_total"] == 1
+    assert checkpoint.digest(before) == checkpoint.digest(
+        [trainer.net.state_dict(), trainer.ema.state_dict(),
+         trainer.optimizer.state_dict()["state"]])
+    trainer._accumulate_gradients = accumulate
+    trainer.train_step()
+    assert trainer.counters["bad_total"] == 1
+    assert all(p.isfinite().all() for p in trainer.net.parameters())
+
+
+def test_no_gradient_is_not_clipped(dataset_zip):
+    trainer = make_trainer(dataset_zip, clip_grad=1.0)
+    gradients(trainer)
+    for p in trainer.net.parameters():
+        if p.grad is not None:
+            p.grad.zero_()
+    assert trainer._finish_gradients() == 0
+    assert all(not p.grad.any() for p in trainer.net.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("ema, beta_of_step", [
     (1.0, lambda nimg: 0.5 ** (8 / max(0.05 * nimg, 1e-8))),  # ramping up
     (10e-6, lambda nimg: 0.5 ** (8 / max(min(10, 0.05 * nimg), 1e-8)))])
@@ -164,6 +275,33 @@ def test_the_network_computes_in_the_precision_asked_for(dataset_zip, precision,
     trainer.train_step()
     assert seen == [dtype] and trainer.ema.compute_dtype == dtype
     assert all(p.dtype == torch.float32 for p in trainer.net.parameters())
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"batch_gpu": 2, "augment": 0.5, "precision": "bf16", "cond": True, "label_dropout": 0.5}],
+    ids=str)
+def test_a_run_that_checkpoints_writes_what_another_does(dataset_zip, options):
+    plain, other = (make_trainer(dataset_zip, dropout=0.3, checkpoint_blocks=checkpoint_blocks,
+                                 **options) for checkpoint_blocks in (False, True))
+    calls = []
+    blocks = [block for block in other.net.modules() if isinstance(block, UNetBlock)]
+    for block in blocks:
+        block.norm0.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        plain.train_step()
+        other.train_step()
+    assert len(calls) == 2 * len(blocks) * other.rounds * 3
+    written, expected = other.state(), plain.state()
+    assert written["options"].pop("checkpoint_blocks") is True
+    assert expected["options"].pop("checkpoint_blocks") is False
+    assert checkpoint.digest(written) == checkpoint.digest(expected)
+    assert not other.ema.training
+
+
+def test_a_network_without_blocks_refuses_to_checkpoint_them(dataset_zip, monkeypatch):
+    monkeypatch.delattr("pfgmpp.unets._UNet.checkpoint_blocks")
+    with pytest.raises(ValueError, match="--checkpoint-blocks=1: a SongUNet has no blocks"):
+        make_trainer(dataset_zip, checkpoint_blocks=True)
 
 
 # ---- stable targets -----------------------------------------------------------------------------

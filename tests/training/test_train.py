@@ -227,6 +227,18 @@ def one_line_error(result, code, *words):
     (["--lr=0"], 2, ["--lr=0"]),
     (["--stf=1", "--rbatch=7"], 2, ["--rbatch=7", "--batch=8"]),
     (["--lsun=1", "--precond=vp"], 2, ["--lsun=1", "edm"]),
+    (["--P_mean=-0.4", "--precond=vp"], 2, ["--P_mean=-0.4 with --precond=vp", "edm"]),
+    (["--P_std=1", "--precond=ve"], 2, ["--P_std=1 with --precond=ve", "edm"]),
+    (["--P_mean=inf"], 2, ["--P_mean=inf", "finite"]),
+    (["--P_std=0"], 2, ["--P_std=0", "positive"]),
+    (["--ares=8,3"], 1, ["--ares=8,3", "of 3; choose from 8, 4, or none"]),
+    (["--ares=no"], 2, ["'no' is not a list"]),
+    (["--clip-grad=0"], 2, ["--clip-grad=0", "positive"]),
+    (["--lr-decay=rsqrt", "--lr-decay-start=0"], 2, ["--lr-decay-start=0 with", "positive"]),
+    (["--lr-decay=rsqrt", "--lr-rampup=0"], 2, ["--lr-decay-start=0, the end of --lr-rampup,"]),
+    (["--lr-decay=cosine", "--lr-decay-start=9", "--duration=5"], 2,
+     ["--lr-decay-start=9", "less than --duration=5"]),
+    (["--lr-decay=rsqrt", "--lr-decay-start=-1"], 2, ["--lr-decay-start=-1", "0 or more"]),
     (["--device=cuda"], 1, ["--device=cpu"]),
 ])
 def test_bad_options_get_one_line(flags, code, words, dataset_zip, tmp_path, invoke):
@@ -362,10 +374,12 @@ def test_networks_are_compiled_by_themselves_on_gpus_alone(dataset_zip, monkeypa
 
 
 @pytest.mark.slow
-def test_a_compiled_network_trains_alike(dataset_zip, tmp_path, invoke):
+@pytest.mark.parametrize("flags", [[], ["--checkpoint-blocks=1"]], ids=str)
+def test_a_compiled_network_trains_alike(dataset_zip, tmp_path, invoke, flags):
     for name in ("0", "1"):
         result = invoke(train.main, f"--outdir={tmp_path}", f"--data={dataset_zip}", *TINY_RUN,
-                        "--duration=0.00004", "--dropout=0", f"--compile={name}", f"--name={name}")
+                        "--duration=0.00004", "--dropout=0", f"--compile={name}", f"--name={name}",
+                        *flags)
         assert result.exit_code == 0, result.output
         assert (", compiled" in result.output) == (name == "1")
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "0"), rel=1e-3)

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -217,6 +218,23 @@ def test_a_batch_that_does_not_divide_names_the_nearest():
         TrainConfig(data="x", batch=24).rounds(5)
     with pytest.raises(ValueError, match="4 or 6"):
         TrainConfig(data="x", batch=24, batch_gpu=5).rounds(2)
+
+
+@pytest.mark.parametrize("batch, world_size, batch_gpu, expected", [
+    (4096, 1, 32, 32), (4096, 64, 32, 32), (4096, 256, 32, 16), (4096, 8, 33, 32),
+    (24, 2, 5, 4), (24, 2, 100, 12), (24, 8, 2, 1), (14, 2, 6, 1), (24, 2, None, None),
+    (24, 5, 3, 3), (24, 48, 3, 3)])
+def test_a_micro_batch_of_a_preset_fits_any_number_of_processes(batch, world_size, batch_gpu,
+                                                                expected):
+    config = TrainConfig(data="x", batch=batch, batch_gpu=batch_gpu)
+    fitting = config.with_fitting_batch_gpu(world_size)
+    assert fitting == dataclasses.replace(config, batch_gpu=expected)
+    if batch % world_size:  # which is another mistake
+        with pytest.raises(ValueError, match="can't be split"):
+            fitting.rounds(world_size)
+        return
+    micro, rounds = fitting.rounds(world_size)
+    assert micro * rounds * world_size == batch
 
 
 def test_kimg_tags_sort_and_show_short_ticks():

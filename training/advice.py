@@ -1,0 +1,111 @@
+"""What a run is warned of before it starts, decided from its options and its machine.
+
+PyTorch is imported only to ask what a device is.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+LARGE_FOR_CPU = 10_000_000  # parameters
+_AMPERE = (8, 0)  # the first compute capability with bf16 and TF32
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is ARM's name
+_PUBLISHED_RAMPUP = 1 / 20  # of the duration: 10 of 200 Mimg
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What is asked of the device of a process.
+
+    Attributes:
+        kind: as `torch.device.type` says it: 'cpu' or 'cuda'.
+        name: of a GPU.
+        capability: compute capability of an NVIDIA GPU, None if it has none.
+        has_bf16: whether the CPU has instructions for bfloat16, None if that is not known.
+    """
+
+    kind: str
+    name: str = ""
+    capability: tuple[int, int] | None = None
+    has_bf16: bool | None = None
+
+    @classmethod
+    def of(cls, device: "torch.device") -> "Machine":
+        """Returns what `device` is."""
+        if device.type != "cuda":
+            return cls(device.type, has_bf16=_this_cpu_has_bf16())
+        import torch
+        capability = None if torch.version.hip else torch.cuda.get_device_capability(device)
+        return cls("cuda", torch.cuda.get_device_name(device), capability)
+
+
+def advice(config: TrainConfig, machine: Machine, parameters: int) -> list[str]:
+    """Returns a line for each thing about a run that is hardly meant so.
+
+    `parameters` is the number of those of the network.
+    """
+    lines = [_on_rampup(config), _on_decay(config), _on_size(machine, parameters),
+             _on_precision(config.precision, machine)]
+    return [line for line in lines if line]
+
+
+def cpu_has_bf16(cpuinfo: str) -> bool | None:
+    """Says whether the text of Linux's /proc/cpuinfo lists bfloat16; None if it lists nothing."""
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.M)
+    return bool(_BF16_FLAGS & set(flags[1].split())) if flags else None
+
+
+def _this_cpu_has_bf16() -> bool | None:
+    try:
+        return cpu_has_bf16(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+
+
+def _on_rampup(config: TrainConfig) -> str | None:
+    if config.total_nimg >= config.lr_rampup * 1e6:
+        return None
+    share = config.total_nimg / (config.lr_rampup * 1e6)
+    return (f"--duration={config.duration:g} ends within the ramp-up of the learning rate, "
+            f"--lr-rampup={config.lr_rampup:g}: it reaches {100 * share:.3g}% of --lr={config.lr:g}"
+            f"; give a shorter one, such as --lr-rampup={config.duration * _PUBLISHED_RAMPUP:g}")
+
+
+def _on_decay(config: TrainConfig) -> str | None:
+    if config.lr_decay_start is None or config.lr_decay != "none":
+        return None
+    return (f"--lr-decay-start={config.lr_decay_start:g} has no effect without --lr-decay=rsqrt or "
+            "cosine")
+
+
+def _on_size(machine: Machine, parameters: int) -> str | None:
+    if machine.kind != "cpu" or parameters <= LARGE_FOR_CPU:
+        return None
+    return (f"a network of {parameters:,} parameters on the CPU: more than about "
+            f"{LARGE_FOR_CPU // 10**6} million are for GPUs; make it smaller by --cbase and --cres,"
+            " or try --preset=emoji32")
+
+
+def _on_precision(precision: str, machine: Machine) -> str | None:
+    given = f"--precision={precision}"
+    if machine.kind == "cpu":
+        return {
+            "fp16": f"{given} is for GPUs: on the CPU the network runs in fp32",
+            "tf32": f"{given} has no effect on the CPU, where the network runs in fp32",
+            "bf16": f"{given} is slow on this CPU, which has no instructions for it (AVX512_BF16 "
+                    "or AMX); use --precision=fp32" if machine.has_bf16 is False else None,
+        }.get(precision)
+    if machine.capability is None or machine.capability >= _AMPERE:
+        return None
+    which = f"{machine.name}, of compute capability {'.'.join(map(str, machine.capability))}"
+    return {
+        "bf16": f"{given} is slow on {which}: its first hardware is of 8.0; use --precision=fp16",
+        "tf32": f"{given} has no effect on {which}: its first hardware is of 8.0; use "
+                "--precision=fp16, or fp32",
+    }.get(precision)
