@@ -123,7 +123,7 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--precond", type=click.Choice(["vp", "ve", "edm", "iddpm"]), default="edm", help="Preconditioning and loss.")
 @click.option("--pfgmpp", type=_BOOL, default=False, help="Train PFGM++ instead of diffusion.")
 @click.option("--aug_dim", metavar="D", type=float, default=128, help="Augmented dimensions of PFGM++: any real above 0, or inf.")
-@click.option("--stf", type=_BOOL, default=False, help="Stable targets: the mean over a reference batch, given the noisy image.")
+@click.option("--stf", type=_BOOL, default=False, help="Stable targets: the mean over a reference batch, of the own class, given the noisy image; with --augment=0.")
 @click.option("--rbatch", metavar="INT", type=int, default=4096, help="Images in the reference batch of --stf, the batch included.")
 @click.option("--lsun", type=_BOOL, default=False, help="Noise levels for 256x256 images: 380/80 times higher.")
 @click.option("--cond-image", type=_BOOL, default=False, help="Train with the condition images of the data set.")
@@ -357,6 +357,7 @@ def _open_dataset(config, pack: bool):
 
     from images.dataset import ImageFolderDataset
     from pfgmpp.networks import build_network
+    from training.trainer import check_stable_targets
     kwargs = {"use_labels": config.cond, "xflip": config.xflip}
     dataset = ImageFolderDataset(config.data, **kwargs)
     if config.cond_image:
@@ -368,6 +369,8 @@ def _open_dataset(config, pack: bool):
     if config.cond and not dataset.has_labels:
         raise UserError(f"--cond=1: {config.data} has no labels; add them to its dataset.json or "
                         "train with --cond=0", BAD_USAGE)
+    with user_errors(BAD_USAGE):
+        check_stable_targets(config, dataset)
     with torch.device("meta"):  # the network's own checks, without its memory
         build_network(config.network(dataset.resolution, dataset.num_channels, dataset.label_dim,
                                      dataset.cond_channels))
