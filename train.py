@@ -167,6 +167,8 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--eval-ref", metavar="NPZ|URL|ZIP|DIR", help="Reference statistics or data set to score against.")
 @click.option("--eval-num", metavar="INT", type=int, default=50_000, help="Number of samples to score.")
 @click.option("--eval-detector", metavar="inception|pixels|FILE", default="inception", help="Features to score by, see fid.py.")
+@click.option("--val-data", metavar="ZIP|DIR", help="Held-out data set, of whose images each tick reports the loss.  [default: none]")
+@click.option("--val-num", metavar="INT", type=int, default=2048, help="The most held-out images to use, a random choice.")
 @click.option("--seed", metavar="INT", type=int, help="Random seed.  [default: random, or that of the resumed state]")
 @click.option("--transfer", metavar="PT|URL", help="Start from the weights of a snapshot or state.")
 @click.option("--resume", metavar="PT|auto", help="Go on from a training state; auto takes the newest of the run directory.")
@@ -228,6 +230,7 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         changed = _changed_options(config, state, override_options) if state else []
         with console.timed("data"):
             dataset = _open_dataset(config, pack=config.cache and not dry_run)
+            held_out = _open_held_out(config, dataset, pack=config.cache and not dry_run)
         if state:
             state = _settle_data(config, dataset, state, override_options)
         if config.sigma_data is None and not dry_run:
@@ -238,7 +241,7 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         run_dir = distributed.run_on_rank0(
             _make_run_dir, config, dataset.name, Path(outdir), fixed_dir, desc, bool(resume))
         distributed.run_on_rank0(_lock, stack, run_dir)  # a second time is none
-        _train(config, dataset, run_dir, torch_device, state, changed)
+        _train(config, dataset, run_dir, torch_device, state, changed, held_out)
 
 
 def _lock(stack, run_dir: Path) -> None:
@@ -381,6 +384,12 @@ def _open_dataset(config, pack: bool):
     return dataset
 
 
+def _open_held_out(config, dataset, pack: bool):
+    """Returns the images of --val-data, checked against the data set; None without it."""
+    from training.validation import open_held_out
+    return open_held_out(config, dataset, pack) if config.val_data else None
+
+
 def _measure_sigma_data(config, dataset):
     """Returns the config with the standard deviation of the data as networks see them.
 
@@ -412,7 +421,7 @@ def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Pa
     return numbered_dir(outdir, text)
 
 
-def _train(config, dataset, run_dir, device, state, changed) -> None:
+def _train(config, dataset, run_dir, device, state, changed, held_out) -> None:
     from dnnlib.util import Logger
     from torch_utils import distributed
     from training.trainer import DivergedError
@@ -425,7 +434,8 @@ def _train(config, dataset, run_dir, device, state, changed) -> None:
         if changed:
             distributed.print0(f"Changed        {', '.join(changed)}")
         try:
-            training_loop(config, dataset=dataset, run_dir=run_dir, device=device, resume=state)
+            training_loop(config, dataset=dataset, run_dir=run_dir, device=device, resume=state,
+                          held_out=held_out)
         except (DivergedError, ValueError, OSError) as error:
             if distributed.get_rank() == 0:
                 log.write_file(f"Error: {error}\n")  # the console shows it at the end

@@ -61,6 +61,8 @@ RESUME_MAY_CHANGE = {
     "eval_ref": "likewise",
     "eval_num": "likewise",
     "eval_detector": "likewise",
+    "val_data": "training does not see them",
+    "val_num": "likewise",
 }
 # Options that are in the network itself, which is compared with the state's key by key.
 NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "label_dropout",
@@ -118,6 +120,8 @@ class TrainConfig:
     eval_ref: str | None = None
     eval_num: int = 50_000
     eval_detector: str = "inception"
+    val_data: str | None = None  # None = no held-out loss
+    val_num: int = 2048
     seed: int = 0
     transfer: str | None = None
     preset: str | None = None  # a name in presets.PRESETS, whose values are in the other fields
@@ -153,6 +157,7 @@ class TrainConfig:
         require((self.eval is None) == (self.eval_ref is None), "--eval and --eval-ref",
                 "given together")
         require(self.eval_num >= 2, f"--eval-num={self.eval_num}", "2 or more")
+        require(self.val_num >= 1, f"--val-num={self.val_num}", "1 or more")
         for name in ("dropout", "augment", "label_dropout"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{_flag(name)}={value:g}", "between 0 and 1")

@@ -116,6 +116,22 @@ class Trainer:
         self._batches = self._references = None
         self.optimizer = None
 
+    @contextlib.contextmanager
+    def average_in_fp32(self) -> Iterator[None]:
+        """Within it the averaged network computes in float32 without TF32, as its file would.
+
+        Scores and pictures are of the weights, whatever arithmetic they were trained in.
+        """
+        config = self.config
+        choices = {"benchmark": config.bench, "deterministic": config.deterministic}
+        self.ema.compute_dtype = torch.float32
+        misc.configure_backends("fp32", **choices)
+        try:
+            yield
+        finally:
+            self.ema.compute_dtype = misc.compute_dtype(config.precision)
+            misc.configure_backends(config.precision, **choices)
+
     def take_data_sec(self) -> float:
         """Returns how long steps have waited for batches since the last call."""
         return self._batches.take_sec() + self._references.take_sec()
