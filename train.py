@@ -123,7 +123,7 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--precond", type=click.Choice(["vp", "ve", "edm", "iddpm"]), default="edm", help="Preconditioning and loss.")
 @click.option("--pfgmpp", type=_BOOL, default=False, help="Train PFGM++ instead of diffusion.")
 @click.option("--aug_dim", metavar="D", type=float, default=128, help="Augmented dimensions of PFGM++: any real above 0, or inf.")
-@click.option("--stf", type=_BOOL, default=False, help="Stable targets: the mean over a reference batch, given the noisy image.")
+@click.option("--stf", type=_BOOL, default=False, help="Stable targets: the mean over a reference batch, of the own class, given the noisy image; with --augment=0.")
 @click.option("--rbatch", metavar="INT", type=int, default=4096, help="Images in the reference batch of --stf, the batch included.")
 @click.option("--lsun", type=_BOOL, default=False, help="Noise levels for 256x256 images: 380/80 times higher.")
 @click.option("--P_mean", "P_mean", metavar="FLOAT", type=float, default=-1.2, help="Mean of ln sigma in training, with --precond=edm. Latents and 512x512 images use others: EDM2 has -0.4.")
@@ -174,6 +174,8 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--eval-ref", metavar="NPZ|URL|ZIP|DIR", help="Reference statistics or data set to score against.")
 @click.option("--eval-num", metavar="INT", type=int, default=50_000, help="Number of samples to score.")
 @click.option("--eval-detector", metavar="inception|pixels|FILE", default="inception", help="Features to score by, see fid.py.")
+@click.option("--val-data", metavar="ZIP|DIR", help="Held-out data set, of whose images each tick reports the loss.  [default: none]")
+@click.option("--val-num", metavar="INT", type=int, default=2048, help="The most held-out images to use, a random choice.")
 @click.option("--seed", metavar="INT", type=int, help="Random seed.  [default: random, or that of the resumed state]")
 @click.option("--transfer", metavar="PT|URL", help="Start from the weights of a snapshot or state.")
 @click.option("--resume", metavar="PT|auto", help="Go on from a training state; auto takes the newest of the run directory.")
@@ -243,10 +245,14 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
             agreement.check_data(dataset)
             if state:
                 state = resuming.settle_data(config, dataset, state, override=override_options)
-            if config.cache and not dry_run:
-                dataset.pack()
-            else:
-                dataset.check_uniform()
+            held_out = _open_held_out(config, dataset)
+            if held_out:
+                agreement.check_data(held_out, "--val-data")
+            for opened in filter(None, (dataset, held_out)):
+                if config.cache and not dry_run:
+                    opened.pack()
+                else:
+                    opened.check_uniform()
         if config.sigma_data is None and not dry_run:
             config = distributed.run_on_rank0(_measure_sigma_data, config, dataset)
         if dry_run:
@@ -260,7 +266,7 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         run_dir = distributed.run_on_rank0(
             _make_run_dir, config, dataset.name, Path(outdir), fixed_dir, desc, bool(resume))
         distributed.run_on_rank0(_lock, stack, run_dir)  # a second time is none
-        _train(config, dataset, run_dir, torch_device, start)
+        _train(config, dataset, run_dir, torch_device, start, held_out)
 
 
 def _lock(stack, run_dir: Path) -> None:
@@ -304,6 +310,7 @@ def _check_writable(folder: Path) -> None:
 def _open_dataset(config):
     """Returns the data set, checked against the options."""
     from images.dataset import ImageFolderDataset
+    from training.trainer import check_stable_targets
     kwargs = {"use_labels": config.cond, "xflip": config.xflip}
     dataset = ImageFolderDataset(config.data, **kwargs)
     if config.cond_image:
@@ -315,6 +322,8 @@ def _open_dataset(config):
     if config.cond and not dataset.has_labels:
         raise UserError(f"--cond=1: {config.data} has no labels; add them to its dataset.json or "
                         "train with --cond=0", BAD_USAGE)
+    with user_errors(BAD_USAGE):
+        check_stable_targets(config, dataset)
     return dataset
 
 
@@ -326,6 +335,12 @@ def _network(config, dataset):
     with torch.device("meta"):
         return build_network(config.network(dataset.resolution, dataset.num_channels,
                                             dataset.label_dim, dataset.cond_channels))
+
+
+def _open_held_out(config, dataset):
+    """Returns the images of --val-data, checked against the data set; None without it."""
+    from training.validation import open_held_out
+    return open_held_out(config, dataset) if config.val_data else None
 
 
 def _measure_sigma_data(config, dataset):
@@ -359,7 +374,7 @@ def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Pa
     return numbered_dir(outdir, text)
 
 
-def _train(config, dataset, run_dir, device, start) -> None:
+def _train(config, dataset, run_dir, device, start, held_out) -> None:
     """Trains from a State, from Weights, or from None: the seed's own weights."""
     from dnnlib.util import Logger
     from torch_utils import distributed
@@ -372,7 +387,8 @@ def _train(config, dataset, run_dir, device, start) -> None:
         for line in describe_start(start):
             distributed.print0(line)
         try:
-            training_loop(config, dataset=dataset, run_dir=run_dir, device=device, start=start)
+            training_loop(config, dataset=dataset, run_dir=run_dir, device=device, start=start,
+                          held_out=held_out)
         except (DivergedError, ValueError, OSError) as error:
             if distributed.get_rank() == 0:
                 log.write_file(f"Error: {error}\n")  # the console shows it at the end

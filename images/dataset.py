@@ -350,7 +350,7 @@ def order_at(size: int, seed: int, positions: Iterable[int]) -> np.ndarray:
     return indices
 
 
-@functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+@functools.lru_cache(maxsize=4)  # of two streams; a batch may end one epoch and begin the next
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     # RandomState, unlike Generator, is promised to give the same stream in every NumPy version.
     bits = np.random.MT19937(np.random.SeedSequence([seed, epoch, _DATA_TAG]))

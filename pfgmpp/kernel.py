@@ -110,7 +110,8 @@ class PerturbationKernel:
         return self._log_profile(squared / sigma.square(), N) - N * sigma.log()
 
     def posterior_mean(
-        self, x: torch.Tensor, sigma: float | torch.Tensor, data: torch.Tensor
+        self, x: torch.Tensor, sigma: float | torch.Tensor, data: torch.Tensor,
+        eligible: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the ideal denoiser E[y|x] for y uniform over `data`, [B, ...] in x's dtype.
 
@@ -121,14 +122,18 @@ class PerturbationKernel:
             x: perturbed images [B, ...].
             sigma: noise level, a number or a tensor of shape [], [B] or [B, 1, 1, 1].
             data: clean images [M, ...].
+            eligible: bool [B, M], which points y is uniform over for each x, one at least. None
+                is all of them.
         """
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1, 1)
         points = data.to(torch.float64).flatten(1)  # [M, N]
         queries = x.to(torch.float64).flatten(1)  # [B, N]
         squared = queries.square().sum(dim=1, keepdim=True) + points.square().sum(dim=1)
         squared = torch.addmm(squared, queries, points.T, alpha=-2).clamp_(min=0)  # [B, M]
-        weights = self._log_profile(squared / sigma.square(), points.shape[1]).softmax(dim=1)
-        return (weights @ points).to(x.dtype).reshape(x.shape)
+        logits = self._log_profile(squared / sigma.square(), points.shape[1])
+        if eligible is not None:
+            logits = logits.masked_fill(~eligible, -math.inf)
+        return (logits.softmax(dim=1) @ points).to(x.dtype).reshape(x.shape)
 
     def _log_profile(self, squared: torch.Tensor, N: int) -> torch.Tensor:
         """Returns the log density of unit-scale noise of squared norm `squared`."""

@@ -11,8 +11,10 @@ perturbation kernel of any D; the laws differ in how sigma is drawn and in the w
     VP    t ~ uniform between epsilon_t and 1, sigma = sigma_VP(t)   1/sigma^2
 
 A stable target (Xu et al. 2023, arXiv 2302.00670) takes the place of y by its mean over a reference
-batch, given x: less variance, the same minimiser in the limit. It takes no account of a condition
-image, which would have to be in the posterior too, and is refused with one.
+batch, given x: less variance, the same minimiser in the limit. Whatever else the network is told
+belongs to the posterior. With one-hot labels that is E[y|x,k], the mean over the images of the own
+class k. No other image shares a condition image or augmentation labels, so a reference batch is
+refused with either.
 
 All randomness of a step is drawn first, for the whole global batch, and then sliced over ranks and
 gradient-accumulation rounds. So what image i of a step draws does not depend on how the batch is
@@ -83,7 +85,8 @@ class DenoisingLoss:
     def __call__(
         self, net: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None,
         augment_pipe: Any = None, *, draws: LossDraws | None = None,
-        reference: torch.Tensor | None = None, condition: torch.Tensor | None = None,
+        reference: torch.Tensor | None = None, reference_labels: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the unreduced loss [B, C, H, W].
 
@@ -91,21 +94,22 @@ class DenoisingLoss:
             net: denoiser (x, sigma, labels, augment_labels=...) -> denoised; it takes condition=...
                 where a condition is given.
             images: clean images [B, C, H, W] in [-1, 1], or vectors [B, N].
-            labels: one-hot or real labels [B, label_dim], or None.
+            labels: one-hot or real labels [B, label_dim], or None; one-hot with a reference.
             augment_pipe: AugmentPipe, any other function images -> (images, labels), or None.
             draws: variates of these images; None draws them from PyTorch's default generator.
-            reference: clean images [R, C, H, W], augmented where the images are, over which the
-                stable target is the posterior mean. It should contain the images themselves. None
-                makes the clean image the target.
+            reference: clean images [R, C, H, W] over which the stable target is the posterior mean.
+                It must contain the images themselves. None makes the clean image the target.
+            reference_labels: one-hot labels of the reference [R, label_dim], where the images have
+                labels.
             condition: what the network is told of each image, [B, cond_channels, H, W]. It is
                 augmented like the image and gets no noise.
 
         Raises:
-            ValueError: a reference batch with a condition.
+            ValueError: a reference batch with a condition, with augmentation, or with labels on
+                one side alone.
         """
-        if condition is not None and reference is not None:
-            raise ValueError("stable targets with a condition image: the mean over a reference "
-                             "batch knows nothing of the condition; leave one of them out")
+        eligible = None if reference is None else _same_class(
+            labels, reference_labels, augment_pipe, condition)
         if draws is None:
             draws = self.draw(images.shape, default_generator(images.device), augment_pipe)
         augment_labels = None
@@ -115,11 +119,33 @@ class DenoisingLoss:
             images, condition, augment_labels = _augment_alike(pipe, images, condition)
         noisy = images + scaled_noise(draws.z, draws.sigma, draws.scale)
         target = images if reference is None else (
-            self.kernel.posterior_mean(noisy, draws.sigma, reference))
+            self.kernel.posterior_mean(noisy, draws.sigma, reference, eligible))
         sigma = per_image(draws.sigma, images.ndim)
         condition_kwargs = {} if condition is None else {"condition": condition}
         denoised = net(noisy, sigma, labels, augment_labels=augment_labels, **condition_kwargs)
         return self.weight(sigma) * (denoised - target).square()
+
+
+def _same_class(
+    labels: torch.Tensor | None, reference_labels: torch.Tensor | None, augment_pipe: Any,
+    condition: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Returns which reference images are of each image's class, bool [B, R]; None without labels.
+
+    Raises:
+        ValueError: the network is told what the mean over a reference batch can't know.
+    """
+    if condition is not None:
+        raise ValueError("stable targets with a condition image: the mean over a reference "
+                         "batch knows nothing of the condition; leave one of them out")
+    if augment_pipe is not None:
+        raise ValueError("stable targets with augmentation: the mean over a reference batch knows "
+                         "nothing of augmentation labels; leave one of them out")
+    dims = [0 if given is None else given.shape[1] for given in (labels, reference_labels)]
+    if dims[0] != dims[1]:
+        raise ValueError(f"stable targets with labels of {dims[0]} dimensions and reference_labels "
+                         f"of {dims[1]}: give the reference images labels of the same kind")
+    return labels @ reference_labels.T > 0.5 if dims[0] else None
 
 
 def _augment_alike(

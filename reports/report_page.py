@@ -29,9 +29,11 @@ _MAX_SIDE = 1024  # pixels of an embedded picture
 _MAX_PAIRS = 10  # seeds
 _MAX_NAME = 60  # characters of a run's name in legends and tables
 _UNSHARED = ("started",)  # settings that differ between any two runs
-_TICK_FIELDS = ("kimg", "loss", "lr", "bad_steps", "images_per_sec", "cpu_mem_gb", "gpu_mem_gb")
+_TICK_FIELDS = ("kimg", "loss", "val_loss", "lr", "bad_steps", "images_per_sec", "cpu_mem_gb",
+                "gpu_mem_gb")
 _TICK_PLOTS = (  # title, column, unit, whether from zero
     ("Loss", "loss", "loss, mean over a tick", False),
+    ("Held-out loss", "val_loss", "loss of the averaged weights", False),
     ("Steps skipped", "bad_steps", "steps without finite gradients, in all", True),
     ("Learning rate", "lr", "learning rate", True),
     ("Speed", "images_per_sec", "images a second", True))
@@ -207,7 +209,7 @@ def _tick_cards(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Card]:
     for title, column, unit, from_zero in _TICK_PLOTS:
         found = {i: points for i, run in enumerate(runs) if (points := run.column(column))}
         is_zero = not any(y for points in found.values() for _, y in points)
-        is_ranked = column != "loss" or len({runs[i].D for i in found}) == 1
+        is_ranked = column not in ("loss", "val_loss") or len({runs[i].D for i in found}) == 1
         if not found or len(runs) > 1 and (is_zero or column == "lr"):
             continue
         if is_zero and column == "bad_steps":

@@ -35,9 +35,9 @@ _SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"),
                      ("precision", "fp32")]
 # The first three are the axes of sweeps; comparisons ignore the others.
 _NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs"}
-_TICK_KEYS = {"kimg": "Progress/kimg", "loss": "Loss/loss", "lr": "Progress/lr",
-              "bad_steps": "Progress/bad_steps", "cpu_mem_gb": "Resources/cpu_mem_gb",
-              "gpu_mem_gb": "Resources/peak_gpu_mem_gb"}
+_TICK_KEYS = {"kimg": "Progress/kimg", "loss": "Loss/loss", "val_loss": "Loss/val",
+              "lr": "Progress/lr", "bad_steps": "Progress/bad_steps",
+              "cpu_mem_gb": "Resources/cpu_mem_gb", "gpu_mem_gb": "Resources/peak_gpu_mem_gb"}
 _SCORE_PREFIX = "Metrics/"
 
 
@@ -79,8 +79,8 @@ class SampleFolder:
 class RunRecord:
     """What is known of a run.
 
-    Each tick has its 'kimg', and where recorded 'loss', 'lr', 'bad_steps', 'images_per_sec',
-    'cpu_mem_gb' and 'gpu_mem_gb'.
+    Each tick has its 'kimg', and where recorded 'loss', 'val_loss', 'lr', 'bad_steps',
+    'images_per_sec', 'cpu_mem_gb' and 'gpu_mem_gb'.
     """
 
     path: Path

@@ -198,10 +198,13 @@ def test_a_loss_there_is_the_loss_here(gpu, D, given):
         net = network(device, D=D, cond_channels=2 * (given == "condition")).eval()
         clean, labels = images(BATCH, 3, SIDE, SIDE, device=device), one_hot(device)
         rng = torch.Generator(device).manual_seed(0)
-        also = {"reference": {"reference": images(9, 3, SIDE, SIDE, device=device)},
+        others = one_hot(device).repeat(2, 1)
+        also = {"reference": {"reference": images(8, 3, SIDE, SIDE, device=device),
+                              "reference_labels": others},
                 "condition": {"condition": images(BATCH, 2, SIDE, SIDE, device=device)}}
         gpu.waits.clear()
-        loss_fn, pipe = LOSSES["edm"](pfgmpp=math.isfinite(D), D=D), AugmentPipe.standard(0.5)
+        loss_fn = LOSSES["edm"](pfgmpp=math.isfinite(D), D=D)
+        pipe = None if given == "reference" else AugmentPipe.standard(0.5)
         draws = loss_fn.draw([2 * BATCH, *clean.shape[1:]], rng, pipe)[BATCH:]
         losses.append(loss_fn(net, clean, labels, pipe, draws=draws, **also.get(given, {})))
         assert not gpu.waits
@@ -222,7 +225,8 @@ def arrays_with_conditions(path):
     {"data_on_device": "1", "xflip": True, "cres": (1, 2)},
     {"arch": "ddpmpp", "precond": "vp", "pfgmpp": True, "aug_dim": 1.0, "batch_gpu": 4},
     {"arch": "adm", "cbase": 32, "precond": "ve", "cond": True, "label_dropout": 0.3},
-    {"stf": True, "rbatch": 16, "pfgmpp": True, "precision": "tf32"},
+    {"stf": True, "rbatch": 16, "augment": 0.0, "pfgmpp": True, "precision": "tf32"},
+    {"stf": True, "rbatch": 16, "augment": 0.0, "cond": True, "data_on_device": "1"},
     {"precision": "bf16", "lsun": True, "clip_grad": 0.5},
     {"checkpoint_blocks": True, "dropout": 0.3},
     {"precision": "fp16", "clip_grad": 0.5},

@@ -16,7 +16,7 @@ from training.config import TrainConfig, flag_name
 from training.trainer import Trainer, dataset_record
 
 # What may differ between machines: paths, and how each of them reads its data.
-_OWN_OPTIONS = {"data", "transfer", "eval_ref", "workers"}
+_OWN_OPTIONS = {"data", "transfer", "eval_ref", "val_data", "workers"}
 _ROOT = Path(__file__).resolve().parent.parent
 _ROOMS = ("dnnlib", "torch_utils", "images", "pfgmpp", "checkpoints", "sampling", "metrics",
           "training")
@@ -36,11 +36,11 @@ def check_options(config: TrainConfig, **others: Any) -> None:
                    "install the same on every machine")
 
 
-def check_data(dataset: ImageFolderDataset) -> None:
-    """Raises ValueError on every rank if one reads other data than rank 0."""
+def check_data(dataset: ImageFolderDataset, flag: str = "--data") -> None:
+    """Raises ValueError on every rank if one reads other data by `flag` than rank 0."""
     record = dataset_record(dataset)
-    _require_alike({"images in --data": record["size"],
-                    "data of fingerprint": record["fingerprint"]},
+    _require_alike({f"images in {flag}": record["size"],
+                    f"fingerprint of {flag}": record["fingerprint"]},
                    "give every machine the same data")
 
 

@@ -97,6 +97,8 @@ class TrainConfig:
     eval_ref: str | None = None
     eval_num: int = 50_000
     eval_detector: str = "inception"
+    val_data: str | None = None  # None = no held-out loss
+    val_num: int = 2048
     seed: int = 0
     transfer: str | None = None
     preset: str | None = None  # a name in presets.PRESETS, whose values are in the other fields
@@ -114,6 +116,8 @@ class TrainConfig:
                 "used with --precond=edm")
         require(not self.stf or not self.cond_image, "--stf=1 with --cond-image=1", "used one "
                 "without the other: stable targets know nothing of the condition")
+        require(not self.stf or not self.augment > 0, f"--stf=1 with --augment={self.augment:g}",
+                "used with --augment=0: stable targets know nothing of augmentation labels")
         require(self.cond or not self.label_dropout, f"--label-dropout={self.label_dropout:g}",
                 "used with --cond=1: there are no labels to drop")
         require(self.sigma_data == 0.5 or self.precond == "edm", f"--sigma-data with --precond="
@@ -140,6 +144,7 @@ class TrainConfig:
         require((self.eval is None) == (self.eval_ref is None), "--eval and --eval-ref",
                 "given together")
         require(self.eval_num >= 2, f"--eval-num={self.eval_num}", "2 or more")
+        require(self.val_num >= 1, f"--val-num={self.val_num}", "1 or more")
         for name in ("dropout", "augment", "label_dropout"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{flag_name(name)}={value:g}", "between 0 and 1")

@@ -58,6 +58,8 @@ RESUME_MAY_CHANGE = {
     "eval_ref": "likewise",
     "eval_num": "likewise",
     "eval_detector": "likewise",
+    "val_data": "training does not see them",
+    "val_num": "likewise",
 }
 # Options that are in the network itself, which is compared with the state's key by key.
 NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "label_dropout",

@@ -9,9 +9,11 @@ is reported stays on the device until the tick reads it.
 
 import contextlib
 import copy
+import functools
 import inspect
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -107,7 +109,11 @@ class Trainer:
             ids = [self.device] if self.device.type == "cuda" else None
             self.ddp = DistributedDataParallel(
                 self.net, device_ids=ids, gradient_as_bucket_view=True, **_BUFFERS_ALONE)
-        self._batches = Timed(self._open_batches())
+        read = self._reader()
+        self._batches = Timed(read(TrainingOrder(
+            len(self.dataset), self.config.seed, self.config.batch, start=self.cur_nimg,
+            rank=self.rank, world_size=self.world_size, rounds=self.rounds)))
+        self._references = Timed(read(self._reference_order() if self.config.stf else []))
 
     @property
     def is_compiled(self) -> bool:
@@ -119,23 +125,54 @@ class Trainer:
     def close(self) -> None:
         """Releases the process group's hooks and the loader workers."""
         self.ddp = self.net
-        self._batches = None
+        self._batches = self._references = None
         self.optimizer = None
+
+    @contextlib.contextmanager
+    def average_in_fp32(self) -> Iterator[None]:
+        """Within it the averaged network computes in float32 without TF32, as its file would.
+
+        Scores and pictures are of the weights, whatever arithmetic they were trained in.
+        """
+        config = self.config
+        choices = {"benchmark": config.bench, "deterministic": config.deterministic}
+        self.ema.compute_dtype = torch.float32
+        misc.configure_backends("fp32", **choices)
+        try:
+            yield
+        finally:
+            self.ema.compute_dtype = misc.compute_dtype(config.precision)
+            misc.configure_backends(config.precision, **choices)
 
     def take_data_sec(self) -> float:
         """Returns how long steps have waited for batches since the last call."""
-        return self._batches.take_sec()
+        return self._batches.take_sec() + self._references.take_sec()
 
-    def _open_batches(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        order = TrainingOrder(
-            len(self.dataset), self.config.seed, self.config.batch, start=self.cur_nimg,
-            rank=self.rank, world_size=self.world_size, rounds=self.rounds)
+    def _reader(self) -> Callable[[Iterable[Sequence[int]]], Iterator[tuple[torch.Tensor, ...]]]:
+        """Returns what yields a batch for each list of indices, read ahead or on the device."""
         on_device = self.config.data_on_device
         if on_device == "1" or (on_device == "auto" and fits_by_itself(self.dataset, self.device)):
-            return map(DeviceData(self.dataset, self.device).get_batch, order)
+            return functools.partial(map, DeviceData(self.dataset, self.device).get_batch)
         read = read_in_threads if self.dataset.is_packed else read_in_processes
-        return read(self.dataset, order, workers=self.config.workers,
-                    pin_memory=self.device.type == "cuda")
+        return functools.partial(read, self.dataset, workers=self.config.workers,
+                                 pin_memory=self.device.type == "cuda")
+
+    def _reference_order(self) -> Iterator[list[int]]:
+        """Returns, from the next step on, the `rbatch` images that stable targets are means over.
+
+        First comes the global batch, then images of a stream of their own. They depend only on the
+        seed and the step, and are the same on every rank.
+        """
+        check_stable_targets(self.config, self.dataset)
+        size, batch = len(self.dataset), self.config.batch
+        extra = self.config.rbatch - batch
+        seed = misc.mix_seed(self.config.seed, _REFERENCE_TAG)
+
+        def indices(nimg: int) -> list[int]:
+            step = nimg // batch
+            return [*order_at(size, self.config.seed, nimg + np.arange(batch)).tolist(),
+                    *order_at(size, seed, step * extra + np.arange(extra)).tolist()]
+        return map(indices, itertools.count(self.cur_nimg, batch))
 
     @property
     def step(self) -> int:
@@ -165,7 +202,7 @@ class Trainer:
 
     def _accumulate_gradients(self) -> None:
         draws = self._draw_step()
-        reference = self._reference_batch(draws.augment) if self.config.stf else None
+        reference, reference_labels = self._next_reference() if self.config.stf else (None, None)
         share = self.config.batch // self.world_size
         draws = draws[self.rank * share:(self.rank + 1) * share]
         gain = self.loss_scale / share
@@ -184,7 +221,8 @@ class Trainer:
             with contextlib.nullcontext() if is_synced else self.ddp.no_sync():
                 part = slice(i * self.micro_batch, (i + 1) * self.micro_batch)
                 loss = self.loss_fn(self.ddp, images, labels, self.augment_pipe, draws=draws[part],
-                                    reference=reference, condition=condition)
+                                    reference=reference, reference_labels=reference_labels,
+                                    condition=condition)
                 training_stats.report("Loss/loss", loss.detach())
                 self._step_loss += loss.detach().mean() / self.rounds
                 (loss.sum() * gain).backward()
@@ -195,28 +233,11 @@ class Trainer:
         shape = (self.config.batch, *self.dataset.image_shape)
         return self.loss_fn.draw(shape, rng, self.augment_pipe)
 
-    def _reference_batch(self, augment_draws: Any) -> torch.Tensor:
-        """Returns the `rbatch` images over which stable targets are the mean, [R, C, H, W].
-
-        First comes the global batch as it is augmented for training, then images of a stream of
-        their own. It depends only on the seed and the step, and is the same on every rank.
-        """
-        batch, extra = self.config.batch, self.config.rbatch - self.config.batch
-        seed = misc.mix_seed(self.config.seed, _REFERENCE_TAG)
-        size = len(self.dataset)
-        indices = np.concatenate([
-            order_at(size, self.config.seed, self.cur_nimg + np.arange(batch)),
-            order_at(size, seed, self.step * extra + np.arange(extra))])
-        images = torch.from_numpy(self.dataset.get_batch(indices)[0])
-        if self.device.type == "cuda":
-            images = images.pin_memory()  # from elsewhere the copy would wait for the device
-        images = self._to_device(images, self.dataset.scaling)
-        if self.augment_pipe is None:
-            return images
-        rng = self._step_rng.manual_seed(misc.mix_seed(seed, self.step))
-        own, _ = self.augment_pipe(images[:batch], augment_draws)
-        others, _ = self.augment_pipe(images[batch:], self.augment_pipe.draw(extra, rng))
-        return torch.cat([own, others])
+    def _next_reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns images [R, C, H, W] and labels [R, label_dim] of this step's reference batch."""
+        images, labels = next(self._references)
+        return self._to_device(images, self.dataset.scaling), labels.to(
+            self.device, non_blocking=True)
 
     def _to_device(self, images: torch.Tensor, scaling: Scaling) -> torch.Tensor:
         """Returns stored images as networks see them on the device."""
@@ -341,6 +362,13 @@ def build_loss(config: TrainConfig, net: Precond) -> DenoisingLoss:
         kwargs |= {"sigma_data": net.sigma_data, "lsun": config.lsun, "P_mean": config.P_mean,
                    "P_std": config.P_std}
     return LOSSES[config.precond](**kwargs)
+
+
+def check_stable_targets(config: TrainConfig, dataset: ImageFolderDataset) -> None:
+    """Raises ValueError if stable targets are asked for and the labels are not classes."""
+    if config.stf and dataset.has_labels and not dataset.has_onehot_labels:
+        raise ValueError(f"--stf=1: the labels of {config.data} are vectors, but stable targets "
+                         "are means over the images of a class; train with --cond=0 or --stf=0")
 
 
 def dataset_record(dataset: ImageFolderDataset) -> dict[str, Any]:

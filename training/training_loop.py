@@ -43,6 +43,7 @@ from training.run_files import RunFiles
 from training.sample_grids import sample_grid, save_real_grid
 from training.scoring import network_features, open_evaluator
 from training.trainer import HEAVY_TAILED_D, Trainer, dataset_record
+from training.validation import VALIDATION_LOSS, Validation
 
 _unwritten: set[Path] = set()  # files for which it has warned
 _EVAL_BATCH = 64  # the most samples at a time; smaller where --batch-gpu is
@@ -68,11 +69,12 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 def training_loop(
     config: TrainConfig, *, dataset: ImageFolderDataset, run_dir: Path, device: torch.device,
-    start: State | Weights | None = None,
+    start: State | Weights | None = None, held_out: ImageFolderDataset | None = None,
 ) -> None:
     """Trains until `config.duration`; writes states, snapshots, grids and statistics to `run_dir`.
 
     `start` is the state to go on with, or the weights to begin with; the folder must exist.
+    `held_out` are the images of --val-data, as `open_held_out` opens them.
 
     Raises:
         ValueError: the state does not fit, or ranks have other weights.
@@ -96,13 +98,16 @@ def training_loop(
         write_json(run_dir / OPTIONS_FILE, {
             "options": config.to_dict(), "dataset": dataset_record(dataset),
             "network": json_value(trainer.net.config),
+            "held_out": dataset_record(held_out) if held_out else None,
             "provenance": provenance(device)})
         save_real_grid(trainer, run_dir / REALS_FILE)
     sinks = LogSinks(config, run_dir, trainer.cur_nimg)
-    evaluator = Evaluator(trainer, run_dir / SCORES_FILE) if config.eval else None
+    with trainer.average_in_fp32():  # features of a reference too
+        evaluator = Evaluator(trainer, run_dir / SCORES_FILE) if config.eval else None
+    validation = Validation(trainer, held_out) if held_out else None
     trainer.start()
     try:
-        _run(trainer, run_dir, evaluator, sinks)
+        _run(trainer, run_dir, evaluator, validation, sinks)
     finally:
         trainer.close()
         sinks.close()
@@ -134,7 +139,7 @@ class Evaluator:
         return self._evaluator.detector.distance_name
 
     def __call__(self) -> float:
-        """Returns the score of the present weights; lower is better."""
+        """Returns the score of the present weights; lower is better. For `average_in_fp32`."""
         trainer, seeds = self._trainer, range(self._num)
         found = network_features(self._sampler, seeds, self._evaluator.detector, metrics=["fid"],
                                  batch=min(trainer.micro_batch, _EVAL_BATCH), title=self.name)
@@ -144,13 +149,14 @@ class Evaluator:
             self._score_log.add(Score(f"{kimg:g} kimg", "", values), {
                 "kimg": kimg, "num": self._num, "seeds": format_ranges(seeds),
                 "sampler": json_value({**dataclasses.asdict(self._sampler.sampler),
-                                       "D": self._sampler.net.D})})
+                                       "D": self._sampler.net.D, "precision": "fp32"})})
         return values["fid"]
 
 
-def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None, sinks: LogSinks) -> None:
+def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None,
+         validation: Validation | None, sinks: LogSinks) -> None:
     config = trainer.config
-    ticks = TickRunner(trainer, run_dir, evaluator, sinks)
+    ticks = TickRunner(trainer, run_dir, evaluator, sinks, validation)
     with signals.deferred(), Progress(
             config.total_nimg, "Training", initial=trainer.cur_nimg, is_scaled=True,
             watch_speed=trainer.device.type == "cpu") as progress:
@@ -171,8 +177,9 @@ class TickRunner:
     """What is done at ticks (scores, the report, files) and at a stop."""
 
     def __init__(self, trainer: Trainer, run_dir: Path, evaluator: Evaluator | None,
-                 sinks: LogSinks):
+                 sinks: LogSinks, validation: Validation | None = None):
         self._trainer, self._run_dir, self._evaluator = trainer, run_dir, evaluator
+        self._validation = validation
         self._sinks, self._files = sinks, RunFiles(run_dir, trainer.config.keep)
         self._collector = training_stats.Collector(trainer.device)
         self._agreement = distributed.HostAgreement(trainer.device)
@@ -204,9 +211,10 @@ class TickRunner:
         has_eval = self._evaluator and (done or config.is_eval_due(nimg))
         has_snapshot = done or tick % config.snap == 0
         scores, pictures = {}, None
-        if has_eval or has_snapshot:
-            with self._stops_at_once():
-                scores = self._evaluate(progress) if has_eval else {}
+        if has_eval or has_snapshot or self._validation:
+            with self._stops_at_once(), trainer.average_in_fp32():
+                scores = {VALIDATION_LOSS: self._validation()} if self._validation else {}
+                scores |= self._evaluate(progress) if has_eval else {}
                 pictures = sample_grid(trainer) if has_snapshot else None
         self._maintenance_sec += time.time() - started
         numbers = self._report(tick, scores, progress)
@@ -253,9 +261,10 @@ class TickRunner:
             loss, bad = self._collector.mean("Loss/loss"), fields["Progress/bad_steps"]
             sec_per_kimg = fields["Timing/sec_per_kimg"]
             rate = "-" if math.isnan(sec_per_kimg) else f"{1e3 / sec_per_kimg:.4g}"
+            val = f"val {fields[VALIDATION_LOSS]:<8.5f} " if VALIDATION_LOSS in fields else ""
             with progress.above_bar():
                 print(f"tick {tick:<5d} kimg {fields['Progress/kimg']:<9.4g} loss {loss:<8.5f} "
-                      f"time {format_time(fields['Timing/total_sec']):<12s} img/s {rate:<8} "
+                      f"{val}time {format_time(fields['Timing/total_sec']):<12s} img/s {rate:<8} "
                       f"mem {fields['Resources/cpu_mem_gb']:.2f} GB "
                       f"gpumem {fields['Resources/peak_gpu_mem_gb']:.2f} GB"
                       + (f" bad steps {bad}" if bad else ""))

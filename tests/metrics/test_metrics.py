@@ -395,16 +395,20 @@ EVAL = ["--eval=0.016", "--eval-num=6", "--eval-detector=pixels", "--tick=0.008"
 
 
 @pytest.mark.long
-def test_scores_during_training_are_those_of_the_states(data, capsys, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # of training, not of scores
+def test_scores_during_training_are_those_of_the_states(data, capsys, tmp_path, precision):
     args = [f"--data={data / 'real.zip'}", f"--outdir={tmp_path}", "--name=a",
-            "--duration=0.000056", f"--eval-ref={data / 'fake.zip'}", *EVAL, *TINY_RUN]
+            "--duration=0.000056", f"--eval-ref={data / 'fake.zip'}", *EVAL, *TINY_RUN,
+            f"--precision={precision}"]
     train.main(args, standalone_mode=False)
     out, run = capsys.readouterr().out, tmp_path / "a"
     key = "Metrics/pixels_frechet_distance"
     scores = {line["Progress/kimg"]["mean"]: line[key]["mean"]
               for line in lines_of(run / "stats.jsonl") if key in line}
     assert list(scores) == [0.016, 0.032, 0.048, 0.056]  # every 16 images, and at the end
-    assert {r["kimg"]: r["value"] for r in lines_of(run / "metrics.jsonl")} == scores
+    recorded = lines_of(run / "metrics.jsonl")
+    assert {r["kimg"]: r["value"] for r in recorded} == scores
+    assert {r["sampler"]["precision"] for r in recorded} == {"fp32"}
     for kimg, score in scores.items():
         state = run / f"training-state-{kimg:010.3f}.pt"
         call(capsys, "gen", f"--network={state}", "--seeds=0-5", f"--ref={data / 'fake.zip'}",

@@ -273,6 +273,20 @@ def test_posterior_mean_is_bayes_rule(D):
 
 
 @pytest.mark.parametrize("D", SHORT)
+def test_posterior_mean_of_some_points_is_bayes_rule_for_them(D):
+    rng = np.random.default_rng(2)
+    data, sigma = rng.uniform(-1, 1, size=(9, 3, 2, 2)), np.array([1e-3, 0.3, 1.0, 80.0])
+    x = data[:4] + sigma.reshape(-1, 1, 1, 1) * rng.normal(size=(4, 3, 2, 2))
+    eligible = rng.random([4, 9]) < 0.5
+    eligible[range(4), range(4)] = True
+    ours = PerturbationKernel(D).posterior_mean(
+        *map(torch.tensor, (x, sigma, data, eligible))).numpy()
+    for b in range(4):
+        alone = naive_posterior_mean(x[b:b + 1], sigma[b:b + 1], data[eligible[b]], D)
+        np.testing.assert_allclose(ours[b:b + 1], alone, atol=1e-8)
+
+
+@pytest.mark.parametrize("D", SHORT)
 def test_posterior_mean_takes_sigma_in_every_shape(D):
     data = torch.randn(5, 1, 2, 2, generator=seeded(), dtype=torch.float64)
     x = torch.randn(3, 1, 2, 2, generator=seeded(1), dtype=torch.float64)

@@ -321,6 +321,56 @@ def test_the_loss_of_the_ideal_denoiser_is_zero_for_stable_targets(cls, D):
     assert loss_fn(net, reference, draws=draws).max() > 1e-4
 
 
+def in_classes(num, classes):
+    return torch.eye(classes)[torch.arange(num) % classes]
+
+
+@pytest.mark.parametrize("D", SHORT)
+def test_stable_targets_are_means_over_the_own_class(D):
+    # A network that says 0 shows them, but for their sign: weight * target^2.
+    loss_fn, reference, labels = loss_of(EDMLoss, D), images(40), in_classes(40, 3)
+    draws = loss_fn.draw(reference.shape, seeded())
+    net = Net(lambda x, sigma: torch.zeros_like(x))
+    loss = loss_fn(net, reference, labels, draws=draws, reference=reference,
+                   reference_labels=labels)
+    (x, sigma, _, _), = net.calls
+    classes = labels.argmax(dim=1)
+    for i in range(40):
+        own = reference[classes == classes[i]].double().flatten(1)
+        squared = (x[i].double().flatten() - own).square().sum(dim=1) / draws.sigma[i].double()**2
+        power = -squared / 2 if math.isinf(D) else -(48 + D) / 2 * (1 + squared / D).log()
+        mean = (power.softmax(dim=0)[:, None] * own).sum(dim=0).reshape(3, 4, 4)
+        expected = loss_fn.weight(sigma[i].double()) * mean.square()
+        torch.testing.assert_close(loss[i].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("D", SHORT)
+def test_stable_targets_have_a_network_listen_to_its_labels(D):
+    # Two classes of one image each, at noise that hides which: the label alone tells.
+    y = torch.tensor([-0.5, 0.5]).repeat(200).reshape(400, 1, 1, 1).expand(-1, 1, 2, 2)
+    labels = in_classes(400, 2)
+    loss_fn = loss_of(EDMLoss, D, P_mean=math.log(80), P_std=0)
+    draws = loss_fn.draw(y.shape, seeded(3))
+
+    def loss(denoiser):
+        return loss_fn(Net(denoiser), y, labels, draws=draws, reference=y,
+                       reference_labels=labels).mean().item()
+    ideal = loss(lambda x, sigma: y)
+    deaf = loss(lambda x, sigma: PerturbationKernel(D).posterior_mean(x, sigma, y))
+    assert ideal < 1e-9 and deaf > 0.5
+
+
+def test_stable_targets_of_what_a_mean_does_not_know_are_refused():
+    loss_fn, y, net = EDMLoss(), images(4, side=8), Net(lambda x, sigma: x)
+    with pytest.raises(ValueError, match="stable targets with augmentation"):
+        loss_fn(net, y, None, AugmentPipe.standard(0.1), reference=y)
+    with pytest.raises(ValueError, match="labels of 2 dimensions and reference_labels of 0"):
+        loss_fn(net, y, in_classes(4, 2), reference=y)
+    with pytest.raises(ValueError, match="labels of 0 dimensions and reference_labels of 2"):
+        loss_fn(net, y, reference=y, reference_labels=in_classes(4, 2))
+    assert not net.calls
+
+
 @pytest.mark.parametrize("cls", ALL_LOSSES)
 def test_the_noise_levels_of_a_seed_do_not_depend_on_the_size_of_images(cls):
     loss_fn = loss_of(cls, 128)

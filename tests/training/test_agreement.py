@@ -83,7 +83,7 @@ def test_other_data_end_the_run_before_it_begins(tmp_path):
     done = train(tmp_path, [[f"--data={one}"], [f"--data={other}"]])
     [error] = errors(done)
     assert done.returncode == 1 and not (tmp_path / "run").exists()
-    assert "rank 1 was started with images in --data=41 (40 on rank 0), data of fingerprint=" in \
+    assert "rank 1 was started with images in --data=41 (40 on rank 0), fingerprint of --data=" in \
         error
 
 

@@ -381,7 +381,8 @@ def test_changed_options_are_listed_with_both_values():
     del then["xflip"]  # written before there was such an option
     then["gone"] = 1
     assert changed_options(dataclasses.replace(now, batch=64, lr=1e-3), then) == []
-    assert "--rbatch=100" in str(changed_options(dataclasses.replace(now, stf=True), then))
+    assert "--rbatch=100" in str(
+        changed_options(dataclasses.replace(now, stf=True, augment=0.0), then))
     cosine = dataclasses.replace(now, batch=64, lr=1e-3, lr_decay="cosine", lr_decay_start=2)
     assert changed_options(cosine, then) == [
         "--duration=7 (200 in the state)", "--lr-decay=cosine (none in the state)",

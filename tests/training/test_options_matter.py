@@ -52,6 +52,7 @@ ELSEWHERE = {
     "log": "an_unknown_sink_is_told_the_known_ones",
     **dict.fromkeys(("eval", "eval_ref", "eval_num", "eval_detector"),
                     "scores_during_training_are_those_of_the_states"),
+    **dict.fromkeys(("val_data", "val_num"), "a_run_reports_the_held_out_loss_of_its_snapshots"),
     "preset": "a_preset_is_a_run_that_can_be_built",
 }
 
@@ -134,6 +135,8 @@ def test_kernels_are_chosen_as_asked(benchmark, deterministic, precision, has_tf
         assert torch.are_deterministic_algorithms_enabled() is deterministic
         assert torch.backends.cuda.matmul.allow_tf32 is has_tf32
         assert torch.backends.cudnn.allow_tf32 is has_tf32
+        assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+        assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     finally:
         configure_backends("fp32", benchmark=False)
         torch.use_deterministic_algorithms(False)

@@ -147,8 +147,8 @@ def test_every_option_survives_the_way_through_a_config(tmp_path):
         P_mean=-0.4, P_std=1.0, ares=(), checkpoint_blocks=True, clip_grad=2.5,
         lr_decay="rsqrt", lr_decay_start=1.5,
         aug_dim=float("inf"), pfgmpp=True, sigma_data=None, label_dropout=0.1, ls=2.0, keep=3,
-        compile="1", workers=0, samples=0, eval=3.0, eval_ref="ref.npz", seed=7, transfer="y.pt",
-        preset="emoji32", precision="bf16")
+        augment=0.0, compile="1", workers=0, samples=0, eval=3.0, eval_ref="ref.npz", seed=7,
+        transfer="y.pt", preset="emoji32", precision="bf16")
     path = tmp_path / "options.json"
     path.write_text(json.dumps({"options": given.to_dict(), "dataset": {}, "network": {}}))
     assert options(f"--config={path}", "--data=x").to_dict() | {"data": "x"} == given.to_dict()

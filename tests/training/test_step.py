@@ -2,16 +2,20 @@
 
 import contextlib
 import copy
+import itertools
 import math
+import multiprocessing
+import threading
 
 import numpy as np
 import pytest
 import torch
+from tiny import write_dataset
 
 from checkpoints import checkpoint
 from images.dataset import ImageFolderDataset, order_at
 from pfgmpp.unets import UNetBlock
-from torch_utils import distributed
+from torch_utils import distributed, misc
 from training.config import TrainConfig
 from training.resume import State, restore_
 from training.trainer import Trainer
@@ -20,11 +24,12 @@ CPU = torch.device("cpu")
 SIZE = 40  # images of the data set
 
 
-def make_trainer(data, **options):
+def make_trainer(data, dataset=None, start=0, **options):
     options = {"arch": "ncsnpp", "cbase": 8, "cres": (1, 2), "nblock": 1, "batch": 8, "lr": 1e-2,
                "lr_rampup": 0.0, "workers": 0, "augment": 0.0, "dropout": 0.0} | options
-    dataset = ImageFolderDataset(data, use_labels=options.get("cond", False))
+    dataset = dataset or ImageFolderDataset(data, use_labels=options.get("cond", False))
     trainer = Trainer(TrainConfig(data=str(data), **options), dataset, CPU)
+    trainer.cur_nimg = start
     trainer.start()
     return trainer
 
@@ -306,33 +311,87 @@ def test_a_network_without_blocks_refuses_to_checkpoint_them(dataset_zip, monkey
 
 # ---- stable targets -----------------------------------------------------------------------------
 
-def reference_of(trainer):
-    """The reference batch of this step, and which images of the data set it is made of."""
-    indices, get_batch = [], trainer.dataset.get_batch
-    trainer.dataset.get_batch = lambda given: (indices.extend(given), get_batch(given))[1]
-    try:
-        return trainer._reference_batch(trainer._draw_step().augment), indices
-    finally:
-        trainer.dataset.get_batch = get_batch
+def recorded(trainer):
+    """Makes a trainer keep what its loss is given beside the images."""
+    given, loss_fn = [], trainer.loss_fn
+
+    class Recorded:
+        draw = loss_fn.draw
+
+        def __call__(self, *args, **kwargs):
+            given.append({"labels": args[2], **kwargs})
+            return loss_fn(*args, **kwargs)
+
+    trainer.loss_fn = Recorded()
+    return given
 
 
 def test_the_other_reference_images_are_an_epoch_of_a_stream_of_their_own(dataset_zip):
-    trainer, others = make_trainer(dataset_zip, stf=True, rbatch=8 + SIZE // 2), []
-    for _ in range(2):
-        others += reference_of(trainer)[1][8:]
-        trainer.train_step()
+    trainer = make_trainer(dataset_zip, stf=True, rbatch=8 + SIZE // 2)
+    order = trainer._reference_order()
+    others = [index for indices in itertools.islice(order, 2) for index in indices[8:]]
     assert sorted(others) == list(range(SIZE))
     assert others != order_at(SIZE, trainer.config.seed, range(SIZE)).tolist()
 
 
-def test_the_other_reference_images_are_augmented_too(dataset_zip):
-    trainer = make_trainer(dataset_zip, stf=True, rbatch=28, augment=1.0)
-    reference, indices = reference_of(trainer)
-    plain = torch.from_numpy(trainer.dataset.get_batch(indices)[0]).float() / 127.5 - 1
-    changed = (reference - plain).abs().amax(dim=(1, 2, 3)) > 0.05
-    assert changed.all()
-    again, _ = reference_of(trainer)
-    assert torch.equal(again, reference)
+def reference_indices(seed, nimg, batch, rbatch):
+    """As runs have always had them: the batch, then images of a stream of their own."""
+    extra = rbatch - batch
+    return [*order_at(SIZE, seed, nimg + np.arange(batch)),
+            *order_at(SIZE, misc.mix_seed(seed, 4), nimg // batch * extra + np.arange(extra))]
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"cond": True}, {"workers": 2}, {"data_on_device": "1"},
+    pytest.param({"workers": 1, "cache": False}, marks=pytest.mark.long)],
+    ids=lambda options: ",".join(options) or "plain")
+@pytest.mark.parametrize("start", [0, 44])  # of a resumed run that had another batch before
+def test_the_reference_batch_is_a_function_of_seed_and_step(dataset_zip, start, options):
+    dataset = ImageFolderDataset(dataset_zip, use_labels=options.get("cond", False),
+                                 cache=options.get("cache", True))
+    trainer = make_trainer(dataset_zip, dataset, stf=True, rbatch=28, seed=5, batch_gpu=4,
+                           start=start, **options)
+    given = recorded(trainer)
+    for _ in range(3):
+        trainer.train_step()
+    for k, seen in enumerate(given):
+        images, labels = dataset.get_batch(reference_indices(5, start + k // 2 * 8, 8, 28))
+        assert torch.equal(seen["reference"], torch.from_numpy(images).float() / 127.5 - 1)
+        assert torch.equal(seen["reference_labels"], torch.from_numpy(labels))
+    assert len(given) == 3 * 2
+    trainer.close()
+
+
+@pytest.mark.long
+def test_the_readers_of_both_streams_end_with_the_trainer(dataset_zip):
+    trainer = make_trainer(dataset_zip, ImageFolderDataset(dataset_zip), stf=True, rbatch=16,
+                           workers=1)
+    trainer.train_step()
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    trainer.close()
+    assert not multiprocessing.active_children()
+    trainer = make_trainer(dataset_zip, ImageFolderDataset(dataset_zip, cache=True), stf=True,
+                           rbatch=16, workers=1)
+    before = threading.active_count()
+    trainer.train_step()
+    assert threading.active_count() == before + 2
+    trainer.close()
+    assert threading.active_count() == before
+
+
+def test_the_time_of_waiting_is_that_for_both_streams(dataset_zip):
+    trainer = make_trainer(dataset_zip, stf=True, rbatch=16)
+    for stream in (trainer._batches, trainer._references):
+        stream._sec = 3.0
+    assert trainer.take_data_sec() == 6.0
+
+
+def test_stable_targets_with_label_vectors_are_refused(tmp_path):
+    data = write_dataset(tmp_path / "vectors.zip", vectors=True)
+    with pytest.raises(ValueError, match="labels of .*vectors.zip are vectors"):
+        make_trainer(data, stf=True, rbatch=16, cond=True)
+    make_trainer(data, stf=True, rbatch=16)
 
 
 # ---- the dynamic loss scale, and what a state holds ---------------------------------------------
