@@ -29,8 +29,8 @@ _MAX_SIDE = 1024  # pixels of an embedded picture
 _MAX_PAIRS = 10  # seeds
 _MAX_NAME = 60  # characters of a run's name in legends and tables
 _UNSHARED = ("started",)  # settings that differ between any two runs
-_TICK_FIELDS = ("kimg", "loss", "val_loss", "lr", "bad_steps", "images_per_sec", "cpu_mem_gb",
-                "gpu_mem_gb")
+_TICK_FIELDS = ("kimg", "loss", "lr", "bad_steps", "images_per_sec", "cpu_mem_gb", "gpu_mem_gb",
+                "val_loss")
 _TICK_PLOTS = (  # title, column, unit, whether from zero
     ("Loss", "loss", "loss, mean over a tick", False),
     ("Held-out loss", "val_loss", "loss of the averaged weights", False),

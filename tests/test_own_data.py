@@ -23,7 +23,7 @@ from dnnlib.util import CACHE_DIR_ENV
 from images.dataset import ImageFolderDataset
 from images.scaling import EIGHT_BIT, Moments, Scaling, default_scaling, scaling_by
 from metrics.references import load_reference
-from sampling.network_sampler import NetworkSampler
+from sampling.network_sampler import NetworkSampler, SeedImages
 
 CPU = torch.device("cpu")
 OFFSETS = np.array([300.0, -2e5])[:, None, None]
@@ -694,3 +694,18 @@ def test_a_scaling_is_plain_data(tmp_path):
         assert Scaling.from_dict(record) == scaling
     with pytest.raises(dataclasses.FrozenInstanceError):
         EIGHT_BIT.is_8bit = False
+
+
+def test_given_images_reach_the_network_in_the_units_it_was_trained_in(tmp_path):
+    """Whatever scale the given files record, their values are of the network's data."""
+    values = np.random.default_rng(0).normal(300, 40, [5, 1, 8, 8]).astype(np.float32)
+    folder = tmp_path / "given"
+    folder.mkdir()
+    for i, value in enumerate(values):
+        np.save(folder / f"{i:06d}.npy", value)
+    trained = Scaling.from_dict({"center": [280.0], "spread": [80.0]} | {
+        key: value for key, value in ImageFolderDataset(folder).scaling.to_dict().items()
+        if key not in ("center", "spread")})
+    images = SeedImages.open("--init-image", folder, (1, 8, 8), trained)
+    expected = torch.from_numpy((values[[0, 4, 1]] - 280) / 80)
+    torch.testing.assert_close(images([0, 4, 6]), expected)

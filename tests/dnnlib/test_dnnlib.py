@@ -76,6 +76,15 @@ def test_the_right_hash_is_accepted_as_argument_and_as_pin(server):
     assert Handler.hits == ["/x", "/y"]
 
 
+def test_a_pin_is_checked_though_the_address_was_downloaded_without_one(server):
+    open_url(f"{server}/x").close()
+    for pin in ("0" * 64, "1" * 64):
+        with pytest.raises(OSError, match=f"expected {pin[:4]}"):
+            open_url(f"{server}/x#sha256:{pin}")
+    with open_url(f"{server}/x#sha256:{hashlib.sha256(BODY).hexdigest()}") as file:
+        assert file.read() == BODY
+
+
 @pytest.mark.parametrize("path, message", [
     ("/missing", "404"), ("/page", "web page"), ("/cut", "1000"),
     ("/x#sha256:" + "0" * 64, "expected 0000"),

@@ -110,7 +110,7 @@ def test_a_key_of_a_score_of_a_network_is_set_by(key, folder, tmp_path):
     assert_changes(before, gen(folder, tmp_path, *args), key, others)
 
 
-@pytest.mark.parametrize("key", KEYS_OF_ALL | {"network", "kimg"})
+@pytest.mark.parametrize("key", sorted(KEYS_OF_ALL | {"network", "kimg"}))
 def test_a_reader_decides_by_the_key(key, tmp_path):
     line = {"metric": "fid", "value": 2.0, "network": "network-snapshot-000100.pt", "num": 8,
             "seeds": "0-7", "sampler": {"D": 2.5, "num_steps": 18, "guidance": 2}, "kimg": 7,
@@ -130,3 +130,13 @@ def test_a_reader_decides_by_the_key(key, tmp_path):
     assert (before == after) is is_to_be_read_only
     is_compared = key not in {"metric", "num", "sampler", "detector", "reference_sha256"}
     assert (ScoreGroup.of(before) == ScoreGroup.of(after)) is is_compared
+
+
+def test_seed_ranges_follow_each_other_whatever_their_gaps(folder, tmp_path):
+    """No seed is scored twice: each range begins after the last seed of the one before."""
+    out = tmp_path / "metrics.jsonl"
+    fid.main(["gen", f"--network={folder / 'net.pt'}", f"--ref={folder / 'ref.zip'}",
+              "--seeds=0,2,5-6", "--ranges=3", "--steps=1", "--detector=pixels", "--device=cpu",
+              "--workers=0", f"--out={out}"], standalone_mode=False)
+    assert [json.loads(line)["seeds"] for line in out.read_text().splitlines()] == [
+        "0,2,5-6", "7,9,12-13", "14,16,19-20"]

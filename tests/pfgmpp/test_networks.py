@@ -205,6 +205,14 @@ def test_half_precision_networks_compute_in_float32_on_the_cpu():
     assert torch.equal(denoised, plain(x, 1.0))
 
 
+def test_use_fp16_switches_half_precision_on_and_off():
+    net, _ = stubbed(EDMPrecond)
+    for value in (True, False, True):
+        net.use_fp16 = value
+        assert net.use_fp16 is value and net.config["use_fp16"] is value
+        assert net.compute_dtype == (torch.float16 if value else torch.float32)
+
+
 def test_labels_and_augment_labels_reach_the_model():
     net, model = stubbed(EDMPrecond, label_dim=4)
     labels, augment = randn(4, 4), randn(4, 9, seed=1)

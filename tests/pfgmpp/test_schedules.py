@@ -187,3 +187,12 @@ def test_watch_sees_every_state_in_units_of_the_data():
 def test_a_rho_that_is_not_positive_is_refused(name, rho):
     with pytest.raises(ValueError, match="^rho=.*must be positive$"):
         sigma_grid(name, ANY, 5, rho=rho)
+
+
+@pytest.mark.parametrize("name", DISCRETIZATIONS)
+@pytest.mark.parametrize("levels", [
+    {"sigma_max": math.inf}, {"sigma_max": math.nan}, {"sigma_min": 0}, {"sigma_min": math.nan},
+    {"sigma_min": 5, "sigma_max": 4}, {"sigma_min": math.inf}, {"sigma_max": -1}])
+def test_levels_that_make_no_grid_are_refused(name, levels):
+    with pytest.raises(ValueError, match="sigma_m"):
+        sigma_grid(name, ANY, 5, **levels)

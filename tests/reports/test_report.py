@@ -116,6 +116,16 @@ def test_settings_vary_one_at_a_time_and_ranges_are_a_spread(runs):
                          "bits": {5: 3, 32: 0}}
 
 
+def test_a_run_is_as_old_as_its_scores_outside_of_sweeps(tmp_path):
+    """A sweep of a newer network, without a score at its base point, hides no older score."""
+    run = RunRecord.read(write_run(tmp_path / "run", 2, [
+        score_line(2, 50, kimg=100), score_line(2, 9, kimg=200, noise_alpha=0.1),
+        score_line(2, 8, kimg=200, bits=4)]))
+    [comparison] = compare([run])
+    [curve] = comparison.over_D
+    assert curve.kimg == 100 and curve.points[2].values == (50,)
+
+
 def over_alpha(tmp_path, *scores):
     """Returns the curves over alpha of runs, each of (alpha, seeds, value)."""
     runs = [RunRecord.read(write_run(tmp_path / str(i), D, [
@@ -255,7 +265,9 @@ def test_numbers_are_in_tables_and_in_csv(page, runs):
     links = {attrs["download"]: base64.b64decode(attrs["href"].split(",")[1]).decode()
              for tag, attrs in parsed.elements if tag == "a" and "download" in attrs}
     assert len(links["scores.csv"].splitlines()) == 1 + 7 * len(runs)
-    assert links["ticks.csv"].splitlines()[1] == "D1,1.0,2.0,0.001,0.0,500.0,0.5,0.0"
+    assert links["ticks.csv"].splitlines()[:2] == [
+        "run,kimg,loss,lr,bad_steps,images_per_sec,cpu_mem_gb,gpu_mem_gb,val_loss",
+        "D1,1.0,2.0,0.001,0.0,500.0,0.5,0.0,"]
 
 
 def rows_below(page, heading):

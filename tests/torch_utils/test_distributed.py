@@ -7,7 +7,8 @@ SCRIPT = """
 import os, sys, time
 import torch
 from torch_utils import distributed
-from torch_utils.distributed import HostAgreement, get_rank, print0, rank0_first, run_on_rank0
+from torch_utils.distributed import (
+    HostAgreement, broadcast_object, get_rank, print0, rank0_first, run_on_rank0)
 
 def say(*values):
     # One write each, so that two processes do not mix their lines.
@@ -26,6 +27,25 @@ with distributed.process_group("cpu") as device:
             open(sys.argv[1], "w").close()
         say("finds", os.path.exists(sys.argv[1]))
     say("result", run_on_rank0(lambda: calls.append(1) or "of rank 0"), len(calls))
+    def fail(kind):
+        raise kind("of rank 0")
+
+    def first(kind):
+        with rank0_first():
+            if get_rank() == 0:
+                fail(kind)
+
+    for kind in (OSError, ValueError):  # whose rank 0 may fail, and nobody waits for it
+        for call in (lambda kind=kind: first(kind), lambda kind=kind: run_on_rank0(fail, kind)):
+            try:
+                call()
+            except kind as error:
+                say("told", error)
+    sent = {"a": [torch.arange(3).double(), torch.ones(2, 2).bfloat16()], "b": "text",
+            "c": torch.tensor(True), "d": torch.zeros(0, 4), "e": (torch.arange(4), None)}
+    got = broadcast_object(sent if get_rank() == 0 else None)
+    say("sent", all(map(torch.equal, got["a"], sent["a"])) and got["a"][1].dtype == torch.bfloat16,
+        got["b"], bool(got["c"]), tuple(got["d"].shape), got["e"][0].tolist())
     print0("printed")
     total = distributed.all_reduce_sum_(torch.tensor([1.0 + get_rank()]))
     say("sum", float(total))
@@ -44,4 +64,5 @@ def test_two_processes_agree_wait_and_speak_once(tmp_path, monkeypatch):
         assert said == [
             "in_step 143 0",  # the largest, which is an exit code, not their sum
             "in_step 130 1", "now 143 1", "finds True",
-            f"result of rank 0 {1 - rank}", "sum 3.0"]
+            f"result of rank 0 {1 - rank}", *["told of rank 0"] * 4,
+            "sent True text True (0, 4) [0, 1, 2, 3]", "sum 3.0"]

@@ -380,6 +380,8 @@ def test_changed_options_are_listed_with_both_values():
         "--lr=0.001, the default (0.5 in the state)"]
     del then["xflip"]  # written before there was such an option
     then["gone"] = 1
+    flipped = dataclasses.replace(now, batch=64, lr=1e-3, xflip=True)
+    assert changed_options(flipped, then) == ["--xflip=1 (0 in the state)"]
     assert changed_options(dataclasses.replace(now, batch=64, lr=1e-3), then) == []
     assert "--rbatch=100" in str(
         changed_options(dataclasses.replace(now, stf=True, augment=0.0), then))

@@ -296,3 +296,18 @@ def test_the_data_of_a_transfer_may_have_another_number_of_channels(tmp_path, in
     path = write_snapshot(tmp_path / "source.pt", label_dim=0)
     result = start(invoke, data, tmp_path, f"--transfer={path}")
     assert result.exit_code == 0 and "8x8_conv.weight ([8, 3, 3, 3] there" in result.output
+
+
+@pytest.mark.parametrize("here, there", [
+    ({"a": 1}, {"a": 1, "b": 2}), ({"a": 1, "b": 2}, {"a": 1})])
+def test_a_key_of_one_side_alone_is_a_difference(here, there):
+    assert checkpoint.first_difference(here, there).startswith("b: ")
+    assert checkpoint.first_difference(here, here) is None
+
+
+def test_a_state_of_a_network_with_label_dropout_needs_it(tmp_path, invoke):
+    data = write_dataset(tmp_path / "labels.zip")
+    args = ("--cond=1", "--tick=0.008")
+    start(invoke, data, tmp_path, *args, "--label-dropout=0.1")
+    result = start(invoke, data, tmp_path, *args, "--resume=auto", "--duration=0.000016")
+    assert result.exit_code == 1 and "label_dropout: None here, 0.1 there" in result.output

@@ -284,6 +284,33 @@ def test_statistics_are_those_of_all_elements():
     assert collector.as_dict() == {}
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_a_stopped_tick_had_collected_counts_once(rank, monkeypatch):
+    collector = training_stats.Collector(CPU)
+    training_stats.report("x", torch.tensor([1.0, 3.0]))
+    collector.update()
+    moments = collector.moments
+    monkeypatch.setattr("torch_utils.distributed.get_rank", lambda: rank)
+    training_stats.resume(moments, CPU)
+    training_stats.report("x", torch.tensor([5.0]))
+    collector.update()
+    assert collector.as_dict()["x"]["num"] == (3 if rank == 0 else 1)
+
+
+def test_a_tick_that_was_taken_over_is_not_taken_over_again(dataset_zip, tmp_path):
+    config = TrainConfig(data=str(dataset_zip), arch="ncsnpp", cbase=8, cres=(1,), nblock=1,
+                         batch=8, augment=0.0, workers=0)
+    trainer = Trainer(config, ImageFolderDataset(dataset_zip), CPU)
+    ticks = TickRunner(trainer, tmp_path, None, SimpleNamespace())
+    left = {"stats": {"Loss/loss": [2.0, 4.0, 10.0]}, "is_due": True}
+    trainer.unfinished = left
+    assert trainer.state()["progress"]["unfinished"] == left
+    assert ticks.resume() is True
+    assert trainer.state()["progress"]["unfinished"] is None
+    assert ticks.resume() is False
+    training_stats.Collector(CPU)  # forgets what the others have left
+
+
 def test_a_score_that_is_no_number_is_never_the_best(capsys):
     class Score:
         name = "FID"
