@@ -388,6 +388,7 @@ def _restore_foreign_(trainer: "Trainer", state: State) -> None:
     """Continues from a state of EDM or PFGM++, and says what can't be restored."""
     from checkpoints import checkpoint
     from torch_utils import distributed
+    from training.ema import RAMPUP_RATIO
     content, source = state.content, state.source
     weights = content.get("net") or content["ema"]
     shapes = ({name: tuple(t.shape) for name, t in tensors.items()}
@@ -400,7 +401,7 @@ def _restore_foreign_(trainer: "Trainer", state: State) -> None:
     _load_moments_(trainer, moments, then=content["options"].get("ls"))
     nimg, tag = content["progress"]["cur_nimg"], _STATE_TAG.match(Path(source).name)
     trainer.cur_nimg = nimg if nimg is not None else int(tag[1]) * 1000 if tag else 0
-    trainer.ema_rampup = None  # these states follow long runs, whose ramp-up is over
+    trainer.ema_rampup = RAMPUP_RATIO  # as in EDM and PFGM++, by the images seen
     lost = ["random state", "data position"] + ([] if content["ema"] else ["averaged weights"])
     distributed.print0(
         f"Note: {source} does not hold {', '.join(lost)}; the run goes on at "

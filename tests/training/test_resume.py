@@ -172,9 +172,10 @@ def test_the_average_of_edm_is_taken_from_the_snapshot_beside_the_state(tmp_path
     assert result.exit_code == 0, result.output
     assert re.search(r"averaged weights are those of \S*network-snapshot-000005.pkl", result.output)
     after = checkpoint.load(tmp_path / "run/training-state-000005.008.pt")
-    ema = averaged_network().state_dict()
-    for name, value in after["ema"].items():  # the half-life is 1,000 Mimg
-        torch.testing.assert_close(value, ema[name], rtol=1e-5, atol=1e-5)
+    keep = 0.5 ** (8 / (0.05 * 5000))  # a half-life of 5% of the images seen, for one step
+    for name, p in averaged_network().named_parameters():
+        expected = keep * p + (1 - keep) * after["net"][name]
+        torch.testing.assert_close(after["ema"][name], expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_snapshot_beside_it_the_average_is_said_to_begin_anew(tmp_path, dataset_zip,
