@@ -94,6 +94,7 @@ def test_each_rank_writes_its_own_images_and_rank_0_all_else(files, two_ranks):
     assert printed and other[2] == [] and set(other[1]) == set()
 
 
+@pytest.mark.slow
 def test_rank_0_alone_reads_the_reference_and_records_scores(files, two_ranks):
     (changed, called, printed), other = two_ranks(
         "fid.py", "gen", "--network=net.pt", "--ref=data.zip", "--seeds=0-9", "--ranges=2",
@@ -105,6 +106,7 @@ def test_rank_0_alone_reads_the_reference_and_records_scores(files, two_ranks):
     assert printed and other[2] == [] and set(other[1]) == set()
 
 
+@pytest.mark.slow
 def test_rank_0_alone_writes_a_reference(files, two_ranks):
     (changed, called, printed), other = two_ranks(
         "fid.py", "ref", "--data=data.zip", "--dest=ref.npz", "--detector=pixels", "--device=cpu",

@@ -350,6 +350,7 @@ def test_two_processes_give_the_score_of_one(data, tmp_path):
 
 
 @pytest.mark.scripts
+@pytest.mark.slow
 def test_an_error_of_one_process_is_printed_once_and_ends_all(data, tmp_path):
     root, _ = data
     write_images(tmp_path, 6)

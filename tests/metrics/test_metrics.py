@@ -453,6 +453,7 @@ def test_bad_evaluation_is_refused_before_training(data, capsys, tmp_path, flags
 
 
 @pytest.mark.scripts
+@pytest.mark.slow
 def test_two_processes_score_during_training_as_fid_py_does(data, tmp_path):
     run_script("train.py", f"--data={data / 'real.zip'}", f"--outdir={tmp_path}", "--name=a",
                "--duration=0.000016", f"--eval-ref={data / 'fake.zip'}", *EVAL, *TINY_RUN,

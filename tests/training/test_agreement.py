@@ -100,7 +100,9 @@ module.Trainer.train_step = spoiled
 
 
 @two_processes
-@pytest.mark.parametrize("flags", [["--snap=1", "--dump=1000"], ["--snap=1000", "--dump=1"]])
+@pytest.mark.parametrize("flags", [
+    ["--snap=1", "--dump=1000"],
+    pytest.param(["--snap=1000", "--dump=1"], marks=pytest.mark.slow)])
 def test_weights_that_differ_end_the_run_before_they_are_written(flags, dataset_zip, tmp_path):
     done = train(tmp_path, [[], [SPOIL]], f"--data={dataset_zip}", "--tick=0.008", *flags)
     [error] = errors(done)
@@ -147,6 +149,7 @@ def test_a_missing_folder_of_rank_0_is_a_new_run_whatever_rank_1_has(dataset_zip
 
 
 @two_processes
+@pytest.mark.slow
 def test_rank_0_finds_the_networks_and_folders_of_a_run(dataset_zip, tmp_path):
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     run.mkdir()

@@ -124,6 +124,7 @@ def test_a_disk_that_stays_full_ends_the_run_at_the_second_state(dataset_zip, di
 
 
 @pytest.mark.scripts
+@pytest.mark.slow
 def test_a_full_disk_for_log_and_statistics_is_one_warning_each(dataset_zip, disk, tmp_path):
     script = Script("train.py", *command(dataset_zip, disk, "--dump=1000", steps=400),
                     folder=tmp_path)
@@ -418,6 +419,7 @@ def test_a_state_of_another_network_is_refused(flags, words, finished, dataset_z
 
 
 @pytest.mark.scripts
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused_under_torchrun(dataset_zip, tmp_path):
     script = run_to_end("train.py", *command(dataset_zip, tmp_path), folder=tmp_path, processes=3)
     assert script.wait() == 1 and "exitcode  : 2" in script.output

@@ -250,6 +250,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_within_a_minute(number, dataset_
 
 
 @pytest.mark.scripts
+@pytest.mark.slow
 def test_ranks_whose_torchrun_is_killed_save_and_end(dataset_zip, tmp_path):
     args = command(dataset_zip, tmp_path, *LOADERS, steps=100_000)
     script = Script(*args, folder=tmp_path, processes=2)

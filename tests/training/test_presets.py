@@ -265,7 +265,8 @@ def test_memory_of_an_image_is_what_autograd_keeps_of_a_real_one(arch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("arch", ["ncsnpp", "ddpmpp", "adm"])
+@pytest.mark.parametrize("arch", [
+    "ncsnpp", "ddpmpp", pytest.param("adm", marks=pytest.mark.slow)])
 def test_with_checkpoints_an_image_takes_what_is_kept_and_the_largest_block(arch):
     content = network(arch, nblock=4)
     found, plain = (Estimate.of_network(content, checkpoint_blocks=checkpoint_blocks)

@@ -97,18 +97,23 @@ def test_the_first_step_has_learning_rate_zero(undisturbed):
 
 
 @pytest.mark.scripts
-def test_world_size_and_batch_gpu_change_nothing_but_rounding(dataset_zip, tmp_path):
-    args = ["train.py", f"--outdir={tmp_path}", f"--data={dataset_zip}", "--cond=1", "--pfgmpp=1",
+def test_world_size_and_batch_gpu_change_nothing_but_rounding(dataset_zip, tmp_path, invoke):
+    args = [f"--outdir={tmp_path}", f"--data={dataset_zip}", "--cond=1", "--pfgmpp=1",
             "--tick=0.008", *TINY_RUN, "--dropout=0", "--duration=0.00004", "--device=cpu"]
-    run_script(*args, "--name=one")
-    run_script(*args, "--name=rounds", "--batch-gpu=2")
-    run_script(*args, "--name=two", "--batch-gpu=2", "--workers=1", processes=2)
+
+    def run(*args):
+        result = invoke(train.main, *args)
+        assert result.exit_code == 0, result.output
+
+    run(*args, "--name=one")
+    run(*args, "--name=rounds", "--batch-gpu=2")
+    run_script("train.py", *args, "--name=two", "--batch-gpu=2", "--workers=1", processes=2)
     # Other draws or gradients change losses by percents. Rounding does by 1e-8 at first, and by
     # twice as much with each step, for Adam divides gradients near 0 by their size.
     rounding, of_ten_steps = 1e-4, 1e-3
     stf = ["--stf=1", "--rbatch=20", "--augment=0"]
-    run_script(*args, *stf, "--name=stf-one")
-    run_script(*args, *stf, "--name=stf-two", "--batch-gpu=2", processes=2)
+    run(*args, *stf, "--name=stf-one")
+    run_script("train.py", *args, *stf, "--name=stf-two", "--batch-gpu=2", processes=2)
     assert losses(tmp_path / "stf-two") == pytest.approx(losses(tmp_path / "stf-one"),
                                                          rel=rounding)
     expected = losses(tmp_path / "one")
@@ -118,9 +123,9 @@ def test_world_size_and_batch_gpu_change_nothing_but_rounding(dataset_zip, tmp_p
         assert losses(tmp_path / name)[0] == pytest.approx(expected[0], rel=1e-6)
     # A run continues exactly under another number of processes.
     more = [*args[:-2], "--duration=0.00008", "--device=cpu", "--name=two", "--resume=auto"]
-    run_script(*more)
+    run(*more)
     args[-2] = "--duration=0.00008"
-    run_script(*args, "--name=whole")
+    run(*args, "--name=whole")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), rel=of_ten_steps)
 
 
