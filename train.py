@@ -202,7 +202,8 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         raise UserError("--nosubdir: can't be combined with --name or --desc", BAD_USAGE)
     if resume == "auto" and not (name or nosubdir):
         raise UserError("--resume=auto: needs --name or --nosubdir to know the run", BAD_USAGE)
-    if resume not in (None, "auto") and opts["transfer"]:
+    is_transfer_typed = ctx.get_parameter_source("transfer") is ParameterSource.COMMANDLINE
+    if resume not in (None, "auto") and opts["transfer"] and is_transfer_typed:
         raise UserError("--resume=FILE and --transfer: choose one; --resume=auto goes with it, and "
                         "transfers where there is no state yet", BAD_USAGE)
     typed = [name for name in ("preset", "config")
@@ -232,8 +233,9 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
             contextlib.ExitStack() as stack:
         _warn_of_idle_dim(ctx, config)
         agreement.check_options(
-            config, device=torch_device.type, seed=opts["seed"], resume=bool(resume),
-            override_options=override_options, dry_run=dry_run)
+            config, device=torch_device.type, seed=opts["seed"],
+            resume=resume if resume in (None, "auto") else "a path",
+            override_options=override_options, dry_run=dry_run, has_name=fixed_dir is not None)
         if fixed_dir and not dry_run:  # before another run's newest state is read
             distributed.run_on_rank0(_lock_if_there, stack, fixed_dir)
         state = resuming.open_state(resume, fixed_dir) if resume else None
@@ -255,14 +257,16 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
                     opened.check_uniform()
         if config.sigma_data is None and not dry_run:
             config = distributed.run_on_rank0(_measure_sigma_data, config, dataset)
+        start, net = state, _network(config, dataset)
+        if state and config.sigma_data is not None:
+            resuming.check_network(net, state)
+        elif config.transfer and not state:
+            start = resuming.open_weights(config.transfer, net)
         if dry_run:
             distributed.run_on_rank0(_print_plan, config, dataset, rate, torch_device)
+            for line in resuming.describe_start(start):
+                distributed.print0(line)
             return
-        start, net = state, _network(config, dataset)
-        if state:
-            resuming.check_network(net.config, state)
-        elif config.transfer:
-            start = resuming.open_weights(config.transfer, net)
         run_dir = distributed.run_on_rank0(
             _make_run_dir, config, dataset.name, Path(outdir), fixed_dir, desc, bool(resume))
         distributed.run_on_rank0(_lock, stack, run_dir)  # a second time is none

@@ -15,8 +15,10 @@ from torch_utils import distributed
 from training.config import TrainConfig, flag_name
 from training.trainer import Trainer, dataset_record
 
-# What may differ between machines: paths, and how each of them reads its data.
-_OWN_OPTIONS = {"data", "transfer", "eval_ref", "val_data", "workers"}
+# What may differ between machines: where files lie, but not whether there are any, and how each of
+# them reads its data.
+_PATHS = {"data", "transfer", "eval_ref", "val_data"}
+_OWN_OPTIONS = {"workers"}
 _ROOT = Path(__file__).resolve().parent.parent
 _ROOMS = ("dnnlib", "torch_utils", "images", "pfgmpp", "checkpoints", "sampling", "metrics",
           "training")
@@ -29,8 +31,8 @@ def check_options(config: TrainConfig, **others: Any) -> None:
         config: the options of this rank.
         others: what else must be alike, by flag.
     """
-    facts = {f"--{flag_name(name)}": value for name, value in (config.to_dict() | others).items()
-             if name not in _OWN_OPTIONS}
+    facts = {f"--{flag_name(name)}": ("a path" if value else None) if name in _PATHS else value
+             for name, value in (config.to_dict() | others).items() if name not in _OWN_OPTIONS}
     _require_alike(facts, "start every process with the same command")
     _require_alike({"code of sha256": _code_digest(), "PyTorch": torch.__version__},
                    "install the same on every machine")

@@ -144,6 +144,7 @@ class TrainConfig:
         require((self.eval is None) == (self.eval_ref is None), "--eval and --eval-ref",
                 "given together")
         require(self.eval_num >= 2, f"--eval-num={self.eval_num}", "2 or more")
+        require(self.val_data != "", "--val-data=", "a data set; leave it out for none")
         require(self.val_num >= 1, f"--val-num={self.val_num}", "1 or more")
         for name in ("dropout", "augment", "label_dropout"):
             value = getattr(self, name)

@@ -64,7 +64,8 @@ RESUME_MAY_CHANGE = {
 # Options that are in the network itself, which is compared with the state's key by key.
 NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "label_dropout",
                    "sigma_data", "cbase", "cres", "nblock", "ares"}
-_EDM_LOSS_SCALE = "loss_scaling"  # in the training_options.json of EDM and PFGM++
+LOSS_SCALE_KEY = "loss_scaling"  # in the training_options.json of EDM and PFGM++
+_SMALL_SHARE = 0.5  # of the parameters: less is hardly meant so
 _STATE_TAG = re.compile(r"training-state-(\d+)")
 
 
@@ -72,12 +73,13 @@ _STATE_TAG = re.compile(r"training-state-(\d+)")
 class State:
     """A training state to go on with: what `checkpoint.load_state` read from `source`.
 
-    `changed` lists the options of the run that differ from the state's.
+    `changed` lists the options of the run that differ from the state's, `notes` what was assumed.
     """
 
     source: str
     content: dict[str, Any]
     changed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def is_ours(self) -> bool:
@@ -88,22 +90,26 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Weights to begin with: those of `source` that fit, and what was left out, a line each."""
+    """Weights to begin with: those of `source` that fit, and what was left out, a line each.
+
+    `share` is how much of the network's parameters they are.
+    """
 
     source: str
     tensors: Mapping[str, "torch.Tensor"]
     left_out: tuple[str, ...]
+    share: float = 1.0
 
 
 def describe_start(start: State | Weights | None) -> list[str]:
     """Returns lines that say what a run starts from, none for a new run."""
     if isinstance(start, State):
         changed = [f"Changed        {', '.join(start.changed)}"] if start.changed else []
-        return [f"Resuming from  {start.source}", *changed]
+        return [f"Resuming from  {start.source}", *changed, *start.notes]
     if start is None:
         return []
-    return [f"Transferred    {len(start.tensors)} tensors of {start.source}"
-            + (f"; {len(start.left_out)} do not fit:" if start.left_out else ""),
+    return [f"Transferred    {len(start.tensors)} tensors of {start.source}, {start.share:.3g} of "
+            "the parameters" + (f"; {len(start.left_out)} do not fit:" if start.left_out else ""),
             *(f"               {line}" for line in start.left_out)]
 
 
@@ -174,7 +180,7 @@ def _with_neighbours(state: State) -> State:
         content |= {"ema": other["ema"], "ema_source": str(snapshot)}
     try:
         options = json.loads(path.with_name(OPTIONS_FILE).read_text(encoding="utf-8"))
-        scale = options.get(_EDM_LOSS_SCALE)
+        scale = options.get(LOSS_SCALE_KEY)
     except (OSError, ValueError, AttributeError, RecursionError):
         scale = None
     if isinstance(scale, int | float) and 0 < scale < float("inf"):
@@ -232,14 +238,24 @@ def changed_options(now: TrainConfig, then: dict[str, Any]) -> list[str]:
         free.remove("duration")  # which says how the learning rate falls
     unused = ({"rbatch"} if not now.stf else set()) | (
         {"lr_decay_start"} if now.lr_decay == "none" else set())
+    defaults = {field.name: field.default for field in dataclasses.fields(now)}
     for field in dataclasses.fields(now):
         name, value = field.name, now.to_dict()[field.name]
         before = then.get(name, field.default)
-        if name not in free | unused and value != before:
+        is_same = _in_effect(name, now.to_dict()) == _in_effect(name, defaults | then)
+        if name not in free | unused and not is_same:
             default = ", the default" if value == field.default else ""
             changed.append(f"--{flag_name(name)}={_shown(value)}{default} ({_shown(before)} in the "
                            "state)")
     return changed
+
+
+def _in_effect(name: str, options: dict[str, Any]) -> Any:
+    """Returns the value of an option, or what leaving it out comes to."""
+    value = options[name]
+    if name == "ls" and options["precision"] != "fp16":
+        return value or 1.0
+    return options["lr_rampup"] if name == "lr_decay_start" and value is None else value
 
 
 def _changed_draws(state: State) -> list[str]:
@@ -261,7 +277,6 @@ def _with_loss_scale(config: TrainConfig, state: State) -> State:
     Raises:
         UserError: it is neither recorded nor given, and the network was trained in float16.
     """
-    from torch_utils import distributed
     options = state.content["options"]
     if "ls" in options:
         return state
@@ -270,10 +285,11 @@ def _with_loss_scale(config: TrainConfig, state: State) -> State:
             f"{state.source}: trained in float16 with a loss scale that is not recorded; give the "
             "--ls it was trained with (100 for EDM's ImageNet), or put its training_options.json "
             "beside it", BAD_USAGE)
-    distributed.print0(f"Note: {state.source} does not record its loss scale; it is taken to be "
-                       f"{config.ls or 1:g}, " + ("as --ls says" if config.ls else "the default"))
+    note = (f"Note: {state.source} does not record its loss scale; it is taken to be "
+            f"{config.ls or 1:g}, " + ("as --ls says" if config.ls else "the default"))
     return dataclasses.replace(
-        state, content={**state.content, "options": {**options, "ls": config.ls or 1.0}})
+        state, content={**state.content, "options": {**options, "ls": config.ls or 1.0}},
+        notes=(note,))
 
 
 def settle_data(
@@ -326,10 +342,15 @@ def open_weights(source: str, net: "torch.nn.Module") -> Weights:
             left_out.append(f"{name} ({there} there, {here} here)")
     fitting = {name: tensor for name, tensor in theirs.items()
                if name in ours and tensor.shape == ours[name].shape}
-    if not fitting.keys() & {name for name, _ in net.named_parameters()}:
+    sizes = {name: p.numel() for name, p in net.named_parameters()}
+    share = sum(size for name, size in sizes.items() if name in fitting) / sum(sizes.values())
+    if not share:
         raise ValueError(f"--transfer={source}: none of its weights fits this network (first: "
                          f"{left_out[0]}); give the options of its architecture")
-    return Weights(source, fitting, tuple(left_out))
+    if share < _SMALL_SHARE:
+        distributed.warn0(f"--transfer={source}: only {100 * share:.2g}% of this network's "
+                          "parameters are taken over; the others begin at random")
+    return Weights(source, fitting, tuple(left_out), share)
 
 
 # ---------------------------------------------------------------------------- into the trainer
@@ -341,7 +362,7 @@ def restore_(trainer: "Trainer", state: State) -> None:
     Raises:
         ValueError: it belongs to another network; names the first difference.
     """
-    check_network(trainer.net.config, state)
+    check_network(trainer.net, state)
     content = state.content
     if not state.is_ours:
         _restore_foreign_(trainer, state)
@@ -353,6 +374,7 @@ def restore_(trainer: "Trainer", state: State) -> None:
     trainer.cur_nimg = progress["cur_nimg"]
     trainer.ema_rampup = progress["ema_rampup"]
     trainer.best_score = progress.get("best_score")
+    trainer.best_score_of = progress.get("best_score_of")
     trainer.unfinished = progress.get("unfinished")
     counters = {name: value.to(trainer.device) for name, value in progress["counters"].items()}
     if trainer.dynamic_scale:
@@ -363,14 +385,14 @@ def restore_(trainer: "Trainer", state: State) -> None:
     trainer.counters = counters
 
 
-def check_network(ours: dict[str, Any], state: State) -> None:
-    """Raises ValueError if a state is of another network than `ours`, a configuration."""
+def check_network(net: "torch.nn.Module", state: State) -> None:
+    """Raises ValueError if a state is of another network than `net`, which may be on "meta"."""
     from checkpoints import checkpoint
     # The dtype follows --precision of this run, not of the one that wrote the state.
     skip = {"use_fp16"}
     if not state.content.get("D_recorded", True):
         skip |= {"pfgmpp", "D"}
-    theirs = state.content["network"]
+    ours, theirs = net.config, state.content["network"]
     if state.is_ours:
         skip.add("dropout")  # an option without weights, see `changed_options`
     else:
@@ -382,19 +404,22 @@ def check_network(ours: dict[str, Any], state: State) -> None:
         raise ValueError(
             f"{state.source}: the state is of another network ({difference}); give the options "
             "that it was trained with, or begin a new run under another --name")
+    if not state.is_ours:  # whose configuration may lack some of ours
+        weights = state.content.get("net") or state.content["ema"]
+        shapes = ({name: list(t.shape) for name, t in tensors.items()}
+                  for tensors in (net.state_dict(), weights))
+        if difference := checkpoint.first_difference(*shapes):
+            raise ValueError(
+                f"{state.source}: the weights are of another network ({difference}); give the "
+                "options that it was trained with, such as --augment and --ares")
 
 
 def _restore_foreign_(trainer: "Trainer", state: State) -> None:
     """Continues from a state of EDM or PFGM++, and says what can't be restored."""
-    from checkpoints import checkpoint
     from torch_utils import distributed
     from training.ema import RAMPUP_RATIO
     content, source = state.content, state.source
     weights = content.get("net") or content["ema"]
-    shapes = ({name: tuple(t.shape) for name, t in tensors.items()}
-              for tensors in (trainer.net.state_dict(), weights))
-    if difference := checkpoint.first_difference(*shapes):
-        raise ValueError(f"--resume={source}: the weights are of another network ({difference})")
     trainer.net.load_state_dict(weights)
     trainer.ema.load_state_dict(content["ema"] or weights)
     moments = trainer.optimizer.state_dict() | {"state": content["optimizer"]["state"]}

@@ -64,6 +64,7 @@ class Trainer:
         self.micro_batch, self.rounds = config.rounds(self.world_size)
         self.cur_nimg = 0
         self.best_score: float | None = None
+        self.best_score_of: dict[str, Any] | None = None  # what was scored, and against what
         # What a tick has collected and still has to do, in a state that was written at a signal.
         self.unfinished: dict[str, Any] | None = None
 
@@ -319,7 +320,8 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Returns all that a resumed run needs, see checkpoints/checkpoint.py."""
         progress = {"cur_nimg": self.cur_nimg, "ema_rampup": self.ema_rampup,
-                    "best_score": self.best_score, "unfinished": self.unfinished,
+                    "best_score": self.best_score, "best_score_of": self.best_score_of,
+                    "unfinished": self.unfinished,
                     "loss_scale": self.loss_scale.cpu(), "draws": DRAWS_VERSION,
                     "counters": {name: value.cpu() for name, value in self.counters.items()}}
         return {

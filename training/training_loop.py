@@ -38,7 +38,7 @@ from training.advice import Machine, advice
 from training.agreement import check_weights
 from training.config import OPTIONS_FILE, REALS_FILE, SCORES_FILE, STATS_FILE, TrainConfig
 from training.log_sinks import LogSinks
-from training.resume import State, Weights, restore_
+from training.resume import LOSS_SCALE_KEY, State, Weights, restore_
 from training.run_files import RunFiles
 from training.sample_grids import sample_grid, save_real_grid
 from training.scoring import network_features, open_evaluator
@@ -97,7 +97,7 @@ def training_loop(
         RunFiles(run_dir, config.keep).tidy()
         write_json(run_dir / OPTIONS_FILE, {
             "options": config.to_dict(), "dataset": dataset_record(dataset),
-            "network": json_value(trainer.net.config),
+            "network": json_value(trainer.net.config), **_foreign_facts(start),
             "held_out": dataset_record(held_out) if held_out else None,
             "provenance": provenance(device)})
         save_real_grid(trainer, run_dir / REALS_FILE)
@@ -111,6 +111,13 @@ def training_loop(
     finally:
         trainer.close()
         sinks.close()
+
+
+def _foreign_facts(start: State | Weights | None) -> dict[str, Any]:
+    """Returns what the options of EDM or PFGM++ said that a second start from its state needs."""
+    if not isinstance(start, State) or start.is_ours:
+        return {}
+    return {LOSS_SCALE_KEY: start.content["options"].get("ls", 1.0)}
 
 
 class Evaluator:
@@ -137,6 +144,12 @@ class Evaluator:
     def name(self) -> str:
         """What the score is called."""
         return self._evaluator.detector.distance_name
+
+    @property
+    def compared_by(self) -> dict[str, Any]:
+        """What scores must share to be compared, as plain data; reading a data set is over then."""
+        return {"detector": self._evaluator.detector.name, "num": self._num, "precision": "fp32",
+                "reference_sha256": self._evaluator.record["reference_sha256"]}
 
     def __call__(self) -> float:
         """Returns the score of the present weights; lower is better. For `average_in_fp32`."""
@@ -233,14 +246,17 @@ class TickRunner:
     def _evaluate(self, progress: Progress) -> dict[str, float]:
         """Scores the run, keeps its best state, and returns what stats.jsonl says of it."""
         trainer, name, value = self._trainer, self._evaluator.name, self._evaluator()
-        before = trainer.best_score
+        compared_by = self._evaluator.compared_by
+        before = trainer.best_score if trainer.best_score_of == compared_by else None
         if value < (math.inf if before is None else before):  # not where it is NaN
             standing = f", the lowest so far: kept as {checkpoint.BEST_STATE}"
             check_weights(trainer)
-            trainer.best_score = value  # which the state records
-            if trainer.rank == 0 and not self._files.save(checkpoint.BEST_STATE, trainer.state()):
+            last = trainer.best_score, trainer.best_score_of
+            trainer.best_score, trainer.best_score_of = value, compared_by  # as the state records
+            is_kept = trainer.rank == 0 and self._files.save(checkpoint.BEST_STATE, trainer.state())
+            if not distributed.broadcast_object(is_kept):
                 standing = ", the lowest so far, but not kept"
-                trainer.best_score = before  # the next one may be kept
+                trainer.best_score, trainer.best_score_of = last  # the next one may be kept
         else:
             standing = "" if before is None else f"; the lowest so far is {before:.5g}"
         if trainer.rank == 0:
@@ -317,6 +333,7 @@ class TickRunner:
             trainer.check_divergence()
         if code:
             self._collector.update()
+            check_weights(trainer)
             self._save_and_stop(code, is_due=self.is_due)
 
     @contextlib.contextmanager
@@ -334,6 +351,8 @@ class TickRunner:
         heard = self._agreement.now([signals.requested() or 0 if cause else 0], timeout)
         if heard is None and self._trainer.rank != 0:
             raise signals.Stopped(signals.requested()) from cause
+        if heard and heard[0]:
+            check_weights(self._trainer)
         if heard is None or heard[0]:
             code = heard[0] if heard else signals.requested()
             self._save_and_stop(code, is_due=True, cause=cause)

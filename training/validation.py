@@ -5,7 +5,8 @@
 This is the loss that training minimises (docs/mathematics.md, section 9), without augmentation,
 dropout and stable targets. Images are taken in chunks of one size, and what a chunk draws depends
 on its number alone: the value is the same, but for rounding, for every number of processes and
-every --batch-gpu, and runs of other seeds and options are compared on the same draws.
+every --batch-gpu, and runs of other seeds are compared on the same draws. Levels and weights are
+those of the run's loss: --precond, D, --lsun, --P_mean, --P_std and --sigma-data change them.
 """
 
 import contextlib

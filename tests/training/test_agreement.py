@@ -1,5 +1,6 @@
 """Ranks that were started differently: what is noticed, when, and who decides."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from tiny import TINY_RUN, write_dataset
 from torch_utils import distributed
 from training import agreement
 from training.agreement import _bit_sum
-from training.config import TrainConfig, flag_name
+from training.config import TrainConfig
 
 
 def two_processes(test):
@@ -42,30 +43,46 @@ ALIKE = {"lr": 1e-3, "augment": 0.0}
 @pytest.mark.parametrize("other, words", [
     ({"lr": 2e-3}, "--lr=0.002 (0.001 on rank 0)"),
     ({"pfgmpp": True, "aug_dim": 64.0}, "--pfgmpp=True (False on rank 0), --aug_dim=64.0 (128.0"),
-    ({"resume": False}, "--resume=False (True on rank 0)"),
+    ({"resume": None}, "--resume=None (auto on rank 0)"),
+    ({"has_name": False}, "--has-name=False (True on rank 0)"),
+    ({"transfer": "x.pt"}, "--transfer=a path (None on rank 0)"),
+    ({"val_data": "x.zip"}, "--val-data=a path (None on rank 0)"),
+    ({"eval_ref": "x", "eval": 1.0}, "--eval=1.0 (None on rank 0), --eval-ref=a path (None on"),
     ({"dry_run": True}, "--dry-run=True (False on rank 0)"),
     ({"seed": 3}, "--seed=3 (None on rank 0)"),
     ({"code of sha256": "ab"}, "code of sha256=ab ("),
 ])
 def test_other_options_or_code_are_named(other, words, monkeypatch):
-    def config(**options):
-        return TrainConfig(data="a", **ALIKE | options)
+    def say(facts):
+        said.append(facts)
+        return [facts]
 
-    def gather(facts):
-        """What the ranks say: rank 0 this, rank 1 the same but for `other`."""
-        changed = {f"--{flag_name(name)}": value for name, value in other.items()} | other
-        return [facts, facts | {name: value for name, value in changed.items() if name in facts}]
+    def told(**other):
+        """What a rank says of its options; `other` may name what is no option."""
+        fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"seed"}
+        own = {"resume": "auto", "dry_run": False, "seed": None, "has_name": True}
+        own |= {name: value for name, value in other.items() if name in own}
+        options = {name: value for name, value in other.items() if name in fields}
+        said.clear()
+        agreement.check_options(TrainConfig(data="a", **ALIKE | options), **own)
+        return [facts | {name: other[name] for name in facts if name in other} for facts in said]
 
-    monkeypatch.setattr(distributed, "gather_objects", gather)
+    said: list[dict] = []
+    monkeypatch.setattr(distributed, "gather_objects", say)
+    ranks = list(zip(told(), told(**other), strict=True))
+    monkeypatch.setattr(distributed, "gather_objects", lambda facts: list(ranks.pop(0)))
     with pytest.raises(ValueError, match=re.escape(f"rank 1 was started with {words}")):
-        agreement.check_options(config(), resume=True, dry_run=False, seed=None)
+        agreement.check_options(TrainConfig(data="a", **ALIKE))
 
 
 def test_paths_may_differ_between_machines(monkeypatch):
     said = []
     monkeypatch.setattr(distributed, "gather_objects", lambda facts: [said.append(facts) or facts])
     agreement.check_options(TrainConfig(data="a", augment=0.0, workers=1))
-    agreement.check_options(TrainConfig(data="b", augment=0.0, workers=7, transfer="c"))
+    agreement.check_options(TrainConfig(data="b", augment=0.0, workers=7))
+    agreement.check_options(TrainConfig(data="b", augment=0.0, transfer="c", val_data="d"))
+    agreement.check_options(TrainConfig(data="b", augment=0.0, transfer="x/c", val_data="y/d"))
+    assert said[4] == said[6] != said[2]
     assert said[0] == said[2] and said[1] == said[3] and len(said[0]) > 40
 
 
@@ -85,6 +102,37 @@ def test_other_data_end_the_run_before_it_begins(tmp_path):
     assert done.returncode == 1 and not (tmp_path / "run").exists()
     assert "rank 1 was started with images in --data=41 (40 on rank 0), fingerprint of --data=" in \
         error
+
+
+@two_processes
+@pytest.mark.slow
+@pytest.mark.parametrize("rank, flag", [
+    (0, "--val-data=DATA"), (1, "--val-data=DATA"), (0, "--transfer=NET"), (1, "--transfer=NET"),
+    (1, "--nosubdir"), (1, "--resume=NET")])
+def test_no_flag_of_one_rank_alone_makes_ranks_wait(rank, flag, dataset_zip, tmp_path):
+    net = write_snapshot(tmp_path / "net.pt", label_dim=0)
+    own = [[], []]
+    own[rank] = [flag.replace("DATA", str(dataset_zip)).replace("NET", str(net))]
+    common = [f"--outdir={tmp_path / 'runs'}", *TINY_RUN, "--device=cpu", f"--data={dataset_zip}"]
+    done = two_ranks("train.py", common, own)
+    assert done.returncode == 1 and len(errors(done)) == 1 and not (tmp_path / "runs").exists()
+
+
+@two_processes
+def test_a_state_for_a_signal_is_not_written_by_ranks_that_disagree(dataset_zip, tmp_path):
+    stop = SPOIL + """
+import os, signal
+before = module.Trainer.train_step
+def stopped(self):
+    before(self)
+    if len(steps) == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+module.Trainer.train_step = stopped
+"""
+    done = train(tmp_path, [[], [stop]], f"--data={dataset_zip}", "--tick=0.8",
+                 "--duration=0.00008")
+    assert any("rank 1 has other weights than rank 0" in error for error in errors(done))
+    assert not list((tmp_path / "run").glob("training-state-*"))
 
 
 SPOIL = """python:

@@ -16,7 +16,14 @@ from checkpoints import checkpoint
 from images.dataset import ImageFolderDataset
 from pfgmpp.networks import build_network
 from training.config import TrainConfig
-from training.resume import State, open_weights, read_state, restore_, settle_options
+from training.resume import (
+    State,
+    changed_options,
+    open_weights,
+    read_state,
+    restore_,
+    settle_options,
+)
 from training.trainer import DRAWS_VERSION, Trainer
 
 CPU = torch.device("cpu")
@@ -209,6 +216,45 @@ def test_a_snapshot_of_another_network_beside_the_state_is_refused(tmp_path, dat
         result.output.replace("\n", " ")
 
 
+def test_the_loss_scale_of_edm_is_known_at_a_second_start_in_its_directory(tmp_path, dataset_zip,
+                                                                           invoke):
+    path = write_edm_run(tmp_path / "edm", ls=100)
+    result = resumed_run(invoke, dataset_zip, tmp_path / "edm", f"--resume={path}")
+    assert result.exit_code == 0, result.output  # and training_options.json is ours now
+    state, _ = read_state(str(path), None)
+    assert state.content["options"]["ls"] == 100
+
+
+def test_what_is_assumed_of_a_foreign_state_is_in_the_log(tmp_path, dataset_zip, invoke):
+    path = write_edm_run(tmp_path / "edm")
+    resumed_run(invoke, dataset_zip, tmp_path / "run", f"--resume={path}", "--quiet")
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "does not record its loss scale; it is taken to be 1, the default" in log
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--augment=0", "model.map_augment.weight: None here, [16, 9] there"),
+    ("--ares=8", "model.enc.8x8_block0.")])
+def test_a_foreign_state_that_does_not_fit_leaves_no_folder(flag, words, tmp_path, dataset_zip,
+                                                            invoke):
+    path = write_edm_run(tmp_path / "edm")
+    result = resumed_run(invoke, dataset_zip, tmp_path / "run", f"--resume={path}", flag)
+    assert result.exit_code == 1 and words in result.output
+    assert "such as --augment and --ares" in result.output and not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------- options
+
+
+def test_what_an_option_comes_to_is_compared():
+    now = TrainConfig(data="x", lr_decay="cosine", lr_rampup=2.0, lr_decay_start=2.0, ls=1.0)
+    then = TrainConfig(data="x", lr_decay="cosine", lr_rampup=2.0)
+    assert changed_options(now, then.to_dict()) == changed_options(then, now.to_dict()) == []
+    fp16 = TrainConfig(data="x", precision="fp16")
+    assert "--ls=1 (None in the state)" in changed_options(
+        TrainConfig(data="x", precision="fp16", ls=1.0), fp16.to_dict())
+
+
 # ---------------------------------------------------------------------------- draws
 
 
@@ -267,6 +313,18 @@ def test_a_transfer_of_which_nothing_fits_is_refused_and_leaves_no_folder(tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_says_what_a_transfer_would_take(dataset_zip, tmp_path, invoke):
+    path = write_snapshot(tmp_path / "source.pt", label_dim=0)
+    fits = start(invoke, dataset_zip, tmp_path / "runs", f"--transfer={path}", "--dry-run")
+    assert fits.exit_code == 0 and "1 of the parameters" in fits.output
+    assert "are taken over; the others begin at random" not in fits.output
+    hardly = start(invoke, dataset_zip, tmp_path / "runs", f"--transfer={path}", "--dry-run",
+                   "--cbase=12")
+    assert "of this network's parameters are taken over; the others begin" in hardly.output
+    missing = start(invoke, dataset_zip, tmp_path / "runs", "--transfer=no.pt", "--dry-run")
+    assert missing.exit_code == 1 and not (tmp_path / "runs").exists()
+
+
 def test_weights_are_compared_by_parameters_only(tmp_path):
     # The filter of every resampling block has the same shape in all networks.
     path = write_snapshot(tmp_path / "source.pt", label_dim=0)
@@ -287,6 +345,11 @@ def test_auto_goes_on_where_there_is_a_state_and_transfers_where_there_is_none(
     second = start(invoke, dataset_zip, tmp_path, *args, "--duration=0.000016")
     assert second.exit_code == 0 and "Resuming from" in second.output, second.output
     assert "Transferred" not in second.output
+    state = tmp_path / "run/training-state-000000.016.pt"
+    config = tmp_path / "run/training_options.json"  # has the transfer
+    again = start(invoke, dataset_zip, tmp_path, f"--config={config}", f"--resume={state}",
+                  "--duration=0.000024", "--tick=0.008")
+    assert again.exit_code == 0 and "Resuming from" in again.output, again.output
     one = invoke(train.main, f"--outdir={tmp_path}", f"--data={dataset_zip}",
                  f"--transfer={path}", f"--resume={path}")
     assert one.exit_code == 2 and "--resume=FILE and --transfer: choose one" in one.output

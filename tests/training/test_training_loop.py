@@ -21,7 +21,7 @@ from torch_utils.misc import mix_seed
 from training import sample_grids
 from training.config import TrainConfig
 from training.trainer import DivergedError, Trainer
-from training.training_loop import TickRunner, append_stats
+from training.training_loop import Evaluator, TickRunner, append_stats
 
 CPU = torch.device("cpu")
 
@@ -311,25 +311,69 @@ def test_a_tick_that_was_taken_over_is_not_taken_over_again(dataset_zip, tmp_pat
     training_stats.Collector(CPU)  # forgets what the others have left
 
 
-def test_a_score_that_is_no_number_is_never_the_best(capsys):
+def best_scores(values, *, compared_by=None, is_written=None):
+    """Returns the lowest score after each of some, and the names of the states that were written.
+
+    `compared_by` is what each may be compared by, `is_written` whether its state could be.
+    """
     class Score:
         name = "FID"
+        compared_by = "the same"
 
         def __call__(self):
-            return next(values)
+            if kinds:
+                self.compared_by = kinds.pop(0)
+            return values.pop(0)
 
-    values, saved = iter([math.nan, 5.0, math.nan, 7.0, 4.0]), []
-    trainer = SimpleNamespace(best_score=None, rank=0, cur_nimg=1000, state=dict)
+    values, kinds, verdicts = list(values), list(compared_by or []), list(is_written or [])
+    saved, best = [], []
+
+    def save(name, state):
+        saved.append(name)
+        return verdicts.pop(0) if verdicts else True
+
+    trainer = SimpleNamespace(best_score=None, best_score_of=None, rank=0, cur_nimg=1000,
+                              state=dict)
     ticks = TickRunner.__new__(TickRunner)
     ticks._trainer, ticks._evaluator = trainer, Score()
-    ticks._files = SimpleNamespace(save=lambda name, state: saved.append(name) or True)
-    best = []
-    for _ in range(5):
+    ticks._files = SimpleNamespace(save=save)
+    for _ in range(len(values)):
         ticks._evaluate(SimpleNamespace(above_bar=contextlib.nullcontext))
         best.append(trainer.best_score)
+    return best, saved
+
+
+def test_a_score_that_is_no_number_is_never_the_best(capsys):
+    best, saved = best_scores([math.nan, 5.0, math.nan, 7.0, 4.0])
     assert best == [None, 5.0, 5.0, 5.0, 4.0] and len(saved) == 2
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "FID nan at 1 kimg" and lines[3].endswith("; the lowest so far is 5")
+
+
+def test_a_best_state_that_could_not_be_written_is_tried_again():
+    best, saved = best_scores([5.0, 6.0, 4.0], is_written=[False, True, False])
+    assert best == [None, 6.0, 6.0] and len(saved) == 3
+
+
+def test_scores_of_another_kind_are_never_compared():
+    """Another reference or number of samples begins anew, whatever the scores are."""
+    best, saved = best_scores([5.0, 9.0, 8.0, 4.0], compared_by=["a", "b", "b", "a"])
+    assert best == [5.0, 9.0, 8.0, 4.0] and len(saved) == 4
+
+
+def test_a_score_says_what_it_can_be_compared_by(dataset_zip, tmp_path):
+    def compared_by(**options):
+        config = TrainConfig(data=str(dataset_zip), arch="ncsnpp", cbase=8, cres=(1,), nblock=1,
+                             batch=8, augment=0.0, workers=0, eval=1.0, eval_detector="pixels",
+                             **{"eval_num": 4, "eval_ref": str(dataset_zip)} | options)
+        trainer = Trainer(config, ImageFolderDataset(dataset_zip), CPU)
+        return Evaluator(trainer, tmp_path / "metrics.jsonl").compared_by
+
+    other = write_dataset(tmp_path / "other.zip", num=9)
+    base = compared_by()
+    assert base == compared_by(tick=7.0, lr=5.0) and base["precision"] == "fp32"
+    assert len({str(kind) for kind in (base, compared_by(eval_num=5),
+                                       compared_by(eval_ref=str(other)))}) == 3
 
 
 def test_stats_lines_are_json_even_with_nan(tmp_path):
