@@ -1,6 +1,7 @@
 """Trains a PFGM++ or EDM model: checks the options, opens the data, starts the loop."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -256,7 +257,8 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
                 else:
                     opened.check_uniform()
         if config.sigma_data is None and not dry_run:
-            config = distributed.run_on_rank0(_measure_sigma_data, config, dataset)
+            config = dataclasses.replace(
+                config, sigma_data=distributed.run_on_rank0(_measure_sigma_data, dataset))
         start, net = state, _network(config, dataset)
         if state and config.sigma_data is not None:
             resuming.check_network(net, state)
@@ -347,17 +349,16 @@ def _open_held_out(config, dataset):
     return open_held_out(config, dataset) if config.val_data else None
 
 
-def _measure_sigma_data(config, dataset):
-    """Returns the config with the standard deviation of the data as networks see them.
+def _measure_sigma_data(dataset) -> float:
+    """Returns the standard deviation of the data as networks see them.
 
     Raises:
         ValueError: all data are alike.
     """
-    import dataclasses
     sigma_data = dataset.measure().scaled(dataset.scaling).overall_std()
     if not sigma_data > 0:
-        raise ValueError(f"--sigma-data=auto: all values of {config.data} are alike; give a number")
-    return dataclasses.replace(config, sigma_data=sigma_data)
+        raise ValueError(f"--sigma-data=auto: all values of {dataset.path} are alike; give a number")
+    return sigma_data
 
 
 def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Path:

@@ -53,7 +53,7 @@ def files(tmp_path):
 
 
 def test_rank_0_alone_writes_a_run_and_scores_it(files, two_ranks):
-    args = [arg for arg in TINY_RUN if not arg.startswith("--seed")]  # rank 0 draws one
+    args = [arg for arg in TINY_RUN if not arg.startswith("--seed")]  # rank 0 draws it for all
     (changed, called, printed), other = two_ranks(
         "train.py", "--data=data.zip", *args, "--outdir=runs", "--name=run", "--cond=1",
         "--duration=0.000032", "--tick=0.016", "--snap=1", "--dump=1", "--sigma-data=auto",
