@@ -209,15 +209,26 @@ def run_documented(script, documented):
 
 
 @pytest.mark.long
-def test_documented_commands_run_on_stand_in_data(tmp_path, monkeypatch):
+def test_the_commands_of_the_readme_run_on_stand_in_data(tmp_path, monkeypatch):
+    run_commands([command for command in COMMANDS if command[0] == "README.md"], tmp_path,
+                 monkeypatch)
+
+
+def run_commands(found, tmp_path, monkeypatch):
+    """Runs (file, words) in a small world, those that make data sets first."""
     monkeypatch.chdir(tmp_path)
     # Of networks in their full size: tests/training/test_presets.py computes some.
     monkeypatch.setattr("training.estimate.describe", lambda *args: "an estimate")
     make_world(tmp_path)
-    commands = [script_and_args(words) for _, words in COMMANDS]
+    commands = [script_and_args(words) for _, words in found]
     commands.sort(key=lambda command: command[0] != "dataset_tool.py")  # else in their order
     for script, args in commands:
         run_documented(script, args)
+
+
+@pytest.mark.slow
+def test_documented_commands_run_on_stand_in_data(tmp_path, monkeypatch):
+    run_commands(COMMANDS, tmp_path, monkeypatch)
     run_own_data([1, 3, 4])
     for name in ("toy", "noise-norms"):
         assert PIL.Image.open(tmp_path / f"docs/{name}.png").size > (1000, 400)

@@ -25,6 +25,9 @@ SHORT = (1, 2, 128, INF)
 pytestmark = pytest.mark.long
 
 
+pytestmark = pytest.mark.slow  # the page trains a network
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The namespace after the page's program; what it registers is taken back at the end."""

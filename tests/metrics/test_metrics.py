@@ -357,6 +357,7 @@ def test_scores_that_cant_be_recorded_are_still_printed(run_dir, data, capsys, t
 
 
 @pytest.mark.scripts
+@pytest.mark.slow
 def test_two_processes_give_all_scores_of_one(run_dir, data, tmp_path):
     network = sorted(run_dir.glob("network-snapshot-*.pt"))[0]
     # A batch of another size rounds otherwise, by which a pixel may reach another gray level: two

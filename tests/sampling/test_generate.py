@@ -75,6 +75,7 @@ def test_a_compiled_network_gives_the_same_images_and_is_compiled_once(snapshot,
 
 
 @pytest.mark.scripts
+@pytest.mark.slow
 def test_the_number_of_processes_changes_no_image(snapshot, tmp_path):
     args = ["generate.py", f"--network={snapshot}", "--steps=3", "--seeds=0-8", "--device=cpu"]
     run_script(*args, f"--outdir={tmp_path / 'one'}")

@@ -95,6 +95,7 @@ def test_another_rate_ends_the_run_before_it_begins(dataset_zip, tmp_path):
 
 
 @two_processes
+@pytest.mark.slow
 def test_other_data_end_the_run_before_it_begins(tmp_path):
     one, other = (write_dataset(tmp_path / f"{n}.zip", num=n) for n in (40, 41))
     done = train(tmp_path, [[f"--data={one}"], [f"--data={other}"]])

@@ -142,6 +142,7 @@ def test_a_full_disk_for_log_and_statistics_is_one_warning_each(dataset_zip, dis
 
 
 @pytest.mark.scripts
+@pytest.mark.slow
 def test_a_console_on_a_full_disk_does_not_end_the_run(dataset_zip, disk):
     steps = 600 * resource.getpagesize() // 4096  # of which a page of a file holds a hundred
     script = Script("train.py", *command(dataset_zip, disk, f"--dump={steps}", steps=steps),
@@ -428,6 +429,7 @@ def test_a_batch_that_does_not_divide_is_refused_under_torchrun(dataset_zip, tmp
 
 
 @pytest.mark.long
+@pytest.mark.slow
 def test_changed_options_end_a_resumed_run_unless_overridden(finished, dataset_zip, tmp_path,
                                                              invoke):
     state = training_states(finished)[3]
@@ -574,6 +576,7 @@ def test_out_of_memory_suggests_smaller_batches(error, words, dataset_zip, tmp_p
 
 
 @pytest.mark.scripts
+@pytest.mark.slow
 def test_memory_that_runs_out_is_one_line(dataset_zip, tmp_path):
     # Of a process by itself: this one may hold whatever other tests needed.
     code = "import training.training_loop; print(open('/proc/self/statm').read().split()[0])"

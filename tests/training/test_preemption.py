@@ -73,7 +73,7 @@ def slow(*values):
 
 @pytest.mark.scripts
 @pytest.mark.parametrize("number, code", [
-    (signal.SIGTERM, 143), slow(signal.SIGINT, 130), slow(signal.SIGUSR1, 143)])
+    slow(signal.SIGTERM, 143), slow(signal.SIGINT, 130), slow(signal.SIGUSR1, 143)])
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(number, code, undisturbed, dataset_zip,
                                                       tmp_path):
     args = command(dataset_zip, tmp_path, *LOADERS, steps=100)
@@ -266,6 +266,7 @@ def test_ranks_whose_torchrun_is_killed_save_and_end(dataset_zip, tmp_path):
 
 @pytest.mark.scripts
 @pytest.mark.parametrize("nproc", [[], slow(["--nproc=2"])], ids=["python", "torchrun"])
+@pytest.mark.slow
 def test_a_study_that_is_stopped_stops_its_script(nproc, dataset_zip, tmp_path):
     pytest.importorskip("matplotlib")
     script = Script("sweep.py", "--aug_dims=2", f"--data={dataset_zip}", f"--outdir={tmp_path}",
