@@ -244,7 +244,7 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
                                                 override=override_options)
         with console.timed("data"):
             dataset = _open_dataset(config)
-            _network(config, dataset)  # its own checks
+            net = _network(config, dataset)
             agreement.check_data(dataset)
             if state:
                 state = resuming.settle_data(config, dataset, state, override=override_options)
@@ -259,7 +259,8 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         if config.sigma_data is None and not dry_run:
             config = dataclasses.replace(
                 config, sigma_data=distributed.run_on_rank0(_measure_sigma_data, dataset))
-        start, net = state, _network(config, dataset)
+            net = _network(config, dataset)
+        start = state
         if state and config.sigma_data is not None:
             resuming.check_network(net, state)
         elif config.transfer and not state:

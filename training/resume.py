@@ -239,14 +239,12 @@ def changed_options(now: TrainConfig, then: dict[str, Any]) -> list[str]:
     unused = ({"rbatch"} if not now.stf else set()) | (
         {"lr_decay_start"} if now.lr_decay == "none" else set())
     defaults = {field.name: field.default for field in dataclasses.fields(now)}
-    for field in dataclasses.fields(now):
-        name, value = field.name, now.to_dict()[field.name]
-        before = then.get(name, field.default)
-        is_same = _in_effect(name, now.to_dict()) == _in_effect(name, defaults | then)
-        if name not in free | unused and not is_same:
-            default = ", the default" if value == field.default else ""
-            changed.append(f"--{flag_name(name)}={_shown(value)}{default} ({_shown(before)} in the "
-                           "state)")
+    given, before = now.to_dict(), defaults | then
+    for name in defaults:
+        if name not in free | unused and _in_effect(name, given) != _in_effect(name, before):
+            default = ", the default" if given[name] == defaults[name] else ""
+            changed.append(f"--{flag_name(name)}={_shown(given[name])}{default} "
+                           f"({_shown(before[name])} in the state)")
     return changed
 
 

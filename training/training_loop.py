@@ -147,7 +147,7 @@ class Evaluator:
 
     @property
     def compared_by(self) -> dict[str, Any]:
-        """What scores must share to be compared, as plain data; reading a data set is over then."""
+        """What scores must share to be compared, as plain data."""
         return {"detector": self._evaluator.detector.name, "num": self._num, "precision": "fp32",
                 "reference_sha256": self._evaluator.record["reference_sha256"]}
 
@@ -351,9 +351,7 @@ class TickRunner:
         heard = self._agreement.now([signals.requested() or 0 if cause else 0], timeout)
         if heard is None and self._trainer.rank != 0:
             raise signals.Stopped(signals.requested()) from cause
-        if heard and heard[0]:
-            check_weights(self._trainer)
-        if heard is None or heard[0]:
+        if heard is None or heard[0]:  # no collective from here on: ranks may have left one
             code = heard[0] if heard else signals.requested()
             self._save_and_stop(code, is_due=True, cause=cause)
 
