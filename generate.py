@@ -70,8 +70,7 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
         subdirs = subdirs or network is None
 
         from sampling.network_sampler import NetworkSampler, UsageError
-        from torch_utils import distributed, misc
-        misc.configure_backends(sampling["precision"])
+        from torch_utils import distributed
         with distributed.process_group(device) as torch_device:
             sources = distributed.run_on_rank0(lambda: _find_networks(
                 network, Path(outdir), ckpt, end_ckpt, seeds, is_sweep=bool(points[0].suffix),

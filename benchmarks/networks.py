@@ -10,6 +10,8 @@ weights. Ours reads its images through the loader as training does; the referenc
 import os
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +132,16 @@ class OurStep:
 
 
 class TheirStep:
-    """The body of the reference's loop, which can't be called alone, around its own parts."""
+    """The body of the reference's loop, which can't be called alone, around its own parts.
+
+    Modules have the names that they have in EDM.
+    """
 
     def __init__(self, settings: dict[str, Any]):
         import copy
 
-        from pfgmpp.augment import AugmentPipe
-        from pfgmpp.loss import EDMLoss
+        from training.augment import AugmentPipe
+        from training.loss import EDMLoss
         self._device = torch.device(settings["device"])
         torch.backends.cudnn.benchmark = True
         self._net = _their_network({**settings["network"],
@@ -168,7 +173,7 @@ class TheirStep:
 
 def _their_network(config: dict[str, Any]) -> torch.nn.Module:
     """Returns the reference's network; the keywords that it lacks are at what it does anyway."""
-    from pfgmpp import networks
+    from training import networks
     kwargs = {key: value for key, value in config.items()
               if key not in ("class_name", "pfgmpp", "D")}
     return getattr(networks, config["class_name"])(**kwargs)
@@ -182,17 +187,19 @@ CPU_NETWORKS = GPU_NETWORKS[:2]
 
 
 def training_rows(options):
-    """Returns the steps of every architecture by every side."""
-    return [row for network in _networks(options) for row in _rows("training", *network, options)]
+    """Yields the steps of every architecture by every side."""
+    for arch, side in _networks(options):
+        yield from _rows("training", arch, side, options)
 
 
 def sampling_rows(options):
-    """Returns the evaluations of every architecture by every side."""
-    return [row for network in _networks(options) for row in _rows("sampling", *network, options)]
+    """Yields the evaluations of every architecture by every side."""
+    for arch, side in _networks(options):
+        yield from _rows("sampling", arch, side, options)
 
 
-def _networks(options) -> tuple[tuple[str, int], ...]:
-    return GPU_NETWORKS if options.device.type == "cuda" else CPU_NETWORKS
+def _networks(options) -> Sequence[tuple[str, int]]:
+    return options.networks or (GPU_NETWORKS if options.device.type == "cuda" else CPU_NETWORKS)
 
 
 def _sides(kind, options) -> dict[str, tuple[Path, str, str, bool]]:
@@ -236,9 +243,12 @@ def _rows(kind, arch, side, options):
         for name, (root, case, precision, compiled) in sides.items():
             settings = {**common, "precision": precision, "compile": compiled}
             try:
+                start = time.perf_counter()
                 process = Side(root, Path(__file__), case, settings, options.threads)
                 stack.enter_context(process)
                 process.run()  # warms up
+                print(f"{what}, {name}: ready after {time.perf_counter() - start:.0f} s",
+                      file=sys.stderr)
                 if case != "TheirStep":  # whose draws are others
                     process.call("save", f"{folder}/{name}.out")
                 process.run()

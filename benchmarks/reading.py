@@ -79,7 +79,7 @@ class TheirReader(_Reader):
     def open(self, path: str):
         import torch
 
-        from images.dataset import ImageFolderDataset
+        from training.dataset import ImageFolderDataset
 
         dataset = ImageFolderDataset(path=path, cache=True)
         sampler = torch.utils.data.RandomSampler(dataset, num_samples=1 << 30)

@@ -28,6 +28,8 @@ class Options:
         batch: images in a training step or network evaluation.
         precisions: of ours; fp32 is the one that others are compared with.
         compiled: whether to measure compiled networks too.
+        networks: architectures and image sides to measure, such as ("adm", 64); empty for the
+            device's own list.
         reference: a checkout of EDM or of a fork of it.
         commit: a folder with an older commit of ours, and what to call it.
     """
@@ -38,6 +40,7 @@ class Options:
     batch: int
     precisions: Sequence[str]
     compiled: bool = False
+    networks: Sequence[tuple[str, int]] = ()
     reference: Path | None = None
     commit: tuple[str, Path] | None = None
 

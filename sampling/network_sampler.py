@@ -26,7 +26,7 @@ from pfgmpp.samplers import (
 from sampling.quantization import quantise_
 from sampling.sweeps import FULL_BITS
 from torch_utils import distributed
-from torch_utils.misc import compile_network, compute_dtype
+from torch_utils.misc import compile_network, compute_dtype, configure_backends
 
 _OpenNetwork = Callable[[str], tuple[dict[str, Any], Precond]]
 
@@ -123,7 +123,8 @@ class NetworkSampler:
             class_idx: the class to sample, None for the seeds' own.
             pfgmpp: for files that do not record D, see `checkpoint.resolve_D`.
             aug_dim: likewise.
-            precision: arithmetic inside the network.
+            precision: arithmetic inside the network. PyTorch's settings of TF32 and of sums in half
+                precision are made to match, for the whole process.
             bits: what the network's weights are rounded to, see sampling/quantization.py.
             guidance: strength of guidance, see pfgmpp/guidance.py; 1 is none.
             gnet: a path or address of the guide; None is the network without its labels.
@@ -141,6 +142,7 @@ class NetworkSampler:
         """
         if precision == "fp16" and device.type != "cuda":
             distributed.print0("Note: fp16 is for GPUs; on the CPU the network runs in fp32")
+        configure_backends(precision)
         open_network = functools.partial(_open_network, device=device, pfgmpp=pfgmpp,
                                          aug_dim=aug_dim, precision=precision, compiled=compiled)
         content, net = open_network(source)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import sides, stf
+from benchmarks import networks, reading, sides, stf
 from benchmarks.table import Row, format_table, in_turn, relative_error, with_ratios
 
 
@@ -88,6 +88,7 @@ def test_a_side_that_can_not_be_made_says_why(tmp_path):
     (["--precision=bf16"], "with fp32 among them"),
     (["--precision=fp32,int8"], "must be of fp32"),
     (["--against=."], "not a checkout of EDM"),
+    (["--networks=ncsnpp"], "must be a list of ncsnpp-N"),
     (["--against-commit=no-such-revision"], "--against-commit=no-such-revision: "),
     (["nothing"], "nothing"),
 ])
@@ -96,6 +97,42 @@ def test_what_can_not_be_measured_is_refused(invoke, args, words, monkeypatch, t
     result = invoke(command.main, *args)
     assert result.exit_code and words in result.output and "Traceback" not in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_measured_is_kept_when_the_rest_fails(invoke, tmp_path, monkeypatch):
+    def rows(options):
+        assert options.networks == [("adm", 64), ("ncsnpp", 16)]
+        yield Row("step", "ours", [0.5])
+        raise sides.SideError("no memory")
+
+    monkeypatch.setattr(command, "measure_peaks", lambda *_: {"fp32": 1.0})
+    monkeypatch.setattr(command, "BENCHMARKS", {"training": rows})
+    result = invoke(command.main, "--device=cpu", "--networks=adm-64,ncsnpp-16",
+                    f"--out={tmp_path}/figures.json")
+    assert result.exit_code == 1 and "training: no memory" in result.stderr
+    assert "| ours " in result.stdout
+    [row] = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert row["median_seconds"] == 0.5
+
+
+# Our modules also have the names that they have in EDM, so our checkout stands for one of EDM.
+@pytest.mark.long
+@pytest.mark.parametrize("file, case", [
+    (networks, "TheirEvaluation"), (networks, "TheirStep"), (reading, "TheirReader")])
+def test_a_checkout_of_edm_is_run_by_the_names_of_its_modules(tmp_path, file, case):
+    command._check(("fp32",), sides.ROOT)
+    settings = {"network": networks.network("ncsnpp", 8) | {"model_channels": 8}, "batch": 2,
+                "side": 8, "folder": str(tmp_path), "device": "cpu", "precision": "fp32",
+                "compile": False, "data": str(tmp_path / "data.zip"), "cache": str(tmp_path)}
+    networks.write_inputs(settings)
+    with sides.Side(sides.ROOT, file.__file__, case, settings, threads=1) as side:
+        assert side.run() > 0
+        if case == "TheirEvaluation":
+            side.call("save", str(tmp_path / "theirs.out"))
+            ours = networks.OurEvaluation(settings)
+            ours.run()
+            found = torch.load(tmp_path / "theirs.out", weights_only=True)
+            assert torch.equal(found, ours._output)
 
 
 @pytest.mark.slow

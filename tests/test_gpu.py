@@ -142,7 +142,7 @@ def test_the_kernel_on_the_device_has_the_same_law(D):
 
 def test_memory_that_runs_out_is_one_line(dataset_zip, tmp_path):
     done = run_script("train.py", f"--data={dataset_zip}", f"--outdir={tmp_path}", *TINY_RUN,
-                      "--batch=200000000", "--duration=1", check=False)
+                      "--batch=100000", "--cbase=256", "--duration=1", check=False)
     assert done.returncode == 1
     assert "Error: out of GPU memory; use a smaller --batch-gpu" in done.stderr
     assert "Traceback" not in done.stderr

@@ -59,6 +59,20 @@ def test_short_batches_are_filled_up_for_a_network_of_one_size(snapshot):
         torch.testing.assert_close(a.images, b.images, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("precision", ["tf32", "fp32"])
+def test_the_precision_of_a_sampler_holds_without_a_script(snapshot, precision):
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = precision == "fp32"
+        NetworkSampler.open(str(snapshot), torch.device("cpu"), precision=precision)
+        assert all(backend.allow_tf32 == (precision == "tf32") for backend in backends)
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
 @pytest.mark.slow
 def test_a_compiled_network_gives_the_same_images_and_is_compiled_once(snapshot, tmp_path, invoke):
     from torch._dynamo.utils import counters

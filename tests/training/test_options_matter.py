@@ -126,12 +126,12 @@ def test_every_option_is_learned_or_seen_elsewhere():
     assert set(ELSEWHERE.values()) <= there
 
 
-@pytest.mark.parametrize("benchmark, deterministic", [(True, False), (False, True)])
+@pytest.mark.parametrize("searches, deterministic", [(True, False), (False, True)])
 @pytest.mark.parametrize("precision, has_tf32", [("fp32", False), ("tf32", True), ("bf16", False)])
-def test_kernels_are_chosen_as_asked(benchmark, deterministic, precision, has_tf32):
+def test_kernels_are_chosen_as_asked(searches, deterministic, precision, has_tf32):
     try:
-        configure_backends(precision, benchmark=benchmark, deterministic=deterministic)
-        assert torch.backends.cudnn.benchmark is (benchmark and not deterministic)
+        configure_backends(precision, benchmark=searches, deterministic=deterministic)
+        assert torch.backends.cudnn.benchmark is (searches and not deterministic)
         assert torch.are_deterministic_algorithms_enabled() is deterministic
         assert torch.backends.cuda.matmul.allow_tf32 is has_tf32
         assert torch.backends.cudnn.allow_tf32 is has_tf32
