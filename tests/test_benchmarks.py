@@ -116,7 +116,7 @@ def test_what_was_measured_is_kept_when_the_rest_fails(invoke, tmp_path, monkeyp
 
 
 # Our modules also have the names that they have in EDM, so our checkout stands for one of EDM.
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("file, case", [
     (networks, "TheirEvaluation"), (networks, "TheirStep"), (reading, "TheirReader")])
 def test_a_checkout_of_edm_is_run_by_the_names_of_its_modules(tmp_path, file, case):

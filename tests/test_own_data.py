@@ -333,6 +333,7 @@ def field_run(tmp_path_factory):
     return data, folder / "run" / "network-snapshot-000000.064.pt"
 
 
+@pytest.mark.long
 def test_the_measured_deviation_is_that_of_the_data_and_is_in_the_file(field_run):
     data, snapshot = field_run
     dataset = ImageFolderDataset(data)
@@ -347,6 +348,7 @@ def test_the_measured_deviation_is_that_of_the_data_and_is_in_the_file(field_run
     assert copy["dataset"] == content["dataset"]
 
 
+@pytest.mark.long
 def test_samples_are_arrays_in_the_units_of_the_data(field_run, tmp_path, invoke):
     data, snapshot = field_run
     args = [f"--network={snapshot}", "--seeds=0-7", "--steps=3", f"--outdir={tmp_path / 'out'}"]
@@ -389,6 +391,7 @@ def test_written_fields_and_the_network_score_alike(field_run, tmp_path, invoke)
     np.testing.assert_allclose(load_reference(str(tmp_path / "ref.npz")).mu, x.mean(0), atol=1e-7)
 
 
+@pytest.mark.long
 def test_starting_from_fields_with_little_noise_returns_them(field_run, tmp_path, invoke):
     data, snapshot = field_run
     call(invoke, generate.main, f"--network={snapshot}", "--seeds=0-1", f"--init-image={data}",
@@ -423,6 +426,7 @@ def cond_run(tmp_path_factory):
     return data, folder / "run" / "network-snapshot-000000.pt"
 
 
+@pytest.mark.long
 def test_a_conditional_run_draws_condition_samples_and_truth(cond_run):
     data, snapshot = cond_run
     content = checkpoint.load(snapshot)
@@ -438,6 +442,7 @@ def test_a_conditional_run_draws_condition_samples_and_truth(cond_run):
             assert np.array_equal(shown.transpose(2, 0, 1), expected)
 
 
+@pytest.mark.long
 def test_conditions_of_a_data_set_and_in_a_folder_are_the_same(cond_run, tmp_path, invoke):
     data, snapshot = cond_run
     zipfile.ZipFile(data).extractall(tmp_path / "pairs")
@@ -462,6 +467,7 @@ def test_conditional_networks_are_scored_without_writing_images(cond_run, tmp_pa
     assert "--cond-image=DIR|ZIP" in line
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [["--cache=0", "--workers=1"], ["--batch-gpu=4"]])
 def test_how_pairs_are_read_changes_nothing_but_rounding(cond_run, tmp_path, invoke, flags):
     data, _ = cond_run
@@ -597,6 +603,7 @@ def bad_data(folder, invoke, name):
     return folder / "data"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, flags, code, words", [
     ("no conditions", ["--cond-image=1"], 2, ["has no condition images", "--cond-source"]),
     ("missing", ["--cond-image=1"], 1, ["no condition image for", "img00000002", "1 of 6"]),
@@ -640,6 +647,7 @@ def test_check_lists_what_is_wrong_with_arrays_and_conditions(tmp_path, invoke):
         assert result.exit_code == 1 and words in first and "1 problems in" in last
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which, flags, words", [
     ("fields", ["--init-image=PLAIN", "--init-sigma=1"], "takes 2x8x12"),
     ("fields", ["--init-image=8BIT", "--init-sigma=1"], "8-bit, but the network was trained on"),
@@ -659,6 +667,7 @@ def test_given_images_in_other_units_are_refused(field_run, cond_run, tmp_path, 
     assert words in line and not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_inception_takes_8_bit_images_of_1_or_3_channels_alone(field_run, tmp_path, monkeypatch):
     from metrics import inception
     from metrics.detectors import Inception
@@ -669,6 +678,7 @@ def test_inception_takes_8_bit_images_of_1_or_3_channels_alone(field_run, tmp_pa
             Inception(CPU)(images)
 
 
+@pytest.mark.long
 def test_inception_refuses_arrays_before_it_looks_for_weights(field_run, tmp_path, monkeypatch,
                                                               invoke):
     monkeypatch.setenv(CACHE_DIR_ENV, str(tmp_path))  # has no weights
@@ -678,6 +688,7 @@ def test_inception_refuses_arrays_before_it_looks_for_weights(field_run, tmp_pat
     assert "takes 8-bit images of 1 or 3 channels" in line and not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_network_on_other_scales_is_no_guide(field_run, tmp_path, invoke):
     _, snapshot = field_run
     content = checkpoint.load(snapshot)

@@ -2,11 +2,9 @@
 
 import collections
 import re
-import subprocess
-import sys
 
 import pytest
-from scripts import HANG_SEC, ROOT
+from scripts import ROOT, run_ranks
 from snapshots import write_snapshot
 from tiny import TINY_RUN, write_dataset
 
@@ -23,24 +21,18 @@ def two_ranks(tmp_path):
     def run(script, *args):
         logs = tmp_path.parent / f"{tmp_path.name}-logs"
         logs.mkdir()
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "--redirects=3", f"--log-dir={logs / 'torchrun'}", "--",
-             str(ROOT / "tests/helpers/rank_recorder.py"), str(logs), str(ROOT / script),
-             *map(str, args)],
-            cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SEC)
-        errors = {path.parent.name: path.read_text() for path in logs.rglob("stderr.log")}
-        assert done.returncode == 0, (done.stderr, errors)
+        ranks = run_ranks("tests/helpers/rank_recorder.py", logs, ROOT / script, *args,
+                          processes=2, cwd=tmp_path)
+        assert not any(rank.returncode for rank in ranks), [rank.stderr for rank in ranks]
         found = []
-        for rank in range(2):
+        for i, rank in enumerate(ranks):
             lines = [line.partition(" ")[::2]
-                     for line in (logs / f"rank{rank}.txt").read_text().splitlines()]
-            [stdout] = logs.rglob(f"{rank}/stdout.log")
+                     for line in (logs / f"rank{i}.txt").read_text().splitlines()]
             found.append((
                 {path.removeprefix(f"{tmp_path}/") for kind, path in lines
                  if kind == "changed" and path.startswith(f"{tmp_path}/")},
                 collections.Counter(value for kind, value in lines if kind == "called"),
-                stdout.read_text().splitlines()))
+                rank.stdout.splitlines()))
         return found
     return run
 

@@ -33,6 +33,7 @@ def test_show_says_what_is_in_a_file(snapshot, invoke):
     assert json.loads(lines["options"])["aug_dim"] == 2.5
 
 
+@pytest.mark.long
 @needs_safetensors
 def test_safetensors_hold_the_same_network(snapshot, tmp_path, invoke):
     target = tmp_path / "network.safetensors"
@@ -46,6 +47,7 @@ def test_safetensors_hold_the_same_network(snapshot, tmp_path, invoke):
     assert torch.equal(nets[0](x, 1.0), nets[1](x, 1.0)) and nets[1].D == 2.5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("suffix", ["pt", pytest.param("safetensors", marks=needs_safetensors)])
 def test_half_weights_take_half_the_space_and_give_nearly_the_same(suffix, snapshot, tmp_path,
                                                                   invoke):

@@ -50,6 +50,7 @@ def pfgmpp_state(tmp_path):
     return path, net, ema, moments
 
 
+@pytest.mark.long
 def test_generate_makes_the_images_of_a_foreign_network(pfgmpp_state, tmp_path, invoke):
     path, _, ema, _ = pfgmpp_state
     result = invoke(generate.main, f"--network={path}", f"--outdir={tmp_path / 'o'}", "--seeds=3",
@@ -85,6 +86,7 @@ def test_resuming_a_foreign_state_restores_networks_moments_and_progress(
     assert result.exit_code == 1 and "D: 32.0 here, 64.0 there" in result.output
 
 
+@pytest.mark.long
 def test_transfer_takes_the_weights_of_a_foreign_snapshot(dataset_zip, tmp_path, invoke):
     net = make_network().eval().requires_grad_(False)
     path = tmp_path / "network-snapshot-000100.pkl"
@@ -101,6 +103,7 @@ def test_transfer_takes_the_weights_of_a_foreign_snapshot(dataset_zip, tmp_path,
     assert result.exit_code == 2 and "use --transfer" in result.output
 
 
+@pytest.mark.long
 def test_show_and_convert_take_foreign_files(pfgmpp_state, tmp_path, invoke):
     path, _, ema, _ = pfgmpp_state
     shown = invoke(checkpoint_tool.main, "show", path).output

@@ -41,6 +41,7 @@ def test_quiet_training_prints_its_end_and_warnings_and_logs_all(dataset_zip, tm
     assert code == 0 and out.startswith("Nothing to do")
 
 
+@pytest.mark.long
 def test_quiet_leaves_scores_and_errors(dataset_zip, tmp_path):
     score = ["--eval=0.008", f"--eval-ref={dataset_zip}", "--eval-num=4", "--eval-detector=pixels"]
     code, out, err = split(train.main, *train_args(dataset_zip, tmp_path, "--quiet", *score))
@@ -154,6 +155,7 @@ def test_verbose_lists_every_rank_once(tmp_path, monkeypatch):
     assert done.stdout.count("Rank 0 ") == done.stdout.count("Rank 1 ") == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("*.py")))
 def test_a_misspelt_option_is_answered_with_the_nearest(name, invoke):
     command = importlib.import_module(name).main

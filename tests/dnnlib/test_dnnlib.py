@@ -85,6 +85,7 @@ def test_a_pin_is_checked_though_the_address_was_downloaded_without_one(server):
         assert file.read() == BODY
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path, message", [
     ("/missing", "404"), ("/page", "web page"), ("/cut", "1000"),
     ("/x#sha256:" + "0" * 64, "expected 0000"),

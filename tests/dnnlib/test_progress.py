@@ -153,6 +153,7 @@ class Broken(io.StringIO):
         raise self.error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stream", [
     None, Broken(BrokenPipeError()), Broken(OSError(28, "No space left on device")),
     Broken(UnicodeEncodeError("ascii", "\u00fc", 0, 1, "not in range"))])

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import scipy.linalg
-from scripts import HANG_SEC, ROOT
+from scripts import ROOT, run_script
 
 import fid
 from metrics import detectors
@@ -323,27 +323,19 @@ def test_help_needs_neither_torch_nor_numpy(args):
     assert "Usage: " in done.stdout
 
 
-def torchrun(nproc, *args):
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone",
-         f"--nproc_per_node={nproc}", "--", "fid.py", *map(str, args)],
-        cwd=ROOT, capture_output=True, text=True, timeout=HANG_SEC)
-
-
 @pytest.mark.scripts
 def test_two_processes_give_the_score_of_one(data, tmp_path):
     root, features = data
-    done = torchrun(2, "ref", f"--data={root / 'images'}", f"--dest={tmp_path / 'ref.npz'}",
-                    "--batch=7", *PIXELS)
-    assert done.returncode == 0, done.stderr
+    run_script("fid.py", "ref", f"--data={root / 'images'}", f"--dest={tmp_path / 'ref.npz'}",
+               "--batch=7", *PIXELS, processes=2)
     with np.load(tmp_path / "ref.npz") as split, np.load(root / "ref.npz") as whole:
         np.testing.assert_allclose(split["mu"], whole["mu"], atol=1e-14)
         np.testing.assert_allclose(split["sigma"], whole["sigma"], atol=1e-14)
 
     expected = frechet_by_sqrtm(features, write_images(tmp_path / "images", 150, seed=1))
-    done = torchrun(2, "calc", f"--images={tmp_path / 'images'}", f"--ref={tmp_path / 'ref.npz'}",
-                    "--num=150", "--workers=1", *PIXELS)
-    assert done.returncode == 0, done.stderr
+    done = run_script("fid.py", "calc", f"--images={tmp_path / 'images'}",
+                      f"--ref={tmp_path / 'ref.npz'}", "--num=150", "--workers=1", *PIXELS,
+                      processes=2)
     name, number = done.stdout.strip().split(": ")  # printed once
     assert name == "pixels Frechet distance"
     assert float(number) == pytest.approx(expected, rel=1e-5)
@@ -355,8 +347,8 @@ def test_an_error_of_one_process_is_printed_once_and_ends_all(data, tmp_path):
     root, _ = data
     write_images(tmp_path, 6)
     (tmp_path / "000000" / "000005.png").write_bytes(b"\x89PNG")  # read by the last process
-    done = torchrun(2, "calc", f"--images={tmp_path}", f"--ref={root / 'ref.npz'}", "--num=6",
-                    *PIXELS)
+    done = run_script("fid.py", "calc", f"--images={tmp_path}", f"--ref={root / 'ref.npz'}",
+                      "--num=6", *PIXELS, processes=2, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
     assert len(re.findall(r"^Error: .*000005\.png", done.stderr, re.M)) == 1

@@ -100,6 +100,7 @@ def test_folding_batch_norm_keeps_the_features(state, network):
     assert relative_error(network(images), expected) < 1e-6
 
 
+@pytest.mark.long
 def test_features_are_those_of_an_independent_program(network):
     images = random_images(2, 3, 32, 32)
     images[1] //= 4
@@ -108,6 +109,7 @@ def test_features_are_those_of_an_independent_program(network):
     np.testing.assert_allclose(features[:, ::512], GOLDEN, atol=1e-5)
 
 
+@pytest.mark.long
 def test_an_image_has_the_same_features_alone_and_in_a_batch(network):
     images = random_images(3, 3, 20, 20)
     assert relative_error(network(images[1:2]), network(images)[1:2]) < 1e-6

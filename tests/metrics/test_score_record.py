@@ -93,6 +93,7 @@ def assert_changes(before, after, key, others):
     assert changed - {"date"} == {key} | others
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("key", CALC)
 def test_a_key_of_a_score_of_images_is_set_by(key, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(detectors.DETECTORS, "brightness", Brightness)
@@ -102,6 +103,7 @@ def test_a_key_of_a_score_of_images_is_set_by(key, folder, tmp_path, monkeypatch
     assert_changes(before, calc(folder, tmp_path, *args), key, others)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("key", GEN)
 def test_a_key_of_a_score_of_a_network_is_set_by(key, folder, tmp_path):
     args, others = GEN[key]

@@ -105,6 +105,7 @@ def test_without_condition_channels_a_network_is_as_it_always_was():
     assert explicit.config == config
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cls", PRECONDS)
 def test_a_conditional_network_comes_back_from_its_file(cls, tmp_path):
     net = network(cls=cls, **({"sigma_data": 0.8} if cls is EDMPrecond else {}))

@@ -123,6 +123,7 @@ def p_of_norms(states, sigma, D):
     return scipy.stats.kstest(squared, law.cdf).pvalue
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("D", ALL)
 def test_the_flow_carries_the_kernels_law_to_the_lowest_level(D):
     _, states = sampled(D)
@@ -131,6 +132,7 @@ def test_the_flow_carries_the_kernels_law_to_the_lowest_level(D):
     assert p_of_norms(states[sigma], sigma, D) > P
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("D, prior_D", [
     (0.5, 1), (1, 2), (2, INF), (INF, 2), (64, 16), (INF, 32), (128, 16)])
 def test_a_prior_of_another_D_fails_the_bound_on_norms(D, prior_D):
@@ -139,6 +141,7 @@ def test_a_prior_of_another_D_fails_the_bound_on_norms(D, prior_D):
     assert p_of_norms(states[sigma], sigma, D) < P / 10
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("D, prior_D, sigma_max", [
     (INF, 0.5, 80.0), (INF, 1, 80.0), (2, 2, 0.8), (128, 128, 0.8), (INF, INF, 0.8)])
 def test_a_wrong_prior_fails_the_bounds_on_samples(D, prior_D, sigma_max):

@@ -92,6 +92,7 @@ def test_guidance_of_zero_is_the_guide(D):
     assert torch.equal(guided(net, guidance=0, gnet=gnet)(x, 3.0, LABELS), gnet(x, 3.0, LABELS))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("w", [0.5, 2.0, 7.0])
 @pytest.mark.parametrize("D", SHORT)
 def test_guidance_extrapolates_from_the_guide_through_the_network(D, w):

@@ -223,6 +223,7 @@ def test_churn_at_no_level_changes_nothing(D):
     assert all(torch.equal(quiet[seed], none[seed]) for seed in quiet)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("D", SHORT)
 def test_a_real_network_gives_one_image_a_seed_whatever_the_batch(D):
     net = network(D, pixelwise=False)

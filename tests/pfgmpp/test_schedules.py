@@ -128,7 +128,8 @@ def test_churn_of_the_ablation_sampler_at_edm_settings_is_that_of_the_edm_sample
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("D", DS)
+@pytest.mark.long
+@pytest.mark.parametrize("D", [1, math.inf])
 @pytest.mark.parametrize("schedule, scaling", PATHS)
 def test_every_schedule_and_scaling_solves_the_same_equation(D, schedule, scaling):
     """With many steps, Heun comes to the same images on every path.
@@ -142,6 +143,7 @@ def test_every_schedule_and_scaling_solves_the_same_equation(D, schedule, scalin
     assert (x - exact).abs().max() < 0.002 * latents.abs().max()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("D", DS)
 @pytest.mark.parametrize("discretization", DISCRETIZATIONS)
 @pytest.mark.parametrize("solver", ["euler", "heun"])

@@ -135,6 +135,7 @@ def over_alpha(tmp_path, *scores):
     return comparison.over["noise_alpha"], report_page.render(runs)
 
 
+@pytest.mark.long
 def test_every_point_of_every_curve_is_over_the_ranges_that_all_share(tmp_path):
     curves, _ = over_alpha(
         tmp_path, [(a, seeds, 1) for a in (0, 0.1) for seeds in ("0-9", "10-19", "20-29")],
@@ -143,6 +144,7 @@ def test_every_point_of_every_curve_is_over_the_ranges_that_all_share(tmp_path):
             for spread in curve.points.values()} == {("10-19", "20-29")}
 
 
+@pytest.mark.long
 def test_runs_without_common_ranges_keep_their_own_and_a_note_says_so(tmp_path):
     curves, text = over_alpha(tmp_path, [(0, "0-9", 1), (0.1, "0-9", 1)],
                               [(0, "10-19", 1), (0.1, "10-19", 1), (0, "20-29", 9)])
@@ -152,6 +154,7 @@ def test_runs_without_common_ranges_keep_their_own_and_a_note_says_so(tmp_path):
             "D = 2 over 1 seed range (10-19)") in text.replace(NBSP, " ")
 
 
+@pytest.mark.long
 def test_points_over_other_seeds_alone_are_left_out_and_a_note_says_so(tmp_path):
     curves, text = over_alpha(tmp_path, [(0, "0-9", 1), (0.1, "10-19", 5), (0.2, "0-9", 3)])
     assert list(curves[0].points) == [0, 0.2] and curves[0].left_out == (0.1,)
@@ -243,10 +246,12 @@ def assert_offline(text):
     return parsed
 
 
+@pytest.mark.long
 def test_the_page_refers_to_nothing_outside(page):
     assert_offline(page)
 
 
+@pytest.mark.long
 def test_colours_of_plots_are_of_the_style_sheet_and_follow_the_mode(page):
     plots = re.findall(r"<svg.*?</svg>", page, re.S)
     assert len(plots) > 10
@@ -301,6 +306,7 @@ def test_ranges_in_cells_may_break(tmp_path):
     assert re.search(r"th {[^}]*white-space: normal", STYLE)
 
 
+@pytest.mark.long
 def test_cards_of_many_runs_are_wide(tmp_path, page):
     runs = [RunRecord.read(write_run(tmp_path / str(D), D, [score_line(D, 5)], seeds=()))
             for D in (1, 2, 3, 4, 5)]
@@ -308,6 +314,7 @@ def test_cards_of_many_runs_are_wide(tmp_path, page):
     assert '<div class="cards wide">' not in page
 
 
+@pytest.mark.long
 def test_kinds_of_scores_are_told_apart_by_their_headings(tmp_path):
     kinds = [{}, {"num": 20}, {"guidance": 2}]
     points = [score_line(2, 5, noise_alpha=alpha, **kind) for kind in kinds for alpha in (0, 0.1)]
@@ -325,6 +332,7 @@ def test_kinds_of_scores_are_told_apart_by_their_headings(tmp_path):
         assert named.startswith("D = 2, D = 128, 10" if heading.endswith(" cd") else "D = 2, ")
 
 
+@pytest.mark.long
 def test_losses_at_different_D_and_scores_of_few_images_come_with_a_warning(page, tmp_path):
     assert page.count(report_page._NO_RANKING) == 1
     assert ("Scores of few images (10, fewer than 2,048): differences within"
@@ -334,6 +342,7 @@ def test_losses_at_different_D_and_scores_of_few_images_come_with_a_warning(page
     assert report_page._NO_RANKING not in text and "few images" not in text
 
 
+@pytest.mark.long
 def test_no_skipped_steps_are_a_line_and_no_plot(tmp_path):
     run = write_run(tmp_path / "run")
     assert "<h4>Steps skipped</h4><svg" in report_page.render([RunRecord.read(run)])
@@ -429,6 +438,7 @@ def test_large_pictures_are_embedded_smaller(tmp_path):
 # --------------------------------------------------------------------------- the command
 
 
+@pytest.mark.long
 def test_the_command_writes_one_file(runs, tmp_path, invoke):
     out = tmp_path / "r.html"
     done = invoke(report.main, runs[0], f"--out={out}", "--title=A & B")

@@ -125,6 +125,7 @@ def test_a_folder_without_runs_gets_one_line(tmp_path, invoke):
     assert result.exit_code == 1 and result.output.startswith("Error: ")
 
 
+@pytest.mark.long
 def test_a_real_run_is_finished_and_a_longer_one_of_its_name_is_not(dataset_zip, tmp_path, invoke):
     args = [f"--outdir={tmp_path}", "--name=run", f"--data={dataset_zip}", *TINY_RUN]
     assert invoke(train.main, *args, "--duration=0.000016", "--tick=0.008").exit_code == 0

@@ -1,5 +1,6 @@
 """Every option of sampling decides the images, and is recorded beside them where it does."""
 
+import functools
 import json
 
 import pytest
@@ -64,7 +65,12 @@ def sample(files, network="NETWORK", **options):
     """Returns the images of three seeds, and what is recorded of them."""
     options = {"num_steps": 3} | {
         name: str(files[value]) if value in files else value for name, value in options.items()}
-    sampler = NetworkSampler.open(str(files[network]), torch.device("cpu"), **options)
+    return _sample(str(files[network]), tuple(options.items()))
+
+
+@functools.cache
+def _sample(network, options):
+    sampler = NetworkSampler.open(network, torch.device("cpu"), **dict(options))
     return next(sampler.images([[0, 1, 2]])).images, sampler.settings
 
 
@@ -73,6 +79,7 @@ def test_every_option_is_looked_at():
     assert {NAMES_OF_SWEEPS.get(name, name) for name in names} == OTHER.keys() | NOT_HERE.keys()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OTHER)
 def test_an_option_changes_the_images_and_the_record(name, files):
     base, other = OTHER[name]

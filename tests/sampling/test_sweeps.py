@@ -157,7 +157,8 @@ def images(folder):
 
 @pytest.mark.parametrize("script, names", [
     (generate_alpha, ["alpha_0", "alpha_0.1", "alpha_0.2"]),
-    (generate_steps, [f"steps_{n}" for n in (10, 12, 14, 16, 18, 20, 22, 24)]),
+    pytest.param(generate_steps, [f"steps_{n}" for n in (10, 12, 14, 16, 18, 20, 22, 24)],
+                 marks=pytest.mark.slow),
     (generate_quant, [f"quant_{b}" for b in (5, 6, 7, 8, 9)]),
 ])
 @pytest.mark.long

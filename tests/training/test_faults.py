@@ -94,6 +94,7 @@ def write_state(path, nimg):
 
 
 @pytest.mark.scripts
+@pytest.mark.slow
 def test_a_full_disk_costs_a_state_but_not_the_run(dataset_zip, disk, tmp_path):
     script = Script("train.py", *command(dataset_zip, disk, "--dump=60", "--keep=2", steps=300),
                     folder=tmp_path)
@@ -475,6 +476,7 @@ HOLD = ("import sys, time; from dnnlib.run_lock import run_lock\n"
         "with run_lock(sys.argv[1]): print('held', flush=True); time.sleep(600)")
 
 
+@pytest.mark.long
 def test_a_second_run_in_a_directory_is_told_who_is_there(finished, dataset_zip, tmp_path, invoke):
     import socket
     run_dir = tmp_path / "run"
@@ -543,6 +545,7 @@ def test_an_outdir_that_cannot_be_written_is_refused_before_the_data_are_opened(
 # ----------------------------------------------------------------------- divergence and memory
 
 
+@pytest.mark.long
 def test_divergence_names_step_loss_and_images_and_leaves_the_last_good_state(
         finished, dataset_zip, tmp_path, invoke):
     run_dir = tmp_path / "run"
@@ -734,8 +737,10 @@ def hostile(tmp_path_factory):
 
 
 @pytest.mark.scripts
-@pytest.mark.parametrize("which, asked", [(0, "asks for 'posix.system'"),
-                                          (1, "asks for 'posix.system'"), (2, "bomb.pkl: ")])
+@pytest.mark.parametrize("which, asked", [
+    (0, "asks for 'posix.system'"),
+    pytest.param(1, "asks for 'posix.system'", marks=pytest.mark.slow),
+    pytest.param(2, "bomb.pkl: ", marks=pytest.mark.slow)])
 def test_hostile_checkpoints_are_refused_by_every_script(which, asked, hostile, dataset_zip,
                                                          tmp_path, invoke):
     path = hostile[which]
@@ -781,6 +786,7 @@ def address(network, tmp_path):
         thread.join()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, words", [
     ("page.pt", "a web page came back"), ("none.pt", "404"), (None, "refused"),
     ("network.pt#sha256:" + 64 * "0", "expected 0000")])

@@ -122,6 +122,7 @@ def test_absence_is_seen_without_a_stand_in(dataset_zip, tmp_path, invoke):
     assert result.exit_code == 2 and "pip install wandb" in result.output
 
 
+@pytest.mark.long
 def test_an_empty_list_is_none(dataset_zip, tmp_path, invoke):
     (tmp_path / "some.json").write_text('{"log": ["wandb"]}')
     result = invoke(train.main, *command(dataset_zip, tmp_path / "new", 1, "--log=", "-n",

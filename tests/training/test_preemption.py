@@ -98,6 +98,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(number, code, undisturbed,
 
 
 @pytest.mark.scripts
+@pytest.mark.slow
 def test_torchrun_passes_a_stop_on_and_all_ranks_agree(dataset_zip, tmp_path):
     script = Script(*command(dataset_zip, tmp_path, *LOADERS), folder=tmp_path, processes=2)
     script.wait_for("^tick 1 ")

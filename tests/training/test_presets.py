@@ -31,6 +31,7 @@ def options(*args):
     return train._config("data.zip", opts, train.precision_of(context))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_a_run_that_can_be_built(name):
     config = options(f"--preset={name}")
@@ -266,7 +267,7 @@ def test_memory_of_an_image_is_what_autograd_keeps_of_a_real_one(arch):
 
 @pytest.mark.long
 @pytest.mark.parametrize("arch", [
-    "ncsnpp", "ddpmpp", pytest.param("adm", marks=pytest.mark.slow)])
+    "ncsnpp", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("ddpmpp", "adm"))])
 def test_with_checkpoints_an_image_takes_what_is_kept_and_the_largest_block(arch):
     content = network(arch, nblock=4)
     found, plain = (Estimate.of_network(content, checkpoint_blocks=checkpoint_blocks)
@@ -304,6 +305,7 @@ def test_the_cifar10_network_has_the_published_size():
     assert found.state_bytes == pytest.approx(20 * found.parameters, rel=0.01)
 
 
+@pytest.mark.long
 def test_a_dry_run_says_what_the_run_takes(dataset_zip, tmp_path, invoke):
     result = invoke(train.main, f"--outdir={tmp_path / 'new'}", f"--data={dataset_zip}", "-n",
                     *TINY_NETWORK, "--batch=100", "--batch-gpu=50", "--duration=0.36",

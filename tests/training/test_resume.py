@@ -101,6 +101,7 @@ def first_moments(trainer):
     return {i: dict(entry) for i, entry in trainer.optimizer.state_dict()["state"].items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_foreign", [False, True])
 @pytest.mark.parametrize("ls", [1.0, 16.0])
 def test_moments_of_another_loss_scale_are_brought_to_this_runs(dataset_zip, is_foreign, ls):
@@ -172,6 +173,7 @@ def resumed_run(invoke, data, run_dir, *flags):
                   "--augment=0.12", "--tick=0.008", "--duration=0.005008", "--ema=1000", *flags)
 
 
+@pytest.mark.long
 def test_the_average_of_edm_is_taken_from_the_snapshot_beside_the_state(tmp_path, dataset_zip,
                                                                         invoke):
     path = write_edm_run(tmp_path / "edm", has_ema=True)
@@ -216,6 +218,7 @@ def test_a_snapshot_of_another_network_beside_the_state_is_refused(tmp_path, dat
         result.output.replace("\n", " ")
 
 
+@pytest.mark.long
 def test_the_loss_scale_of_edm_is_known_at_a_second_start_in_its_directory(tmp_path, dataset_zip,
                                                                            invoke):
     path = write_edm_run(tmp_path / "edm", ls=100)
@@ -281,6 +284,7 @@ def start(invoke, data, outdir, *flags):
                   "--duration=0.000008", *flags)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("source, flags, left_out", [
     ({"label_dim": 5}, ["--cond=1"], {"map_label"}),  # other classes
     ({"label_dim": 2, "augment": 0.0}, ["--cond=1", "--augment=0.1"], {"map_augment"}),
@@ -313,6 +317,7 @@ def test_a_transfer_of_which_nothing_fits_is_refused_and_leaves_no_folder(tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
 def test_a_dry_run_says_what_a_transfer_would_take(dataset_zip, tmp_path, invoke):
     path = write_snapshot(tmp_path / "source.pt", label_dim=0)
     fits = start(invoke, dataset_zip, tmp_path / "runs", f"--transfer={path}", "--dry-run")
@@ -336,6 +341,7 @@ def test_weights_are_compared_by_parameters_only(tmp_path):
         open_weights(str(path), foreign_network())
 
 
+@pytest.mark.long
 def test_auto_goes_on_where_there_is_a_state_and_transfers_where_there_is_none(
         dataset_zip, tmp_path, invoke):
     path = write_snapshot(tmp_path / "source.pt", label_dim=0)

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 import multiprocessing
+import operator
 import threading
 
 import numpy as np
@@ -72,6 +74,7 @@ def assert_close(found, expected, factor=1.0):
                                    atol=1e-4 * factor * float(grad.abs().max()) + 1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [
     {}, {"cond": True}, {"cond": True, "batch_gpu": 2}, {"augment": 0.5, "pfgmpp": True},
     {"cond": True, "augment": 0.5, "pfgmpp": True, "aug_dim": 3.0, "batch_gpu": 4}],
@@ -146,6 +149,7 @@ def test_weights_move_by_adam(dataset_zip, lr_rampup):
             torch.testing.assert_close(moved, lr * step, rtol=1e-4, atol=3e-7, msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rampup", [0.0, 2.0])
 @pytest.mark.parametrize("options, decay", [
     ({}, lambda mimg: 1),
@@ -180,6 +184,7 @@ def norm_of(grads):
 SCALINGS = [{}, {"ls": 8.0}, {"precision": "fp16"}]  # a fixed loss scale, and a dynamic one
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.999, 1.001, 100.0])
 @pytest.mark.parametrize("options", SCALINGS, ids=str)
 def test_the_gradient_is_clipped_to_a_norm_of_all_parameters(dataset_zip, share, options):
@@ -197,6 +202,7 @@ def test_the_gradient_is_clipped_to_a_norm_of_all_parameters(dataset_zip, share,
     assert norm_of(found) / scale == pytest.approx(min(share, 1) * norm, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("split", ["rounds", "ranks"])
 def test_clipping_is_that_of_the_whole_batch_however_it_is_split(dataset_zip, monkeypatch, split):
     limit = 0.1 * norm_of(plain_gradients(make_trainer(dataset_zip)))
@@ -221,6 +227,7 @@ def test_clipping_is_that_of_the_whole_batch_however_it_is_split(dataset_zip, mo
     assert_close(found, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])  # the square of the last is infinite
 @pytest.mark.parametrize("options", SCALINGS, ids=str)
 def test_a_step_that_is_not_finite_is_skipped_with_clipping_too(dataset_zip, value, options):
@@ -282,6 +289,7 @@ def test_the_network_computes_in_the_precision_asked_for(dataset_zip, precision,
     assert all(p.dtype == torch.float32 for p in trainer.net.parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [
     {}, {"batch_gpu": 2, "augment": 0.5, "precision": "bf16", "cond": True, "label_dropout": 0.5}],
     ids=str)
@@ -421,12 +429,11 @@ def changed(value):
     return {type(None): 0.25, bool: True, float: 0.125}.get(type(value), 16)
 
 
-def with_leaf(state, path, value):
+def with_leaves_changed(state, paths):
     copied = copy.deepcopy(state)
-    inner = copied
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = value
+    for path in paths:
+        inner = functools.reduce(operator.getitem, path[:-1], copied)
+        inner[path[-1]] = changed(inner[path[-1]])
     return copied
 
 
@@ -436,23 +443,20 @@ def test_every_number_of_a_state_is_restored(dataset_zip):
     trainer.train_step()
     state = copy.deepcopy(trainer.state())
     del state["progress"]["draws"]  # of the code, not of the run
-    paths = [path for path, _ in leaves({key: state[key] for key in ("net", "ema", "progress")})]
-    paths += [("optimizer", "state", i, name) for i, moments in state["optimizer"]["state"].items()
-              for name in moments]
+    tensors = [path for path, _ in leaves({key: state[key] for key in ("net", "ema")})]
+    tensors += [("optimizer", "state", i, name)
+                for i, moments in state["optimizer"]["state"].items() for name in moments]
+    numbers = [path for path, _ in leaves({"progress": state["progress"]})]
+    assert len(tensors) > 100 and len(numbers) >= 10
     fresh = make_trainer(dataset_zip, **options)
-    last = {path[:2]: path for path in paths}  # one tensor of each part, all of the progress
-    chosen = {path for path in paths if path[0] == "progress"} | set(last.values())
-    assert len([path for path in chosen if path[0] == "progress"]) >= 10
-    for path in sorted(chosen, key=str):
-        value = state
-        for key in path:
-            value = value[key]
-        restore_(fresh, State("x.pt", with_leaf(state, path, changed(value))))
+    for paths in (tensors, *([path] for path in numbers)):
+        restore_(fresh, State("x.pt", with_leaves_changed(state, paths)))
         found = fresh.state()
-        for key in path:
-            found = found[key]
-        assert checkpoint.digest(found) == checkpoint.digest(changed(value)), path
-        assert checkpoint.digest(found) != checkpoint.digest(value), path
+        for path in paths:
+            value, restored = (functools.reduce(operator.getitem, path, tree)
+                               for tree in (state, found))
+            assert checkpoint.digest(restored) == checkpoint.digest(changed(value)), path
+            assert checkpoint.digest(restored) != checkpoint.digest(value), path
 
 
 def test_a_foreign_state_without_a_count_goes_on_at_the_kimg_of_its_name(dataset_zip, capsys):

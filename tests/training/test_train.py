@@ -51,6 +51,7 @@ def test_a_resumed_run_is_byte_identical_to_an_undisturbed_one(undisturbed, tmp_
     assert digest(whole["net"]) != digest(load(run_dir / "training-state-000000.056.pt")["net"])
 
 
+@pytest.mark.long
 def test_a_run_directory_has_the_promised_files(undisturbed):
     run_dir, _ = undisturbed
     names = {path.name for path in run_dir.iterdir()}
@@ -85,6 +86,7 @@ def test_every_field_of_stats_is_documented(undisturbed):
         assert set(json.loads(line)) == documented - {"Metrics/fid", "Loss/val"}
 
 
+@pytest.mark.long
 def test_the_first_step_has_learning_rate_zero(undisturbed):
     run_dir, _ = undisturbed
     first = load(run_dir / "network-snapshot-000000.008.pt")["ema"]
@@ -134,6 +136,7 @@ def test_world_size_changes_stable_targets_by_rounding_only(dataset_zip, tmp_pat
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [
     ["--precond=ve", "--pfgmpp=1", "--aug_dim=0.7"],
     ["--precond=vp", "--pfgmpp=1", "--aug_dim=inf"],
@@ -191,6 +194,7 @@ def test_transfer_starts_from_the_weights_without_ema_rampup(undisturbed, datase
     assert resumed["progress"]["ema_rampup"] is None, "a resumed transfer stays one"
 
 
+@pytest.mark.long
 def test_dry_run_writes_nothing(dataset_zip, tmp_path, invoke):
     result = invoke(train.main, f"--outdir={tmp_path / 'new'}", f"--data={dataset_zip}", "-n",
                     *TINY_NETWORK)
@@ -198,6 +202,7 @@ def test_dry_run_writes_nothing(dataset_zip, tmp_path, invoke):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.long
 def test_a_dimension_without_pfgmpp_is_warned_of_and_the_dry_run_names_the_noise(
         dataset_zip, tmp_path, invoke):
     args = [f"--outdir={tmp_path / 'new'}", f"--data={dataset_zip}", "-n", *TINY_NETWORK]
@@ -208,6 +213,7 @@ def test_a_dimension_without_pfgmpp_is_warned_of_and_the_dry_run_names_the_noise
         assert invoke(train.main, *args, *flags).stderr == ""
 
 
+@pytest.mark.long
 def test_dry_run_packs_nothing(dataset_zip, tmp_path, invoke, monkeypatch):
     monkeypatch.setenv("PFGMPP_CACHE_DIR", str(tmp_path / "cache"))
     invoke(train.main, f"--outdir={tmp_path / 'new'}", f"--data={dataset_zip}", "-n", *TINY_RUN)
@@ -307,6 +313,7 @@ def test_resuming_something_else_gets_one_line(undisturbed, dataset_zip, tmp_pat
     one_line_error(invoke(train.main, *common, f"--resume={torn}"), 1, torn.name, "damaged")
 
 
+@pytest.mark.long
 def test_auto_resume_goes_by_the_images_in_the_file(undisturbed, tmp_path, invoke):
     run_dir, args = undisturbed
     older, _, newest = states(run_dir)

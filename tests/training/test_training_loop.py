@@ -79,6 +79,7 @@ def test_host_reads_are_seen():
     assert reads.found == ["_local_scalar_dense", "index"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [
     {}, {"augment": 0.12}, {"pfgmpp": True}, {"pfgmpp": True, "aug_dim": 1.0, "batch_gpu": 4},
     {"precision": "bf16"}, {"precision": "fp16"}, {"precond": "vp"}, {"precond": "ve"},
@@ -106,6 +107,7 @@ def test_gradients_beyond_what_adam_can_square_are_bad(dataset_zip):
     assert trainer.counters["bad_total"] == 1
 
 
+@pytest.mark.long
 def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_step(dataset_zip):
     trainer = make_trainer(dataset_zip, max_bad_steps=2)
     trainer.train_step()
@@ -434,6 +436,7 @@ def test_a_snapshot_that_describes_another_network_builds_nothing(change, messag
         build_ema({**content, "network": {**content["network"], **change}})
 
 
+@pytest.mark.long
 def test_grids_show_the_classes_that_have_images(tmp_path, monkeypatch):
     """Classes may be numbered from anywhere: here the two classes are 40 and 41, of 42."""
     source, data = write_dataset(tmp_path / "source.zip", num=12), tmp_path / "data.zip"

@@ -69,6 +69,7 @@ def expected_loss(net, config, data, chunk=CHUNK):
     return torch.cat(squares).mean().item()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [
     {}, {"cond": True, "label_dropout": 0.9}, {"pfgmpp": True, "aug_dim": 3.0},
     {"augment": 0.5, "dropout": 0.5}, {"precision": "bf16"},
@@ -111,6 +112,7 @@ def as_rank(monkeypatch, rank, world_size):
     monkeypatch.setattr(distributed, "get_world_size", lambda: world_size)
 
 
+@pytest.mark.long
 def test_the_held_out_loss_does_not_depend_on_the_split(dataset_zip, held_out_zip, monkeypatch):
     whole = held_out_loss(with_noise(make_trainer(dataset_zip, held_out_zip, cond=True)))
     for options in ({"batch_gpu": 1}, {"batch": 96, "batch_gpu": 48}, {"batch": 256},
@@ -184,8 +186,9 @@ def run(invoke, data, folder, *flags):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("flags", [[], ["--workers=1", "--cache=0"], ["--precision=tf32"]],
-                         ids=str)
+@pytest.mark.parametrize("flags", [
+    ["--workers=1", "--cache=0"], pytest.param([], marks=pytest.mark.slow),
+    pytest.param(["--precision=tf32"], marks=pytest.mark.slow)], ids=str)
 def test_a_run_reports_the_held_out_loss_of_its_snapshots(dataset_zip, held_out_zip, tmp_path,
                                                           invoke, monkeypatch, flags):
     seen, evaluated = [], Validation.__call__
@@ -213,6 +216,7 @@ def test_a_run_reports_the_held_out_loss_of_its_snapshots(dataset_zip, held_out_
         assert f" val {loss['mean']:.5f} " in output
 
 
+@pytest.mark.long
 def test_features_of_a_reference_are_computed_in_float32(dataset_zip, tmp_path, invoke,
                                                          monkeypatch):
     seen, opened = [], training_loop.open_evaluator
