@@ -19,9 +19,11 @@ import threading
 import time
 from collections.abc import Iterator
 
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+if hasattr(signal, "SIGUSR1"):  # Windows has none
+    EXIT_CODES[signal.SIGUSR1] = 143
 GRACE_SEC = 2.0
-LAUNCHER_SEC = 30.0  # torchrun's own patience
+LAUNCHER_SEC = 30.0  # torchrun's own patience, unless $TORCH_ELASTIC_SHUTDOWN_TIMEOUT says more
 _POLL_SEC = 0.5
 
 
@@ -34,7 +36,7 @@ _is_deferred = _was_raised = False
 
 
 def install() -> None:
-    """Handles the three signals; call it once, in the main thread, before anything slow."""
+    """Handles these signals; call it once, in the main thread, before anything slow."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in EXIT_CODES:
@@ -43,7 +45,8 @@ def install() -> None:
     threading.Thread(target=_watch, args=(reader,), daemon=True).start()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_watch_launcher, args=(os.getppid(),), daemon=True).start()
-    os.register_at_fork(after_in_child=_forget)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_forget)
 
 
 def requested() -> int | None:
@@ -111,8 +114,15 @@ def _watch_launcher(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(_POLL_SEC)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(LAUNCHER_SEC)
+    time.sleep(_patience_sec())
     os._exit(EXIT_CODES[signal.SIGTERM])
+
+
+def _patience_sec() -> float:
+    try:
+        return max(float(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]), LAUNCHER_SEC)
+    except (KeyError, ValueError):
+        return LAUNCHER_SEC
 
 
 def _forget() -> None:

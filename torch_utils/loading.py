@@ -4,6 +4,9 @@ Processes suit sources that decode. Threads suit sources in memory or in mapped 
 work is copying, which lets other threads run: nothing crosses a process boundary, and a batch takes
 a tenth of the time.
 
+Processes send arrays through a pipe. PyTorch would send tensors through files in /dev/shm, which
+holds 64 MiB in a container by default, and a batch that finds no room there is never delivered.
+
 Worker processes leave SIGINT, SIGTERM and SIGUSR1 to the one that started them: a signal to the
 whole group must not take away the data of a step that has yet to finish.
 """
@@ -19,6 +22,8 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch.utils.data
+
+from dnnlib import signals
 
 T = TypeVar("T")
 _END_SEC = 0.5  # for a worker whose connection is lost to be known as ended
@@ -72,13 +77,13 @@ def read_in_processes(source: Batched, batches: Iterable[Sequence[int]], *, work
     """
     loader = iter(torch.utils.data.DataLoader(
         _BatchReader(source), sampler=batches, batch_size=None, num_workers=workers,
-        prefetch_factor=_AHEAD if workers else None, pin_memory=pin_memory,
+        prefetch_factor=_AHEAD if workers else None, collate_fn=_unchanged,
         worker_init_fn=_start_worker))
     try:
         while (batch := _next_batch(loader)) is not None:
             if isinstance(batch, Exception):
                 raise batch
-            yield batch
+            yield _tensors(batch, pin_memory)
     finally:
         # Not when the loader is freed: the traceback of an error may keep it until the process
         # ends, which then waits for workers that leave its signals to it, for ever.
@@ -86,7 +91,16 @@ def read_in_processes(source: Batched, batches: Iterable[Sequence[int]], *, work
             loader._shutdown_workers()
 
 
-def _next_batch(loader: Iterator) -> tuple[torch.Tensor, ...] | Exception | None:
+def _unchanged(batch: T) -> T:
+    return batch
+
+
+def _tensors(arrays: tuple[np.ndarray, ...], pin_memory: bool) -> tuple[torch.Tensor, ...]:
+    tensors = tuple(map(torch.from_numpy, arrays))
+    return tuple(tensor.pin_memory() for tensor in tensors) if pin_memory else tensors
+
+
+def _next_batch(loader: Iterator) -> tuple[np.ndarray, ...] | Exception | None:
     """Returns the next batch, or the error of reading it; None after the last."""
     try:
         return next(loader, None)
@@ -105,15 +119,15 @@ class _BatchReader(torch.utils.data.Dataset):
     def __init__(self, source: Batched):
         self._source = source
 
-    def __getitem__(self, indices: Sequence[int]) -> tuple[torch.Tensor, ...] | Exception:
+    def __getitem__(self, indices: Sequence[int]) -> tuple[np.ndarray, ...] | Exception:
         try:
-            return tuple(map(torch.from_numpy, self._source.get_batch(indices)))
+            return self._source.get_batch(indices)
         except (ValueError, OSError) as error:
             return error  # raised there it would come back with the worker's traceback as its text
 
 
 def _start_worker(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in signals.EXIT_CODES:
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _except_that_nobody_listens
 
@@ -128,8 +142,7 @@ def read_in_threads(source: Batched, batches: Iterable[Sequence[int]], *, worker
                     pin_memory: bool = False) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yields what `read_in_processes` does, read by threads; the arguments are the same."""
     def read(indices: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        tensors = tuple(map(torch.from_numpy, source.get_batch(indices)))
-        return tuple(tensor.pin_memory() for tensor in tensors) if pin_memory else tensors
+        return _tensors(source.get_batch(indices), pin_memory)
 
     if workers == 0:
         yield from map(read, batches)

@@ -165,3 +165,34 @@ def test_a_process_is_silent_about_a_parent_that_has_gone():
             "    sys.excepthook(type(error), error, None)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == "ValueError: shown\n"
+
+
+SMALL_SHM = """
+import sys, numpy as np
+from torch_utils.loading import read_in_processes
+
+class Large:
+    def get_batch(self, indices):
+        return np.full([len(indices), 1 << 20], indices[0], np.uint8),
+
+workers = int(sys.argv[1])
+batches = [[i] * 20 for i in range(2 * workers + 3)]  # 20 MiB each
+assert [int(b[0, 0]) for b, in read_in_processes(Large(), batches, workers=workers)] == [
+    i for i, *_ in batches]
+print("all there")
+"""
+
+
+@pytest.mark.scripts
+@pytest.mark.long
+@pytest.mark.parametrize("workers, size", [(2, "8m"), pytest.param(24, "64m",
+                                                                   marks=pytest.mark.slow)])
+def test_batches_need_no_room_in_shared_memory(workers, size):
+    """As in a container, whose /dev/shm is small."""
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("may not mount a small /dev/shm")
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" "$@"', sys.executable, "-c",
+         SMALL_SHM, str(workers)], cwd=ROOT, text=True, capture_output=True, timeout=HANG_SEC)
+    assert (done.returncode, done.stdout) == (0, "all there\n"), done.stderr
