@@ -41,6 +41,7 @@ The labels [B, 9] tell the network what was done; all zero means an image as it 
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,12 @@ class AugmentDraws:
     def __getitem__(self, index) -> "AugmentDraws":
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
         return AugmentDraws(*(value[index] for value in values))
+
+    @staticmethod
+    def cat(parts: Sequence["AugmentDraws"]) -> "AugmentDraws":
+        """Returns the draws of several batches one after the other."""
+        return AugmentDraws(*(torch.cat([getattr(part, field.name) for part in parts])
+                              for field in dataclasses.fields(AugmentDraws)))
 
     def labels(self) -> torch.Tensor:
         """Returns the augmentation labels, [B, 9] float32."""

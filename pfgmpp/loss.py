@@ -16,14 +16,14 @@ belongs to the posterior. With one-hot labels that is E[y|x,k], the mean over th
 class k. No other image shares a condition image or augmentation labels, so a reference batch is
 refused with either.
 
-All randomness of a step is drawn first, for the whole global batch, and then sliced over ranks and
-gradient-accumulation rounds. So what image i of a step draws does not depend on how the batch is
-split.
+What image i of a step draws does not depend on how the batch is split over ranks and rounds of
+gradient accumulation: images draw in blocks of DRAW_BLOCK consecutive ones, each with a seed of its
+own, and every rank draws only the blocks that it needs.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from pfgmpp.kernel import PerturbationKernel, per_image, scaled_noise
 from pfgmpp.schedules import vp_sigma
 from torch_utils.misc import default_generator
 
+DRAW_BLOCK = 16  # images that draw together; another number would be other draws
 EDM_SIGMA_MAX, LSUN_SIGMA_MAX = 80.0, 380.0  # highest levels of samplers, which --lsun relates
 
 
@@ -47,6 +48,16 @@ class LossDraws:
     def __getitem__(self, index: slice) -> "LossDraws":
         augment = None if self.augment is None else self.augment[index]
         return LossDraws(self.sigma[index], self.z[index], self.scale[index], augment)
+
+    @staticmethod
+    def cat(parts: Sequence["LossDraws"]) -> "LossDraws":
+        """Returns the variates of several batches one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        augment = None if parts[0].augment is None else (
+            type(parts[0].augment).cat([part.augment for part in parts]))
+        return LossDraws(*(torch.cat([getattr(part, name) for part in parts])
+                           for name in ("sigma", "z", "scale")), augment)
 
 
 class DenoisingLoss:
@@ -81,6 +92,26 @@ class DenoisingLoss:
         sigma = self.sample_sigma(shape[0], rng)
         z = torch.randn(shape, generator=rng, device=rng.device)
         return LossDraws(sigma, z, self.kernel.scale(shape[0], rng), augment)
+
+    def draw_range(
+        self, first: int, last: int, image_shape: Sequence[int],
+        seeded: Callable[[int], torch.Generator], augment_pipe: Any = None,
+    ) -> LossDraws:
+        """Returns the variates of images `first` to `last` - 1 of a batch of any size.
+
+        Args:
+            first: position of the first image in the batch.
+            last: position after the last one.
+            image_shape: [C, H, W].
+            seeded: returns the generator of a block, images DRAW_BLOCK * k and those that follow.
+            augment_pipe: as for `draw`.
+        """
+        parts = []
+        for block in range(first // DRAW_BLOCK, -(-last // DRAW_BLOCK)):
+            start = block * DRAW_BLOCK
+            draws = self.draw((DRAW_BLOCK, *image_shape), seeded(block), augment_pipe)
+            parts.append(draws[max(first - start, 0):last - start])
+        return LossDraws.cat(parts)
 
     def __call__(
         self, net: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None,

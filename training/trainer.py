@@ -34,7 +34,7 @@ from training.device_data import DeviceData, fits_by_itself
 from training.ema import RAMPUP_RATIO, ema_beta, update_ema_
 
 # Raised by every change of what a seed draws, or of the order of the data: resuming compares it.
-DRAWS_VERSION = 1
+DRAWS_VERSION = 2
 # These keep the uses of the run's seed apart.
 _INIT_TAG, _STEP_TAG, _DROPOUT_TAG, _REFERENCE_TAG = 1, 2, 3, 4
 _DYNAMIC_SCALE_START = 2.0**16
@@ -202,10 +202,8 @@ class Trainer:
         self.cur_nimg += self.config.batch
 
     def _accumulate_gradients(self) -> None:
-        draws = self._draw_step()
         reference, reference_labels = self._next_reference() if self.config.stf else (None, None)
         share = self.config.batch // self.world_size
-        draws = draws[self.rank * share:(self.rank + 1) * share]
         gain = self.loss_scale / share
         self.optimizer.zero_grad(set_to_none=True)
         self._step_loss = torch.zeros_like(self._step_loss)
@@ -220,19 +218,21 @@ class Trainer:
                 self.config.seed, _DROPOUT_TAG, self.step, self.rank, i))
             is_synced = i == self.rounds - 1 or self.ddp is self.net
             with contextlib.nullcontext() if is_synced else self.ddp.no_sync():
-                part = slice(i * self.micro_batch, (i + 1) * self.micro_batch)
-                loss = self.loss_fn(self.ddp, images, labels, self.augment_pipe, draws=draws[part],
+                loss = self.loss_fn(self.ddp, images, labels, self.augment_pipe,
+                                    draws=self._draw(self.rank * share + i * self.micro_batch),
                                     reference=reference, reference_labels=reference_labels,
                                     condition=condition)
                 training_stats.report("Loss/loss", loss.detach())
                 self._step_loss += loss.detach().mean() / self.rounds
                 (loss.sum() * gain).backward()
 
-    def _draw_step(self) -> LossDraws:
-        """Returns the draws of the whole global batch of this step."""
-        rng = self._step_rng.manual_seed(misc.mix_seed(self.config.seed, _STEP_TAG, self.step))
-        shape = (self.config.batch, *self.dataset.image_shape)
-        return self.loss_fn.draw(shape, rng, self.augment_pipe)
+    def _draw(self, first: int) -> LossDraws:
+        """Returns the draws of a micro-batch, which begins at image `first` of the global batch."""
+        def seeded(block: int) -> torch.Generator:
+            return self._step_rng.manual_seed(
+                misc.mix_seed(self.config.seed, _STEP_TAG, self.step, block))
+        return self.loss_fn.draw_range(first, first + self.micro_batch, self.dataset.image_shape,
+                                       seeded, self.augment_pipe)
 
     def _next_reference(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns images [R, C, H, W] and labels [R, label_dim] of this step's reference batch."""

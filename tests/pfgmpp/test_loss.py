@@ -240,6 +240,35 @@ def test_one_seed_gives_one_augmentation_level_and_direction_at_every_D(cls, aug
             assert torch.equal(draws.augment.labels(), reference.augment.labels())
 
 
+def fields_of(draws):
+    return [draws.sigma, draws.z, draws.scale,
+            *(getattr(draws.augment, field.name) for field in dataclasses.fields(draws.augment))]
+
+
+@pytest.mark.parametrize("D", SHORT)
+@pytest.mark.parametrize("size", [3, 8, 16, 25])
+def test_draws_of_a_range_do_not_depend_on_how_a_batch_is_cut(D, size):
+    loss, pipe, blocks = loss_of(EDMLoss, D), AugmentPipe(p=0.5, xflip=1, scale=1, aniso=1), []
+
+    def block_rng(block):
+        blocks.append(block)
+        return seeded(1000 + block)
+
+    def draw(first, last):
+        return loss.draw_range(first, last, (3, 4, 4), block_rng, pipe)
+    whole = draw(0, 50)
+    parts = [draw(first, min(first + size, 50)) for first in range(0, 50, size)]
+    for field, *pieces in zip(fields_of(whole), *map(fields_of, parts), strict=True):
+        assert len(field) == 50 and torch.equal(field, torch.cat(pieces))
+    for first in range(0, 50, 16):  # each block is that of its own generator
+        block = loss.draw((16, 3, 4, 4), seeded(1000 + first // 16), pipe)
+        for field, expected in zip(fields_of(whole), fields_of(block), strict=True):
+            assert torch.equal(field[first:first + 16], expected[:50 - first])
+    del blocks[:]
+    draw(16, 48)
+    assert blocks == [1, 2], "no other is drawn"
+
+
 def test_without_draws_the_loss_draws_from_the_default_generator():
     loss_fn, y = loss_of(EDMLoss, 2), images(4)
     net = Net(lambda x, sigma: 0.5 * x)

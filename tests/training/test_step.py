@@ -52,7 +52,10 @@ def plain_gradients(trainer):
     config, dataset = trainer.config, trainer.dataset
     pixels, labels = dataset.get_batch(
         order_at(SIZE, config.seed, trainer.cur_nimg + np.arange(config.batch)))
-    draws = trainer._draw_step()
+    draws = trainer.loss_fn.draw_range(
+        0, config.batch, dataset.image_shape,
+        lambda block: torch.Generator().manual_seed(misc.mix_seed(
+            config.seed, 2, trainer.cur_nimg // config.batch, block)), trainer.augment_pipe)
     net = copy.deepcopy(trainer.net)
     net.zero_grad(set_to_none=True)
     y, augment_labels = torch.from_numpy(pixels).float() / 127.5 - 1, None
@@ -263,11 +266,14 @@ def test_no_gradient_is_not_clipped(dataset_zip):
     assert all(not p.grad.any() for p in trainer.net.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("ema, beta_of_step", [
-    (1.0, lambda nimg: 0.5 ** (8 / max(0.05 * nimg, 1e-8))),  # ramping up
-    (10e-6, lambda nimg: 0.5 ** (8 / max(min(10, 0.05 * nimg), 1e-8)))])
-def test_the_average_follows_the_images_before_the_step(dataset_zip, ema, beta_of_step):
+@pytest.mark.parametrize("ema, rampup, beta_of_step", [
+    (1.0, 0.05, lambda nimg: 0.5 ** (8 / max(0.05 * nimg, 1e-8))),  # ramping up
+    (10e-6, 0.05, lambda nimg: 0.5 ** (8 / max(min(10, 0.05 * nimg), 1e-8))),
+    (100e-6, None, lambda nimg: 0.5 ** (8 / 100))],  # after a transfer
+    ids=["rampup", "both", "transfer"])
+def test_the_average_follows_the_images_before_the_step(dataset_zip, ema, rampup, beta_of_step):
     trainer = make_trainer(dataset_zip, ema=ema)
+    trainer.ema_rampup = rampup
     average = {name: p.detach().double() for name, p in trainer.net.named_parameters()}
     trainer.cur_nimg = 8 * 4  # where both kinds of half-life have some length
     for _ in range(12):
@@ -324,7 +330,7 @@ def recorded(trainer):
     given, loss_fn = [], trainer.loss_fn
 
     class Recorded:
-        draw = loss_fn.draw
+        draw_range = loss_fn.draw_range
 
         def __call__(self, *args, **kwargs):
             given.append({"labels": args[2], **kwargs})

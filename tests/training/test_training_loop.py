@@ -43,7 +43,7 @@ def break_loss(trainer, value):
         return loss * torch.where(torch.arange(len(loss)) == 3, value, 1.0)[:, None, None, None]
 
     class Broken:
-        draw = loss_fn.draw
+        draw_range = loss_fn.draw_range
         __call__ = staticmethod(bad)
 
     trainer.loss_fn = Broken()
@@ -152,7 +152,7 @@ def test_the_gradient_is_the_sum_over_pixels_and_the_mean_over_images(dataset_zi
     trainer = make_trainer(dataset_zip, dropout=0.0)
     trainer._accumulate_gradients()
     images, labels = trainer.dataset.get_batch(order_at(40, trainer.config.seed, range(8)))
-    draws = trainer._draw_step()
+    draws = trainer._draw(0)
     net = Trainer(trainer.config, trainer.dataset, CPU).net  # the same initial weights
     y = torch.from_numpy(images).float() / 127.5 - 1
     loss = trainer.loss_fn(net, y, torch.from_numpy(labels), draws=draws)
