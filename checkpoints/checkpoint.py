@@ -106,7 +106,37 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
     content = {**content, "version": VERSION}
     content["checksum"] = digest(content)
     with atomic_write(path) as file:
-        torch.save(content, file)
+        _save_torch(content, file)
+
+
+class _ErrorKeeper:
+    """A file to write to that remembers why it failed."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self.error = file, None
+
+    def write(self, data) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _save_torch(content: dict[str, Any], file: IO[bytes]) -> None:
+    """Does what `torch.save` does, whose writer turns a full disk into a RuntimeError."""
+    keeper = _ErrorKeeper(file)
+    try:
+        torch.save(content, keeper)
+    except Exception as error:
+        if keeper.error is None:
+            raise
+        raise keeper.error from error
+    if keeper.error is not None:
+        raise keeper.error
 
 
 def load(source: str | Path) -> dict[str, Any]:

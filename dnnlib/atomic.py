@@ -1,23 +1,27 @@
 """Files that are either complete or not there: a temporary name, fsync, rename.
 
-A crash at any moment leaves the earlier file untouched and at most one `NAME.HOST-PID.tmp` beside
-it, which `remove_stale` or the next write of that file removes. Lines are appended whole.
+A crash at any moment leaves the earlier file untouched and at most one `NAME.RANDOM.tmp` beside it,
+which `remove_stale` or the next write of that file removes. A temporary belongs to whoever holds
+its lock, so writers on other machines and in other containers are safe. Lines are appended whole.
 """
 
 import contextlib
-import fcntl
 import glob
 import json
 import os
 import re
-import socket
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-_TMP_NAME = re.compile(r".+\.(?P<host>[^.]+)-(?P<pid>\d+)\.tmp")
-_ABANDONED_SEC = 24 * 3600  # a temporary of another machine that nobody has touched so long
+from dnnlib import locks
+
+# NAME.RANDOM.tmp; earlier versions wrote NAME.HOST-PID.tmp, which nothing locked.
+_TMP_NAME = re.compile(r".+\.([0-9a-f]{16}|[^.]+-\d+)\.tmp")
+_UNLOCKED = re.compile(r".+\.[^.]+-\d+\.tmp")
+_ABANDONED_SEC = 24 * 3600  # a temporary without a lock that nobody has touched so long
 _TAIL_BYTES = 1 << 16
 
 
@@ -38,21 +42,54 @@ def atomic_write(path: str | os.PathLike, *, sync: bool = True,
     """
     path = Path(path)
     if sync:  # not of images by the thousand: each would read the whole folder
-        _remove(_stale(path.parent.glob(f"{glob.escape(path.name)}.*.tmp")))
-    tmp = path.with_name(f"{path.name}.{_host()}-{os.getpid()}.tmp")
+        _remove_stale(path.parent.glob(f"{glob.escape(path.name)}.*.tmp"))
+    tmp, file = _create(path)
     try:
-        with open(tmp, "wb") as file:
+        with file:
             yield file
+            file.flush()
             if sync:
-                file.flush()
                 os.fsync(file.fileno())
-        if replace or not _link(tmp, path):
-            os.replace(tmp, path)
+            if locks.fcntl is None:  # Windows renames no open file, and there is no lock to hold
+                file.close()
+            if replace or not _link(tmp, path):
+                os.replace(tmp, path)
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
     if sync:
         _sync_dir(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """Returns a name beside `path` that nobody else uses."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def _create(path: Path) -> tuple[Path, IO[bytes]]:
+    """Returns the name of a new temporary file for `path` and the file, which is locked."""
+    while True:
+        tmp = temporary_name(path)
+        file = open(tmp, "xb")  # noqa: SIM115 - the caller closes it
+        try:
+            locks.lock_handle(file.fileno())
+        except locks.NoLocksError:
+            return tmp, file
+        except BaseException:
+            file.close()
+            tmp.unlink(missing_ok=True)
+            raise
+        if _is_at(tmp, file.fileno()):
+            return tmp, file
+        file.close()  # someone tidied up between the two calls and took it for abandoned
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    """Whether an open file still has this name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except OSError:
+        return False
 
 
 def _link(tmp: Path, path: Path) -> bool:
@@ -76,45 +113,33 @@ def write_json(path: str | os.PathLike, value: Any, *, replace: bool = True) -> 
 def remove_stale(folder: str | os.PathLike) -> list[Path]:
     """Removes and returns the temporary files of `atomic_write` whose writers are gone.
 
-    Files of running processes stay, and so do those of other machines until they are a day old.
+    Where the file system has no locks, those are the ones that are a day old.
     """
-    stale = list(_stale(Path(folder).glob("*.tmp")))
-    _remove(stale)
-    return stale
+    return _remove_stale(Path(folder).glob("*.tmp"))
 
 
-def _stale(paths: Iterator[Path]) -> Iterator[Path]:
-    here = _host()
-    for path in paths:
-        match = _TMP_NAME.fullmatch(path.name)
-        if match and match["host"] == here:
-            # A file with this process's own number was left by an earlier one.
-            if int(match["pid"]) == os.getpid() or not _is_alive(int(match["pid"])):
-                yield path
-        elif match:
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _ABANDONED_SEC:
-                    yield path
+def _remove_stale(paths: Iterator[Path]) -> list[Path]:
+    return [path for path in paths if _TMP_NAME.fullmatch(path.name) and _remove_if_stale(path)]
 
 
-def _host() -> str:
-    return socket.gethostname().replace(".", "_")
-
-
-def _is_alive(pid: int) -> bool:
+def _remove_if_stale(path: Path) -> bool:
+    """Removes a temporary file if its writer is gone; says whether it did."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
-
-
-def _remove(paths: Iterator[Path] | list[Path]) -> None:
-    for path in paths:
-        with contextlib.suppress(OSError):  # another process removed it, or it isn't ours
+        with open(path, "r+b") as file:
+            try:
+                # Held until the file has gone, so that its writer, if it has yet to lock it, sees
+                # that it has.
+                is_free = locks.try_lock_handle(file.fileno())
+            except locks.NoLocksError:
+                is_free = None
+            if is_free is None or _UNLOCKED.fullmatch(path.name):
+                is_free = time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED_SEC
+            if not is_free:
+                return False
             path.unlink()
+    except OSError:  # another process removed it, or it isn't ours
+        return False
+    return True
 
 
 def append_line(path: str | os.PathLike, line: str) -> None:
@@ -126,8 +151,8 @@ def append_line(path: str | os.PathLike, line: str) -> None:
         OSError: it can't be written; the file is as it was.
     """
     with open(path, "a+b", buffering=0) as file:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.lockf(file, fcntl.LOCK_EX)
+        with contextlib.suppress(locks.NoLocksError):
+            locks.lock_whole(file.fileno())
         size = _whole_lines(file)
         try:
             data = (line + "\n").encode()
@@ -156,7 +181,10 @@ def _whole_lines(file: IO[bytes]) -> int:
 
 
 def _sync_dir(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
     try:
         os.fsync(fd)
     finally:

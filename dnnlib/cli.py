@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import math
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import click
 
 from dnnlib import console, signals
+from dnnlib.util import cache_dir
 
 BAD_INPUT, BAD_USAGE, DIVERGED = 1, 2, 3
 _KIND_NAMES = {int: "whole numbers", float: "numbers"}
@@ -55,10 +57,16 @@ def run(main: click.Command) -> None:
     signals.install()
     if not _OPENMP.keys() & os.environ.keys():
         os.environ.update(_OPENMP)
+    with contextlib.suppress(OSError):  # PyTorch chooses a folder of its own as it is imported
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("compiled")))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # some consoles lack most of Unicode
+            stream.reconfigure(errors="backslashreplace")
     if not console.is_rank0():  # they are about the code, which is the same on every rank
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
     try:
+        sys.argv[1:] = map(_expand_home, sys.argv[1:])
         main() if console.is_rank0() else _run_on_other_rank(main)
     except signals.Stopped:
         if console.is_rank0():
@@ -68,6 +76,19 @@ def run(main: click.Command) -> None:
         if getattr(error, "should_print", None) is False:
             sys.exit(BAD_INPUT)
         raise
+
+
+def _expand_home(arg: str) -> str:
+    """Returns an argument with the ~ of --name=~/path replaced, which shells leave as it is."""
+    name, equals, value = arg.partition("=")
+    if not (name.startswith("--") and equals and (value == "~" or value.startswith("~/"))):
+        return arg
+    expanded = os.path.expanduser(value)
+    if expanded == value:
+        UserError(f"{arg}: this user has no home directory; give the whole path",
+                  BAD_USAGE).show()
+        sys.exit(BAD_USAGE)
+    return f"{name}={expanded}"
 
 
 def _run_on_other_rank(main: click.Command) -> None:

@@ -1,28 +1,27 @@
 """One run per directory: numbered ones, and a lock that the kernel takes back when its owner dies.
 
-The lock is a POSIX record lock on DIR/.lock. Unlike a lock of flock(2) it is not shared with forked
-loader workers, which may outlive a killed run by seconds, and it holds between the machines of an
-NFS mount that has locking. The file says who holds it; it stays, and means nothing by itself.
+The lock is on DIR/.lock. The file says who holds it; it stays, and means nothing by itself. Where
+there are no locks at all (Windows), a file DIR/.running stands for the lock while a run goes on.
 """
 
 import contextlib
-import errno
-import fcntl
 import os
 import re
 import socket
-import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from dnnlib import locks
+
 LOCK_NAME = ".lock"
-_FLOCK = "hhqqi"  # struct flock of 64-bit Linux: type, whence, start, length, process
+_FILE_NAME = ".running"  # where there are no locks
+_held: set[Path] = set()  # by this process
 
 
 @contextlib.contextmanager
 def run_lock(run_dir: str | os.PathLike) -> Iterator[None]:
-    """Holds the lock of an existing directory.
+    """Holds the lock of an existing directory; within another one of it, it does nothing.
 
     Where the file system has no locks it only warns: a second run is then not detected.
 
@@ -30,28 +29,60 @@ def run_lock(run_dir: str | os.PathLike) -> Iterator[None]:
         ValueError: another process holds it; the message names host and process.
         OSError: the directory can't be written.
     """
-    path = Path(run_dir) / LOCK_NAME
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    folder = Path(run_dir).resolve()
+    if folder in _held:
+        yield
+        return
+    with _file_for_lock(Path(run_dir)) if locks.fcntl is None else _lock(Path(run_dir)):
+        _held.add(folder)
+        try:
+            yield
+        finally:
+            _held.remove(folder)
+
+
+@contextlib.contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
+    fd = os.open(run_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _acquire(fd, path)
+        try:
+            if not locks.try_lock_whole(fd):
+                raise ValueError(f"{run_dir}: in use by {_owner(fd)}; wait for its end, stop it, "
+                                 "or name another directory")
+            os.ftruncate(fd, 0)
+            os.write(fd, _own_name())
+        except locks.NoLocksError as error:
+            print(f"Warning: {run_dir} can't be locked ({error.strerror}): start no second "
+                  "run there", file=sys.stderr, flush=True)
         yield
     finally:
         os.close(fd)
 
 
-def _acquire(fd: int, path: Path) -> None:
+@contextlib.contextmanager
+def _file_for_lock(run_dir: Path) -> Iterator[None]:
+    path = run_dir / _FILE_NAME
     try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            print(f"Warning: {path.parent} can't be locked ({error.strerror}): start no second "
-                  "run there", file=sys.stderr, flush=True)
-            return
-        owner = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
-        raise ValueError(f"{path.parent}: in use by {owner}; wait for its end, stop it, or name "
-                         "another directory") from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        owner = path.read_text(errors="replace").strip() or "another process"
+        raise ValueError(f"{run_dir}: in use by {owner}; wait for its end, stop it, or name "
+                         f"another directory. If it has crashed, remove {path}") from None
+    try:
+        os.write(fd, _own_name())
+        yield
+    finally:
+        os.close(fd)
+        path.unlink(missing_ok=True)
+
+
+def _own_name() -> bytes:
+    return f"process {os.getpid()} on {socket.gethostname()}\n".encode()
+
+
+def _owner(fd: int) -> str:
+    os.lseek(fd, 0, os.SEEK_SET)
+    return os.read(fd, 200).decode(errors="replace").strip() or "another process"
 
 
 def lock_holder(run_dir: str | os.PathLike) -> str | None:
@@ -60,16 +91,13 @@ def lock_holder(run_dir: str | os.PathLike) -> str | None:
     It takes no lock, so a run that starts meanwhile is not disturbed. A process does not see its
     own lock.
     """
+    has_locks = locks.fcntl is not None
     try:
-        fd = os.open(Path(run_dir) / LOCK_NAME, os.O_RDONLY)
+        fd = os.open(Path(run_dir) / (LOCK_NAME if has_locks else _FILE_NAME), os.O_RDONLY)
     except OSError:
         return None
     try:
-        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        kind = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))[0]
-        if kind == fcntl.F_UNLCK:
-            return None
-        return os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
+        return _owner(fd) if not has_locks or locks.is_locked_by_another_process(fd) else None
     except OSError:
         return None
     finally:

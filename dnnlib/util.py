@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlparse
 
+from dnnlib.atomic import temporary_name
 from dnnlib.progress import Progress
 
 CACHE_DIR_ENV = "PFGMPP_CACHE_DIR"
@@ -178,9 +179,17 @@ def shown(value: Any) -> str:
 
 
 def cache_dir(*parts: str) -> Path:
-    """Returns a folder for downloads and packed data: $PFGMPP_CACHE_DIR or ~/.cache/pfgmpp."""
+    """Returns a folder for downloads and packed data: $PFGMPP_CACHE_DIR or ~/.cache/pfgmpp.
+
+    Raises:
+        OSError: neither is known, as in a container whose user has no entry in /etc/passwd.
+    """
     root = os.environ.get(CACHE_DIR_ENV)
-    base = Path(root) if root else Path.home() / ".cache" / "pfgmpp"
+    try:
+        base = Path(root).expanduser() if root else Path.home() / ".cache" / "pfgmpp"
+    except RuntimeError as error:
+        raise OSError("this user has no home directory for the cache; set the environment variable "
+                      f"{CACHE_DIR_ENV} to a folder") from error
     return base.joinpath(*parts)
 
 
@@ -224,7 +233,7 @@ def _download(url: str, target: Path, sha256: str | None, verbose: bool) -> None
     for old in target.parent.glob("*.tmp"):  # of downloads that were killed
         if time.time() - old.stat().st_mtime > _ABANDONED_SEC:
             old.unlink(missing_ok=True)
-    part = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    part = temporary_name(target)
     try:
         with requests.get(url, stream=True, timeout=30) as reply, open(part, "wb") as file:
             reply.raise_for_status()

@@ -29,7 +29,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from dnnlib.atomic import atomic_write
+from dnnlib.atomic import atomic_write, temporary_name
 from dnnlib.ordered_pool import ordered_map
 from dnnlib.progress import Progress
 from dnnlib.stored_zip import StoredZip
@@ -453,7 +453,7 @@ def _write_folder(path: Path) -> Iterator[Callable[[str, bytes], None]]:
 
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"--dest={path}: is there already and not an empty folder")
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    tmp = temporary_name(path)
     tmp.mkdir()
     try:
         yield write

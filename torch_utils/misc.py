@@ -6,7 +6,7 @@ import os
 import numpy as np
 import torch
 
-from dnnlib.util import cache_dir, format_table
+from dnnlib.util import format_table
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -60,7 +60,7 @@ def _keep_freed_memory() -> None:
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):  # musl, or Windows
         return
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
@@ -80,11 +80,12 @@ def compiles_by_itself(device: torch.device) -> bool:
 def compile_network(model: torch.nn.Module, *, graphs: bool = False) -> None:
     """Compiles a network in place; its first call takes a minute or so.
 
+    PyTorch keeps what it compiles in $TORCHINDUCTOR_CACHE_DIR, which scripts set (dnnlib/cli.py).
+
     Args:
         model: the network; it is compiled anew for each size of batch.
         graphs: whether to replay each call as one CUDA graph, on a GPU, without gradients.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("compiled")))
     model.compile(mode="reduce-overhead" if graphs else None, dynamic=False)
 
 

@@ -1,12 +1,17 @@
 """The files that rank 0 writes during a run: what a full disk costs, what is kept.
 
-If a file can't be written, only that file is lost: there is a warning, earlier files stay, and
-training goes on. Failures at two ticks in a row end the run, and so does one at the last tick.
+States and snapshots are written by a thread from a copy, one tick's at a time, while training goes
+on. If a file can't be written, only that file is lost: the next tick warns of it, earlier files
+stay, and training goes on. Failures at two ticks in a row end the run, and so does one at the last
+tick.
 """
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from checkpoints import checkpoint
 from dnnlib.atomic import remove_stale
@@ -21,6 +26,8 @@ class RunFiles:
     def __init__(self, run_dir: Path, keep: int | None):
         self.run_dir, self._keep = run_dir, keep
         self._failures, self._problems, self._written = 0, [], 0
+        self._writer: _Writer | None = None
+        self._sound: dict[Path, tuple[int, int]] = {}  # size and mtime of states written whole
 
     def tidy(self) -> None:
         """Removes the temporary files of a run that was killed."""
@@ -29,17 +36,43 @@ class RunFiles:
 
     def write(self, name: str, function: Callable[[Path, Any], None], content: Any) -> bool:
         """Calls `function(path, content)`; returns whether the file could be written."""
-        try:
-            function(self.run_dir / name, content)
-        except OSError as error:
-            self._problems.append(f"{self.run_dir / name}: {error.strerror or error}")
-            return False
-        self._written += 1
-        return True
+        problem = _problem_of(function, self.run_dir / name, content)
+        self._count([problem])
+        return problem is None
 
     def save(self, name: str, content: dict[str, Any]) -> bool:
-        """Writes a state or snapshot; returns whether it could be written."""
+        """Writes a state or snapshot now; returns whether it could be written."""
+        self.wait()
         return self.write(name, checkpoint.save, content)
+
+    def save_in_background(self, contents: dict[str, dict[str, Any]]) -> None:
+        """Begins to write states and snapshots, by name, and then removes old states.
+
+        The contents are copied first, so they may change when this returns.
+        """
+        self.wait()
+        self._writer = _Writer(self._save_all, _host_copy(contents, {}))
+
+    def wait(self) -> None:
+        """Waits until what is being written is written, or has failed."""
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            self._count(writer.result())
+
+    def _save_all(self, contents: dict[str, dict[str, Any]]) -> list[str | None]:
+        """Returns what went wrong with each file, None where it was written."""
+        problems = []
+        while contents:  # each is freed once it is written
+            path = self.run_dir / next(iter(contents))
+            problems.append(_problem_of(checkpoint.save, path, contents.pop(path.name)))
+            if problems[-1] is None and path in checkpoint.training_states(self.run_dir):
+                self._sound[path] = _stamp(path)
+                self.prune()
+        return problems
+
+    def _count(self, problems: list[str | None]) -> None:
+        self._problems += filter(None, problems)
+        self._written += problems.count(None)
 
     def raise_if_writes_failed(self, last: bool) -> None:
         """Warns of what could not be written since the last call, and counts it.
@@ -47,8 +80,7 @@ class RunFiles:
         Raises:
             OSError: it failed too often, or at the `last` call.
         """
-        problems, written = self._problems, self._written
-        self._problems, self._written = [], 0
+        problems, written = self._take_problems()
         if not problems:
             if written:
                 self._failures = 0
@@ -60,17 +92,85 @@ class RunFiles:
             distributed.warn0(f"not written: {problem}; training goes on, and ends if it happens "
                               "again")
 
+    def warn_of_failures(self) -> None:
+        """Warns of what could not be written since the last call, and of nothing else."""
+        for problem in self._take_problems()[0]:
+            distributed.warn0(f"not written: {problem}")
+
+    def _take_problems(self) -> tuple[list[str], int]:
+        """Returns what went wrong and the number of files written since the last call."""
+        taken = self._problems, self._written
+        self._problems, self._written = [], 0
+        return taken
+
     def prune(self) -> None:
-        """Removes all training states but the newest `keep`, if one of those verifies."""
+        """Removes all training states but the newest `keep`, if one of those is whole.
+
+        Those that this process wrote and nobody has touched since are; others are read.
+        """
         if self._keep is None:
             return
         states = sorted(checkpoint.training_states(self.run_dir), key=checkpoint.recorded_nimg)
         kept, old = states[-self._keep:], states[:-self._keep]
         if not old:
             return
-        if not any(map(checkpoint.verifies, reversed(kept))):
+        if not any(map(self._is_whole, reversed(kept))):
             distributed.warn0(f"no training state in {self.run_dir} pruned: none of the newest "
                               f"{len(kept)} verifies")
             return
         for path in old:
             path.unlink(missing_ok=True)
+
+    def _is_whole(self, path: Path) -> bool:
+        return self._sound.get(path) == _stamp(path) or checkpoint.verifies(path)
+
+
+class _Writer:
+    """A thread that calls a function; Python waits for it before it ends."""
+
+    def __init__(self, function: Callable[[Any], list[str | None]], content: Any):
+        self._box: list[Any] = []
+        self._thread = threading.Thread(target=self._run, args=(function, content))
+        self._thread.start()
+
+    def _run(self, function: Callable[[Any], list[str | None]], content: Any) -> None:
+        try:
+            self._box.append(function(content))
+        except BaseException as error:
+            self._box.append(error)
+
+    def result(self) -> list[str | None]:
+        """Returns what the function returned, or raises its error, when it has ended."""
+        self._thread.join()
+        [result] = self._box
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+
+def _problem_of(function: Callable[[Path, Any], None], path: Path, content: Any) -> str | None:
+    """Calls `function(path, content)`; returns what went wrong, None if nothing did."""
+    try:
+        function(path, content)
+    except OSError as error:
+        return f"{path}: {error.strerror or error}"
+    return None
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _host_copy(value: Any, seen: dict[tuple, torch.Tensor]) -> Any:
+    """Returns nested data with every tensor copied to the CPU, one that comes twice only once."""
+    if isinstance(value, torch.Tensor):
+        key = value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
+        if not value.data_ptr() or key not in seen:  # an empty one has no place of its own
+            seen[key] = value.detach().to("cpu", copy=True)
+        return seen[key]
+    if isinstance(value, dict):
+        return {key: _host_copy(item, seen) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_host_copy(item, seen) for item in value)
+    return value

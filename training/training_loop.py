@@ -87,6 +87,8 @@ def training_loop(
         trainer = Trainer(config, dataset, device, weights)
     if isinstance(start, State):
         restore_(trainer, start)
+    if start is not None:
+        start.release()
     check_weights(trainer)
     if trainer.is_finished:
         if trainer.rank == 0:
@@ -170,7 +172,7 @@ def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None,
          validation: Validation | None, sinks: LogSinks) -> None:
     config = trainer.config
     ticks = TickRunner(trainer, run_dir, evaluator, sinks, validation)
-    with signals.deferred(), Progress(
+    with contextlib.closing(ticks), signals.deferred(), Progress(
             config.total_nimg, "Training", initial=trainer.cur_nimg, is_scaled=True,
             watch_speed=trainer.device.type == "cpu") as progress:
         if ticks.resume():
@@ -240,6 +242,8 @@ class TickRunner:
             check_weights(trainer)
         if trainer.rank == 0:
             self._save_files(has_snapshot, has_state, pictures)
+            if done:
+                self._files.wait()
             self._files.raise_if_writes_failed(last=done)
         self._maintenance_sec = time.time() - self._tick_start_time
 
@@ -317,12 +321,20 @@ class TickRunner:
     def _save_files(self, has_snapshot: bool, has_state: bool, pictures: PIL.Image.Image | None
                     ) -> None:
         trainer, tag = self._trainer, _tag(self._trainer)
-        if has_snapshot:
-            self._files.save(f"network-snapshot-{tag}.pt", trainer.snapshot())
         if pictures is not None:
             self._files.write(f"samples-{tag}.png", save_png, pictures)
-        if has_state and self._files.save(f"training-state-{tag}.pt", trainer.state()):
-            self._files.prune()
+        contents = {}
+        if has_snapshot:
+            contents[f"network-snapshot-{tag}.pt"] = trainer.snapshot()
+        if has_state:
+            contents[f"training-state-{tag}.pt"] = trainer.state()
+        if contents:
+            self._files.save_in_background(contents)
+
+    def close(self) -> None:
+        """Waits for files that are being written."""
+        if self._trainer.rank == 0:
+            self._files.wait()
 
     def after_step(self) -> None:
         """Stops or fails on all ranks once one of them has a reason."""
@@ -363,6 +375,8 @@ class TickRunner:
         path = self._run_dir / f"training-state-{_tag(trainer)}.pt"
 
         def save() -> None:
+            self._files.wait()
+            self._files.warn_of_failures()
             try:
                 checkpoint.save(path, trainer.state())
             except OSError as error:

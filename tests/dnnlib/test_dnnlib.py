@@ -192,6 +192,81 @@ def test_threads_of_scripts_sleep_while_they_wait_unless_the_user_says_otherwise
     assert done.stdout.strip() == expected, done.stderr
 
 
+ENVIRONMENT = """
+import gettext, locale, os, pwd, sys
+from dnnlib.cli import run, user_errors
+from dnnlib.util import cache_dir
+import click
+
+@click.command()
+@click.option("--outdir", default="")
+@click.option("--text", default="")
+@click.option("--look", default="")
+def main(outdir, text, look):
+    with user_errors():
+        print(ascii(outdir), text)
+        if look == "cache":
+            print(cache_dir("x"))
+        if look == "compiled":
+            import torch
+            try:
+                from torch._inductor.runtime.cache_dir_utils import cache_dir as chosen
+            except ImportError:
+                from torch._inductor.codecache import cache_dir as chosen
+            print(chosen())
+
+if "BECOME" in os.environ:
+    os.setuid(int(os.environ["BECOME"]))
+run(main)
+"""
+
+
+def in_environment(*args, without=(), nobody=False, **env):
+    """Runs ENVIRONMENT's command, perhaps as a user of whom the system knows nothing."""
+    env = {key: value for key, value in (os.environ | env).items() if key not in without}
+    if nobody and os.getuid():
+        pytest.skip("only root can be another user")
+    return subprocess.run([sys.executable, "-c", ENVIRONMENT, *args], cwd=ROOT, capture_output=True,
+                          env=env | ({"BECOME": "54321"} if nobody else {}))
+
+
+@pytest.mark.scripts
+def test_a_home_directory_is_written_as_a_tilde_after_an_equals_sign():
+    def outdir(text, **more):
+        return in_environment(f"--outdir={text}", HOME="/home/me", **more).stdout.decode().strip()
+    assert outdir("~/runs") == "'/home/me/runs'" and outdir("~") == "'/home/me'"
+    assert outdir("a~/b") == "'a~/b'" and outdir("~other-folder") == "'~other-folder'"
+
+
+@pytest.mark.scripts
+def test_without_a_home_directory_there_is_one_line_where_one_is_needed():
+    done = in_environment("--look=cache", nobody=True, without=["HOME", "PFGMPP_CACHE_DIR"])
+    assert done.returncode == 1
+    assert done.stderr == (b"Error: this user has no home directory for the cache; set the "
+                           b"environment variable PFGMPP_CACHE_DIR to a folder\n")
+    done = in_environment("--outdir=~/runs", nobody=True, without=["HOME", "PFGMPP_CACHE_DIR"])
+    assert done.returncode == 2 and done.stderr == (
+        b"Error: --outdir=~/runs: this user has no home directory; give the whole path\n")
+    done = in_environment("--outdir=runs", nobody=True, without=["HOME", "PFGMPP_CACHE_DIR"])
+    assert done.returncode == 0, "where none is needed"
+
+
+@pytest.mark.scripts
+def test_a_console_that_lacks_a_character_shows_its_number():
+    done = in_environment("--text=D = \u221e", PYTHONIOENCODING="cp1252", PYTHONUTF8="0")
+    assert (done.returncode, done.stdout.strip()) == (0, b"'' D = \\u221e"), done.stderr
+
+
+@pytest.mark.scripts
+@pytest.mark.parametrize("given", [None, "/elsewhere"])
+def test_pytorch_keeps_what_it_compiles_in_the_cache_unless_the_user_says_otherwise(given,
+                                                                                    tmp_path):
+    env = {"TORCHINDUCTOR_CACHE_DIR": given} if given else {}
+    done = in_environment("--look=compiled", PFGMPP_CACHE_DIR=str(tmp_path),
+                          without=() if given else ["TORCHINDUCTOR_CACHE_DIR"], **env)
+    assert done.stdout.decode().split()[-1] == (given or str(tmp_path / "compiled")), done.stderr
+
+
 def test_an_interrupted_write_leaves_the_earlier_file_alone(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"a": 1})

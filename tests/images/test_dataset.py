@@ -89,6 +89,14 @@ def test_class_numbers_become_one_hot_vectors_of_the_largest_plus_one(tmp_path):
     assert not ImageFolderDataset(path).has_labels
 
 
+@pytest.mark.parametrize("options", [{}, {"xflip": True}, {"xflip": True, "max_size": 3}], ids=str)
+def test_class_numbers_are_those_of_the_labels_of_each_image(tmp_path, options):
+    path = write_zip(tmp_path / "a.zip", contents([[name, k] for k, name in enumerate(NAMES)]))
+    dataset = ImageFolderDataset(path, use_labels=True, **options)
+    labels = dataset.get_batch(range(len(dataset)))[1]
+    assert dataset.class_numbers.tolist() == labels.argmax(axis=1).tolist()
+
+
 def test_label_vectors_are_kept_as_float32(tmp_path):
     vectors = np.random.default_rng(0).normal(size=[5, 3])
     files = contents([[name, v.tolist()] for name, v in zip(NAMES, vectors, strict=True)])

@@ -145,7 +145,8 @@ def test_other_files_beside_the_images_are_skipped(data, run, tmp_path):
 # Run directories
 
 FOLDERS = [
-    "ckpt_000002", "ckpt_000010", "ckpt_000010.500", "ckpt_1000000", "ckpt_2000000",
+    "ckpt_000002", "ckpt_000010", "ckpt_000010.500", "ckpt_999999", "ckpt_1000000",
+    "ckpt_2000000", "ckpt_000010_alpha_0.1_steps_9", "ckpt_000010_alpha_0.1_steps_10",
     "ckpt_2_000010", "ckpt_3_000010", "ckpt_2_000010_alpha_0.1",
     "ckpt_000010_alpha_0", "ckpt_000010_alpha_0.1", "ckpt_000010_steps_10", "ckpt_000010_quant_5",
     "ckpt_000010_alpha_0_steps_10",
@@ -154,8 +155,8 @@ FOLDERS = [
 
 
 @pytest.mark.parametrize("gen_seed, first, last, sweeps, expected", [
-    (1, 0, 1e6, "", ["000002", "000010", "000010.500", "1000000"]),
-    (1, 0, 3e6, "", ["000002", "000010", "000010.500", "1000000", "2000000"]),
+    (1, 0, 1e6, "", ["000002", "000010", "000010.500", "999999", "1000000"]),
+    (1, 0, 3e6, "", ["000002", "000010", "000010.500", "999999", "1000000", "2000000"]),
     (1, 10, 10, "", ["000010"]),
     (1, 10.2, 11, "", ["000010.500"]),
     (2, 0, 1e6, "", ["2_000010"]),
@@ -164,7 +165,8 @@ FOLDERS = [
     (2, 0, 1e6, "alpha", ["2_000010_alpha_0.1"]),
     (1, 0, 1e6, "steps", ["000010_steps_10"]),
     (1, 0, 1e6, "quant", ["000010_quant_5"]),
-    (1, 0, 1e6, "alpha steps", ["000010_alpha_0_steps_10"]),
+    (1, 0, 1e6, "alpha steps", ["000010_alpha_0_steps_10", "000010_alpha_0.1_steps_9",
+                                "000010_alpha_0.1_steps_10"]),
 ])
 def test_folders_of_a_run_are_chosen_by_their_exact_names(tmp_path, gen_seed, first, last, sweeps,
                                                           expected):

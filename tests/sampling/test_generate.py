@@ -196,12 +196,15 @@ def test_every_training_state_of_a_run_gets_its_folder(snapshot, tmp_path, invok
     invoke(generate.main, *args, "--seeds=0,1000", "--ckpt=1")
     invoke(generate.main, *args, "--seeds=50000", "--end_ckpt=12")
     invoke(generate.main, *args, "--seeds=100001", "--end_ckpt=0")
+    for last in (49_999, 99_999):  # of each set of fifty thousand
+        invoke(generate.main, *args, f"--seeds={last}", "--ckpt=1000000")
     made = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
     assert made == {
         "ckpt_000012/000000/000000.png", "ckpt_000012/001000/001000.png",
         "ckpt_1234567/000000/000000.png", "ckpt_1234567/001000/001000.png",
         "ckpt_2_000000.320/050000/050000.png", "ckpt_2_000012/050000/050000.png",
-        "ckpt_3_000000.320/100000/100001.png"}
+        "ckpt_3_000000.320/100000/100001.png",
+        "ckpt_1234567/049000/049999.png", "ckpt_2_1234567/099000/099999.png"}
 
 
 @pytest.mark.long

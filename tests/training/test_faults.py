@@ -1,7 +1,10 @@
 """Full disks, damaged files, second runs, killed workers, changed options: one clear line."""
 
 import contextlib
+import copy
 import dataclasses
+import errno
+import gc
 import json
 import math
 import os
@@ -13,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import psutil
@@ -20,23 +24,31 @@ import pytest
 import torch
 from faults import Script, end_scripts, run_to_end, wait_until  # noqa: F401 - a fixture
 from run_dirs import newest_state
-from scripts import HANG_SEC, ROOT
+from scripts import HANG_SEC, ROOT, run_script
 from tiny import TINY_RUN, write_dataset
 from watchdog import processes
 
 import fid
 import train
+from checkpoints import checkpoint as checkpoint_module
 from checkpoints.checkpoint import BEST_STATE, digest, load, save, training_states
+from dnnlib import locks
 from dnnlib.atomic import append_line, atomic_write, remove_stale
 from dnnlib.run_lock import numbered_dir, run_lock
 from generate import main as generate_main
+from images.dataset import ImageFolderDataset
 from torch_utils import distributed
 from training import training_loop
 from training.config import TrainConfig
-from training.resume import NETWORK_OPTIONS, RESUME_MAY_CHANGE, changed_options
+from training.resume import (
+    NETWORK_OPTIONS,
+    RESUME_MAY_CHANGE,
+    State,
+    Weights,
+    changed_options,
+)
 from training.run_files import RunFiles
-
-DEAD_PID = 2**22 + 1  # beyond what Linux gives
+from training.trainer import Trainer
 
 
 def command(data, outdir, *more, steps=10):
@@ -91,6 +103,26 @@ def write_state(path, nimg):
 
 
 # --------------------------------------------------------------------------------- full disks
+
+
+def test_a_full_disk_is_called_that_wherever_it_strikes(disk):
+    """PyTorch's writer has words of its own for most places."""
+    content = {"format": "x", "net": {f"w{i}": torch.randn(20_000) for i in range(20)}}
+    size, results = 6 << 20, set()
+    for room in range(0, 2 << 20, 61_000):
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
+            file.write(bytes(size - room))
+        try:
+            save(disk / "x.pt", content)
+            torch.load(disk / "x.pt", weights_only=True)
+            results.add("whole")
+        except OSError as error:
+            assert error.errno == errno.ENOSPC, error
+            results.add("full")
+            assert [path.name for path in disk.iterdir()] == ["filler"]
+        for path in disk.iterdir():
+            path.unlink()
+    assert results == {"whole", "full"}
 
 
 @pytest.mark.scripts
@@ -228,6 +260,108 @@ def RunFilesAtTheirEnd(folder):
     files.raise_if_writes_failed(last=True)
 
 
+# ------------------------------------------------------------------- writing in the background
+
+
+def test_states_are_written_from_a_copy_while_training_goes_on(dataset_zip, tmp_path, monkeypatch):
+    """Each save waits until two more steps are taken: training that waited would end in a hang."""
+    real_save, real_step, steps, nimg = save, Trainer.train_step, [], {}
+
+    def slow_save(path, content):
+        if "state" in path.name and (number := len(steps)) < 8:
+            wait_until(lambda: len(steps) >= number + 2, timeout=60)
+        real_save(path, content)
+
+    def step(trainer):
+        real_step(trainer)
+        steps.append(1)
+        nimg[trainer.cur_nimg] = digest(dict(trainer.net.state_dict()))
+    monkeypatch.setattr(checkpoint_module, "save", slow_save)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    config = TrainConfig(data=str(dataset_zip), arch="ncsnpp", cbase=8, cres=(1,), nblock=1,
+                         batch=8, lr=1e-2, lr_rampup=0.0, workers=0, augment=0.0, samples=0, seed=0,
+                         duration=10 * 8e-6, tick=0.024, dump=1, snap=1000)
+    training_loop.training_loop(config, dataset=ImageFolderDataset(dataset_zip), run_dir=tmp_path,
+                                device=torch.device("cpu"))
+    states = [load(path) for path in training_states(tmp_path)]
+    assert len(states) >= 3
+    for state in states:
+        assert digest(state["net"]) == nimg[state["progress"]["cur_nimg"]]
+
+
+def test_a_failure_in_the_background_is_told_at_the_next_tick(tmp_path, capsys):
+    files, content = RunFiles(tmp_path, None), {"format": "x", "net": torch.zeros(1000)}
+    with largest_file(100):
+        files.save_in_background({"a.pt": content})
+        files.raise_if_writes_failed(last=False)  # it may not have ended yet
+        assert not capsys.readouterr().err
+        files.wait()
+    files.raise_if_writes_failed(last=False)
+    assert f"Warning: not written: {tmp_path / 'a.pt'}: " in capsys.readouterr().err
+    files.save_in_background({"b.pt": content})
+    files.wait()
+    files.raise_if_writes_failed(last=True)
+    assert torch.equal(torch.load(tmp_path / "b.pt")["net"], content["net"])
+
+
+def test_one_file_is_written_at_a_time_and_a_mistake_of_the_program_is_not_lost(tmp_path,
+                                                                                monkeypatch):
+    files, events = RunFiles(tmp_path, None), []
+
+    def slow_save(path, content):
+        events.append(f"begin {path.name}")
+        time.sleep(0.05)
+        events.append(f"end {path.name}")
+        if content.get("bug"):
+            raise KeyError("bug")
+    monkeypatch.setattr(checkpoint_module, "save", slow_save)
+    files.save_in_background({"a": {}, "b": {}})
+    files.save_in_background({"c": {"bug": True}})
+    with pytest.raises(KeyError, match="bug"):
+        files.save("d", {})
+    assert events == [f"{when} {name}" for name in "abc" for when in ("begin", "end")]
+
+
+def test_old_states_go_when_a_newer_one_is_whole_and_what_was_just_written_is_not_read(
+        tmp_path, monkeypatch):
+    for kimg in (1, 2, 3):
+        write_state(tmp_path / f"training-state-{kimg:06d}.pt", kimg * 1000)
+    content, files = load(tmp_path / "training-state-000003.pt"), RunFiles(tmp_path, 2)
+    content["progress"]["cur_nimg"] = 4000
+    read = []
+    monkeypatch.setattr(checkpoint_module, "verifies", lambda path: read.append(path) or True)
+    files.save_in_background({"training-state-000004.pt": content})
+    files.wait()
+    assert [path.name for path in training_states(tmp_path)] == [
+        "training-state-000003.pt", "training-state-000004.pt"]
+    assert not read
+
+
+@pytest.mark.parametrize("kind", ["state", "weights"])
+def test_what_a_run_starts_from_is_freed_once_it_is_in_the_network(kind, dataset_zip, tmp_path,
+                                                                   monkeypatch):
+    config = TrainConfig(data=str(dataset_zip), arch="ncsnpp", cbase=8, cres=(1,), nblock=1,
+                         batch=8, workers=0, augment=0.0, samples=0, seed=0, duration=16e-6)
+    dataset = ImageFolderDataset(dataset_zip)
+    trainer = Trainer(config, dataset, torch.device("cpu"))
+    if kind == "state":
+        start = State("x.pt", copy.deepcopy(trainer.state()))
+        tensor = weakref.ref(next(iter(start.content["net"].values())))
+    else:
+        start = Weights("x.pt", copy.deepcopy(dict(trainer.net.state_dict())), ())
+        tensor = weakref.ref(next(iter(start.tensors.values())))
+    seen, real = [], training_loop._announce
+
+    def announce(trainer):
+        gc.collect()
+        seen.append(tensor() is None)
+        real(trainer)
+    monkeypatch.setattr(training_loop, "_announce", announce)
+    training_loop.training_loop(config, dataset=dataset, run_dir=tmp_path,
+                                device=torch.device("cpu"), start=start)
+    assert seen == [True]
+
+
 # ------------------------------------------------------------------------------ appended lines
 
 
@@ -264,20 +398,95 @@ def test_lines_of_several_processes_do_not_mix(tmp_path):
 # ------------------------------------------------------------------------- stale temporaries
 
 
+WRITER = """
+import sys, time
+from dnnlib.atomic import atomic_write
+with atomic_write(sys.argv[1]) as file:
+    print("open", flush=True)
+    time.sleep(1000)
+"""
+
+
+def start_writer(path):
+    """Returns a process that is in the middle of writing a file, and the temporary file."""
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, path], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE)
+    assert writer.stdout.readline() == "open\n"
+    [tmp] = path.parent.glob(f"{path.name}.*.tmp")
+    return writer, tmp
+
+
 def test_temporaries_of_dead_writers_are_removed_and_others_left_alone(tmp_path):
+    live, live_tmp = start_writer(tmp_path / "a.pt")
+    dead, dead_tmp = start_writer(tmp_path / "b.pt")
+    dead.kill()
+    dead.wait()
+    try:
+        earlier, old = (tmp_path / f"{name}.pt.node-1.tmp" for name in ("c", "d"))
+        for path in (earlier, old, tmp_path / "notes.tmp", tmp_path / "a.pt.12.tmp"):
+            path.write_text("")
+        os.utime(old, (0, 0))
+        with atomic_write(tmp_path / "e.pt") as file:
+            assert set(remove_stale(tmp_path)) == {dead_tmp, old}
+            assert live_tmp.exists() and file
+        assert (tmp_path / "e.pt").exists(), "nor does a process take its own file for abandoned"
+        with atomic_write(tmp_path / "a.pt"):
+            assert live_tmp.exists(), "another writer of the same file is left alone too"
+    finally:
+        live.kill()
+        live.wait()
     with atomic_write(tmp_path / "a.pt"):
-        [own] = tmp_path.glob("*.tmp")
-    dead = own.name.replace(f"-{os.getpid()}.", f"-{DEAD_PID}.")
-    alive = own.name.replace(f"-{os.getpid()}.", "-1.")
-    elsewhere = f"b.pt.othernode-{DEAD_PID}.tmp"
-    old = f"c.pt.othernode-{DEAD_PID}.tmp"
-    for name in (dead, alive, elsewhere, old, "notes.tmp", "a.pt.12.tmp"):
-        (tmp_path / name).write_text("")
-    os.utime(tmp_path / old, (0, 0))
-    assert {path.name for path in remove_stale(tmp_path)} == {dead, old}
-    (tmp_path / dead).write_text("")
-    with atomic_write(tmp_path / "a.pt"):
-        assert not (tmp_path / dead).exists(), "the next writing of a file takes its rests away"
+        assert not live_tmp.exists(), "the next writing of a file takes its rests away"
+
+
+def test_writers_of_equal_host_names_and_numbers_do_not_meet(tmp_path, monkeypatch):
+    """As in two containers, where every process is number 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with atomic_write(tmp_path / "x") as first:
+        first.write(b"first")
+        with atomic_write(tmp_path / "x") as second:
+            second.write(b"second")
+        assert (tmp_path / "x").read_bytes() == b"second"
+    assert (tmp_path / "x").read_bytes() == b"first"
+
+
+def test_a_file_that_is_tidied_away_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    real, seen = locks.lock_handle, []
+
+    def lock(fd):
+        if not seen:
+            seen.extend(remove_stale(tmp_path))
+        real(fd)
+    monkeypatch.setattr(locks, "lock_handle", lock)
+    with atomic_write(tmp_path / "x") as file:
+        file.write(b"content")
+    assert len(seen) == 1 and (tmp_path / "x").read_bytes() == b"content"
+
+
+def test_a_file_is_locked_until_it_has_its_name(tmp_path, monkeypatch):
+    real, seen = os.replace, []
+
+    def replace(source, target):
+        seen.extend(remove_stale(tmp_path))
+        real(source, target)
+    monkeypatch.setattr(os, "replace", replace)
+    with atomic_write(tmp_path / "x") as file:
+        file.write(b"content")
+    assert not seen and (tmp_path / "x").read_bytes() == b"content"
+
+
+def test_without_locks_temporaries_are_kept_for_a_day(tmp_path, monkeypatch):
+    def refuse(fd):
+        raise locks.NoLocksError(errno.ENOLCK, "no locks")
+    monkeypatch.setattr(locks, "lock_handle", refuse)
+    monkeypatch.setattr(locks, "try_lock_handle", refuse)
+    with atomic_write(tmp_path / "x"):
+        [tmp] = tmp_path.glob("*.tmp")
+        assert remove_stale(tmp_path) == []
+    assert (tmp_path / "x").exists()
+    tmp.write_text("")
+    os.utime(tmp, (0, 0))
+    assert remove_stale(tmp_path) == [tmp]
 
 
 def test_a_file_that_must_be_new_is_never_replaced(tmp_path):
@@ -289,12 +498,58 @@ def test_a_file_that_must_be_new_is_never_replaced(tmp_path):
                 file.write(str(i).encode())
                 time.sleep(0.01)
             won.append(i)
-    # Threads of one process share a temporary name; so one after the other here, and processes in
-    # test_two_runs_of_generate_fill_one_folder.
-    for i in range(3):
-        write(i)
-    assert won == [0] and (tmp_path / "x").read_text() == "0"
+    threads = [threading.Thread(target=write, args=[i]) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    [first] = won
+    assert (tmp_path / "x").read_text() == str(first)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+WINDOWS = """
+import os, runpy, signal, sys
+sys.path.insert(0, os.getcwd())
+sys.modules["fcntl"] = None
+del signal.SIGUSR1
+
+def run(*args):
+    sys.argv = list(args)
+    try:
+        runpy.run_path(args[0], run_name="__main__")
+    except SystemExit as error:
+        return error.code
+    return 0
+
+from dnnlib.run_lock import lock_holder
+for path in sys.argv[1:]:
+    assert run(path, "--help") in (0, None), path
+"""
+
+
+@pytest.mark.scripts
+@pytest.mark.long
+def test_without_posix_locks_scripts_start_and_a_second_run_is_refused(dataset_zip, tmp_path):
+    """As on Windows, but for its other differences."""
+    scripts = [str(path) for path in ROOT.glob("*.py")]
+    args = ["train.py", *command(dataset_zip, tmp_path)]
+    (tmp_path / "windows.py").write_text(WINDOWS + f"""
+args, run_dir = {args!r}, {str(tmp_path / "run")!r}
+assert not run(*args)
+assert lock_holder(run_dir) is None
+marker = os.path.join(run_dir, ".running")  # as a run that crashed leaves it
+with open(marker, "w") as file:
+    file.write("process 1 on node0\\n")
+assert lock_holder(run_dir) == "process 1 on node0"
+assert run(*args, "--resume=auto") == 1
+os.unlink(marker)
+assert not run(*args, "--resume=auto")
+print("all as it should be")
+""")
+    done = run_script(tmp_path / "windows.py", *scripts)
+    assert "all as it should be" in done.stdout
+    assert "in use by process 1 on node0" in done.stderr and ".running" in done.stderr
 
 
 # ----------------------------------------------------------------------------- pruned states
