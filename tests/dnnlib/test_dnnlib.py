@@ -267,6 +267,13 @@ def test_pytorch_keeps_what_it_compiles_in_the_cache_unless_the_user_says_otherw
     assert done.stdout.decode().split()[-1] == (given or str(tmp_path / "compiled")), done.stderr
 
 
+def test_a_log_goes_on_where_an_earlier_process_ended(tmp_path, capsys):
+    for line in ("first", "second"):
+        with Logger(tmp_path / "log.txt"):
+            print(line)
+    assert (tmp_path / "log.txt").read_text() == "first\nsecond\n" == capsys.readouterr().out
+
+
 def test_an_interrupted_write_leaves_the_earlier_file_alone(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"a": 1})
