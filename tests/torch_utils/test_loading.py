@@ -12,7 +12,8 @@ from faults import wait_until
 from scripts import HANG_SEC, ROOT
 
 from dnnlib.cli import UserError, user_errors
-from torch_utils.loading import read_in_processes, read_in_threads
+from torch_utils import loading
+from torch_utils.loading import Timed, read_in_processes, read_in_threads
 
 
 class Numbers:
@@ -196,3 +197,18 @@ def test_batches_need_no_room_in_shared_memory(workers, size):
         ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" "$@"', sys.executable, "-c",
          SMALL_SHM, str(workers)], cwd=ROOT, text=True, capture_output=True, timeout=HANG_SEC)
     assert (done.returncode, done.stdout) == (0, "all there\n"), done.stderr
+
+
+def test_the_time_that_is_waited_for_all_items_since_the_last_look_is_summed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: now[0])
+
+    def items():
+        for seconds in (1.0, 2.0, 4.0):
+            now[0] += seconds
+            yield seconds
+    timed = Timed(items())
+    assert [next(timed), next(timed)] == [1, 2]
+    now[0] += 100  # between items, where nobody waits
+    assert timed.take_sec() == 3 and timed.take_sec() == 0
+    assert next(timed) == 4 and timed.take_sec() == 4
