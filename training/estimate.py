@@ -165,12 +165,37 @@ def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
                    f"{_scaled(found.state_bytes)}B + {micro_batch} x "
                    f"{_scaled(found.image_bytes)}B an image"),
         ("Steps", f"{steps:,} of {config.batch} images"),
+        ("Disk", _disk(config, found.parameters)),
     ]
     if rate is not None:
         seconds = config.total_nimg / rate
         rows.append(("Time", f"{format_time(seconds)} ({seconds / 3600:.4g} hours) at {rate:g} "
                              "images/s, without scores and files"))
     return "\n".join(f"{title:<11s}{text}" for title, text in rows)
+
+
+def num_files(config: TrainConfig) -> tuple[int, int]:
+    """Returns how many snapshots and training states a run writes from its beginning to its end.
+
+    The first tick, number 0, has a snapshot and no state; the end has both.
+    """
+    end = -(-config.total_nimg // config.batch) * config.batch
+    last, short = divmod(end - config.batch, config.tick_nimg)
+    snapshots = last // config.snap + 1 + bool(short or last % config.snap)
+    states = last // config.dump + bool(short or last == 0 or last % config.dump)
+    return snapshots, states
+
+
+def _disk(config: TrainConfig, parameters: int) -> str:
+    """Says what a run leaves on the disk: 4 bytes a parameter in a snapshot, 16 in a state."""
+    snapshots, states = num_files(config)
+    kept = states if config.keep is None else min(states, config.keep)
+    kept += bool(config.eval)  # the best state
+    total = 4 * parameters * snapshots + 16 * parameters * kept
+    choice = "" if config.keep is None else f" (--keep={config.keep})"
+    best = ", with the best one" if config.eval else ""
+    return (f"{_scaled(total)}B in all: {snapshots} snapshots of {_scaled(4 * parameters)}B, "
+            f"{kept} states of {_scaled(16 * parameters)}B{choice}{best}")
 
 
 def _scaled(value: float) -> str:

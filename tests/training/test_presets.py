@@ -11,11 +11,14 @@ from scripts import ROOT
 from tiny import TINY_NETWORK, TINY_RUN
 
 import train
+from checkpoints import checkpoint
+from images.dataset import ImageFolderDataset
 from pfgmpp.networks import build_network
 from pfgmpp.unets import UNetBlock
 from training.config import TrainConfig
-from training.estimate import Estimate
+from training.estimate import Estimate, describe, num_files
 from training.presets import PRESETS
+from training.trainer import Trainer
 
 DATA = {"cifar10": (32, 0), "ffhq64": (64, 0), "afhqv2": (64, 0), "imagenet64": (64, 1000),
         "lsun256": (256, 0), "emoji32": (32, 9)}
@@ -279,6 +282,41 @@ def test_with_checkpoints_an_image_takes_what_is_kept_and_the_largest_block(arch
     assert found.image_bytes < 0.5 * plain.image_bytes
     assert found.training_flops / found.forward_flops == pytest.approx(4, rel=0.05), "one more"
     assert (found.parameters, found.forward_flops) == (plain.parameters, plain.forward_flops)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [
+    ["--duration=0.00008", "--tick=0.016", "--snap=2", "--dump=1"],
+    ["--duration=0.000075", "--tick=0.024", "--snap=1", "--dump=2"],
+    ["--duration=0.000064", "--tick=0.024", "--snap=3", "--dump=2"],
+    ["--duration=0.000008", "--tick=0.024", "--snap=1", "--dump=1"],
+    ["--duration=0.00008", "--tick=0.008", "--snap=4", "--dump=1", "--keep=3"]], ids=str)
+def test_a_dry_run_says_what_the_run_leaves_on_the_disk(flags, dataset_zip, tmp_path, invoke):
+    args = [f"--outdir={tmp_path}", "--name=run", f"--data={dataset_zip}", *TINY_RUN, *flags]
+    told = invoke(train.main, *args, "-n").stdout
+    result = invoke(train.main, *args)
+    assert result.exit_code == 0, result.output
+    snapshots, states = (list(tmp_path.glob(f"run/{kind}-*.pt"))
+                         for kind in ("network-snapshot", "training-state"))
+    [line] = re.findall("^Disk +(.*)$", told, re.M)
+    assert f" {len(snapshots)} snapshots of " in line and f", {len(states)} states of " in line
+    options = json.loads((tmp_path / "run/training_options.json").read_text())["options"]
+    config = TrainConfig.from_dict(options)
+    assert config.keep or num_files(config) == (len(snapshots), len(states))
+
+
+@pytest.mark.long
+def test_snapshots_and_states_are_as_large_as_a_dry_run_says(dataset_zip, tmp_path):
+    config = TrainConfig(data=str(dataset_zip), arch="ncsnpp", cbase=64, cres=(1, 2), nblock=1,
+                         batch=8, workers=0, augment=0.0)
+    trainer = Trainer(config, ImageFolderDataset(dataset_zip), torch.device("cpu"))
+    trainer.start()
+    trainer.train_step()
+    text = describe(config, config.network(8, 3, 0), 1)
+    said = re.search("snapshots of ([0-9.]+) MB, .* states of ([0-9.]+) MB", text).groups()
+    for size, content in zip(said, (trainer.snapshot(), trainer.state()), strict=True):
+        checkpoint.save(tmp_path / "x.pt", content)
+        assert (tmp_path / "x.pt").stat().st_size / 1e6 == pytest.approx(float(size), rel=0.02)
 
 
 @pytest.mark.long
