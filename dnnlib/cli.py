@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import click
 
 from dnnlib import console, signals
+from dnnlib.util import CACHE_DIR_ENV
 
 BAD_INPUT, BAD_USAGE, DIVERGED = 1, 2, 3
 _KIND_NAMES = {int: "whole numbers", float: "numbers"}
@@ -95,6 +96,30 @@ def verbosity_options(function: Callable) -> Callable:
                             help="Also print who computes, and where time goes.")(speaking)
     return click.option("--quiet", is_flag=True,
                         help="Print results, warnings and errors alone.")(speaking)
+
+
+def cache_dir_option(function: Callable) -> Callable:
+    """Adds --cache-dir to a click command: where the cache is while the command runs."""
+    return click.option("--cache-dir", metavar="DIR", expose_value=False, callback=_use_cache_dir,
+                        help="Folder for packed data, downloads and what is measured once.  "
+                        f"[default: ${CACHE_DIR_ENV}, else ~/.cache/pfgmpp]")(function)
+
+
+def _use_cache_dir(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is None:
+        return
+    folder = os.path.abspath(value)
+    if not value or (os.path.exists(folder) and not os.path.isdir(folder)):
+        raise click.BadParameter(f"{value!r}: must name a folder, which is made if need be")
+    before = os.environ.get(CACHE_DIR_ENV)
+
+    def restore() -> None:
+        os.environ.pop(CACHE_DIR_ENV, None)
+        if before is not None:
+            os.environ[CACHE_DIR_ENV] = before
+
+    ctx.call_on_close(restore)
+    os.environ[CACHE_DIR_ENV] = folder  # loader processes have it too
 
 
 @contextlib.contextmanager
