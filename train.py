@@ -259,8 +259,7 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
             for opened in filter(None, (dataset, held_out)):
                 if config.cache and not dry_run:
                     opened.pack()
-                if not opened.is_packed:
-                    distributed.run_by(distributed.node_leader(), opened.check_uniform)
+                distributed.run_by(distributed.node_leader(), _check_unless_packed, opened)
             if config.data_on_device == "1" and not dry_run:
                 _require_packed(dataset)
             settled = settle_sigma_data(config, dataset, state, may_measure=not dry_run)
@@ -361,6 +360,12 @@ def _open_held_out(config, dataset):
     """Returns the images of --val-data, checked against the data set; None without it."""
     from training.validation import open_held_out
     return open_held_out(config, dataset) if config.val_data else None
+
+
+def _check_unless_packed(dataset) -> None:
+    """Looks at all images, as packing would have done, where one node may have packed them."""
+    if not dataset.is_packed:
+        dataset.check_uniform()
 
 
 def _require_packed(dataset) -> None:
