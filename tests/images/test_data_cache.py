@@ -1,22 +1,28 @@
 """The cache folder: who packs, where and whether there is room; what is found out once."""
 
+import io
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from scripts import ROOT, run_ranks
 from tiny import TINY_RUN, write_dataset
 
+import dataset_tool
 import train
 from checkpoints import checkpoint
 from dnnlib import progress
+from dnnlib.stored_zip import StoredZip
 from images import data_cache, image_files, uniform_images
 from images.dataset import ImageFolderDataset
 from images.scaling import Scaling, Spread, image_means
@@ -434,3 +440,89 @@ def test_a_cached_folder_is_known_by_its_place(folder, settled, tmp_path):
     assert ImageFolderDataset(other).known_fingerprint is None
     (tmp_path / "link").symlink_to(folder)
     assert ImageFolderDataset(Path(tmp_path / "link")).known_fingerprint == first
+
+
+MILLION = 1_000_000
+SOON_SEC, GAP_SEC = 5, 15
+SLACK_SEC = 3  # of a machine that has other work, at which threads wake up late
+
+
+@pytest.mark.slow
+@pytest.mark.scripts
+@pytest.mark.parametrize("flags", [[], ["--cache=0", "--sigma-data=auto"]])
+def test_a_run_of_a_million_images_is_never_silent_before_step_0(tmp_path, flags, capsys):
+    data = io.BytesIO()
+    PIL.Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(data, "png")
+    with open(tmp_path / "million.zip", "wb") as file:
+        archive = StoredZip(file)
+        for i in range(MILLION):
+            archive.write(f"{i // 1000:05d}/img{i:08d}.png", data.getvalue())
+        archive.close()
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "train.py", f"--outdir={tmp_path}", f"--data={tmp_path / 'million.zip'}",
+         *TINY_RUN, "--device=cpu", "--duration=0.000008", *flags],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append((time.monotonic() - start, line))
+        if line.startswith("tick 0"):
+            break
+    process.stdout.read()
+    assert process.wait() == 0, lines
+    with capsys.disabled():
+        print("", *(f"{sec:6.1f} s  {line.rstrip()}" for sec, line in lines), sep="\n")
+    times = [sec for sec, _ in lines]
+    assert times[0] < SOON_SEC + SLACK_SEC
+    assert max(np.diff(times)) < GAP_SEC + SLACK_SEC
+    assert lines[-1][1].startswith("tick 0")
+
+
+# -------------------------------------------------------------------------------- contents
+
+def test_the_cache_is_listed_and_emptied(dataset_zip, folder, settled, cache, invoke):
+    ImageFolderDataset(dataset_zip, cache=True)
+    ImageFolderDataset(folder, max_size=7, cache=True)
+    (cache / "references").mkdir()
+    (cache / "references" / "x.npz").write_bytes(b"1234")
+    (cache / "mine.txt").write_text("not of the cache")
+    listed = invoke(dataset_tool.main, "cache", "list")
+    head, *lines, end = listed.stdout.splitlines()
+    assert listed.exit_code == 0 and re.match(r"entry +size +days$", head) and len(lines) == 4
+    packed = [line for line in lines if line.startswith("packed/")]
+    assert any(line.endswith(f"40 images of {dataset_zip}") for line in packed)
+    assert any(line.endswith(f"7 images of {folder}") for line in packed)
+    assert re.match(rf"{cache}: [\d.]+ kB in 4 entries, [\d.]+ .?B free$", end)
+    name = packed[0].split()[0]
+    for given in (name, Path(name).name[:70]):
+        ImageFolderDataset(dataset_zip, cache=True)
+        ImageFolderDataset(folder, max_size=7, cache=True)
+        removed = invoke(dataset_tool.main, "cache", "remove", given)
+        assert removed.exit_code == 0 and removed.stdout.startswith(f"Removed {name}, ")
+        assert not (cache / name).exists() and len(list((cache / "packed").iterdir())) == 1
+    assert invoke(dataset_tool.main, "cache", "remove", "--all").exit_code == 0
+    assert [path for path in cache.rglob("*") if path.is_file()] == [cache / "mine.txt"]
+    assert ImageFolderDataset(dataset_zip, cache=True).is_packed
+
+
+@pytest.mark.parametrize("words, code, message", [
+    (["nothing"], 1, "Error: 'nothing' is no entry of "),
+    (["p"], 1, "begins the names of 2 entries"), ([""], 1, "is no entry"),
+    (["../a.zip"], 1, "is no entry"), ([], 2, "or give --all"),
+    (["x", "--all"], 2, "or give --all"),
+])
+def test_what_is_no_entry_removes_nothing(words, code, message, dataset_zip, cache, invoke):
+    ImageFolderDataset(dataset_zip, cache=True)
+    ImageFolderDataset(dataset_zip, max_size=3, cache=True)
+    before = sorted(cache.rglob("*"))
+    result = invoke(dataset_tool.main, "cache", "remove", *words)
+    assert result.exit_code == code and message in result.stderr, result.output
+    assert sorted(cache.rglob("*")) == before and dataset_zip.exists()
+
+
+def test_an_empty_cache_is_listed_too(cache, invoke, tmp_path):
+    assert re.fullmatch(rf"{cache}: 0 B in 0 entries, [\d.]+ .?B free\n",
+                        invoke(dataset_tool.main, "cache", "list").stdout)
+    other = invoke(dataset_tool.main, "cache", "list", f"--cache-dir={tmp_path / 'other'}")
+    assert other.stdout.startswith(f"{tmp_path}/other: ") and not cache.exists()
+    assert invoke(dataset_tool.main, "cache", "remove", "--all").exit_code == 0
