@@ -1,17 +1,21 @@
-"""Converts images into a data set that train.py reads; verifies and shows data sets."""
+"""Converts images into a data set that train.py reads; verifies and shows data sets.
+
+Its commands also list and empty the cache folder.
+"""
 
 import contextlib
 import dataclasses
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from dnnlib.cli import run, user_errors
+from dnnlib.cli import cache_dir_option, run, user_errors
 
 if TYPE_CHECKING:  # imported late: help is instant
     import collections
@@ -346,6 +350,49 @@ def show(data: str, out: str | None, workers: int | None) -> None:
         save_png(path, picture)
         click.echo(f"{path}: {shown}")
         _print_statistics(moments, scaling)
+
+
+@main.group()
+def cache() -> None:
+    """Lists or removes what is kept in the cache folder, such as packed data sets."""
+
+
+@cache.command("list")
+@cache_dir_option
+def list_cache() -> None:
+    """Prints names, sizes, days since the last use, and what each entry is of."""
+    with user_errors():
+        from dnnlib.util import cache_dir, format_table
+        from images.data_cache import entries, free_bytes, shown_bytes
+
+        found = entries()
+        if found:
+            click.echo(format_table([
+                ("entry", "size", "days", ""),
+                *((entry.name, shown_bytes(entry.num_bytes),
+                   f"{max(time.time() - entry.used, 0) / 86400:.1f}", entry.about)
+                  for entry in found)], left=(0, 3)))
+        size = sum(entry.num_bytes for entry in found)
+        click.echo(f"{cache_dir()}: {shown_bytes(size)} in {len(found)} entries, "
+                   f"{shown_bytes(free_bytes(cache_dir()))} free")
+
+
+@cache.command("remove")
+@click.argument("names", metavar="[NAMES]...", nargs=-1)
+@click.option("--all", "is_all", is_flag=True, help="Remove all entries.")
+@cache_dir_option
+def remove_cache(names: tuple[str, ...], is_all: bool) -> None:
+    """Removes entries by their names in the list, or by how these begin.
+
+    Everything is made again when it is needed. Remove nothing that a running process uses.
+    """
+    if is_all == bool(names):
+        raise click.UsageError("name entries of the cache, or give --all")
+    with user_errors():
+        from images.data_cache import entries, remove, shown_bytes
+
+        for entry in remove([entry.name for entry in entries()] if is_all else names):
+            click.echo(f"Removed {entry.name}, {shown_bytes(entry.num_bytes)}")
 
 
 def cli() -> None:

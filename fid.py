@@ -11,7 +11,15 @@ from typing import NamedTuple
 import click
 
 from dnnlib import console
-from dnnlib.cli import BAD_USAGE, IntList, UserError, run, user_errors, verbosity_options
+from dnnlib.cli import (
+    BAD_USAGE,
+    IntList,
+    UserError,
+    cache_dir_option,
+    run,
+    user_errors,
+    verbosity_options,
+)
 from sampling.sampling_options import sampling_options
 
 # As generate.py names folders: ckpt_[2_|3_]KIMG[_alpha_A][_steps_S][_quant_B].
@@ -130,6 +138,7 @@ def _score_options(command):
 @_switch("--quant",           help="Run directory: score the folders of a sweep over bits")
 @_switch("--prune",           help="Refused: there is no pruning here")
 @_detector_options
+@cache_dir_option
 @verbosity_options
 def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str | None, num: int,
          seed: int, ckpt: float, end_ckpt: float, gen_seed: tuple[int, ...], steps: bool,
@@ -193,6 +202,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
               help="Number of seed ranges: --seeds, then as many seeds after them, and so on")
 @sampling_options
 @_detector_options
+@cache_dir_option
 @verbosity_options
 def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str | None,
         seeds: tuple[int, ...], ranges: int, batch: int, detector: str, device: str, workers: int,
@@ -253,6 +263,7 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
               help="File to write")
 @_switch("--features",        help="Also keep the features, which kid and pr need")
 @_detector_options
+@cache_dir_option
 @verbosity_options
 def ref(data: str, dest: str, features: bool, batch: int, detector: str, device: str,
         workers: int) -> None:
@@ -272,6 +283,7 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
                 if len(dataset) < 2:
                     raise ValueError(f"{data}: {len(dataset)} image, at least 2 needed")
                 built = build_detector(detector, chosen_device)
+            dataset.share_fingerprint()
             configure_backends("fp32")
             _warn_if_few(len(dataset), name, ("fid",))
             with console.timed("features"):

@@ -9,7 +9,15 @@ from pathlib import Path
 import click
 
 from dnnlib import console
-from dnnlib.cli import BAD_USAGE, IntList, UserError, run, user_errors, verbosity_options
+from dnnlib.cli import (
+    BAD_USAGE,
+    IntList,
+    UserError,
+    cache_dir_option,
+    run,
+    user_errors,
+    verbosity_options,
+)
 from sampling.sampling_options import sampling_options
 from sampling.sweeps import sweep_points
 
@@ -39,6 +47,7 @@ def _refuse(ctx, param, value: bool | None) -> None:
 @click.option("--align", type=click.BOOL, callback=_refuse, expose_value=False, hidden=True)
 @click.option("--align_precond", type=click.BOOL, callback=_refuse, expose_value=False, hidden=True)
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to sample.")
+@cache_dir_option
 @verbosity_options
 def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use_pickle, edm,
          save_images, device, steps, alpha, bits, **sampling):

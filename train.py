@@ -1,7 +1,6 @@
 """Trains a PFGM++ or EDM model: checks the options, opens the data, starts the loop."""
 
 import contextlib
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -16,11 +15,13 @@ from dnnlib.cli import (
     IntList,
     NameList,
     UserError,
+    cache_dir_option,
     describe,
     run,
     user_errors,
     verbosity_options,
 )
+from dnnlib.progress import stage
 from training.config import LOG_SINKS, LR_DECAYS
 from training.presets import PRESETS
 
@@ -159,7 +160,8 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--compile", "compile_", type=click.Choice(["auto", "0", "1"]), default="auto", help="torch.compile the network; auto does on a GPU with Triton, but for --deterministic=1.")
 @click.option("--deterministic", type=_BOOL, is_flag=False, flag_value=True, default=False, help="Only deterministic GPU kernels.")
 @click.option("--bench", type=_BOOL, default=True, help="cuDNN autotuning.")
-@click.option("--cache", type=_BOOL, default=True, help="Decode the data once into a packed file that all processes map.")
+@click.option("--cache", type=_BOOL, default=True, help="Decode the data once into a packed file that all processes of a node map.")
+@cache_dir_option
 @click.option("--data-on-device", type=click.Choice(["auto", "0", "1"]), default="auto", help="Keep the data in the device's memory; auto does where they take 1/16 of a GPU's.")
 @click.option("--workers", metavar="INT", type=int, default=1, help="Threads that read data ahead, processes with --cache=0; 0 reads in the main thread.")
 # Input and output.
@@ -218,10 +220,12 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         if console.is_rank0():  # the only one that writes
             _check_writable(fixed_dir or Path(outdir))
 
-    from torch_utils import distributed
-    from training import agreement
-    from training import resume as resuming
-    from training.log_sinks import check_available
+    with stage("Loading PyTorch"):
+        from torch_utils import distributed
+        from training import agreement
+        from training import resume as resuming
+        from training.log_sinks import check_available
+        from training.sigma_data import settle_sigma_data
 
     with user_errors(BAD_USAGE):
         config = _config(data, opts, precision_of(ctx))
@@ -230,7 +234,8 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         if ctx.get_parameter_source("batch_gpu") is not ParameterSource.COMMANDLINE:
             config = config.with_fitting_batch_gpu(world_size)  # of a preset or another run
         config.rounds(world_size)
-    with user_errors(), distributed.process_group(device) as torch_device, \
+    with user_errors(), contextlib.ExitStack() as starting, \
+            _starting(starting, distributed.process_group(device)) as torch_device, \
             contextlib.ExitStack() as stack:
         _warn_of_idle_dim(ctx, config)
         agreement.check_options(
@@ -254,12 +259,12 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
             for opened in filter(None, (dataset, held_out)):
                 if config.cache and not dry_run:
                     opened.pack()
-                else:
-                    opened.check_uniform()
-        if config.sigma_data is None and not dry_run:
-            config = dataclasses.replace(
-                config, sigma_data=distributed.run_on_rank0(_measure_sigma_data, dataset))
-            net = _network(config, dataset)
+                distributed.run_by(distributed.node_leader(), _check_unless_packed, opened)
+            if config.data_on_device == "1" and not dry_run:
+                _require_packed(dataset)
+            settled = settle_sigma_data(config, dataset, state, may_measure=not dry_run)
+        if settled is not config:
+            config, net = settled, _network(settled, dataset)
         start = state
         if state and config.sigma_data is not None:
             resuming.check_network(net, state)
@@ -273,7 +278,14 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
         run_dir = distributed.run_on_rank0(
             _make_run_dir, config, dataset.name, Path(outdir), fixed_dir, desc, bool(resume))
         distributed.run_on_rank0(_lock, stack, run_dir)  # a second time is none
+        starting.close()
         _train(config, dataset, run_dir, torch_device, start, held_out)
+
+
+def _starting(starting: contextlib.ExitStack, context):
+    """Returns the context; says until `starting` is closed how long the start takes."""
+    starting.enter_context(stage("Starting"))  # what takes long says so itself
+    return context
 
 
 def _lock(stack, run_dir: Path) -> None:
@@ -350,16 +362,19 @@ def _open_held_out(config, dataset):
     return open_held_out(config, dataset) if config.val_data else None
 
 
-def _measure_sigma_data(dataset) -> float:
-    """Returns the standard deviation of the data as networks see them.
+def _check_unless_packed(dataset) -> None:
+    """Looks at all images, as packing would have done, where one node may have packed them."""
+    if not dataset.is_packed:
+        dataset.check_uniform()
 
-    Raises:
-        ValueError: all data are alike.
-    """
-    sigma_data = dataset.measure().scaled(dataset.scaling).overall_std()
-    if not sigma_data > 0:
-        raise ValueError(f"--sigma-data=auto: all values of {dataset.path} are alike; give a number")
-    return sigma_data
+
+def _require_packed(dataset) -> None:
+    """Raises ValueError on every rank if the data of one have no packed file to copy."""
+    from torch_utils import distributed
+    if not all(distributed.gather_objects(dataset.is_packed)):
+        raise ValueError(f"--data-on-device=1: {dataset.path} is not packed, and it is the packed "
+                         "file that is copied; free some space, name another folder by "
+                         "--cache-dir, or leave --data-on-device out")
 
 
 def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Path:
@@ -419,10 +434,28 @@ def _print_plan(config, dataset, rate: float | None, device) -> None:
         f"{world_size} process(es)",
         f"Noise      {config.noise_name}",
         describe_estimate(config, network, world_size, rate),
+        *(_cache_lines(dataset) if config.cache else []),
         "Dry run: nothing was trained or written."]))
     parameters = misc.count_parameters(_network(config, dataset))
     for line in advice(config, Machine.of(device), parameters):
         distributed.warn0(line)
+
+
+def _cache_lines(dataset) -> list[str]:
+    """Returns where the data are packed, or would be, for --dry-run."""
+    from images.data_cache import free_bytes, shown_bytes
+    packing = dataset.packing()
+    lines = [f"Cache      {path}, {shown_bytes(size)}, packed already"
+             for path, size, is_there in packing if is_there]
+    missing = [(path, size) for path, size, is_there in packing if not is_there]
+    if missing:
+        size, free = sum(size for _, size in missing), free_bytes(missing[0][0])
+        lines += [f"Cache      {path}, {shown_bytes(size)}, to be packed by the first run"
+                  for path, size in missing]
+        lines.append(f"           {shown_bytes(free)} are free there" + (
+            "" if free >= size else ", too little: images would be decoded in every epoch instead; "
+            "free some space, or name another folder by --cache-dir"))
+    return lines
 
 
 def cli() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import click
 
 from dnnlib import console, signals
-from dnnlib.util import cache_dir
+from dnnlib.util import CACHE_DIR_ENV, cache_dir
 
 BAD_INPUT, BAD_USAGE, DIVERGED = 1, 2, 3
 _KIND_NAMES = {int: "whole numbers", float: "numbers"}
@@ -26,6 +26,7 @@ _LOST = re.compile(r"gloo|connection (closed|reset|was)|timed out|nccl|socket|br
 # then sleep. By default they spin for milliseconds, and where another program holds a core, the
 # thread that is waited for does not get one meanwhile (docs/performance.md).
 _OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+_COMPILED_ENV = "TORCHINDUCTOR_CACHE_DIR"  # where PyTorch keeps what it compiles
 
 
 class UserError(click.ClickException):
@@ -58,7 +59,7 @@ def run(main: click.Command) -> None:
     if not _OPENMP.keys() & os.environ.keys():
         os.environ.update(_OPENMP)
     with contextlib.suppress(OSError):  # PyTorch chooses a folder of its own as it is imported
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("compiled")))
+        os.environ.setdefault(_COMPILED_ENV, str(cache_dir("compiled")))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # some consoles lack most of Unicode
             stream.reconfigure(errors="backslashreplace")
@@ -116,6 +117,32 @@ def verbosity_options(function: Callable) -> Callable:
                             help="Also print who computes, and where time goes.")(speaking)
     return click.option("--quiet", is_flag=True,
                         help="Print results, warnings and errors alone.")(speaking)
+
+
+def cache_dir_option(function: Callable) -> Callable:
+    """Adds --cache-dir to a click command: where the cache is while the command runs."""
+    return click.option("--cache-dir", metavar="DIR", expose_value=False, callback=_use_cache_dir,
+                        help="Folder for packed data, downloads and what is measured once.  "
+                        f"[default: ${CACHE_DIR_ENV}, else ~/.cache/pfgmpp]")(function)
+
+
+def _use_cache_dir(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is None:
+        return
+    folder = os.path.abspath(value)
+    if not value or (os.path.exists(folder) and not os.path.isdir(folder)):
+        raise click.BadParameter(f"{value!r}: must name a folder, which is made if need be")
+    before = {name: os.environ.get(name) for name in (CACHE_DIR_ENV, _COMPILED_ENV)}
+
+    def restore() -> None:
+        for name, text in before.items():
+            os.environ.pop(name, None)
+            if text is not None:
+                os.environ[name] = text
+
+    ctx.call_on_close(restore)
+    os.environ[CACHE_DIR_ENV] = folder  # loader processes have it too
+    os.environ[_COMPILED_ENV] = os.path.join(folder, "compiled")
 
 
 @contextlib.contextmanager

@@ -2,10 +2,12 @@
 
 Where stdout is a file or a pipe, a line is printed at least every LINE_SEC seconds. On a terminal
 there is a bar, and the lines go to the log file if there is one. A thread writes them, so that they
-come while a single step takes minutes too. Work within other work is the one that is told.
+come while a single step takes minutes too. Work within other work is the one that is told, and no
+more than LINE_SEC pass without a line from one piece of work to the next.
 """
 
 import contextlib
+import math
 import sys
 import threading
 import time
@@ -17,6 +19,8 @@ from dnnlib import console
 T = TypeVar("T")
 
 LINE_SEC = 15.0
+FIRST_LINE_SEC = 3.0  # of work before training: who waits wants to know soon what for
+_LOOK_SEC = 1.0  # how often a stage is shown anew on a terminal, and whose turn it is looked at
 _COLLAPSED = 1 / 3  # of the best speed so far
 _END_SEC = 1.0  # for a line that is being written when the work ends
 _WAY_OUT = ("Other programs may want the processor, and threads that wait for each other are slow "
@@ -35,17 +39,22 @@ class Progress:
         is_shown: show anything.
         delay: seconds before the bar appears.
         watch_speed: warn, once, when the speed collapses.
+        first_line_sec: seconds before the first line; LINE_SEC where it is None.
+        is_stage: nothing is counted; the time that has passed is shown instead.
     """
 
     _open: ClassVar[list["Progress"]] = []
+    _last_line: ClassVar[float] = -math.inf  # when anything wrote one
 
     def __init__(self, total: int | None, title: str = "", *, initial: int = 0, unit: str = "img",
                  is_scaled: bool = False, is_shown: bool = True, delay: float = 0.0,
-                 watch_speed: bool = False):
+                 watch_speed: bool = False, first_line_sec: float | None = None,
+                 is_stage: bool = False):
         from tqdm import tqdm  # late: the help of scripts needs none of it
 
         self._bar = tqdm(total=total, initial=initial, desc=title or None, unit=unit, leave=False,
                          unit_scale=is_scaled, delay=delay,
+                         bar_format="{desc}: {elapsed}" if is_stage else None,
                          disable=console.bar_disabled() if is_shown else True)
         self._total, self._title, self._unit, self._is_scaled = total, title, unit, is_scaled
         self._done = initial
@@ -53,11 +62,16 @@ class Progress:
         self._watches_speed = watch_speed and self._is_shown
         self._rate = self._best_rate = self._window_sec = 0.0
         self._window_count = 0
-        self._last_update = self._last_line = time.monotonic()
+        self._is_stage = is_stage
+        self._start = self._last_update = time.monotonic()
+        self._first_line = self._start + (LINE_SEC if first_line_sec is None else first_line_sec)
+        self._has_line = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._write_lines, daemon=True)
 
     def __enter__(self) -> "Progress":
+        if not self._open and time.monotonic() > Progress._last_line + LINE_SEC:
+            Progress._last_line = time.monotonic()  # there was nothing to tell before
         self._open.append(self)
         if self._is_shown:
             self._thread.start()
@@ -88,7 +102,8 @@ class Progress:
         with self._bar.external_write_mode():
             yield
         sys.stdout.flush()
-        self._last_line = time.monotonic()
+        Progress._last_line = time.monotonic()
+        self._has_line = True
 
     def set_note(self, text: str) -> None:
         """Shows `text` at the end of the bar."""
@@ -99,19 +114,29 @@ class Progress:
         self._last_update = time.monotonic()
 
     def _write_lines(self) -> None:
-        """Writes a line whenever none has been written for LINE_SEC."""
-        while not self._ended.wait(max(self._last_line + LINE_SEC - time.monotonic(), 0.01)):
-            if time.monotonic() < self._last_line + LINE_SEC:
+        """Writes a line whenever none has been written for LINE_SEC, the first one sooner."""
+        while not self._ended.wait(min(max(self._due() - time.monotonic(), 0.01), _LOOK_SEC)):
+            if self._open[-1:] != [self]:
                 continue
-            self._last_line = time.monotonic()
-            if self._open[-1:] == [self]:
-                try:
+            try:
+                if self._is_stage and time.monotonic() > self._first_line:
+                    self._bar.refresh()
+                if time.monotonic() >= self._due():
+                    Progress._last_line = time.monotonic()
+                    self._has_line = True
                     with self._bar.get_lock():
                         console.print_to_files(self._line())
-                except (OSError, ValueError):  # nobody reads, or not these characters
-                    return
+            except (OSError, ValueError):  # nobody reads, or not these characters
+                return
+
+    def _due(self) -> float:
+        """Returns when the next line is due."""
+        due = Progress._last_line + LINE_SEC
+        return due if self._has_line else min(due, self._first_line)
 
     def _line(self) -> str:
+        if self._is_stage:
+            return f"{self._title}: {time.monotonic() - self._start:.0f} s so far"
         # Until there is a whole window, of what there is: the first step may have taken longer.
         rate = self._rate or self._window_count / max(self._window_sec, 1e-9)
         parts = [f"{self._number(self._done)} {self._unit}"]
@@ -142,3 +167,12 @@ class Progress:
                 print(f"Warning: {self._rate:.3g} {self._unit}/s after {self._best_rate:.3g}. "
                       f"{_WAY_OUT}", file=sys.stderr, flush=True)
         self._best_rate = max(self._best_rate, self._rate)
+
+
+def stage(title: str) -> Progress:
+    """Returns the progress of work that can't be counted, such as reading the list of a ZIP.
+
+    It shows the time that has passed: in a line after FIRST_LINE_SEC and then every LINE_SEC, or on
+    a terminal in place of a bar.
+    """
+    return Progress(None, title, delay=math.inf, first_line_sec=FIRST_LINE_SEC, is_stage=True)

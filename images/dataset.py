@@ -14,11 +14,15 @@ where permutation_e is drawn only from (seed, e). So batch size, world size and 
 who reads an image, never which one comes next.
 """
 
+import contextlib
+import dataclasses
 import functools
-import hashlib
 import itertools
 import operator
 import os
+import socket
+import sys
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +30,17 @@ from typing import Any
 import numpy as np
 import torch.utils.data
 
+from dnnlib.cli import describe
+from dnnlib.ordered_pool import num_cores
+from dnnlib.progress import FIRST_LINE_SEC, Progress, stage
 from dnnlib.util import EasyDict, cache_dir
+from images import data_cache
 from images.image_files import (
     CONDITIONS,
     DAMAGE,
     GENERATE_RECORD,
     LABELS_NAME,
+    Folder,
     check_matched,
     collector_paused,
     label_array,
@@ -40,11 +49,15 @@ from images.image_files import (
     parse_labels,
     split_conditions,
 )
-from images.scaling import Moments, Scaling, recorded_scaling
+from images.scaling import Moments, Scaling, Spread, image_means, recorded_scaling
 from images.uniform_images import UniformImages
+from torch_utils import distributed
+from torch_utils.loading import read_in_processes
 
 _DATA_TAG = int.from_bytes(b"data", "big")  # sets this stream apart from other uses of the seed
 _MEASURE_BYTES = 1 << 24  # data looked at at a time
+_MEASURE_ALONE = 2048  # fewer images are measured sooner than processes start
+_MEASURE_SEED = int.from_bytes(b"measure", "big")  # of the images that are drawn
 
 
 class ImageFolderDataset(torch.utils.data.Dataset):
@@ -64,8 +77,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         use_labels: read the labels; without them `label_dim` is 0.
         xflip: append a mirrored copy of the whole set.
         random_seed: any integer.
-        cache: read pixels from a packed copy that is built on first use in
-            `dnnlib.util.cache_dir("packed")` and then memory-mapped by every process.
+        cache: read pixels from a packed copy, see `pack`.
         use_conditions: read the condition images, of which there must be one for each image.
 
     Attributes:
@@ -85,6 +97,13 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                  use_conditions: bool = False):
         self.path = Path(path)
         self.name = Path(os.path.abspath(path)).stem
+        with stage(f"Opening {self.path}"):
+            self._open(resolution, max_size, use_labels, xflip, random_seed, use_conditions)
+        if cache:
+            self.pack()
+
+    def _open(self, resolution: int | Sequence[int] | None, max_size: int | None, use_labels: bool,
+              xflip: bool, random_seed: int, use_conditions: bool) -> None:
         self._files = open_files(self.path)
         self._names, self._cond_names = split_conditions(self._files.names)
         if not self._names:
@@ -107,8 +126,6 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._labels = np.zeros([len(self._names), 0], np.float32) if labels is None else labels
         self._copies = 2 if xflip else 1
         self._subset_key = "" if max_size is None else f"-{len(self._kept)}-{random_seed}"
-        if cache:
-            self.pack()
 
     def __len__(self) -> int:
         return len(self._kept) * self._copies
@@ -134,16 +151,30 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             return images
         return self.scaling.to_network(torch.from_numpy(images)).numpy()
 
-    def measure(self) -> Moments:
-        """Returns mean, deviation and range of each channel of the images, in the data's units.
+    def measure(self, max_images: int | None = None) -> tuple[Moments, Spread]:
+        """Returns the moments of the images, in the data's units, and their spread over images.
+
+        Args:
+            max_images: of a larger data set, measure only so many, which a fixed seed draws.
 
         Raises:
             ValueError: an image can't be read.
         """
+        rows = _subset(len(self._kept), max_images, _MEASURE_SEED)
         size = max(_MEASURE_BYTES // self._images.format.num_bytes, 1)
-        parts = np.split(np.arange(len(self._kept)), range(size, len(self._kept), size))
-        moments = (Moments.of(self._images.get(rows)) for rows in parts)
-        return functools.reduce(Moments.merge, moments)
+        parts = [rows[i:i + size] for i in range(0, len(rows), size)]
+        workers = min(num_cores(), len(parts)) if len(rows) >= _MEASURE_ALONE else 0
+        moments, spread = None, Spread()
+        with Progress(len(rows), f"Measuring {self.path}", delay=1,
+                      first_line_sec=FIRST_LINE_SEC) as progress:
+            for found in read_in_processes(_Measured(self._images, self.scaling), parts,
+                                           workers=workers):
+                count, *of_channels, of_images = (array.numpy() for array in found)
+                part = Moments(int(count[0]), *of_channels)
+                moments = moments.merge(part) if moments else part
+                spread.add(of_images)
+                progress.update(len(of_images))
+        return moments, spread
 
     @property
     def scale(self) -> dict[str, Any] | None:
@@ -240,15 +271,57 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def fingerprint(self) -> str:
         """A sha256 over the names, sizes and CRCs of images and labels; a copy has the same.
 
-        A ZIP lists them; the files of a folder are read for it.
+        A ZIP lists them. The files of a folder are read for it, once: the cache keeps the value for
+        as long as no file is touched.
         """
-        digest = hashlib.sha256()
+        return data_cache.fingerprint(self._files, self._stamped_names, self._listing,
+                                      str(self.path))
+
+    @property
+    def known_fingerprint(self) -> str | None:
+        """The fingerprint where no image has to be read for it, else None."""
+        if "fingerprint" in self.__dict__ or self._listing is None:
+            return self.fingerprint
+        return data_cache.known_fingerprint(self._listing)
+
+    def share_fingerprint(self) -> None:
+        """Finds the fingerprint once for all ranks; every rank must call it.
+
+        Rank 0 reads a folder. The first rank of another node does too where names, sizes and times
+        are others there, and a rank that was given another path than the first one of its node.
+        """
+        if "fingerprint" in self.__dict__ and distributed.get_world_size() == 1:
+            return
+        places = distributed.gather_objects(os.path.realpath(self.path))
+        leader = distributed.node_leader()
+        if places[leader] != places[distributed.get_rank()]:
+            leader = distributed.get_rank()
+
+        def look() -> tuple[str | None, str | None]:
+            listing = self._listing.digest if self._listing else None
+            return listing, self.fingerprint if distributed.get_rank() == 0 else None
+
+        own = distributed.run_by(leader, look)
+        first = distributed.broadcast_object(own)
+
+        def find() -> str:
+            is_first = own[0] is not None and own[0] == first[0]
+            return first[1] if is_first else self.fingerprint
+
+        self.__dict__["fingerprint"] = distributed.run_by(leader, find)
+
+    @functools.cached_property
+    def _listing(self) -> data_cache.Listing | None:
+        if not isinstance(self._files, Folder):
+            return None
+        return data_cache.list_folder(self.path, self._stamped_names)
+
+    @property
+    def _stamped_names(self) -> list[str]:
         there, others = set(self._files.names), [LABELS_NAME]
         if not self.scaling.is_8bit:
             others.append(GENERATE_RECORD)  # has the scale of generated arrays
-        for name in sorted([*self._names, *self._cond_names, *filter(there.__contains__, others)]):
-            digest.update(f"{name}\0{self._files.stamp(name)}\n".encode())
-        return digest.hexdigest()
+        return sorted([*self._names, *self._cond_names, *filter(there.__contains__, others)])
 
     def check_uniform(self) -> None:
         """Reads the header of every picture that is used, and the whole of arrays of floats.
@@ -299,15 +372,102 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return None if labels is None else label_array(self._names, labels, where)
 
     def pack(self) -> None:
-        """Reads pixels from the packed copy from now on, as `cache` does from the beginning.
+        """Reads pixels from a packed copy in the cache folder from now on, if there can be one.
+
+        It is made on first use, by the first rank of each node, or of all nodes that share the
+        cache folder, and mapped by every process. Every rank must call this. Where there is no room
+        for it, or the folder can't be written, a warning says so, and images come from their files
+        as before: see `is_packed`.
 
         Raises:
             ValueError: an image can't be read, or is not of the first one's format.
         """
-        for stack, suffix in zip(self._stacks, ("", "-cond"), strict=False):
-            name = f"{self.fingerprint}{self._subset_key}{suffix}.npy"
-            stack.open_packed(cache_dir("packed") / name, self.name)
-        self.close()  # the list of a ZIP's members is larger than all else
+        self.share_fingerprint()
+        packer = _first_with_this_cache()
+        problem = distributed.run_by(packer, self._make_packed)
+        paths = self._packed_paths(self.fingerprint)
+        is_whole = list(map(UniformImages.open_packed, self._stacks, paths))
+        if problem is None and not all(is_whole):
+            packer = distributed.get_rank()
+            problem = f"{paths[is_whole.index(False)]}: rank {packer} does not find it"
+        if problem is not None and packer == distributed.get_rank():
+            print(f"Warning: {self.path} is not packed ({problem}): loader processes decode its "
+                  "images in every epoch instead, as with --cache=0. Free some space, or name "
+                  "another folder by --cache-dir", file=sys.stderr, flush=True)
+        if self.is_packed:
+            self.close()  # the list of a ZIP's members is larger than all else
+
+    def packing(self) -> list[tuple[Path, int, bool]]:
+        """Returns what `pack` would make: (path, bytes, whether it is there) of each file.
+
+        Where a folder has never been read, the path is that of the cache folder.
+        """
+        fingerprint = self.known_fingerprint
+        if fingerprint is None:
+            return [(cache_dir(data_cache.PACKED), stack.packed_bytes, False)
+                    for stack in self._stacks]
+        return [(path, stack.packed_bytes, stack.is_packed_at(path))
+                for stack, path in zip(self._stacks, self._packed_paths(fingerprint), strict=True)]
+
+    def _packed_paths(self, fingerprint: str) -> list[Path]:
+        return [cache_dir(data_cache.PACKED) / f"{fingerprint}{self._subset_key}{suffix}.npy"
+                for _, suffix in zip(self._stacks, ("", "-cond"), strict=False)]
+
+    def _make_packed(self) -> str | None:
+        """Writes the packed files that are missing; returns what prevents it, if anything does."""
+        missing = [(stack, path) for stack, path in zip(
+            self._stacks, self._packed_paths(self.fingerprint), strict=True)
+            if not stack.is_packed_at(path)]
+        if not missing:
+            return None
+        folder, size = missing[0][1].parent, sum(stack.packed_bytes for stack, _ in missing)
+        try:
+            free = data_cache.make_room(folder, size)
+            where = f"{folder} on {socket.gethostname()}" if distributed.get_rank() else str(folder)
+            print(f"Packing {self.path}: {data_cache.shown_bytes(size)} into {where}, where "
+                  f"{data_cache.shown_bytes(free)} are free", flush=True)
+            for stack, path in missing:
+                stack.write_packed(path, self.name)
+                data_cache.note_packed(path, self.path, len(self._kept))
+        except OSError as error:  # damaged images are ValueErrors
+            return describe(error)
+        return None
+
+
+class _Measured:
+    """The images of a data set as what is measured of a batch of them."""
+
+    def __init__(self, images: UniformImages, scaling: Scaling):
+        self._images, self._scaling = images, scaling
+
+    def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray, ...]:
+        """Returns the fields of `Moments`, and for each image what `Spread.add` takes."""
+        values = self._images.get(np.asarray(indices))
+        count, *of_channels = dataclasses.astuple(Moments.of(values))
+        return np.array([count]), *of_channels, image_means(values, self._scaling)
+
+
+def _first_with_this_cache() -> int:
+    """Returns the first rank whose cache folder is the one of this node; every rank must call it.
+
+    The first rank of each node leaves a mark in its folder, and the others look for it in theirs.
+    """
+    own, leader = distributed.get_rank(), distributed.node_leader()
+    leaders = sorted(set(distributed.gather_objects(leader)))
+    if len(leaders) == 1:
+        return leader
+    mark = cache_dir(data_cache.PACKED) / f".{uuid.uuid4().hex}"
+    if own == leader:
+        with contextlib.suppress(OSError):
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    marks = distributed.gather_objects(mark.name)
+    first = next((rank for rank in leaders if mark.with_name(marks[rank]).exists()), leader)
+    firsts = distributed.gather_objects(first)
+    if own == leader:
+        with contextlib.suppress(OSError):
+            mark.unlink(missing_ok=True)
+    return firsts[leader]
 
 
 class TrainingOrder(torch.utils.data.Sampler):

@@ -301,7 +301,12 @@ class Zip:
 
     @collector_paused()
     def _handle(self) -> zipfile.ZipFile:
-        if self._pid != os.getpid():  # a forked child shares the parent's file position
+        if self._zip is not None and self._pid != os.getpid():
+            # A forked child has the list of members, which takes 20 s for a million, but shares the
+            # parent's file position.
+            self._zip.fp = open(self._path, "rb")  # noqa: SIM115 - by close()
+            self._pid = os.getpid()
+        if self._zip is None:
             try:
                 self._zip = zipfile.ZipFile(self._path)
             except zipfile.BadZipFile as error:

@@ -201,6 +201,47 @@ class Moments:
         return float(np.sqrt(np.mean(self.std**2) + np.var(self.mean)))
 
 
+def image_means(values: np.ndarray, scaling: Scaling) -> np.ndarray:
+    """Returns the mean of x and of x^2 of each image of values [B, C, H, W], float64 [B, 2]."""
+    center, spread = np.array(scaling.center), np.array(scaling.spread)
+    flat = values.reshape(*values.shape[:2], -1)
+    mean = flat.mean(axis=2, dtype=np.float64)  # [B, C], of v
+    square = np.stack([np.square(image, dtype=np.float64).mean(axis=1) for image in flat])
+    # x = (v - c) / s, so x^2 = (v^2 - 2 c v + c^2) / s^2
+    x = (mean - center) / spread
+    x_square = (square - 2 * center * mean + center**2) / spread**2
+    return np.stack([x.mean(axis=1), x_square.mean(axis=1)], axis=1)
+
+
+class Spread:
+    """How much images differ from one another, for the error of a deviation measured on a sample.
+
+    With m_i and q_i the means of x and x^2 over image i, and m and q their means over all images,
+    the variance of the data is s^2 = q - m^2. Its error comes from f_i = q_i - 2 m m_i + m^2, the
+    mean square of the image about m: to first order in 1 / n the error of m adds nothing.
+    """
+
+    def __init__(self):
+        self._parts: list[np.ndarray] = []
+
+    def add(self, means: np.ndarray) -> None:
+        """Takes the means of some images, [B, 2], as `image_means` returns them."""
+        self._parts.append(means)
+
+    def relative_error(self, population: int) -> float:
+        """Returns the standard error of s as a share of s; 0 where the whole population is here.
+
+        It is std(f) / (2 s^2 sqrt(n)) sqrt(1 - n / population) for a sample without repetition.
+        """
+        means = np.concatenate(self._parts)
+        count, (mean, _) = len(means), means.mean(axis=0)
+        if count >= population:
+            return 0.0
+        squares = means[:, 1] - 2 * mean * means[:, 0] + mean**2
+        return float(squares.std(ddof=1) / (2 * squares.mean() * np.sqrt(count))
+                     * np.sqrt(1 - count / population))
+
+
 def scaling_by(rule: str | tuple[float, float], moments: Moments) -> Scaling:
     """Returns the scaling that a rule makes of data with these moments.
 

@@ -7,7 +7,6 @@ maps into its memory.
 import contextlib
 import io
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -18,14 +17,14 @@ import PIL.Image
 from dnnlib.atomic import atomic_write
 from dnnlib.npy_header import read_npy_header
 from dnnlib.ordered_pool import num_cores
-from dnnlib.progress import Progress
+from dnnlib.progress import FIRST_LINE_SEC, Progress
 from images import array_files
 from images.image_files import DAMAGE, Folder, ImageFormat, Zip, is_array, picture_format
-from torch_utils.distributed import get_rank, rank0_first
 from torch_utils.loading import read_in_processes
 
 _PACK_BYTES = 1 << 22  # images decoded at a time while packing
 _PACK_ALONE = 2048  # fewer images are packed sooner than processes start
+_HEADER_BYTES = 128  # of a .npy, at most
 _DAMAGE = (*DAMAGE, PIL.Image.DecompressionBombError)
 
 
@@ -62,7 +61,8 @@ class UniformImages:
         """Compares all images with the first, as `ImageFolderDataset.check_uniform` says."""
         look = self._decode if self.format.dtype == "float32" else (
             lambda number: self._check_format(number, self._read_format(number)))
-        with Progress(len(self._kept), "Checking images", delay=1) as progress:
+        with Progress(len(self._kept), "Checking images", delay=1,
+                      first_line_sec=FIRST_LINE_SEC) as progress:
             for number in progress.over(self._kept):
                 look(number)
 
@@ -110,21 +110,20 @@ class UniformImages:
         self._check_format(number, image_format)
         return pixels
 
-    def open_packed(self, path: Path, title: str) -> None:
-        """Maps the packed copy at `path`, which is written first if it is missing or damaged."""
-        with rank0_first():
-            self.packed = self._map_packed(path)
-            if self.packed is None:
-                try:
-                    self._write_packed(path, title)
-                    self.packed = self._map_packed(path)
-                except OSError as error:  # damaged images are ValueErrors
-                    self.packed = np.concatenate(list(self._decode_all(title)))
-                    if get_rank() == 0:
-                        warnings.warn(f"{path} can't be written ({error}): every process keeps "
-                                      "the images in its own memory", stacklevel=4)
-                    return
-        self._packed_path = path
+    @property
+    def packed_bytes(self) -> int:
+        """The size of the packed copy, made or not."""
+        return len(self._kept) * self.format.num_bytes + _HEADER_BYTES
+
+    def is_packed_at(self, path: Path) -> bool:
+        """Says whether a whole packed copy lies at `path`."""
+        return self._map_packed(path) is not None
+
+    def open_packed(self, path: Path) -> bool:
+        """Maps the packed copy at `path`; returns whether it is there and whole."""
+        self.packed = self._map_packed(path)
+        self._packed_path = path if self.packed is not None else None
+        return self.packed is not None
 
     def _map_packed(self, path: Path) -> np.ndarray | None:
         """Returns the memory-mapped copy, or None where it is missing or not whole."""
@@ -139,8 +138,13 @@ class UniformImages:
             return None
         return packed.view(np.ndarray) if whole else None
 
-    def _write_packed(self, path: Path, title: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def write_packed(self, path: Path, title: str) -> None:
+        """Writes the packed copy to `path`, whose folder must exist; several cores decode.
+
+        Raises:
+            ValueError: an image can't be read, or is not of the first one's format.
+            OSError: the copy can't be written.
+        """
         header = {"descr": np.dtype(self.format.dtype).str, "fortran_order": False,
                   "shape": (len(self._kept), *self.format.shape)}
         with atomic_write(path) as file:
@@ -153,7 +157,8 @@ class UniformImages:
         size = max(_PACK_BYTES // self.format.num_bytes, 1)
         batches = [self._kept[i:i + size] for i in range(0, len(self._kept), size)]
         workers = num_cores() if len(self._kept) >= _PACK_ALONE else 0
-        with Progress(len(self._kept), f"Packing {title}", delay=1) as progress:
+        with Progress(len(self._kept), f"Packing {title}", delay=1,
+                      first_line_sec=FIRST_LINE_SEC) as progress:
             for images, in read_in_processes(self, batches, workers=workers):
                 yield images.numpy()
                 progress.update(len(images))

@@ -87,6 +87,7 @@ class Evaluator:
         One rank takes up to `batch` images at a time; `workers` processes read ahead.
         """
         if self._data is not None:
+            self._data.share_fingerprint()
             needed = any(METRICS[name].needs_reference_features for name in self.metrics)
             self._reference = cached_reference(self._data, self.detector, with_features=needed,
                                                batch=batch, workers=workers)

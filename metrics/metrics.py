@@ -34,6 +34,9 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
+    def share_fingerprint(self) -> None:
+        """Finds the fingerprint once for all ranks, each of which calls it."""
+
     def get_scored(self, indices: Sequence[int]) -> np.ndarray:
         """Returns images [B, C, H, W]: uint8, or where `scale` is given float32, about [-1, 1]."""
 

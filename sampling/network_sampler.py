@@ -90,7 +90,8 @@ class SeedImages:
 
     @property
     def fingerprint(self) -> str:
-        """A sha256 over the files."""
+        """A sha256 over the files; every rank must ask for it."""
+        self._dataset.share_fingerprint()
         return self._dataset.fingerprint
 
 

@@ -5,8 +5,8 @@ Under torchrun there are two groups: NCCL on GPUs and gloo on the CPU for tensor
 the hosts tell each other: objects, barriers, whether to stop.
 
 The two have different timeouts. Ranks meet in every step, so a rank that does not reach a tensor's
-all-reduce within half an hour hangs. Rank 0 may keep the others waiting longer while it packs a
-large data set or checks 50,000 images.
+all-reduce within half an hour hangs. What one rank does for others (`run_on_rank0`, `run_by`) may
+take as long as it takes: the others ask the store again and again for its end, in no collective.
 """
 
 import contextlib
@@ -14,10 +14,12 @@ import datetime
 import gc
 import hashlib
 import io
+import itertools
 import os
 import pickle
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,7 @@ import torch.distributed
 
 from dnnlib import console
 from dnnlib.ordered_pool import num_cores
+from dnnlib.progress import stage
 
 T = TypeVar("T")
 
@@ -36,10 +39,12 @@ T = TypeVar("T")
 TIMEOUT_ENV = "PFGMPP_TIMEOUT"
 _STEP_TIMEOUT = datetime.timedelta(minutes=30)
 _HOST_TIMEOUT = datetime.timedelta(hours=2)
-_POLL_SEC = 0.02
+_POLL_SEC, _SLOW_POLL_SEC = 0.02, 0.5  # how often a rank asks the store: at first, later
+_BEAT_SEC = 10.0  # how often a rank that works for others says that it lives
 STOP_TIMEOUT = datetime.timedelta(seconds=5)  # torchrun kills after 30
 _host_group: torch.distributed.ProcessGroup | None = None
 _stop_group: torch.distributed.ProcessGroup | None = None  # nothing else may be under way in it
+_turns = itertools.count()  # of run_by and run_on_rank0, which all ranks call in the same order
 _PIECE_ROWS = 4096  # how many rows cross between processes at a time
 
 
@@ -372,15 +377,134 @@ def rank0_first() -> Iterator[None]:
     broadcast_object(None)
 
 
-def run_on_rank0(function, *args) -> Any:
-    """Calls `function(*args)` on rank 0; returns its result, or raises its error, on every rank."""
-    result: Any = None
-    if get_rank() == 0:
+class _Turn:
+    """Work of some ranks for whose end the others ask the store, however long it takes."""
+
+    def __init__(self):
+        self._store = torch.distributed.distributed_c10d._get_default_store()
+        self._name = f"turn/{next(_turns)}"
+
+    def take(self, function: Callable[..., T], args: Sequence[Any]) -> T | Exception:
+        """Returns function(*args), or its ValueError or OSError; tells it to who waits."""
+        result: Any = OSError(f"lost another process of this run: rank {get_rank()} has ended; its "
+                              "own messages say why")
         try:
-            result = function(*args)
+            with self._beating():
+                result = function(*args)
         except (ValueError, OSError) as error:
             result = error
-    result = broadcast_object(result)
+        finally:  # another error, or a signal: nobody waits for what will not come
+            with contextlib.suppress(RuntimeError):  # the store may be gone: torchrun keeps it
+                self._store.set(f"{self._name}/{get_rank()}", pickle.dumps(result))
+        return result
+
+    def results(self, ranks: Sequence[int]) -> dict[int, Any]:
+        """Waits for these ranks; returns {rank: result or error}.
+
+        Raises:
+            OSError: one of them has not been heard of for as long as a step may take.
+        """
+        heard = {rank: (0, time.monotonic()) for rank in ranks}
+        pause, next_look = _POLL_SEC, time.monotonic() + _BEAT_SEC
+        with stage(f"Waiting for rank {', '.join(map(str, ranks))}"):
+            while heard:
+                for rank in [rank for rank in heard
+                             if self._store.check([f"{self._name}/{rank}"])]:
+                    del heard[rank]
+                if time.monotonic() > next_look:
+                    next_look = time.monotonic() + _BEAT_SEC
+                    self._look_after(heard)
+                time.sleep(pause if heard else 0)
+                pause = min(1.2 * pause, _SLOW_POLL_SEC)
+        return {rank: pickle.loads(self._store.get(f"{self._name}/{rank}")) for rank in ranks}
+
+    def _look_after(self, heard: dict[int, tuple[int, float]]) -> None:
+        """Notes the beats of ranks; raises OSError if one has been silent for too long."""
+        for rank, (before, since) in heard.items():
+            beats = self._store.add(f"{self._name}/{rank}/beats", 0)
+            if beats != before:
+                heard[rank] = (beats, time.monotonic())
+            elif time.monotonic() - since > max(_step_timeout().total_seconds(), 6 * _BEAT_SEC):
+                raise OSError(f"lost another process of this run: nothing was heard of rank {rank} "
+                              f"for {time.monotonic() - since:.0f} s")
+
+    @contextlib.contextmanager
+    def _beating(self) -> Iterator[None]:
+        """Says again and again that this rank lives."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(_BEAT_SEC):
+                with contextlib.suppress(RuntimeError):
+                    self._store.add(f"{self._name}/{get_rank()}/beats", 1)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(_POLL_SEC)
+
+
+def node_leader() -> int:
+    """Returns the first rank of this node, which does for the others what is done once a node.
+
+    torchrun gives the ranks of a node consecutive numbers, and $LOCAL_RANK counts them. Without it
+    all ranks are taken to be on one node.
+    """
+    if get_world_size() == 1:
+        return 0
+    return get_rank() - int(os.environ.get("LOCAL_RANK", get_rank()))
+
+
+def run_by(leader: int, function: Callable[..., T], *args) -> T:
+    """Calls `function(*args)` on each rank that is its own `leader`; returns its leader's result.
+
+    Every rank must call it, and gets its result when all leaders are done, be it after hours. The
+    function must not call what other ranks take part in. Its result is sent to other processes.
+
+    Args:
+        leader: the rank that works for this one; it must name itself.
+        function: what the leaders call.
+        args: its arguments.
+
+    Raises:
+        ValueError: one that a leader's call has raised, on every rank.
+        OSError: likewise; or a leader has ended.
+    """
+    if get_world_size() == 1:
+        return function(*args)
+    turn, leaders = _Turn(), sorted(set(gather_objects(leader)))
+    if leader == get_rank():
+        turn.take(function, args)
+    results = turn.results(leaders)
+    for result in results.values():
+        if isinstance(result, Exception):
+            raise result
+    return results[leader]
+
+
+def run_on_rank0(function: Callable[..., T], *args) -> T:
+    """Calls `function(*args)` on rank 0; returns its result, or raises its error, on every rank.
+
+    The others wait for it as in `run_by`. Tensors in the result come on the CPU.
+    """
+    if get_world_size() == 1:
+        return function(*args)
+    turn, results = _Turn(), []
+
+    def keep() -> None:  # what crosses through the store is only that it is done
+        try:
+            results.append(function(*args))
+        except (ValueError, OSError) as error:
+            results.append(error)
+
+    if get_rank() == 0:
+        turn.take(keep, ())
+    elif isinstance(lost := turn.results([0])[0], Exception):
+        raise lost
+    result = broadcast_object(results[0] if results else None)
     if isinstance(result, Exception):
         raise result
     return result

@@ -42,6 +42,7 @@ def check_data(dataset: ImageFolderDataset, flag: str = "--data") -> None:
     """Raises ValueError on every rank if one reads other data by `flag` than rank 0."""
     if distributed.get_world_size() == 1:  # a folder would be read for its fingerprint
         return
+    dataset.share_fingerprint()
     record = dataset_record(dataset)
     _require_alike({f"images in {flag}": record["size"],
                     f"fingerprint of {flag}": record["fingerprint"]},

@@ -25,7 +25,7 @@ from checkpoints import checkpoint
 from dnnlib import console, signals
 from dnnlib.atomic import append_line, write_json
 from dnnlib.cli import UserError
-from dnnlib.progress import Progress
+from dnnlib.progress import Progress, stage
 from dnnlib.util import format_ranges, format_time, json_value
 from images.dataset import ImageFolderDataset
 from images.grid import save_png
@@ -82,6 +82,23 @@ def training_loop(
     """
     misc.configure_backends(config.precision, benchmark=config.bench,
                             deterministic=config.deterministic)
+    with stage("Starting"):
+        prepared = _prepare(config, dataset, run_dir, device, start, held_out)
+    if prepared is None:
+        return
+    trainer, evaluator, validation, sinks = prepared
+    try:
+        _run(trainer, run_dir, evaluator, validation, sinks)
+    finally:
+        trainer.close()
+        sinks.close()
+
+
+def _prepare(
+    config: TrainConfig, dataset: ImageFolderDataset, run_dir: Path, device: torch.device,
+    start: State | Weights | None, held_out: ImageFolderDataset | None,
+) -> tuple[Trainer, "Evaluator | None", Validation | None, LogSinks] | None:
+    """Returns all that takes part in a run and writes its first files; None if it is finished."""
     with console.timed("network"):
         weights = start.tensors if isinstance(start, Weights) else None
         trainer = Trainer(config, dataset, device, weights)
@@ -93,7 +110,7 @@ def training_loop(
     if trainer.is_finished:
         if trainer.rank == 0:
             console.result(f"Nothing to do: {trainer.cur_nimg} of {config.total_nimg} images done")
-        return
+        return None
     _announce(trainer)
     if distributed.get_rank() == 0:
         RunFiles(run_dir, config.keep).tidy()
@@ -108,11 +125,7 @@ def training_loop(
         evaluator = Evaluator(trainer, run_dir / SCORES_FILE) if config.eval else None
     validation = Validation(trainer, held_out) if held_out else None
     trainer.start()
-    try:
-        _run(trainer, run_dir, evaluator, validation, sinks)
-    finally:
-        trainer.close()
-        sinks.close()
+    return trainer, evaluator, validation, sinks
 
 
 def _foreign_facts(start: State | Weights | None) -> dict[str, Any]:

@@ -144,6 +144,44 @@ def test_work_within_work_is_the_one_that_is_told(stdout):
         assert wait_for(lambda: "outer: 0 of 8 img\n" in out.getvalue())
 
 
+def test_a_stage_tells_soon_what_is_done_and_then_how_long_it_has_taken(stdout, monkeypatch):
+    out = stdout(io.StringIO())
+    monkeypatch.setattr(progress, "LINE_SEC", 60.0)
+    monkeypatch.setattr(progress, "FIRST_LINE_SEC", 0.05)
+    with progress.stage("Opening a.zip"):
+        assert wait_for(lambda: out.getvalue() == "Opening a.zip: 0 s so far\n")
+        time.sleep(0.2)
+    assert out.getvalue().count("\n") == 1
+
+
+def test_a_stage_is_shown_on_a_terminal_although_nothing_is_counted(stdout, monkeypatch):
+    stdout(Terminal())
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(progress, "FIRST_LINE_SEC", 0.0)
+    with progress.stage("Opening a.zip"):
+        assert wait_for(lambda: "Opening a.zip: 00:" in sys.stderr.getvalue())
+
+
+def test_no_silence_is_longer_where_one_work_follows_another(stdout, monkeypatch):
+    times = []
+
+    class Lines(io.StringIO):
+        def write(self, text):
+            times.append(time.monotonic())
+            return super().write(text)
+
+    stdout(Lines())
+    monkeypatch.setattr(progress, "LINE_SEC", 1.0)
+    monkeypatch.setattr(progress, "_LOOK_SEC", 0.01)
+    start = time.monotonic()
+    with Progress(None, "outer"):
+        for _ in range(5):  # each would say nothing by itself
+            with Progress(8, "inner"):
+                time.sleep(0.7)
+    gaps = [b - a for a, b in zip([start, *times], [*times, time.monotonic()], strict=True)]
+    assert len(times) >= 3 and max(gaps) < 1.5
+
+
 class Broken(io.StringIO):
     def __init__(self, error):
         super().__init__()

@@ -66,3 +66,67 @@ def test_two_processes_agree_wait_and_speak_once(tmp_path, monkeypatch):
             "in_step 130 1", "now 143 1", "finds True",
             f"result of rank 0 {1 - rank}", *["told of rank 0"] * 4,
             "sent True text True (0, 4) [0, 1, 2, 3]", "sum 3.0"]
+
+
+PATIENCE = """
+import datetime, os, sys, time
+from torch_utils import distributed
+from torch_utils.distributed import get_rank, node_leader, run_by, run_on_rank0
+
+def say(*values):
+    os.write(1, (" ".join(map(str, (f"rank{get_rank()}", *values))) + "\\n").encode())
+
+# Any collective that waits for more than 2 s ends the run; what one does for others takes 4.
+distributed._STEP_TIMEOUT = distributed._HOST_TIMEOUT = datetime.timedelta(seconds=2)
+distributed._BEAT_SEC = 0.1
+os.environ["LOCAL_RANK"] = str(get_rank() % 2)
+
+def work(kind=None):
+    time.sleep(4)
+    if kind and get_rank() == 2:
+        raise kind("of a leader")
+    return get_rank()
+
+with distributed.process_group("cpu"):
+    os.environ["LOCAL_RANK"] = str(get_rank() % 2)  # two nodes of two ranks
+    say("rank 0", run_on_rank0(work))
+    say("leader", node_leader(), run_by(node_leader(), work))
+    for kind in (OSError, ValueError):
+        try:
+            run_by(node_leader(), work, kind)
+        except kind as error:
+            say("told", error)
+    try:
+        run_by(node_leader(), work, RuntimeError)
+    except RuntimeError as error:
+        say("raised", error)
+    except OSError as error:
+        say("told", error)
+    def freeze():
+        distributed.threading.Event.wait = lambda self, sec: True  # no beat of this process
+        time.sleep(4)
+    del os.environ["LOCAL_RANK"]
+    say("no variable", node_leader())
+    distributed._BEAT_SEC = 0.3
+    try:
+        run_by(1, freeze)
+    except OSError as error:
+        say("silent", "nothing was heard of rank 1" in str(error))
+    time.sleep(3)
+"""
+
+
+@pytest.mark.scripts
+@pytest.mark.slow
+def test_what_one_does_for_others_may_take_longer_than_any_collective(tmp_path, monkeypatch):
+    (tmp_path / "script.py").write_text(PATIENCE)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = run_script(tmp_path / "script.py", processes=4)
+    lines = done.stdout.splitlines()
+    for rank in range(4):
+        said = [line.partition(" ")[2] for line in lines if line.startswith(f"rank{rank} ")]
+        leader = rank - rank % 2
+        lost = "told lost another process of this run: rank 2 has ended; its own messages say why"
+        assert said[:5] == ["rank 0 0", f"leader {leader} {leader}", *["told of a leader"] * 2,
+                            "raised of a leader" if rank == 2 else lost]
+        assert said[5:] == ["no variable 0", *(["silent True"] if rank != 1 else [])]
