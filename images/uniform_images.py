@@ -23,6 +23,7 @@ from images.image_files import DAMAGE, Folder, ImageFormat, Zip, is_array, pictu
 from torch_utils.loading import read_in_processes
 
 _PACK_BYTES = 1 << 22  # images decoded at a time while packing
+_PACK_IMAGES = 4096  # at most, so that progress is seen with tiny ones
 _PACK_ALONE = 2048  # fewer images are packed sooner than processes start
 _HEADER_BYTES = 128  # of a .npy, at most
 _DAMAGE = (*DAMAGE, PIL.Image.DecompressionBombError)
@@ -154,7 +155,7 @@ class UniformImages:
 
     def _decode_all(self, title: str) -> Iterator[np.ndarray]:
         """Yields the images in order as [B, C, H, W], decoded on all cores."""
-        size = max(_PACK_BYTES // self.format.num_bytes, 1)
+        size = min(max(_PACK_BYTES // self.format.num_bytes, 1), _PACK_IMAGES)
         batches = [self._kept[i:i + size] for i in range(0, len(self._kept), size)]
         workers = num_cores() if len(self._kept) >= _PACK_ALONE else 0
         with Progress(len(self._kept), f"Packing {title}", delay=1,
