@@ -68,6 +68,16 @@ def detail(text: str) -> None:
         print(text, flush=True)
 
 
+def say(text: str) -> None:
+    """Prints a line of work that goes on even if the reader of stdout has gone."""
+    try:
+        print(text, flush=True)
+    except OSError:  # else what is left in the buffer would fail again, at the latest at exit
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
 def print_to_files(text: str) -> None:
     """Prints a line where stdout is a file or a pipe; on a terminal it goes to the log only."""
     if sys.stdout is None:

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch.utils.data
 
+from dnnlib import console
 from dnnlib.cli import describe
 from dnnlib.ordered_pool import num_cores
 from dnnlib.progress import FIRST_LINE_SEC, Progress, stage
@@ -424,8 +425,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         try:
             free = data_cache.make_room(folder, size)
             where = f"{folder} on {socket.gethostname()}" if distributed.get_rank() else str(folder)
-            print(f"Packing {self.path}: {data_cache.shown_bytes(size)} into {where}, where "
-                  f"{data_cache.shown_bytes(free)} are free", flush=True)
+            console.say(f"Packing {self.path}: {data_cache.shown_bytes(size)} into {where}, where "
+                        f"{data_cache.shown_bytes(free)} are free")
             for stack, path in missing:
                 stack.write_packed(path, self.name)
                 data_cache.note_packed(path, self.path, len(self._kept))

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from dnnlib import console
 from images import data_cache
 from images.dataset import ImageFolderDataset
 from torch_utils import distributed
@@ -37,7 +38,8 @@ def settle_sigma_data(config: TrainConfig, dataset: ImageFolderDataset, state: "
     value, line = distributed.run_on_rank0(_find, dataset, state, may_measure)
     if value is None:
         return config
-    distributed.print0(line)
+    if distributed.get_rank() == 0:
+        console.say(line)
     return dataclasses.replace(config, sigma_data=value)
 
 
