@@ -215,6 +215,7 @@ def test_a_note_that_is_damaged_is_none(folder, settled, cache):
         assert ImageFolderDataset(folder).fingerprint == first
 
 
+@pytest.mark.slow
 @pytest.mark.scripts
 @pytest.mark.long
 def test_rank_0_reads_a_folder_for_all(folder, tmp_path):
@@ -293,6 +294,7 @@ def test_each_node_packs_once(dataset_zip, tmp_path):
     assert [path.name for path in (tmp_path / "log/cache1/packed").iterdir()] == [f"{key}.npy"]
 
 
+@pytest.mark.slow
 @pytest.mark.scripts
 @pytest.mark.long
 def test_nodes_that_share_a_cache_pack_once(dataset_zip, tmp_path):
@@ -303,6 +305,7 @@ def test_nodes_that_share_a_cache_pack_once(dataset_zip, tmp_path):
     assert len(list((tmp_path / "cache/packed").iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.scripts
 @pytest.mark.long
 def test_a_node_without_room_reads_files_and_says_so_once(dataset_zip, tmp_path):

@@ -397,7 +397,8 @@ EVAL = ["--eval=0.016", "--eval-num=6", "--eval-detector=pixels", "--tick=0.008"
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # of training, not of scores
+@pytest.mark.parametrize("precision", [  # of training, not of scores
+    pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_scores_during_training_are_those_of_the_states(data, capsys, tmp_path, precision):
     args = [f"--data={data / 'real.zip'}", f"--outdir={tmp_path}", "--name=a",
             "--duration=0.000056", f"--eval-ref={data / 'fake.zip'}", *EVAL, *TINY_RUN,

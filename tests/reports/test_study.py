@@ -198,6 +198,7 @@ def in_this_process(command):
     return CliRunner().invoke(script.main, command[2:]).exit_code
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_study_runs_and_a_second_call_does_nothing_again(dataset_zip, tmp_path, invoke,
                                                            monkeypatch):

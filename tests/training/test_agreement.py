@@ -119,6 +119,7 @@ def test_no_flag_of_one_rank_alone_makes_ranks_wait(rank, flag, dataset_zip, tmp
     assert done.returncode == 1 and len(errors(done)) == 1 and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 @two_processes
 def test_a_state_for_a_signal_is_not_written_by_ranks_that_disagree(dataset_zip, tmp_path):
     stop = SPOIL + """
@@ -173,6 +174,7 @@ def test_the_sum_of_bits_sees_every_bit_and_every_exchange():
     assert int(_bit_sum(x.flip(0))) != base and int(_bit_sum(x.flip(3))) != base
 
 
+@pytest.mark.slow
 @two_processes
 def test_rank_0_finds_and_reads_the_state_that_all_go_on_with(dataset_zip, tmp_path):
     """The folders of rank 1 do not exist: another machine's disk. Its data lie elsewhere."""

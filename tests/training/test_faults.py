@@ -531,6 +531,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.scripts
 @pytest.mark.long
 def test_without_posix_locks_scripts_start_and_a_second_run_is_refused(dataset_zip, tmp_path):
@@ -582,6 +583,7 @@ def test_keep_leaves_the_newest_states_once_one_of_them_verifies(tmp_path, capsy
     assert (tmp_path / BEST_STATE).exists() and (tmp_path / "network-snapshot-000001.pt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_run_with_keep_has_that_many_states_and_all_its_snapshots(dataset_zip, tmp_path,
                                                                     invoke):
@@ -894,6 +896,7 @@ def images(network, tmp_path_factory):
     return folder / "all"
 
 
+@pytest.mark.slow
 @pytest.mark.scripts
 def test_a_stop_while_sampling_keeps_the_images(network, tmp_path):
     script = Script(*generate(network, tmp_path / "out", seeds="0-99999"), folder=tmp_path)

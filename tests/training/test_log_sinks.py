@@ -136,6 +136,7 @@ def test_an_unknown_sink_is_told_the_known_ones(dataset_zip, tmp_path, invoke):
     assert "'tensorbord' is none of tensorboard, wandb" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_tensorboard_has_one_line_through_a_killed_and_resumed_run(dataset_zip, tmp_path, invoke):
     pytest.importorskip("tensorboard")
