@@ -181,7 +181,8 @@ def test_copies_from_pinned_memory_wait_for_nothing(gpu):
 @pytest.mark.long
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("precond", PRECONDITIONERS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [
+    pytest.param(arch, marks=[pytest.mark.slow] * (arch != "ddpmpp")) for arch in ARCHITECTURES])
 def test_no_loss_mixes_devices_or_reads_a_value_on_the_host(gpu, arch, precond, precision):
     net = network(arch=arch, precond=precond, precision=precision, D=128)
     clean, labels, pipe = images(BATCH, 3, SIDE, SIDE), one_hot(), AugmentPipe.standard(0.5)
@@ -262,6 +263,7 @@ def test_a_training_step_there_is_the_step_here_and_waits_for_nothing(gpu, tmp_p
     assert all(same) or config.precision == "fp16"  # here it is fp32
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_run_there_writes_what_a_run_here_writes_and_goes_on_alike(gpu, dataset_zip, tmp_path):
     config = TrainConfig(

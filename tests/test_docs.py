@@ -208,7 +208,7 @@ def run_documented(script, documented):
         run(script, [*args, *SMALLER[script]])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run_on_stand_in_data(tmp_path, monkeypatch):
     run_commands([command for command in COMMANDS if command[0] == "README.md"], tmp_path,
                  monkeypatch)

@@ -69,6 +69,7 @@ def test_rank_0_alone_writes_a_run_and_scores_it(files, two_ranks):
     assert set(other[1]) == set()
 
 
+@pytest.mark.slow
 def test_each_rank_writes_its_own_images_and_rank_0_all_else(files, two_ranks):
     (changed, called, printed), other = two_ranks(
         "generate.py", "--network=net.pt", "--outdir=out", "--seeds=0-7", "--batch=2", "--steps=2",

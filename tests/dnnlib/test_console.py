@@ -136,7 +136,8 @@ if __name__ == "__main__":
 @pytest.mark.scripts
 @pytest.mark.parametrize("fault, words", [
     pytest.param("--bogus", "Error: No such option", marks=pytest.mark.slow),
-    ("usage", "Error: the same everywhere"), ("data", "Error: only rank 1 sees it"),
+    pytest.param("usage", "Error: the same everywhere", marks=pytest.mark.slow),
+    ("data", "Error: only rank 1 sees it"),
     pytest.param("bug", "KeyError: 'a bug everywhere'", marks=pytest.mark.slow),
     ("bug1", "KeyError: 'a bug of rank 1'")])
 def test_an_error_of_any_rank_is_shown_once(fault, words, tmp_path, monkeypatch):

@@ -258,7 +258,7 @@ def test_a_console_that_lacks_a_character_shows_its_number():
 
 
 @pytest.mark.scripts
-@pytest.mark.parametrize("given", [None, "/elsewhere"])
+@pytest.mark.parametrize("given", [None, pytest.param("/elsewhere", marks=pytest.mark.slow)])
 def test_pytorch_keeps_what_it_compiles_in_the_cache_unless_the_user_says_otherwise(given,
                                                                                     tmp_path):
     env = {"TORCHINDUCTOR_CACHE_DIR": given} if given else {}

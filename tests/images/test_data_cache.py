@@ -279,6 +279,7 @@ def packers(log):
     return {path.name[-1]: path.read_text().splitlines() for path in log.glob("x-packed*")}
 
 
+@pytest.mark.slow
 @pytest.mark.scripts
 @pytest.mark.long
 def test_each_node_packs_once(dataset_zip, tmp_path):

@@ -287,7 +287,7 @@ def test_a_pickled_data_set_maps_the_packed_copy_anew():
 
 
 @pytest.mark.parametrize("cache", [False, True])
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.long
 def test_loader_workers_read_what_this_process_reads(cache, context):
     dataset = ImageFolderDataset(EMOJI, use_labels=True, xflip=True, cache=cache)

@@ -425,6 +425,7 @@ def test_scores_during_training_are_those_of_the_states(data, capsys, tmp_path, 
     assert checkpoint.BEST_STATE not in [path.name for path in checkpoint.training_states(run)]
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_resumed_run_remembers_its_best_score(data, capsys, tmp_path):
     args = [f"--data={data / 'real.zip'}", f"--outdir={tmp_path}", *EVAL, *TINY_RUN,

@@ -149,7 +149,8 @@ FILES = ("reals.png", "samples-*.png", "network-snapshot-*.pt", "training-state-
 @pytest.mark.parametrize("flag, ticks, files", [
     # Eight steps, a tick each. The first tick is 0, and the last one writes everything.
     ("--duration=0.000064", 8, {"network-snapshot-*.pt": 3, "training-state-*.pt": 2}),
-    ("--duration=0.000032", 4, {"network-snapshot-*.pt": 2, "training-state-*.pt": 1}),
+    pytest.param("--duration=0.000032", 4, {"network-snapshot-*.pt": 2, "training-state-*.pt": 1},
+                 marks=pytest.mark.slow),
     ("--tick=0.016", 5, {"network-snapshot-*.pt": 2, "training-state-*.pt": 1}),
     ("--snap=2", 8, {"network-snapshot-*.pt": 5, "training-state-*.pt": 2}),
     ("--dump=2", 8, {"network-snapshot-*.pt": 3, "training-state-*.pt": 4}),

@@ -286,9 +286,15 @@ def test_with_checkpoints_an_image_takes_what_is_kept_and_the_largest_block(arch
 
 @pytest.mark.long
 @pytest.mark.parametrize("flags", [
-    ["--duration=0.00008", "--tick=0.016", "--snap=2", "--dump=1"],
-    ["--duration=0.000075", "--tick=0.024", "--snap=1", "--dump=2"],
-    ["--duration=0.000064", "--tick=0.024", "--snap=3", "--dump=2"],
+    pytest.param(
+        ["--duration=0.00008", "--tick=0.016", "--snap=2", "--dump=1"],
+        marks=pytest.mark.slow),
+    pytest.param(
+        ["--duration=0.000075", "--tick=0.024", "--snap=1", "--dump=2"],
+        marks=pytest.mark.slow),
+    pytest.param(
+        ["--duration=0.000064", "--tick=0.024", "--snap=3", "--dump=2"],
+        marks=pytest.mark.slow),
     ["--duration=0.000008", "--tick=0.024", "--snap=1", "--dump=1"],
     ["--duration=0.00008", "--tick=0.008", "--snap=4", "--dump=1", "--keep=3"]], ids=str)
 def test_a_dry_run_says_what_the_run_leaves_on_the_disk(flags, dataset_zip, tmp_path, invoke):
