@@ -48,6 +48,13 @@ def _own_folders(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_lines_for_want_of_speed(request, monkeypatch):
+    """A slow machine writes no lines of progress between the results that tests compare."""
+    if request.path.name != "test_progress.py":
+        monkeypatch.setattr("dnnlib.progress.LINE_SEC", 900.0)
+
+
 @pytest.fixture(scope="session")
 def dataset_zip(tmp_path_factory) -> Path:
     """40 RGB images 8x8 in 2 classes."""
