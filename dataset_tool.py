@@ -362,8 +362,8 @@ def cache() -> None:
 def list_cache() -> None:
     """Prints names, sizes, days since the last use, and what each entry is of."""
     with user_errors():
-        from dnnlib.util import cache_dir, format_table
-        from images.data_cache import entries, free_bytes, shown_bytes
+        from dnnlib.util import cache_dir, format_table, shown_bytes
+        from images.data_cache import entries, free_bytes
 
         found = entries()
         if found:
@@ -389,7 +389,8 @@ def remove_cache(names: tuple[str, ...], is_all: bool) -> None:
     if is_all == bool(names):
         raise click.UsageError("name entries of the cache, or give --all")
     with user_errors():
-        from images.data_cache import entries, remove, shown_bytes
+        from dnnlib.util import shown_bytes
+        from images.data_cache import entries, remove
 
         for entry in remove([entry.name for entry in entries()] if is_all else names):
             click.echo(f"Removed {entry.name}, {shown_bytes(entry.num_bytes)}")

@@ -443,7 +443,8 @@ def _print_plan(config, dataset, rate: float | None, device) -> None:
 
 def _cache_lines(dataset) -> list[str]:
     """Returns where the data are packed, or would be, for --dry-run."""
-    from images.data_cache import free_bytes, shown_bytes
+    from dnnlib.util import shown_bytes
+    from images.data_cache import free_bytes
     packing = dataset.packing()
     lines = [f"Cache      {path}, {shown_bytes(size)}, packed already"
              for path, size, is_there in packing if is_there]

@@ -19,8 +19,7 @@ from typing import IO, Any
 from dnnlib import locks
 
 # NAME.RANDOM.tmp; earlier versions wrote NAME.HOST-PID.tmp, which nothing locked.
-_TMP_NAME = re.compile(r".+\.([0-9a-f]{16}|[^.]+-\d+)\.tmp")
-_UNLOCKED = re.compile(r".+\.[^.]+-\d+\.tmp")
+_TMP_NAME = re.compile(r".+\.([0-9a-f]{16}|(?P<unlocked>[^.]+-\d+))\.tmp")
 _ABANDONED_SEC = 24 * 3600  # a temporary without a lock that nobody has touched so long
 _TAIL_BYTES = 1 << 16
 
@@ -119,20 +118,23 @@ def remove_stale(folder: str | os.PathLike) -> list[Path]:
 
 
 def _remove_stale(paths: Iterator[Path]) -> list[Path]:
-    return [path for path in paths if _TMP_NAME.fullmatch(path.name) and _remove_if_stale(path)]
+    return [path for path in paths if _remove_if_stale(path)]
 
 
 def _remove_if_stale(path: Path) -> bool:
     """Removes a temporary file if its writer is gone; says whether it did."""
+    match = _TMP_NAME.fullmatch(path.name)
+    if not match:
+        return False
     try:
         with open(path, "r+b") as file:
             try:
                 # Held until the file has gone, so that its writer, if it has yet to lock it, sees
                 # that it has.
-                is_free = locks.try_lock_handle(file.fileno())
+                is_free = locks.lock_handle(file.fileno(), wait=False)
             except locks.NoLocksError:
                 is_free = None
-            if is_free is None or _UNLOCKED.fullmatch(path.name):
+            if is_free is None or match["unlocked"]:
                 is_free = time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED_SEC
             if not is_free:
                 return False

@@ -20,43 +20,27 @@ class NoLocksError(OSError):
     """Files can't be locked here."""
 
 
-def lock_whole(fd: int) -> None:
-    """Waits for the lock of an open file among processes; closing any handle of the file frees it.
+def lock_whole(fd: int, *, wait: bool = True) -> bool:
+    """Takes the lock of an open file among processes; closing any handle of the file frees it.
+
+    It is not shared with forked processes, and it holds between the machines of an NFS mount that
+    has locking. Returns whether it was taken: without `wait`, not if another process holds it.
 
     Raises:
         NoLocksError: there are no locks here.
     """
-    _lock(fcntl and fcntl.lockf, fd, "LOCK_EX")
+    return _lock("lockf", fd, wait)
 
 
-def try_lock_whole(fd: int) -> bool:
-    """Takes the same lock if nobody holds it, and says whether it did.
+def lock_handle(fd: int, *, wait: bool = True) -> bool:
+    """Takes the lock that belongs to the handle: a second handle of this process does not get it.
 
-    Unlike a lock of `try_lock_handle` it is not shared with forked processes, and it holds between
-    the machines of an NFS mount that has locking.
-
-    Raises:
-        NoLocksError: there are no locks here.
-    """
-    return _lock(fcntl and fcntl.lockf, fd, "LOCK_EX", "LOCK_NB")
-
-
-def lock_handle(fd: int) -> None:
-    """Waits for the lock that belongs to the handle: a second handle of this process must wait too.
+    Returns whether it was taken: without `wait`, not if another handle has it.
 
     Raises:
         NoLocksError: there are no locks here.
     """
-    _lock(fcntl and fcntl.flock, fd, "LOCK_EX")
-
-
-def try_lock_handle(fd: int) -> bool:
-    """Takes the same lock if no other handle has it, and says whether it did.
-
-    Raises:
-        NoLocksError: there are no locks here.
-    """
-    return _lock(fcntl and fcntl.flock, fd, "LOCK_EX", "LOCK_NB")
+    return _lock("flock", fd, wait)
 
 
 def is_locked_by_another_process(fd: int) -> bool:
@@ -75,13 +59,13 @@ def is_locked_by_another_process(fd: int) -> bool:
     return kind != fcntl.F_UNLCK
 
 
-def _lock(function, fd: int, *flags: str) -> bool:
+def _lock(function: str, fd: int, wait: bool) -> bool:
     if fcntl is None:
         raise NoLocksError(errno.ENOSYS, "this system has no POSIX locks")
     try:
-        function(fd, sum(getattr(fcntl, flag) for flag in flags))
+        getattr(fcntl, function)(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        if error.errno in _HELD and "LOCK_NB" in flags:
+        if error.errno in _HELD and not wait:
             return False
         raise NoLocksError(*error.args) from error
     return True

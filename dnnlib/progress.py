@@ -115,7 +115,7 @@ class Progress:
 
     def _write_lines(self) -> None:
         """Writes a line whenever none has been written for LINE_SEC, the first one sooner."""
-        while not self._ended.wait(min(max(self._due() - time.monotonic(), 0.01), _LOOK_SEC)):
+        while not self._ended.wait(self._pause_sec()):
             if self._open[-1:] != [self]:
                 continue
             try:
@@ -128,6 +128,11 @@ class Progress:
                         console.print_to_files(self._line())
             except (OSError, ValueError):  # nobody reads, or not these characters
                 return
+
+    def _pause_sec(self) -> float:
+        if self._open[-1:] != [self]:  # whose line may be long due, and is not its own to write
+            return _LOOK_SEC
+        return min(max(self._due() - time.monotonic(), 0.01), _LOOK_SEC)
 
     def _due(self) -> float:
         """Returns when the next line is due."""

@@ -46,7 +46,7 @@ def _lock(run_dir: Path) -> Iterator[None]:
     fd = os.open(run_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            if not locks.try_lock_whole(fd):
+            if not locks.lock_whole(fd, wait=False):
                 raise ValueError(f"{run_dir}: in use by {_owner(fd)}; wait for its end, stop it, "
                                  "or name another directory")
             os.ftruncate(fd, 0)

@@ -6,18 +6,17 @@ import math
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlparse
 
-from dnnlib.atomic import temporary_name
+from dnnlib.atomic import atomic_write, remove_stale
 from dnnlib.progress import Progress
 
 CACHE_DIR_ENV = "PFGMPP_CACHE_DIR"
 _CHUNK_BYTES = 1 << 20
-_ABANDONED_SEC = 24 * 3600
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 _HTML_STARTS = (b"<!doctype html", b"<html")
 
 
@@ -137,6 +136,19 @@ def format_time(seconds: float) -> str:
     return f"{s // (24 * 60 * 60)}d {s // (60 * 60) % 24:02}h {s // 60 % 60:02}m"
 
 
+def scaled(value: float, digits: int = 4) -> str:
+    """Returns a number with a metric prefix, such as '42.79 G' for 42.79e9; a unit may follow."""
+    power = 0
+    while power < len(_PREFIXES) - 1 and float(f"{value / 1e3**power:.{digits}g}") >= 1000:
+        power += 1
+    return f"{value / 1e3**power:.{digits}g} {_PREFIXES[power]}"
+
+
+def shown_bytes(count: int) -> str:
+    """Returns a size as '16.1 GB'."""
+    return f"{scaled(count, 3)}B"
+
+
 def format_ranges(numbers: Iterable[int]) -> str:
     """Returns integers as text such as '0,5,10-19', rising, each once."""
     parts: list[list[int]] = []
@@ -230,21 +242,15 @@ def _download(url: str, target: Path, sha256: str | None, verbose: bool) -> None
     import requests  # late: commands that download nothing start faster
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    for old in target.parent.glob("*.tmp"):  # of downloads that were killed
-        if time.time() - old.stat().st_mtime > _ABANDONED_SEC:
-            old.unlink(missing_ok=True)
-    part = temporary_name(target)
+    remove_stale(target.parent)
     try:
-        with requests.get(url, stream=True, timeout=30) as reply, open(part, "wb") as file:
+        with requests.get(url, stream=True, timeout=30) as reply, atomic_write(target) as file:
             reply.raise_for_status()
             found = _receive(reply, url, file, verbose)
-        if sha256 is not None and found != sha256:
-            raise OSError(f"{url}: sha256 is {found}, expected {sha256}")
-        os.replace(part, target)
+            if sha256 is not None and found != sha256:
+                raise OSError(f"{url}: sha256 is {found}, expected {sha256}")
     except requests.RequestException as error:
         raise OSError(f"{url}: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _receive(reply, url: str, file: IO[bytes], verbose: bool) -> str:

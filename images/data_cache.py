@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from dnnlib.atomic import remove_stale, write_json
 from dnnlib.progress import FIRST_LINE_SEC, Progress, stage
-from dnnlib.util import cache_dir
+from dnnlib.util import cache_dir, shown_bytes
 from images.image_files import Folder, Zip
 
 PACKED = "packed"
@@ -33,16 +33,6 @@ _READERS, _READ_AT_ONCE = 8, 1024  # threads that wait for a disk or server, and
 
 
 # ------------------------------------------------------------------------------------ room
-
-def shown_bytes(count: int) -> str:
-    """Returns a size as '16.1 GB', by powers of 1000."""
-    size, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:.3g} {unit}"
-
 
 def free_bytes(path: Path) -> int:
     """Returns how many bytes this user may still write where `path` is or would be made.
@@ -175,7 +165,8 @@ def entries() -> list[Entry]:
             if not folder.is_dir():
                 continue
             if folder.name in (_NOTES, "compiled"):
-                found.append(_entry(folder, [path for path in folder.rglob("*") if path.is_file()]))
+                if files := [path for path in folder.rglob("*") if path.is_file()]:
+                    found.append(_entry(folder, files))
             else:
                 found += [_entry(path, [path]) for path in sorted(folder.iterdir())
                           if path.is_file()]

@@ -34,7 +34,7 @@ from dnnlib import console
 from dnnlib.cli import describe
 from dnnlib.ordered_pool import num_cores
 from dnnlib.progress import FIRST_LINE_SEC, Progress, stage
-from dnnlib.util import EasyDict, cache_dir
+from dnnlib.util import EasyDict, cache_dir, shown_bytes
 from images import data_cache
 from images.image_files import (
     CONDITIONS,
@@ -98,6 +98,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                  use_conditions: bool = False):
         self.path = Path(path)
         self.name = Path(os.path.abspath(path)).stem
+        self._is_fingerprint_shared = False
         with stage(f"Opening {self.path}"):
             self._open(resolution, max_size, use_labels, xflip, random_seed, use_conditions)
         if cache:
@@ -291,7 +292,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         Rank 0 reads a folder. The first rank of another node does too where names, sizes and times
         are others there, and a rank that was given another path than the first one of its node.
         """
-        if "fingerprint" in self.__dict__ and distributed.get_world_size() == 1:
+        if self._is_fingerprint_shared:  # on all ranks or on none
             return
         places = distributed.gather_objects(os.path.realpath(self.path))
         leader = distributed.node_leader()
@@ -310,6 +311,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             return first[1] if is_first else self.fingerprint
 
         self.__dict__["fingerprint"] = distributed.run_by(leader, find)
+        self._is_fingerprint_shared = True
 
     @functools.cached_property
     def _listing(self) -> data_cache.Listing | None:
@@ -425,8 +427,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         try:
             free = data_cache.make_room(folder, size)
             where = f"{folder} on {socket.gethostname()}" if distributed.get_rank() else str(folder)
-            console.say(f"Packing {self.path}: {data_cache.shown_bytes(size)} into {where}, where "
-                        f"{data_cache.shown_bytes(free)} are free")
+            console.say(f"Packing {self.path}: {shown_bytes(size)} into {where}, where "
+                        f"{shown_bytes(free)} are free")
             for stack, path in missing:
                 stack.write_packed(path, self.name)
                 data_cache.note_packed(path, self.path, len(self._kept))

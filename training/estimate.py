@@ -15,7 +15,6 @@ and the batch take. `gpumem` in the line of a tick is the truth.
 
 import contextlib
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dnnlib.util import format_time
+from dnnlib.util import format_time, scaled
 from pfgmpp.networks import build_network
 from pfgmpp.unets import UNetBlock
 from torch_utils import misc
@@ -32,7 +31,6 @@ from training.config import TrainConfig
 _STATE_BYTES = 20  # a parameter
 # A prime that divides the size of no weight: it tells what grows with the batch from what does not.
 _BATCH = 127
-_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,12 +156,12 @@ def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
     steps = -(-config.total_nimg // config.batch)
     rows = [
         ("Parameters", f"{found.parameters:,}"),
-        ("Operations", f"{_scaled(found.forward_flops)}FLOP an image forward, "
-                       f"{_scaled(found.training_flops)}FLOP in training, "
-                       f"{_scaled(found.training_flops * config.total_nimg)}FLOP in all"),
-        ("Memory", f"about {_scaled(found.memory_bytes(micro_batch))}B a process (an estimate): "
-                   f"{_scaled(found.state_bytes)}B + {micro_batch} x "
-                   f"{_scaled(found.image_bytes)}B an image"),
+        ("Operations", f"{scaled(found.forward_flops)}FLOP an image forward, "
+                       f"{scaled(found.training_flops)}FLOP in training, "
+                       f"{scaled(found.training_flops * config.total_nimg)}FLOP in all"),
+        ("Memory", f"about {scaled(found.memory_bytes(micro_batch))}B a process (an estimate): "
+                   f"{scaled(found.state_bytes)}B + {micro_batch} x "
+                   f"{scaled(found.image_bytes)}B an image"),
         ("Steps", f"{steps:,} of {config.batch} images"),
         ("Disk", _disk(config, found.parameters)),
     ]
@@ -194,11 +192,5 @@ def _disk(config: TrainConfig, parameters: int) -> str:
     total = 4 * parameters * snapshots + 16 * parameters * kept
     choice = "" if config.keep is None else f" (--keep={config.keep})"
     best = ", with the best one" if config.eval else ""
-    return (f"{_scaled(total)}B in all: {snapshots} snapshots of {_scaled(4 * parameters)}B, "
-            f"{kept} states of {_scaled(16 * parameters)}B{choice}{best}")
-
-
-def _scaled(value: float) -> str:
-    """Returns a number with a metric prefix, such as '42.79 G'."""
-    power = min(max(int(math.log10(max(value, 1)) // 3), 0), len(_PREFIXES) - 1)
-    return f"{value / 1e3**power:.4g} {_PREFIXES[power]}"
+    return (f"{scaled(total)}B in all: snapshots {snapshots} x {scaled(4 * parameters)}B, "
+            f"states {kept} x {scaled(16 * parameters)}B{choice}{best}")

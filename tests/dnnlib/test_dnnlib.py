@@ -267,6 +267,13 @@ def test_pytorch_keeps_what_it_compiles_in_the_cache_unless_the_user_says_otherw
     assert done.stdout.decode().split()[-1] == (given or str(tmp_path / "compiled")), done.stderr
 
 
+@pytest.mark.parametrize("value, digits, text", [
+    (0, 4, "0 "), (61, 3, "61 "), (999.4, 3, "999 "), (999.6, 3, "1 k"), (7808, 3, "7.81 k"),
+    (42.79e9, 4, "42.79 G"), (999_960, 4, "1 M"), (5e24, 3, "5e+03 Z")])
+def test_numbers_have_a_prefix_and_so_many_digits(value, digits, text):
+    assert util.scaled(value, digits) == text
+
+
 def test_a_log_goes_on_where_an_earlier_process_ended(tmp_path, capsys):
     for line in ("first", "second"):
         with Logger(tmp_path / "log.txt"):

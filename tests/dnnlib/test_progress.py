@@ -144,6 +144,16 @@ def test_work_within_work_is_the_one_that_is_told(stdout):
         assert wait_for(lambda: "outer: 0 of 8 img\n" in out.getvalue())
 
 
+def test_work_that_waits_for_other_work_inside_it_looks_once_a_second(stdout):
+    """Its first line has long been due, and is not its own to write."""
+    stdout(io.StringIO())
+    with Progress(None, "outer", first_line_sec=0.0) as outer:
+        time.sleep(0.01)
+        assert outer._pause_sec() < 0.1
+        with Progress(8, "inner"):
+            assert outer._pause_sec() == 1.0
+
+
 def test_a_stage_tells_soon_what_is_done_and_then_how_long_it_has_taken(stdout, monkeypatch):
     out = stdout(io.StringIO())
     monkeypatch.setattr(progress, "LINE_SEC", 60.0)

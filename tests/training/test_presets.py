@@ -305,7 +305,7 @@ def test_a_dry_run_says_what_the_run_leaves_on_the_disk(flags, dataset_zip, tmp_
     snapshots, states = (list(tmp_path.glob(f"run/{kind}-*.pt"))
                          for kind in ("network-snapshot", "training-state"))
     [line] = re.findall("^Disk +(.*)$", told, re.M)
-    assert f" {len(snapshots)} snapshots of " in line and f", {len(states)} states of " in line
+    assert f": snapshots {len(snapshots)} x " in line and f", states {len(states)} x " in line
     options = json.loads((tmp_path / "run/training_options.json").read_text())["options"]
     config = TrainConfig.from_dict(options)
     assert config.keep or num_files(config) == (len(snapshots), len(states))
@@ -319,7 +319,7 @@ def test_snapshots_and_states_are_as_large_as_a_dry_run_says(dataset_zip, tmp_pa
     trainer.start()
     trainer.train_step()
     text = describe(config, config.network(8, 3, 0), 1)
-    said = re.search("snapshots of ([0-9.]+) MB, .* states of ([0-9.]+) MB", text).groups()
+    said = re.search(r"snapshots \d+ x ([0-9.]+) MB, states \d+ x ([0-9.]+) MB", text).groups()
     for size, content in zip(said, (trainer.snapshot(), trainer.state()), strict=True):
         checkpoint.save(tmp_path / "x.pt", content)
         assert (tmp_path / "x.pt").stat().st_size / 1e6 == pytest.approx(float(size), rel=0.02)
