@@ -58,8 +58,8 @@ def run(main: click.Command) -> None:
     signals.install()
     if not _OPENMP.keys() & os.environ.keys():
         os.environ.update(_OPENMP)
-    with contextlib.suppress(OSError):  # PyTorch chooses a folder of its own as it is imported
-        os.environ.setdefault(_COMPILED_ENV, str(cache_dir("compiled")))
+    if _COMPILED_ENV not in os.environ:
+        _set_variable(_COMPILED_ENV, _compiled_dir())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # some consoles lack most of Unicode
             stream.reconfigure(errors="backslashreplace")
@@ -77,6 +77,27 @@ def run(main: click.Command) -> None:
         if getattr(error, "should_print", None) is False:
             sys.exit(BAD_INPUT)
         raise
+
+
+def _compiled_dir() -> str | None:
+    """Returns the folder of the cache for compiled code; None where it can't be written.
+
+    PyTorch then chooses one of its own. It ends with an error where it can't make the folder that
+    it is given, even if it compiles nothing.
+    """
+    try:
+        folder = cache_dir("compiled")
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError:
+        return None
+    writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    return str(folder) if writable else None
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
 
 
 def _expand_home(arg: str) -> str:
@@ -132,17 +153,12 @@ def _use_cache_dir(ctx: click.Context, param: click.Parameter, value: str | None
     folder = os.path.abspath(value)
     if not value or (os.path.exists(folder) and not os.path.isdir(folder)):
         raise click.BadParameter(f"{value!r}: must name a folder, which is made if need be")
-    before = {name: os.environ.get(name) for name in (CACHE_DIR_ENV, _COMPILED_ENV)}
-
-    def restore() -> None:
-        for name, text in before.items():
-            os.environ.pop(name, None)
-            if text is not None:
-                os.environ[name] = text
-
-    ctx.call_on_close(restore)
+    for name in (CACHE_DIR_ENV, _COMPILED_ENV):
+        ctx.call_on_close(functools.partial(_set_variable, name, os.environ.get(name)))
+    chosen_by_user = os.environ.get(_COMPILED_ENV) != _compiled_dir()
     os.environ[CACHE_DIR_ENV] = folder  # loader processes have it too
-    os.environ[_COMPILED_ENV] = os.path.join(folder, "compiled")
+    if not chosen_by_user:
+        _set_variable(_COMPILED_ENV, _compiled_dir())
 
 
 @contextlib.contextmanager

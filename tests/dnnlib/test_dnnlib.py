@@ -194,7 +194,7 @@ def test_threads_of_scripts_sleep_while_they_wait_unless_the_user_says_otherwise
 
 ENVIRONMENT = """
 import gettext, locale, os, pwd, sys
-from dnnlib.cli import run, user_errors
+from dnnlib.cli import cache_dir_option, run, user_errors
 from dnnlib.util import cache_dir
 import click
 
@@ -202,6 +202,7 @@ import click
 @click.option("--outdir", default="")
 @click.option("--text", default="")
 @click.option("--look", default="")
+@cache_dir_option
 def main(outdir, text, look):
     with user_errors():
         print(ascii(outdir), text)
@@ -265,6 +266,16 @@ def test_pytorch_keeps_what_it_compiles_in_the_cache_unless_the_user_says_otherw
     done = in_environment("--look=compiled", PFGMPP_CACHE_DIR=str(tmp_path),
                           without=() if given else ["TORCHINDUCTOR_CACHE_DIR"], **env)
     assert done.stdout.decode().split()[-1] == (given or str(tmp_path / "compiled")), done.stderr
+
+
+@pytest.mark.scripts
+def test_pytorch_keeps_what_it_compiles_elsewhere_if_the_cache_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    given = dict(PFGMPP_CACHE_DIR=str(tmp_path / "file"), without=["TORCHINDUCTOR_CACHE_DIR"])
+    done = in_environment("--look=compiled", **given)
+    assert done.returncode == 0 and str(tmp_path) not in done.stdout.decode(), done.stderr
+    done = in_environment("--look=compiled", f"--cache-dir={tmp_path / 'other'}", **given)
+    assert done.stdout.decode().split()[-1] == str(tmp_path / "other/compiled"), done.stderr
 
 
 @pytest.mark.parametrize("value, digits, text", [
