@@ -3,6 +3,7 @@
 Its commands also list and empty the cache folder.
 """
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -18,14 +19,14 @@ import click
 from dnnlib.cli import cache_dir_option, run, user_errors
 
 if TYPE_CHECKING:  # imported late: help is instant
-    import collections
-
     from images.conversion import Conditions, Outcome, Settings
     from images.image_files import ImageFormat
     from images.scaling import Moments, Scaling
     from images.sources import Source
 
 _MAX_CLASS_LINES = 40
+_MAX_LISTED = 50  # damaged images
+_MAX_KINDS = 8  # extensions of files that are no images
 
 
 def _parse_resolution(ctx, param, value: str | None) -> tuple[int, int] | None:
@@ -87,15 +88,22 @@ def _check_geometry(transform: str | None, size: tuple[int, int] | None) -> None
                                "for --transform=center-crop")
 
 
-def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[int] | None) -> None:
+def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[int] | None,
+               names: Sequence[str] | None) -> None:
     """Prints what was written, and what a user may not expect."""
     def origin(label):
-        old = classes[label] if classes else label
-        if source.class_names:
-            return f" ({source.class_names[old]})"
-        return f" (was {old})" if classes else ""
+        if names:
+            return f" ({names[label]})"
+        return f" (was {classes[label]})" if classes else ""
 
     _print_counts(dest, outcome.num_images, outcome.format, outcome.label_dim, outcome.classes, origin)
+    _tell_empty_classes(outcome.classes)
+    for name, damage in outcome.damaged[:_MAX_LISTED]:
+        click.echo(f"Damaged: {name}: {damage}", err=True)
+    if len(outcome.damaged) > _MAX_LISTED:
+        click.echo(f"... and {len(outcome.damaged) - _MAX_LISTED} more", err=True)
+    if outcome.damaged:
+        click.echo(f"Left out: {len(outcome.damaged)} damaged images")
     if outcome.scaling:
         _print_statistics(outcome.moments, outcome.scaling)
     if outcome.conditions:
@@ -116,7 +124,7 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
 
 
 def _print_counts(path: str, num_images: int, image_format: "ImageFormat", label_dim: int | None,
-                  classes: "collections.Counter", origin: Callable[[int], str] = lambda _: "") -> None:
+                  classes: collections.Counter, origin: Callable[[int], str] = lambda _: "") -> None:
     """Prints how many images there are, how large, and of which classes."""
     labels = f"label vectors of {label_dim}" if label_dim else \
         f"{len(classes)} classes" if classes else "no labels"
@@ -157,11 +165,14 @@ def _print_statistics(moments: "Moments", scaling: "Scaling", is_data: bool = Tr
 def _tell_unused(source: "Source", max_images: int | None, num_selected: int) -> None:
     """Prints how many files of the source were not looked at, and why."""
     num_used = len(range(source.num_images)[:max_images])
-    for number, reason in [(source.num_others, "files that aren't images"),
+    kinds = collections.Counter(os.path.splitext(name)[1].lower() or "no extension"
+                                for name in source.others).most_common(_MAX_KINDS)
+    shown = ", ".join(kind for kind, _ in kinds)
+    for number, reason in [(len(source.others), f"files that aren't images ({shown})"),
+                           (source.num_hidden, "hidden or system files"),
+                           (source.num_pictures, "pictures of generate.py under vis/"),
                            (source.num_conditions, "images under cond/, which are condition "
                                                    "images; --cond-source takes some along"),
-                           (len(source.links), "links to folders, which aren't followed, the "
-                                               f"first {[*source.links, ''][0]}"),
                            (source.num_images - num_used, "images beyond --max-images"),
                            (num_used - num_selected, "images of other classes")]:
         if number:
@@ -198,6 +209,12 @@ def _require(**given: str | None) -> None:
               help="As --scale, for the condition images")
 @click.option("--classes",      metavar="LIST", callback=_parse_classes,
               help="Keep these classes only and number them from 0 in this order, such as 6,1,3")
+@click.option("--channels",     type=click.Choice(["rgb", "gray"]),
+              help="Make all pictures RGB or gray  [default: as they are]")
+@click.option("--layout",       type=click.Choice(["chw", "hwc"]),
+              help="Whether the channels of arrays come first or last  [default: by their shape]")
+@click.option("--skip-damaged", is_flag=True,
+              help="Leave images out that can't be read, and list them, instead of stopping")
 @click.option("--background",   metavar="COLOR", default="white", callback=_parse_color,
               help="What shows through transparent images: a name or #rrggbb")
 @click.option("--first-frame",  is_flag=True,
@@ -209,6 +226,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
          transform: str | None, resolution: tuple[int, int] | None,
          scale: str | tuple[float, float] | None, cond_source: str | None,
          cond_scale: str | tuple[float, float] | None, classes: list[int] | None,
+         channels: str | None, layout: str | None, skip_damaged: bool,
          background: tuple[int, int, int], first_frame: bool, workers: int | None) -> None:
     """Converts images into a data set for train.py; the commands verify and show data sets.
 
@@ -219,12 +237,12 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
     train-images-idx3-ubyte.gz   MNIST, 32x32; the file of the labels must lie beside it
     NAME_lmdb/                   LSUN (needs pip install lmdb)
     NAME.zip                     all images in a ZIP
-    NAME.npy                     an array of images, [n, H, W] or [n, C, H, W]
+    NAME.npy                     an array of images, [n, H, W], [n, C, H, W] or [n, H, W, C]
     any other folder             all images below it
 
     Labels of folders and ZIPs come from dataset.json, {"labels": [["NAME", 6], ...]} with class
-    numbers or vectors, or else from the folders at the top of a folder, numbered in the order of
-    their names.
+    numbers or vectors, or else from the folders at the top, numbered in the order of their names.
+    A folder that holds all the rest is passed over.
 
     Without --transform, --resolution ignores the aspect. center-crop takes the central square;
     center-crop-wide crops rows to W:H, puts them on a black WxW square, and leaves out images
@@ -232,8 +250,8 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
 
     Images are turned as their EXIF data says, palettes and CMYK become RGB, transparency shows
     --background, and without --scale of 16 bits the upper 8 are kept. Images may also be arrays,
-    NAME.npy of [H, W] or [C, H, W] with any number of channels. All must come out of one size and
-    kind.
+    NAME.npy of [H, W], [C, H, W] or [H, W, C] with any number of channels. All must come out of one
+    size and kind.
     """  # noqa: D301 - \b is click's mark for lines to leave alone
     if context.invoked_subcommand is not None:
         _refuse_flags(context)
@@ -244,22 +262,30 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
         raise click.UsageError("--cond-scale: needs --cond-source")
     with user_errors(), contextlib.ExitStack() as stack:
         from dnnlib.ordered_pool import num_cores
-        from images.conversion import Settings, convert_all, open_dest, select_images
+        from images.conversion import (
+            Settings,
+            convert_all,
+            new_class_names,
+            open_dest,
+            select_images,
+        )
         from images.sources import open_source
 
-        settings = Settings(transform, resolution, background, first_frame, scale)
+        settings = Settings(transform, resolution, background, first_frame, scale,
+                            channels=channels, layout=layout, skip_damaged=skip_damaged)
         for flag, path in (("source", source), ("cond-source", cond_source)):
             if path and os.path.exists(dest) and os.path.exists(path) and os.path.samefile(path, dest):
                 raise ValueError(f"--dest={dest}: is the {flag} itself")
-        with open_source(Path(source)) as images:
+        with open_source(Path(source), layout=layout) as images:
             numbers, labels = select_images(images, max_images, classes)
             conditions = cond_source and stack.enter_context(
                 _open_conditions(Path(cond_source), images, numbers, dataclasses.replace(
                     settings, scale=cond_scale, flag="--cond-scale")))
+            names = new_class_names(images, labels, classes)
             with open_dest(Path(dest)) as write:
                 outcome = convert_all(images, numbers, labels, settings, write,
-                                      workers or num_cores(), conditions)
-            _summarise(dest, images, outcome, classes)
+                                      workers or num_cores(), conditions, names)
+            _summarise(dest, images, outcome, classes, names)
             _tell_unused(images, max_images, len(numbers))
 
 
@@ -270,7 +296,7 @@ def _open_conditions(path: Path, images: "Source", numbers: Sequence[int],
     from images.conversion import Conditions
     from images.sources import condition_numbers, open_source
 
-    with open_source(path, "--cond-source") as source:
+    with open_source(path, "--cond-source", settings.layout) as source:
         of_all = condition_numbers(images, source)
         yield Conditions(source, [of_all[i] for i in numbers], settings)
 
@@ -307,14 +333,16 @@ def check(data: str, workers: int | None) -> None:
                              "images")
         from images.dataset import ImageFolderDataset
 
-        _print_counts(data, report.num_images, report.format, report.label_dim, report.classes)
+        names = report.class_names or []
+        _print_counts(data, report.num_images, report.format, report.label_dim, report.classes,
+                      lambda label: f" ({names[label]})" if label < len(names) else "")
         if report.cond_format:
             _print_conditions(report.cond_format, report.num_images)
         _tell_empty_classes(report.classes)
         click.echo(f"fingerprint: {ImageFolderDataset(data).fingerprint}")
 
 
-def _tell_empty_classes(classes: "collections.Counter") -> None:
+def _tell_empty_classes(classes: collections.Counter) -> None:
     empty = sorted(set(range(max(classes, default=-1) + 1)) - set(classes))
     if empty:
         click.echo(f"Note: {len(empty)} class numbers have no images, the first {empty[0]}")

@@ -5,7 +5,8 @@ an uncompressed PNG under its number; `dataset.json` with the labels comes last.
 scaling, floating-point and 16-bit images keep their values and become .npy files. What the rule
 needs to know of all of them is measured on the way, and the scaling goes into `dataset.json`. 8-bit
 arrays of other than 1 or 3 channels become .npy files too, because no PNG holds them. Condition
-images are converted beside their images. What becomes of an image depends only on that image, not
+images are converted beside their images. Damaged images end the conversion or, if asked, are left
+out. What becomes of an image depends only on that image, not
 on the number of worker processes. No PyTorch is needed.
 """
 
@@ -19,7 +20,6 @@ import json
 import os
 import shutil
 import struct
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,29 +27,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
 from dnnlib.atomic import atomic_write, temporary_name
 from dnnlib.ordered_pool import ordered_map
 from dnnlib.progress import Progress
 from dnnlib.stored_zip import StoredZip
-from images import array_files
+from images import array_files, pictures
 from images.image_files import (
     ARRAY_SUFFIX,
     CONDITIONS,
-    DAMAGE,
     LABELS_NAME,
+    PICTURE_FORMATS,
     ImageFormat,
     error_prefix,
     is_array,
     picture_format,
 )
+from images.pictures import DamagedImageError
 from images.scaling import Moments, Scaling, scaling_by
 from images.sources import Item, Source
 
 _PNG_COLOR = {"L": 0, "RGB": 2}
-_DEEP_MODES = {"I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16", "I": "float32",
-               "F": "float32"}  # Pillow's, with the types that hold them
+_HALF_OF_16_BITS = 1 << 15
 _TWINS = {"MPO": "JPEG", "DIB": "BMP"}  # formats that another one's extension may hold
 
 
@@ -63,10 +62,13 @@ class Settings:
     first_frame: bool  # whether to take the first frame of animations
     scale: str | tuple[float, float] | None = None  # for `scaling_by`; None makes all images 8-bit
     flag: str = "--scale"  # what errors call the rule of scaling
+    channels: str | None = None  # 'gray' or 'rgb', to make all pictures alike; None keeps them
+    layout: str | None = None  # of arrays, see `array_files.first_channels`
+    skip_damaged: bool = False  # whether damaged images are left out, instead of an error
 
 
 class Converted(NamedTuple):
-    """One image: its new file, or None where the transform leaves it out."""
+    """One image: its new file, or None where it is damaged or the transform leaves it out."""
 
     name: str  # in the source
     data: bytes | None
@@ -74,6 +76,8 @@ class Converted(NamedTuple):
     was_cmyk: bool = False
     file_format: str | None = None  # Pillow's name of the file's format; None for bare pixels
     moments: Moments | None = None  # of images that are to be scaled
+    deep_top: int | None = None  # largest value of 16 bits of which the upper 8 are kept
+    damage: str | None = None  # why the image can't be read
 
 
 def convert_image(item: Item, settings: Settings) -> Converted:
@@ -82,34 +86,75 @@ def convert_image(item: Item, settings: Settings) -> Converted:
     Raises:
         ValueError: naming the image: it is damaged, or of a kind that isn't converted.
     """
+    try:
+        decoded, is_deep = _read(item, settings)
+    except DamagedImageError as error:
+        if settings.skip_damaged:
+            return Converted(item.name, None, None, damage=str(error))
+        raise ValueError(f"{item.name}: {error}; 'dataset_tool.py check' lists all damaged images, "
+                         "--skip-damaged leaves them out") from error
+    if isinstance(decoded, np.ndarray):
+        return _convert_values(item.name, decoded, settings)
+    return _convert_picture(item.name, decoded, settings, is_deep)
+
+
+def _read(item: Item, settings: Settings) -> tuple[PIL.Image.Image | np.ndarray, bool]:
+    """Returns a picture, or values [C, H, W] that no picture holds; and whether it was a deep one.
+
+    Raises:
+        DamagedImageError: it can't be read; without its name.
+        ValueError: it is an animation, or an array whose shape has two readings.
+    """
     content = item.content()
-    if not isinstance(content, bytes):
-        return _convert_picture(item.name, PIL.Image.fromarray(content), settings)
+    if not isinstance(content, bytes):  # the pixels of an archive
+        return PIL.Image.fromarray(content), False
     if not (is_array(item.name) or content.startswith(array_files.MAGIC)):
-        decoded = _decode(item.name, content, settings.first_frame)
-        return _convert_picture(item.name, decoded, settings)
+        picture = pictures.read_picture(content)
+        # MPO is a photograph with a preview behind it, not an animation.
+        is_animated = getattr(picture, "is_animated", False) and picture.format != "MPO"
+        if is_animated and not settings.first_frame:
+            raise ValueError(f"{item.name}: has several frames; --first-frame takes the first")
+        return picture, pictures.is_deep(picture, content)
+    layout = item.layout or settings.layout
+    try:
+        shape = array_files.read_shape(content)
+        values, _ = array_files.decode(content, layout)
+    except ValueError as error:
+        raise DamagedImageError(str(error)) from error
     with error_prefix(f"{item.name}: "):
-        values, _ = array_files.decode(content)
+        array_files.check_layout(shape, layout)
     if values.dtype == np.uint8 and len(values) in (1, 3):
         pixels = values[0] if len(values) == 1 else values.transpose(1, 2, 0)
-        return _convert_picture(item.name, PIL.Image.fromarray(pixels), settings)
-    return _convert_values(item.name, values, settings)
+        return PIL.Image.fromarray(pixels), False
+    return values, False
 
 
-def _convert_picture(name: str, decoded: PIL.Image.Image, settings: Settings) -> Converted:
+def _convert_picture(name: str, decoded: PIL.Image.Image, settings: Settings,
+                     is_deep: bool = False) -> Converted:
     """Returns what becomes of a picture of any mode."""
-    if settings.scale is not None and decoded.mode in _DEEP_MODES:
-        values = np.asarray(decoded, _DEEP_MODES[decoded.mode])
+    if settings.scale is not None and decoded.mode in pictures.DEEP_MODES:
+        values = np.asarray(decoded, pictures.DEEP_MODES[decoded.mode])
         return _convert_values(name, values[None], settings)._replace(file_format=decoded.format)
     _refuse_scale(name, settings)
     with error_prefix(f"{name}: "):
         image = _to_8bit(decoded, settings.background)
+    if settings.channels:
+        image = image.convert({"gray": "L", "rgb": "RGB"}[settings.channels])
     image = _TRANSFORMS[settings.transform](image, settings.size)
     was_cmyk = decoded.mode == "CMYK"
     if image is None:
         return Converted(name, None, None, was_cmyk, decoded.format)
     image_format = picture_format(image.mode, image.size)
-    return Converted(name, _encode_png(image), image_format, was_cmyk, decoded.format)
+    return Converted(name, _encode_png(image), image_format, was_cmyk, decoded.format,
+                     deep_top=_top_value(decoded) if is_deep else None)
+
+
+def _top_value(image: PIL.Image.Image) -> int:
+    """Returns the largest value of a picture of 16 bits, of which Pillow may have kept 8."""
+    pixels = np.asarray(image)
+    if image.mode in pictures.DEEP_MODES:
+        return int(pixels.max())
+    return 257 * int(pixels[..., [band != "A" for band in image.getbands()]].max())
 
 
 def _refuse_scale(name: str, settings: Settings) -> None:
@@ -122,6 +167,9 @@ def _convert_values(name: str, values: np.ndarray, settings: Settings) -> Conver
     """Returns values [C, H, W] as a .npy, as uint8, uint16 or float32."""
     with error_prefix(f"{name}: "):
         values = array_files.to_stored(_fit_values(values, settings))
+        if array_files.is_channels_last(values.shape):
+            raise ValueError(f"{len(values)} channels of images {values.shape[2]} wide can't be "
+                             "told from channels that come last; make the images wider")
         if values.dtype != np.uint8 and settings.scale is None:
             raise ValueError(f"holds {values.dtype}: give {settings.flag}=minmax, std or LO,HI")
     if values.dtype == np.uint8:
@@ -169,31 +217,6 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
 
 
-def _decode(name: str, data: bytes, first_frame: bool) -> PIL.Image.Image:
-    """Returns the image upright, in whatever mode, with its file's format."""
-    bombs = (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-            image = PIL.Image.open(io.BytesIO(data))
-        # MPO is a photograph with a preview behind it, not an animation.
-        is_animated = getattr(image, "is_animated", False) and image.format != "MPO"
-        is_program = image.format == "EPS"  # Pillow would start Ghostscript
-        if not is_program and (first_frame or not is_animated):
-            PIL.ImageOps.exif_transpose(image, in_place=True)
-    except bombs as error:
-        raise ValueError(f"{name}: more pixels than the {PIL.Image.MAX_IMAGE_PIXELS} "
-                         "allowed") from error
-    except DAMAGE as error:
-        problem = "not an image" if isinstance(error, PIL.UnidentifiedImageError) else error
-        raise ValueError(f"{name}: can't be read: {problem}") from error
-    if is_program:
-        raise ValueError(f"{name}: PostScript isn't supported; convert it to PNG")
-    if is_animated and not first_frame:
-        raise ValueError(f"{name}: has several frames; --first-frame takes the first")
-    return image
-
-
 def _to_8bit(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Image.Image:
     """Returns the image as L or RGB.
 
@@ -210,11 +233,14 @@ def _to_8bit(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Im
         return image.convert("L")
     if mode in ("P", "CMYK", "YCbCr", "RGBX"):
         return image.convert("RGB")
+    if mode == "F":
+        raise ValueError("holds floating-point values: give --scale=minmax, std or LO,HI")
     if mode not in ("I", "I;16", "I;16L", "I;16B") or "transparency" in image.info:
         raise ValueError(f"mode {mode} isn't supported; convert it to RGB")
     pixels = np.asarray(image)
     if pixels.min() < 0 or pixels.max() > 0xFFFF:
-        raise ValueError("values beyond 16 bits aren't supported")
+        raise ValueError(f"values from {pixels.min()} to {pixels.max()} are not those of 16 bits; "
+                         "--scale=minmax, std or LO,HI keeps them")
     return PIL.Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
@@ -286,6 +312,23 @@ def select_images(source: Source, max_images: int | None,
     return kept, [new[labels[i]] for i in kept]
 
 
+def new_class_names(source: Source, labels: list[Any] | None,
+                    classes: list[int] | None) -> list[str] | None:
+    """Returns what the new classes are called, for `select_images`; None where they have no names.
+
+    Raises:
+        ValueError: there are fewer names than classes.
+    """
+    names = source.class_names
+    if not names or not labels or isinstance(labels[0], list):
+        return None
+    numbers = range(max(len(names), max(labels) + 1)) if classes is None else classes
+    if max(numbers) >= len(names):
+        raise ValueError(f'"class_names" has {len(names)} names, but there is a class '
+                         f"{max(numbers)}")
+    return [names[number] for number in numbers]
+
+
 class Tally:
     """How many images something is true of, and the first of them."""
 
@@ -309,6 +352,9 @@ class Outcome:
     too_small: Tally = dataclasses.field(default_factory=Tally)
     cmyk: Tally = dataclasses.field(default_factory=Tally)
     misnamed: Tally = dataclasses.field(default_factory=Tally)  # of another format
+    damaged: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # names and reasons
+    deep: Tally = dataclasses.field(default_factory=Tally)  # of 16 bits, made 8-bit
+    deep_top: int = 0  # largest of their values, of 16 bits
     moments: Moments | None = None
     scaling: Scaling | None = None  # of data that are not 8-bit
     conditions: "Outcome | None" = None
@@ -318,9 +364,12 @@ class Outcome:
         if not self.num_images:
             self.first, self.format = result.name, result.format
         if result.format != self.format:
+            pictures_only = {result.format.mode, self.format.mode} <= {"L", "RGB"}
+            how = "--transform=center-crop with --resolution makes all alike"
+            if pictures_only and result.format.shape[1:] == self.format.shape[1:]:
+                how = "--channels=rgb or --channels=gray makes all alike"
             raise ValueError(f"{result.name} is {result.format}, but {self.first} is "
-                             f"{self.format}; --transform=center-crop with --resolution makes all "
-                             "alike")
+                             f"{self.format}; {how}")
         self.num_images += 1
         if result.moments:
             self.moments = self.moments.merge(result.moments) if self.moments else result.moments
@@ -330,15 +379,28 @@ class Outcome:
             self.classes[label] += 1
 
     def note_oddities(self, result: Converted) -> None:
-        """Counts an image of CMYK, or of another format than its name says."""
+        """Counts an image of CMYK, of 16 bits, or of another format than its name says."""
+        if result.deep_top is not None:
+            self.deep.add(result.name)
+            self.deep_top = max(self.deep_top, result.deep_top)
         if result.was_cmyk:
             self.cmyk.add(result.name)
         if result.file_format is None:
             return
         extension = os.path.splitext(result.name)[1].lower()
-        named = PIL.Image.EXTENSION.get(extension, result.file_format)
+        named = PICTURE_FORMATS.get(extension, result.file_format)
         if _TWINS.get(named, named) != _TWINS.get(result.file_format, result.file_format):
             self.misnamed.add(f"{result.name} ({result.file_format})")
+
+    def check_depth(self) -> None:
+        """Raises ValueError if images of 16 bits use so few of them that 8 are nearly black."""
+        if self.deep.count and self.deep_top < _HALF_OF_16_BITS:
+            bits = max(self.deep_top.bit_length(), 8)
+            raise ValueError(
+                f"{self.deep.count} images have 16 bits a channel but no value above "
+                f"{self.deep_top}: their upper 8 bits would be nearly black; keep the values with "
+                f"--scale=0,{(1 << bits) - 1} or --scale=minmax, or store them with 8 bits (the "
+                f"first is {self.deep.first})")
 
     def settle_scaling(self, settings: Settings) -> None:
         """Makes the scaling of what was added; raises ValueError for a constant channel."""
@@ -357,8 +419,12 @@ class Conditions(NamedTuple):
 
 def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None,
                 settings: Settings, write: Callable[[str, bytes], None], workers: int,
-                conditions: Conditions | None = None) -> Outcome:
-    """Converts and writes these images of the source and their conditions, then dataset.json."""
+                conditions: Conditions | None = None,
+                class_names: Sequence[str] | None = None) -> Outcome:
+    """Converts and writes these images of the source and their conditions, then dataset.json.
+
+    `class_names` are those of the new labels.
+    """
     outcome, entries = Outcome(conditions=Outcome() if conditions else None), bytearray()
     pairs = itertools.zip_longest(source.read(numbers), conditions.source.read(
         conditions.numbers) if conditions else ())
@@ -367,6 +433,10 @@ def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None
     results = ordered_map(convert, pairs, min(workers, len(numbers)))
     with contextlib.closing(results), Progress(len(numbers), "Converting") as progress:
         for i, (result, condition) in enumerate(progress.over(results)):
+            damaged = next((one for one in (result, condition) if one and one.damage), None)
+            if damaged:
+                outcome.damaged.append((damaged.name, damaged.damage))
+                continue
             outcome.note_oddities(result)
             if result.data is None:
                 outcome.too_small.add(result.name)
@@ -375,15 +445,24 @@ def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None
             name = _file_name(i, result)
             write(name, result.data)
             if condition:
+                outcome.conditions.note_oddities(condition)
                 outcome.conditions.add(_of_one_size(condition, result), None)
                 write(CONDITIONS + _file_name(i, condition), condition.data)
             if labels:
                 entries += (b", " if entries else b"") + json.dumps([name, labels[i]]).encode()
+    if len(outcome.damaged) == len(numbers):
+        name, damage = outcome.damaged[0]
+        raise ValueError(f"all {len(numbers)} images are damaged, the first: {name}: {damage}")
+    outcome.check_depth()
+    if outcome.conditions:
+        outcome.conditions.check_depth()
     if not outcome.num_images:
         raise ValueError(f"all {len(numbers)} images are smaller than --resolution; "
                          "--transform=center-crop enlarges")
-    write(LABELS_NAME, b'{"labels": %b%b}' % (b"[%b]" % entries if labels else b"null",
-                                              _scale_entries(outcome, settings, conditions)))
+    more = _scale_entries(outcome, settings, conditions)
+    if class_names and labels:
+        more += b', "class_names": %b' % json.dumps(class_names).encode()
+    write(LABELS_NAME, b'{"labels": %b%b}' % (b"[%b]" % entries if labels else b"null", more))
     return outcome
 
 
@@ -392,7 +471,7 @@ def _convert_pair(items: tuple[Item, Item | None], settings: Settings,
     """Returns what becomes of an image and of its condition image, if it has one."""
     item, condition = items
     result = convert_image(item, settings)
-    if condition is None or result.data is None:
+    if condition is None or (result.data is None and not result.damage):
         return result, None
     with error_prefix("--cond-source: "):
         return result, convert_image(condition, cond_settings)

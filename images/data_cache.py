@@ -1,6 +1,6 @@
 """The cache folder: room in it, what it keeps of data sets, and what lies in it; without PyTorch.
 
-    packed/FINGERPRINT.npy           the images of a data set, see images/uniform_images.py
+    packed/FINGERPRINT-READER.npy    the images of a data set, see images/uniform_images.py
     notes/KIND-KEY.json              what took long to find out about a data set
     references/, downloads/          of metrics/evaluator.py and dnnlib/util.py
     compiled/                        of torch.compile
@@ -103,7 +103,8 @@ def list_folder(folder: Path, names: Sequence[str]) -> Listing:
                   first_line_sec=FIRST_LINE_SEC) as progress:
         for name in progress.over(names):
             status = os.stat(folder / name)
-            digest.update(f"{name}\0{status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(f"{name}\0{status.st_size} {status.st_mtime_ns}\n".encode(
+                errors="surrogateescape"))
             touched.update(f"{status.st_ctime_ns} {status.st_ino}\n".encode())
             newest = max(newest, status.st_mtime_ns, status.st_ctime_ns)
     touched.update(digest.digest())
@@ -132,7 +133,7 @@ def fingerprint(files: Folder | Zip, names: Sequence[str], listing: Listing | No
                   first_line_sec=FIRST_LINE_SEC) as progress:
         stamps = _read_stamps(files, names) if listing else map(files.stamp, names)
         for name, stamp in zip(names, progress.over(stamps), strict=True):
-            digest.update(f"{name}\0{stamp}\n".encode())
+            digest.update(f"{name}\0{stamp}\n".encode(errors="surrogateescape"))
     found = digest.hexdigest()
     if listing and listing.newest_ns < now - _SETTLED_NS:
         write_note("fingerprint", listing.key, {"fingerprint": found, "data": title})

@@ -47,11 +47,12 @@ from images.image_files import (
     label_array,
     match_names,
     open_files,
+    parse_class_names,
     parse_labels,
-    split_conditions,
+    sort_names,
 )
 from images.scaling import Moments, Scaling, Spread, image_means, recorded_scaling
-from images.uniform_images import UniformImages
+from images.uniform_images import READER_VERSION, UniformImages
 from torch_utils import distributed
 from torch_utils.loading import read_in_processes
 
@@ -86,6 +87,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         scaling: of the images.
         cond_shape: [C, H, W] of the condition images; None where they are not read.
         cond_scaling: of the condition images; None where they are not read.
+        class_names: what the classes are called; None where labels or names of them are missing.
 
     Raises:
         OSError: there is no such file, or it can't be read.
@@ -107,7 +109,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def _open(self, resolution: int | Sequence[int] | None, max_size: int | None, use_labels: bool,
               xflip: bool, random_seed: int, use_conditions: bool) -> None:
         self._files = open_files(self.path)
-        self._names, self._cond_names = split_conditions(self._files.names)
+        self._names, self._cond_names, *_ = sort_names(self._files.names)
         if not self._names:
             raise ValueError(f"{self.path}: no images found")
         self._kept = _subset(len(self._names), max_size, random_seed)  # raw indices, rising
@@ -124,6 +126,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             self.cond_shape = list(conditions.format.shape)
             self.cond_scaling = recorded_scaling(self._files, conditions.format, "cond_scale",
                                                  self.path)
+        self.class_names: list[str] | None = None
         labels = self._load_labels() if use_labels else None
         self._labels = np.zeros([len(self._names), 0], np.float32) if labels is None else labels
         self._copies = 2 if xflip else 1
@@ -280,6 +283,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                                       str(self.path))
 
     @property
+    def content_key(self) -> str:
+        """Names what is made of the images: fingerprint, subset, how they are read, mirrored."""
+        mirrored = "-xflip" if self._copies == 2 else ""
+        return f"{self.fingerprint}{self._subset_key}-{READER_VERSION}{mirrored}"
+
+    @property
     def known_fingerprint(self) -> str | None:
         """The fingerprint where no image has to be read for it, else None."""
         if "fingerprint" in self.__dict__ or self._listing is None:
@@ -372,6 +381,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         except DAMAGE as error:
             raise ValueError(f"{where} can't be read: {error}") from error
         labels = parse_labels(text, where)
+        self.class_names = parse_class_names(text, where)
         return None if labels is None else label_array(self._names, labels, where)
 
     def pack(self) -> None:
@@ -413,7 +423,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                 for stack, path in zip(self._stacks, self._packed_paths(fingerprint), strict=True)]
 
     def _packed_paths(self, fingerprint: str) -> list[Path]:
-        return [cache_dir(data_cache.PACKED) / f"{fingerprint}{self._subset_key}{suffix}.npy"
+        key = f"{fingerprint}{self._subset_key}-{READER_VERSION}"
+        return [cache_dir(data_cache.PACKED) / f"{key}{suffix}.npy"
                 for _, suffix in zip(self._stacks, ("", "-cond"), strict=False)]
 
     def _make_packed(self) -> str | None:

@@ -13,6 +13,7 @@ from dnnlib.atomic import atomic_write
 _FRAME_MSEC, _LAST_FRAME_MSEC = 100, 2000
 _GAP = 2  # pixels between images
 _MAX_CLASSES = 16  # that get rows of their own
+_MAX_LABEL = 16  # characters
 _MIN_SIDE = 64  # small images are enlarged by a whole factor to at least this height
 
 
@@ -50,22 +51,40 @@ def _enlarged(image: np.ndarray, zoom: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
 
 
-def square_grid(images: np.ndarray, classes: Sequence[int] | None = None) -> PIL.Image.Image:
-    """Returns one picture of uint8 images [B, C, H, W], about as square as their number allows.
+def square_grid(images: np.ndarray, classes: Sequence[int] | None = None,
+                names: Sequence[str] | None = None) -> PIL.Image.Image:
+    """Returns one picture of uint8 images [B, C, H, W], about as square as even rows allow.
 
-    With up to 16 `classes` among the images, each begins a row of its own, labelled by its number.
+    With up to 16 `classes` among the images, each begins a row of its own, labelled by its name or
+    number.
     """
-    columns = math.ceil(math.sqrt(len(images)))
+    columns = _num_columns(len(images))
     found = sorted(set(classes or ()))
     groups = {"": range(len(images))}
     if 0 < len(found) <= _MAX_CLASSES:
-        groups = {str(k): [i for i, own in enumerate(classes) if own == k] for k in found}
+        groups = {class_label(k, names): [i for i, own in enumerate(classes) if own == k]
+                  for k in found}
     rows, labels = [], []
     for label, numbers in groups.items():
         for start in range(0, len(numbers), columns):
             rows.append([images[i] for i in numbers[start:start + columns]])
             labels.append("" if start else label)
     return image_grid(rows, labels)
+
+
+def _num_columns(count: int) -> int:
+    """Returns columns that make all rows full, if there are such of at most twice the rows."""
+    root = math.ceil(math.sqrt(count))
+    full = [columns for columns in range(root, 2 * root) if count % columns == 0]
+    return full[0] if full and full[0] <= 2 * (count // full[0]) else root
+
+
+def class_label(number: int, names: Sequence[str] | None) -> str:
+    """Returns what a row of a class is labelled: its name, cut short, or its number."""
+    if not names or number >= len(names):
+        return str(number)
+    name = names[number].encode("utf-8", "replace").decode()
+    return name if len(name) <= _MAX_LABEL else f"{name[:_MAX_LABEL - 3]}..."
 
 
 def save_gif(path: str | Path, pictures: Sequence[PIL.Image.Image]) -> None:

@@ -2,8 +2,12 @@
 
     {"labels": [["00000/img00000000.png", 6], ...]}    or    {"labels": null}
 
-Integers are class numbers; lists are vectors of numbers. Files in the folder cond/ at the top are
-condition images: cond/a/x.npy belongs to a/x.png.
+Integers are class numbers; lists are vectors of numbers. "class_names" may say what the classes are
+called, from number 0 on. Files in the folder cond/ at the top are condition images: cond/a/x.npy
+belongs to a/x.png.
+
+An extension of `PICTURE_FORMATS`, or .npy, makes a file an image. Hidden files and those that
+systems put into folders are none, nor are the pictures that generate.py makes of its images.
 """
 
 import collections
@@ -17,7 +21,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
@@ -28,6 +32,19 @@ GENERATE_RECORD = "generate.json"  # marks a folder of generated images
 PICTURES = "vis"  # its subfolder of grids and movies
 CONDITIONS = "cond/"  # begins the names of condition images
 ARRAY_SUFFIX = ".npy"
+# Extensions of pictures, with Pillow's names of the formats that are read, common ones first.
+PICTURE_FORMATS = {
+    ".png": "PNG", ".apng": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG",
+    ".jfif": "JPEG", ".mpo": "MPO", ".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP", ".dib": "DIB",
+    ".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM", ".pnm": "PPM",
+    ".avif": "AVIF", ".avifs": "AVIF", ".jp2": "JPEG2000", ".j2k": "JPEG2000", ".j2c": "JPEG2000",
+    ".jpc": "JPEG2000", ".jpf": "JPEG2000", ".jpx": "JPEG2000", ".qoi": "QOI", ".tga": "TGA",
+    ".pcx": "PCX", ".ico": "ICO", ".sgi": "SGI", ".rgb": "SGI", ".bw": "SGI",
+}
+# Names with a dot before them, folders of macOS, Synology and Windows, and Windows' small files.
+_HIDDEN = re.compile(
+    r"(?:^|/)(?:\.(?![./])|__MACOSX/|@eaDir/|\$RECYCLE\.BIN/|System Volume Information/"
+    r"|(?:Thumbs\.db|desktop\.ini)$)", re.IGNORECASE)
 MAX_CLASSES = 1 << 16  # a larger number is an identifier, not a class
 # What Pillow and zipfile raise for a damaged file.
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error,
@@ -70,18 +87,63 @@ def is_array(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Whether the extension is one that Pillow knows, or that of NumPy arrays."""
-    import PIL.Image
-
-    PIL.Image.init()  # fills EXTENSION, of which opening an image fills a part
-    return os.path.splitext(name)[1].lower() in PIL.Image.EXTENSION or is_array(name)
+    """Whether the extension is one of `PICTURE_FORMATS` or that of NumPy arrays."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in PICTURE_FORMATS or suffix == ARRAY_SUFFIX
 
 
-def split_conditions(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the names of images, sorted, and those of condition images."""
-    images = sorted(filter(is_image, names))
-    return ([name for name in images if not name.startswith(CONDITIONS)],
-            [name for name in images if name.startswith(CONDITIONS)])
+class Names(NamedTuple):
+    """The names of files, sorted out; `images` and `conditions` are in order."""
+
+    images: list[str]
+    conditions: list[str]
+    num_hidden: int  # hidden files, and those of the system
+    num_pictures: int  # grids and movies that generate.py makes of its images
+    others: list[str]  # what else is no image
+
+
+def sort_names(names: Iterable[str]) -> Names:
+    """Sorts the '/'-separated names of files by what they are."""
+    names = list(names)
+    pictures = tuple(f"{name.removesuffix(GENERATE_RECORD)}{PICTURES}/" for name in names
+                     if name.rpartition("/")[2] == GENERATE_RECORD)
+    images, conditions, others, num_hidden, num_pictures = [], [], [], 0, 0
+    for name in names:
+        if _HIDDEN.search(name):
+            num_hidden += 1
+        elif pictures and name.startswith(pictures):
+            num_pictures += 1
+        elif not is_image(name):
+            others.append(name)
+        else:
+            (conditions if name.startswith(CONDITIONS) else images).append(name)
+    return Names(sorted(images), sorted(conditions), num_hidden, num_pictures, others)
+
+
+def list_files(path: Path) -> list[str]:
+    """Returns the '/'-separated names of all files below a folder, through links too.
+
+    A link to a folder that it lies in is not followed.
+
+    Raises:
+        OSError: a folder can't be read.
+    """
+    names: list[str] = []
+
+    def walk(folder: str, prefix: str, inside: frozenset[tuple[int, int]]) -> None:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.is_dir():
+                    names.append(prefix + entry.name)
+                    continue
+                status = entry.stat()
+                key = (status.st_dev, status.st_ino)
+                if key not in inside:
+                    walk(entry.path, f"{prefix}{entry.name}/", inside | {key})
+
+    status = os.stat(path)
+    walk(os.fspath(path), "", frozenset({(status.st_dev, status.st_ino)}))
+    return names
 
 
 def match_names(names: Sequence[str], others: Sequence[str]) -> tuple[list[str | None], list[str]]:
@@ -178,6 +240,22 @@ def parse_labels(text: bytes, where: str) -> dict[str, Any] | None:
     return labels or None
 
 
+def parse_class_names(text: bytes, where: str) -> list[str] | None:
+    """Returns what a `dataset.json` says of what classes are called; None where it says nothing.
+
+    Errors call the file `where`.
+
+    Raises:
+        ValueError: it isn't JSON, or the names are not text.
+    """
+    data = parse_json(text, where)
+    names = data.get("class_names") if isinstance(data, dict) else None
+    if names is not None and not (isinstance(names, list)
+                                  and all(isinstance(name, str) for name in names)):
+        raise ValueError(f'{where}: "class_names" must be a list of names, for class 0, 1, ...')
+    return names or None
+
+
 def parse_json(text: bytes, where: str) -> Any:
     """Returns the content of a JSON file; raises ValueError, saying where it isn't JSON."""
     try:
@@ -265,16 +343,8 @@ class Folder:
     """The files below a folder by their '/'-separated names; `stamp` changes with the content."""
 
     def __init__(self, path: Path):
-        def refuse(error):
-            raise error
-
         self._path = path
-        self.names = []
-        for folder, subfolders, files in os.walk(path, onerror=refuse):
-            inside = Path(folder).relative_to(path)
-            if folder == str(path) and GENERATE_RECORD in files and PICTURES in subfolders:
-                subfolders.remove(PICTURES)  # grids and movies of generate.py, not samples
-            self.names += [(inside / name).as_posix() for name in files]
+        self.names = list_files(path)
 
     def open(self, name: str) -> IO[bytes]:
         return open(self._path / name, "rb")

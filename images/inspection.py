@@ -8,11 +8,9 @@ of processes.
 import collections
 import dataclasses
 import functools
-import io
 import itertools
 import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +20,8 @@ import PIL.Image
 
 from dnnlib.ordered_pool import ordered_map
 from dnnlib.progress import Progress
-from images import array_files
-from images.grid import image_grid, square_grid
+from images import array_files, pictures
+from images.grid import class_label, image_grid, square_grid
 from images.image_files import (
     CONDITIONS,
     DAMAGE,
@@ -39,10 +37,11 @@ from images.image_files import (
     member_problem,
     name_problem,
     open_files,
+    parse_class_names,
     parse_labels,
     picture_format,
     shown_label,
-    split_conditions,
+    sort_names,
 )
 from images.scaling import Moments, Scaling, recorded_scaling
 from images.sources import Item
@@ -71,6 +70,7 @@ class Report:
     cond_format: ImageFormat | None = None  # of most condition images; None where there are none
     label_dim: int | None = None  # length of label vectors; None for class numbers
     classes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    class_names: list[str] | None = None
     problems: list[str] = dataclasses.field(default_factory=list)
     num_problems: int = 0
 
@@ -81,7 +81,8 @@ class _DataSet:
     def __init__(self, path: Path):
         self.path = path
         self.files = open_files(path)
-        self.names, self.cond_names = split_conditions(self.files.names)
+        self.class_names: list[str] | None = None  # after `labels`
+        self.names, self.cond_names, *_ = sort_names(self.files.names)
         if not self.names:
             raise ValueError(f"{path}: no images found")
 
@@ -110,6 +111,7 @@ class _DataSet:
             return None
         with error_prefix(f"{LABELS_NAME}: "):
             content = self.item(LABELS_NAME).content()
+        self.class_names = parse_class_names(content, LABELS_NAME)
         return parse_labels(content, LABELS_NAME)
 
 
@@ -144,29 +146,9 @@ def _decode(item: Item) -> tuple[np.ndarray, ImageFormat]:
     """Returns an image as [C, H, W], and its format; raises ValueError if it is damaged."""
     if is_array(item.name):
         return array_files.decode(item.content())
-    image = _decode_picture(item.content())
+    image = pictures.read_picture(item.content(), verify=True)
     pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
     return pixels, picture_format(image.mode, image.size)
-
-
-def _decode_picture(content: bytes) -> PIL.Image.Image:
-    """Returns the image with its pixels; raises ValueError if it is damaged or too large."""
-    bombs = (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-            image = PIL.Image.open(io.BytesIO(content))
-            if image.format == "EPS":  # Pillow would start Ghostscript
-                raise ValueError("PostScript isn't supported")
-            image.verify()  # the checksums of PNG, some of which decoding passes over
-            image = PIL.Image.open(io.BytesIO(content))
-            image.load()
-    except bombs as error:
-        raise ValueError(f"more pixels than the {PIL.Image.MAX_IMAGE_PIXELS} allowed") from error
-    except DAMAGE as error:
-        problem = "not an image" if isinstance(error, PIL.UnidentifiedImageError) else error
-        raise ValueError(f"can't be read: {problem}") from error
-    return image
 
 
 class _Problems:
@@ -278,6 +260,7 @@ def _check_labels(data: _DataSet, report: Report) -> _Problems:
     except ValueError as error:
         problems.add(last, str(error))
         return problems
+    report.class_names = data.class_names
     if labels is None:
         return problems
     usual = _usual_label(map(labels.get, data.names))
@@ -345,7 +328,7 @@ def sample_grid(path: Path) -> tuple[PIL.Image.Image, str]:
     rows = _spread(present, _MAX_ROWS)
     members = [_spread(np.flatnonzero(classes == row), _COLUMNS) for row in rows]
     picture = image_grid([[_small_pixels(data, data.names[i]) for i in row] for row in members],
-                         [str(row) for row in rows])
+                         [class_label(row, data.class_names) for row in rows])
     return picture, f"{len(rows)} of {len(present)} classes, up to {_COLUMNS} images each"
 
 

@@ -5,11 +5,12 @@
 | CIFAR-10 | a file *.tar.gz or *.tgz | its own |
 | MNIST | a file *-images-idx3-ubyte.gz | the file *-labels-idx1-ubyte.gz beside it |
 | LSUN | a folder *_lmdb | none |
-| ZIP | a file *.zip | dataset.json |
-| array | a file *.npy of [n, H, W] or [n, C, H, W] | none |
+| ZIP | a file *.zip | dataset.json, else the folders at its top |
+| array | a file *.npy of [n, H, W], [n, C, H, W] or [n, H, W, C] | none |
 | folder | any other folder | dataset.json, else the folders at its top |
 
-Images are named and counted here, and read one after the other when they are needed. Only those of
+The top is the folder that all images lie in, or one above it that has a dataset.json. Images are
+named and counted here, and read one after the other when they are needed. Only those of
 CIFAR-10 and MNIST, whose size is fixed, are kept in memory.
 """
 
@@ -28,40 +29,48 @@ import numpy as np
 from images import archives, array_files
 from images.image_files import (
     DAMAGE,
+    GENERATE_RECORD,
     LABELS_NAME,
     check_file_size,
     check_matched,
     error_prefix,
     is_array,
-    is_image,
     label_array,
+    list_files,
     match_names,
     member_problem,
+    parse_class_names,
     parse_labels,
     read_regular,
-    split_conditions,
+    sort_names,
 )
+from images.pictures import DamagedImageError
+
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 
 
 class Item(NamedTuple):
-    """One image to convert: its name, and its file's content, its file, or its pixels."""
+    """One image to convert: its name, and its file or its content, its pixels or its damage."""
 
     name: str
-    data: bytes | Path | np.ndarray
+    data: bytes | Path | np.ndarray | DamagedImageError
+    layout: str | None = None  # of an array, where it is known
 
     def content(self) -> bytes | np.ndarray:
         """Returns the file's content or the pixels.
 
         Raises:
-            ValueError: naming the file, which can't be read.
+            DamagedImageError: without the name.
         """
+        if isinstance(self.data, DamagedImageError):
+            raise self.data
         if not isinstance(self.data, Path):
             return self.data
         try:
             return read_regular(self.data)
         except (OSError, ValueError) as error:
             problem = getattr(error, "strerror", None) or error
-            raise ValueError(f"{self.name}: can't be read: {problem}") from error
+            raise DamagedImageError(f"can't be read: {problem}") from error
 
 
 @dataclasses.dataclass
@@ -69,19 +78,23 @@ class Source:
     """Images to convert, numbered from 0 in their order."""
 
     num_images: int
-    names: Sequence[str] | None  # None where they are known only after reading
+    names: Sequence[str] | None  # below the top; None where they are known only after reading
     read: Callable[[Iterable[int]], Iterator[Item]]  # yields the images of these rising numbers
     labels: Callable[[int], list[Any]] | None = None  # of the first n images; None without labels
     class_names: Sequence[str] | None = None  # as the source calls them
-    num_others: int = 0  # files that aren't images
+    others: Sequence[str] = ()  # files that aren't images
+    num_hidden: int = 0  # hidden files, and those of the system
+    num_pictures: int = 0  # grids and movies of generate.py
     num_conditions: int = 0  # condition images, which are not taken along
-    links: Sequence[str] = ()  # folders that are symbolic links, which aren't followed
     note: str = ""  # what a user may not expect
 
 
 @contextlib.contextmanager
-def open_source(path: Path, flag: str = "--source") -> Iterator[Source]:
+def open_source(path: Path, flag: str = "--source",
+                layout: str | None = None) -> Iterator[Source]:
     """Opens what `--source` or another flag names.
+
+    `layout` is that of arrays, see `array_files.first_channels`.
 
     Raises:
         OSError: it isn't there or can't be read.
@@ -93,11 +106,11 @@ def open_source(path: Path, flag: str = "--source") -> Iterator[Source]:
     if opener is None:
         raise ValueError(f"{flag}={path}: not supported; allowed: folder, .zip, .npy, *_lmdb, "
                          f"cifar-10-python.tar.gz, *{archives.MNIST_IMAGES}")
-    with opener(path) as source:
+    with opener(path, layout) as source:
         if not source.num_images:
-            linked = f"; {source.links[0]} is a link to a folder, and those aren't followed" \
-                if source.links else ""
-            raise ValueError(f"{flag}={path}: no images found{linked}")
+            hidden = f"; {source.num_hidden} hidden or system files are left out" \
+                if source.num_hidden else ""
+            raise ValueError(f"{flag}={path}: no images found{hidden}")
         yield source
 
 
@@ -116,7 +129,7 @@ def condition_numbers(source: Source, conditions: Source) -> list[int]:
     return [numbers[name] for name in found]
 
 
-def _opener(path: Path) -> Callable[[Path], contextlib.AbstractContextManager[Source]] | None:
+def _opener(path: Path) -> Callable[..., contextlib.AbstractContextManager[Source]] | None:
     name = os.path.basename(os.path.abspath(path)).lower()
     if path.is_dir():
         return _open_lmdb if name.endswith("_lmdb") else _open_folder
@@ -130,51 +143,72 @@ def _opener(path: Path) -> Callable[[Path], contextlib.AbstractContextManager[So
 
 
 @contextlib.contextmanager
-def _open_folder(path: Path) -> Iterator[Source]:
-    def refuse(error):
-        raise error
-
-    names, links, others = [], [], 0
-    for folder, subfolders, files in os.walk(path, onerror=refuse):
-        inside = os.path.relpath(folder, path)
-        prefix = "" if inside == os.curdir else inside.replace(os.sep, "/") + "/"
-        links += [prefix + name for name in subfolders if os.path.islink(f"{folder}/{name}")]
-        images = [prefix + name for name in files if is_image(name)]
-        others += len(files) - len(images)
-        names += images
-    names, conditions = split_conditions(names)
-    # By path component: "a/x" before "a-1/x". No name has a zero byte.
-    names.sort(key=lambda name: name.replace("/", "\0"))
-    source = Source(len(names), names,
-                    lambda numbers: (Item(names[i], path / names[i]) for i in numbers),
-                    num_others=others, num_conditions=len(conditions), links=sorted(links))
-    labels_path = path / LABELS_NAME
-    if labels_path.exists():
-        source.num_others -= 1
-        source.labels = _json_labels(names, Item(LABELS_NAME, labels_path).content(), path)
-    if source.labels is None:
-        source.labels, source.class_names = _folder_labels(names)
+def _open_folder(path: Path, layout: str | None) -> Iterator[Source]:
+    source = _of_files(path, list_files(path), lambda name: Item(name, path / name),
+                       # By path component: "a/x" before "a-1/x". No name has a zero byte.
+                       order=lambda name: name.replace("/", "\0"))
+    if source.labels is None:  # even if there is a dataset.json
+        _label_by_folder(source)
     yield source
 
 
-def _folder_labels(names: list[str]) -> tuple[Callable[[int], list[int]] | None,
-                                              list[str] | None]:
-    """Returns the labels of the folders at the top and their names; None for fewer than two."""
+def _of_files(path: Path, files: list[str], item: Callable[[str], Item],
+              order: Callable[[str], str] | None = None) -> Source:
+    """Returns the images among the files of a folder or ZIP, with the labels of dataset.json."""
+    top = _top(files)
+    below = [name[len(top):] for name in files if name.startswith(top)]
+    outside = sort_names(name for name in files if not name.startswith(top))
+    found = sort_names(below)
+    names = sorted(found.images, key=order)
+    source = Source(
+        len(names), names, lambda numbers: (item(top + names[i]) for i in numbers),
+        others=[name for name in (*found.others, *outside.others)
+                if name.rpartition("/")[2] not in (LABELS_NAME, GENERATE_RECORD)],
+        num_hidden=found.num_hidden + outside.num_hidden,
+        num_pictures=found.num_pictures + outside.num_pictures,
+        num_conditions=len(found.conditions))
+    if LABELS_NAME in found.others:
+        where = f"{path}: {top}{LABELS_NAME}"
+        try:
+            text = item(top + LABELS_NAME).content()
+        except DamagedImageError as error:
+            raise ValueError(f"{where}: {error}") from error
+        source.labels = _json_labels(names, text, where)
+        source.class_names = parse_class_names(text, where)
+    return source
+
+
+def _top(files: list[str]) -> str:
+    """Returns the folder, '' or ending in '/', that all images lie in.
+
+    It is one above it that has a dataset.json, if there is such a one.
+    """
+    images = sort_names(files).images
+    folders = os.path.commonprefix([name.split("/")[:-1] for name in images])
+    tops = ["".join(f"{folder}/" for folder in folders[:i]) for i in range(len(folders) + 1)]
+    there = set(files)
+    return next((top for top in tops if top + LABELS_NAME in there), tops[-1])
+
+
+def _label_by_folder(source: Source) -> None:
+    """Makes classes of the folders at the top, if there are at least two."""
     def top(name):
         folder, slash, _ = name.partition("/")
         return folder if slash else ""
 
-    class_names = sorted(set(map(top, names)))
+    class_names = sorted(set(map(top, source.names)))
     if len(class_names) < 2:
-        return None, None
+        return
     numbers = {name: i for i, name in enumerate(class_names)}
-    return lambda num: [numbers[top(name)] for name in itertools.islice(names, num)], \
-        [name or "top folder" for name in class_names]
+    source.labels = lambda num: [numbers[top(name)] for name in itertools.islice(source.names, num)]
+    source.class_names = [name or "top folder" for name in class_names]
+    if {name.lower() for name in class_names} <= _SPLITS:
+        source.note = (f"the folders {' and '.join(class_names)} became classes; to convert one of "
+                       "them, name it as --source")
 
 
-def _json_labels(names: list[str], text: bytes, path: Path) -> Callable[[int], list[Any]] | None:
+def _json_labels(names: list[str], text: bytes, where: str) -> Callable[[int], list[Any]] | None:
     """Returns what looks up labels in a dataset.json; None where it holds none."""
-    where = f"{path}: {LABELS_NAME}"
     labels = parse_labels(text, where)
     if labels is None:
         return None
@@ -186,29 +220,26 @@ def _json_labels(names: list[str], text: bytes, path: Path) -> Callable[[int], l
 
 
 @contextlib.contextmanager
-def _open_zip(path: Path) -> Iterator[Source]:
-    def read(name):
+def _open_zip(path: Path, layout: str | None) -> Iterator[Source]:
+    def item(name):
         try:
-            check_file_size(archive.getinfo(name).file_size)
-            return archive.read(name)
+            check_file_size(members[name].file_size)
+            return Item(name, archive.read(members[name]))
         except DAMAGE as error:
-            raise ValueError(f"{path}: {name} can't be read: {error}") from error
+            return Item(name, DamagedImageError(f"can't be read: {error}"))
 
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise ValueError(f"--source={path}: not a ZIP, or a damaged one ({error})") from error
     with archive:
-        files = [info.filename for info in archive.infolist() if not info.is_dir()]
         _check_members(path, archive)
-        names, conditions = split_conditions(files)
-        source = Source(len(names), names,
-                        lambda numbers: (Item(names[i], read(names[i])) for i in numbers),
-                        num_others=len(files) - len(names) - len(conditions),
-                        num_conditions=len(conditions))
-        if LABELS_NAME in files:
-            source.num_others -= 1
-            source.labels = _json_labels(names, read(LABELS_NAME), path)
+        # Some programs of Windows write backslashes.
+        members = {info.filename.replace("\\", "/"): info
+                   for info in archive.infolist() if not info.is_dir()}
+        source = _of_files(path, list(members), item)
+        if not any(name.rpartition("/")[2] == LABELS_NAME for name in members):
+            _label_by_folder(source)
         yield source
 
 
@@ -224,12 +255,12 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
 
 
 @contextlib.contextmanager
-def _open_array(path: Path) -> Iterator[Source]:
+def _open_array(path: Path, layout: str | None) -> Iterator[Source]:
     with error_prefix(f"{path}: "):
-        stack = array_files.open_stack(path)
+        stack = array_files.open_stack(path, layout)
     names = [f"image {i}" for i in range(len(stack))]
     yield Source(len(stack), names, lambda numbers: (
-        Item(names[i], array_files.encode(stack[i])) for i in numbers))
+        Item(names[i], array_files.encode(stack[i]), "chw") for i in numbers))
 
 
 def _of_arrays(arrays: archives.Arrays, name: str, expected: int) -> Source:
@@ -242,17 +273,17 @@ def _of_arrays(arrays: archives.Arrays, name: str, expected: int) -> Source:
 
 
 @contextlib.contextmanager
-def _open_cifar10(path: Path) -> Iterator[Source]:
+def _open_cifar10(path: Path, layout: str | None) -> Iterator[Source]:
     yield _of_arrays(archives.read_cifar10(path), "CIFAR-10", archives.CIFAR10_SIZE)
 
 
 @contextlib.contextmanager
-def _open_mnist(path: Path) -> Iterator[Source]:
+def _open_mnist(path: Path, layout: str | None) -> Iterator[Source]:
     yield _of_arrays(archives.read_mnist(path), "MNIST", archives.MNIST_SIZE)
 
 
 @contextlib.contextmanager
-def _open_lmdb(path: Path) -> Iterator[Source]:
+def _open_lmdb(path: Path, layout: str | None) -> Iterator[Source]:
     with archives.open_lmdb(path) as (num, items):
         # Without labels nothing is left out before --max-images: the numbers are 0, 1, 2, ...
         yield Source(num, None, lambda numbers: (

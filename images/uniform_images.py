@@ -5,28 +5,26 @@ maps into its memory.
 """
 
 import contextlib
-import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import PIL.Image
 
 from dnnlib.atomic import atomic_write
 from dnnlib.npy_header import read_npy_header
 from dnnlib.ordered_pool import num_cores
 from dnnlib.progress import FIRST_LINE_SEC, Progress
-from images import array_files
+from images import array_files, pictures
 from images.image_files import DAMAGE, Folder, ImageFormat, Zip, is_array, picture_format
 from torch_utils.loading import read_in_processes
 
+READER_VERSION = 2  # of how files become pixels: 2 turns pictures as their EXIF data say
 _PACK_BYTES = 1 << 22  # images decoded at a time while packing
 _PACK_IMAGES = 4096  # at most, so that progress is seen with tiny ones
 _PACK_ALONE = 2048  # fewer images are packed sooner than processes start
 _HEADER_BYTES = 128  # of a .npy, at most
-_DAMAGE = (*DAMAGE, PIL.Image.DecompressionBombError)
 
 
 class UniformImages:
@@ -79,7 +77,9 @@ class UniformImages:
         try:
             with self._files.open(self.names[number]) as file:
                 yield file
-        except _DAMAGE as error:
+        except pictures.DamagedImageError as error:
+            raise ValueError(f"{self.where(number)} {error}") from error
+        except DAMAGE as error:
             raise ValueError(f"{self.where(number)} can't be read: {error}") from error
 
     def _read_format(self, number: int) -> ImageFormat:
@@ -87,8 +87,7 @@ class UniformImages:
         with self._open_image(number) as file:
             if is_array(self.names[number]):
                 return array_files.read_format(file)
-            with PIL.Image.open(file) as image:
-                return picture_format(image.mode, image.size)
+            return pictures.read_format(file)
 
     def _check_format(self, number: int, found: ImageFormat) -> None:
         if found != self.format:
@@ -104,10 +103,10 @@ class UniformImages:
             if is_array(self.names[number]):
                 pixels, image_format = array_files.decode(file.read())
             else:
-                with PIL.Image.open(io.BytesIO(file.read())) as image:
-                    image_format = picture_format(image.mode, image.size)
-                    if image_format == self.format:
-                        pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+                image = pictures.read_picture(file.read())
+                image_format = picture_format(image.mode, image.size)
+                if image_format == self.format:
+                    pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
         self._check_format(number, image_format)
         return pixels
 

@@ -13,6 +13,7 @@ import torch
 
 from metrics import inception
 
+FEATURES_VERSION = 1  # of what detectors make of the same images; part of the names of kept files
 # A covariance of this many features takes 1.2 GB: 64x64 RGB images.
 MAX_PIXEL_FEATURES = 3 * 64 * 64
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dnnlib.util import cache_dir
-from metrics.detectors import Detector, build_detector, describe_detector
+from metrics.detectors import FEATURES_VERSION, Detector, build_detector, describe_detector
 from metrics.metrics import METRICS, FeatureSet, Images, dataset_features, no_images
 from metrics.references import MAX_BANK, Reference, load_reference, save_reference
 from torch_utils import distributed as dist
@@ -139,7 +139,7 @@ def dataset_reference(images: Images, detector: Detector, *, with_features: bool
 def cached_reference(images: Images, detector: Detector, *, with_features: bool, batch: int,
                      workers: int) -> Reference | None:
     """Returns `dataset_reference` on rank 0, kept in the cache folder between calls."""
-    key = f"{images.fingerprint}-{detector.name.replace(':', '-')}"
+    key = f"{images.content_key}-{detector.name.replace(':', '-')}-{FEATURES_VERSION}"
     path = cache_dir("references") / f"{key}{'-features' if with_features else ''}.npz"
     reference = None
     if dist.get_rank() == 0:

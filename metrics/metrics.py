@@ -30,6 +30,7 @@ class Images(Protocol):
 
     image_shape: Sequence[int]
     fingerprint: str
+    content_key: str  # also of a subset, of mirrored copies and of how files are read
     scale: dict[str, Any] | None  # of images that are not 8-bit
 
     def __len__(self) -> int: ...

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 
 from images.dataset import ImageFolderDataset, order_at
-from images.grid import image_grid, save_png
+from images.grid import class_label, image_grid, save_png
 from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.samplers import SamplerConfig, generate_images, to_uint8
 from sampling.network_sampler import SeedImages
@@ -48,7 +48,7 @@ def sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
                 for row, images in part.items()}
     if trainer.rank != 0:
         return None
-    return image_grid([pictures[row] for row in range(rows)], list(map(str, classes)))
+    return image_grid([pictures[row] for row in range(rows)], _row_labels(trainer, classes))
 
 
 def _grid_condition(dataset: ImageFolderDataset, number: int) -> dict[str, Any]:
@@ -71,7 +71,11 @@ def save_real_grid(trainer: Trainer, path: Path) -> None:
     else:
         groups = np.array_split(order[:rows * columns], rows)
     pictures = [dataset.scaling.to_picture(dataset.get_batch(group)[0]) for group in groups]
-    save_png(path, image_grid(pictures, list(map(str, classes))))
+    save_png(path, image_grid(pictures, _row_labels(trainer, classes)))
+
+
+def _row_labels(trainer: Trainer, classes: list[int]) -> list[str]:
+    return [class_label(number, trainer.dataset.class_names) for number in classes]
 
 
 def _grid_layout(trainer: Trainer) -> tuple[list[int], int, int]:

@@ -139,7 +139,7 @@ def test_a_dry_run_says_where_data_would_be_packed_and_whether_they_fit(
     monkeypatch.setattr(data_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     args = [f"--outdir={tmp_path}", f"--data={dataset_zip}", *TINY_RUN, "-n"]
     said = invoke(train.main, *args).stdout
-    key = ImageFolderDataset(dataset_zip).fingerprint
+    key = ImageFolderDataset(dataset_zip).content_key
     assert f"Cache      {cache}/packed/{key}.npy, 7.81 kB, to be packed by the first run\n" in said
     assert word in said and not cache.exists()
     elsewhere = invoke(train.main, *args, f"--cache-dir={tmp_path / 'other'}").stdout
@@ -285,7 +285,7 @@ def packers(log):
 def test_each_node_packs_once(dataset_zip, tmp_path):
     ranks = nodes(dataset_zip, dataset_zip, tmp_path / "log")
     assert not any(rank.returncode for rank in ranks), [rank.stderr for rank in ranks]
-    key = ImageFolderDataset(dataset_zip).fingerprint
+    key = ImageFolderDataset(dataset_zip).content_key
     assert packers(tmp_path / "log") == {
         rank: [f"{tmp_path}/log/cache{node}/packed/{key}.npy"] for node, rank in enumerate("02")}
     assert f"Packing {dataset_zip}: 7.81 kB into {tmp_path}/log/cache0" in ranks[0].stdout

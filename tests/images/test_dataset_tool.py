@@ -105,7 +105,9 @@ def test_top_folders_of_a_folder_are_classes_in_the_order_of_their_names(tmp_pat
                for (_, pixels), (_, label) in zip(images, labels, strict=True)}
     assert classes == {2: 0, 1: 1, 0: 2, 3: 2}  # "" < "cat" < "dog"
     assert [name for name, _ in labels] == [name for name, _ in images]
-    assert convert(write_source(tmp_path / "src.zip", files), tmp_path / "out.zip")[1] is None
+    images, labels = convert(write_source(tmp_path / "src.zip", files), tmp_path / "out.zip")
+    assert {gray_value(pixels): label
+            for (_, pixels), (_, label) in zip(images, labels, strict=True)} == classes
 
 
 @pytest.mark.parametrize("files", [{"a.png": flat(0)}, {"only/a.png": flat(0)}])
@@ -297,7 +299,7 @@ def test_cmyk_is_converted_with_one_warning(tmp_path):
 def test_a_mode_without_a_plain_meaning_in_8_bits_is_refused(tmp_path, mode, value):
     data = encode(PIL.Image.new(mode, (4, 4), value), "tiff")
     result = run(write_source(tmp_path / "src", {"x.tif": data}), tmp_path / "out" / "a.zip")
-    assert_refused(result, tmp_path, "x.tif", "supported")
+    assert_refused(result, tmp_path, "x.tif", "supported" if mode == "LAB" else "--scale")
 
 
 UPRIGHT = {  # what turns the stored pixels upright, by EXIF orientation
@@ -328,7 +330,7 @@ def test_animations_are_refused_unless_the_first_frame_will_do(tmp_path, suffix)
     assert (pixels == [255, 0, 0]).all()
 
 
-@pytest.mark.parametrize("side", [10_000, 60_000, 2**31 - 1])
+@pytest.mark.parametrize("side", [14_000, 60_000, 2**31 - 1])
 def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, side):
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
@@ -361,14 +363,14 @@ def test_zip_names_that_are_there_twice_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("second,kinds", [
-    (random_pixels(8, 8, 3), ("RGB 8x8", "RGB 4x4")), (random_pixels(4, 4), ("L 4x4", "RGB 4x4")),
-    (random_pixels(4, 5, 3), ("RGB 5x4", "RGB 4x4")),
+    (random_pixels(8, 8, 3), ("RGB 8x8", "RGB 4x4", "--resolution", "--transform")),
+    (random_pixels(4, 4), ("L 4x4", "RGB 4x4", "--channels=rgb")),
+    (random_pixels(4, 5, 3), ("RGB 5x4", "RGB 4x4", "--resolution", "--transform")),
 ])
 @pytest.mark.parametrize("dest", ["a.zip", "a"])
 def test_images_that_come_out_unlike_are_named_with_both_shapes(tmp_path, second, kinds, dest):
     path = write_source(tmp_path / "src", {"a.png": random_pixels(4, 4, 3), "b.png": second})
-    assert_refused(run(path, tmp_path / "out" / dest), tmp_path, "b.png", "a.png", *kinds,
-                   "--resolution", "--transform")
+    assert_refused(run(path, tmp_path / "out" / dest), tmp_path, "b.png", "a.png", *kinds)
     convert(path, tmp_path / "ok.zip", "--resolution=4x4", "--transform=center-crop")
 
 
@@ -499,7 +501,7 @@ def test_the_summary_counts_what_was_written_and_what_was_left_out(tmp_path):
     lines = run(path, tmp_path / "a.zip").output.splitlines()
     assert lines == [f"{tmp_path}/a.zip: 6 images, 4x4, 1 channel, 3 classes",
                      "  class 0 (cat): 3", "  class 1 (dog): 1", "  class 2 (emu): 2",
-                     "Left out: 1 files that aren't images"]
+                     "Left out: 1 files that aren't images (.txt)"]
     lines = run(path, tmp_path / "a.zip", "--classes=1,0", "--max-images=5").output.splitlines()
     assert lines[:3] == [f"{tmp_path}/a.zip: 4 images, 4x4, 1 channel, 2 classes",
                          "  class 0 (dog): 1", "  class 1 (cat): 3"]

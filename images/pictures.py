@@ -1,0 +1,155 @@
+"""Pictures of any user and how they are read: once, for training, scoring, checking and conversion.
+
+Only formats of a list are opened, whatever a file is called: Pillow would start Ghostscript for
+PostScript. Pictures are turned upright as their EXIF data say. Text in PNGs is left out where
+Pillow refuses it, for being long or damaged.
+"""
+
+import io
+import struct
+import warnings
+from typing import IO
+
+import PIL.Image
+import PIL.ImageOps
+
+from images.image_files import DAMAGE, PICTURE_FORMATS, ImageFormat, picture_format
+
+DEEP_MODES = {"I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16", "I": "float32",
+              "F": "float32"}  # Pillow's of more than 8 bits, with the types that hold them
+_PNG, _TEXT_CHUNKS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt")
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap the sides
+_BITS_PER_SAMPLE = 258  # TIFF's tag
+# Where Pillow keeps what may hold an orientation. TIFFs come upright from their reader.
+_MAY_BE_TURNED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+
+_OTHER_KINDS = [  # where they begin, how, and what they are
+    (0, b"%!ps", "PostScript, which is a program and isn't run; convert it to PNG"),
+    (0, b"\xc5\xd0\xd3\xc6", "PostScript, which is a program and isn't run; convert it to PNG"),
+    (0, b"%pdf", "a PDF document"), (4, b"ftyphe", "a HEIC picture; convert it to PNG or JPEG"),
+    (4, b"ftypmif1", "a HEIC picture; convert it to PNG or JPEG"),
+    (0, b"<svg", "an SVG drawing; convert it to PNG"), (0, b"<!doctype", "a page of the web"),
+    (0, b"<html", "a page of the web"), (0, b"version https://git-lfs",
+                                         "a pointer of Git LFS; fetch the file by 'git lfs pull'"),
+]
+
+
+class DamagedImageError(ValueError):
+    """An image that can't be read; the message doesn't name it."""
+
+
+def read_format(file: IO[bytes]) -> ImageFormat:
+    """Returns the format of a picture, upright, of which only the header is read.
+
+    Raises:
+        DamagedImageError: not a picture, or of no format of the list.
+    """
+    with open_picture(file) as image:
+        size = image.size
+        if _may_be_turned(image) and image.getexif().get(_ORIENTATION) in _TURNED:
+            size = size[::-1]
+        return picture_format(image.mode, size)
+
+
+def read_picture(content: bytes, *, verify: bool = False) -> PIL.Image.Image:
+    """Returns a picture upright and decoded, of whatever mode; of an animation the first frame.
+
+    With `verify` the checksums of PNGs are compared that decoding passes over.
+
+    Raises:
+        DamagedImageError: not a picture, of no format of the list, damaged or too large.
+    """
+    if verify:
+        with open_picture(io.BytesIO(content)) as image:
+            try:
+                image.verify()
+            except DAMAGE as error:
+                raise DamagedImageError(f"can't be read: {error}") from error
+    image = open_picture(io.BytesIO(content))
+    try:
+        image.load()
+        if _may_be_turned(image):
+            PIL.ImageOps.exif_transpose(image, in_place=True)
+    except DAMAGE as error:
+        raise DamagedImageError(f"can't be read: {error}") from error
+    return image
+
+
+def open_picture(file: IO[bytes]) -> PIL.Image.Image:
+    """Returns a picture whose pixels are not decoded yet; `file` must stay open until they are.
+
+    Raises:
+        DamagedImageError: not a picture, or of no format of the list.
+    """
+    try:
+        return _open(file)
+    except DAMAGE as error:
+        file.seek(0)
+        content = file.read()
+        shorter = _without_text(content)
+        try:
+            if shorter != content:
+                return _open(io.BytesIO(shorter))
+        except DAMAGE:
+            pass  # the first error says more
+        problem = _kind(content) if isinstance(error, PIL.UnidentifiedImageError) else error
+        raise DamagedImageError(f"can't be read: {problem}") from error
+    except PIL.Image.DecompressionBombError as error:
+        most = f"{2 * PIL.Image.MAX_IMAGE_PIXELS:,}"
+        raise DamagedImageError(f"has more pixels than the {most} allowed; make it smaller with an "
+                                "image editor first") from error
+
+
+def _open(file: IO[bytes]) -> PIL.Image.Image:
+    with warnings.catch_warnings():
+        # Pillow warns of pictures of half the size that it refuses.
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+        return PIL.Image.open(file, formats=_formats())
+
+
+def _formats() -> tuple[str, ...]:
+    """Returns the formats of the list that this version of Pillow knows."""
+    global _known_formats
+    if _known_formats is None:
+        PIL.Image.init()
+        _known_formats = tuple(dict.fromkeys(
+            name for name in PICTURE_FORMATS.values() if name in PIL.Image.OPEN))
+    return _known_formats
+
+
+_known_formats: tuple[str, ...] | None = None
+
+
+def _may_be_turned(image: PIL.Image.Image) -> bool:
+    return any(key in image.info for key in _MAY_BE_TURNED)
+
+
+def _kind(content: bytes) -> str:
+    """Says what a file is that Pillow doesn't recognise as a format of the list."""
+    found = next((kind for start, beginning, kind in _OTHER_KINDS
+                  if content[start:].lower().startswith(beginning)), None)
+    return f"not an image but {found}" if found else "not an image" if content else "it is empty"
+
+
+def _without_text(content: bytes) -> bytes:
+    """Returns a PNG without its text; anything else, and what is no whole PNG, as it is."""
+    if not content.startswith(_PNG):
+        return content
+    kept, start = [_PNG], len(_PNG)
+    while start + 12 <= len(content):
+        [length] = struct.unpack_from(">I", content, start)
+        end = start + 12 + length
+        if content[start + 4:start + 8] not in _TEXT_CHUNKS:
+            kept.append(content[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def is_deep(image: PIL.Image.Image, content: bytes) -> bool:
+    """Whether the file of a picture has more than 8 bits a channel, of which Pillow drops some."""
+    if image.mode in DEEP_MODES:
+        return True
+    if content.startswith(_PNG):
+        return content[24:25] == b"\x10"  # the bit depth, in the header that comes first
+    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, ())  # of a TIFF
+    return max(bits if isinstance(bits, tuple) else (bits,), default=0) > 8
