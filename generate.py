@@ -22,6 +22,7 @@ from sampling.sampling_options import sampling_options
 from sampling.sweeps import sweep_points
 
 _MAX_SHOWN = 64  # images in a grid
+_MAX_NAMED = 6  # seeds or states in a message
 _LAST_SEEDS = ((49_999, "ckpt_"), (99_999, "ckpt_2_"), (math.inf, "ckpt_3_"))
 
 
@@ -84,6 +85,7 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
             sources = distributed.run_on_rank0(lambda: _find_networks(
                 network, Path(outdir), ckpt, end_ckpt, seeds, is_sweep=bool(points[0].suffix),
                 is_pickle=bool(use_pickle), is_edm=bool(edm)))
+            bad = 0
             for (source, folder), point in itertools.product(sources, points):
                 folder = Path(f"{folder}{point.suffix}")
                 try:
@@ -91,10 +93,12 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
                         sampler = NetworkSampler.open(source, torch_device, **point.settings, **sampling)
                 except UsageError as error:
                     raise UserError(str(error), BAD_USAGE) from error
-                _generate(sampler, folder, seeds, batch, subdirs)
+                bad += _generate(sampler, folder, seeds, batch, subdirs)
                 if save_images and distributed.get_rank() == 0:
                     _save_pictures(sampler, folder, seeds[:min(batch, _MAX_SHOWN)])
                 distributed.barrier()
+            if bad:
+                raise ValueError("not all images are there, see the warnings above")
 
 
 def preset(help: str, **defaults) -> click.Command:
@@ -117,9 +121,13 @@ def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds, *, is
             is asked for.
     """
     from checkpoints.checkpoint import state_tag, training_states
+    from checkpoints.names import find_network
     prefix = next(prefix for last, prefix in _LAST_SEEDS if max(seeds) <= last)
     if network is not None:
-        return [(network, outdir / f"{prefix}000000" if is_sweep else outdir)]
+        found = find_network(network)
+        if found != network:
+            console.say(f"Network    {found}, the newest of {network}")
+        return [(found, outdir / f"{prefix}000000" if is_sweep else outdir)]
     if is_edm:
         states = [(path, "000000") for path in sorted(outdir.glob("network-snapshot-*.pkl"))]
         if len(states) != 1:
@@ -136,12 +144,22 @@ def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds, *, is
         raise ValueError(
             f"--outdir={outdir}: {len(states)} training states, none with {ckpt} <= kimg <= "
             f"{end_ckpt}; name a run directory, or a file with --network")
+    tags = [tag for _, tag in chosen]
+    shown = ", ".join(tags if len(tags) <= _MAX_NAMED else [*tags[:2], "...", tags[-1]])
+    console.say(f"Sampling {len(chosen)} of {len(states)} training states, kimg {shown}; "
+                "--end_ckpt=KIMG ends the range")
     return [(path, outdir / f"{prefix}{tag}") for path, tag in chosen]
 
 
-def _generate(sampler, folder, seeds, batch, subdirs) -> None:
-    """Makes the images of `folder` that are missing, this rank's share of them."""
+def _generate(sampler, folder, seeds, batch, subdirs) -> int:
+    """Makes the images of `folder` that are missing, this rank's share of them.
+
+    Returns how many came out with values that are not finite, and were not written.
+    """
+    import torch
+
     from dnnlib.progress import Progress
+    from dnnlib.util import format_ranges
     from sampling.image_writer import ImageFolder, ImageWriter
     from torch_utils import distributed
     images = ImageFolder(folder, sampler.image_shape, subdirs, sampler.scaling.is_8bit)
@@ -150,14 +168,34 @@ def _generate(sampler, folder, seeds, batch, subdirs) -> None:
     if len(missing) < len(seeds):
         distributed.print0(f"{folder}: {len(seeds) - len(missing)} of {len(seeds)} images are there")
     batches = distributed.split_for_rank(missing, batch)
+    labels, bad = {}, []
     with console.timed(f"{folder.name}, files included"), ImageWriter(images) as writer, \
             Progress(len(missing), folder.name) as progress:
         for done in sampler.images(batches):
-            writer.write(done.seeds, sampler.scaling.to_data(done.images).cpu().numpy())
+            finite = done.images.isfinite().flatten(1).all(dim=1).tolist()
+            good = [i for i, is_good in enumerate(finite) if is_good]
+            bad += [seed for seed, is_good in zip(done.seeds, finite, strict=True) if not is_good]
+            if good:
+                images_made = sampler.scaling.to_data(done.images[torch.tensor(good)])
+                writer.write([done.seeds[i] for i in good], images_made.cpu().numpy())
+            if done.class_labels is not None:
+                labels |= zip(done.seeds, sampler.recorded_labels(done.class_labels), strict=True)
             progress.update(len(done.seeds) * distributed.get_world_size())
-    distributed.barrier()
+    bad = sorted(seed for part in distributed.gather_objects(bad) for seed in part)
+    parts = distributed.gather_objects(labels)
     if distributed.get_rank() == 0:
-        console.result(f"{folder}: {len(missing)} images made")
+        if sampler.label_kind is not None:
+            images.record_labels({seed: label for part in parts for seed, label in part.items()},
+                                 lambda seeds: sampler.recorded_labels(sampler.labels_of(seeds)),
+                                 sampler.class_names)
+        console.result(f"{folder}: {len(missing) - len(bad)} images made")
+    if bad:
+        distributed.warn0(
+            f"{folder}: {len(bad)} of {len(missing)} images have values that are not finite and "
+            f"were not written: seeds {format_ranges(bad[:_MAX_NAMED])}"
+            f"{', ...' if len(bad) > _MAX_NAMED else ''}; the network may have diverged, or "
+            "--precision may be too low for it")
+    return len(bad)
 
 
 def _save_pictures(sampler, folder, seeds) -> None:
@@ -166,7 +204,7 @@ def _save_pictures(sampler, folder, seeds) -> None:
     from images.image_files import PICTURES
     (folder / PICTURES).mkdir(exist_ok=True)
     classes = sampler.classes(seeds)
-    frames = [square_grid(images.numpy(), classes) for images in sampler.trajectory(seeds)]
+    frames = [square_grid(images.numpy(), classes, sampler.class_names) for images in sampler.trajectory(seeds)]
     save_png(folder / PICTURES / "grid.png", frames[-1])
     save_gif(folder / PICTURES / "movie.gif", frames)
 

@@ -10,9 +10,11 @@ they load with `weights_only=True`. A state has all that a run needs to continue
     checksum                   sha256 of everything else
 
 `dataset` also has the scaling of the data, `scale` (images/scaling.py), and for condition images
-`cond_scale` and `cond_shape`; files without `scale` are of 8-bit images. A snapshot has format,
-version, network, ema, progress, options, dataset, checksum. Random draws and the order of the data
-are functions of the seed in `options` and of `cur_nimg`, so no generator state is kept.
+`cond_scale` and `cond_shape`; files without `scale` are of 8-bit images. Where there are labels,
+`label_kind` is 'classes' or 'vectors'; classes have `class_counts`, the number of images of each,
+and perhaps `class_names`. A snapshot has format, version, network, ema, progress, options, dataset,
+checksum. Random draws and the order of the data are functions of the seed in `options` and of
+`cur_nimg`, so no generator state is kept.
 """
 
 import hashlib
@@ -29,6 +31,7 @@ from typing import IO, Any
 import torch
 
 from checkpoints import published
+from checkpoints.names import find_network, neighbouring_snapshot
 from dnnlib.atomic import atomic_write
 from dnnlib.util import is_url, open_url
 from pfgmpp.networks import Precond, build_network, network_D
@@ -142,7 +145,8 @@ def _save_torch(content: dict[str, Any], file: IO[bytes]) -> None:
 def load(source: str | Path) -> dict[str, Any]:
     """Reads and verifies a state or snapshot from a path or URL; tensors are on the CPU.
 
-    It also reads checkpoints of EDM and PFGM++; published.py says what they hold.
+    Of a run directory it reads the newest network. It also reads checkpoints of EDM and PFGM++;
+    published.py says what they hold.
 
     Raises:
         OSError: it can't be opened.
@@ -209,12 +213,29 @@ def _check_claims(content: Any, size: int) -> None:
 
 
 def _open_source(source: str | Path) -> IO[bytes]:
-    if not is_url(source):
-        if not os.path.exists(source):
-            raise FileNotFoundError(f"{source}: no such file; name a network-snapshot-*.pt, a "
-                                    "training-state-*.pt, or a published file or its address")
-        return open(source, "rb")
-    return open_url(str(source))
+    if is_url(str(source)):
+        return open_url(str(source))
+    return open(find_network(source), "rb")
+
+
+def with_average(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """Returns the content of a file with averaged weights, where the file beside it has them.
+
+    EDM's states lack them: they are in the network-snapshot of the same number. "ema_source" of
+    the result names it.
+
+    Raises:
+        OSError, ValueError: that file can't be read, or is of another network.
+    """
+    snapshot = None if is_url(str(source)) else neighbouring_snapshot(source)
+    if content.get("ema") is not None or snapshot is None:
+        return content
+    other = load(snapshot)
+    difference = first_difference(content["network"], other["network"])
+    if difference:
+        raise ValueError(f"{snapshot}: lies beside {Path(source).name}, but is of another network "
+                         f"({difference}); move one of them away")
+    return content | {"ema": other["ema"], "ema_source": str(snapshot)}
 
 
 def as_snapshot(content: dict[str, Any]) -> dict[str, Any]:

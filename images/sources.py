@@ -78,13 +78,14 @@ class Source:
     """Images to convert, numbered from 0 in their order."""
 
     num_images: int
-    names: Sequence[str] | None  # below the top; None where they are known only after reading
+    names: Sequence[str] | None  # None where they are known only after reading
     read: Callable[[Iterable[int]], Iterator[Item]]  # yields the images of these rising numbers
     labels: Callable[[int], list[Any]] | None = None  # of the first n images; None without labels
     class_names: Sequence[str] | None = None  # as the source calls them
     others: Sequence[str] = ()  # files that aren't images
     num_hidden: int = 0  # hidden files, and those of the system
     num_pictures: int = 0  # grids and movies of generate.py
+    top: str = ""  # the folder, '' or ending in '/', whose subfolders may be classes
     num_conditions: int = 0  # condition images, which are not taken along
     note: str = ""  # what a user may not expect
 
@@ -159,9 +160,10 @@ def _of_files(path: Path, files: list[str], item: Callable[[str], Item],
     below = [name[len(top):] for name in files if name.startswith(top)]
     outside = sort_names(name for name in files if not name.startswith(top))
     found = sort_names(below)
-    names = sorted(found.images, key=order)
+    below = sorted(found.images, key=order)
+    names = [top + name for name in below]
     source = Source(
-        len(names), names, lambda numbers: (item(top + names[i]) for i in numbers),
+        len(names), names, lambda numbers: (item(names[i]) for i in numbers), top=top,
         others=[name for name in (*found.others, *outside.others)
                 if name.rpartition("/")[2] not in (LABELS_NAME, GENERATE_RECORD)],
         num_hidden=found.num_hidden + outside.num_hidden,
@@ -173,7 +175,7 @@ def _of_files(path: Path, files: list[str], item: Callable[[str], Item],
             text = item(top + LABELS_NAME).content()
         except DamagedImageError as error:
             raise ValueError(f"{where}: {error}") from error
-        source.labels = _json_labels(names, text, where)
+        source.labels = _json_labels(below, text, where)
         source.class_names = parse_class_names(text, where)
     return source
 
@@ -193,7 +195,7 @@ def _top(files: list[str]) -> str:
 def _label_by_folder(source: Source) -> None:
     """Makes classes of the folders at the top, if there are at least two."""
     def top(name):
-        folder, slash, _ = name.partition("/")
+        folder, slash, _ = name[len(source.top):].partition("/")
         return folder if slash else ""
 
     class_names = sorted(set(map(top, source.names)))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.atomic import append_line
-from dnnlib.util import format_table
+from dnnlib.util import format_table, json_value
 from metrics.detectors import Inception
 from metrics.evaluator import Evaluator
 
@@ -57,7 +57,7 @@ class ScoreLog:
         facts = {**details, "detector": self._detector.name,
                  "detector_sha256": self._detector.weights_sha256, **self._reference,
                  "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        lines = [json.dumps({"metric": names[name], "value": value, **facts})
+        lines = [json.dumps(json_value({"metric": names[name], "value": value, **facts}))
                  for name, value in score.values.items()]
         if self._path is None:
             return

@@ -39,6 +39,8 @@ from torch_utils.misc import default_generator
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
 PosteriorScale = Callable[[PerturbationKernel, torch.Tensor, torch.Tensor], torch.Tensor]
 ImagesOfSeeds = Callable[[Sequence[int]], torch.Tensor]  # [B, C, H, W] float32, about [-1, 1]
+# Returns the labels [B, label_dim] float32 of seeds, given the classes that they draw, [B].
+LabelsOfSeeds = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
 _SEED_RANGE = 1 << 32
 _SHOWN_STD = 0.5  # about that of images in [-1, 1]
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -267,11 +269,13 @@ class SampleBatch:
 
 
 def draw_latents(
-    net: Precond, seeds: Sequence[int], device: torch.device, class_idx: int | None = None
+    net: Precond, seeds: Sequence[int], device: torch.device, class_idx: int | None = None,
+    labels: LabelsOfSeeds | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, StackedRandomGenerator]:
     """Returns (unit-scale latents [B, C, H, W] float64, class labels or None, the generators).
 
-    The class is drawn even where `class_idx` overrides it, so that all else of a seed stays.
+    The class is drawn even where `class_idx` or `labels` override it, so that all else of a seed
+    stays.
     """
     rnd = StackedRandomGenerator(device, seeds)
     z = rnd.randn([len(seeds), *net.image_shape])
@@ -281,6 +285,8 @@ def draw_latents(
         if class_idx is not None:
             classes = torch.full_like(classes, class_idx)
         class_labels = torch.nn.functional.one_hot(classes, net.label_dim).to(torch.float32)
+        if labels is not None:
+            class_labels = labels(seeds, classes).to(device)
     scale = rnd.kernel_scale(PerturbationKernel(net.D))
     return z.to(torch.float64) * per_image(scale, z.ndim), class_labels, rnd
 
@@ -290,6 +296,7 @@ def generate_images(
     net: Precond, batches: Iterable[Sequence[int]], *, sampler: SamplerConfig,
     device: torch.device, class_idx: int | None = None, watch: Watch | None = None,
     conditions: ImagesOfSeeds | None = None, inits: ImagesOfSeeds | None = None,
+    labels: LabelsOfSeeds | None = None,
 ) -> Iterator[SampleBatch]:
     """Yields the images of each batch of seeds.
 
@@ -303,11 +310,12 @@ def generate_images(
         watch: called with (state, sigma) before each step of each batch.
         conditions: returns the condition images of seeds, for networks that have them.
         inits: returns the images from which seeds start, at the sampler's sigma_max.
+        labels: returns the labels of seeds, given the classes that they draw.
     """
     for seeds in batches:
         if not seeds:
             continue
-        latents, class_labels, rnd = draw_latents(net, seeds, device, class_idx)
+        latents, class_labels, rnd = draw_latents(net, seeds, device, class_idx, labels)
         condition, init = (None if images_of is None else images_of(seeds).to(device)
                            for images_of in (conditions, inits))
         images = sampler.sample(net, latents, class_labels, rnd.randn_like, watch,
@@ -320,7 +328,7 @@ def generate_images(
 def trajectory(
     net: Precond, seeds: Sequence[int], *, sampler: SamplerConfig, device: torch.device,
     class_idx: int | None = None, conditions: ImagesOfSeeds | None = None,
-    inits: ImagesOfSeeds | None = None,
+    inits: ImagesOfSeeds | None = None, labels: LabelsOfSeeds | None = None,
 ) -> list[torch.Tensor]:
     """Returns what the sampler passes through, first to last: uint8 images [B, C, H, W].
 
@@ -333,7 +341,7 @@ def trajectory(
         frames.append(to_uint8(x * _SHOWN_STD / (sigma**2 + _SHOWN_STD**2).sqrt()).cpu())
 
     [batch] = generate_images(net, [seeds], sampler=sampler, device=device, class_idx=class_idx,
-                              watch=watch, conditions=conditions, inits=inits)
+                              watch=watch, conditions=conditions, inits=inits, labels=labels)
     return [*frames, to_uint8(batch.images).cpu()]
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import PIL.Image
 
 from images.image_files import DAMAGE
+from images.pictures import open_picture
 from reports.comparison import Comparison, Curve, ScoreGroup, Spread, compare, over_kimg
 from reports.report_plots import Axis, Level, Line, look, plot
 from reports.run_record import RunRecord, Score
@@ -164,13 +164,13 @@ def _picture(path: Path, notes: list[str], alt: str) -> dict[str, Any] | None:
     None, with a note, where it can't be read.
     """
     try:
-        with PIL.Image.open(path) as image:
+        with open(path, "rb") as file, open_picture(file) as image:
             image.load()
             image = image if image.mode in ("L", "RGB") else image.convert("RGB")
             image.thumbnail((_MAX_SIDE, _MAX_SIDE))
             buffer = io.BytesIO()
             image.save(buffer, "PNG", optimize=True)
-    except (*DAMAGE, PIL.Image.DecompressionBombError):
+    except DAMAGE:
         notes.append(f"{path.name} can't be read as a picture")
         return None
     return {"alt": alt, "width": image.width, "height": image.height,

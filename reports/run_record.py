@@ -26,7 +26,6 @@ from training.config import LOG_FILE, OPTIONS_FILE, REALS_FILE, SCORES_FILE, STA
 
 _TAG = r"(\d{6,}(?:\.\d+)?)"
 _SAMPLES_NAME = re.compile(rf"samples-{_TAG}\.png")
-_NETWORK_NAME = re.compile(rf"(?:network-snapshot|training-state)-{_TAG}\.(?:pt|pkl)")
 _IMAGES_NAME = re.compile(rf"ckpt_{_TAG}")  # of the first seed range, outside of sweeps
 _SOURCE_NAME = re.compile(rf"(?:network-snapshot-|training-state-|ckpt_(?:[23]_)?){_TAG}")
 _TOTAL_LINE = re.compile(r"^total +\S+ +([\d,]+)$", re.M)  # of the table of parameters in log.txt
@@ -164,14 +163,6 @@ def read_scores(run_dir: str | os.PathLike, D: float | None = None,
     """
     lines = _json_lines(Path(run_dir, SCORES_FILE), [] if notes is None else notes, required=False)
     return [score for line in lines if (score := _score(line, D))]
-
-
-def newest_network(run_dir: str | os.PathLike) -> tuple[Path, str] | None:
-    """Returns a run's last snapshot, or else its last state, and the number in its name."""
-    found = [(path.name.startswith("network"), float(match[1]), path, match[1])
-             for path in Path(run_dir).glob("*-*.p*")
-             if (match := _NETWORK_NAME.fullmatch(path.name))]
-    return max(found)[2:] if found else None
 
 
 def _dict(value: Any) -> dict:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoints.names import newest_network
 from dnnlib.util import format_ranges
-from reports.run_record import RunRecord, newest_network, read_scores
+from reports.run_record import RunRecord, read_scores
 from sampling.sweeps import FULL_BITS
 from training.config import OPTIONS_FILE
 from training.resume import RESUME_MAY_CHANGE

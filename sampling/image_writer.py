@@ -1,6 +1,7 @@
 """A folder of generated images: its names, its record of settings, what is missing, the writers.
 
     DIR/generate.json            the settings that all images of the folder share
+    DIR/dataset.json             the label of each image, for networks with labels
     DIR/[SSS000/]SSSSSS.png      the image of a seed, in a subfolder per thousand if asked
     DIR/[SSS000/]SSSSSS.npy      the same, [C, H, W], where no PNG holds it
 
@@ -10,8 +11,9 @@ running it again. Two runs may fill one folder at the same time: what both make 
 
 import concurrent.futures
 import contextlib
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,18 @@ import PIL.Image
 
 from dnnlib.atomic import atomic_write, remove_stale, write_json
 from images import array_files
-from images.image_files import ARRAY_SUFFIX, GENERATE_RECORD, parse_json, read_regular
+from images.image_files import (
+    ARRAY_SUFFIX,
+    GENERATE_RECORD,
+    LABELS_NAME,
+    list_files,
+    parse_json,
+    parse_labels,
+    read_regular,
+    sort_names,
+)
 
+_LABELS_AT_ONCE = 256  # seeds whose labels are drawn together
 _IMAGE = "[0-9]" * 6 + "*"  # the name of an image, but for its extension
 
 
@@ -91,11 +103,38 @@ class ImageFolder:
         """Returns those of `seeds` that have no whole image of the right shape yet."""
         return [seed for seed in seeds if not self._is_whole(self.image_path(seed))]
 
+    def record_labels(self, made: dict[int, Any], labels_of: Callable[[list[int]], list[Any]],
+                      class_names: Sequence[str] = ()) -> None:
+        """Writes dataset.json, with a label for each image of the folder.
+
+        Args:
+            made: labels by seed of the images that this run has made.
+            labels_of: returns the labels of other seeds.
+            class_names: what the classes are called.
+        """
+        path = self.path / LABELS_NAME
+        seeds = {int(Path(name).stem): name for name in sort_names(list_files(self.path)).images
+                 if Path(name).stem.isdigit()}
+        seeds = {seed: name for seed, name in seeds.items()
+                 if self.path / name == self.image_path(seed)}
+        there = {}
+        with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged
+            there = parse_labels(path.read_bytes(), str(path)) or {}
+        labels = {seed: there[name] for seed, name in seeds.items() if name in there} | made
+        unknown = sorted(seeds.keys() - labels.keys())
+        for first in range(0, len(unknown), _LABELS_AT_ONCE):
+            some = unknown[first:first + _LABELS_AT_ONCE]
+            labels |= zip(some, labels_of(some), strict=True)
+        entries = [[seeds[seed], labels[seed]] for seed in sorted(seeds)]
+        content = {"labels": entries} | ({"class_names": list(class_names)} if class_names else {})
+        with atomic_write(path) as file:
+            file.write(json.dumps(content).encode())
+
     def _is_whole(self, path: Path) -> bool:
         try:
             if self.has_arrays:
                 return array_files.decode(read_regular(path))[1] == self._format
-            with PIL.Image.open(path) as image:
+            with PIL.Image.open(path, formats=["PNG"]) as image:
                 image.load()
                 channels = len(image.getbands())
                 return (channels, image.height, image.width) == self._shape

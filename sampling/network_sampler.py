@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from checkpoints import checkpoint
-from dnnlib.util import json_value
+from checkpoints.names import find_network
+from dnnlib import console
+from dnnlib.util import format_ranges, json_value
 from images.dataset import ImageFolderDataset
 from images.image_files import error_prefix
 from images.scaling import EIGHT_BIT, Scaling
@@ -23,11 +25,20 @@ from pfgmpp.samplers import (
     generate_images,
     trajectory,
 )
+from sampling.labels import (
+    DrawnClasses,
+    GivenLabels,
+    SeedLabels,
+    classes_with_images,
+    read_labels,
+)
 from sampling.quantization import quantise_
 from sampling.sweeps import FULL_BITS
 from torch_utils import distributed
 from torch_utils.misc import compile_network, compute_dtype, configure_backends
 
+_CONDITIONS_WORD = "cond"  # as --init-image
+_LOST_SIGMAS = 5  # times sigma_data: noise in which little is left of an image
 _OpenNetwork = Callable[[str], tuple[dict[str, Any], Precond]]
 
 
@@ -89,6 +100,11 @@ class SeedImages:
         return self._scaling.to_network(torch.from_numpy(images))
 
     @property
+    def are_targets(self) -> bool:
+        """Whether these are the images of a data set that has condition images too."""
+        return self._dataset.has_conditions and not self._dataset.cond_shape
+
+    @property
     def fingerprint(self) -> str:
         """A sha256 over the files; every rank must ask for it."""
         self._dataset.share_fingerprint()
@@ -108,9 +124,13 @@ class NetworkSampler:
     inits: SeedImages | None = None  # where sampling starts, None for pure noise
     scaling: Scaling = EIGHT_BIT  # of the data that the network was trained on
     one_size: bool = False  # fill up short batches, so that the network sees only one size
+    labels: SeedLabels | None = None  # of seeds, where they are not one-hot classes as drawn
+    label_kind: str | None = None  # 'classes' or 'vectors'; None without labels
+    class_names: tuple[str, ...] = ()  # what the classes are called, if they have names
 
     @classmethod
-    def open(cls, source: str, device: torch.device, *, class_idx: int | None = None,
+    def open(cls, source: str, device: torch.device, *, class_idx: int | str | None = None,
+             label_source: str | None = None,
              pfgmpp: bool | None = None, aug_dim: float | None = None, precision: str = "fp32",
              bits: int = FULL_BITS, guidance: float = 1.0, gnet: str | None = None,
              guidance_interval: tuple[float, float] | None = None, cond_image: str | None = None,
@@ -119,9 +139,11 @@ class NetworkSampler:
         """Returns the network of a snapshot or state, ready to sample.
 
         Args:
-            source: a path or address.
+            source: a path or address; of a run directory the newest network is taken.
             device: where to sample.
-            class_idx: the class to sample, None for the seeds' own.
+            class_idx: the class to sample; 'data' for classes as often as the data have them; None
+                or 'uniform' for all classes that have images, equally often.
+            label_source: a file or data set of labels by seed, see `labels.read_labels`.
             pfgmpp: for files that do not record D, see `checkpoint.resolve_D`.
             aug_dim: likewise.
             precision: arithmetic inside the network. PyTorch's settings of TF32 and of sums in half
@@ -149,7 +171,9 @@ class NetworkSampler:
         content, net = open_network(source)
         quantise_(net, bits)
         sampler = _sampler_config(content, sampler_options, init_image, init_sigma)
-        _check_class(source, net, class_idx)
+        kind = _label_kind(net, content)
+        labels, of_labels = _choose_labels(net, source, content, kind, class_idx, label_source)
+        class_idx = class_idx if isinstance(class_idx, int) else None
         settings = {"weights": checkpoint.digest(checkpoint.sampling_weights(content)),
                     "class": class_idx, "precision": precision, "device": device.type, "D": net.D,
                     **dataclasses.asdict(sampler)}
@@ -161,18 +185,19 @@ class NetworkSampler:
         if compiled:
             settings["compile"] = True
         scaling = recorded_scaling(content, source, "scale", net.img_channels)
+        _warn_of_init_sigma(net, init_sigma, scaling)
         denoiser, extra = _with_guidance(net, source, guidance, gnet, guidance_interval,
                                          open_network, scaling)
         sampler.check(denoiser)
         extra |= {} if scaling.is_8bit else {"scale": scaling.to_dict()}
         conditions = _open_conditions(net, source, cond_image, content)
-        inits = SeedImages.open("--init-image", init_image, net.image_shape, scaling) \
-            if init_image else None
+        inits = _open_inits(net, init_image, cond_image, scaling)
         for name, images in (("cond_image", conditions), ("init_image", inits)):
             extra |= {name: images.fingerprint} if images else {}
-        settings = json_value(settings | extra)
+        settings = json_value(settings | of_labels | extra)
         return cls(denoiser, sampler, device, class_idx, settings, conditions, inits, scaling,
-                   one_size=compiled)
+                   one_size=compiled, labels=labels, label_kind=kind,
+                   class_names=tuple(_dataset_record(content).get("class_names") or ()))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -201,13 +226,21 @@ class NetworkSampler:
         return trajectory(self.net, seeds, **self._how())
 
     def classes(self, seeds: Sequence[int]) -> list[int] | None:
-        """Returns the classes of the images of `seeds`; None without labels."""
-        _, labels, _ = draw_latents(self.net, seeds, self.device, self.class_idx)
-        return None if labels is None else labels.argmax(dim=1).tolist()
+        """Returns the classes of the images of `seeds`; None where labels are no classes."""
+        return self.recorded_labels(self.labels_of(seeds)) if self.label_kind == "classes" else None
+
+    def labels_of(self, seeds: Sequence[int]) -> torch.Tensor | None:
+        """Returns the labels of the images of `seeds`, [B, label_dim]; None without labels."""
+        return draw_latents(self.net, seeds, self.device, self.class_idx, self.labels)[1]
+
+    def recorded_labels(self, labels: torch.Tensor) -> list[Any]:
+        """Returns labels [B, label_dim] as `dataset.json` has them: class numbers or lists."""
+        is_classes = self.label_kind == "classes"
+        return labels.argmax(dim=1).tolist() if is_classes else labels.tolist()
 
     def _how(self) -> dict[str, Any]:
         return {"sampler": self.sampler, "device": self.device, "class_idx": self.class_idx,
-                "conditions": self.conditions, "inits": self.inits}
+                "conditions": self.conditions, "inits": self.inits, "labels": self.labels}
 
 
 def _open_network(
@@ -215,7 +248,7 @@ def _open_network(
     precision: str, compiled: bool,
 ) -> tuple[dict[str, Any], Precond]:
     """Returns the content of a file and its network, ready to be evaluated."""
-    content = distributed.run_on_rank0(checkpoint.load, source)
+    content = distributed.run_on_rank0(_load, source)
     content = checkpoint.resolve_D(content, source, pfgmpp, aug_dim)
     net = checkpoint.build_ema(content).to(device)
     net.compute_dtype = compute_dtype(precision)
@@ -224,14 +257,31 @@ def _open_network(
     return content, net
 
 
+def _load(source: str) -> dict[str, Any]:
+    """Returns the content of a file, with averaged weights if there are any; says so if not."""
+    found = find_network(source)
+    content = checkpoint.with_average(checkpoint.load(found), found)
+    if "ema_source" in content:
+        console.say(f"Note: {found} has no averaged weights; those of {content['ema_source']} are "
+                    "sampled")
+    elif content.get("ema") is None:
+        distributed.warn0(f"{found}: has no averaged weights, and no network-snapshot of the same "
+                          "number lies beside it; the plain weights, which sample worse, are used")
+    return content
+
+
+def _dataset_record(content: dict[str, Any]) -> dict[str, Any]:
+    record = content.get("dataset")
+    return record if isinstance(record, dict) else {}
+
+
 def recorded_scaling(content: dict[str, Any], source: str, key: str, channels: int) -> Scaling:
     """Returns the scaling of the data or conditions of a network, 8-bit if none is recorded.
 
     Raises:
         ValueError: the recorded scaling is invalid, or of another number of channels.
     """
-    dataset = content.get("dataset")
-    record = dataset.get(key) if isinstance(dataset, dict) else None
+    record = _dataset_record(content).get(key)
     if record is None:
         return EIGHT_BIT
     with error_prefix(f'{source}: "{key}" of its data '):
@@ -259,13 +309,56 @@ def _sampler_config(
     return sampler
 
 
-def _check_class(source: str, net: Precond, class_idx: int | None) -> None:
-    if class_idx is None:
-        return
+def _label_kind(net: Precond, content: dict[str, Any]) -> str | None:
+    """Returns 'classes' or 'vectors', as the file records; classes where it does not."""
     if not net.label_dim:
-        raise UsageError(f"--class={class_idx}: {source} is unconditional; leave --class out")
-    if not 0 <= class_idx < net.label_dim:
-        raise UsageError(f"--class={class_idx}: must be between 0 and {net.label_dim - 1}")
+        return None
+    return "vectors" if _dataset_record(content).get("label_kind") == "vectors" else "classes"
+
+
+def _choose_labels(
+    net: Precond, source: str, content: dict[str, Any], kind: str | None,
+    choice: int | str | None, label_source: str | None,
+) -> tuple[SeedLabels | None, dict[str, Any]]:
+    """Returns the labels of seeds, None for classes as they are drawn; and what records them."""
+    if kind is None:
+        for flag, value in (("class", choice), ("labels", label_source)):
+            if value is not None:
+                raise UsageError(f"--{flag}={value}: {source} is unconditional; leave --{flag} out")
+        return None, {}
+    if label_source is not None:
+        if choice is not None:
+            raise UsageError(f"--class={choice} with --labels={label_source}: give one of them")
+        given = GivenLabels(distributed.run_on_rank0(read_labels, label_source, net.label_dim))
+        return given, {"labels": given.digest}
+    if kind == "vectors":
+        asked = "" if choice is None else f"--class={choice}: "
+        raise UsageError(f"{asked}{source} was trained on label vectors of {net.label_dim} "
+                         "numbers; give them by --labels=FILE|DATASET")
+    counts = _class_counts(content, net.label_dim)
+    if isinstance(choice, int):
+        if not 0 <= choice < net.label_dim:
+            raise UsageError(f"--class={choice}: must be between 0 and {net.label_dim - 1}")
+        if counts and not counts[choice]:
+            present = [number for number, count in enumerate(counts) if count]
+            raise UsageError(f"--class={choice}: no image of the data was of this class; there are "
+                             f"classes {format_ranges(present)}")
+        return None, {}
+    if choice == "data":
+        if not counts:
+            raise UsageError(f"--class=data: {source} does not record how often its data have each "
+                             "class; leave --class out for equal shares")
+        return DrawnClasses(counts), {"class": "data"}
+    labels = classes_with_images(counts)
+    return labels, {"empty_classes": counts.count(0)} if labels else {}
+
+
+def _class_counts(content: dict[str, Any], label_dim: int) -> list[int] | None:
+    """Returns how many images of the data each class had; None where the file does not say."""
+    counts = _dataset_record(content).get("class_counts")
+    is_valid = isinstance(counts, list) and len(counts) == label_dim and any(counts) and all(
+        type(count) is int and count >= 0 for count in counts)
+    return counts if is_valid else None
 
 
 def _with_guidance(
@@ -314,3 +407,33 @@ def _open_conditions(net: Precond, source: str, cond_image: str | None,
     scaling = recorded_scaling(content, source, "cond_scale", net.cond_channels)
     return SeedImages.open("--cond-image", cond_image, (net.cond_channels, *net.image_shape[1:]),
                            scaling, conditions=True)
+
+
+def _open_inits(net: Precond, init_image: str | None, cond_image: str | None,
+                scaling: Scaling) -> SeedImages | None:
+    """Returns the images to start from; 'cond' stands for the condition images."""
+    if init_image is None:
+        return None
+    if init_image == _CONDITIONS_WORD:
+        if not net.cond_channels:
+            raise UsageError("--init-image=cond: the network takes no condition images; name a "
+                             "folder or ZIP (one that is called cond as ./cond)")
+        return SeedImages.open("--init-image=cond, --cond-image", cond_image, net.image_shape,
+                               scaling, conditions=True)
+    images = SeedImages.open("--init-image", init_image, net.image_shape, scaling)
+    if images.are_targets:
+        distributed.warn0(f"--init-image={init_image}: has condition images, but sampling starts "
+                          "from its images, which are what the network was trained to make; "
+                          "--init-image=cond starts from the condition images")
+    return images
+
+
+def _warn_of_init_sigma(net: Precond, init_sigma: float | None, scaling: Scaling) -> None:
+    """Warns of a noise level in which nothing of an image is left."""
+    if init_sigma is None or init_sigma <= _LOST_SIGMAS * net.sigma_data:
+        return
+    in_data = "" if scaling.is_8bit else \
+        f", {init_sigma * scaling.spread[0]:.4g} in the units of the data"
+    distributed.warn0(f"--init-sigma={init_sigma:g}: is {init_sigma / net.sigma_data:.3g} times "
+                      f"sigma_data{in_data}, so little is left of the images; the level is in the "
+                      f"networks' scale, where the data have a deviation of {net.sigma_data:g}")

@@ -30,8 +30,23 @@ class _Interval(click.ParamType):
         return low, high
 
 
+class _ClassChoice(click.ParamType):
+    """A class number, 'uniform' or 'data'."""
+
+    name = "class"
+
+    def convert(self, value, param, ctx):
+        if value in ("uniform", "data") or isinstance(value, int):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} must be a class number, uniform or data", param, ctx)
+
+
 _OPTIONS = (
-    click.option("--class", "class_idx", metavar="INT", type=int, help="Class label.  [default: random]"),
+    click.option("--class", "class_idx", metavar="INT|uniform|data", type=_ClassChoice(), help="Class to sample: of a number, all equally often, or as often as the data have them.  [default: uniform]"),
+    click.option("--labels", "label_source", metavar="FILE|DATASET", help="Labels to sample, a .npy, .json or data set; seed k has label k mod n of n."),
     click.option("--steps", metavar="LIST", type=NumberList(int, 1), default="18", help="Number of noise levels; several are a sweep."),
     click.option("--alpha", metavar="LIST", type=NumberList(float, 0), help="Robustness study: noise of alpha times the level, added before each step."),
     click.option("--bits", metavar="LIST", type=NumberList(int, 1, FULL_BITS), help="Robustness study: bits that weights are rounded to; 32 leaves them."),
@@ -52,8 +67,8 @@ _OPTIONS = (
     click.option("--gnet", metavar="PT|URL", help="Guide of --guidance: another snapshot or state, of the same image shape and D.  [default: the network without its labels]"),
     click.option("--guidance-interval", "guidance_interval", metavar="LO,HI", type=_Interval(), help="Noise levels LO < sigma <= HI at which to guide.  [default: all]"),
     click.option("--cond-image", metavar="DIR|ZIP", help="Condition images, for networks that take them; seed k has image k mod n of n."),
-    click.option("--init-image", metavar="DIR|ZIP", help="Start from these images plus noise instead of noise; seed k has image k mod n of n."),
-    click.option("--init-sigma", metavar="S", type=click.FloatRange(min=0, min_open=True), help="Noise level at which to start from --init-image; takes the place of --sigma_max."),
+    click.option("--init-image", metavar="DIR|ZIP|cond", help="Start from these images plus noise instead of noise; seed k has image k mod n of n. 'cond' starts from the images of --cond-image."),
+    click.option("--init-sigma", metavar="S", type=click.FloatRange(min=0, min_open=True), help="Noise level at which to start from --init-image, in place of --sigma_max; in the networks' scale, where the data have a deviation of about 0.5."),
     click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", help="Arithmetic inside the network."),
     click.option("--compile", "compiled", metavar="BOOL", type=click.BOOL, default=False, help="torch.compile the network, with CUDA graphs on a GPU. Takes a minute at the start."),
 )

@@ -176,23 +176,15 @@ def _with_neighbours(state: State) -> State:
     Both projects write the loss scale to training_options.json.
     """
     from checkpoints import checkpoint
-    content, path = dict(state.content), Path(state.source)
-    tag = _STATE_TAG.match(path.name)
-    snapshot = path.with_name(f"network-snapshot-{tag[1]}.pkl") if tag else None
-    if content["ema"] is None and snapshot and snapshot.is_file():
-        other = checkpoint.load(snapshot)
-        difference = checkpoint.first_difference(content["network"], other["network"])
-        if difference:
-            raise ValueError(f"{snapshot}: lies beside {path.name}, but is of another network "
-                             f"({difference}); move one of them away")
-        content |= {"ema": other["ema"], "ema_source": str(snapshot)}
+    path = Path(state.source)
+    content = checkpoint.with_average(state.content, path)
     try:
         options = json.loads(path.with_name(OPTIONS_FILE).read_text(encoding="utf-8"))
         scale = options.get(LOSS_SCALE_KEY)
     except (OSError, ValueError, AttributeError, RecursionError):
         scale = None
     if isinstance(scale, int | float) and 0 < scale < float("inf"):
-        content["options"] = {**content["options"], "ls": float(scale)}
+        content = content | {"options": {**content["options"], "ls": float(scale)}}
     return dataclasses.replace(state, content=content)
 
 

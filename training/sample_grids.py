@@ -11,6 +11,7 @@ from images.dataset import ImageFolderDataset, order_at
 from images.grid import class_label, image_grid, save_png
 from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.samplers import SamplerConfig, generate_images, to_uint8
+from sampling.labels import GivenLabels, SeedLabels, classes_with_images
 from sampling.network_sampler import SeedImages
 from torch_utils import distributed
 from training.trainer import Trainer
@@ -34,7 +35,7 @@ def sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
     for row in range(rows)[trainer.rank::trainer.world_size]:
         seeds = range(row * columns, (row + 1) * columns)
         number = row % len(dataset)
-        given = {"class_idx": classes[row] if classes else None}
+        given = {"class_idx": classes[row]} if classes else {"labels": labels_of_seeds(dataset)}
         if dataset.cond_channels:
             given = _grid_condition(dataset, number)
         [batch] = generate_images(trainer.ema, [seeds], sampler=sampler, device=trainer.device,
@@ -52,10 +53,24 @@ def sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
 
 
 def _grid_condition(dataset: ImageFolderDataset, number: int) -> dict[str, Any]:
-    """Returns keywords of `generate_images` for the condition and class of a training image."""
-    label, of_seed = dataset.get_label(number), SeedImages.of_conditions(dataset)
+    """Returns keywords of `generate_images` for the condition and label of a training image."""
+    of_seed = SeedImages.of_conditions(dataset)
     return {"conditions": lambda seeds: of_seed([number] * len(seeds)),
-            "class_idx": int(label.argmax()) if dataset.has_onehot_labels else None}
+            "labels": GivenLabels(dataset.get_label(number)[None]) if dataset.has_labels else None}
+
+
+def labels_of_seeds(dataset: ImageFolderDataset) -> SeedLabels | None:
+    """Returns the labels of samples of a network that is trained on these data.
+
+    Classes are those that have images, equally often; seed k has the label vector of image k mod n.
+    None stands for classes as they are drawn, or no labels.
+    """
+    if not dataset.has_labels:
+        return None
+    if not dataset.has_onehot_labels:
+        return GivenLabels(dataset.labels_of(dataset.locate(range(len(dataset)))[0]))
+    counts = np.bincount(dataset.class_numbers, minlength=dataset.label_dim)
+    return classes_with_images(counts.tolist())
 
 
 def save_real_grid(trainer: Trainer, path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dnnlib.util import format_ranges
 from images.dataset import ImageFolderDataset
 from images.scaling import Scaling
 from metrics.detectors import Detector, detector_class
@@ -13,6 +14,12 @@ from metrics.evaluator import Evaluator
 from metrics.metrics import FeatureSet, collect
 from pfgmpp.samplers import SampleBatch
 from torch_utils import distributed as dist
+
+_MAX_NAMED = 6  # seeds in a message
+
+
+class NonFiniteSamplesError(ValueError):
+    """Samples whose values are not finite, which no score should hide."""
 
 
 class Scored(Protocol):
@@ -71,12 +78,30 @@ def network_features(sampler: Sampler, seeds: Sequence[int], detector: Detector,
     """Returns what `metrics` need of the images of `seeds`, as they would be written and read.
 
     `batch` is the most images at a time on one rank, `title` the text before the progress bar.
+
+    Raises:
+        NonFiniteSamplesError: images have values that are not finite. All ranks raise it.
     """
-    scaling = sampler.scaling
+    scaling, is_finite = sampler.scaling, []
     numbers = [own for own in dist.split_for_rank(range(len(seeds)), batch) if own]
-    samples = sampler.images([seeds[i] for i in own] for own in numbers)
-    data = (scaling.to_data(sample.images) for sample in samples)
-    images = data if scaling.is_8bit else map(scaling.to_network, data)
-    return collect(zip(images, numbers, strict=True), image_shape=sampler.image_shape,
-                   count=len(seeds), detector=detector, metrics=metrics, is_8bit=scaling.is_8bit,
-                   title=title)
+
+    def data() -> Iterator[torch.Tensor]:
+        for sample in sampler.images([seeds[i] for i in own] for own in numbers):
+            is_finite.append(sample.images.isfinite().flatten(1).all(dim=1))
+            yield scaling.to_data(sample.images)
+
+    images = data() if scaling.is_8bit else map(scaling.to_network, data())
+    found = collect(zip(images, numbers, strict=True), image_shape=sampler.image_shape,
+                    count=len(seeds), detector=detector, metrics=metrics, is_8bit=scaling.is_8bit,
+                    title=title)
+    own = [seeds[i] for part in numbers for i in part]
+    finite = torch.cat(is_finite).tolist() if is_finite else []
+    lost = [seed for seed, is_good in zip(own, finite, strict=True) if not is_good]
+    lost = sorted(seed for part in dist.gather_objects(lost) for seed in part)
+    if lost:
+        more = ", ..." if len(lost) > _MAX_NAMED else ""
+        raise NonFiniteSamplesError(
+            f"{len(lost)} of {len(seeds)} images have values that are not finite, so there is no "
+            f"score: seeds {format_ranges(lost[:_MAX_NAMED])}{more}; the network may have "
+            "diverged, or --precision may be too low for it")
+    return found

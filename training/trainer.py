@@ -378,6 +378,13 @@ def dataset_record(dataset: ImageFolderDataset) -> dict[str, Any]:
     record = {"name": dataset.name, "size": len(dataset), "label_dim": dataset.label_dim,
               "image_shape": list(dataset.image_shape), "fingerprint": dataset.fingerprint,
               "scale": dataset.scaling.to_dict()}
+    if dataset.has_labels:
+        record["label_kind"] = "classes" if dataset.has_onehot_labels else "vectors"
+    if dataset.has_labels and dataset.has_onehot_labels:
+        counts = np.bincount(dataset.class_numbers, minlength=dataset.label_dim)
+        record["class_counts"] = counts.tolist()
+        if dataset.class_names:
+            record["class_names"] = list(dataset.class_names)
     if dataset.cond_scaling:
         record |= {"cond_shape": dataset.cond_shape, "cond_scale": dataset.cond_scaling.to_dict()}
     return record

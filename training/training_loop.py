@@ -40,8 +40,8 @@ from training.config import OPTIONS_FILE, REALS_FILE, SCORES_FILE, STATS_FILE, T
 from training.log_sinks import LogSinks
 from training.resume import LOSS_SCALE_KEY, State, Weights, restore_
 from training.run_files import RunFiles
-from training.sample_grids import sample_grid, save_real_grid
-from training.scoring import network_features, open_evaluator
+from training.sample_grids import labels_of_seeds, sample_grid, save_real_grid
+from training.scoring import NonFiniteSamplesError, network_features, open_evaluator
 from training.trainer import HEAVY_TAILED_D, Trainer, dataset_record
 from training.validation import VALIDATION_LOSS, Validation
 
@@ -153,7 +153,8 @@ class Evaluator:
         sampler = SamplerConfig(sigma_max=LSUN_SIGMA_MAX if config.lsun else None)
         conditions = SeedImages.of_conditions(trainer.dataset) if net.cond_channels else None
         self._sampler = NetworkSampler(net, sampler, trainer.device, None, {}, conditions,
-                                       scaling=trainer.dataset.scaling)
+                                       scaling=trainer.dataset.scaling,
+                                       labels=labels_of_seeds(trainer.dataset))
 
     @property
     def name(self) -> str:
@@ -262,7 +263,13 @@ class TickRunner:
 
     def _evaluate(self, progress: Progress) -> dict[str, float]:
         """Scores the run, keeps its best state, and returns what stats.jsonl says of it."""
-        trainer, name, value = self._trainer, self._evaluator.name, self._evaluator()
+        trainer, name = self._trainer, self._evaluator.name
+        try:
+            value = self._evaluator()
+        except NonFiniteSamplesError as error:
+            with progress.above_bar():
+                distributed.warn0(f"{trainer.cur_nimg / 1e3:g} kimg: {error}")
+            return {}
         compared_by = self._evaluator.compared_by
         before = trainer.best_score if trainer.best_score_of == compared_by else None
         if value < (math.inf if before is None else before):  # not where it is NaN

@@ -7,8 +7,12 @@ from pfgmpp.networks import build_network
 from training.config import TrainConfig
 
 
-def write_snapshot(path, *, label_dim=2, shape=(3, 8, 8), cond_channels=0, seed=0, **options):
-    """Writes a network snapshot with weights that are not those of initialisation."""
+def write_snapshot(path, *, label_dim=2, shape=(3, 8, 8), cond_channels=0, seed=0, dataset=None,
+                   **options):
+    """Writes a network snapshot with weights that are not those of initialisation.
+
+    `dataset` is what it records of its data.
+    """
     config = TrainConfig(data="none", arch="ncsnpp", cbase=8, cres=(1, 2), nblock=1, **options)
     torch.manual_seed(seed)
     net = build_network({**config.network(list(shape[1:]), shape[0], label_dim),
@@ -18,5 +22,6 @@ def write_snapshot(path, *, label_dim=2, shape=(3, 8, 8), cond_channels=0, seed=
             p.add_(torch.randn_like(p) * 0.1)
     checkpoint.save(path, {
         "format": checkpoint.SNAPSHOT_FORMAT, "network": net.config,
-        "ema": dict(net.state_dict()), "progress": {"cur_nimg": 0}, "options": config.to_dict()})
+        "ema": dict(net.state_dict()), "progress": {"cur_nimg": 0}, "options": config.to_dict(),
+        **({"dataset": dataset} if dataset else {})})
     return path

@@ -15,10 +15,11 @@ from run_dirs import sampler, score_line, sweep_lines, tick, write_lines, write_
 from scripts import run_script
 
 import report
+from checkpoints.names import newest_network
 from reports import report_page
 from reports.comparison import ScoreGroup, compare, over_kimg
 from reports.report_plots import LOOKS, Axis, Line, look, plot
-from reports.run_record import RunRecord, Score, newest_network
+from reports.run_record import RunRecord, Score
 
 DIMS = (1, 2, 128, math.inf)
 NBSP = "\u00a0"

@@ -157,7 +157,7 @@ def test_other_files_in_the_folder_are_left_alone(snapshot, tmp_path, invoke):
 
 
 @pytest.mark.parametrize("flag, words", [
-    ("--network=nowhere.pt", "nowhere.pt: no such file; name a network-snapshot-*.pt"),
+    ("--network=nowhere.pt", "nowhere.pt: no such file; name a run directory, a network-snap"),
     ("--outdir=FILE", "a file, but a folder is needed"),
 ])
 def test_paths_that_cannot_be_are_told_with_a_way_out(flag, words, snapshot, tmp_path, invoke):

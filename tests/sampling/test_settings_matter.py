@@ -45,6 +45,7 @@ NOT_HERE = {
     "pfgmpp": "for files that do not record D; else it has to agree",
     "aug_dim": "likewise",
     "cond_image": "the next test: only networks with a condition image take it",
+    "label_source": "for labels by seed; test_labels.py",
     "compiled": "the same images but for rounding; test_generate.py",
 }
 NAMES_OF_SWEEPS = {"steps": "num_steps", "alpha": "noise_alpha", "bits": "bits"}

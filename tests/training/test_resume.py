@@ -15,6 +15,7 @@ import train
 from checkpoints import checkpoint
 from images.dataset import ImageFolderDataset
 from pfgmpp.networks import build_network
+from sampling.network_sampler import NetworkSampler
 from training.config import TrainConfig
 from training.resume import (
     State,
@@ -186,6 +187,18 @@ def test_the_average_of_edm_is_taken_from_the_snapshot_beside_the_state(tmp_path
     for name, p in averaged_network().named_parameters():
         expected = keep * p + (1 - keep) * after["net"][name]
         torch.testing.assert_close(after["ema"][name], expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_ema", [True, False])
+def test_sampling_a_state_of_edm_says_whose_weights_it_takes(has_ema, tmp_path, capsys):
+    path = write_edm_run(tmp_path / "edm", has_ema=has_ema)
+    sampler = NetworkSampler.open(str(path), torch.device("cpu"), pfgmpp=False)
+    expected = averaged_network() if has_ema else foreign_network()
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(sampler.net.state_dict()[name], value, atol=0.01, rtol=0)
+    said = capsys.readouterr()
+    assert has_ema == ("network-snapshot-000005.pkl are sampled" in said.out)
+    assert has_ema != ("the plain weights, which sample worse, are used" in said.err)
 
 
 def test_without_a_snapshot_beside_it_the_average_is_said_to_begin_anew(tmp_path, dataset_zip,

@@ -1,0 +1,57 @@
+"""Names of the files of networks in a run directory, and which of them is meant; needs no PyTorch.
+
+    network-snapshot-000200.pt    the averaged network after 200 thousand images
+    training-state-000200.pt      all that a run needs to go on from there
+
+The number may have three decimals. Files of EDM and PFGM++ end in .pkl.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from dnnlib.util import is_url
+
+KIMG = r"\d{6,}(?:\.\d+)?"  # thousands of images in a file's name
+_NETWORK = re.compile(rf"(?P<kind>network-snapshot|training-state)-(?P<kimg>{KIMG})\.(?:pt|pkl)")
+_MAX_NAMED = 5  # files in a message
+
+
+def newest_network(run_dir: str | os.PathLike) -> tuple[Path, str] | None:
+    """Returns a run's last snapshot, or else its last state, and the number in its name."""
+    found = [(match["kind"].startswith("network"), float(match["kimg"]), path, match["kimg"])
+             for path in Path(run_dir).glob("*-*.p*") if (match := _NETWORK.fullmatch(path.name))]
+    return max(found)[2:] if found else None
+
+
+def find_network(source: str | os.PathLike) -> str:
+    """Returns the file that is meant: of a run directory the newest network.
+
+    Raises:
+        OSError: there is none; the message says what is there.
+    """
+    path = Path(source)
+    if is_url(str(source)) or path.is_file():
+        return str(source)
+    if path.is_dir():
+        found = newest_network(path)
+        if found is None:
+            raise FileNotFoundError(f"{source}: no network-snapshot-*.pt or training-state-*.pt in "
+                                    "this folder; name a run directory or a file")
+        return str(found[0])
+    there = sorted(other.name for other in path.parent.glob("*-*.p*")
+                   if _NETWORK.fullmatch(other.name)) if path.parent.is_dir() else []
+    more = f", {len(there) - _MAX_NAMED} earlier ones" if len(there) > _MAX_NAMED else ""
+    hint = (f"{path.parent} has {', '.join(there[:-_MAX_NAMED - 1:-1])}{more}" if there else
+            "name a run directory, a network-snapshot-*.pt, a training-state-*.pt, or a published "
+            "file or its address")
+    raise FileNotFoundError(f"{source}: no such file; {hint}")
+
+
+def neighbouring_snapshot(state: str | os.PathLike) -> Path | None:
+    """Returns EDM's snapshot of the same number that lies beside a state, if there is one."""
+    match = _NETWORK.fullmatch(Path(state).name)
+    if match is None:
+        return None
+    snapshot = Path(state).with_name(f"network-snapshot-{match['kimg']}.pkl")
+    return snapshot if snapshot.is_file() and snapshot != Path(state) else None

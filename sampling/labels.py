@@ -1,0 +1,133 @@
+"""What a conditional network is told for each seed: a class that the seed draws, or a given label.
+
+Every seed draws a class number k of n, uniformly, whatever becomes of it, so that its other draws
+stay. With shares p_0 ... p_(n-1) of the classes it becomes the class j with
+
+    p_0 + ... + p_(j-1)  <=  (k + v) / n  <  p_0 + ... + p_j,
+
+where v in [0, 1) is a number of the seed's own. With equal shares this is k itself.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoints.checkpoint import digest
+from dnnlib.npy_header import read_npy_header
+from images.dataset import ImageFolderDataset
+from images.image_files import error_prefix, label_array, parse_json, read_regular
+
+_TAG = int.from_bytes(b"class", "big")  # sets v apart from other uses of the seed
+
+
+class DrawnClasses:
+    """Labels of seeds whose classes have these shares, which need not add up to 1."""
+
+    def __init__(self, shares: Sequence[float]):
+        bounds = np.cumsum(np.asarray(shares, np.float64))
+        self._bounds, self._last = bounds / bounds[-1], int(np.flatnonzero(shares)[-1])
+
+    def __call__(self, seeds: Sequence[int], classes: torch.Tensor) -> torch.Tensor:
+        """Returns one-hot labels [B, n] of seeds and the classes that they draw, [B]."""
+        own = [_own_number(seed) for seed in seeds]
+        position = (classes.cpu().numpy() + own) / len(self._bounds)
+        found = np.searchsorted(self._bounds, position, side="right").clip(max=self._last)
+        return _one_hot(torch.from_numpy(found), len(self._bounds))
+
+
+class GivenLabels:
+    """Labels [n, label_dim] by seed: seed k has label k mod n."""
+
+    def __init__(self, labels: np.ndarray):
+        self._labels = torch.from_numpy(np.ascontiguousarray(labels, np.float32))
+
+    def __call__(self, seeds: Sequence[int], classes: torch.Tensor) -> torch.Tensor:
+        """Returns the labels [B, label_dim] of seeds, whatever classes they draw."""
+        return self._labels[[seed % len(self._labels) for seed in seeds]]
+
+    @property
+    def digest(self) -> str:
+        """A sha256 over the labels."""
+        return digest(self._labels)
+
+
+SeedLabels = DrawnClasses | GivenLabels
+
+
+def classes_with_images(counts: Sequence[int] | None) -> DrawnClasses | None:
+    """Returns labels of all classes that have images, equally often; None if every class has."""
+    return None if counts is None or all(counts) else DrawnClasses([min(n, 1) for n in counts])
+
+
+def _own_number(seed: int) -> float:
+    """Returns v of a seed, uniform in [0, 1)."""
+    raw = np.random.PCG64(np.random.SeedSequence([abs(seed), _TAG])).random_raw()
+    return (raw >> 11) / (1 << 53)
+
+
+def _one_hot(classes: torch.Tensor, num_classes: int) -> torch.Tensor:
+    return torch.nn.functional.one_hot(classes.long(), num_classes).to(torch.float32)
+
+
+def read_labels(path: str | os.PathLike, label_dim: int) -> np.ndarray:
+    """Returns the labels that a file or data set holds, float32 [n, label_dim].
+
+    Args:
+        path: a data set (a folder or ZIP with dataset.json); or a .npy or .json of class numbers
+            [n] or of vectors [n, label_dim]; or a dataset.json.
+        label_dim: the length of a label of the network.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it holds no such labels.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        dataset = ImageFolderDataset(path, use_labels=True)
+        if not dataset.has_labels:
+            raise ValueError(f"{path}: this data set has no labels")
+        labels = dataset.class_numbers if dataset.has_onehot_labels else \
+            dataset.labels_of(np.arange(len(dataset)))
+    elif path.suffix.lower() == ".npy":
+        with open(path, "rb") as file, error_prefix(f"{path}: "):
+            shape, _, dtype = read_npy_header(file)
+        if dtype.kind not in "iuf" or len(shape) not in (1, 2):
+            raise ValueError(f"{path}: a {dtype.name} array of shape {list(shape)}; labels are "
+                             f"class numbers [n] or vectors [n, {label_dim}]")
+        labels = np.load(path, allow_pickle=False)
+    else:
+        labels = _json_labels(path)
+    with error_prefix(f"{path}: "):
+        return _checked(labels, label_dim)
+
+
+def _json_labels(path: Path) -> np.ndarray:
+    content = parse_json(read_regular(path), str(path))
+    if isinstance(content, dict) and isinstance(content.get("labels"), list):  # a dataset.json
+        content = [entry[1] for entry in content["labels"]
+                   if isinstance(entry, list) and len(entry) == 2]
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{path}: must be a list of labels, or a dataset.json with labels")
+    names = [f"label {i}" for i in range(len(content))]
+    return label_array(names, dict(zip(names, content, strict=True)), str(path))
+
+
+def _checked(labels: np.ndarray, label_dim: int) -> np.ndarray:
+    if labels.ndim == 1:
+        if labels.dtype.kind not in "iu":
+            raise ValueError("class numbers must be whole numbers; vectors are [n, label_dim]")
+        if not len(labels) or not 0 <= labels.min() <= labels.max() < label_dim:
+            raise ValueError(f"class numbers from {labels.min(initial=0)} to "
+                             f"{labels.max(initial=0)}; the network has 0..{label_dim - 1}")
+        return _one_hot(torch.from_numpy(labels.astype(np.int64)), label_dim).numpy()
+    if not len(labels) or labels.shape[1] != label_dim:
+        raise ValueError(f"labels of shape {list(labels.shape)}; the network takes "
+                         f"[n, {label_dim}]")
+    if not np.isfinite(labels).all():
+        raise ValueError("labels must be finite numbers")
+    return labels.astype(np.float32)
