@@ -154,10 +154,10 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--fp16", type=_BOOL, default=False, help="The same as --precision=fp16.")
 @click.option("--ls", metavar="FLOAT", type=float, help="Loss scaling.  [default: dynamic for fp16, else 1]")
 @click.option("--clip-grad", metavar="NORM", type=float, help="Shorten the gradient of a step, all parameters together, to this 2-norm.  [default: no limit]")
-@click.option("--max-bad-steps", metavar="INT", type=int, default=100, help="End the run after more steps in a row with gradients that are not finite; looked at in passing, at the latest at a tick.")
+@click.option("--max-bad-steps", metavar="INT", type=int, default=100, help="End the run after more steps in a row with gradients that are not finite; checked without waiting for the device, at the latest at a tick.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to train.")
 @click.option("--checkpoint-blocks", type=_BOOL, default=False, help="Keep only the inputs of the network's blocks for the backward pass, and compute each block twice: less memory, about a third more operations.")
-@click.option("--compile", "compile_", type=click.Choice(["auto", "0", "1"]), default="auto", help="torch.compile the network; auto does on a GPU with Triton, but for --deterministic=1.")
+@click.option("--compile", "compile_", type=click.Choice(["auto", "0", "1"]), default="auto", help="torch.compile the network; auto compiles on a GPU with Triton, except with --deterministic=1.")
 @click.option("--deterministic", type=_BOOL, is_flag=False, flag_value=True, default=False, help="Only deterministic GPU kernels.")
 @click.option("--bench", type=_BOOL, default=True, help="cuDNN autotuning.")
 @click.option("--cache", type=_BOOL, default=True, help="Decode the data once into a packed file that all processes of a node map.")
@@ -177,8 +177,8 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--eval-ref", metavar="NPZ|URL|ZIP|DIR", help="Reference statistics or data set to score against.")
 @click.option("--eval-num", metavar="INT", type=int, default=50_000, help="Number of samples to score.")
 @click.option("--eval-detector", metavar="inception|pixels|FILE", default="inception", help="Features to score by, see fid.py.")
-@click.option("--val-data", metavar="ZIP|DIR", help="Held-out data set, of whose images each tick reports the loss.  [default: none]")
-@click.option("--val-num", metavar="INT", type=int, default=2048, help="The most held-out images to use, a random choice.")
+@click.option("--val-data", metavar="ZIP|DIR", help="Held-out data set; each tick reports the loss of its images.  [default: none]")
+@click.option("--val-num", metavar="INT", type=int, default=2048, help="Largest number of held-out images to use, chosen at random.")
 @click.option("--seed", metavar="INT", type=int, help="Random seed.  [default: random, or that of the resumed state]")
 @click.option("--transfer", metavar="PT|URL", help="Start from the weights of a snapshot or state.")
 @click.option("--resume", metavar="PT|auto", help="Go on from a training state; auto takes the newest of the run directory.")
@@ -213,6 +213,9 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
              if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if len(typed) == 2:
         raise UserError("--preset and --config: choose one", BAD_USAGE)
+    is_val_num_typed = ctx.get_parameter_source("val_num") is ParameterSource.COMMANDLINE
+    if is_val_num_typed and opts["val_data"] is None:
+        raise UserError("--val-num: used with --val-data", BAD_USAGE)
     if rate and not dry_run:
         raise UserError("--rate: used with --dry-run", BAD_USAGE)
     fixed_dir = Path(outdir) if nosubdir else Path(outdir, name) if name else None
@@ -253,6 +256,7 @@ def main(ctx, outdir, data, name, desc, nosubdir, device, resume, override_optio
             agreement.check_data(dataset)
             if state:
                 state = resuming.settle_data(config, dataset, state, override=override_options)
+            _check_reference(config)
             held_out = _open_held_out(config, dataset)
             if held_out:
                 agreement.check_data(held_out, "--val-data")
@@ -360,6 +364,20 @@ def _open_held_out(config, dataset):
     """Returns the images of --val-data, checked against the data set; None without it."""
     from training.validation import open_held_out
     return open_held_out(config, dataset) if config.val_data else None
+
+
+def _check_reference(config) -> None:
+    """Raises ValueError on every rank if one of them does not find --eval-ref."""
+    from dnnlib.util import is_url
+    from torch_utils import distributed
+    ref = config.eval_ref
+    if ref is None or is_url(ref):
+        return
+    missing = [rank for rank, there in enumerate(distributed.gather_objects(os.path.exists(ref)))
+               if not there]
+    if missing:
+        where = f" (on rank {missing[0]})" if distributed.get_world_size() > 1 else ""
+        raise ValueError(f"--eval-ref={ref}: no such file or folder{where}")
 
 
 def _check_unless_packed(dataset) -> None:

@@ -307,6 +307,8 @@ def load_state(source: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: as for `load`; SnapshotGivenError where the file is a snapshot.
     """
+    if not is_url(str(source)) and not os.path.exists(source):
+        raise FileNotFoundError(f"{source}: no such file; name a training-state-*.pt")
     content = load(source)
     if "optimizer" not in content:
         raise SnapshotGivenError(f"{source}: a network snapshot has no optimizer to resume from; "

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -26,6 +27,7 @@ _LOST = re.compile(r"gloo|connection (closed|reset|was)|timed out|nccl|socket|br
 # then sleep. By default they spin for milliseconds, and where another program holds a core, the
 # thread that is waited for does not get one meanwhile (docs/performance.md).
 _OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+_RANK0_SEC = 10  # for rank 0 to show an error that all ranks have; torchrun looks each 5 s or less
 _COMPILED_ENV = "TORCHINDUCTOR_CACHE_DIR"  # where PyTorch keeps what it compiles
 
 
@@ -94,6 +96,19 @@ def _compiled_dir() -> str | None:
     return str(folder) if writable else None
 
 
+def check_compiled_dir() -> None:
+    """Makes the folder for compiled code; where that fails, PyTorch gets to choose another one.
+
+    To be called before PyTorch asks for it, by a command that computes.
+    """
+    folder = os.environ.get(_COMPILED_ENV)
+    if folder is not None and folder == _compiled_dir():  # not one that the user has chosen
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError:  # full, out of inodes, over a quota
+            _set_variable(_COMPILED_ENV, None)
+
+
 def _set_variable(name: str, value: str | None) -> None:
     os.environ.pop(name, None)
     if value is not None:
@@ -101,26 +116,30 @@ def _set_variable(name: str, value: str | None) -> None:
 
 
 def _expand_home(arg: str) -> str:
-    """Returns an argument with the ~ of --name=~/path replaced, which shells leave as it is."""
-    name, equals, value = arg.partition("=")
-    if not (name.startswith("--") and equals and (value == "~" or value.startswith("~/"))):
+    """Returns an argument with a ~ replaced that shells have left, as in --name=~/path."""
+    name, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
+    if not value.startswith("~"):
         return arg
     expanded = os.path.expanduser(value)
+    if expanded == value and value.partition("/")[0] != "~":
+        return arg  # of no user of this name
     if expanded == value:
         UserError(f"{arg}: this user has no home directory; give the whole path",
                   BAD_USAGE).show()
         sys.exit(BAD_USAGE)
-    return f"{name}={expanded}"
+    return f"{name}{equals}{expanded}"
 
 
 def _run_on_other_rank(main: click.Command) -> None:
-    """Does what click does, but leaves errors of the command line for rank 0 to show."""
+    """Does what click does, but leaves errors that rank 0 has too for rank 0 to show."""
     try:
         main(standalone_mode=False)
-    except click.UsageError as error:
-        sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        if isinstance(error, UserError) and (error.every_rank or error.should_print is not None):
+            error.show()
+        else:  # torchrun ends this process meanwhile if rank 0 has ended
+            time.sleep(_RANK0_SEC)
+            click.echo(f"Error: rank {os.environ['RANK']}: {error.format_message()}", err=True)
         sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(BAD_INPUT)
@@ -208,9 +227,10 @@ def _machine_error(error: Exception) -> UserError | None:
 
 def describe(error: Exception) -> str:
     """Returns the error's own words, without an errno number before them."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename or repr('')}: {error.strerror}"
-    return str(error)
+    if not (isinstance(error, OSError) and error.strerror):
+        return str(error)
+    return error.strerror if error.filename is None else \
+        f"{error.filename or repr('')}: {error.strerror}"
 
 
 class IntList(click.ParamType):

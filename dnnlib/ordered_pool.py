@@ -6,13 +6,13 @@ pipes between processes and large ones don't pile up.
 
 import collections
 import itertools
-import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
+
+from dnnlib import signals
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -75,9 +75,4 @@ def _run(function: Callable[[T], R], chunk: list[T]) -> tuple[list[R], float]:
 def _start_worker() -> None:
     """Leaves Ctrl-C to the parent and makes this process end with it, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    signals.end_with_parent()

@@ -13,6 +13,7 @@ once LAUNCHER_SEC later, as torchrun would have done.
 """
 
 import contextlib
+import multiprocessing.process
 import os
 import signal
 import threading
@@ -47,6 +48,21 @@ def install() -> None:
         threading.Thread(target=_watch_launcher, args=(os.getppid(),), daemon=True).start()
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_forget)
+
+
+def end_with_parent() -> None:
+    """Makes this child process of multiprocessing end when its parent has, even if it is killed.
+
+    A child may be waiting for its siblings to take what it sends, and they for it, for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _exit_after(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def requested() -> int | None:

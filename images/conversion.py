@@ -32,6 +32,7 @@ from dnnlib.atomic import atomic_write, temporary_name
 from dnnlib.ordered_pool import ordered_map
 from dnnlib.progress import Progress
 from dnnlib.stored_zip import StoredZip
+from dnnlib.util import format_ranges
 from images import array_files, pictures
 from images.image_files import (
     ARRAY_SUFFIX,
@@ -305,8 +306,9 @@ def select_images(source: Source, max_images: int | None,
     present = set(labels)
     for number in classes:
         if number not in present:
-            raise ValueError(f"--classes: no image has class {number}; there are "
-                             f"{min(present)}..{max(present)}")
+            among = "" if max_images is None else f" of the first {len(numbers)} images"
+            raise ValueError(f"--classes: no image{among} has class {number}; there are "
+                             f"{format_ranges(sorted(present))}")
     new = {old: number for number, old in enumerate(classes)}
     kept = [i for i in numbers if labels[i] in new]
     return kept, [new[labels[i]] for i in kept]

@@ -170,7 +170,7 @@ def entries() -> list[Entry]:
                     found.append(_entry(folder, files))
             else:
                 found += [_entry(path, [path]) for path in sorted(folder.iterdir())
-                          if path.is_file()]
+                          if path.is_file() and path.suffix != ".tmp"]
     return found
 
 

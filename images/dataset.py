@@ -31,6 +31,7 @@ import numpy as np
 import torch.utils.data
 
 from dnnlib import console
+from dnnlib.atomic import remove_stale
 from dnnlib.cli import describe
 from dnnlib.ordered_pool import num_cores
 from dnnlib.progress import FIRST_LINE_SEC, Progress, stage
@@ -405,8 +406,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             problem = f"{paths[is_whole.index(False)]}: rank {packer} does not find it"
         if problem is not None and packer == distributed.get_rank():
             print(f"Warning: {self.path} is not packed ({problem}): loader processes decode its "
-                  "images in every epoch instead, as with --cache=0. Free some space, or name "
-                  "another folder by --cache-dir", file=sys.stderr, flush=True)
+                  "images in every epoch instead, as with --cache=0. --cache-dir names another "
+                  "folder", file=sys.stderr, flush=True)
         if self.is_packed:
             self.close()  # the list of a ZIP's members is larger than all else
 
@@ -432,6 +433,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         missing = [(stack, path) for stack, path in zip(
             self._stacks, self._packed_paths(self.fingerprint), strict=True)
             if not stack.is_packed_at(path)]
+        with contextlib.suppress(OSError):
+            remove_stale(cache_dir(data_cache.PACKED))
         if not missing:
             return None
         folder, size = missing[0][1].parent, sum(stack.packed_bytes for stack, _ in missing)

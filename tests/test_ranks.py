@@ -50,13 +50,13 @@ def test_rank_0_alone_writes_a_run_and_scores_it(files, two_ranks):
         "train.py", "--data=data.zip", *args, "--outdir=runs", "--name=run", "--cond=1",
         "--duration=0.000032", "--tick=0.016", "--snap=1", "--dump=1", "--sigma-data=auto",
         "--samples=1", "--eval=1", "--eval-ref=data.zip", "--eval-num=20",
-        "--eval-detector=pixels", "--keep=2", "--device=cpu")
+        "--eval-detector=pixels", "--keep=2", "--device=cpu", "--cache-dir=cache")
     there = {str(path.relative_to(files)) for path in files.rglob("runs/**/*")}
     made = {name for name in changed if name.startswith("runs/")}
     assert there and there <= made
     assert {"runs/run/log.txt", "runs/run/stats.jsonl", "runs/run/metrics.jsonl",
             "runs/run/training_options.json", "runs/run/samples-000000.032.png"} <= there
-    assert other[0] == set()
+    assert not [name for name in other[0] if name.startswith("runs/")]
     assert printed and other[2] == []
     assert called["images.dataset:ImageFolderDataset.measure"] == 1
     assert called["dnnlib.run_lock:run_lock"] == 1

@@ -29,6 +29,7 @@ import torch
 import torch.distributed
 
 from dnnlib import console
+from dnnlib.cli import check_compiled_dir
 from dnnlib.ordered_pool import num_cores
 from dnnlib.progress import stage
 
@@ -56,6 +57,7 @@ def init(device: str = "auto") -> torch.device:
     Raises:
         ValueError: CUDA was asked for, and there is no GPU or fewer than local processes.
     """
+    check_compiled_dir()
     chosen = _choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -147,7 +149,7 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
     error gets `should_print`, whether this rank shows it: see dnnlib.cli.UserError.
     """
     chosen = init(device)
-    if console.is_verbose():
+    if broadcast_object(console.is_verbose()):  # --verbose may be given on some ranks only
         _print_ranks(chosen)
     try:
         yield chosen

@@ -8,7 +8,8 @@ Processes send arrays through a pipe. PyTorch would send tensors through files i
 holds 64 MiB in a container by default, and a batch that finds no room there is never delivered.
 
 Worker processes leave SIGINT, SIGTERM and SIGUSR1 to the one that started them: a signal to the
-whole group must not take away the data of a step that has yet to finish.
+whole group must not take away the data of a step that has yet to finish. They end when that one has
+ended, however it came about.
 """
 
 import collections
@@ -16,6 +17,7 @@ import functools
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
@@ -75,10 +77,12 @@ def read_in_processes(source: Batched, batches: Iterable[Sequence[int]], *, work
         OSError: likewise.
         RuntimeError: a process was killed; `dnnlib.cli.user_errors` makes one line of it.
     """
-    loader = iter(torch.utils.data.DataLoader(
-        _BatchReader(source), sampler=batches, batch_size=None, num_workers=workers,
-        prefetch_factor=_AHEAD if workers else None, collate_fn=_unchanged,
-        worker_init_fn=_start_worker))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        loader = iter(torch.utils.data.DataLoader(
+            _BatchReader(source), sampler=batches, batch_size=None, num_workers=workers,
+            prefetch_factor=_AHEAD if workers else None, collate_fn=_unchanged,
+            worker_init_fn=_start_worker))
     try:
         while (batch := _next_batch(loader)) is not None:
             if isinstance(batch, Exception):
@@ -130,6 +134,7 @@ def _start_worker(worker: int) -> None:
     for number in signals.EXIT_CODES:
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _except_that_nobody_listens
+    signals.end_with_parent()
 
 
 def _except_that_nobody_listens(kind, error, trace) -> None:

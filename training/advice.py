@@ -46,7 +46,7 @@ class Machine:
 
 
 def advice(config: TrainConfig, machine: Machine, parameters: int) -> list[str]:
-    """Returns a line for each thing about a run that is hardly meant so.
+    """Returns a line for each setting of a run that is probably a mistake.
 
     `parameters` is the number of those of the network.
     """

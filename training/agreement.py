@@ -31,7 +31,7 @@ def check_options(config: TrainConfig, **others: Any) -> None:
         config: the options of this rank.
         others: what else must be alike, by flag.
     """
-    facts = {f"--{flag_name(name)}": ("a path" if value else None) if name in _PATHS else value
+    facts = {f"--{flag_name(name)}": ("given" if value else None) if name in _PATHS else value
              for name, value in (config.to_dict() | others).items() if name not in _OWN_OPTIONS}
     _require_alike(facts, "start every process with the same command")
     _require_alike({"code of sha256": _code_digest(), "PyTorch": torch.__version__},
@@ -44,9 +44,8 @@ def check_data(dataset: ImageFolderDataset, flag: str = "--data") -> None:
         return
     dataset.share_fingerprint()
     record = dataset_record(dataset)
-    _require_alike({f"images in {flag}": record["size"],
-                    f"fingerprint of {flag}": record["fingerprint"]},
-                   "give every machine the same data")
+    content = f"{record['size']} images of fingerprint {record['fingerprint'][:12]}..."
+    _require_alike({flag: content}, "give every machine the same data")
 
 
 def check_weights(trainer: Trainer) -> None:
@@ -85,10 +84,14 @@ def _require_alike(facts: dict[str, Any], advice: str) -> None:
     """Raises ValueError on every rank if one has other facts than rank 0; names the first."""
     everyone = distributed.gather_objects(facts)
     for rank, theirs in enumerate(everyone):
-        differing = [f"{name}={theirs.get(name)} ({value} on rank 0)"
+        differing = [f"{name}={_shown(theirs.get(name))} ({_shown(value)} on rank 0)"
                      for name, value in everyone[0].items() if theirs.get(name) != value]
         if differing:
             raise ValueError(f"rank {rank} was started with {', '.join(differing)}; {advice}")
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else str(value)
 
 
 def _code_digest() -> str:

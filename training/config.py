@@ -117,7 +117,7 @@ class TrainConfig:
         require(not self.stf or not self.cond_image, "--stf=1 with --cond-image=1", "used one "
                 "without the other: stable targets know nothing of the condition")
         require(not self.stf or not self.augment > 0, f"--stf=1 with --augment={self.augment:g}",
-                "used with --augment=0: stable targets know nothing of augmentation labels")
+                "used with --augment=0: stable targets are not defined for augmented images")
         require(self.cond or not self.label_dropout, f"--label-dropout={self.label_dropout:g}",
                 "used with --cond=1: there are no labels to drop")
         require(self.sigma_data == 0.5 or self.precond == "edm", f"--sigma-data with --precond="

@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib.util import format_time, scaled
-from pfgmpp.networks import build_network
+from pfgmpp.loss import DRAW_BLOCK
+from pfgmpp.networks import build_network, image_size
 from pfgmpp.unets import UNetBlock
 from torch_utils import misc
 from training.config import TrainConfig
@@ -162,6 +163,8 @@ def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
         ("Memory", f"about {scaled(found.memory_bytes(micro_batch))}B a process (an estimate): "
                    f"{scaled(found.state_bytes)}B + {micro_batch} x "
                    f"{scaled(found.image_bytes)}B an image"),
+        ("Draws", f"{scaled(_draw_bytes(network, micro_batch))}B a process: the noise of "
+                  f"{micro_batch} images, in blocks of {DRAW_BLOCK}, while it is put together"),
         ("Steps", f"{steps:,} of {config.batch} images"),
         ("Disk", _disk(config, found.parameters)),
     ]
@@ -170,6 +173,14 @@ def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
         rows.append(("Time", f"{format_time(seconds)} ({seconds / 3600:.4g} hours) at {rate:g} "
                              "images/s, without scores and files"))
     return "\n".join(f"{title:<11s}{text}" for title, text in rows)
+
+
+def _draw_bytes(network: dict[str, Any], micro_batch: int) -> int:
+    """Returns what the noise of a micro-batch takes: float32 blocks, and all together."""
+    height, width = image_size(network["img_resolution"])
+    blocks = -(-micro_batch // DRAW_BLOCK)
+    of_image = 4 * network["img_channels"] * height * width
+    return of_image * (blocks * DRAW_BLOCK + (micro_batch if blocks > 1 else 0))
 
 
 def num_files(config: TrainConfig) -> tuple[int, int]:
@@ -188,9 +199,12 @@ def _disk(config: TrainConfig, parameters: int) -> str:
     """Says what a run leaves on the disk: 4 bytes a parameter in a snapshot, 16 in a state."""
     snapshots, states = num_files(config)
     kept = states if config.keep is None else min(states, config.keep)
+    # The newest is written before the oldest is removed.
+    is_one_more = states > kept
     kept += bool(config.eval)  # the best state
-    total = 4 * parameters * snapshots + 16 * parameters * kept
+    total = 4 * parameters * snapshots + 16 * parameters * (kept + is_one_more)
     choice = "" if config.keep is None else f" (--keep={config.keep})"
+    choice += " and one more while it is written" if is_one_more else ""
     best = ", with the best one" if config.eval else ""
     return (f"{scaled(total)}B in all: snapshots {snapshots} x {scaled(4 * parameters)}B, "
             f"states {kept} x {scaled(16 * parameters)}B{choice}{best}")

@@ -64,7 +64,14 @@ RESUME_MAY_CHANGE = {
 NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "label_dropout",
                    "sigma_data", "cbase", "cres", "nblock", "ares"}
 LOSS_SCALE_KEY = "loss_scaling"  # in the training_options.json of EDM and PFGM++
-_SMALL_SHARE = 0.5  # of the parameters: less is hardly meant so
+_MAX_LISTED = 20  # tensors that are not taken over
+# Keywords of networks that are not called like the flags of train.py that decide them.
+_FLAGS = {"attn_resolutions": "--ares", "model_channels": "--cbase", "channel_mult": "--cres",
+          "num_blocks": "--nblock", "label_dim": "--cond", "cond_channels": "--cond-image",
+          "D": "--aug_dim", "class_name": "--precond", "model_type": "--arch",
+          "augment_dim": "--augment", "label_dropout": "--label-dropout",
+          "sigma_data": "--sigma-data"}
+_SMALL_SHARE = 0.5  # of the parameters: less is probably a mistake
 _STATE_TAG = re.compile(r"training-state-(\d+)")
 
 
@@ -116,9 +123,12 @@ def describe_start(start: State | Weights | None) -> list[str]:
         return [f"Resuming from  {start.source}", *changed, *start.notes]
     if start is None:
         return []
-    return [f"Transferred    {len(start.tensors)} tensors of {start.source}, {start.share:.3g} of "
-            "the parameters" + (f"; {len(start.left_out)} do not fit:" if start.left_out else ""),
-            *(f"               {line}" for line in start.left_out)]
+    rest = f"; {len(start.left_out)} do not fit:" if start.left_out else ""
+    return [f"Transferred    {len(start.tensors)} tensors of {start.source}, "
+            f"{100 * start.share:.3g}% of the network's parameters{rest}",
+            *(f"               {line}" for line in start.left_out[:_MAX_LISTED]),
+            *([f"               ... and {len(start.left_out) - _MAX_LISTED} more"]
+              if len(start.left_out) > _MAX_LISTED else [])]
 
 
 # ---------------------------------------------------------------------------- which state
@@ -242,7 +252,9 @@ def changed_options(now: TrainConfig, then: dict[str, Any]) -> list[str]:
     given, before = now.to_dict(), defaults | then
     for name in defaults:
         if name not in free | unused and _in_effect(name, given) != _in_effect(name, before):
-            default = ", the default" if given[name] == defaults[name] else ""
+            if name == "ls" and given[name] is None and before[name] is None:
+                continue  # the default follows --precision, which differs and is named
+            default = ", the default" if given[name] == defaults[name] is not None else ""
             changed.append(f"--{flag_name(name)}={_shown(given[name])}{default} "
                            f"({_shown(before[name])} in the state)")
     return changed
@@ -266,6 +278,8 @@ def _changed_draws(state: State) -> list[str]:
 
 
 def _shown(value: object) -> str:
+    if value is None:
+        return "none"
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
@@ -399,6 +413,8 @@ def check_network(net: "torch.nn.Module", state: State) -> None:
     difference = checkpoint.first_difference(
         *({k: v for k, v in config.items() if k not in skip} for config in (ours, theirs)))
     if difference:
+        flag = _FLAGS.get(difference.partition(":")[0])
+        difference = f"{flag}; {difference}" if flag else difference
         raise ValueError(
             f"{state.source}: the state is of another network ({difference}); give the options "
             "that it was trained with, or begin a new run under another --name")

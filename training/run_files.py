@@ -59,6 +59,11 @@ class RunFiles:
             writer, self._writer = self._writer, None
             self._count(writer.result())
 
+    def look(self) -> None:
+        """Takes note of what has been written, or has failed, without waiting for the rest."""
+        if self._writer is not None and self._writer.has_ended():
+            self.wait()
+
     def _save_all(self, contents: dict[str, dict[str, Any]]) -> list[str | None]:
         """Returns what went wrong with each file, None where it was written."""
         problems = []
@@ -119,7 +124,11 @@ class RunFiles:
                               f"{len(kept)} verifies")
             return
         for path in old:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                distributed.warn0(f"{path}: can't be removed, as --keep={self._keep} asks for: "
+                                  f"{error.strerror or error}")
 
     def _is_whole(self, path: Path) -> bool:
         return self._sound.get(path) == _stamp(path) or checkpoint.verifies(path)
@@ -138,6 +147,10 @@ class _Writer:
             self._box.append(function(content))
         except BaseException as error:
             self._box.append(error)
+
+    def has_ended(self) -> bool:
+        """Says whether `result` would return at once."""
+        return not self._thread.is_alive()
 
     def result(self) -> list[str | None]:
         """Returns what the function returned, or raises its error, when it has ended."""

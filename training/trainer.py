@@ -162,10 +162,13 @@ class Trainer:
         """Returns, from the next step on, the `rbatch` images that stable targets are means over.
 
         First comes the global batch, then images of a stream of their own. They depend only on the
-        seed and the step, and are the same on every rank.
+        seed and the step, and are the same on every rank. Of a data set of no more than `rbatch`
+        images it is all of them, each once.
         """
         check_stable_targets(self.config, self.dataset)
         size, batch = len(self.dataset), self.config.batch
+        if size <= self.config.rbatch:
+            return itertools.repeat(list(range(size)))
         extra = self.config.rbatch - batch
         seed = misc.mix_seed(self.config.seed, _REFERENCE_TAG)
 

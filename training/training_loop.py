@@ -258,6 +258,8 @@ class TickRunner:
             self._save_files(has_snapshot, has_state, pictures)
             if done:
                 self._files.wait()
+            else:
+                self._files.look()
             self._files.raise_if_writes_failed(last=done)
         self._maintenance_sec = time.time() - self._tick_start_time
 

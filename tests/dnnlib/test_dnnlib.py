@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from scripts import ROOT
 
-from dnnlib import EasyDict, util
+from dnnlib import EasyDict, cli, util
 from dnnlib.atomic import atomic_write, write_json
 from dnnlib.cli import IntList, UserError, user_errors
 from dnnlib.util import Logger, cache_dir, format_time, open_url
@@ -236,6 +236,9 @@ def test_a_home_directory_is_written_as_a_tilde_after_an_equals_sign():
     def outdir(text, **more):
         return in_environment(f"--outdir={text}", HOME="/home/me", **more).stdout.decode().strip()
     assert outdir("~/runs") == "'/home/me/runs'" and outdir("~") == "'/home/me'"
+    in_two = in_environment("--outdir", "~/runs", HOME="/home/me")
+    assert in_two.stdout.strip() == b"'/home/me/runs'"
+    assert outdir("~root/x") == repr(os.path.expanduser("~root/x"))
     assert outdir("a~/b") == "'a~/b'" and outdir("~other-folder") == "'~other-folder'"
 
 
@@ -276,6 +279,48 @@ def test_pytorch_keeps_what_it_compiles_elsewhere_if_the_cache_cannot_be_written
     assert done.returncode == 0 and str(tmp_path) not in done.stdout.decode(), done.stderr
     done = in_environment("--look=compiled", f"--cache-dir={tmp_path / 'other'}", **given)
     assert done.stdout.decode().split()[-1] == str(tmp_path / "other/compiled"), done.stderr
+
+
+def test_a_folder_for_compiled_code_that_cannot_be_made_is_given_up(tmp_path, monkeypatch):
+    def full(path, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("PFGMPP_CACHE_DIR", str(tmp_path))
+    for chosen, left in ((str(tmp_path / "compiled"), None), ("/elsewhere", "/elsewhere")):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", chosen)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "makedirs", full)
+            cli.check_compiled_dir()
+        assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == left
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    cli.check_compiled_dir()
+    assert (tmp_path / "compiled").is_dir()
+
+
+def test_another_rank_shows_an_error_of_its_own_after_a_while(monkeypatch, capsys):
+    @click.command()
+    @click.option("--num", type=int)
+    def main(num):
+        raise cli.UserError("too many", hint="a hint")
+
+    monkeypatch.setenv("RANK", "1")
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    for args, code, words in ((["--num=x"], 2, "Error: rank 1: Invalid value for '--num'"),
+                              (["--num=1"], 1, "Error: rank 1: too many")):
+        monkeypatch.setattr(sys, "argv", ["x.py", *args])
+        with pytest.raises(SystemExit) as end:
+            cli._run_on_other_rank(main)
+        assert end.value.code == code and words in capsys.readouterr().err
+    assert waited == [cli._RANK0_SEC] * 2
+
+
+@pytest.mark.parametrize("error, text", [
+    (OSError(28, "No space left on device"), "No space left on device"),
+    (OSError(28, "No space left on device", "x.pt"), "x.pt: No space left on device"),
+    (OSError("of our own"), "of our own"), (ValueError("bad"), "bad")])
+def test_errors_are_described_without_their_numbers(error, text):
+    assert cli.describe(error) == text
 
 
 @pytest.mark.parametrize("value, digits, text", [

@@ -159,6 +159,31 @@ def test_closing_the_iterator_ends_the_threads():
     assert set(threading.enumerate()) <= before
 
 
+ORPHANS = """
+import os, signal, sys, numpy as np
+from torch_utils.loading import read_in_processes
+
+class Large:  # a batch fills the pipe, so that workers wait for somebody to take it
+    def get_batch(self, indices):
+        print(os.getpid(), flush=True)
+        return (np.zeros([len(indices), 1 << 20]),)
+
+reader = read_in_processes(Large(), ([i] for i in range(10**9)), workers=3)
+next(reader)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.scripts
+def test_workers_end_with_a_parent_that_was_killed():
+    done = subprocess.run([sys.executable, "-c", ORPHANS], cwd=ROOT, capture_output=True, text=True,
+                          timeout=HANG_SEC)  # which waits until all have closed their output
+    assert done.returncode == -signal.SIGKILL and not done.stderr
+    workers = set(map(int, done.stdout.split()))
+    assert len(workers) == 3
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in workers))
+
+
 @pytest.mark.scripts
 def test_a_process_is_silent_about_a_parent_that_has_gone():
     code = ("import sys; from torch_utils import loading; loading._start_worker(0)\n"

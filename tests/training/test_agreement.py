@@ -43,13 +43,13 @@ ALIKE = {"lr": 1e-3, "augment": 0.0}
 @pytest.mark.parametrize("other, words", [
     ({"lr": 2e-3}, "--lr=0.002 (0.001 on rank 0)"),
     ({"pfgmpp": True, "aug_dim": 64.0}, "--pfgmpp=True (False on rank 0), --aug_dim=64.0 (128.0"),
-    ({"resume": None}, "--resume=None (auto on rank 0)"),
+    ({"resume": None}, "--resume=not given (auto on rank 0)"),
     ({"has_name": False}, "--has-name=False (True on rank 0)"),
-    ({"transfer": "x.pt"}, "--transfer=a path (None on rank 0)"),
-    ({"val_data": "x.zip"}, "--val-data=a path (None on rank 0)"),
-    ({"eval_ref": "x", "eval": 1.0}, "--eval=1.0 (None on rank 0), --eval-ref=a path (None on"),
+    ({"transfer": "x.pt"}, "--transfer=given (not given on rank 0)"),
+    ({"val_data": "x.zip"}, "--val-data=given (not given on rank 0)"),
+    ({"eval_ref": "x", "eval": 1.0}, "--eval=1.0 (not given on rank 0), --eval-ref=given (not "),
     ({"dry_run": True}, "--dry-run=True (False on rank 0)"),
-    ({"seed": 3}, "--seed=3 (None on rank 0)"),
+    ({"seed": 3}, "--seed=3 (not given on rank 0)"),
     ({"code of sha256": "ab"}, "code of sha256=ab ("),
 ])
 def test_other_options_or_code_are_named(other, words, monkeypatch):
@@ -95,14 +95,22 @@ def test_another_rate_ends_the_run_before_it_begins(dataset_zip, tmp_path):
 
 
 @two_processes
+def test_one_rank_alone_may_be_verbose(dataset_zip, tmp_path):
+    done = train(tmp_path, [["--verbose"], []], f"--data={dataset_zip}", "-n")
+    assert done.returncode == 0 and not errors(done)
+    done = train(tmp_path, [[], ["--verbose"]], f"--data={dataset_zip}", "-n")
+    assert done.returncode == 0 and not errors(done)
+
+
+@two_processes
 @pytest.mark.slow
 def test_other_data_end_the_run_before_it_begins(tmp_path):
     one, other = (write_dataset(tmp_path / f"{n}.zip", num=n) for n in (40, 41))
     done = train(tmp_path, [[f"--data={one}"], [f"--data={other}"]])
     [error] = errors(done)
     assert done.returncode == 1 and not (tmp_path / "run").exists()
-    assert "rank 1 was started with images in --data=41 (40 on rank 0), fingerprint of --data=" in \
-        error
+    assert re.search(r"rank 1 was started with --data=41 images of fingerprint \w{12}\.\.\. "
+                     r"\(40 images of fingerprint \w{12}\.\.\. on rank 0\)", error)
 
 
 @two_processes

@@ -307,6 +307,51 @@ def test_a_failure_in_the_background_is_told_at_the_next_tick(tmp_path, capsys):
     assert torch.equal(torch.load(tmp_path / "b.pt")["net"], content["net"])
 
 
+def test_a_failure_is_told_at_a_tick_that_writes_nothing(tmp_path, capsys):
+    files, content = RunFiles(tmp_path, None), {"format": "x", "net": torch.zeros(1000)}
+    with largest_file(100):
+        files.save_in_background({"a.pt": content})
+        wait_until(lambda: files._writer.has_ended())
+    files.look()
+    files.raise_if_writes_failed(last=False)
+    assert f"Warning: not written: {tmp_path / 'a.pt'}: " in capsys.readouterr().err
+    files.look()  # nothing is left to tell
+    files.raise_if_writes_failed(last=True)
+
+
+def test_a_tick_that_writes_nothing_looks_for_failures(dataset_zip, tmp_path, monkeypatch, capsys):
+    def save_later(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "save", save_later)
+    looked = []
+    real_look = RunFiles.look
+    monkeypatch.setattr(RunFiles, "look", lambda files: looked.append(1) or real_look(files))
+    config = TrainConfig(data=str(dataset_zip), arch="ncsnpp", cbase=8, cres=(1,), nblock=1,
+                         batch=8, lr=1e-2, workers=0, augment=0.0, samples=0, seed=0,
+                         duration=10 * 8e-6, tick=0.008, dump=1000, snap=1000)
+    with pytest.raises(OSError, match="No space left"):  # at the end
+        training_loop.training_loop(config, dataset=ImageFolderDataset(dataset_zip),
+                                    run_dir=tmp_path, device=torch.device("cpu"))
+    assert len(looked) == 9
+    lines = [line for line in capsys.readouterr().err.splitlines() if "not written" in line]
+    assert len(lines) == 1 and "network-snapshot-000000.008.pt" in lines[0]
+
+
+def test_a_state_that_cannot_be_removed_costs_a_warning(tmp_path, capsys):
+    write_state(tmp_path / "training-state-000001.pt", 1000)
+    (tmp_path / "training-state-000000.pt").mkdir()  # as good as one that may not be removed
+    files = RunFiles(tmp_path, 1)
+    content = load(tmp_path / "training-state-000001.pt")
+    content["progress"]["cur_nimg"] = 2000
+    files.save_in_background({"training-state-000002.pt": content})
+    files.wait()
+    files.raise_if_writes_failed(last=True)
+    assert "training-state-000000.pt: can't be removed, as --keep=1 asks for: " in \
+        capsys.readouterr().err
+    assert not (tmp_path / "training-state-000001.pt").exists()
+
+
 def test_one_file_is_written_at_a_time_and_a_mistake_of_the_program_is_not_lost(tmp_path,
                                                                                 monkeypatch):
     files, events = RunFiles(tmp_path, None), []
@@ -650,7 +695,7 @@ def test_changed_options_are_listed_with_both_values():
     cosine = dataclasses.replace(now, batch=64, lr=1e-3, lr_decay="cosine", lr_decay_start=2)
     assert changed_options(cosine, then) == [
         "--duration=7 (200 in the state)", "--lr-decay=cosine (none in the state)",
-        "--lr-decay-start=2 (None in the state)"]
+        "--lr-decay-start=2 (none in the state)"]
     assert changed_options(dataclasses.replace(cosine, lr_rampup=1), cosine.to_dict()) == [
         "--lr-rampup=1 (10 in the state)"]
     rsqrt = dataclasses.replace(cosine, lr_decay="rsqrt")

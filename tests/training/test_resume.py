@@ -268,7 +268,7 @@ def test_what_an_option_comes_to_is_compared():
     then = TrainConfig(data="x", lr_decay="cosine", lr_rampup=2.0)
     assert changed_options(now, then.to_dict()) == changed_options(then, now.to_dict()) == []
     fp16 = TrainConfig(data="x", precision="fp16")
-    assert "--ls=1 (None in the state)" in changed_options(
+    assert "--ls=1 (none in the state)" in changed_options(
         TrainConfig(data="x", precision="fp16", ls=1.0), fp16.to_dict())
 
 
@@ -335,7 +335,7 @@ def test_a_transfer_of_which_nothing_fits_is_refused_and_leaves_no_folder(tmp_pa
 def test_a_dry_run_says_what_a_transfer_would_take(dataset_zip, tmp_path, invoke):
     path = write_snapshot(tmp_path / "source.pt", label_dim=0)
     fits = start(invoke, dataset_zip, tmp_path / "runs", f"--transfer={path}", "--dry-run")
-    assert fits.exit_code == 0 and "1 of the parameters" in fits.output
+    assert fits.exit_code == 0 and "100% of the network's parameters" in fits.output
     assert "are taken over; the others begin at random" not in fits.output
     hardly = start(invoke, dataset_zip, tmp_path / "runs", f"--transfer={path}", "--dry-run",
                    "--cbase=12")

@@ -348,6 +348,13 @@ def test_the_other_reference_images_are_an_epoch_of_a_stream_of_their_own(datase
     assert others != order_at(SIZE, trainer.config.seed, range(SIZE)).tolist()
 
 
+@pytest.mark.parametrize("rbatch", [SIZE, SIZE + 1, 4096])
+def test_the_reference_of_a_small_data_set_is_all_of_it_once(dataset_zip, rbatch):
+    order = make_trainer(dataset_zip, stf=True, rbatch=rbatch)._reference_order()
+    for _ in range(3):
+        assert sorted(next(order)) == list(range(SIZE))
+
+
 def reference_indices(seed, nimg, batch, rbatch):
     """As runs have always had them: the batch, then images of a stream of their own."""
     extra = rbatch - batch
