@@ -1,10 +1,12 @@
 """Scores of generated images: FID, KID, precision and recall, Inception score."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
+import math
 import os
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,20 +22,14 @@ from dnnlib.cli import (
     user_errors,
     verbosity_options,
 )
+from sampling.folders import CKPT_PREFIX, SWEPT, FolderName, strays
 from sampling.sampling_options import sampling_options
-
-# As generate.py names folders: ckpt_[2_|3_]KIMG[_alpha_A][_steps_S][_quant_B].
-_CKPT_PREFIX = "ckpt_"
-_CKPT_NAME = re.compile(
-    r"ckpt_(?:(?P<gen_seed>[23])_)?(?P<kimg>\d{6,}(?:\.\d+)?)"
-    r"(?:_alpha_(?P<alpha>\d+(?:\.\d+)?(?:e-\d+)?))?(?:_steps_(?P<steps>\d+))?"
-    r"(?:_quant_(?P<quant>\d+))?")
-_SWEEPS = ("alpha", "steps", "quant")
 
 _JSONL = "metrics.jsonl"
 _METRICS = ("fid", "kid", "pr", "is")
 _RUN_OPTIONS = "training_options.json"  # of a run directory
 _FEW_IMAGES = 2048  # the covariance of Inception's features is singular below
+_MAX_NAMED = 6  # folders in a message
 _MAX_WORKERS = 3  # by default; a GPU's Inception waits for no more
 
 
@@ -129,7 +125,7 @@ def _score_options(command):
               help="Chooses the images where there are more than --num")
 @click.option("--ckpt",       metavar="KIMG", type=float, default=0,
               help="Run directory: first checkpoint to score")
-@click.option("--end_ckpt",   metavar="KIMG", type=float, default=1000000,
+@click.option("--end_ckpt",   metavar="KIMG", type=float, default=math.inf,
               help="Run directory: last checkpoint to score")
 @click.option("--gen_seed",   metavar="LIST", type=IntList(), callback=_parse_gen_seed, default="1",
               help="Run directory: seed ranges to score, of 1 (ckpt_*), 2 (ckpt_2_*) and 3")
@@ -151,6 +147,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
     to metrics.jsonl in the run or folder.
 
     Folders of a sweep over several settings need all of their flags, such as --alpha --steps.
+    Folders with fewer than --num images are left out and named at the end, with exit code 1.
 
     Scores can be compared only at equal --num. With --detector=pixels the number is called
     'pixels Frechet distance', because it is not an FID.
@@ -164,7 +161,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                         "are", BAD_USAGE)
     _check_reference_given(ref_path, metrics)
     with user_errors():
-        sweeps = {name for name, on in zip(_SWEEPS, (alpha, steps, quant), strict=True) if on}
+        sweeps = {name for name, on in zip(SWEPT, (alpha, steps, quant), strict=True) if on}
 
         from images.dataset import ImageFolderDataset
         from metrics.metrics import dataset_features
@@ -177,19 +174,29 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                 datasets = [ImageFolderDataset(job.path, max_size=num, random_seed=seed)
                             for job in jobs]
                 for dataset in datasets:
-                    if len(dataset) < num:
-                        raise ValueError(f"{dataset.path}: {len(dataset)} images, but --num={num}; "
-                                         f"make more, or score these with --num={len(dataset)}")
-            sets = {str(dataset.path): dataset for dataset in datasets}
+                    _refuse_strays(dataset)
+                enough = [(job, dataset) for job, dataset in zip(jobs, datasets, strict=True)
+                          if len(dataset) >= num]
+                if not enough:
+                    few = datasets[0]
+                    raise ValueError(f"{few.path}: {len(few)} images, but --num={num}; make more, "
+                                     f"or score these with --num={len(few)}")
+            sets = {str(dataset.path): dataset for _, dataset in enough}
             scores = _Scores(detector, ref_path, metrics, chosen_device, sets, num, batch=batch,
                              workers=workers, path=Path(out) if out else _jsonl_of_images(images))
-            for job, dataset in zip(jobs, datasets, strict=True):
+            for job, dataset in enough:
                 with console.timed("features"):
                     found = dataset_features(dataset, scores.detector, metrics=metrics, batch=batch,
                                              workers=workers, title=Path(job.path).name)
                 facts = {"images": job.path, "num": num, **_facts_of_images(job.path, dataset, seed)}
                 scores.add(job, found, facts, is_only=not folders)
             scores.print_table()
+            short = [f"{Path(dataset.path).name} ({len(dataset)})" for dataset in datasets
+                     if len(dataset) < num]
+            if short:
+                raise ValueError(f"{len(short)} of {len(datasets)} folders have fewer images than "
+                                 f"--num={num} and were not scored: {', '.join(short[:_MAX_NAMED])}"
+                                 f"{', ...' if len(short) > _MAX_NAMED else ''}")
 
 
 @main.command(context_settings={"show_default": True})
@@ -331,7 +338,8 @@ class _Scores:
                                              batch=batch, workers=workers)
         self.detector = self._evaluator.detector
         self._log, self._is_rank0 = ScoreLog(self._evaluator, path), get_rank() == 0
-        _warn_if_few(num, self.detector.name, metrics)
+        _warn_if_few(num, self.detector.name, metrics, self._evaluator.reference_count)
+        _warn_of_small_subsets(self._evaluator, num)
 
     def add(self, job: _Job, found, facts: dict, *, is_only: bool) -> None:
         """Scores the features of a job, prints its distance as the references do, and records all.
@@ -364,15 +372,38 @@ class _Scores:
             console.result("\n" + self._log.table())
 
 
-def _warn_if_few(count: int, detector: str, metrics: tuple[str, ...]) -> None:
+def _warn_if_few(count: int, detector: str, metrics: tuple[str, ...],
+                 num_reference: int | None = None) -> None:
+    """Warns of images or, if their number is known, of references that are too few for an FID."""
     from torch_utils.distributed import get_rank
 
-    if "fid" in metrics and count < _FEW_IMAGES and get_rank() == 0:
+    if "fid" not in metrics or get_rank() != 0:
+        return
+    is_reference_small = num_reference is not None and num_reference < _FEW_IMAGES
+    if count >= _FEW_IMAGES:
+        if is_reference_small:
+            click.echo(f"Warning: the reference is of {num_reference} images, fewer than "
+                       f"{_FEW_IMAGES}: the distance is biased upwards; compare with the same "
+                       "reference only", err=True)
+    else:
         reason = f"are fewer than {_FEW_IMAGES}: the distance is biased upwards"
         if detector == "inception":
             reason = (f"are fewer than the {_FEW_IMAGES} features: their covariance is singular and "
                       "FID is biased upwards")
-        click.echo(f"Warning: {count} images {reason}; compare at equal numbers only", err=True)
+        more = f", and with this reference of {num_reference} images" if is_reference_small else ""
+        click.echo(f"Warning: {count} images {reason}; compare at equal numbers only{more}",
+                   err=True)
+
+
+def _warn_of_small_subsets(evaluator, num: int) -> None:
+    """Warns where there are too few images for the subsets of KID."""
+    from metrics.distances import SUBSET_SIZE
+
+    kept = evaluator.num_reference_features
+    if kept is not None and "kid" in evaluator.metrics and min(kept, num) < SUBSET_SIZE:
+        click.echo(f"Warning: KID is computed on subsets of {min(kept, num)} images instead of "
+                   f"{SUBSET_SIZE}, because there are no more; compare at equal numbers only",
+                   err=True)
 
 
 def _jsonl_of_images(images: str) -> Path | None:
@@ -380,7 +411,7 @@ def _jsonl_of_images(images: str) -> Path | None:
     path = Path(os.path.abspath(images))
     if not path.is_dir():
         return None
-    is_of_run = _CKPT_NAME.fullmatch(path.name) and any(path.parent.glob("training[-_]*"))
+    is_of_run = FolderName.parse(path.name) and any(path.parent.glob("training[-_]*"))
     return (path.parent if is_of_run else path) / _JSONL
 
 
@@ -404,7 +435,7 @@ def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: f
                   sweeps: set[str]) -> list[_Job]:
     """Returns the folders of a run directory to score, in order; none if it isn't one."""
     names = [entry.name for entry in os.scandir(images)
-             if entry.is_dir() and entry.name.startswith(_CKPT_PREFIX)
+             if entry.is_dir() and entry.name.startswith(CKPT_PREFIX)
              ] if os.path.isdir(images) else []
     if not names:
         if sweeps or gen_seeds != (1,):
@@ -415,27 +446,57 @@ def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: f
                              f"with generate.py --outdir={images}, or score a network with 'fid.py "
                              "gen'")
         return []
-    chosen, sweeps_there = [], set()
-    for match in filter(None, map(_CKPT_NAME.fullmatch, names)):
-        kimg, values = float(match["kimg"]), [match[name] for name in _SWEEPS]
-        has = {name for name, value in zip(_SWEEPS, values, strict=True) if value is not None}
-        gen_seed = int(match["gen_seed"] or 1)
-        sweeps_there.add(_sweep_flags(has))
-        if gen_seed in gen_seeds and first <= kimg <= last and has == sweeps:
-            point = (kimg, *(float(value or 0) for value in values))
-            chosen.append((point, gen_seed, match[0]))
+    parsed = {name: FolderName.parse(name) for name in sorted(names)}
+    if strange := [name for name, parts in parsed.items() if parts is None]:
+        click.echo(f"Warning: {strange[0]} and {len(strange)} folders in all are not named by "
+                   "generate.py and are not scored", err=True)
+    folders = {parts: name for name, parts in parsed.items() if parts is not None}
+    chosen = [parts for parts in folders if parts.gen_seed in gen_seeds
+              and first <= float(parts.kimg) <= last and parts.swept == sweeps]
     if not chosen:
+        there = sorted({_sweep_flags(parts.swept) for parts in folders})
         raise ValueError(f"{images}: none of {len(names)} ckpt_* folders (such as {min(names)}) is "
                          f"of --gen_seed={','.join(map(str, gen_seeds))}, {_sweep_flags(sweeps)}, "
                          f"and {first:.15g} to {last:.15g} kimg; there is "
-                         f"{' and '.join(sorted(sweeps_there)) or 'none of generate.py'}")
-    return [_Job(os.path.join(images, name), name, str(point))
-            for point, _, name in sorted(chosen)]
+                         f"{' and '.join(there) or 'none of generate.py'}")
+    _warn_of_missing_ranges(chosen, gen_seeds)
+    return [_Job(os.path.join(images, folders[parts]), folders[parts], str(parts.point))
+            for parts in sorted(chosen, key=lambda parts: (parts.point, parts.gen_seed))]
+
+
+def _warn_of_missing_ranges(chosen: Sequence[FolderName], gen_seeds: tuple[int, ...]) -> None:
+    """Names the ranges of seeds that were asked for and are not there, for each network."""
+    groups: dict[tuple, list[FolderName]] = {}
+    for parts in chosen:
+        groups.setdefault(parts.point, []).append(parts)
+    for found in groups.values():
+        there = {parts.gen_seed for parts in found}
+        missing = [str(dataclasses.replace(found[0], gen_seed=number)) for number in gen_seeds
+                   if number not in there]
+        if missing:
+            click.echo(f"Warning: {found[0]}: of --gen_seed={','.join(map(str, gen_seeds))} there "
+                       f"is no {' and no '.join(missing)}; its lowest score is that of "
+                       f"{len(found)}", err=True)
+
+
+def _refuse_strays(dataset) -> None:
+    """Raises ValueError for a folder of generate.py with images that are not of its making."""
+    from images.image_files import GENERATE_RECORD
+
+    try:
+        record = json.loads(Path(dataset.path, GENERATE_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # not such a folder
+    subdirs = record.get("subdirs") if isinstance(record, dict) else None
+    found = strays(dataset.all_names, subdirs if isinstance(subdirs, bool) else None)
+    if found:
+        raise ValueError(f"{dataset.path}: {found[0]} is not one of the images that {GENERATE_RECORD} "
+                         f"describes, and so are {len(found)} files in all; move them away")
 
 
 def _sweep_flags(sweeps: set[str]) -> str:
     """Returns the flags that choose folders swept over all of these."""
-    return " ".join(f"--{name}" for name in _SWEEPS if name in sweeps) or "no sweep"
+    return " ".join(f"--{name}" for name in SWEPT if name in sweeps) or "no sweep"
 
 
 def cli() -> None:

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import itertools
-import math
 from pathlib import Path
 
 import click
@@ -18,12 +17,12 @@ from dnnlib.cli import (
     user_errors,
     verbosity_options,
 )
+from sampling.folders import FolderName, gen_seed_of
 from sampling.sampling_options import sampling_options
 from sampling.sweeps import sweep_points
 
 _MAX_SHOWN = 64  # images in a grid
 _MAX_NAMED = 6  # seeds or states in a message
-_LAST_SEEDS = ((49_999, "ckpt_"), (99_999, "ckpt_2_"), (math.inf, "ckpt_3_"))
 
 
 def _refuse(ctx, param, value: bool | None) -> None:
@@ -122,12 +121,12 @@ def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds, *, is
     """
     from checkpoints.checkpoint import state_tag, training_states
     from checkpoints.names import find_network
-    prefix = next(prefix for last, prefix in _LAST_SEEDS if max(seeds) <= last)
+    gen_seed = gen_seed_of(seeds)
     if network is not None:
         found = find_network(network)
         if found != network:
             console.say(f"Network    {found}, the newest of {network}")
-        return [(found, outdir / f"{prefix}000000" if is_sweep else outdir)]
+        return [(found, outdir / str(FolderName("000000", gen_seed)) if is_sweep else outdir)]
     if is_edm:
         states = [(path, "000000") for path in sorted(outdir.glob("network-snapshot-*.pkl"))]
         if len(states) != 1:
@@ -148,7 +147,7 @@ def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds, *, is
     shown = ", ".join(tags if len(tags) <= _MAX_NAMED else [*tags[:2], "...", tags[-1]])
     console.say(f"Sampling {len(chosen)} of {len(states)} training states, kimg {shown}; "
                 "--end_ckpt=KIMG ends the range")
-    return [(path, outdir / f"{prefix}{tag}") for path, tag in chosen]
+    return [(path, outdir / str(FolderName(tag, gen_seed))) for path, tag in chosen]
 
 
 def _generate(sampler, folder, seeds, batch, subdirs) -> int:

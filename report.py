@@ -34,6 +34,7 @@ def main(run_dirs: tuple[str, ...], out: str, title: str | None) -> None:
         from reports.run_record import RunRecord
         runs = [RunRecord.read(path) for path in dict.fromkeys(run_dirs)]
         page = render(runs, title).encode("utf-8", errors="replace")
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(Path(out)) as file:
             file.write(page)
     click.echo(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {len(page) / 1e6:.1f} MB")

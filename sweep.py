@@ -93,6 +93,8 @@ def main(outdir, data, aug_dims, name, runs, nproc, report, dry_run, train_optio
                  for D, folder in zip(dims, folders, strict=False)]
     with user_errors():
         study = _open_study(scoring, folders if runs else [], dry_run)
+        if data:
+            _check_scoring(study, data)
 
         from reports.study import report_step
         for folder in folders:
@@ -135,6 +137,14 @@ def _open_study(scoring: dict, runs: Sequence[Path], dry_run: bool) -> "Study":
     study = Study(**scoring, detector_name=describe_detector(scoring["detector"])[0])
     fid.gen.make_context("fid.py gen", study.score_words(Path("none"), "0-1")[2:])
     return study
+
+
+def _check_scoring(study: "Study", data: str) -> None:
+    """Raises ValueError if networks trained on the data could not be scored."""
+    from images.dataset import ImageFolderDataset
+    from training.scoring import check_scoring
+    check_scoring(study.detector, study.ref, study.metrics.split(","), ImageFolderDataset(data),
+                  data)
 
 
 def _train_step(run_dir: Path, D: float, data: str, device: str, extra: Sequence[str]) -> "Step":

@@ -13,7 +13,8 @@ from pathlib import Path
 from dnnlib.util import is_url
 
 KIMG = r"\d{6,}(?:\.\d+)?"  # thousands of images in a file's name
-_NETWORK = re.compile(rf"(?P<kind>network-snapshot|training-state)-(?P<kimg>{KIMG})\.(?:pt|pkl)")
+_NUMBERED = re.compile(rf"(?P<kind>network-snapshot|training-state)-(?P<kimg>{KIMG})")
+_NETWORK = re.compile(rf"{_NUMBERED.pattern}\.(?:pt|pkl)")
 _MAX_NAMED = 5  # files in a message
 
 
@@ -22,6 +23,12 @@ def newest_network(run_dir: str | os.PathLike) -> tuple[Path, str] | None:
     found = [(match["kind"].startswith("network"), float(match["kimg"]), path, match["kimg"])
              for path in Path(run_dir).glob("*-*.p*") if (match := _NETWORK.fullmatch(path.name))]
     return max(found)[2:] if found else None
+
+
+def kimg_of_network(name: str) -> str | None:
+    """Returns the number that the name of a network's file begins with, None for another name."""
+    match = _NUMBERED.match(name)
+    return match and match["kimg"]
 
 
 def find_network(source: str | os.PathLike) -> str:

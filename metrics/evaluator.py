@@ -47,16 +47,7 @@ class Evaluator:
     def _load(self, path: str, detector: str) -> None:
         self._reference = dist.run_on_rank0(load_reference, path)
         self._digest = self._reference.digest
-        name, _ = describe_detector(detector)
-        made_with = self._reference.detector
-        if made_with != name:
-            raise ValueError(f"{path}: made with detector {made_with}, but --detector={detector} "
-                             f"is {name}; give --detector={made_with}")
-        for metric in self.metrics:
-            if METRICS[metric].needs_reference_features and self._reference.features is None:
-                raise ValueError(
-                    f"{path}: holds no features, which --metrics={metric} needs; give the data "
-                    "set itself as --ref, or make the file by 'fid.py ref --features'")
+        check_made_for(self._reference, path, detector, self.metrics)
 
     def check(self, image_shape: Sequence[int], images: str,
               scale: dict[str, Any] | None = None) -> None:
@@ -69,13 +60,8 @@ class Evaluator:
         except ValueError as error:
             raise ValueError(f"{images}: {error}") from error
         compared = self._reference or self._data
-        known = compared.image_shape if compared else None
-        if compared and compared.scale != scale:
-            raise ValueError(f"{self._name}: of another scale than the images of {images}; give a "
-                             "reference that dataset_tool.py made with the same --scale")
-        if known and tuple(known[1:]) != tuple(image_shape[1:]):
-            raise ValueError(f"{self._name}: of {known[2]}x{known[1]} images, but those of "
-                             f"{images} are {image_shape[2]}x{image_shape[1]}")
+        if compared:
+            check_alike(compared, self._name, image_shape, images, scale)
         if self._reference and dim != len(self._reference.mu):
             raise ValueError(f"{self._name}: statistics of {len(self._reference.mu)} features, but "
                              f"detector {self.detector.name} gives {dim} for the "
@@ -108,9 +94,54 @@ class Evaluator:
         return values
 
     @property
+    def reference_count(self) -> int | None:
+        """The number of images of the reference, on rank 0 and if known; None elsewhere."""
+        return self._reference.count if self._reference else None
+
+    @property
+    def num_reference_features(self) -> int | None:
+        """The number of images whose features the reference keeps, on rank 0; None elsewhere."""
+        features = self._reference.features if self._reference else None
+        return None if features is None else len(features)
+
+    @property
     def record(self) -> dict[str, Any]:
         """What is recorded of the reference beside each score, as plain JSON data."""
-        return {"reference": self._name if self._digest else None, "reference_sha256": self._digest}
+        return {"reference": self._name if self._digest else None, "reference_sha256": self._digest,
+                "reference_num": self.reference_count}
+
+
+def check_made_for(reference: Reference, path: str, detector: str, metrics: Iterable[str]) -> None:
+    """Raises ValueError if statistics are of another detector, or lack what metrics need."""
+    name, _ = describe_detector(detector)
+    if reference.detector != name:
+        raise ValueError(f"{path}: made with detector {reference.detector}, but "
+                         f"--detector={detector} is {name}; give --detector={reference.detector}")
+    for metric in metrics:
+        if METRICS[metric].needs_reference_features and reference.features is None:
+            raise ValueError(
+                f"{path}: holds no features, which --metrics={metric} needs; give the data "
+                "set itself as --ref, or make the file by 'fid.py ref --features'")
+
+
+def check_alike(reference: Reference | Images, name: str, image_shape: Sequence[int], images: str,
+                scale: dict[str, Any] | None) -> None:
+    """Raises ValueError if a reference is of another size or scale than the images.
+
+    Args:
+        reference: statistics or a data set.
+        name: what errors call it.
+        image_shape: channels, height and width of the images.
+        images: what errors call them.
+        scale: that of the images, if they are not 8-bit.
+    """
+    known = reference.image_shape
+    if reference.scale != scale:
+        raise ValueError(f"{name}: of another scale than the images of {images}; give a "
+                         "reference that dataset_tool.py made with the same --scale")
+    if known and tuple(known[1:]) != tuple(image_shape[1:]):
+        raise ValueError(f"{name}: of {known[2]}x{known[1]} images, but those of "
+                         f"{images} are {image_shape[2]}x{image_shape[1]}")
 
 
 def dataset_reference(images: Images, detector: Detector, *, with_features: bool, batch: int,

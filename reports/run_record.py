@@ -20,24 +20,25 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoints.names import KIMG, kimg_of_network
 from images.image_files import GENERATE_RECORD
+from sampling.folders import FolderName
 from sampling.sweeps import FULL_BITS
 from training.config import LOG_FILE, OPTIONS_FILE, REALS_FILE, SCORES_FILE, STATS_FILE
 
-_TAG = r"(\d{6,}(?:\.\d+)?)"
-_SAMPLES_NAME = re.compile(rf"samples-{_TAG}\.png")
-_IMAGES_NAME = re.compile(rf"ckpt_{_TAG}")  # of the first seed range, outside of sweeps
-_SOURCE_NAME = re.compile(rf"(?:network-snapshot-|training-state-|ckpt_(?:[23]_)?){_TAG}")
+_SAMPLES_NAME = re.compile(rf"samples-({KIMG})\.png")
 _TOTAL_LINE = re.compile(r"^total +\S+ +([\d,]+)$", re.M)  # of the table of parameters in log.txt
 # The defaults of sampler settings, see pfgmpp.samplers.SamplerConfig.
 _SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"), ("S_noise", 1),
                      ("precision", "fp32")]
 # The first three are the axes of sweeps; comparisons ignore the others.
-_NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs"}
+_NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs", "scale",
+                 "empty_classes"}  # the last two are of the data that the network was trained on
 _TICK_KEYS = {"kimg": "Progress/kimg", "loss": "Loss/loss", "val_loss": "Loss/val",
               "lr": "Progress/lr", "bad_steps": "Progress/bad_steps",
               "cpu_mem_gb": "Resources/cpu_mem_gb", "gpu_mem_gb": "Resources/peak_gpu_mem_gb"}
 _SCORE_PREFIX = "Metrics/"
+REPORT_PREFIX = "report_"  # of folders of images that are too few to be scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Score:
     reference_sha256: str = ""  # of its content
     network: str = ""  # its file name; '' if images were scored
     other: tuple[tuple[str, str], ...] = ()  # settings of the sampler that are not the default
+    weights: str = ""  # sha256 of the network's weights; '' where it is not recorded
 
     @property
     def is_plain(self) -> bool:
@@ -105,7 +107,7 @@ class RunRecord:
         if not names & {OPTIONS_FILE, STATS_FILE, SCORES_FILE} and not samples:
             raise ValueError(f"{path}: no run directory (it has no {OPTIONS_FILE}, {STATS_FILE} or "
                              f"{SCORES_FILE})")
-        record = _read_json(path / OPTIONS_FILE)
+        record = read_json(path / OPTIONS_FILE)
         if not record:
             notes.append(f"{OPTIONS_FILE} is missing, empty or damaged: the settings are unknown")
         options = _dict(record.get("options"))
@@ -138,14 +140,13 @@ class RunRecord:
     @functools.cached_property
     def sample_folder(self) -> SampleFolder | None:
         """The images that generate.py made of the newest state outside of a sweep, if any."""
-        found = sorted(((float(match[1]), entry.path) for entry in os.scandir(self.path)
-                        if entry.is_dir() and (match := _IMAGES_NAME.fullmatch(entry.name))),
-                       reverse=True)
+        found = sorted(((float(name.kimg), entry.path) for entry in os.scandir(self.path)
+                        if entry.is_dir() and (name := _images_name(entry.name))), reverse=True)
         for kimg, folder in found:
             paths = {int(path.stem): path for pattern in ("*.png", "[0-9]*/*.png")
                      for path in Path(folder).glob(pattern) if re.fullmatch(r"\d{1,18}", path.stem)}
             if paths:
-                settings = _read_json(Path(folder, GENERATE_RECORD))
+                settings = read_json(Path(folder, GENERATE_RECORD))
                 steps = (("num_steps", str(settings.get("num_steps"))),)
                 return SampleFolder(kimg, steps + _other_settings(settings), paths)
         return None
@@ -190,7 +191,7 @@ def _dimensions(value: Any) -> float | None:
     return number if number is not None and number > 0 else None
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     """Returns the JSON object in a file, {} if there is none."""
     try:
         return _dict(json.loads(path.read_text(encoding="utf-8")))
@@ -259,16 +260,33 @@ def _score(line: dict, D: float | None) -> Score | None:
         return None
     sampler = _dict(line.get("sampler"))
     source = Path(str(line.get("network") or line.get("images") or "")).name
-    named, kimg = _SOURCE_NAME.match(source), _number(line.get("kimg"))
+    kimg = _number(line.get("kimg"))
     text = {key: str(line.get(key) or "") for key in ("seeds", "detector", "reference",
                                                       "reference_sha256")}
     return Score(
-        metric=metric, value=value, kimg=float(named[1]) if kimg is None and named else kimg,
+        metric=metric, value=value, kimg=_kimg_of(source) if kimg is None else kimg,
         D=_dimensions(sampler.get("D")) or D, num=_whole(line.get("num")),
         num_steps=_whole(sampler.get("num_steps")),
         noise_alpha=_number(sampler.get("noise_alpha")) or 0.0,
         bits=_whole(sampler.get("bits")) or FULL_BITS,
+        weights=str(sampler.get("weights") or ""),
         network=source if line.get("network") else "", other=_other_settings(sampler), **text)
+
+
+def _kimg_of(source: str) -> float | None:
+    """Returns the number in the name of a network or of a folder of its images."""
+    folder = FolderName.parse(source)
+    text = folder.kimg if folder else kimg_of_network(source)
+    return None if text is None else float(text)
+
+
+def _images_name(name: str) -> FolderName | None:
+    """Returns the parts of the name of a folder of the first seed range, outside of sweeps.
+
+    Folders of images for the report alone have a name of their own: `REPORT_PREFIX` and that one.
+    """
+    found = FolderName.parse(name.removeprefix(REPORT_PREFIX))
+    return found if found and found.gen_seed == 1 and not found.swept else None
 
 
 def _other_settings(sampler: dict) -> tuple[tuple[str, str], ...]:

@@ -5,6 +5,7 @@ bits vary one at a time.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 
 from checkpoints.names import newest_network
 from dnnlib.util import format_ranges
-from reports.run_record import RunRecord, read_scores
+from images.image_files import GENERATE_RECORD
+from reports.run_record import REPORT_PREFIX, RunRecord, read_json, read_scores
+from sampling.folders import FolderName, image_name
 from sampling.sweeps import FULL_BITS
 from training.config import OPTIONS_FILE
 from training.resume import RESUME_MAY_CHANGE
@@ -23,6 +26,7 @@ _FREE = RESUME_MAY_CHANGE.keys() - {"data", "seed", "transfer"}
 # What --metrics are recorded as, by the published Inception weights or by other features.
 _RECORDED = {"fid": {"fid", "frechet_distance"}, "kid": {"kid", "kernel_distance"},
              "pr": {"precision"}, "is": {"is"}}
+_LSUN_START = (("sigma_max", "380.0"),)
 _FIELDS = {"alpha": "noise_alpha", "steps": "num_steps", "bits": "bits"}
 
 
@@ -90,21 +94,68 @@ class Study:
 
     def _is_scored(self, run_dir: Path, seeds: str, **point: float) -> bool:
         """Says whether all metrics of a point are recorded for the run's newest network."""
-        sought = {"network": network_of(run_dir)[0].name, "seeds": seeds, "reference": self.ref,
+        network = network_of(run_dir)[0]
+        sought = {"network": network.name, "seeds": seeds, "reference": self.ref,
                   "detector": self.detector_name, "num_steps": self.base_steps, "noise_alpha": 0,
-                  "bits": FULL_BITS, "other": (), **point}
-        found = {score.metric for score in (read_scores(run_dir) if run_dir.is_dir() else [])
-                 if all(getattr(score, name) == value for name, value in sought.items())}
+                  "bits": FULL_BITS, **point}
+        # The sampler of an --lsun network records the highest noise level, which is its own.
+        plain = [(), *([_LSUN_START] if _is_lsun(run_dir) else [])]
+        scores = [score for score in (read_scores(run_dir) if run_dir.is_dir() else [])
+                  if score.other in plain
+                  and all(getattr(score, name) == value for name, value in sought.items())]
+        found = {score.metric for score in scores
+                 if score.weights in ("", _weights_of(network, *_stamp(network)))}
         return all(found & _RECORDED[metric] for metric in self.metrics.split(","))
 
     def _image_words(self, run_dir: Path) -> list[str] | None:
         network, tag = network_of(run_dir)
-        folder = run_dir / f"ckpt_{tag}"
-        if all((folder / f"000000/{seed:06d}.png").exists() for seed in range(self.images)):
+        folder = run_dir / f"{REPORT_PREFIX}{FolderName(tag)}"
+        if self._has_images(folder, network):
             return None
         return ["generate.py", f"--network={network}", f"--outdir={folder}", "--subdirs",
                 f"--seeds=0-{self.images - 1}", f"--steps={self.base_steps}",
                 f"--device={self.device}"]
+
+
+    def _has_images(self, folder: Path, network: Path) -> bool:
+        """Says whether the images for the report are there, of this network.
+
+        Raises:
+            ValueError: they are of another network.
+        """
+        record = read_json(folder / GENERATE_RECORD)
+        if not record:
+            return False
+        if record.get("weights") != _weights_of(network, *_stamp(network)):
+            raise ValueError(f"{folder}: holds images of another network called {network.name}; "
+                             "remove this folder")
+        return all(any((folder / image_name(seed, subdirs=True, extension=extension)).exists()
+                       for extension in (".png", ".npy")) for seed in range(self.images))
+
+
+def _is_lsun(run_dir: Path) -> bool:
+    options = read_json(run_dir / OPTIONS_FILE).get("options")
+    return isinstance(options, dict) and bool(options.get("lsun"))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Returns size and time of a file, which tell a new one of its name; zeros if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=64)
+def _weights_of(network: Path, size: int, mtime_ns: int) -> str:
+    """Returns the sha256 of the weights of a network that scores and images record.
+
+    Raises:
+        OSError, ValueError: it can't be read.
+    """
+    from checkpoints import checkpoint  # imports PyTorch, which nothing else here needs
+    return checkpoint.digest(checkpoint.sampling_weights(checkpoint.load(network)))
 
 
 def network_of(run_dir: Path) -> tuple[Path, str]:

@@ -32,6 +32,7 @@ from images.image_files import (
     read_regular,
     sort_names,
 )
+from sampling.folders import image_name
 
 _LABELS_AT_ONCE = 256  # seeds whose labels are drawn together
 _IMAGE = "[0-9]" * 6 + "*"  # the name of an image, but for its extension
@@ -96,8 +97,8 @@ class ImageFolder:
 
     def image_path(self, seed: int) -> Path:
         """Returns the name of the image of a seed."""
-        folder = self.path / f"{seed - seed % 1000:06d}" if self._subdirs else self.path
-        return folder / f"{seed:06d}{ARRAY_SUFFIX if self.has_arrays else '.png'}"
+        extension = ARRAY_SUFFIX if self.has_arrays else ".png"
+        return self.path / image_name(seed, subdirs=self._subdirs, extension=extension)
 
     def missing(self, seeds: Iterable[int]) -> list[int]:
         """Returns those of `seeds` that have no whole image of the right shape yet."""

@@ -1,12 +1,13 @@
 """Sweeps over the sampler: every combination of lists of settings; no PyTorch is needed.
 
-A folder of a sweep is named after its point: `ckpt_000200_alpha_0.1_steps_12_quant_6`, in this
-order, with the parts that are swept.
+A folder of a sweep is named after its point, see sampling/folders.py.
 """
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from sampling.folders import suffix
 
 FULL_BITS = 32  # and above: the weights as they are
 
@@ -37,8 +38,7 @@ def sweep_points(
     """
     points = []
     for alpha, num_steps, num_bits in itertools.product(alphas or [None], steps, bits or [None]):
-        suffix = f"_alpha_{alpha:g}" if alpha is not None else ""
-        suffix += f"_steps_{num_steps}" if len(steps) > 1 or is_steps_sweep else ""
-        suffix += f"_quant_{num_bits}" if num_bits is not None else ""
-        points.append(SweepPoint(num_steps, alpha or 0.0, num_bits or FULL_BITS, suffix))
+        name = suffix(None if alpha is None else f"{alpha:g}",
+                      num_steps if len(steps) > 1 or is_steps_sweep else None, num_bits)
+        points.append(SweepPoint(num_steps, alpha or 0.0, num_bits or FULL_BITS, name))
     return points

@@ -6,12 +6,13 @@ from typing import Any, Protocol
 
 import torch
 
-from dnnlib.util import format_ranges
+from dnnlib.util import format_ranges, is_url
 from images.dataset import ImageFolderDataset
 from images.scaling import Scaling
-from metrics.detectors import Detector, detector_class
-from metrics.evaluator import Evaluator
-from metrics.metrics import FeatureSet, collect
+from metrics.detectors import Detector, Inception, build_detector, detector_class
+from metrics.evaluator import Evaluator, check_alike, check_made_for
+from metrics.metrics import FeatureSet, collect, no_images
+from metrics.references import Reference, load_reference
 from pfgmpp.samplers import SampleBatch
 from torch_utils import distributed as dist
 
@@ -64,13 +65,42 @@ def open_evaluator(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     is_data = reference is not None and dist.broadcast_object(
-        os.path.isdir(reference) or reference.endswith(".zip"))
+        _is_data(reference))
     evaluator = Evaluator(detector, ImageFolderDataset(reference) if is_data else reference,
                           metrics, device, name=reference)
     for name, images in sets.items():
         evaluator.check(images.image_shape, name, images.scale)
     evaluator.prepare(batch, workers)
     return evaluator
+
+
+def check_scoring(detector: str, reference: str, metrics: Iterable[str],
+                  dataset: ImageFolderDataset, name: str) -> None:
+    """Refuses what `open_evaluator` would refuse for networks trained on a data set called `name`.
+
+    Nothing is downloaded, and no weights of detectors are read.
+
+    Raises:
+        ValueError: detector, reference, metrics and images do not fit.
+        OSError: a file can't be read.
+    """
+    try:
+        detector_class(detector).check_kind(dataset.num_channels, dataset.scale is None)
+        if not issubclass(detector_class(detector), Inception):  # which has weights
+            build_detector(detector, "cpu")(no_images(dataset.image_shape, dataset.scale is None))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if is_url(reference):
+        return
+    compared: Reference | ImageFolderDataset = ImageFolderDataset(reference) if _is_data(
+        reference) else load_reference(reference)
+    if isinstance(compared, Reference):
+        check_made_for(compared, reference, detector, metrics)
+    check_alike(compared, reference, dataset.image_shape, name, dataset.scale)
+
+
+def _is_data(reference: str) -> bool:
+    return os.path.isdir(reference) or reference.endswith(".zip")
 
 
 def network_features(sampler: Sampler, seeds: Sequence[int], detector: Detector, *,

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -204,7 +205,7 @@ def test_a_run_without_a_fitting_folder_is_refused(fails, data, tmp_path):
         *args, f"--images={tmp_path}", "--gen_seed=2")
     for name in ("ckpt_000005_steps_4_quant_5", "ckpt_000005_alpha_0.1"):
         (tmp_path / name).mkdir()
-    assert "0 to 1000000 kimg; there is --alpha and --steps --quant and no sweep" in fails(
+    assert "0 to inf kimg; there is --alpha and --steps --quant and no sweep" in fails(
         *args, f"--images={tmp_path}", "--steps")
     assert "no run directory with ckpt_* folders" in fails(
         *args, f"--images={root / 'images'}", "--steps")
@@ -234,12 +235,79 @@ def test_fewer_images_than_num_are_refused_with_the_counts(fails, data, no_detec
     assert "--num" in fails(*args, "--num=1", exit_code=2)
 
 
-def test_a_run_with_one_unfinished_folder_is_refused_before_the_first_score(fails, data, tmp_path):
+def test_an_unfinished_folder_of_a_run_is_left_out_and_named(data, tmp_path, invoke):
     root, _ = data
-    write_images(tmp_path / "ckpt_000001", 4)
-    write_images(tmp_path / "ckpt_000002", 3)
-    line = fails("calc", f"--images={tmp_path}", f"--ref={root / 'ref.npz'}", "--num=4", *PIXELS)
-    assert "ckpt_000002: 3 images, but --num=4" in line
+    for kimg, num in ((1, 4), (2, 3), (1_000_001, 4), (2_500_000, 2)):
+        write_images(tmp_path / f"ckpt_{kimg:06d}", num)
+    args = ["calc", f"--images={tmp_path}", f"--ref={root / 'ref.npz'}", "--num=4", *PIXELS]
+    done = invoke(fid.main, *args)
+    assert done.exit_code == 1 and [
+        json.loads(line)["images"][-7:] for line in
+        (tmp_path / "metrics.jsonl").read_text().splitlines()] == ["_000001", "1000001"]
+    assert ("Error: 2 of 4 folders have fewer images than --num=4 and were not scored: "
+            "ckpt_000002 (3), ckpt_2500000 (2)\n") in done.stderr
+    done = invoke(fid.main, *args, "--num=5")
+    assert done.exit_code == 1 and "ckpt_000001: 4 images, but --num=5" in done.stderr
+
+
+def test_missing_ranges_and_strange_folders_are_named(data, tmp_path, invoke):
+    root, _ = data
+    for name in ("ckpt_000001", "ckpt_2_000001", "ckpt_000002", "ckpt_000002_alpha_1e+06",
+                 "ckpt_old"):
+        write_images(tmp_path / name, 4)
+    args = ["calc", f"--images={tmp_path}", f"--ref={root / 'ref.npz'}", "--num=4", *PIXELS]
+    done = invoke(fid.main, *args, "--gen_seed=1,2,3")
+    assert done.exit_code == 0
+    warnings = [line for line in done.stderr.splitlines() if "fewer than" not in line]
+    assert warnings == [
+        "Warning: ckpt_old and 1 folders in all are not named by generate.py and are not scored",
+        "Warning: ckpt_000001: of --gen_seed=1,2,3 there is no ckpt_3_000001; its lowest score is "
+        "that of 2",
+        "Warning: ckpt_000002: of --gen_seed=1,2,3 there is no ckpt_2_000002 and no ckpt_3_000002; "
+        "its lowest score is that of 1"]
+    assert "ckpt_000002_alpha_1e+06, " in invoke(fid.main, *args, "--alpha").stdout
+
+
+@pytest.mark.parametrize("subdirs", [False, True, None])
+@pytest.mark.parametrize("stray, is_stray", [
+    ("mine.png", [1, 1, 1]), ("000009.png", [0, 1, 0]), ("000000/000009.png", [1, 0, 0]),
+    ("001000/000009.png", [1, 1, 1]), ("1.png", [1, 1, 1]), ("000009.jpg", [1, 1, 1])])
+def test_images_that_are_not_of_the_record_are_refused(data, tmp_path, invoke, subdirs, stray,
+                                                       is_stray):
+    root, _ = data
+    folder = tmp_path / "samples"
+    write_images(folder, 4)
+    if not subdirs:
+        for path in list(folder.glob("000000/*.png")):
+            path.rename(folder / path.name)
+    (folder / "generate.json").write_text(json.dumps(
+        {} if subdirs is None else {"subdirs": subdirs}))
+    (folder / stray).parent.mkdir(exist_ok=True)
+    first = next(folder.rglob("*.png"))
+    (folder / stray).write_bytes(first.read_bytes())
+    args = ["calc", f"--images={folder}", f"--ref={root / 'ref.npz'}", "--num=4", *PIXELS]
+    done = invoke(fid.main, *args)
+    if is_stray[{False: 0, True: 1, None: 2}[subdirs]]:
+        assert done.exit_code == 1 and f"{folder}: {stray} is not one of the images" in done.stderr
+    else:
+        assert done.exit_code == 0
+
+
+def test_small_references_are_told_and_recorded(data, tmp_path, invoke, monkeypatch):
+    root, _ = data
+    write_images(root / "more", len(list((root / "images").rglob("*.png"))) + 1, seed=5)
+    args = ["calc", f"--images={root / 'images'}", f"--ref={root / 'images'}", "--num=10",
+            "--metrics=fid,kid", f"--out={tmp_path / 'm.jsonl'}", *PIXELS]
+    done = invoke(fid.main, *args)
+    count = len(list((root / "images").rglob("*.png")))
+    assert f"equal numbers only, and with this reference of {count} images\n" in done.stderr
+    assert "Warning: KID is computed on subsets of 10 images instead of 1000" in done.stderr
+    assert {json.loads(line)["reference_num"]
+            for line in (tmp_path / "m.jsonl").read_text().splitlines()} == {count}
+    monkeypatch.setattr(fid, "_FEW_IMAGES", count + 1)
+    done = invoke(fid.main, "calc", f"--images={root / 'more'}", f"--num={count + 1}",
+                  f"--ref={root / 'images'}", f"--out={tmp_path / 'm.jsonl'}", *PIXELS)
+    assert f"Warning: the reference is of {count} images, fewer than {count + 1}" in done.stderr
 
 
 def test_statistics_of_one_image_are_refused(fails, tmp_path, no_detector):

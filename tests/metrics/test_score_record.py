@@ -35,7 +35,8 @@ CALC = {
     "detector": (["--detector=brightness"], {"value", "detector_sha256"}),
     "detector_sha256": (["--detector=brightness"], {"value", "detector"}),
     "reference": (["--ref=ref-copy.zip"], set()),
-    "reference_sha256": (["--ref=longer.zip"], {"reference", "value"}),
+    "reference_sha256": (["--ref=longer.zip"], {"reference", "value", "reference_num"}),
+    "reference_num": (["--ref=longer.zip"], {"reference", "value", "reference_sha256"}),
 }
 GEN = {
     "value": (["--seeds=1-8"], {"seeds"}),
@@ -45,7 +46,7 @@ GEN = {
     "sampler": (["--steps=3"], {"value"}),
 }
 KEYS_OF_ALL = {"metric", "value", "num", "detector", "detector_sha256", "reference",
-               "reference_sha256", "seeds", "sampler", "date"}
+               "reference_sha256", "reference_num", "seeds", "sampler", "date"}
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_a_reader_decides_by_the_key(key, tmp_path):
     line = {"metric": "fid", "value": 2.0, "network": "network-snapshot-000100.pt", "num": 8,
             "seeds": "0-7", "sampler": {"D": 2.5, "num_steps": 18, "guidance": 2}, "kimg": 7,
             "detector": "inception", "detector_sha256": "ab", "reference": "ref.npz",
-            "reference_sha256": "cd", "date": "2026-01-01T00:00:00+0000"}
+            "reference_sha256": "cd", "reference_num": 40, "date": "2026-01-01T00:00:00+0000"}
     other = {"sampler": {"D": 2.5, "num_steps": 18, "guidance": 3}, "num": 9, "kimg": 8,
              "value": 3.0}.get(key, "other")
 
@@ -128,7 +129,7 @@ def test_a_reader_decides_by_the_key(key, tmp_path):
 
     before, after = read(line), read({**line, key: other})
     # The weights' digest is in the detector's name, unless it is the published ones'.
-    is_to_be_read_only = key in {"date", "detector_sha256"}
+    is_to_be_read_only = key in {"date", "detector_sha256", "reference_num"}
     assert (before == after) is is_to_be_read_only
     is_compared = key not in {"metric", "num", "sampler", "detector", "reference_sha256"}
     assert (ScoreGroup.of(before) == ScoreGroup.of(after)) is is_compared

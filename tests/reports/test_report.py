@@ -79,7 +79,8 @@ def test_a_score_keeps_odd_settings_and_leaves_out_defaults(tmp_path):
         {"metric": "fid", "value": 2, "sampler": 3, "num": "x", "images": "runs/a/ckpt_2_000010"}])
     first, second = RunRecord.read(run).scores
     assert first == Score("fid", 1.5, 200, 2, 10, "0-9", 18, 0.1, 4, "inception", "ref.npz", "cd",
-                          "network-snapshot-000200.pt", (("guidance", "2"), ("precision", "fp16")))
+                          "network-snapshot-000200.pt", (("guidance", "2"), ("precision", "fp16")),
+                          "ab")
     assert second == Score("fid", 2, 10, 128)
 
 

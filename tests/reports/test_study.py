@@ -8,18 +8,33 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from run_dirs import score_line, tick, write_lines, write_picture, write_run
 from scripts import run_script
-from tiny import TINY_NETWORK
+from snapshots import write_snapshot
+from tiny import TINY_NETWORK, write_dataset
 
+import dataset_tool
+import fid
 import sweep
+from checkpoints import checkpoint
+from reports import study as study_module
+from reports.run_record import RunRecord
 from reports.study import Study, _is_trained, network_of, report_step
 
 STUDY = Study(ref="ref.npz", metrics="fid", detector="inception", detector_name="inception",
               seeds=(0, 1, 2), ranges=3, base_steps=18, alpha=(0.0, 0.1), steps=(10, 18), bits=(5,),
               images=2, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def weights_of_empty_files(monkeypatch):
+    """Empty files of networks have the weights that scores of run_dirs.py record."""
+    real = study_module._weights_of
+    monkeypatch.setattr(study_module, "_weights_of",
+                        lambda path, *stamp: real(path, *stamp) if stamp[0] else "ab")
 
 
 @pytest.fixture
@@ -49,8 +64,8 @@ def test_settings_are_scored_one_at_a_time(run_dir):
     assert words["steps"] == [*common, "--steps=10,18"]
     assert words["bits"] == [*common, "--steps=18", "--bits=5"]
     assert words["images"] == [
-        "generate.py", f"--network={network}", f"--outdir={run_dir}/ckpt_000200", "--subdirs",
-        "--seeds=0-1", "--steps=18", "--device=cpu"]
+        "generate.py", f"--network={network}", f"--outdir={run_dir}/report_ckpt_000200",
+        "--subdirs", "--seeds=0-1", "--steps=18", "--device=cpu"]
 
 
 def test_what_is_scored_is_left_out(run_dir):
@@ -219,10 +234,66 @@ def test_images_are_made_until_all_are_there(tmp_path):
     study = dataclasses.replace(STUDY, images=3)
     write_run(tmp_path / "a", seeds=())
     (tmp_path / "a/network-snapshot-000200.pt").write_bytes(b"")
+    folder = tmp_path / "a/report_ckpt_000200"
     for seed in range(3):
         assert study._image_words(tmp_path / "a"), f"{seed} of 3 are there"
-        write_picture(tmp_path / f"a/ckpt_000200/000000/{seed:06d}.png")
+        write_picture(folder / f"000000/{seed:06d}.png")
+    assert study._image_words(tmp_path / "a"), "of unknown making"
+    (folder / "generate.json").write_text('{"weights": "ab"}')
     assert study._image_words(tmp_path / "a") is None
+    (folder / "000000/000001.png").rename(folder / "000000/000001.npy")
+    assert study._image_words(tmp_path / "a") is None
+    (folder / "generate.json").write_text('{"weights": "other"}')
+    with pytest.raises(ValueError, match="images of another network called network-snapshot-0002"):
+        study._image_words(tmp_path / "a")
+    assert [kimg for kimg in [RunRecord.read(tmp_path / "a").sample_folder.kimg]] == [200]
+
+
+def test_another_network_under_the_same_name_is_scored_again(run_dir):
+    network = run_dir / "network-snapshot-000200.pt"
+    digests = []
+    for seed in (0, 1):
+        write_snapshot(network, seed=seed)
+        digests.append(checkpoint.digest(checkpoint.load(network)["ema"]))
+        write_scores(run_dir, score_line(128, 1, "0-2", num_steps=10, weights=digests[0]),
+                     score_line(128, 1, "0-2", weights=digests[0]))
+        assert (words_of(run_dir)["steps"] is None) == (seed == 0)
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.parametrize("lsun, settings, is_scored", [
+    (False, {"scale": {"center": [0.5], "spread": [2.0]}}, True),
+    (True, {"sigma_max": 380.0}, True), (False, {"sigma_max": 380.0}, False),
+    (True, {"sigma_max": 200.0}, False),
+    (False, {"empty_classes": 2}, True), (True, {}, True)])
+def test_scores_of_networks_of_other_data_count(lsun, settings, is_scored, tmp_path):
+    run = write_run(tmp_path / "run", seeds=(), lsun=lsun)
+    (run / "network-snapshot-000200.pt").touch()
+    write_scores(run, score_line(128, 1, "0-2", bits=5, **settings))
+    assert (words_of(run)["bits"] is None) == is_scored
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--detector=pixels", "--ref=SMALL"], "of 4x4 images, but those of"),
+    (["--detector=pixels", "--ref=REF", "--metrics=kid"], "holds no features, which --metrics=kid"),
+    (["--detector=inception", "--ref=REF"], "made with detector pixels, but --detector=inception"),
+    (["--detector=pixels", "--data=FLOATS"], "of another scale than the images of"),
+    (["--detector=inception", "--data=FLOATS", "--ref=FLOATS"], "8-bit")])
+def test_scoring_that_could_never_work_is_refused_before_training(args, words, dataset_zip,
+                                                                 tmp_path, invoke):
+    write_dataset(tmp_path / "small.zip", side=4)
+    invoke(fid.main, "ref", f"--data={dataset_zip}", f"--dest={tmp_path / 'ref.npz'}",
+           "--detector=pixels", "--device=cpu")
+    values = np.random.default_rng(0).normal(size=[8, 8, 8]).astype(np.float32)
+    np.save(tmp_path / "floats.npy", values)
+    invoke(dataset_tool.main, f"--source={tmp_path / 'floats.npy'}", "--scale=-1,1",
+           f"--dest={tmp_path / 'floats.zip'}", "--workers=1")
+    paths = {"SMALL": "small.zip", "REF": "ref.npz", "FLOATS": "floats.zip"}
+    args = [arg.partition("=")[0] + "=" + str(tmp_path / paths[arg.partition("=")[2]])
+            if arg.partition("=")[2] in paths else arg for arg in args]
+    result = invoke(sweep.main, f"--data={dataset_zip}", f"--ref={dataset_zip}", *args,
+                    f"--outdir={tmp_path / 'runs'}", "--aug_dims=2", "-n")
+    assert result.exit_code == 1 and words in result.stderr and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("kimg, tag, finished", [
