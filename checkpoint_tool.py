@@ -1,19 +1,20 @@
 """Shows what is in a checkpoint, and converts it to this project's snapshot format."""
 
 import json
+import os
 
 import click
 
-from dnnlib.cli import run, user_errors
+from dnnlib.cli import CONTEXT, HELP_NAMES, run, user_errors
 from dnnlib.util import json_value
 
 
-@click.group(context_settings={"max_content_width": 100})
+@click.group(context_settings=CONTEXT)
 def main():
     """Shows what is in a checkpoint file, or converts it."""
 
 
-@main.command()
+@main.command(context_settings=HELP_NAMES)
 @click.argument("source", metavar="FILE|URL")
 def show(source):
     """Prints format, network, D, parameters, progress and options of FILE."""
@@ -56,29 +57,39 @@ def _plain(value):
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-@main.command()
+@main.command(context_settings=HELP_NAMES)
 @click.argument("source", metavar="FILE|URL")
 @click.argument("dest", metavar="DEST")
 @click.option("--pfgmpp", type=click.BOOL, help="Whether it was trained as PFGM++, if unrecorded.")
 @click.option("--aug_dim", metavar="D", type=float, help="Augmented dimensions, if unrecorded.")
 @click.option("--half", is_flag=True, help="Keep the weights as float16, in half the space.")
-def convert(source, dest, pfgmpp, aug_dim, half):
+@click.option("--overwrite", is_flag=True, help="Replace DEST if it is there.")
+def convert(source, dest, pfgmpp, aug_dim, half, overwrite):
     """Writes the averaged network of FILE as a snapshot: DEST.pt, or DEST.safetensors.
+
+    FILE may be a run directory, whose newest network is then converted.
 
     Weights of published checkpoints keep their licence when they are converted.
     """
     with user_errors():
         from checkpoints import checkpoint
-        content = checkpoint.resolve_D(checkpoint.load(source), source, pfgmpp, aug_dim)
+        from checkpoints.names import find_network
+        if not dest.endswith((".pt", ".safetensors")):
+            raise ValueError(f"{dest}: must end in .pt or .safetensors")
+        source = find_network(source)
+        if os.path.exists(dest):
+            if os.path.exists(source) and os.path.samefile(source, dest):
+                raise ValueError(f"{dest}: is the file to convert, which would be lost; name "
+                                 "another DEST")
+            if not overwrite:
+                raise ValueError(f"{dest}: is there already; --overwrite replaces it")
+        content = checkpoint.with_average(checkpoint.load(source), source)
+        content = checkpoint.resolve_D(content, source, pfgmpp, aug_dim)
         snapshot = checkpoint.as_snapshot(content)
         if half:
             snapshot["ema"] = checkpoint.halved(snapshot["ema"], source)
-        if dest.endswith(".safetensors"):
-            checkpoint.save_safetensors(dest, snapshot)
-        elif dest.endswith(".pt"):
-            checkpoint.save(dest, snapshot)
-        else:
-            raise ValueError(f"{dest}: must end in .pt or .safetensors")
+        write = checkpoint.save if dest.endswith(".pt") else checkpoint.save_safetensors
+        write(dest, snapshot)
         click.echo(f"{dest}: written")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dnnlib.cli import cache_dir_option, run, user_errors
+from dnnlib.cli import HELP_NAMES, cache_dir_option, run, user_errors
 
 if TYPE_CHECKING:  # imported late: help is instant
     from images.conversion import Conditions, Outcome, Settings
@@ -32,10 +32,10 @@ _MAX_KINDS = 8  # extensions of files that are no images
 def _parse_resolution(ctx, param, value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
-    match = re.fullmatch(r"([1-9]\d*)[x,]([1-9]\d*)", value)
+    match = re.fullmatch(r"([1-9]\d*)(?:[x,]([1-9]\d*))?", value)
     if not match:
-        raise click.BadParameter(f"{value}: must be WxH or W,H, such as 64x64")
-    return int(match[1]), int(match[2])
+        raise click.BadParameter(f"{value}: must be WxH, such as 64x48, or the side of a square")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _parse_classes(ctx, param, value: str | None) -> list[int] | None:
@@ -186,7 +186,7 @@ def _require(**given: str | None) -> None:
                                f"{', '.join(sorted(main.commands))}")
 
 
-@click.group(context_settings={"show_default": True}, invoke_without_command=True,
+@click.group(context_settings={"show_default": True, **HELP_NAMES}, invoke_without_command=True,
              options_metavar="--source=PATH --dest=DIR|ZIP [OPTIONS]",
              subcommand_metavar="| COMMAND DATA")
 @click.option("--source",       metavar="PATH",
@@ -197,7 +197,7 @@ def _require(**given: str | None) -> None:
               help="Use the first INT images of the source only  [default: all]")
 @click.option("--transform",    type=click.Choice(["center-crop", "center-crop-wide"]),
               help="How to crop  [default: none]")
-@click.option("--resolution",   metavar="WxH", callback=_parse_resolution,
+@click.option("--resolution",   metavar="WxH|SIDE", callback=_parse_resolution,
               help="Size to resize to  [default: as it is]")
 @click.option("--scale",        metavar="minmax|std|LO,HI", callback=_parse_scale,
               help="Keep the values of floating-point and 16-bit images, and what of them becomes "
@@ -309,7 +309,7 @@ def _refuse_flags(context: click.Context) -> None:
                                    f"{context.invoked_subcommand}")
 
 
-@main.command()
+@main.command(context_settings=HELP_NAMES)
 @click.argument("data", metavar="DATA")
 @click.option("--workers",      metavar="INT", type=click.IntRange(min=1),
               help="Processes that decode  [default: one a core]")
@@ -354,7 +354,7 @@ def _check_out(ctx, param, value: str | None) -> str | None:
     return value
 
 
-@main.command()
+@main.command(context_settings=HELP_NAMES)
 @click.argument("data", metavar="DATA")
 @click.option("--out",          metavar="FILE.png", callback=_check_out,
               help="Picture to write  [default: NAME-show.png beside DATA]")
@@ -380,12 +380,12 @@ def show(data: str, out: str | None, workers: int | None) -> None:
         _print_statistics(moments, scaling)
 
 
-@main.group()
+@main.group(context_settings=HELP_NAMES)
 def cache() -> None:
     """Lists or removes what is kept in the cache folder, such as packed data sets."""
 
 
-@cache.command("list")
+@cache.command("list", context_settings=HELP_NAMES)
 @cache_dir_option
 def list_cache() -> None:
     """Prints names, sizes, days since the last use, and what each entry is of."""
@@ -405,7 +405,7 @@ def list_cache() -> None:
                    f"{shown_bytes(free_bytes(cache_dir()))} free")
 
 
-@cache.command("remove")
+@cache.command("remove", context_settings=HELP_NAMES)
 @click.argument("names", metavar="[NAMES]...", nargs=-1)
 @click.option("--all", "is_all", is_flag=True, help="Remove all entries.")
 @cache_dir_option

@@ -15,6 +15,7 @@ import click
 from dnnlib import console
 from dnnlib.cli import (
     BAD_USAGE,
+    HELP_NAMES,
     IntList,
     UserError,
     cache_dir_option,
@@ -33,7 +34,7 @@ _MAX_NAMED = 6  # folders in a message
 _MAX_WORKERS = 3  # by default; a GPU's Inception waits for no more
 
 
-@click.group()
+@click.group(context_settings=HELP_NAMES)
 def main() -> None:
     """Scores generated images: FID, KID, precision and recall, Inception score.
 
@@ -115,14 +116,14 @@ def _score_options(command):
     return command
 
 
-@main.command(context_settings={"show_default": True})
+@main.command(context_settings={"show_default": True, **HELP_NAMES})
 @click.option("--images",     metavar="DIR|ZIP", required=True,
               help="Images to score, or a run directory with ckpt_* folders")
 @_score_options
-@click.option("--num",        metavar="INT", type=click.IntRange(min=2), default=50000,
+@click.option("--count", "--num", "num", metavar="INT", type=click.IntRange(min=2), default=50000,
               help="Number of images to use")
 @click.option("--seed",       metavar="INT", type=int, default=0,
-              help="Chooses the images where there are more than --num")
+              help="Chooses the images where there are more than --count")
 @click.option("--ckpt",       metavar="KIMG", type=float, default=0,
               help="Run directory: first checkpoint to score")
 @click.option("--end_ckpt",   metavar="KIMG", type=float, default=math.inf,
@@ -147,14 +148,13 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
     to metrics.jsonl in the run or folder.
 
     Folders of a sweep over several settings need all of their flags, such as --alpha --steps.
-    Folders with fewer than --num images are left out and named at the end, with exit code 1.
+    Folders with fewer than --count images are left out and named at the end, with exit code 1.
 
-    Scores can be compared only at equal --num. With --detector=pixels the number is called
+    Scores can be compared only at equal --count. With --detector=pixels the number is called
     'pixels Frechet distance', because it is not an FID.
 
-    With --num, torchrun needs a '--' before the script, as in 'torchrun --standalone
-    --nproc_per_node=8 -- fid.py calc --num=10000 ...': it would take --num for an option of its
-    own, --numa-binding.
+    --num is the earlier name of --count. torchrun takes it for an option of its own, --numa-binding,
+    unless a '--' stands before the script.
     """
     if prune:
         raise UserError("--prune: pruned networks are not supported; --quant, --alpha and --steps "
@@ -180,7 +180,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                 if not enough:
                     few = datasets[0]
                     raise ValueError(f"{few.path}: {len(few)} images, but --num={num}; make more, "
-                                     f"or score these with --num={len(few)}")
+                                     f"or score these with --count={len(few)}")
             sets = {str(dataset.path): dataset for _, dataset in enough}
             scores = _Scores(detector, ref_path, metrics, chosen_device, sets, num, batch=batch,
                              workers=workers, path=Path(out) if out else _jsonl_of_images(images))
@@ -199,7 +199,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                                  f"{', ...' if len(short) > _MAX_NAMED else ''}")
 
 
-@main.command(context_settings={"show_default": True})
+@main.command(context_settings={"show_default": True, **HELP_NAMES})
 @click.option("--network",    metavar="PT|URL", required=True,
               help="Network snapshot or training state")
 @_score_options
@@ -263,7 +263,7 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
             scores.print_table()
 
 
-@main.command(context_settings={"show_default": True})
+@main.command(context_settings={"show_default": True, **HELP_NAMES})
 @click.option("--data",       metavar="DIR|ZIP", required=True,
               help="Images of the data set")
 @click.option("--dest",       metavar="NPZ", required=True,

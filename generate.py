@@ -10,6 +10,7 @@ import click
 from dnnlib import console
 from dnnlib.cli import (
     BAD_USAGE,
+    CONTEXT,
     IntList,
     UserError,
     cache_dir_option,
@@ -30,7 +31,7 @@ def _refuse(ctx, param, value: bool | None) -> None:
         raise UserError(f"{param.opts[0]}: not supported; PFGM is --pfgmpp=1 --aug_dim=1", BAD_USAGE)
 
 
-@click.command(context_settings={"max_content_width": 100, "show_default": True})
+@click.command(context_settings=CONTEXT)
 @click.option("--network", metavar="PT|URL", help="Network snapshot or training state; without it, every training state of OUTDIR.")
 @click.option("--outdir", metavar="DIR", required=True, help="Where the images go; without --network, the run directory.")
 @click.option("--ckpt", metavar="KIMG", type=int, default=0, help="First training state, in thousands of images.")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import click
 
-from dnnlib.cli import run, user_errors
+from dnnlib.cli import CONTEXT, run, user_errors
 
 
-@click.command(context_settings={"max_content_width": 100, "show_default": True})
+@click.command(context_settings=CONTEXT)
 @click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True)
 @click.option("--out", metavar="HTML", default="report.html", help="File to write.")
 @click.option("--title", metavar="STR", help="Heading of the report.  [default: names of the runs]")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dnnlib.cli import run, user_errors
+from dnnlib.cli import CONTEXT, run, user_errors
 from dnnlib.util import format_table
 
 if TYPE_CHECKING:  # imported late: help is instant
@@ -19,7 +19,7 @@ _HEADER = ("run", "state", "kimg", "loss", "img/s", "best score", "D", "preset",
 _NUMBERS = {"kimg", "loss", "img/s", "D"}  # columns that end at the same place
 
 
-@click.command(context_settings={"max_content_width": 100, "show_default": True})
+@click.command(context_settings=CONTEXT)
 @click.argument("folder", metavar="[FOLDER]", default="runs")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects instead of a table.")
 def main(folder: str, as_json: bool) -> None:

@@ -16,7 +16,7 @@ import click
 import fid
 import train
 from dnnlib import signals
-from dnnlib.cli import BAD_USAGE, IntList, NumberList, UserError, run, user_errors
+from dnnlib.cli import BAD_USAGE, CONTEXT, IntList, NumberList, UserError, run, user_errors
 from dnnlib.util import is_url
 from sampling.sweeps import FULL_BITS
 
@@ -42,7 +42,7 @@ class _Command(click.Command):
             raise
 
 
-@click.command(cls=_Command, context_settings={"max_content_width": 100, "show_default": True})
+@click.command(cls=_Command, context_settings=CONTEXT)
 @click.option("--outdir", metavar="DIR", default="runs", help="Where the run directories are made.")
 @click.option("--data", metavar="ZIP|DIR", help="Data set to train on.")
 @click.option("--aug_dims", metavar="LIST", help="D of each network, e.g. 128,2048,inf.")

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from dnnlib import console
 from dnnlib.cli import (
     BAD_USAGE,
+    CONTEXT,
     DIVERGED,
     IntList,
     NameList,
@@ -113,7 +114,7 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
         raise click.BadParameter(f"{value}: must be a number or auto") from None
 
 
-@click.command(cls=_Command, context_settings={"max_content_width": 100, "show_default": True})
+@click.command(cls=_Command, context_settings=CONTEXT)
 # Main options.
 @click.option("--outdir", metavar="DIR", required=True, help="Where to make the run directory.")
 @click.option("--data", metavar="ZIP|DIR", required=True, help="Data set made by dataset_tool.py.")
@@ -172,7 +173,7 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--dump", metavar="TICKS", type=int, default=50, help="How often to write training-state-*.pt.")
 @click.option("--keep", metavar="INT", type=int, help="Keep this many training states, the newest.  [default: all]")
 @click.option("--samples", metavar="INT", type=int, help="Images in a samples-*.png; 0 writes none.  [default: 64 on a GPU, 16 on the CPU]")
-@click.option("--log", metavar="LIST", type=NameList(LOG_SINKS), help="Also log to tensorboard, wandb.  [default: files of the run alone]")
+@click.option("--log-to", "--log", "log", metavar="LIST", type=NameList(LOG_SINKS), help="Also log to tensorboard, wandb.  [default: files of the run alone]")
 @click.option("--eval", metavar="KIMG", type=float, help="How often to score samples, in thousands of images.  [default: never]")
 @click.option("--eval-ref", metavar="NPZ|URL|ZIP|DIR", help="Reference statistics or data set to score against.")
 @click.option("--eval-num", metavar="INT", type=int, default=50_000, help="Number of samples to score.")

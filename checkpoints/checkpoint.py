@@ -33,6 +33,7 @@ import torch
 from checkpoints import published
 from checkpoints.names import find_network, neighbouring_snapshot
 from dnnlib.atomic import atomic_write
+from dnnlib.pickle_reader import Budget, Global, Reader
 from dnnlib.util import is_url, open_url
 from pfgmpp.networks import Precond, build_network, network_D
 
@@ -42,6 +43,7 @@ VERSION = 1
 BEST_STATE = "training-state-best.pt"  # of the lowest score so far; never chosen by its age
 
 _STATE_NAME = re.compile(r"training-state-(\d{6,}(?:\.\d{3})?)\.(?P<suffix>pt|pkl)")
+_MAX_DEPTH = 20  # of nested data; states have 5
 _READ_ERRORS = (zipfile.BadZipFile, RuntimeError, MemoryError, EOFError,
                 KeyError, IndexError, AttributeError, ValueError, TypeError, OverflowError,
                 AssertionError, NotImplementedError, struct.error, OSError)
@@ -177,13 +179,17 @@ def _read_torch(source: str | Path, file: IO[bytes]) -> Any:
     """Returns the content of one of our files, not verified yet.
 
     PyTorch builds only plain data, but it believes the sizes that the file claims. So members must
-    be uncompressed, and tensors and items no more than the file has bytes for.
+    be uncompressed, and tensors and items no more than the file has bytes for. Nor does it look at
+    keys, whose hashes can be made to collide, or at how deep data are nested.
     """
     try:
         size = os.fstat(file.fileno()).st_size
         with zipfile.ZipFile(file) as archive:
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
                 raise ValueError("compressed")
+            for name in archive.namelist():
+                if name.endswith(".pkl"):
+                    _check_depth(_Skeleton(archive.read(name)).read())
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True)
         _check_claims(content, size)
@@ -194,6 +200,36 @@ def _read_torch(source: str | Path, file: IO[bytes]) -> Any:
         raise ValueError(f"{source}: damaged, or not a training state or network snapshot of this "
                          "project") from None
     return content
+
+
+class _Skeleton(Reader):
+    """Reads the pickle of a `torch.save` file without its tensors, with the keys of plain data."""
+
+    opcodes = Reader.opcodes | {
+        ord("G"): lambda r: r.push(struct.unpack(">d", r.take(8))[0]),
+        ord("Q"): lambda r: r.push(r.stack.pop() and None),  # the place of a tensor's bytes
+    }
+
+    def __init__(self, data: bytes):
+        super().__init__(memoryview(data), {}, Budget(len(data), "has too many instructions"))
+
+    def check_name(self, name: Global) -> None:
+        pass  # PyTorch has a list of those that it takes
+
+    def reduce(self) -> None:
+        called, _ = self.pop_pair()
+        self.push({} if called == ("collections", "OrderedDict") else None)
+
+
+def _check_depth(content: Any) -> None:
+    """Raises ValueError for data in data in data, and so on, deeper than any that is written."""
+    level = [content]
+    for _ in range(_MAX_DEPTH):
+        level = [item for value in level if isinstance(value, dict | list | tuple)
+                 for item in (value.values() if isinstance(value, dict) else value)]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
 
 
 def _check_claims(content: Any, size: int) -> None:

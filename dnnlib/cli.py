@@ -17,6 +17,8 @@ from dnnlib import console, signals
 from dnnlib.util import CACHE_DIR_ENV, cache_dir
 
 BAD_INPUT, BAD_USAGE, DIVERGED = 1, 2, 3
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+CONTEXT = {"max_content_width": 100, "show_default": True, **HELP_NAMES}  # of click commands
 _KIND_NAMES = {int: "whole numbers", float: "numbers"}
 _KILLED = re.compile(r"killed by signal: (\w[\w ]*)")
 # What PyTorch says of a lost or silent process of the group: gloo, its store, NCCL.

@@ -137,3 +137,19 @@ def test_an_unrecorded_D_must_be_given():
     assert finite["pfgmpp"] and finite["D"] == 64.0
     assert resolve_D(content, "f", False, None)["network"]["pfgmpp"] is False
     assert "D" not in content["network"], "the content given is not changed"
+
+
+def test_a_conversion_never_destroys_what_is_there(tmp_path, invoke):
+    source = write_snapshot(tmp_path / "network-snapshot-000001.pt")
+    before, other = source.read_bytes(), tmp_path / "other.pt"
+    for dest, words in ((source, "is the file to convert"), (other, "--overwrite replaces it")):
+        other.write_bytes(b"mine")
+        result = invoke(checkpoint_tool.main, "convert", str(source), str(dest))
+        assert result.exit_code == 1 and words in result.stderr
+        assert source.read_bytes() == before and other.read_bytes() == b"mine"
+    result = invoke(checkpoint_tool.main, "convert", str(source), str(source), "--overwrite")
+    assert result.exit_code == 1 and source.read_bytes() == before
+    # Of a run directory the newest network is converted.
+    assert invoke(checkpoint_tool.main, "convert", str(tmp_path), str(other),
+                  "--overwrite").exit_code == 0
+    assert checkpoint.load(other)["ema"].keys() == checkpoint.load(source)["ema"].keys()

@@ -481,7 +481,7 @@ def test_the_source_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize("args,text", [
     (["--transform=center-crop"], "--resolution"),
     (["--transform=other", "--resolution=8x8"], "center-crop-wide"),
-    (["--resolution=8"], "WxH"), (["--resolution=0x0"], "WxH"), (["--resolution=8x8x8"], "WxH"),
+    (["--resolution=8,"], "WxH"), (["--resolution=0x0"], "WxH"), (["--resolution=8x8x8"], "WxH"),
     (["--scale=5,1"], "LO < HI"), (["--scale=0,inf"], "LO < HI"), (["--scale=max"], "minmax"),
     (["--cond-scale=std"], "--cond-source"),
     (["--resolution=8x4", "--transform=center-crop"], "square"),

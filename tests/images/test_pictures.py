@@ -367,3 +367,11 @@ def test_what_is_made_of_images_is_kept_by_what_was_read(tmp_path):
         {}, {"max_size": 5}, {"max_size": 5, "random_seed": 1}, {"max_size": 4}, {"xflip": True})]
     assert len(set(keys)) == 5
     assert keys[0] == ImageFolderDataset(path).content_key
+
+
+@pytest.mark.parametrize("text, size", [("4", (4, 4)), ("6x4", (6, 4)), ("6,4", (6, 4))])
+def test_one_number_is_the_side_of_a_square(tmp_path, text, size):
+    path = write_source(tmp_path / "src", {"0.png": random_pixels(8, 8, 3)})
+    images, _ = convert(path, tmp_path / "out.zip", f"--resolution={text}")
+    assert images[0][1].shape == (*size[::-1], 3)
+    assert run(path, tmp_path / "out.zip", "--resolution=0").exit_code == 2

@@ -230,7 +230,7 @@ def no_detector(monkeypatch):
 def test_fewer_images_than_num_are_refused_with_the_counts(fails, data, no_detector):
     root, _ = data
     args = ("calc", f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}", *PIXELS)
-    assert "images: 200 images, but --num=50000; make more, or score these with --num=200" in \
+    assert "images: 200 images, but --num=50000; make more, or score these with --count=200" in \
         fails(*args)
     assert "--num" in fails(*args, "--num=1", exit_code=2)
 
