@@ -10,6 +10,7 @@ import click
 
 from dnnlib.cli import CONTEXT, run, user_errors
 from dnnlib.util import format_table
+from metrics.score_names import title
 
 if TYPE_CHECKING:  # imported late: help is instant
     from reports.run_state import RunState
@@ -55,7 +56,7 @@ def _row(run: "RunState") -> tuple[str, ...]:
     return (run.name, run.state, f"{run.kimg:.9g}{of_total}",
             "" if run.loss is None else f"{run.loss:.5f}",
             "" if run.images_per_sec is None else f"{run.images_per_sec:.4g}",
-            f"{score.metric} {score.value:.5g}{kimg}{steps}" if score else "",
+            f"{title(score.metric, score.detector)} {score.value:.5g}{kimg}{steps}" if score else "",
             "" if run.D is None else "inf" if math.isinf(run.D) else f"{run.D:g}",
             run.preset or "", f"{run.changed:%Y-%m-%d %H:%M}", run.note)
 

@@ -12,6 +12,7 @@ import math
 import torch
 
 from metrics import inception
+from metrics.score_names import INCEPTION, title
 
 FEATURES_VERSION = 1  # of what detectors make of the same images; part of the names of kept files
 # A covariance of this many features takes 1.2 GB: 64x64 RGB images.
@@ -57,8 +58,8 @@ class Inception(Detector):
     same graph are allowed, but then neither the features nor the distance have these names.
     """
 
-    name = "inception"
-    distance_name = "FID"
+    name = INCEPTION
+    distance_name = title("fid", INCEPTION)
     feature_dim = inception.FEATURE_DIM
 
     def __init__(self, device: torch.device | str = "cpu", path: str | None = None):
@@ -96,7 +97,7 @@ class Pixels(Detector):
     """
 
     name = "pixels"
-    distance_name = "pixels Frechet distance"
+    distance_name = title("frechet_distance", "pixels")
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         self.feature_dim = math.prod(images.shape[1:])
@@ -133,7 +134,8 @@ def describe_detector(spec: str) -> tuple[str, str]:
     digest = _file_sha256(spec)
     if digest == inception.WEIGHTS_SHA256:
         return Inception.name, Inception.distance_name
-    return f"inception:{digest[:16]}", "Frechet distance by other Inception weights"
+    name = f"{INCEPTION}:{digest[:16]}"
+    return name, title("frechet_distance", name)
 
 
 def _file_sha256(path: str) -> str:

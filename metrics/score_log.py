@@ -2,8 +2,7 @@
 
     {"metric": "fid", "value": 1.91, "images": ..., "num": 50000, "detector": "inception", ...}
 
-Only Inception's features, with the published weights, make an FID or KID. The values of other
-features are recorded as `frechet_distance` and `kernel_distance`.
+Names are those of metrics/score_names.py.
 """
 
 import json
@@ -16,12 +15,8 @@ from typing import Any
 
 from dnnlib.atomic import append_line
 from dnnlib.util import format_table, json_value
-from metrics.detectors import Inception
 from metrics.evaluator import Evaluator
-
-_GENERAL_NAMES = {"fid": "frechet_distance", "kid": "kernel_distance",
-                  "kid_std": "kernel_distance_std"}
-_LOWER_IS_BETTER = ("fid", "kid")
+from metrics.score_names import LOWER_IS_BETTER, recorded_name, title
 
 
 @dataclass(frozen=True)
@@ -53,11 +48,11 @@ class ScoreLog:
     def add(self, score: Score, details: dict[str, Any]) -> None:
         """Takes the scores of one set of images; `details` go into its JSON lines."""
         self._scores.append(score)
-        names = self._names()
         facts = {**details, "detector": self._detector.name,
                  "detector_sha256": self._detector.weights_sha256, **self._reference,
                  "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        lines = [json.dumps(json_value({"metric": names[name], "value": value, **facts}))
+        lines = [json.dumps(json_value({"metric": recorded_name(name, self._detector.name),
+                                        "value": value, **facts}))
                  for name, value in score.values.items()]
         if self._path is None:
             return
@@ -82,15 +77,7 @@ class ScoreLog:
         return format_table(rows)
 
     def _title(self, name: str) -> str:
-        if name == "fid":
-            return self.distance_name
-        recorded = self._names()[name]
-        return {"kid": "KID", "is": "IS"}.get(recorded, recorded.replace("_", " "))
-
-    def _names(self) -> dict[str, str]:
-        values = self._scores[0].values
-        general = {} if self._detector.name == Inception.name else _GENERAL_NAMES
-        return {name: general.get(name, name) for name in values}
+        return title(recorded_name(name, self._detector.name), self._detector.name)
 
 
 def _cell(values: dict[str, float], name: str) -> str:
@@ -102,6 +89,6 @@ def _summaries(scores: list[Score], columns: Sequence[str]) -> list[list[str]]:
     lowest, mean = [f"  lowest of {len(scores)}"], [f"  mean of {len(scores)}"]
     for name in columns:
         values = [score.values[name] for score in scores]
-        lowest.append(f"{min(values):.5g}" if name in _LOWER_IS_BETTER else "")
+        lowest.append(f"{min(values):.5g}" if name in LOWER_IS_BETTER else "")
         mean.append(f"{sum(values) / len(values):.5g}")
     return [lowest, mean]

@@ -11,13 +11,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from metrics.score_names import HIGHER_IS_BETTER, LOWER_IS_BETTER, title
 from reports.run_record import RunRecord, Score
 from sampling.sweeps import FULL_BITS
 
 _USUAL_STEPS = 18  # of EDM and PFGM++ on CIFAR-10: where two numbers are equally frequent
-_METRIC_TITLES = {
-    "fid": "FID", "kid": "KID", "is": "Inception score", "frechet_distance": "Frechet distance",
-    "kernel_distance": "kernel distance", "precision": "precision", "recall": "recall"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +37,16 @@ class ScoreGroup:
     @property
     def is_lower_better(self) -> bool | None:
         """Whether lower values are better, None if unknown."""
-        if self.metric in ("is", "precision", "recall"):
+        if self.metric in HIGHER_IS_BETTER:
             return False
-        return True if self.metric in _METRIC_TITLES else None
+        return True if self.metric in LOWER_IS_BETTER else None
 
     @property
     def title(self) -> str:
         """Its name for readers."""
-        name = _METRIC_TITLES.get(self.metric, self.metric.replace("_", " "))
-        is_fid = self.metric in ("fid", "kid")
-        return name if is_fid or not self.detector else f"{name} ({self.detector})"
+        name = title(self.metric, self.detector)
+        is_named = not self.detector or self.metric in LOWER_IS_BETTER  # by the kind of features
+        return name if is_named else f"{name} ({self.detector})"
 
     @property
     def evaluations(self) -> Callable[[int], int]:

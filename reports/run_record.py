@@ -115,7 +115,9 @@ class RunRecord:
         lines = _json_lines(path / STATS_FILE, notes)
         scores = read_scores(path, D, notes)
         known = {(score.kimg, score.value) for score in scores}
-        scores += [score for score in _scores_of_stats(lines, D)
+        detector = options.get("eval_detector")
+        scores += [score for score in _scores_of_stats(
+            lines, D, detector if isinstance(detector, str) else "")
                    if (score.kimg, score.value) not in known]
         return cls(path, options, _settings(record, D, path / LOG_FILE), _ticks(lines), scores,
                    samples, notes)
@@ -240,8 +242,8 @@ def _ticks(lines: Iterable[dict]) -> list[dict[str, float]]:
     return ticks
 
 
-def _scores_of_stats(lines: Iterable[dict], D: float | None) -> list[Score]:
-    """Returns the scores that stats.jsonl holds, the last of each kimg."""
+def _scores_of_stats(lines: Iterable[dict], D: float | None, detector: str) -> list[Score]:
+    """Returns the scores by a detector that stats.jsonl holds, the last of each kimg."""
     found = {}
     for line in lines:
         kimg = _mean(line, _TICK_KEYS["kimg"])
@@ -249,7 +251,9 @@ def _scores_of_stats(lines: Iterable[dict], D: float | None) -> list[Score]:
             value = _mean(line, key) if key.startswith(_SCORE_PREFIX) else None
             if value is not None and kimg is not None:
                 name = key.removeprefix(_SCORE_PREFIX)
-                found[name, kimg] = Score(name, value, kimg, D)
+                if name.endswith("_frechet_distance"):  # an earlier name began with the detector
+                    name = "frechet_distance"
+                found[name, kimg] = Score(name, value, kimg, D, detector=detector)
     return list(found.values())
 
 

@@ -19,14 +19,13 @@ from typing import Any
 
 from dnnlib.run_lock import lock_holder
 from dnnlib.util import json_value
+from metrics.score_names import DISTANCES
 from reports.run_record import RunRecord, Score
 from training.config import LOG_FILE, OPTIONS_FILE, SCORES_FILE, STATS_FILE
 
 _START = "Run directory  "  # of each start in log.txt
 _STOPPED, _ERROR = re.compile(r"^Stopped at ", re.M), re.compile(r"^Error: (.*)", re.M)
 _LOG_TAIL_BYTES = 1 << 16
-# Metrics of which lower is better; a run's score is the first that it has.
-_LOWER_IS_BETTER = ("fid", "frechet_distance", "pixels_frechet_distance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +121,8 @@ def _total_kimg(options: dict[str, Any]) -> float | None:
 
 
 def _best(scores: list[Score]) -> Score | None:
-    """Returns the lowest score of the first metric, among those of the most images."""
-    for metric in _LOWER_IS_BETTER:
+    """Returns the lowest score of the first distance, among those of the most images."""
+    for metric in DISTANCES:
         found = [score for score in scores if score.metric == metric and score.is_plain]
         if found:
             most = max(score.num or 0 for score in found)

@@ -52,7 +52,7 @@ from training.training_loop import training_loop
 
 CPU = torch.device("cpu")
 LABELS, SIDE, BATCH = 3, 8, 4
-METRIC = "Metrics/pixels_frechet_distance"
+METRIC = "Metrics/frechet_distance"
 
 
 def forget():

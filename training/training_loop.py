@@ -30,6 +30,7 @@ from dnnlib.util import format_ranges, format_time, json_value
 from images.dataset import ImageFolderDataset
 from images.grid import save_png
 from metrics.score_log import Score, ScoreLog
+from metrics.score_names import recorded_name
 from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.samplers import SamplerConfig
 from sampling.network_sampler import NetworkSampler, SeedImages
@@ -162,6 +163,11 @@ class Evaluator:
         return self._evaluator.detector.distance_name
 
     @property
+    def detector_name(self) -> str:
+        """Whose features it is of."""
+        return self._evaluator.detector.name
+
+    @property
     def compared_by(self) -> dict[str, Any]:
         """What scores must share to be compared, as plain data."""
         return {"detector": self._evaluator.detector.name, "num": self._num, "precision": "fp32",
@@ -288,7 +294,7 @@ class TickRunner:
         if trainer.rank == 0:
             with progress.above_bar():
                 console.result(f"{name} {value:.5g} at {trainer.cur_nimg / 1e3:g} kimg{standing}")
-        return {"Metrics/" + name.replace(" ", "_").lower(): value}
+        return {f"Metrics/{recorded_name('fid', self._evaluator.detector_name)}": value}
 
     def _report(self, tick: int, scores: dict[str, float], progress: Progress) -> dict[str, float]:
         """Prints the tick's line, appends it to stats.jsonl, and starts the next tick's clock.

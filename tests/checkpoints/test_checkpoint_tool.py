@@ -63,7 +63,8 @@ def test_half_weights_take_half_the_space_and_give_nearly_the_same(suffix, snaps
     content = load(snapshot)
     content["ema"]["model.map_layer0.bias"][0] = 7e4
     checkpoint.save(tmp_path / "large.pt", content)
-    result = invoke(checkpoint_tool.main, "convert", tmp_path / "large.pt", target, "--half")
+    result = invoke(checkpoint_tool.main, "convert", tmp_path / "large.pt", target, "--half",
+                    "--overwrite")
     assert result.exit_code == 1 and "model.map_layer0.bias has values beyond" in result.output
 
 

@@ -405,7 +405,7 @@ def test_scores_during_training_are_those_of_the_states(data, capsys, tmp_path, 
             f"--precision={precision}"]
     train.main(args, standalone_mode=False)
     out, run = capsys.readouterr().out, tmp_path / "a"
-    key = "Metrics/pixels_frechet_distance"
+    key = "Metrics/frechet_distance"
     scores = {line["Progress/kimg"]["mean"]: line[key]["mean"]
               for line in lines_of(run / "stats.jsonl") if key in line}
     assert list(scores) == [0.016, 0.032, 0.048, 0.056]  # every 16 images, and at the end

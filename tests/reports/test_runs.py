@@ -75,7 +75,7 @@ def test_the_best_score_is_the_lowest_of_the_most_images(tmp_path, invoke):
     assert (found.score.value, found.score.kimg) == (2.5, 30)
     assert (found.D, found.preset, found.kimg, found.total_kimg) == (2048, "cifar10-cond", 50, 100)
     assert (found.loss, found.images_per_sec) == (0.5, 500)
-    assert " fid 2.5 @30, 18 steps " in invoke(runs.main, tmp_path).output
+    assert " FID 2.5 @30, 18 steps " in invoke(runs.main, tmp_path).output
 
 
 def test_where_no_run_has_been_yet_is_one_line(tmp_path, invoke):

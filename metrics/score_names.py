@@ -1,0 +1,34 @@
+"""What scores are called, the same in files, reports and on the console; needs no PyTorch.
+
+Files have recorded names, `metric` in metrics.jsonl and `Metrics/NAME` in stats.jsonl:
+
+    fid, kid, kid_std, precision, recall, is, is_std
+    frechet_distance, kernel_distance, kernel_distance_std    fid and kid of other features
+
+For readers there are titles, such as FID and pixels Frechet distance. Only the features of the
+published Inception weights make an FID or KID.
+"""
+
+INCEPTION = "inception"  # the detector with the published weights
+_GENERAL = {"fid": "frechet_distance", "kid": "kernel_distance", "kid_std": "kernel_distance_std"}
+_TITLES = {"fid": "FID", "kid": "KID", "is": "IS", "precision": "precision",
+           "recall": "recall"}
+_TITLES_OF_FEATURES = {"frechet_distance": "Frechet distance", "kernel_distance": "kernel distance"}
+LOWER_IS_BETTER = ("fid", "kid", *_TITLES_OF_FEATURES)
+HIGHER_IS_BETTER = ("is", "precision", "recall")
+DISTANCES = ("fid", "frechet_distance")  # by which networks are compared first
+
+
+def recorded_name(value: str, detector: str) -> str:
+    """Returns the recorded name of a value of a metric, by the features of a detector."""
+    return value if detector == INCEPTION else _GENERAL.get(value, value)
+
+
+def title(metric: str, detector: str) -> str:
+    """Returns what readers see for a recorded name; '' stands for an unknown detector."""
+    name = _TITLES_OF_FEATURES.get(metric)
+    if name is None:
+        return _TITLES.get(metric, metric.replace("_", " "))
+    if detector.startswith(f"{INCEPTION}:"):
+        return f"{name} by other Inception weights"
+    return f"{detector} {name}".strip()
