@@ -319,7 +319,7 @@ def best_scores(values, *, compared_by=None, is_written=None):
     `compared_by` is what each may be compared by, `is_written` whether its state could be.
     """
     class Score:
-        name = "FID"
+        name, detector_name = "FID", "inception"
         compared_by = "the same"
 
         def __call__(self):
@@ -340,7 +340,8 @@ def best_scores(values, *, compared_by=None, is_written=None):
     ticks._trainer, ticks._evaluator = trainer, Score()
     ticks._files = SimpleNamespace(save=save)
     for _ in range(len(values)):
-        ticks._evaluate(SimpleNamespace(above_bar=contextlib.nullcontext))
+        said = ticks._evaluate(SimpleNamespace(above_bar=contextlib.nullcontext))
+        assert list(said) == ["Metrics/fid"]
         best.append(trainer.best_score)
     return best, saved
 
