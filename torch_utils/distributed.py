@@ -44,6 +44,7 @@ _POLL_SEC, _SLOW_POLL_SEC = 0.02, 0.5  # how often a rank asks the store: at fir
 _BEAT_SEC = 10.0  # how often a rank that works for others says that it lives
 STOP_TIMEOUT = datetime.timedelta(seconds=5)  # torchrun kills after 30
 _host_group: torch.distributed.ProcessGroup | None = None
+_step_group: torch.distributed.ProcessGroup | None = None  # of hosts, as impatient as a step
 _stop_group: torch.distributed.ProcessGroup | None = None  # nothing else may be under way in it
 _turns = itertools.count()  # of run_by and run_on_rank0, which all ranks call in the same order
 _PIECE_ROWS = 4096  # how many rows cross between processes at a time
@@ -70,9 +71,10 @@ def init(device: str = "auto") -> torch.device:
         store, rank, size = _fresh_store()
         torch.distributed.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=_step_timeout(), **kwargs)
-        global _host_group, _stop_group
-        _host_group, _stop_group = (
-            torch.distributed.new_group(backend="gloo", timeout=_HOST_TIMEOUT) for _ in range(2))
+        global _host_group, _step_group, _stop_group
+        _host_group, _step_group, _stop_group = (
+            torch.distributed.new_group(backend="gloo", timeout=timeout)
+            for timeout in (_HOST_TIMEOUT, _step_timeout(), _HOST_TIMEOUT))
     return chosen
 
 
@@ -132,11 +134,11 @@ def _choose_device(device: str) -> torch.device:
 
 def shutdown() -> None:
     """Ends the process group. Drop every DDP module and its optimizer first."""
-    global _host_group, _stop_group
+    global _host_group, _step_group, _stop_group
     if not torch.distributed.is_initialized():
         return
     barrier()
-    _host_group = _stop_group = None
+    _host_group = _step_group = _stop_group = None
     gc.collect()  # gloo sometimes aborts at exit while a DDP reducer is still alive
     torch.distributed.destroy_process_group()
 
@@ -326,12 +328,17 @@ def broadcast_object(value: T) -> T:
     return value if get_rank() == 0 else _TensorlessUnpickler(data, tensors).load()
 
 
-def gather_objects(value: T) -> list[T]:
-    """Returns every rank's `value`, in the order of ranks, on every rank."""
+def gather_objects(value: T, *, in_training: bool = False) -> list[T]:
+    """Returns every rank's `value`, in the order of ranks, on every rank.
+
+    Between steps of training, where no rank works for long alone, a rank that does not answer in
+    the time of a step is given up: `in_training`.
+    """
     if get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * get_world_size()
-    torch.distributed.all_gather_object(values, value, group=_host_group)
+    group = _step_group if in_training else _host_group
+    torch.distributed.all_gather_object(values, value, group=group)
     return values
 
 

@@ -59,7 +59,7 @@ def check_weights(trainer: Trainer) -> None:
                for kind, net in (("weight", trainer.net), ("averaged weight", trainer.ema))
                for name, tensor in net.named_parameters()}
     sums = torch.stack([_bit_sum(tensor) for tensor in tensors.values()]).tolist()
-    everyone = distributed.gather_objects(sums)
+    everyone = distributed.gather_objects(sums, in_training=True)
     for rank, theirs in enumerate(everyone):
         differing = [name for name, a, b in zip(tensors, everyone[0], theirs, strict=True)
                      if a != b]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import time
 
 import pytest
 import torch
@@ -92,6 +93,25 @@ def test_another_rate_ends_the_run_before_it_begins(dataset_zip, tmp_path):
     assert done.returncode == 1 and not (tmp_path / "run").exists()
     assert errors(done) == ["rank 1 was started with --lr=0.002 (0.001 on rank 0); start every "
                             "process with the same command"]
+
+
+SILENT = """python:
+import time
+from training import training_loop
+def wait(trainer):
+    time.sleep(100)
+    raise SystemExit(9)
+training_loop.check_weights = wait
+"""
+
+
+@two_processes
+def test_a_rank_that_does_not_answer_between_steps_is_given_up(dataset_zip, tmp_path, monkeypatch):
+    monkeypatch.setenv("PFGMPP_TIMEOUT", "4")
+    start = time.monotonic()
+    done = train(tmp_path, [[], [SILENT]], f"--data={dataset_zip}", "--snap=1")
+    assert done.returncode == 1 and time.monotonic() - start < 60
+    assert len(errors(done)) == 1 and "lost another process of this run" in errors(done)[0]
 
 
 @two_processes
