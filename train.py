@@ -23,6 +23,7 @@ from dnnlib.cli import (
     verbosity_options,
 )
 from dnnlib.progress import stage
+from sampling.sweeps import SOLVERS
 from training.config import LOG_SINKS, LR_DECAYS
 from training.presets import PRESETS
 
@@ -177,6 +178,8 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 @click.option("--eval", metavar="KIMG", type=float, help="How often to score samples, in thousands of images.  [default: never]")
 @click.option("--eval-ref", metavar="NPZ|URL|ZIP|DIR", help="Reference statistics or data set to score against.")
 @click.option("--eval-num", metavar="INT", type=int, default=50_000, help="Number of samples to score.")
+@click.option("--eval-solver", type=click.Choice(SOLVERS), default="heun", help="Solver of scores and of grids of samples, see generate.py.")
+@click.option("--eval-steps", metavar="INT", type=int, default=18, help="Steps of scores and of grids of samples.")
 @click.option("--eval-detector", metavar="inception|pixels|FILE", default="inception", help="Features to score by, see fid.py.")
 @click.option("--val-data", metavar="ZIP|DIR", help="Held-out data set; each tick reports the loss of its images.  [default: none]")
 @click.option("--val-num", metavar="INT", type=int, default=2048, help="Largest number of held-out images to use, chosen at random.")

@@ -23,14 +23,16 @@ import torch
 from images.scaling import EIGHT_BIT
 from pfgmpp.kernel import PerturbationKernel, per_image
 from pfgmpp.networks import Precond
-from pfgmpp.schedules import edm_sigmas, make_schedule, sigma_grid
+from pfgmpp.schedules import given_sigmas, make_schedule, sigma_grid
 from pfgmpp.solvers import (
+    ADAMS_BASHFORTH,
+    MULTISTEP,
     SOLVERS,
     Denoiser,
     RandnLike,
     churn,
     disturbed,
-    heun,
+    num_evaluations,
     schedule_slope,
     watched,
 )
@@ -91,16 +93,21 @@ def _posterior_scale(
     return kernel.posterior_scale(noise, sigma, default_generator(noise.device))
 
 
-def edm_sampler(
+def sampler(
     net: Callable, latents: torch.Tensor, class_labels: torch.Tensor | None = None,
     randn_like: RandnLike = torch.randn_like,
-    num_steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0,
-    S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf, S_noise: float = 1.0,
-    *, noise_alpha: float = 0.0, watch: Watch | None = None,
+    num_steps: int = 18, sigma_min: float | None = None, sigma_max: float | None = None,
+    rho: float = 7.0, S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf,
+    S_noise: float = 1.0, solver: str = "heun", discretization: str = "edm",
+    schedule: str = "linear", scaling: str = "none", *, order: int | None = None,
+    sigmas: Sequence[float] | None = None, noise_alpha: float = 0.0, watch: Watch | None = None,
     condition: torch.Tensor | None = None, init: torch.Tensor | None = None,
     posterior_scale: PosteriorScale = _posterior_scale,
 ) -> torch.Tensor:
-    """Returns samples [B, C, H, W] in float64 by Heun's method on the EDM grid.
+    """Returns samples [B, C, H, W] in float64; by default by Heun's method on the EDM grid.
+
+    Karras et al. 2022, Algorithms 1 and 2 and Table 1. It works at every D, for the state is s(t)
+    times that of the equation in sigma.
 
     Args:
         net: a preconditioned network, or any denoiser (x, sigma, class_labels) with the attributes
@@ -108,15 +115,23 @@ def edm_sampler(
         latents: unit-scale draws of the network's prior, [B, C, H, W].
         class_labels: [B, label_dim] or None.
         randn_like: source of the noise that churn adds.
-        num_steps: number of noise levels; the network is evaluated 2*num_steps - 1 times, at finite
-            D once more for every step that is churned.
-        sigma_min: lowest noise level above 0.
-        sigma_max: highest noise level.
+        num_steps: number of noise levels above 0. Heun's method evaluates the network
+            2*num_steps - 1 times, other solvers num_steps times; at finite D once more for every
+            step that is churned.
+        sigma_min: lowest noise level above 0; None is the discretisation's own, 0.002 of 'edm'.
+        sigma_max: highest noise level; None is the discretisation's own, 80 of 'edm'.
         rho: how strongly low levels are favoured.
         S_churn: strength of the stochastic part; 0 is deterministic.
         S_min: lowest noise level that is churned.
         S_max: highest noise level that is churned.
         S_noise: factor on the noise that churn adds.
+        solver: a name in `solvers.SOLVERS` or, without schedule, scaling, churn and noise_alpha, in
+            `solvers.MULTISTEP`.
+        discretization: grid of noise levels: 'vp', 've', 'iddpm' or 'edm'.
+        schedule: how sigma depends on time: 'vp', 've' or 'linear'.
+        scaling: how the state is scaled: 'vp' or 'none'.
+        order: of 'ipndm', 1 to 4; None is 3.
+        sigmas: falling noise levels above 0, in place of a grid.
         noise_alpha: strength of noise added before each step, to see how robust the sampler is.
         watch: called with (state, sigma) before each step.
         condition: [B, cond_channels, H, W], for networks with a condition image.
@@ -125,47 +140,16 @@ def edm_sampler(
             [B].
     """
     denoise = _float64_denoiser(net, class_labels, condition)
-    sigmas = edm_sigmas(net, num_steps, sigma_min, sigma_max, rho).to(latents.device)
-    before_step = None
-    if S_churn > 0:
-        before_step = churn(sigmas, randn_like, S_churn=S_churn, S_min=S_min, S_max=S_max,
-                            S_noise=S_noise, round_sigma=net.round_sigma,
-                            **_scaled_churn(net, denoise, posterior_scale))
-    if noise_alpha > 0:
-        before_step = disturbed(before_step, sigmas, randn_like, noise_alpha=noise_alpha)
-    if watch:
-        before_step = watched(before_step, sigmas, watch)
-    start = _start(latents, sigmas[0], init)
-    return heun(denoise, start, sigmas, before_step)
-
-
-def ablation_sampler(
-    net: Callable, latents: torch.Tensor, class_labels: torch.Tensor | None = None,
-    randn_like: RandnLike = torch.randn_like,
-    num_steps: int = 18, sigma_min: float | None = None, sigma_max: float | None = None,
-    rho: float = 7.0, S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf,
-    S_noise: float = 1.0, solver: str = "heun", discretization: str = "edm",
-    schedule: str = "linear", scaling: str = "none", *, noise_alpha: float = 0.0,
-    watch: Watch | None = None, condition: torch.Tensor | None = None,
-    init: torch.Tensor | None = None, posterior_scale: PosteriorScale = _posterior_scale,
-) -> torch.Tensor:
-    """Returns samples [B, C, H, W] in float64 by any combination of published choices.
-
-    Karras et al. 2022, section 3 and Table 1. With the defaults it is the EDM sampler. It works at
-    every D, for the state is s(t) times that of the equation in sigma.
-
-    Args (beyond those of `edm_sampler`):
-        sigma_min: lowest noise level above 0; None is the discretisation's own.
-        sigma_max: highest noise level; None is the discretisation's own.
-        solver: 'euler' or 'heun'.
-        discretization: grid of noise levels: 'vp', 've', 'iddpm' or 'edm'.
-        schedule: how sigma depends on time: 'vp', 've' or 'linear'.
-        scaling: how the state is scaled: 'vp' or 'none'.
-    """
-    denoise = _float64_denoiser(net, class_labels, condition)
-    grid, low, high = sigma_grid(discretization, net, num_steps, sigma_min, sigma_max, rho)
-    path = make_schedule(schedule, scaling, low, high)
-    times = torch.cat([path.sigma_inv(grid[:-1]), grid.new_zeros(1)]).to(latents.device)
+    if sigmas is None:
+        grid, low, high = sigma_grid(discretization, net, num_steps, sigma_min, sigma_max, rho)
+    else:
+        grid = given_sigmas(net, sigmas)
+        low, high = grid[-2].item(), grid[0].item()
+    # Without them the equation in sigma is solved as it is: a schedule's functions would round.
+    path = None if (schedule, scaling) == ("linear", "none") else make_schedule(
+        schedule, scaling, low, high)
+    times = grid if path is None else torch.cat([path.sigma_inv(grid[:-1]), grid.new_zeros(1)])
+    times = times.to(latents.device)
     before_step = None
     if S_churn > 0:
         before_step = churn(times, randn_like, S_churn=S_churn, S_min=S_min, S_max=S_max,
@@ -174,11 +158,24 @@ def ablation_sampler(
     if noise_alpha > 0:
         before_step = disturbed(before_step, times, randn_like, noise_alpha=noise_alpha,
                                 schedule=path)
-    if watch:
+    if watch and path:
         before_step = watched(before_step, times, lambda x, t: watch(x / path.scale(t),
                                                                      path.sigma(t)))
-    start = _start(latents, path.sigma(times[0]), init) * path.scale(times[0])
-    return SOLVERS[solver](denoise, start, times, before_step, schedule_slope(path))
+    elif watch:
+        before_step = watched(before_step, times, watch)
+    first = times[0] if path is None else path.sigma(times[0])
+    start = _start(latents, first, init)
+    if solver in MULTISTEP:
+        options = {} if order is None else {"order": order}
+        return MULTISTEP[solver](denoise, start, times, before_step, **options)
+    if path is None:
+        return SOLVERS[solver](denoise, start, times, before_step)
+    return SOLVERS[solver](denoise, start * path.scale(times[0]), times, before_step,
+                           schedule_slope(path))
+
+
+# The names of the references. The first had EDM's levels for defaults, which are those of its grid.
+edm_sampler = ablation_sampler = sampler
 
 
 def _start(
@@ -209,11 +206,10 @@ def _scaled_churn(net: Callable, denoise: Denoiser, posterior_scale: PosteriorSc
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """Settings of the sampler.
+    """Settings of the sampler, see `sampler`; None stands for the default.
 
-    Karras et al. 2022, Algorithm 2 and Table 1. `solver`, `discretization`, `schedule` or `scaling`
-    select the ablation sampler. None for a noise level means the published value of the
-    discretisation.
+    None for a noise level means the published value of the discretisation. With `sigmas`, levels of
+    one's own, `num_steps` is their number and the settings of grids have no effect.
     """
 
     num_steps: int = 18
@@ -229,28 +225,60 @@ class SamplerConfig:
     schedule: str | None = None
     scaling: str | None = None
     noise_alpha: float = 0.0
+    order: int | None = None
+    sigmas: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if self.sigmas is not None:
+            object.__setattr__(self, "sigmas", tuple(map(float, self.sigmas)))
+            object.__setattr__(self, "num_steps", len(self.sigmas))
 
     @property
-    def is_ablation(self) -> bool:
-        """Whether one of the ablation sampler's own settings was chosen."""
-        return any((self.solver, self.discretization, self.schedule, self.scaling))
+    def nfe(self) -> int:
+        """How often the network is evaluated for an image, without what churn needs at finite D."""
+        return num_evaluations(self.solver, self.num_steps)
 
     def check(self, net: Precond) -> None:
         """Raises ValueError where these settings can't be used with this network."""
+        self.check_solver()
+        if self.sigmas is not None:
+            given_sigmas(net, self.sigmas)
         if min(self.S_churn, self.S_noise, self.noise_alpha) < 0:
             raise ValueError(f"S_churn={self.S_churn:g}, S_noise={self.S_noise:g}, "
                              f"noise_alpha={self.noise_alpha:g}: must be 0 or more")
         sigma_grid(self.discretization or "edm", net, self.num_steps, self.sigma_min,
                    self.sigma_max, self.rho)
 
+    def check_solver(self) -> None:
+        """Raises ValueError where these settings can't be used together, with any network."""
+        names = [*SOLVERS, *MULTISTEP]
+        if self.solver not in (None, *names):
+            raise ValueError(f"solver={self.solver}: must be one of {', '.join(names)}")
+        if self.order is not None and self.solver != "ipndm":
+            raise ValueError(f"order={self.order}: only ipndm has orders; give solver=ipndm")
+        if self.order not in (None, *ADAMS_BASHFORTH):
+            raise ValueError(f"order={self.order}: must be one of "
+                             f"{', '.join(map(str, ADAMS_BASHFORTH))}")
+        if self.solver not in MULTISTEP:
+            return
+        reasons = {
+            "schedule": (self.schedule not in (None, "linear"), "solves the equation in sigma"),
+            "scaling": (self.scaling not in (None, "none"), "solves the equation in sigma"),
+            "S_churn": (self.S_churn > 0, "uses earlier steps, which fresh noise makes useless"),
+            "noise_alpha": (self.noise_alpha > 0,
+                            "uses earlier steps, which fresh noise makes useless")}
+        for name, (is_given, reason) in reasons.items():
+            if is_given:
+                raise ValueError(f"{name}={getattr(self, name)}: solver={self.solver} {reason}; "
+                                 "use heun or euler")
+
     def sample(self, net: Precond, latents: torch.Tensor, class_labels: torch.Tensor | None,
                randn_like: RandnLike, watch: Watch | None = None, *,
                condition: torch.Tensor | None = None, init: torch.Tensor | None = None,
                posterior_scale: PosteriorScale = _posterior_scale) -> torch.Tensor:
-        """Returns samples [B, C, H, W] in float64, see `edm_sampler`."""
+        """Returns samples [B, C, H, W] in float64, see `sampler`."""
         given = {name: value for name, value in dataclasses.asdict(self).items()
                  if value is not None}
-        sampler = ablation_sampler if self.is_ablation else edm_sampler
         return sampler(net, latents, class_labels, randn_like, **given, watch=watch,
                        condition=condition, init=init, posterior_scale=posterior_scale)
 

@@ -18,7 +18,7 @@ A grid is n levels from high to low, float64, to which the sampler appends 0:
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -194,6 +194,24 @@ def sigma_grid(
     steps, last = torch.arange(num_steps, dtype=torch.float64), max(num_steps - 1, 1)
     sigmas = net.round_sigma(_GRIDS[name](steps, last, low, high, rho))
     return torch.cat([sigmas, sigmas.new_zeros(1)]), low, high
+
+
+def given_sigmas(net: HasSigmaRange, sigmas: Sequence[float]) -> torch.Tensor:
+    """Returns levels of one's own as `edm_sigmas` does: float64 on the CPU, ending in 0.
+
+    They are rounded to those that the network knows.
+
+    Raises:
+        ValueError: they don't fall from level to level, or the network doesn't know them.
+    """
+    if not sigmas or not all(a > b for a, b in zip(sigmas, [*sigmas[1:], 0.0], strict=True)):
+        raise ValueError(f"sigmas={','.join(f'{s:g}' for s in sigmas)}: must be one or more noise "
+                         "levels, falling and above 0; the step to 0 comes by itself")
+    if sigmas[0] > net.sigma_max or sigmas[-1] < net.sigma_min:
+        raise ValueError(f"sigmas from {sigmas[0]:g} to {sigmas[-1]:g}: the network knows "
+                         f"{net.sigma_min:g} .. {net.sigma_max:g}")
+    levels = net.round_sigma(torch.tensor(sigmas, dtype=torch.float64))
+    return torch.cat([levels, levels.new_zeros(1)])
 
 
 def default_range(name: str) -> tuple[float, float]:

@@ -87,7 +87,136 @@ def heun(
     return x
 
 
-SOLVERS = {"euler": euler, "heun": heun}
+def ipndm(
+    denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor,
+    before_step: BeforeStep | None = None, order: int = 3,
+) -> torch.Tensor:
+    """Returns the solution at the last of `sigmas`, by Adams-Bashforth steps: n evaluations.
+
+        x_(i+1) = x_i + (sigma_(i+1) - sigma_i) sum_j b_j d_(i-j)        d = (x - D)/sigma
+
+    with the coefficients b of equal steps, whatever the steps are, and of a lower order while
+    fewer than `order` slopes are known (Liu et al. 2022, arXiv 2202.09778; Zhang and Chen 2023,
+    arXiv 2204.13902). On EDM's grid that is of second order for `order` >= 2, and at few
+    evaluations better than the coefficients of the true steps. The step to 0 is like the others.
+
+    Args:
+        denoise: D(x, sigma) with sigma of shape [].
+        x: the state at sigmas[0].
+        sigmas: noise levels on x's device.
+        before_step: called with (x, i) before each step; it must not change the state.
+        order: 1 to 4; 1 is Euler's method.
+    """
+    slopes: list[torch.Tensor] = []  # the newest first
+    for i in range(len(sigmas) - 1):
+        x, sigma = before_step(x, i) if before_step else (x, sigmas[i])
+        slopes = [sigma_slope(denoise, x, sigma), *slopes][:order]
+        weights = ADAMS_BASHFORTH[len(slopes)]
+        x = x + (sigmas[i + 1] - sigma) * sum(w * d for w, d in zip(weights, slopes, strict=True))
+    return x
+
+
+# Of equal steps, the newest slope first; by the number of slopes.
+ADAMS_BASHFORTH = {
+    1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+
+
+def dpmpp2m(
+    denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor,
+    before_step: BeforeStep | None = None,
+) -> torch.Tensor:
+    """Returns the solution at the last of `sigmas`, by DPM-Solver++(2M): n evaluations.
+
+    Lu et al. 2022, arXiv 2211.01095, Algorithm 2. In l = -ln sigma the equation is dx/dl = D - x,
+    whose linear part is solved exactly:
+
+        x_(i+1) = e^-h x_i + (1 - e^-h) (D_i + (D_i - D_(i-1))/(2 r))
+
+    with h = l_(i+1) - l_i and r = (l_i - l_(i-1))/h; the first step has D_0 alone. The step to 0
+    returns D. Arguments as for `ipndm`.
+    """
+    levels, before = sigmas.log().neg(), None
+    for i in range(len(sigmas) - 1):
+        x, sigma = before_step(x, i) if before_step else (x, sigmas[i])
+        denoised = denoise(x, sigma)
+        if i == len(sigmas) - 2 and sigmas[-1] == 0:
+            return denoised
+        h, target = levels[i + 1] - levels[i], denoised
+        if before is not None:
+            target = denoised + (denoised - before) * h / (2 * (levels[i] - levels[i - 1]))
+        x = (-h).exp() * x - torch.expm1(-h) * target
+        before = denoised
+    return x
+
+
+def unipc(
+    denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor,
+    before_step: BeforeStep | None = None,
+) -> torch.Tensor:
+    """Returns the solution at the last of `sigmas`, by UniPC of order 2: n evaluations.
+
+    Zhao et al. 2023, arXiv 2302.04867, for the denoised image. If D is a polynomial in
+    l = -ln sigma,
+
+        x_(i+1) = e^-h x_i + int_0^h e^(l-h) D(l) dl        l from level i on
+
+    A step predicts by the line through D_(i-1) and D_i. The evaluation at its end, which the next
+    step needs anyway, corrects it by the parabola through D_(i+1) too, which makes the order 3; the
+    first step is predicted by D_0 and corrected by the line. (Weights that are exact for these
+    leave no choice of the paper's B(h).) The step to 0 returns D. Arguments as for `ipndm`.
+    """
+    levels, start = sigmas.log().neg(), x
+    known: list[torch.Tensor] = []  # D of the levels before, the newest first
+    for i in range(len(sigmas) - 1):
+        x, sigma = before_step(x, i) if before_step else (x, sigmas[i])
+        denoised = denoise(x, sigma)
+        if i == len(sigmas) - 2 and sigmas[-1] == 0:
+            return denoised
+        if known:
+            x = _corrected(start, levels, i, denoised, *known)
+        start, known = x, [denoised, *known][:2]
+        x = _predicted(x, levels, i, *known)
+    return x
+
+
+def _predicted(
+    x: torch.Tensor, levels: torch.Tensor, i: int, denoised: torch.Tensor,
+    before: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns the state at level i + 1 from x at level i, by D there and perhaps at i - 1."""
+    constant, linear, _ = _integrals(h := levels[i + 1] - levels[i])
+    slope = 0 if before is None else (denoised - before) / (levels[i] - levels[i - 1])
+    return (-h).exp() * x + constant * denoised + linear * slope
+
+
+def _corrected(
+    x: torch.Tensor, levels: torch.Tensor, i: int, denoised: torch.Tensor, before: torch.Tensor,
+    earlier: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns the state at level i from x at level i - 1, by D at both and perhaps at i - 2."""
+    constant, linear, square = _integrals(h := levels[i] - levels[i - 1])
+    slope, bend = (denoised - before) / h, 0
+    if earlier is not None:
+        h_before = levels[i - 1] - levels[i - 2]
+        bend = (slope - (before - earlier) / h_before) / (h + h_before)
+    return (-h).exp() * x + constant * before + linear * (slope - bend * h) + square * bend
+
+
+def _integrals(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the integrals of e^(l-h) l^k from 0 to h, for k = 0, 1, 2."""
+    constant = -torch.expm1(-h)
+    linear = h - constant
+    return constant, linear, h**2 - 2 * linear
+
+
+SOLVERS = {"euler": euler, "heun": heun}  # of the equation along any schedule
+MULTISTEP = {"ipndm": ipndm, "dpmpp2m": dpmpp2m, "unipc": unipc}  # of the equation in sigma
+
+
+def num_evaluations(solver: str | None, num_steps: int) -> int:
+    """Returns how often a solver evaluates the network; None is Heun's method."""
+    return 2 * num_steps - 1 if solver in (None, "heun") else num_steps
 
 
 def watched(

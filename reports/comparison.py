@@ -51,9 +51,9 @@ class ScoreGroup:
     @property
     def evaluations(self) -> Callable[[int], int]:
         """How often a number of steps evaluates the network: Heun's last step is an Euler step."""
-        if ("solver", "euler") in self.other:
-            return lambda num_steps: num_steps
-        return lambda num_steps: 2 * num_steps - 1
+        if dict(self.other).get("solver", "heun") == "heun":
+            return lambda num_steps: 2 * num_steps - 1
+        return lambda num_steps: num_steps
 
 
 @dataclasses.dataclass(frozen=True)

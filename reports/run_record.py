@@ -32,8 +32,8 @@ _TOTAL_LINE = re.compile(r"^total +\S+ +([\d,]+)$", re.M)  # of the table of par
 _SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"), ("S_noise", 1),
                      ("precision", "fp32")]
 # The first three are the axes of sweeps; comparisons ignore the others.
-_NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs", "scale",
-                 "empty_classes"}  # the last two are of the data that the network was trained on
+_NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs", "nfe",
+                 "scale", "empty_classes"}  # the last two are of the data of the network
 _TICK_KEYS = {"kimg": "Progress/kimg", "loss": "Loss/loss", "val_loss": "Loss/val",
               "lr": "Progress/lr", "bad_steps": "Progress/bad_steps",
               "cpu_mem_gb": "Resources/cpu_mem_gb", "gpu_mem_gb": "Resources/peak_gpu_mem_gb"}

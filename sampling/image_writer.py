@@ -79,6 +79,8 @@ class ImageFolder:
             raise ValueError(f"{record}: not a record of settings; remove it or name another "
                              "--outdir")
         for key in {**settings, **there}:  # some are recorded only where they are used
+            if key == "nfe":  # follows from the others, and older folders lack it
+                continue
             now, then = settings.get(key), there.get(key)
             if now != then and key == "weights":
                 raise ValueError(f"{self.path} holds images of another network (its weights have "

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ from sampling.sweeps import FULL_BITS
 from torch_utils import distributed
 from torch_utils.misc import compile_network, compute_dtype, configure_backends
 
+_FLAGS = {"noise_alpha": "--alpha", "solver": "--solver", "order": "--order",
+          "schedule": "--schedule", "scaling": "--scaling", "S_churn": "--S_churn"}
 _CONDITIONS_WORD = "cond"  # as --init-image
 _LOST_SIGMAS = 5  # times sigma_data: noise in which little is left of an image
 _OpenNetwork = Callable[[str], tuple[dict[str, Any], Precond]]
@@ -171,6 +174,10 @@ class NetworkSampler:
         content, net = open_network(source)
         quantise_(net, bits)
         sampler = _sampler_config(content, sampler_options, init_image, init_sigma)
+        try:
+            sampler.check_solver()
+        except ValueError as error:
+            raise UsageError(_in_flags(error)) from error
         kind = _label_kind(net, content)
         labels, of_labels = _choose_labels(net, source, content, kind, class_idx, label_source)
         class_idx = class_idx if isinstance(class_idx, int) else None
@@ -178,8 +185,12 @@ class NetworkSampler:
                     "class": class_idx, "precision": precision, "device": device.type, "D": net.D,
                     **dataclasses.asdict(sampler)}
         # Recorded only where they are used: older folders have no such settings.
-        if not sampler.noise_alpha:
-            del settings["noise_alpha"]
+        for name, unused in (("noise_alpha", 0), ("order", None), ("sigmas", None)):
+            if settings[name] == unused:
+                del settings[name]
+        if "sigmas" in settings:
+            settings["sigmas"] = list(settings["sigmas"])  # as JSON gives them back
+        settings["nfe"] = sampler.nfe
         if bits < FULL_BITS:
             settings["bits"] = bits
         if compiled:
@@ -296,6 +307,11 @@ def _sampler_config(
 ) -> SamplerConfig:
     """Returns the sampler's settings, with the highest level that the network or the start asks."""
     sampler = SamplerConfig(**options)
+    if sampler.sigmas is not None:
+        if init_sigma is not None:
+            raise UsageError(f"--init-sigma={init_sigma:g} with --sigmas: these say where sampling "
+                             "starts; leave --init-sigma out")
+        return sampler
     if (init_image is None) != (init_sigma is None):
         raise UsageError("--init-image and --init-sigma: give both or none")
     if init_sigma is not None:
@@ -307,6 +323,14 @@ def _sampler_config(
     if content["options"].get("lsun") and is_edm_grid and sampler.sigma_max is None:
         return dataclasses.replace(sampler, sigma_max=LSUN_SIGMA_MAX)
     return sampler
+
+
+def _in_flags(error: ValueError) -> str:
+    """Returns what is wrong with a setting of the sampler, in the words of the command line."""
+    text = str(error)
+    for name, flag in _FLAGS.items():
+        text = re.sub(rf"\b{name}=", f"{flag}=", text)
+    return text
 
 
 def _label_kind(net: Precond, content: dict[str, Any]) -> str | None:

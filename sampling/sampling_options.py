@@ -3,13 +3,19 @@
 `NetworkSampler.open` takes them by their names.
 """
 
+import functools
 import math
+import os
 from collections.abc import Callable
 
 import click
 
-from dnnlib.cli import NumberList
-from sampling.sweeps import FULL_BITS
+from dnnlib.cli import BAD_USAGE, NumberList, UserError
+from sampling.sweeps import FULL_BITS, SOLVERS
+
+_OF_GRIDS = {"steps": "--steps", "sigma_min": "--sigma_min", "sigma_max": "--sigma_max",
+             "rho": "--rho", "discretization": "--disc"}  # excluded by --sigmas
+_MAX_FILE = 1 << 20  # characters of a file of noise levels
 
 
 class _Interval(click.ParamType):
@@ -28,6 +34,40 @@ class _Interval(click.ParamType):
             self.fail(f"{value!r} is not LO,HI with 0 <= LO < HI, such as 0.3,5 or 0.3,inf",
                       param, ctx)
         return low, high
+
+
+class _Levels(click.ParamType):
+    """Noise levels: numbers with commas between them, or a file of numbers."""
+
+    name = "levels"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        text = value
+        if os.path.isfile(value):
+            try:
+                text = _text_of(value)
+            except (OSError, ValueError) as error:
+                self.fail(f"{value}: {error}", param, ctx)
+        try:
+            levels = tuple(map(float, text.replace(",", " ").split()))
+        except ValueError:
+            levels = ()
+        if not levels or not all(a > b for a, b in zip(levels, [*levels[1:], 0.0], strict=True)):
+            self.fail(f"{value!r} must be noise levels such as 80,10,1,0.1, falling and above 0, or a "
+                      "text or .npy file of them; the step to 0 comes by itself", param, ctx)
+        return levels
+
+
+def _text_of(path: str) -> str:
+    """Returns the numbers in a .npy or text file as text."""
+    if not path.lower().endswith(".npy"):
+        with open(path, encoding="utf-8") as file:
+            return file.read(_MAX_FILE)
+    import numpy as np
+
+    return " ".join(map(str, np.load(path, allow_pickle=False).ravel().tolist()))
 
 
 class _ClassChoice(click.ParamType):
@@ -57,10 +97,12 @@ _OPTIONS = (
     click.option("--S_min", "S_min", metavar="FLOAT", type=click.FloatRange(min=0), default=0, help="Lowest noise level that is churned."),
     click.option("--S_max", "S_max", metavar="FLOAT", type=click.FloatRange(min=0), default=math.inf, help="Highest noise level that is churned."),
     click.option("--S_noise", "S_noise", metavar="FLOAT", type=click.FloatRange(min=0), default=1, help="Factor on the noise of churn."),
-    click.option("--solver", type=click.Choice(["euler", "heun"]), help="Ablation sampler: solver.  [default: heun]"),
-    click.option("--disc", "discretization", type=click.Choice(["vp", "ve", "iddpm", "edm"]), help="Ablation sampler: grid of noise levels.  [default: edm]"),
-    click.option("--schedule", type=click.Choice(["vp", "ve", "linear"]), help="Ablation sampler: noise level over time.  [default: linear]"),
-    click.option("--scaling", type=click.Choice(["vp", "none"]), help="Ablation sampler: scale of the state.  [default: none]"),
+    click.option("--solver", type=click.Choice(SOLVERS), help="Method; of N steps heun evaluates the network 2N-1 times, the others N times.  [default: heun]"),
+    click.option("--order", metavar="INT", type=click.IntRange(1, 4), help="Order of ipndm.  [default: 3]"),
+    click.option("--sigmas", metavar="LIST|FILE", type=_Levels(), help="Noise levels of your own, falling, without the final 0, in place of a grid."),
+    click.option("--disc", "discretization", type=click.Choice(["vp", "ve", "iddpm", "edm"]), help="Grid of noise levels.  [default: edm]"),
+    click.option("--schedule", type=click.Choice(["vp", "ve", "linear"]), help="Noise level over time.  [default: linear]"),
+    click.option("--scaling", type=click.Choice(["vp", "none"]), help="Scale of the state.  [default: none]"),
     click.option("--pfgmpp", type=click.BOOL, help="For files that do not record D; else checked against the file."),
     click.option("--aug_dim", metavar="D", type=float, help="For files that do not record D; else checked against the file."),
     click.option("--guidance", metavar="W", type=click.FloatRange(min=0), default=1, help="Guidance away from the network without its labels, or from --gnet; 1 is none."),
@@ -75,7 +117,22 @@ _OPTIONS = (
 
 
 def sampling_options(command: Callable) -> Callable:
-    """Adds the flags to a click command."""
+    """Adds the flags to the function of a click command."""
+    @functools.wraps(command)
+    def checked(**options):
+        if options["sigmas"] is not None:
+            _refuse_grids(click.get_current_context(), options)
+        return command(**options)
+
     for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+        checked = option(checked)
+    return checked
+
+
+def _refuse_grids(context: click.Context, options: dict) -> None:
+    """Raises UserError for flags of grids beside --sigmas."""
+    for name, flag in _OF_GRIDS.items():
+        typed = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if typed or (name == "steps" and len(options["steps"]) > 1):
+            raise UserError(f"{flag} with --sigmas: these are the noise levels; leave {flag} out",
+                            BAD_USAGE)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from sampling.folders import suffix
 
+SOLVERS = ("heun", "euler", "ipndm", "dpmpp2m", "unipc")  # see pfgmpp/solvers.py
 FULL_BITS = 32  # and above: the weights as they are
 
 

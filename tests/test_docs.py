@@ -7,7 +7,6 @@ import re
 import shlex
 from pathlib import Path
 
-import click
 import numpy as np
 import PIL.Image
 import pytest
@@ -30,7 +29,7 @@ SCRIPTS = {f"{name}.py": importlib.import_module(name).main
                         "runs")}
 SCRIPTS |= {"docs/toy.py": toy.main, "docs/results.py": results.main, "benchmarks": benchmarks}
 PRESETS = {f"generate_{name}.py" for name in ("alpha", "steps", "quant")}  # of generate.py
-SAMPLING_FLAGS = {flag for option in sampling_options(click.Command("none")).params
+SAMPLING_FLAGS = {flag for option in sampling_options(lambda: None).__click_params__
                   for flag in option.opts}
 PUBLISHED = "downloads/pfgmpp/"  # checkpoints of PFGM++; a snapshot of ours stands for them
 

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Sequence
 
 from dnnlib.util import json_value, require
+from sampling.sweeps import SOLVERS
 
 ARCHITECTURES: dict[str, dict] = {
     "ddpmpp": {
@@ -97,6 +98,8 @@ class TrainConfig:
     eval_ref: str | None = None
     eval_num: int = 50_000
     eval_detector: str = "inception"
+    eval_solver: str = "heun"
+    eval_steps: int = 18
     val_data: str | None = None  # None = no held-out loss
     val_num: int = 2048
     seed: int = 0
@@ -144,6 +147,9 @@ class TrainConfig:
         require((self.eval is None) == (self.eval_ref is None), "--eval and --eval-ref",
                 "given together")
         require(self.eval_num >= 2, f"--eval-num={self.eval_num}", "2 or more")
+        require(self.eval_solver in SOLVERS, f"--eval-solver={self.eval_solver}",
+                f"one of {', '.join(SOLVERS)}")
+        require(self.eval_steps >= 1, f"--eval-steps={self.eval_steps}", "1 or more")
         require(self.val_data != "", "--val-data=", "a data set; leave it out for none")
         require(self.val_num >= 1, f"--val-num={self.val_num}", "1 or more")
         for name in ("dropout", "augment", "label_dropout"):

@@ -57,6 +57,8 @@ RESUME_MAY_CHANGE = {
     "eval_ref": "likewise",
     "eval_num": "likewise",
     "eval_detector": "likewise",
+    "eval_solver": "likewise",
+    "eval_steps": "likewise",
     "val_data": "training does not see them",
     "val_num": "likewise",
 }

@@ -14,6 +14,7 @@ from pfgmpp.samplers import SamplerConfig, generate_images, to_uint8
 from sampling.labels import GivenLabels, SeedLabels, classes_with_images
 from sampling.network_sampler import SeedImages
 from torch_utils import distributed
+from training.config import TrainConfig
 from training.trainer import Trainer
 
 _GRID_SEED = 0
@@ -30,7 +31,7 @@ def sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
     classes, rows, columns = _grid_layout(trainer)
     if rows == 0:
         return None
-    sampler = SamplerConfig(sigma_max=LSUN_SIGMA_MAX if trainer.config.lsun else None)
+    sampler = sampler_of(trainer.config)
     mine = {}
     for row in range(rows)[trainer.rank::trainer.world_size]:
         seeds = range(row * columns, (row + 1) * columns)
@@ -45,11 +46,18 @@ def sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
             images, _, conditions = dataset.get_batch([number])
             mine[row] = [dataset.cond_scaling.to_picture(conditions)[0], *mine[row],
                          dataset.scaling.to_picture(images)[0]]
-    pictures = {row: images for part in distributed.gather_objects(mine)
+    pictures = {row: images for part in distributed.gather_objects(mine, in_training=True)
                 for row, images in part.items()}
     if trainer.rank != 0:
         return None
     return image_grid([pictures[row] for row in range(rows)], _row_labels(trainer, classes))
+
+
+def sampler_of(config: TrainConfig) -> SamplerConfig:
+    """Returns the settings by which a run samples for grids and scores."""
+    return SamplerConfig(num_steps=config.eval_steps,
+                         solver=None if config.eval_solver == "heun" else config.eval_solver,
+                         sigma_max=LSUN_SIGMA_MAX if config.lsun else None)
 
 
 def _grid_condition(dataset: ImageFolderDataset, number: int) -> dict[str, Any]:

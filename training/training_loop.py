@@ -31,7 +31,6 @@ from images.dataset import ImageFolderDataset
 from images.grid import save_png
 from metrics.score_log import Score, ScoreLog
 from metrics.score_names import recorded_name
-from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.samplers import SamplerConfig
 from sampling.network_sampler import NetworkSampler, SeedImages
 from torch_utils import distributed, misc, training_stats
@@ -41,7 +40,7 @@ from training.config import OPTIONS_FILE, REALS_FILE, SCORES_FILE, STATS_FILE, T
 from training.log_sinks import LogSinks
 from training.resume import LOSS_SCALE_KEY, State, Weights, restore_
 from training.run_files import RunFiles
-from training.sample_grids import labels_of_seeds, sample_grid, save_real_grid
+from training.sample_grids import labels_of_seeds, sample_grid, sampler_of, save_real_grid
 from training.scoring import NonFiniteSamplesError, network_features, open_evaluator
 from training.trainer import HEAVY_TAILED_D, Trainer, dataset_record
 from training.validation import VALIDATION_LOSS, Validation
@@ -151,7 +150,7 @@ class Evaluator:
             config.eval_detector, config.eval_ref, ["fid"], trainer.device,
             {"the data": trainer.dataset}, batch=_EVAL_BATCH, workers=config.workers)
         self._score_log = ScoreLog(self._evaluator, path)
-        sampler = SamplerConfig(sigma_max=LSUN_SIGMA_MAX if config.lsun else None)
+        sampler = sampler_of(config)
         conditions = SeedImages.of_conditions(trainer.dataset) if net.cond_channels else None
         self._sampler = NetworkSampler(net, sampler, trainer.device, None, {}, conditions,
                                        scaling=trainer.dataset.scaling,
@@ -170,8 +169,13 @@ class Evaluator:
     @property
     def compared_by(self) -> dict[str, Any]:
         """What scores must share to be compared, as plain data."""
-        return {"detector": self._evaluator.detector.name, "num": self._num, "precision": "fp32",
-                "reference_sha256": self._evaluator.record["reference_sha256"]}
+        compared = {"detector": self._evaluator.detector.name, "num": self._num,
+                    "precision": "fp32",
+                    "reference_sha256": self._evaluator.record["reference_sha256"]}
+        sampler = self._sampler.sampler
+        if sampler.nfe != SamplerConfig().nfe or sampler.solver is not None:
+            compared |= {"solver": sampler.solver, "num_steps": sampler.num_steps}
+        return compared
 
     def __call__(self) -> float:
         """Returns the score of the present weights; lower is better. For `average_in_fp32`."""
@@ -184,6 +188,7 @@ class Evaluator:
             self._score_log.add(Score(f"{kimg:g} kimg", "", values), {
                 "kimg": kimg, "num": self._num, "seeds": format_ranges(seeds),
                 "sampler": json_value({**dataclasses.asdict(self._sampler.sampler),
+                                       "nfe": self._sampler.sampler.nfe,
                                        "D": self._sampler.net.D, "precision": "fp32"})})
         return values["fid"]
 

@@ -158,8 +158,11 @@ def test_every_grid_and_solver_ends_on_the_data(D, discretization, solver):
 
 @pytest.mark.parametrize("option", [{"solver": "heun"}, {"discretization": "edm"},
                                     {"schedule": "linear"}, {"scaling": "none"}])
-def test_any_of_its_options_selects_the_ablation_sampler(option):
-    assert SamplerConfig(**option).is_ablation and not SamplerConfig().is_ablation
+def test_spelling_a_default_out_changes_no_bit(option):
+    net, latents = problem(math.inf)
+    spelled_out, default = (config.sample(net, latents, None, torch.randn_like)
+                            for config in (SamplerConfig(**option), SamplerConfig()))
+    assert torch.equal(spelled_out, default)
 
 
 def test_settings_reach_the_sampler():

@@ -12,10 +12,12 @@ import torch
 from host_reads import HostReads
 from run_dirs import newest_state
 from scripts import ROOT
-from tiny import write_dataset
+from tiny import TINY_RUN, write_dataset
 
+import train
 from checkpoints.checkpoint import build_ema, digest, kimg_tag, load, save
 from images.dataset import ImageFolderDataset, order_at
+from pfgmpp.samplers import SamplerConfig
 from torch_utils import training_stats
 from torch_utils.misc import mix_seed
 from training import sample_grids
@@ -311,6 +313,28 @@ def test_a_tick_that_was_taken_over_is_not_taken_over_again(dataset_zip, tmp_pat
     assert trainer.state()["progress"]["unfinished"] is None
     assert ticks.resume() is False
     training_stats.Collector(CPU)  # forgets what the others have left
+
+
+@pytest.mark.parametrize("solver, steps", [("heun", 18), ("ipndm", 3), ("euler", 2)])
+def test_grids_and_scores_are_sampled_as_asked(solver, steps, dataset_zip, tmp_path, monkeypatch):
+    asked = []
+    real = SamplerConfig.sample
+
+    def sample(config, *args, **kwargs):
+        asked.append((config.solver or "heun", config.num_steps))
+        return real(config, *args, **kwargs)
+
+    monkeypatch.setattr(SamplerConfig, "sample", sample)
+    flags = [] if solver == "heun" else [f"--eval-solver={solver}", f"--eval-steps={steps}"]
+    train.main([f"--data={dataset_zip}", f"--outdir={tmp_path}", "--name=run", *TINY_RUN,
+                "--samples=4", "--duration=0.000008", "--eval=1", f"--eval-ref={dataset_zip}",
+                "--eval-num=3", "--eval-detector=pixels", "--device=cpu", *flags],
+               standalone_mode=False)
+    assert len(asked) >= 2 and set(asked) == {(solver, steps)}
+    [line] = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    recorded = json.loads(line)["sampler"]
+    assert (recorded["solver"] or "heun", recorded["num_steps"]) == (solver, steps)
+    assert recorded["nfe"] == (35 if solver == "heun" else steps)
 
 
 def best_scores(values, *, compared_by=None, is_written=None):
