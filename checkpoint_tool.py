@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import click
 
@@ -85,9 +86,14 @@ def convert(source, dest, pfgmpp, aug_dim, half, overwrite):
                 raise ValueError(f"{dest}: is there already; --overwrite replaces it")
         content = checkpoint.with_average(checkpoint.load(source), source)
         content = checkpoint.resolve_D(content, source, pfgmpp, aug_dim)
+        if content.get("ema") is None:
+            click.echo(f"Warning: {source}: has no averaged weights, and no network-snapshot of "
+                       "the same number lies beside it; the plain weights, which sample worse, "
+                       "are written", err=True)
         snapshot = checkpoint.as_snapshot(content)
         if half:
             snapshot["ema"] = checkpoint.halved(snapshot["ema"], source)
+        Path(dest).parent.mkdir(parents=True, exist_ok=True)
         write = checkpoint.save if dest.endswith(".pt") else checkpoint.save_safetensors
         write(dest, snapshot)
         click.echo(f"{dest}: written")

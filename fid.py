@@ -164,6 +164,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
         sweeps = {name for name, on in zip(SWEPT, (alpha, steps, quant), strict=True) if on}
 
         from images.dataset import ImageFolderDataset
+        from images.image_files import NoImagesError
         from metrics.metrics import dataset_features
         from torch_utils import distributed as dist
 
@@ -171,16 +172,21 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
             folders = dist.run_on_rank0(_ckpt_folders, images, gen_seed, ckpt, end_ckpt, sweeps)
             with dist.rank0_first():
                 jobs = folders or [_Job(images, Path(images).name)]
-                datasets = [ImageFolderDataset(job.path, max_size=num, random_seed=seed)
-                            for job in jobs]
-                for dataset in datasets:
-                    _refuse_strays(dataset)
-                enough = [(job, dataset) for job, dataset in zip(jobs, datasets, strict=True)
-                          if len(dataset) >= num]
-                if not enough:
-                    few = datasets[0]
-                    raise ValueError(f"{few.path}: {len(few)} images, but --num={num}; make more, "
-                                     f"or score these with --count={len(few)}")
+                enough, left_out = [], []
+                for job in jobs:
+                    try:
+                        dataset = ImageFolderDataset(job.path, max_size=num, random_seed=seed)
+                        _refuse_strays(dataset)
+                        if len(dataset) < num:
+                            raise UnscorableError(
+                                f"{job.path}: {len(dataset)} images, but --num={num}; make more, "
+                                f"or score these with --count={len(dataset)}",
+                                f"{len(dataset)} images")
+                        enough.append((job, dataset))
+                    except (NoImagesError, UnscorableError) as error:
+                        if not folders or len(jobs) == len(left_out) + 1:
+                            raise
+                        left_out.append(f"{job.label} ({getattr(error, 'short', 'no images')})")
             sets = {str(dataset.path): dataset for _, dataset in enough}
             scores = _Scores(detector, ref_path, metrics, chosen_device, sets, num, batch=batch,
                              workers=workers, path=Path(out) if out else _jsonl_of_images(images))
@@ -191,12 +197,10 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                 facts = {"images": job.path, "num": num, **_facts_of_images(job.path, dataset, seed)}
                 scores.add(job, found, facts, is_only=not folders)
             scores.print_table()
-            short = [f"{Path(dataset.path).name} ({len(dataset)})" for dataset in datasets
-                     if len(dataset) < num]
-            if short:
-                raise ValueError(f"{len(short)} of {len(datasets)} folders have fewer images than "
-                                 f"--num={num} and were not scored: {', '.join(short[:_MAX_NAMED])}"
-                                 f"{', ...' if len(short) > _MAX_NAMED else ''}")
+            if left_out:
+                more = ", ..." if len(left_out) > _MAX_NAMED else ""
+                raise ValueError(f"{len(left_out)} of {len(jobs)} folders were not scored by "
+                                 f"--num={num}: {', '.join(left_out[:_MAX_NAMED])}{more}")
 
 
 @main.command(context_settings={"show_default": True, **HELP_NAMES})
@@ -223,6 +227,7 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
     """
     _check_reference_given(ref_path, metrics)
     with user_errors():
+        from checkpoints.names import find_network
         from dnnlib.util import format_ranges, is_url
         from sampling.network_sampler import NetworkSampler, UsageError
         from sampling.sweeps import sweep_points
@@ -233,6 +238,10 @@ def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
         if len(seeds) < 2:
             raise ValueError(f"--seeds: {len(seeds)} image, at least 2 needed")
         with dist.process_group(device) as chosen_device:
+            given, network = network, dist.run_on_rank0(find_network, network)
+            if network != given:
+                dist.print0(f"Network    {network}, the newest of {given}")
+
             def open_sampler(point):
                 try:
                     return NetworkSampler.open(network, chosen_device, **point.settings, **sampling)
@@ -434,6 +443,8 @@ def _facts_of_images(path: str, dataset, seed: int) -> dict:
 def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: float,
                   sweeps: set[str]) -> list[_Job]:
     """Returns the folders of a run directory to score, in order; none if it isn't one."""
+    if not os.path.exists(images):
+        raise FileNotFoundError(f"{images}: no such folder or ZIP")
     names = [entry.name for entry in os.scandir(images)
              if entry.is_dir() and entry.name.startswith(CKPT_PREFIX)
              ] if os.path.isdir(images) else []
@@ -479,19 +490,38 @@ def _warn_of_missing_ranges(chosen: Sequence[FolderName], gen_seeds: tuple[int, 
                        f"{len(found)}", err=True)
 
 
-def _refuse_strays(dataset) -> None:
-    """Raises ValueError for a folder of generate.py with images that are not of its making."""
-    from images.image_files import GENERATE_RECORD
+class UnscorableError(ValueError):
+    """A folder of a run that can't be scored, which keeps no other from it; `short` says why."""
 
-    try:
-        record = json.loads(Path(dataset.path, GENERATE_RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return  # not such a folder
-    subdirs = record.get("subdirs") if isinstance(record, dict) else None
-    found = strays(dataset.all_names, subdirs if isinstance(subdirs, bool) else None)
+    def __init__(self, message: str, short: str):
+        super().__init__(message)
+        self.short = short
+
+
+def _refuse_strays(dataset) -> None:
+    """Raises ValueError for a folder of generate.py with images that are not of its making.
+
+    UnscorableError where the network has made images that are not finite.
+    """
+    records = dataset.sample_records()
+    if not records:
+        return
+    if len(records) > 1:
+        raise ValueError(f"{dataset.path}: holds the images of {len(records)} networks or settings "
+                         f"({', '.join(sorted(records)[:_MAX_NAMED])}); score each folder by itself")
+    [(top, record)] = records.items()
+    below = [name.removeprefix(top) if name.startswith(top) else f"/{name}"
+             for name in dataset.all_names]
+    subdirs = record.get("subdirs")
+    found = strays(below, subdirs if isinstance(subdirs, bool) else None)
     if found:
-        raise ValueError(f"{dataset.path}: {found[0]} is not one of the images that {GENERATE_RECORD} "
-                         f"describes, and so are {len(found)} files in all; move them away")
+        raise ValueError(f"{dataset.path}: {found[0].lstrip('/')} is not one of the images that "
+                         f"generate.json describes, and so are {len(found)} files in all; move "
+                         "them away")
+    if lost := record.get("not_finite"):
+        raise UnscorableError(f"{dataset.path}: {len(lost)} images of this network have values that "
+                              "are not finite, so it has no score",
+                              f"{len(lost)} images that are not finite")
 
 
 def _sweep_flags(sweeps: set[str]) -> str:

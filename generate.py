@@ -192,6 +192,7 @@ def _generate(sampler, folder, seeds, batch, subdirs) -> int:
                                  sampler.class_names)
         console.result(f"{folder}: {len(missing) - len(bad)} images made")
     if bad:
+        distributed.run_on_rank0(images.record_not_finite, bad)
         distributed.warn0(
             f"{folder}: {len(bad)} of {len(missing)} images have values that are not finite and "
             f"were not written: seeds {format_ranges(bad[:_MAX_NAMED])}"

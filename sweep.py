@@ -92,14 +92,16 @@ def main(outdir, data, aug_dims, name, runs, nproc, report, dry_run, train_optio
         steps = [_train_step(folder, D, data, scoring["device"], train_options)
                  for D, folder in zip(dims, folders, strict=False)]
     with user_errors():
+        out = Path(report or Path(outdir, "report.html"))
+        _check_report(out)
         study = _open_study(scoring, folders if runs else [], dry_run)
         if data:
-            _check_scoring(study, data)
+            _check_scoring(study, data, train_options)
 
         from reports.study import report_step
         for folder in folders:
             steps += study.steps_of(folder)
-        steps.append(report_step(Path(report or Path(outdir, "report.html")), folders))
+        steps.append(report_step(out, folders))
         _run_steps(steps, nproc, dry_run)
 
 
@@ -139,12 +141,30 @@ def _open_study(scoring: dict, runs: Sequence[Path], dry_run: bool) -> "Study":
     return study
 
 
-def _check_scoring(study: "Study", data: str) -> None:
+def _check_report(path: Path) -> None:
+    """Raises ValueError if the report can't be written there."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not parent.is_dir():
+        raise ValueError(f"--report={path}: {path if path.is_dir() else parent} is a "
+                         f"{'folder' if path.is_dir() else 'file'}; name a file for the report")
+
+
+def _check_scoring(study: "Study", data: str, train_options: Sequence[str]) -> None:
     """Raises ValueError if networks trained on the data could not be scored."""
     from images.dataset import ImageFolderDataset
     from training.scoring import check_scoring
-    check_scoring(study.detector, study.ref, study.metrics.split(","), ImageFolderDataset(data),
-                  data)
+    if len(study.seeds) < 2:
+        raise ValueError(f"--seeds: {len(study.seeds)} image, at least 2 needed")
+    asked = train.main.make_context("train.py", [
+        *train_options, "--outdir=none", f"--data={data}"]).params
+    dataset = ImageFolderDataset(data, use_labels=asked["cond"])
+    if asked["cond_image"]:
+        raise ValueError("--cond-image=1: networks with condition images are scored by 'fid.py gen "
+                         "--cond-image', not by sweep.py")
+    if dataset.has_labels and not dataset.has_onehot_labels:
+        raise ValueError(f"{data}: has label vectors, and networks trained on these are scored by "
+                         "'fid.py gen --labels', not by sweep.py")
+    check_scoring(study.detector, study.ref, study.metrics.split(","), dataset, data)
 
 
 def _train_step(run_dir: Path, D: float, data: str, device: str, extra: Sequence[str]) -> "Step":

@@ -347,8 +347,9 @@ def _open_dataset(config):
         kwargs["use_conditions"] = True
         dataset = ImageFolderDataset(config.data, **kwargs)
     if config.cond and not dataset.has_labels:
-        raise UserError(f"--cond=1: {config.data} has no labels; add them to its dataset.json or "
-                        "train with --cond=0", BAD_USAGE)
+        raise UserError(f"--cond=1: {config.data} has no labels; add them to its dataset.json, let "
+                        "dataset_tool.py make a data set whose classes are its folders, or train "
+                        "with --cond=0", BAD_USAGE)
     with user_errors(BAD_USAGE):
         check_stable_targets(config, dataset)
     return dataset

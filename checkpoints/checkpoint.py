@@ -43,6 +43,7 @@ VERSION = 1
 BEST_STATE = "training-state-best.pt"  # of the lowest score so far; never chosen by its age
 
 _STATE_NAME = re.compile(r"training-state-(\d{6,}(?:\.\d{3})?)\.(?P<suffix>pt|pkl)")
+_COLLECTIONS = ("collections", "builtins", "__builtin__")
 _MAX_DEPTH = 20  # of nested data; states have 5
 _READ_ERRORS = (zipfile.BadZipFile, RuntimeError, MemoryError, EOFError,
                 KeyError, IndexError, AttributeError, ValueError, TypeError, OverflowError,
@@ -213,12 +214,19 @@ class _Skeleton(Reader):
     def __init__(self, data: bytes):
         super().__init__(memoryview(data), {}, Budget(len(data), "has too many instructions"))
 
+    def text(self, size: int) -> str:
+        # Names of files may have bytes that are no UTF-8, which Python keeps as surrogates.
+        return str(self.take(size), "utf-8", "surrogatepass")
+
     def check_name(self, name: Global) -> None:
         pass  # PyTorch has a list of those that it takes
 
     def reduce(self) -> None:
-        called, _ = self.pop_pair()
-        self.push({} if called == ("collections", "OrderedDict") else None)
+        called, args = self.pop_pair()
+        is_dict = called == ("collections", "OrderedDict") and not args
+        if type(called) is Global and called.module in _COLLECTIONS and not is_dict:
+            raise ValueError("makes a collection of what it likes, of which no key was looked at")
+        self.push({} if is_dict else None)
 
 
 def _check_depth(content: Any) -> None:
@@ -343,8 +351,9 @@ def load_state(source: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: as for `load`; SnapshotGivenError where the file is a snapshot.
     """
-    if not is_url(str(source)) and not os.path.exists(source):
-        raise FileNotFoundError(f"{source}: no such file; name a training-state-*.pt")
+    if not is_url(str(source)) and not os.path.isfile(source):
+        problem = "is a folder" if os.path.isdir(source) else "no such file"
+        raise FileNotFoundError(f"{source}: {problem}; name a training-state-*.pt")
     content = load(source)
     if "optimizer" not in content:
         raise SnapshotGivenError(f"{source}: a network snapshot has no optimizer to resume from; "

@@ -134,7 +134,7 @@ def _convert_picture(name: str, decoded: PIL.Image.Image, settings: Settings,
                      is_deep: bool = False) -> Converted:
     """Returns what becomes of a picture of any mode."""
     if settings.scale is not None and decoded.mode in pictures.DEEP_MODES:
-        values = np.asarray(decoded, pictures.DEEP_MODES[decoded.mode])
+        values = pictures.deep_values(decoded)
         return _convert_values(name, values[None], settings)._replace(file_format=decoded.format)
     _refuse_scale(name, settings)
     with error_prefix(f"{name}: "):
@@ -152,9 +152,9 @@ def _convert_picture(name: str, decoded: PIL.Image.Image, settings: Settings,
 
 def _top_value(image: PIL.Image.Image) -> int:
     """Returns the largest value of a picture of 16 bits, of which Pillow may have kept 8."""
-    pixels = np.asarray(image)
     if image.mode in pictures.DEEP_MODES:
-        return int(pixels.max())
+        return int(pictures.deep_values(image).max())
+    pixels = np.asarray(image)
     return 257 * int(pixels[..., [band != "A" for band in image.getbands()]].max())
 
 
@@ -238,11 +238,11 @@ def _to_8bit(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Im
         raise ValueError("holds floating-point values: give --scale=minmax, std or LO,HI")
     if mode not in ("I", "I;16", "I;16L", "I;16B") or "transparency" in image.info:
         raise ValueError(f"mode {mode} isn't supported; convert it to RGB")
-    pixels = np.asarray(image)
+    pixels = pictures.deep_values(image)
     if pixels.min() < 0 or pixels.max() > 0xFFFF:
         raise ValueError(f"values from {pixels.min()} to {pixels.max()} are not those of 16 bits; "
                          "--scale=minmax, std or LO,HI keeps them")
-    return PIL.Image.fromarray((pixels >> 8).astype(np.uint8))
+    return PIL.Image.fromarray((pixels.astype(np.uint16) >> 8).astype(np.uint8))
 
 
 def _composite(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Image.Image:
@@ -398,11 +398,14 @@ class Outcome:
         """Raises ValueError if images of 16 bits use so few of them that 8 are nearly black."""
         if self.deep.count and self.deep_top < _HALF_OF_16_BITS:
             bits = max(self.deep_top.bit_length(), 8)
+            how = (f"keep the values with --scale=0,{(1 << bits) - 1} or --scale=minmax, or store "
+                   "them with 8 bits")
+            if self.format.channels > 1:
+                how = "store them with 8 bits or, for --scale, as .npy arrays"
             raise ValueError(
                 f"{self.deep.count} images have 16 bits a channel but no value above "
-                f"{self.deep_top}: their upper 8 bits would be nearly black; keep the values with "
-                f"--scale=0,{(1 << bits) - 1} or --scale=minmax, or store them with 8 bits (the "
-                f"first is {self.deep.first})")
+                f"{self.deep_top}: their upper 8 bits would be nearly black; {how} (the first is "
+                f"{self.deep.first})")
 
     def settle_scaling(self, settings: Settings) -> None:
         """Makes the scaling of what was added; raises ValueError for a constant channel."""

@@ -43,12 +43,14 @@ from images.image_files import (
     GENERATE_RECORD,
     LABELS_NAME,
     Folder,
+    NoImagesError,
     check_matched,
     collector_paused,
     label_array,
     match_names,
     open_files,
     parse_class_names,
+    parse_json,
     parse_labels,
     sort_names,
 )
@@ -112,7 +114,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._files = open_files(self.path)
         self._names, self._cond_names, *_ = sort_names(self._files.names)
         if not self._names:
-            raise ValueError(f"{self.path}: no images found")
+            raise NoImagesError(f"{self.path}: no images found")
         self._kept = _subset(len(self._names), max_size, random_seed)  # raw indices, rising
         self._images = UniformImages(self.path, self._files, self._names, self._kept)
         self.image_shape = list(self._images.format.shape)
@@ -186,6 +188,19 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def scale(self) -> dict[str, Any] | None:
         """`scaling` as plain data; None for 8-bit images, which have the one scale."""
         return None if self.scaling.is_8bit else self.scaling.to_dict()
+
+    def sample_records(self) -> dict[str, dict[str, Any]]:
+        """Returns what generate.py recorded in this data set, by folder: '' or ending in '/'."""
+        found = {}
+        for name in self._files.names:
+            folder, _, last = name.rpartition("/")
+            if last != GENERATE_RECORD:
+                continue
+            with contextlib.suppress(*DAMAGE), self._files.open(name) as file:
+                record = parse_json(file.read(), name)
+                if isinstance(record, dict):
+                    found[f"{folder}/" if folder else ""] = record
+        return found
 
     @property
     def has_conditions(self) -> bool:

@@ -80,10 +80,14 @@ def _num_columns(count: int) -> int:
 
 
 def class_label(number: int, names: Sequence[str] | None) -> str:
-    """Returns what a row of a class is labelled: its name, cut short, or its number."""
-    if not names or number >= len(names):
+    """Returns what a row of a class is labelled: its name, cut short, or its number.
+
+    It is the number too where the font lacks letters of the name.
+    """
+    if not names or number >= len(names) or not (names[number].isascii()
+                                                 and names[number].isprintable()):
         return str(number)
-    name = names[number].encode("utf-8", "replace").decode()
+    name = names[number]
     return name if len(name) <= _MAX_LABEL else f"{name[:_MAX_LABEL - 3]}..."
 
 

@@ -43,7 +43,8 @@ PICTURE_FORMATS = {
 }
 # Names with a dot before them, folders of macOS, Synology and Windows, and Windows' small files.
 _HIDDEN = re.compile(
-    r"(?:^|/)(?:\.(?![./])|__MACOSX/|@eaDir/|\$RECYCLE\.BIN/|System Volume Information/"
+    r"(?:^|/)(?:\.(?![./])|~\$|__MACOSX/|@eaDir/|lost\+found/|\$RECYCLE\.BIN/"
+    r"|System Volume Information/"
     r"|(?:Thumbs\.db|desktop\.ini)$)", re.IGNORECASE)
 MAX_CLASSES = 1 << 16  # a larger number is an identifier, not a class
 # What Pillow and zipfile raise for a damaged file.
@@ -51,6 +52,10 @@ DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error
           zipfile.BadZipFile)
 _MAX_FLOAT = float(np.finfo(np.float32).max)
 _MAX_FILE_BYTES = 1 << 30  # one image file, unpacked
+
+
+class NoImagesError(ValueError):
+    """A folder or ZIP without images."""
 
 
 class ImageFormat(NamedTuple):

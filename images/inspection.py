@@ -39,7 +39,6 @@ from images.image_files import (
     open_files,
     parse_class_names,
     parse_labels,
-    picture_format,
     shown_label,
     sort_names,
 )
@@ -146,9 +145,7 @@ def _decode(item: Item) -> tuple[np.ndarray, ImageFormat]:
     """Returns an image as [C, H, W], and its format; raises ValueError if it is damaged."""
     if is_array(item.name):
         return array_files.decode(item.content())
-    image = pictures.read_picture(item.content(), verify=True)
-    pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
-    return pixels, picture_format(image.mode, image.size)
+    return pictures.decode(item.content(), verify=True)
 
 
 class _Problems:

@@ -10,6 +10,7 @@ import struct
 import warnings
 from typing import IO
 
+import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
@@ -17,9 +18,12 @@ from images.image_files import DAMAGE, PICTURE_FORMATS, ImageFormat, picture_for
 
 DEEP_MODES = {"I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16", "I": "float32",
               "F": "float32"}  # Pillow's of more than 8 bits, with the types that hold them
-_PNG, _TEXT_CHUNKS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # the last is a colour profile
+_HEAD_BYTES = 32  # of a file, in which a PNG says how deep it is
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap the sides
-_BITS_PER_SAMPLE = 258  # TIFF's tag
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
+_MIN_IS_WHITE, _UNSIGNED = 0, 1
 # Where Pillow keeps what may hold an orientation. TIFFs come upright from their reader.
 _MAY_BE_TURNED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
@@ -44,11 +48,40 @@ def read_format(file: IO[bytes]) -> ImageFormat:
     Raises:
         DamagedImageError: not a picture, or of no format of the list.
     """
+    head = file.read(_HEAD_BYTES)
+    file.seek(0)
     with open_picture(file) as image:
         size = image.size
         if _may_be_turned(image) and image.getexif().get(_ORIENTATION) in _TURNED:
             size = size[::-1]
-        return picture_format(image.mode, size)
+        return picture_format(_mode(image, head), size)
+
+
+def decode(content: bytes, *, verify: bool = False) -> tuple[np.ndarray, ImageFormat]:
+    """Returns the pixels of a picture [C, H, W], upright, and its format.
+
+    Raises:
+        DamagedImageError: as for `read_picture`, which has the argument.
+    """
+    image = read_picture(content, verify=verify)
+    pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+    return pixels, picture_format(_mode(image, content), image.size)
+
+
+def _mode(image: PIL.Image.Image, head: bytes) -> str:
+    """Returns the mode of a picture, with its bits where Pillow has dropped some of them."""
+    return f"{image.mode};16" if image.mode in ("L", "RGB") and is_deep(image, head) else image.mode
+
+
+def deep_values(image: PIL.Image.Image) -> np.ndarray:
+    """Returns the values of a picture of a mode of `DEEP_MODES`, [H, W] of its type there."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if image.mode == "I" and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED \
+            and tags.get(_BITS_PER_SAMPLE, (0,))[0] == 32:
+        values = values.view(np.uint32)  # Pillow takes it for signed
+    if tags.get(_PHOTOMETRIC) == _MIN_IS_WHITE and image.mode.startswith("I;16"):
+        values = np.iinfo(np.uint16).max - values.astype(np.uint16)
+    return values.astype(DEEP_MODES[image.mode])
 
 
 def read_picture(content: bytes, *, verify: bool = False) -> PIL.Image.Image:

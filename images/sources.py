@@ -46,6 +46,8 @@ from images.image_files import (
 )
 from images.pictures import DamagedImageError
 
+_ENCRYPTED = 1  # a flag of a member of a ZIP
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 
 
@@ -224,6 +226,11 @@ def _json_labels(names: list[str], text: bytes, where: str) -> Callable[[int], l
 @contextlib.contextmanager
 def _open_zip(path: Path, layout: str | None) -> Iterator[Source]:
     def item(name):
+        if members[name].flag_bits & _ENCRYPTED:
+            raise ValueError(f"{path}: {name} is encrypted; unpack the ZIP first")
+        if members[name].compress_type not in _METHODS:
+            raise ValueError(f"{path}: {name} is compressed by a method that Python does not read; "
+                             "unpack the ZIP first")
         try:
             check_file_size(members[name].file_size)
             return Item(name, archive.read(members[name]))

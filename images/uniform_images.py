@@ -17,7 +17,7 @@ from dnnlib.npy_header import read_npy_header
 from dnnlib.ordered_pool import num_cores
 from dnnlib.progress import FIRST_LINE_SEC, Progress
 from images import array_files, pictures
-from images.image_files import DAMAGE, Folder, ImageFormat, Zip, is_array, picture_format
+from images.image_files import DAMAGE, Folder, ImageFormat, Zip, is_array
 from torch_utils.loading import read_in_processes
 
 READER_VERSION = 2  # of how files become pixels: 2 turns pictures as their EXIF data say
@@ -97,16 +97,12 @@ class UniformImages:
 
     def _decode(self, number: int) -> np.ndarray:
         """Returns one image as [C, H, W]."""
-        pixels = None
         # Reading to the end makes zipfile verify the CRC too.
         with self._open_image(number) as file:
             if is_array(self.names[number]):
                 pixels, image_format = array_files.decode(file.read())
             else:
-                image = pictures.read_picture(file.read())
-                image_format = picture_format(image.mode, image.size)
-                if image_format == self.format:
-                    pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+                pixels, image_format = pictures.decode(file.read())
         self._check_format(number, image_format)
         return pixels
 

@@ -79,7 +79,7 @@ class ImageFolder:
             raise ValueError(f"{record}: not a record of settings; remove it or name another "
                              "--outdir")
         for key in {**settings, **there}:  # some are recorded only where they are used
-            if key == "nfe":  # follows from the others, and older folders lack it
+            if key in ("nfe", "not_finite"):  # follow from the others, and older folders lack them
                 continue
             now, then = settings.get(key), there.get(key)
             if now != then and key == "weights":
@@ -105,6 +105,13 @@ class ImageFolder:
     def missing(self, seeds: Iterable[int]) -> list[int]:
         """Returns those of `seeds` that have no whole image of the right shape yet."""
         return [seed for seed in seeds if not self._is_whole(self.image_path(seed))]
+
+    def record_not_finite(self, seeds: Sequence[int]) -> None:
+        """Adds seeds to those that generate.json says have values that are not finite."""
+        path = self.path / GENERATE_RECORD
+        record = parse_json(path.read_bytes(), str(path))
+        record["not_finite"] = sorted({*record.get("not_finite", ()), *seeds})
+        write_json(path, record)
 
     def record_labels(self, made: dict[int, Any], labels_of: Callable[[list[int]], list[Any]],
                       class_names: Sequence[str] = ()) -> None:

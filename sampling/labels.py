@@ -18,7 +18,13 @@ import torch
 from checkpoints.checkpoint import digest
 from dnnlib.npy_header import read_npy_header
 from images.dataset import ImageFolderDataset
-from images.image_files import error_prefix, label_array, parse_json, read_regular
+from images.image_files import (
+    error_prefix,
+    label_array,
+    parse_json,
+    parse_labels,
+    read_regular,
+)
 
 _TAG = int.from_bytes(b"class", "big")  # sets v apart from other uses of the seed
 
@@ -72,13 +78,15 @@ def _one_hot(classes: torch.Tensor, num_classes: int) -> torch.Tensor:
     return torch.nn.functional.one_hot(classes.long(), num_classes).to(torch.float32)
 
 
-def read_labels(path: str | os.PathLike, label_dim: int) -> np.ndarray:
+def read_labels(path: str | os.PathLike, label_dim: int, kind: str = "classes") -> np.ndarray:
     """Returns the labels that a file or data set holds, float32 [n, label_dim].
 
     Args:
         path: a data set (a folder or ZIP with dataset.json); or a .npy or .json of class numbers
             [n] or of vectors [n, label_dim]; or a dataset.json.
         label_dim: the length of a label of the network.
+        kind: what the network was trained on, 'classes' or 'vectors'; of vectors no class numbers
+            are taken.
 
     Raises:
         OSError: it can't be read.
@@ -103,14 +111,16 @@ def read_labels(path: str | os.PathLike, label_dim: int) -> np.ndarray:
     else:
         labels = _json_labels(path)
     with error_prefix(f"{path}: "):
+        if labels.ndim == 1 and kind == "vectors":
+            raise ValueError("class numbers, but the network was trained on vectors of "
+                             f"{label_dim} numbers")
         return _checked(labels, label_dim)
 
 
 def _json_labels(path: Path) -> np.ndarray:
     content = parse_json(read_regular(path), str(path))
     if isinstance(content, dict) and isinstance(content.get("labels"), list):  # a dataset.json
-        content = [entry[1] for entry in content["labels"]
-                   if isinstance(entry, list) and len(entry) == 2]
+        content = list((parse_labels(read_regular(path), str(path)) or {}).values())
     if not isinstance(content, list) or not content:
         raise ValueError(f"{path}: must be a list of labels, or a dataset.json with labels")
     names = [f"label {i}" for i in range(len(content))]

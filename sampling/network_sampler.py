@@ -353,7 +353,13 @@ def _choose_labels(
     if label_source is not None:
         if choice is not None:
             raise UsageError(f"--class={choice} with --labels={label_source}: give one of them")
-        given = GivenLabels(distributed.run_on_rank0(read_labels, label_source, net.label_dim))
+        labels = distributed.run_on_rank0(read_labels, label_source, net.label_dim, kind)
+        counts = _class_counts(content, net.label_dim) if kind == "classes" else None
+        if counts and (unseen := sorted({int(row.argmax()) for row in labels if not counts[
+                row.argmax()]})):
+            raise UsageError(f"--labels={label_source}: no image of the data was of class "
+                             f"{format_ranges(unseen)}")
+        given = GivenLabels(labels)
         return given, {"labels": given.digest}
     if kind == "vectors":
         asked = "" if choice is None else f"--class={choice}: "
@@ -446,9 +452,10 @@ def _open_inits(net: Precond, init_image: str | None, cond_image: str | None,
                                scaling, conditions=True)
     images = SeedImages.open("--init-image", init_image, net.image_shape, scaling)
     if images.are_targets:
+        way_out = "--init-image=cond starts from the condition images"
         distributed.warn0(f"--init-image={init_image}: has condition images, but sampling starts "
-                          "from its images, which are what the network was trained to make; "
-                          "--init-image=cond starts from the condition images")
+                          "from its images, which are the targets of its pairs"
+                          + (f"; {way_out}" if net.cond_channels else ""))
     return images
 
 

@@ -87,7 +87,10 @@ def check_scoring(detector: str, reference: str, metrics: Iterable[str],
     try:
         detector_class(detector).check_kind(dataset.num_channels, dataset.scale is None)
         if not issubclass(detector_class(detector), Inception):  # which has weights
-            build_detector(detector, "cpu")(no_images(dataset.image_shape, dataset.scale is None))
+            built = build_detector(detector, "cpu")
+            features = built(no_images(dataset.image_shape, dataset.scale is None))
+            if "is" in metrics:
+                built.logits(features)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     if is_url(reference):

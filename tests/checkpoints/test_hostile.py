@@ -45,13 +45,23 @@ def write(path, network):
 @pytest.mark.parametrize("network", [
     b"}(" + b"".join(long(i * PRIME) + b"K\x00" for i in range(1, 30_000)) + b"u",
     b"}(" + tuples(100_000) + b"K\x00u", lists(1_000), lists(200_000), tuples(200_000),
-    b"}" + text("a") + tuples(50) + b"s", b"(" * 5_000], ids=[
-    "colliding keys", "a deep key", "lists", "many lists", "tuples", "a few tuples", "marks"])
+    b"}" + text("a") + tuples(50) + b"s", b"(" * 5_000,
+    b"ccollections\nOrderedDict\n](" + b"".join(
+        long(i * PRIME) + b"K\x00\x86" for i in range(1, 10_000)) + b"e\x85R",
+    b"cbuiltins\nset\n](" + b"".join(long(i * PRIME) for i in range(1, 30_000)) + b"e\x85R"], ids=[
+    "colliding keys", "a deep key", "lists", "many lists", "tuples", "a few tuples", "marks",
+    "an ordered dict", "a set"])
 def test_hostile_files_are_refused_at_once(network, tmp_path):
     path, start = write(tmp_path / "x.pt", network), time.process_time()
     with pytest.raises(ValueError, match=r"x\.pt: damaged, or not a training state"):
         checkpoint.load(path)
     assert time.process_time() - start < SEC
+
+
+def test_names_that_are_not_utf8_are_read_back(tmp_path):
+    content = {"format": checkpoint.SNAPSHOT_FORMAT, "network": {"\udce9t": ["caf\udce9.zip"]}}
+    checkpoint.save(tmp_path / "x.pt", content)
+    assert checkpoint.load(tmp_path / "x.pt")["network"] == content["network"]
 
 
 def test_what_is_written_is_no_such_file(tmp_path):

@@ -19,6 +19,7 @@ from image_sources import (
     run,
     write_source,
 )
+from PIL import TiffImagePlugin
 
 import dataset_tool
 import fid
@@ -191,7 +192,8 @@ def test_text_in_pngs_is_passed_over(tmp_path):
 
     plain = encode(random_pixels(4, 4, 3))
     much = chunk(b"zTXt", b"k\0\0" + zlib.compress(b"v" * (4 << 20)))
-    for text in (much, chunk(b"tEXt", b"a\0b", crc=1)):
+    profile = chunk(b"iCCP", b"p\0\0" + zlib.compress(b"v" * (4 << 20)))
+    for text in (much, chunk(b"tEXt", b"a\0b", crc=1), profile):
         picture = read_picture(plain[:33] + text + plain[33:], verify=True)
         assert np.array_equal(np.asarray(picture), np.asarray(PIL.Image.open(io.BytesIO(plain))))
     with pytest.raises(DamagedImageError, match="can't be read"):
@@ -227,6 +229,29 @@ def test_16_bits_that_would_be_nearly_black_are_refused(tmp_path, case):
     assert np.array_equal(image[0][0][0], pixels)
 
 
+@pytest.mark.parametrize("unsigned", [3_851_800_253, 70_000, 5])
+def test_integer_tiffs_are_unsigned_unless_they_say_otherwise(tmp_path, unsigned):
+    content = encode(PIL.Image.fromarray(np.uint32([[1, unsigned]]).view(np.int32)), "tiff")
+    sample_format = b"\x53\x01\x03\x00\x01\x00\x00\x00"  # the tag, which says signed, 2
+    assert content.count(sample_format + b"\x02") == 1
+    content = content.replace(sample_format + b"\x02", sample_format + b"\x01")
+    path = write_source(tmp_path / "src", {"x.tif": content})
+    assert run(path, tmp_path / "out.zip", "--scale=minmax").exit_code == 0
+    values = ImageFolderDataset(tmp_path / "out.zip")[0][0]
+    assert values.flatten().tolist() == [1.0, np.float32(unsigned)]
+
+
+def test_tiffs_whose_least_value_is_white_are_turned_round(tmp_path):
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    info[262] = 0
+    image = PIL.Image.fromarray(np.uint16([[0, 65_535, 40_000]]))
+    content = encode(image, "tiff", tiffinfo=info)
+    path = write_source(tmp_path / "src", {"x.tif": content})
+    assert PIL.Image.open(io.BytesIO(content)).tag_v2[262] == 0
+    assert run(path, tmp_path / "out.zip", "--scale=0,65535").exit_code == 0
+    assert ImageFolderDataset(tmp_path / "out.zip")[0][0].flatten().tolist() == [65_535, 0, 25_535]
+
+
 def test_one_bright_image_makes_16_bits_what_they_are(tmp_path):
     files = {f"{i}.png": encode(PIL.Image.fromarray(np.uint16([[value]])))
              for i, value in enumerate([100, 40_000])}
@@ -243,8 +268,12 @@ def test_deep_colour_that_would_be_nearly_black_is_refused(tmp_path):
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
             for kind, data in parts)
 
-    result = run(write_source(tmp_path / "a", {"x.png": rgb16(4095)}), tmp_path / "out.zip")
+    path = write_source(tmp_path / "a", {"x.png": rgb16(4095)})
+    result = run(path, tmp_path / "out.zip")
     assert result.exit_code == 1 and "nearly black" in result.output
+    assert "--scale=0" not in result.output and "as .npy arrays" in result.output
+    with pytest.raises(ValueError, match="is RGB;16 1x1; images must be gray"):  # raw folders
+        ImageFolderDataset(path)
     images, _ = convert(write_source(tmp_path / "b", {"x.png": rgb16(65535)}), tmp_path / "o.zip")
     assert images[0][1].tolist() == [[[255, 0, 0]]]
 

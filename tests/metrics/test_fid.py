@@ -1,8 +1,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import numpy as np
@@ -244,10 +246,43 @@ def test_an_unfinished_folder_of_a_run_is_left_out_and_named(data, tmp_path, inv
     assert done.exit_code == 1 and [
         json.loads(line)["images"][-7:] for line in
         (tmp_path / "metrics.jsonl").read_text().splitlines()] == ["_000001", "1000001"]
-    assert ("Error: 2 of 4 folders have fewer images than --num=4 and were not scored: "
-            "ckpt_000002 (3), ckpt_2500000 (2)\n") in done.stderr
+    assert ("Error: 2 of 4 folders were not scored by --num=4: ckpt_000002 (3 images), "
+            "ckpt_2500000 (2 images)\n") in done.stderr
     done = invoke(fid.main, *args, "--num=5")
-    assert done.exit_code == 1 and "ckpt_000001: 4 images, but --num=5" in done.stderr
+    assert done.exit_code == 1 and "ckpt_2500000: 2 images, but --num=5" in done.stderr
+
+
+def test_an_empty_or_diverged_folder_of_a_run_is_left_out_and_named(data, tmp_path, invoke):
+    root, _ = data
+    for kimg in (1, 2, 3):
+        write_images(tmp_path / f"ckpt_{kimg:06d}", 4)
+    for path in (tmp_path / "ckpt_000002").rglob("*.png"):
+        path.unlink()
+    (tmp_path / "ckpt_000003/generate.json").write_text('{"not_finite": [7, 9]}')
+    args = ["calc", f"--ref={root / 'ref.npz'}", "--num=4", *PIXELS]
+    done = invoke(fid.main, *args, f"--images={tmp_path}")
+    assert done.exit_code == 1 and "/ckpt_000001, " in done.stdout
+    assert ("2 of 3 folders were not scored by --num=4: ckpt_000002 (no images), ckpt_000003 (2 "
+            "images that are not finite)") in done.stderr
+    done = invoke(fid.main, *args, f"--images={tmp_path / 'ckpt_000003'}")
+    assert done.exit_code == 1 and "not finite, so it has no score" in done.stderr
+    done = invoke(fid.main, *args, f"--images={tmp_path / 'nowhere'}")
+    assert done.exit_code == 1 and "nowhere: no such folder or ZIP" in done.stderr
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip"])
+def test_images_of_several_networks_are_not_scored_as_one(data, tmp_path, invoke, suffix):
+    root, _ = data
+    for name in "ab":
+        write_images(tmp_path / "both" / name, 4)
+        (tmp_path / "both" / name / "generate.json").write_text("{}")
+    path = tmp_path / "both"
+    if suffix:
+        path = Path(shutil.make_archive(str(path), "zip", path))
+    args = ["calc", f"--ref={root / 'ref.npz'}", "--num=4", *PIXELS, f"--images={path}"]
+    done = invoke(fid.main, *args)
+    assert done.exit_code == 1 and "holds the images of 2 networks or settings (a/, b/)" in \
+        done.stderr
 
 
 def test_missing_ranges_and_strange_folders_are_named(data, tmp_path, invoke):

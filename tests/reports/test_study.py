@@ -278,7 +278,13 @@ def test_scores_of_networks_of_other_data_count(lsun, settings, is_scored, tmp_p
     (["--detector=pixels", "--ref=REF", "--metrics=kid"], "holds no features, which --metrics=kid"),
     (["--detector=inception", "--ref=REF"], "made with detector pixels, but --detector=inception"),
     (["--detector=pixels", "--data=FLOATS"], "of another scale than the images of"),
-    (["--detector=inception", "--data=FLOATS", "--ref=FLOATS"], "8-bit")])
+    (["--detector=inception", "--data=FLOATS", "--ref=FLOATS"], "8-bit"),
+    (["--detector=pixels", "--metrics=is"], "has no classes"),
+    (["--detector=pixels", "--seeds=0"], "at least 2 needed"),
+    (["--detector=pixels", "--data=VECTORS", "--ref=VECTORS", "--", "--cond=1"], "label vectors"),
+    (["--detector=pixels", "--", "--cond-image=1"], "networks with condition images"),
+    (["--detector=pixels", "--report=."], "--report=.: . is a folder"),
+    (["--detector=pixels", "--report=REF/x.html"], "ref.npz is a file")])
 def test_scoring_that_could_never_work_is_refused_before_training(args, words, dataset_zip,
                                                                  tmp_path, invoke):
     write_dataset(tmp_path / "small.zip", side=4)
@@ -288,11 +294,12 @@ def test_scoring_that_could_never_work_is_refused_before_training(args, words, d
     np.save(tmp_path / "floats.npy", values)
     invoke(dataset_tool.main, f"--source={tmp_path / 'floats.npy'}", "--scale=-1,1",
            f"--dest={tmp_path / 'floats.zip'}", "--workers=1")
-    paths = {"SMALL": "small.zip", "REF": "ref.npz", "FLOATS": "floats.zip"}
-    args = [arg.partition("=")[0] + "=" + str(tmp_path / paths[arg.partition("=")[2]])
-            if arg.partition("=")[2] in paths else arg for arg in args]
-    result = invoke(sweep.main, f"--data={dataset_zip}", f"--ref={dataset_zip}", *args,
-                    f"--outdir={tmp_path / 'runs'}", "--aug_dims=2", "-n")
+    write_dataset(tmp_path / "vectors.zip", vectors=True)
+    for name, file in {"SMALL": "small.zip", "REF": "ref.npz", "FLOATS": "floats.zip",
+                       "VECTORS": "vectors.zip"}.items():
+        args = [arg.replace(name, str(tmp_path / file)) for arg in args]
+    result = invoke(sweep.main, f"--data={dataset_zip}", f"--ref={dataset_zip}",
+                    f"--outdir={tmp_path / 'runs'}", "--aug_dims=2", "-n", *args)
     assert result.exit_code == 1 and words in result.stderr and not (tmp_path / "runs").exists()
 
 

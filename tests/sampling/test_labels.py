@@ -125,12 +125,28 @@ def test_label_vectors_are_given_by_seed(vectors, tmp_path):
     assert not torch.allclose(*images, atol=1e-3)
 
 
+def test_a_network_of_vectors_takes_no_class_numbers(vectors, tmp_path):
+    (tmp_path / "x.json").write_text("[1, 0]")
+    for source in (tmp_path / "x.json", write_dataset(tmp_path / "data.zip", num=6, classes=2)):
+        with pytest.raises(ValueError, match="class numbers, but the network was trained on vec"):
+            sampler_of(vectors, label_source=str(source))
+
+
+def test_an_odd_entry_of_labels_is_not_passed_over(vectors, tmp_path):
+    (tmp_path / "x.json").write_text('{"labels": [["a", [1, 2, 3]], ["b"], ["c", [1, 2, 3]]]}')
+    with pytest.raises(ValueError, match="entry 1"):
+        sampler_of(vectors, label_source=str(tmp_path / "x.json"))
+
+
 def test_class_numbers_may_be_given_by_seed_too(unbalanced, tmp_path):
     (tmp_path / "x.json").write_text("[3, 1, 1]")
     assert sampler_of(unbalanced, label_source=str(tmp_path / "x.json")).classes(range(5)) == [
         3, 1, 1, 3, 1]
     dataset = write_dataset(tmp_path / "data.zip", num=6, classes=2)
-    assert sampler_of(unbalanced, label_source=str(dataset)).classes(range(4)) == [0, 1, 0, 1]
+    with pytest.raises(ValueError, match="no image of the data was of class 0"):
+        sampler_of(unbalanced, label_source=str(dataset))
+    plain = write_snapshot(tmp_path / "plain.pt", label_dim=2)
+    assert sampler_of(plain, label_source=str(dataset)).classes(range(4)) == [0, 1, 0, 1]
 
 
 REFUSED = [
@@ -251,6 +267,8 @@ def test_images_that_are_not_finite_are_not_written(diverged, tmp_path, invoke):
         assert ("10 of 10 images have values that are not finite and were not written: seeds "
                 "0-5, ...") in result.stderr
         assert "0 images made" in result.stdout
+    record = json.loads((tmp_path / "out/generate.json").read_text())
+    assert record["not_finite"] == list(range(10))
 
 
 def test_images_that_are_not_finite_have_no_score(diverged, tmp_path, invoke):
@@ -282,6 +300,18 @@ def test_a_network_is_named_by_its_run_directory(unbalanced, tmp_path, invoke):
     result = invoke(generate.main, f"--network={tmp_path / 'empty'}", "--seeds=0",
                     f"--outdir={tmp_path / 'out'}")
     assert result.exit_code == 1 and "no network-snapshot-*.pt or training-state" in result.stderr
+
+
+def test_a_score_lies_in_the_run_and_names_the_network(unbalanced, tmp_path, invoke):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "network-snapshot-000010.pt").write_bytes(unbalanced.read_bytes())
+    ref = write_dataset(tmp_path / "ref.zip", num=8, classes=0)
+    done = invoke(fid.main, "gen", f"--network={run}", "--seeds=0-3", "--steps=2", "--device=cpu",
+                  f"--ref={ref}", "--detector=pixels")
+    assert done.exit_code == 0 and f"the newest of {run}" in done.stdout
+    [line] = (run / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["network"] == str(run / "network-snapshot-000010.pt")
 
 
 def test_sampling_says_which_states_it_takes(unbalanced, tmp_path, invoke):
