@@ -136,17 +136,14 @@ def dpmpp2m(
     with h = l_(i+1) - l_i and r = (l_i - l_(i-1))/h; the first step has D_0 alone. The step to 0
     returns D. Arguments as for `ipndm`.
     """
-    levels, before = sigmas.log().neg(), None
+    levels = sigmas.log().neg()
+    known: list[torch.Tensor] = []  # D of the levels so far, the newest first
     for i in range(len(sigmas) - 1):
         x, sigma = before_step(x, i) if before_step else (x, sigmas[i])
-        denoised = denoise(x, sigma)
+        known = [denoise(x, sigma), *known][:2]
         if i == len(sigmas) - 2 and sigmas[-1] == 0:
-            return denoised
-        h, target = levels[i + 1] - levels[i], denoised
-        if before is not None:
-            target = denoised + (denoised - before) * h / (2 * (levels[i] - levels[i - 1]))
-        x = (-h).exp() * x - torch.expm1(-h) * target
-        before = denoised
+            return known[0]
+        x = _extrapolated(x, levels, i, *known)
     return x
 
 
@@ -156,58 +153,58 @@ def unipc(
 ) -> torch.Tensor:
     """Returns the solution at the last of `sigmas`, by UniPC of order 2: n evaluations.
 
-    Zhao et al. 2023, arXiv 2302.04867, for the denoised image. If D is a polynomial in
-    l = -ln sigma,
+    Zhao et al. 2023, arXiv 2302.04867, for the denoised image, with B2(h) = e^h - 1. A step
+    predicts as `dpmpp2m` does. The evaluation at its end, which the next step needs anyway,
+    corrects it: in
 
-        x_(i+1) = e^-h x_i + int_0^h e^(l-h) D(l) dl        l from level i on
+        x_(i+1) = e^-h x_i + int_0^h e^(l-h) D(l) dl        l = -ln sigma from level i on
 
-    A step predicts by the line through D_(i-1) and D_i. The evaluation at its end, which the next
-    step needs anyway, corrects it by the parabola through D_(i+1) too, which makes the order 3; the
-    first step is predicted by D_0 and corrected by the line. (Weights that are exact for these
-    leave no choice of the paper's B(h).) The step to 0 returns D. Arguments as for `ipndm`.
+    D is then the parabola through D_(i-1), D_i and D_(i+1), which makes the order 3, or in the
+    first step the mean of D_0 and D_1. The step to 0 returns D. Arguments as for `ipndm`.
     """
     levels, start = sigmas.log().neg(), x
-    known: list[torch.Tensor] = []  # D of the levels before, the newest first
+    known: list[torch.Tensor] = []  # D of the levels so far, the newest first
     for i in range(len(sigmas) - 1):
         x, sigma = before_step(x, i) if before_step else (x, sigmas[i])
-        denoised = denoise(x, sigma)
+        known = [denoise(x, sigma), *known][:3]
         if i == len(sigmas) - 2 and sigmas[-1] == 0:
-            return denoised
-        if known:
-            x = _corrected(start, levels, i, denoised, *known)
-        start, known = x, [denoised, *known][:2]
-        x = _predicted(x, levels, i, *known)
+            return known[0]
+        if i > 0:
+            x = _corrected(start, levels, i, *known)
+        start, x = x, _extrapolated(x, levels, i, *known[:2])
     return x
 
 
-def _predicted(
+def _extrapolated(
     x: torch.Tensor, levels: torch.Tensor, i: int, denoised: torch.Tensor,
     before: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the state at level i + 1 from x at level i, by D there and perhaps at i - 1."""
-    constant, linear, _ = _integrals(h := levels[i + 1] - levels[i])
-    slope = 0 if before is None else (denoised - before) / (levels[i] - levels[i - 1])
-    return (-h).exp() * x + constant * denoised + linear * slope
+    """Returns the state at level i + 1 from x at level i, by D there and at i - 1.
+
+    D counts as constant, at what both extrapolate to the middle of the step.
+    """
+    h = levels[i + 1] - levels[i]
+    if before is not None:
+        denoised = denoised + (denoised - before) * h / (2 * (levels[i] - levels[i - 1]))
+    return (-h).exp() * x - torch.expm1(-h) * denoised
 
 
 def _corrected(
     x: torch.Tensor, levels: torch.Tensor, i: int, denoised: torch.Tensor, before: torch.Tensor,
     earlier: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the state at level i from x at level i - 1, by D at both and perhaps at i - 2."""
-    constant, linear, square = _integrals(h := levels[i] - levels[i - 1])
-    slope, bend = (denoised - before) / h, 0
-    if earlier is not None:
-        h_before = levels[i - 1] - levels[i - 2]
-        bend = (slope - (before - earlier) / h_before) / (h + h_before)
-    return (-h).exp() * x + constant * before + linear * (slope - bend * h) + square * bend
-
-
-def _integrals(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the integrals of e^(l-h) l^k from 0 to h, for k = 0, 1, 2."""
+    """Returns the state at level i from x at level i - 1, by D at both and at i - 2."""
+    h = levels[i] - levels[i - 1]
+    # The integrals of e^(l-h) l^k from 0 to h, for k = 0, 1, 2.
     constant = -torch.expm1(-h)
     linear = h - constant
-    return constant, linear, h**2 - 2 * linear
+    square = h**2 - 2 * linear
+    if earlier is None:
+        return (-h).exp() * x + constant * (before + denoised) / 2
+    h_before = levels[i - 1] - levels[i - 2]
+    slope = (denoised - before) / h
+    bend = (slope - (before - earlier) / h_before) / (h + h_before)
+    return (-h).exp() * x + constant * before + linear * (slope - bend * h) + square * bend
 
 
 SOLVERS = {"euler": euler, "heun": heun}  # of the equation along any schedule

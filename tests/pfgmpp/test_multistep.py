@@ -106,6 +106,11 @@ def test_ipndm_is_exact_for_slopes_of_lower_degree_at_equal_steps(order):
     assert np.abs(steps - true)[order - 1:].min() > 1e-4
 
 
+def polynomial(denoised):
+    """A denoiser whose image is a polynomial in -ln sigma."""
+    return lambda x, sigma: torch.as_tensor(denoised(-sigma.log())).expand_as(x)
+
+
 def exact_in_log_sigma(denoised, x, sigmas):
     """The states for D a polynomial in -ln sigma: x_t/sigma_t = x_s/sigma_s + int D e^l dl."""
     levels, whole = -np.log(sigmas.numpy()), denoised
@@ -114,40 +119,43 @@ def exact_in_log_sigma(denoised, x, sigmas):
     return sigmas.numpy() * (x / sigmas[0].item() + anti - anti[0])
 
 
-@pytest.mark.parametrize("solver, degree", [(dpmpp2m, 0), (unipc, 0), (unipc, 1)])
-def test_solvers_in_log_sigma_are_exact_for_denoised_polynomials(solver, degree):
-    sigmas = grid(12, lowest=0.1)
-    denoised = np.polynomial.Polynomial([0.3, -0.7, 0.2][:degree + 1])
-    x = torch.full([1], 30.0, dtype=torch.float64)
-    final = solver(lambda x, sigma: torch.as_tensor(denoised(-sigma.log())).expand_as(x), x, sigmas)
-    assert final.item() == pytest.approx(exact_in_log_sigma(denoised, 30.0, sigmas)[-1], rel=1e-10)
-
-
-def test_unipc_corrects_by_a_parabola():
-    # After the first step, which has only a line, each error is carried along and no other is made.
-    sigmas = grid(12, lowest=0.1)
-    denoised = np.polynomial.Polynomial([0.3, -0.7, 0.2])
-    x, asked = torch.full([1], 30.0, dtype=torch.float64), []
-
-    def ask(x, sigma):
-        asked.append(x.item())
-        return torch.as_tensor(denoised(-sigma.log())).expand_as(x)
-
-    unipc(ask, x, sigmas)
-    exact = exact_in_log_sigma(denoised, 30.0, sigmas)
+def test_dpmpp2m_takes_what_two_extrapolate_to_the_middle_of_the_step():
+    sigmas, x = grid(12, lowest=0.1), torch.full([1], 30.0, dtype=torch.float64)
+    denoised = np.polynomial.Polynomial([0.3, -0.7])
+    states = states_of(dpmpp2m, polynomial(denoised), x, sigmas).flatten().numpy()
     levels = -np.log(sigmas.numpy())
-    predicted = np.array(asked) - exact[:-1]  # the states that are asked about are predicted ones
-    for i in range(3, 11):
-        h, k = levels[i] - levels[i - 1], levels[i - 1] - levels[i - 2]
-        # The line through two points of a parabola misses 0.2 l (l + k), integrated to level i.
-        moments = [1 - np.exp(-h), h - 1 + np.exp(-h)]
-        moments.append(h**2 - 2 * moments[1])
-        missed = -0.2 * (moments[2] + k * moments[1])
-        carried = predicted[2] + 0.2 * (lambda h, k: (h**2 - 2 * (h - 1 + np.exp(-h)))
-                                        + k * (h - 1 + np.exp(-h)))(
-            levels[2] - levels[1], levels[1] - levels[0])
-        carried *= np.exp(levels[2] - levels[i])
-        assert predicted[i] == pytest.approx(carried + missed, rel=1e-6, abs=1e-12)
+    middles = denoised((levels[1:] + levels[:-1]) / 2)
+    middles[0] = denoised(levels[0])  # the first step has nothing to extrapolate from
+    shrink = np.exp(-np.diff(levels))
+    assert np.allclose(states[1:], shrink * states[:-1] + (1 - shrink) * middles, rtol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [dpmpp2m, unipc])
+def test_solvers_in_log_sigma_are_exact_for_a_constant_image(solver):
+    sigmas, x = grid(12, lowest=0.1), torch.full([1], 30.0, dtype=torch.float64)
+    denoised = np.polynomial.Polynomial([0.3])
+    states = states_of(solver, polynomial(denoised), x, sigmas).flatten()
+    assert np.allclose(states, exact_in_log_sigma(denoised, 30.0, sigmas), rtol=1e-12)
+
+
+@pytest.mark.parametrize("coefficients", [[0.3, -0.7], [0.3, -0.7, 0.2]])
+def test_unipc_corrects_by_the_integral_of_a_parabola(coefficients):
+    # The states at which it asks are predicted: the corrected ones follow from them by the rule
+    # of dpmpp2m, and go from the second on from one to the next as the true solution does.
+    sigmas, x = grid(12, lowest=0.1), torch.full([1], 30.0, dtype=torch.float64)
+    denoised = np.polynomial.Polynomial(coefficients)
+    predicted = states_of(unipc, polynomial(denoised), x, sigmas).flatten().numpy()
+    levels, values = -np.log(sigmas.numpy()), denoised(-np.log(sigmas.numpy()))
+    ratio = np.diff(levels)[1:] / np.diff(levels)[:-1]
+    targets = values[1:-1] + np.diff(values)[:-1] * ratio / 2
+    shrink = np.exp(-np.diff(levels))[1:]
+    corrected = (predicted[2:] - (1 - shrink) * targets) / shrink  # at levels 1, 2, ...
+    exact = exact_in_log_sigma(denoised, 30.0, sigmas)[1:-1]
+    error = (corrected - exact) * np.exp(levels[1:-1])
+    assert np.ptp(error) < 1e-9 * abs(error).max()
+    first = corrected[0] - (np.exp(-levels[1] + levels[0]) * 30.0
+                            + (1 - np.exp(-levels[1] + levels[0])) * values[:2].mean())
+    assert abs(first) < 1e-10
 
 
 @pytest.mark.parametrize("solver", MULTISTEP.values())
