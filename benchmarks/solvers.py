@@ -33,6 +33,8 @@ _DIMS = (2.0, 128.0, math.inf)
 _FINE_STEPS = 4000
 _POINTS, _STARTS, _STD = 200, 500, 0.5  # of the ideal denoiser's problem
 _HIGHEST, _LOWEST = 80.0, 0.1  # its noise levels
+_COLUMNS = 3  # of panels in the picture
+_IDEAL = "ideal denoiser"
 _MARKS = dict(zip(_STEPS, "osv^D", strict=True))
 
 
@@ -117,23 +119,28 @@ def draw(panels: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2),
+    rows = -(-(len(panels) + 1) // _COLUMNS)
+    figure, grid = plt.subplots(rows, _COLUMNS, figsize=(3.4 * _COLUMNS, 2.9 * rows),
                                 layout="constrained")
-    for axis, (title, found) in zip(axes, panels.items(), strict=True):
+    axes = grid.flatten()
+    for axis, (title, found) in zip(axes, panels.items(), strict=False):
         for solver, values in found.items():
             counts = sorted(values)
             axis.plot(counts, [values[count] for count in counts], marker=_MARKS[solver],
                       markersize=4, linewidth=1, label=solver)
-        axis.set(title=title, xscale="log", yscale="log", xlabel="network evaluations")
+        axis.set(title=title, xscale="log", yscale="log", xlabel="network evaluations",
+                 ylabel=f"error at sigma = {_LOWEST:g}" if title.startswith(_IDEAL)
+                 else "Frechet distance")
         axis.set_xticks([5, 7, 11, 18, 35])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         for one in (axis.xaxis, axis.yaxis):
-            one.set_major_formatter(ScalarFormatter())
+            one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             one.set_minor_formatter(NullFormatter())
-    axes[0].set_ylabel("Frechet distance")
-    axes[-len(_DIMS)].set_ylabel(f"error at sigma = {_LOWEST:g}")
-    axes[0].legend(fontsize="small")
+    for axis in axes[len(panels):]:
+        axis.axis("off")
+    axes[len(panels)].legend(*axes[0].get_legend_handles_labels(), loc="upper left")
     figure.savefig(path, dpi=110)
 
 
@@ -162,7 +169,7 @@ def main(networks: str, ref: str, detector: str, num: int, batch: int, repeats: 
             print(f"{path.stem}, seeds {format_ranges(range(num))}, {detector}, by evaluations\n\n"
                   f"{table(panels[path.stem], 3)}\n", flush=True)
         for D in _DIMS:
-            title = f"ideal denoiser, D = {D:g}"
+            title = f"{_IDEAL}, D = {D:g}"
             panels[title] = errors(D)
             print(f"{title}, median error, by evaluations\n\n{table(panels[title], 2)}\n",
                   flush=True)

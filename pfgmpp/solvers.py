@@ -69,18 +69,18 @@ def heun(
     denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor,
     before_step: BeforeStep | None = None, slope: Slope = sigma_slope,
 ) -> torch.Tensor:
-    """Returns the solution at the last of `sigmas`, by second-order steps: 2n - 1 evaluations.
+    """Returns the solution at the last of `sigmas`, by second-order steps: 2 evaluations each.
 
-    Karras et al. 2022, Algorithm 2. The step to 0 is first order, for the slope there is 0/0.
-    Arguments as for `euler`.
+    Karras et al. 2022, Algorithm 2. A step to 0 is first order, for the slope there is 0/0, and
+    takes 1. Arguments as for `euler`.
     """
-    last = len(sigmas) - 2
-    for i in range(last + 1):
+    last = _step_to_zero(sigmas)
+    for i in range(len(sigmas) - 1):
         x, sigma = before_step(x, i) if before_step else (x, sigmas[i])
         sigma_next = sigmas[i + 1]
         first = slope(denoise, x, sigma)
         x_next = x + (sigma_next - sigma) * first
-        if i < last:
+        if i != last:
             second = slope(denoise, x_next, sigma_next)
             x_next = x + (sigma_next - sigma) * (first + second) / 2
         x = x_next
@@ -136,12 +136,12 @@ def dpmpp2m(
     with h = l_(i+1) - l_i and r = (l_i - l_(i-1))/h; the first step has D_0 alone. The step to 0
     returns D. Arguments as for `ipndm`.
     """
-    levels = sigmas.log().neg()
+    levels, last = sigmas.log().neg(), _step_to_zero(sigmas)
     known: list[torch.Tensor] = []  # D of the levels so far, the newest first
     for i in range(len(sigmas) - 1):
         x, sigma = before_step(x, i) if before_step else (x, sigmas[i])
         known = [denoise(x, sigma), *known][:2]
-        if i == len(sigmas) - 2 and sigmas[-1] == 0:
+        if i == last:
             return known[0]
         x = _extrapolated(x, levels, i, *known)
     return x
@@ -162,17 +162,22 @@ def unipc(
     D is then the parabola through D_(i-1), D_i and D_(i+1), which makes the order 3, or in the
     first step the mean of D_0 and D_1. The step to 0 returns D. Arguments as for `ipndm`.
     """
-    levels, start = sigmas.log().neg(), x
+    levels, last, start = sigmas.log().neg(), _step_to_zero(sigmas), x
     known: list[torch.Tensor] = []  # D of the levels so far, the newest first
     for i in range(len(sigmas) - 1):
         x, sigma = before_step(x, i) if before_step else (x, sigmas[i])
         known = [denoise(x, sigma), *known][:3]
-        if i == len(sigmas) - 2 and sigmas[-1] == 0:
+        if i == last:
             return known[0]
         if i > 0:
             x = _corrected(start, levels, i, *known)
         start, x = x, _extrapolated(x, levels, i, *known[:2])
     return x
+
+
+def _step_to_zero(sigmas: torch.Tensor) -> int | None:
+    """Returns the number of the step to 0, None without one; a GPU is waited for, so ask first."""
+    return len(sigmas) - 2 if sigmas[-1] == 0 else None
 
 
 def _extrapolated(

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from snapshots import write_snapshot
 
 from benchmarks import __main__ as command
-from benchmarks import networks, reading, sides, stf
+from benchmarks import networks, reading, sides, solvers, stf
 from benchmarks.table import Row, format_table, in_turn, relative_error, with_ratios
 
 
@@ -50,6 +51,29 @@ def test_both_ways_of_stable_targets_agree_where_many_images_have_a_share():
     assert relative_error(stf.by_product(*inputs), stf.by_differences(*inputs)) < 1e-6
     nearest = data[torch.cdist(x, data).argmin(1)]
     assert relative_error(stf.by_product(*inputs), nearest) > 0.1
+
+
+def test_solvers_are_compared_by_scores_errors_and_time(invoke, tmp_path, dataset_zip, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(solvers, "_STEPS", {"heun": (12, 2), "euler": (24, 4), "unipc": (24, 4)})
+    monkeypatch.setattr(solvers, "_FINE_STEPS", 300)
+    monkeypatch.setattr(solvers, "_DIMS", (2.0,))
+    network = write_snapshot(tmp_path / "network.pt")
+    result = invoke(solvers.main, f"--networks={network}", f"--ref={dataset_zip}", "--num=6",
+                    "--batch=3", "--repeats=1", f"--out={tmp_path}/solvers.png")
+    assert result.exit_code == 0, result.output
+    tables = [block.splitlines() for block in result.stdout.split("\n\n") if "|" in block]
+    scores, errors = ({cells[0]: cells[1:] for row in rows
+                       if (cells := [cell.strip() for cell in row.strip("|").split("|")])}
+                      for rows in tables)
+    assert scores["solver"] == ["24", "23", "4", "3"]  # heun takes one less in the step to 0
+    assert errors["solver"] == ["24", "4"]
+    assert [bool(cell) for cell in scores["heun"]] == [False, True, False, True]
+    many, few = ([float(errors[name][k]) for name in ("euler", "heun", "unipc")] for k in (0, 1))
+    assert many == sorted(many, reverse=True) and all(a < b for a, b in zip(many, few, strict=True))
+    assert "network: 6 images by ipndm, 7 steps: " in result.stdout
+    assert image.open(tmp_path / "solvers.png").width > 500
 
 
 CASE = """

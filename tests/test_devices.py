@@ -355,7 +355,8 @@ CHURN = {"S_churn": 2.0, "S_min": 0.1, "S_max": 50.0, "noise_alpha": 0.1}
 
 
 @pytest.mark.parametrize("D", [math.inf, 128, 1])
-@pytest.mark.parametrize("settings", [{}, CHURN])
+@pytest.mark.parametrize("settings", [
+    {}, CHURN, *({"solver": solver} for solver in ("ipndm", "dpmpp2m", "unipc"))])
 def test_the_edm_sampler_gives_the_same_images_there_and_steps_wait_for_nothing(gpu, settings, D):
     here, there = (sample(Shrinking(D), gpu, device, SamplerConfig(num_steps=3, **settings))
                    for device in (CPU, DEVICE))

@@ -106,6 +106,15 @@ def test_ipndm_is_exact_for_slopes_of_lower_degree_at_equal_steps(order):
     assert np.abs(steps - true)[order - 1:].min() > 1e-4
 
 
+def test_heun_is_exact_for_a_linear_slope_wherever_it_ends():
+    sigmas, x = grid(6, lowest=0.1), torch.ones(1).double()
+    slope = np.polynomial.Polynomial([0.3, -1.0])
+    states = states_of(heun, lambda x, sigma: x - sigma * slope(sigma), x, sigmas)
+    assert np.allclose(np.diff(states.flatten()), np.diff(slope.integ()(sigmas.numpy())))
+    there_and_back = heun(lambda x, sigma: x - sigma * slope(sigma), states[-1], sigmas.flip(0))
+    assert there_and_back.item() == pytest.approx(1.0, abs=1e-9)
+
+
 def polynomial(denoised):
     """A denoiser whose image is a polynomial in -ln sigma."""
     return lambda x, sigma: torch.as_tensor(denoised(-sigma.log())).expand_as(x)
