@@ -1,4 +1,4 @@
-"""Converts images into a data set that train.py reads; verifies and shows data sets.
+"""Converts images into a data set that train.py reads; verifies, shows and splits data sets.
 
 Its commands also list and empty the cache folder.
 """
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # imported late: help is instant
     from images.image_files import ImageFormat
     from images.scaling import Moments, Scaling
     from images.sources import Source
+    from images.splitting import Split
 
 _MAX_CLASS_LINES = 40
 _MAX_LISTED = 50  # damaged images
@@ -72,6 +73,17 @@ def _parse_scale(ctx, param, value: str | None) -> str | tuple[float, float] | N
         raise click.BadParameter(f"{value}: must be minmax, std, or LO,HI with LO < HI, such as "
                                  "0,65535")
     return low, high
+
+
+def _parse_val(ctx, param, value: str) -> int | float:
+    try:
+        number = int(value) if value.isdecimal() else float(value)
+    except ValueError:
+        number = math.nan
+    if not (number >= 1 if isinstance(number, int) else 0 < number < 1):
+        raise click.BadParameter(f"{value}: must be a share between 0 and 1, such as 0.1, or a "
+                                 "whole number of images")
+    return number
 
 
 def _check_geometry(transform: str | None, size: tuple[int, int] | None) -> None:
@@ -165,16 +177,23 @@ def _print_statistics(moments: "Moments", scaling: "Scaling", is_data: bool = Tr
 def _tell_unused(source: "Source", max_images: int | None, num_selected: int) -> None:
     """Prints how many files of the source were not looked at, and why."""
     num_used = len(range(source.num_images)[:max_images])
+    _tell_others(source)
+    for number, reason in [(source.num_conditions, "images under cond/, which are condition "
+                                                   "images; --cond-source takes some along"),
+                           (source.num_images - num_used, "images beyond --max-images"),
+                           (num_used - num_selected, "images of other classes")]:
+        if number:
+            click.echo(f"Left out: {number} {reason}")
+
+
+def _tell_others(source: "Source | Split") -> None:
+    """Prints how many files of a source are not of a data set."""
     kinds = collections.Counter(os.path.splitext(name)[1].lower() or "no extension"
                                 for name in source.others).most_common(_MAX_KINDS)
     shown = ", ".join(kind for kind, _ in kinds)
     for number, reason in [(len(source.others), f"files that aren't images ({shown})"),
                            (source.num_hidden, "hidden or system files"),
-                           (source.num_pictures, "pictures of generate.py under vis/"),
-                           (source.num_conditions, "images under cond/, which are condition "
-                                                   "images; --cond-source takes some along"),
-                           (source.num_images - num_used, "images beyond --max-images"),
-                           (num_used - num_selected, "images of other classes")]:
+                           (source.num_pictures, "pictures of generate.py under vis/")]:
         if number:
             click.echo(f"Left out: {number} {reason}")
 
@@ -228,7 +247,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
          cond_scale: str | tuple[float, float] | None, classes: list[int] | None,
          channels: str | None, layout: str | None, skip_damaged: bool,
          background: tuple[int, int, int], first_frame: bool, workers: int | None) -> None:
-    """Converts images into a data set for train.py; the commands verify and show data sets.
+    """Converts images into a data set for train.py; the commands verify, show and split data sets.
 
     --source is recognised by its name:
 
@@ -274,7 +293,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
         settings = Settings(transform, resolution, background, first_frame, scale,
                             channels=channels, layout=layout, skip_damaged=skip_damaged)
         for flag, path in (("source", source), ("cond-source", cond_source)):
-            if path and os.path.exists(dest) and os.path.exists(path) and os.path.samefile(path, dest):
+            if path and _is_same(Path(path), Path(dest)):
                 raise ValueError(f"--dest={dest}: is the {flag} itself")
         with open_source(Path(source), layout=layout) as images:
             numbers, labels = select_images(images, max_images, classes)
@@ -303,10 +322,12 @@ def _open_conditions(path: Path, images: "Source", numbers: Sequence[int],
 
 def _refuse_flags(context: click.Context) -> None:
     """Raises UsageError for flags of a conversion before the name of a command."""
+    command = context.invoked_subcommand
+    own = {option.name for option in main.commands[command].params}
     for name in context.params:
         if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')}: not a flag of "
-                                   f"{context.invoked_subcommand}")
+            problem = f"must come after {command}" if name in own else f"not a flag of {command}"
+            raise click.UsageError(f"--{name.replace('_', '-')}: {problem}")
 
 
 @main.command(context_settings=HELP_NAMES)
@@ -378,6 +399,86 @@ def show(data: str, out: str | None, workers: int | None) -> None:
         save_png(path, picture)
         click.echo(f"{path}: {shown}")
         _print_statistics(moments, scaling)
+
+
+@main.command(context_settings=HELP_NAMES)
+@click.argument("data", metavar="DATA")
+@click.option("--val",          metavar="SHARE|INT", required=True, callback=_parse_val,
+              help="Images to hold out: a share such as 0.1, or a whole number of them")
+@click.option("--dest",         metavar="DIR|ZIP", required=True,
+              help="Data set to train on; a ZIP is replaced, a folder must be empty")
+@click.option("--val-dest",     metavar="DIR|ZIP", required=True,
+              help="Held-out data set, likewise")
+@click.option("--seed",         metavar="INT", type=int, default=0, show_default=True,
+              help="Chooses the images")
+def split(data: str, val: float, dest: str, val_dest: str, seed: int) -> None:
+    """Divides a data set into one to train on and one that is held out, for train.py --val-data.
+
+    The seed and the names of the images decide which are held out, of each class about the same
+    share. At least one image of each class is left to train on. Files are copied as they are, with
+    labels, condition images and scales.
+    """
+    paths = {"--dest": Path(dest), "--val-dest": Path(val_dest)}
+    _check_two_places(paths)
+    with user_errors():
+        from images.conversion import open_dests
+        from images.inspection import DataSet
+        from images.splitting import plan_split, write_split
+
+        _check_outside(Path(data), paths)
+        source = DataSet(Path(data))
+        plan = plan_split(source, val, seed)
+        with open_dests(paths) as writes:
+            write_split(source, plan, *writes)
+        _summarise_split(paths, plan)
+
+
+def _check_two_places(paths: dict[str, Path]) -> None:
+    """Raises UsageError if one destination is the other, or lies inside it."""
+    (flag, path), (other_flag, other) = paths.items()
+    places = _place(path), _place(other)
+    if places[0] == places[1]:
+        raise click.UsageError(f"{other_flag}={other}: is {flag} too; name two data sets")
+    if places[0] in places[1].parents or places[1] in places[0].parents:
+        raise click.UsageError(f"{other_flag}={other}: one of {flag} and {other_flag} lies inside "
+                               "the other; name two places side by side")
+
+
+def _is_same(source: Path, dest: Path) -> bool:
+    """Whether writing `dest` would replace `source`; its folder may not be there yet."""
+    return _place(source) == _place(dest) or (
+        source.exists() and dest.exists() and dest.samefile(source))
+
+
+def _place(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _check_outside(source: Path, paths: dict[str, Path]) -> None:
+    """Raises ValueError for a destination that is the source, or lies inside it."""
+    for flag, path in paths.items():
+        if _is_same(source, path):
+            raise ValueError(f"{flag}={path}: is the source itself; name another")
+        if _place(source) in _place(path).parents:
+            raise ValueError(f"{flag}={path}: lies inside the data set; give a path outside of it")
+
+
+def _summarise_split(paths: dict[str, Path], plan: "Split") -> None:
+    """Prints how many images each part got, in all and of each class."""
+    train, held_out = plan.train, plan.held_out
+    for path, part in zip(paths.values(), (train, held_out), strict=True):
+        classes = f", {len(part.classes)} classes" if part.classes else ""
+        conditions = f", {len(part.conditions)} condition images" if part.conditions else ""
+        click.echo(f"{path}: {len(part.images)} images{classes}{conditions}")
+    names, missing = plan.class_names or [], sorted(set(train.classes) - set(held_out.classes))
+    if len(train.classes) <= _MAX_CLASS_LINES:
+        for label in sorted(train.classes):
+            name = f" ({names[label]})" if label < len(names) else ""
+            click.echo(f"  class {label}{name}: {train.classes[label]} to train on, "
+                       f"{held_out.classes[label]} held out")
+    if missing:
+        click.echo(f"Note: no image is held out of {len(missing)} classes, the first {missing[0]}")
+    _tell_others(plan)
 
 
 @main.group(context_settings=HELP_NAMES)

@@ -25,6 +25,7 @@ _VERSION, _VERSION64 = 20, 45  # of the format that a reader must know
 _UNIX = 3 << 8
 _DATE = 1 << 5 | 1  # 1 January 1980, the earliest a ZIP can hold: equal images, equal files
 _PERMISSIONS = 0o644 << 16
+_UTF8 = 1 << 11  # a flag of a member: its name is UTF-8
 _MAX_COUNT, _MAX_OFFSET = 0xFFFF, 0x7FFFFFFF  # beyond, the fields of ZIP64
 _FULL = 0xFFFFFFFF  # in place of a number that stands in a field of ZIP64
 _MAX_MEMBERS = 100_000  # of a ZIP that is read
@@ -38,10 +39,10 @@ class StoredZip:
         self._directory, self._count = bytearray(), 0
 
     def write(self, name: str, data: bytes) -> None:
-        """Adds a member; `name` is ASCII and new."""
-        encoded = name.encode("ascii")
+        """Adds a member; `name` is new."""
+        encoded, flags = name.encode(), 0 if name.isascii() else _UTF8
         assert len(data) <= _MAX_OFFSET
-        fields = (0, 0, 0, _DATE, zlib.crc32(data), len(data), len(data), len(encoded))
+        fields = (flags, 0, 0, _DATE, zlib.crc32(data), len(data), len(data), len(encoded))
         header = _LOCAL.pack(ZIP_MAGIC, _VERSION, *fields, 0)
         far = self._position > _MAX_OFFSET
         extra = struct.pack("<2HQ", 1, 8, self._position) if far else b""

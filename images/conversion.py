@@ -21,7 +21,7 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -506,7 +506,8 @@ def _scale_entries(outcome: Outcome, settings: Settings, conditions: Conditions 
                     for key, scaling in scalings.items() if scaling)
 
 
-def open_dest(path: Path) -> contextlib.AbstractContextManager[Callable[[str, bytes], None]]:
+@contextlib.contextmanager
+def open_dest(path: Path) -> Iterator[Callable[[str, bytes], None]]:
     """Opens a function that writes a file by name; `path` appears when the block ends well.
 
     An earlier ZIP is replaced, an earlier folder must be empty.
@@ -514,33 +515,62 @@ def open_dest(path: Path) -> contextlib.AbstractContextManager[Callable[[str, by
     Raises:
         OSError: the destination can't be written, or it exists.
     """
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return _write_zip(path) if path.suffix.lower() == ".zip" else _write_folder(path)
+    with open_dests({"--dest": path}) as [write]:
+        yield write
 
 
 @contextlib.contextmanager
-def _write_zip(path: Path) -> Iterator[Callable[[str, bytes], None]]:
+def open_dests(paths: Mapping[str, Path]) -> Iterator[list[Callable[[str, bytes], None]]]:
+    """Opens several, as `open_dest` does one, by the flags that errors call them.
+
+    All are whole before the first gets its name, so a full disk leaves the earlier ones as they
+    were.
+    """
+    with contextlib.ExitStack() as stack:
+        dests = []
+        for flag, path in paths.items():
+            path = Path(os.path.realpath(path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            opener = _write_zip if path.suffix.lower() == ".zip" else _write_folder
+            dests.append(stack.enter_context(opener(path, flag)))
+        yield [dest.write for dest in dests]
+        for dest in dests:
+            dest.finish()
+
+
+class _Dest(NamedTuple):
+    """A data set that is being written."""
+
+    write: Callable[[str, bytes], None]
+    finish: Callable[[], None]  # leaves nothing to do but to give it its name
+
+
+@contextlib.contextmanager
+def _write_zip(path: Path, flag: str) -> Iterator[_Dest]:
+    def finish():
+        archive.close()
+        file.flush()
+        os.fsync(file.fileno())
+
     if path.is_dir():
-        raise IsADirectoryError(f"--dest={path}: is a folder")
+        raise IsADirectoryError(f"{flag}={path}: is a folder")
     with atomic_write(path) as file:
         archive = StoredZip(file)
-        yield archive.write
-        archive.close()
+        yield _Dest(archive.write, finish)
 
 
 @contextlib.contextmanager
-def _write_folder(path: Path) -> Iterator[Callable[[str, bytes], None]]:
+def _write_folder(path: Path, flag: str) -> Iterator[_Dest]:
     def write(name, data):
         (tmp / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp / name).write_bytes(data)
 
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"--dest={path}: is there already and not an empty folder")
+        raise FileExistsError(f"{flag}={path}: is there already and not an empty folder")
     tmp = temporary_name(path)
     tmp.mkdir()
     try:
-        yield write
+        yield _Dest(write, lambda: None)
         tmp.rename(path)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)

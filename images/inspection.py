@@ -74,8 +74,13 @@ class Report:
     num_problems: int = 0
 
 
-class _DataSet:
-    """The images and conditions of a folder or ZIP in the reader's order, and the labels."""
+class DataSet:
+    """The images and conditions of a folder or ZIP in the reader's order, and the labels.
+
+    Raises:
+        OSError: there is none, or it can't be read.
+        ValueError: it is no ZIP, or has no images.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -84,6 +89,12 @@ class _DataSet:
         self.names, self.cond_names, *_ = sort_names(self.files.names)
         if not self.names:
             raise ValueError(f"{path}: no images found")
+
+    def name_problem(self, name: str) -> str | None:
+        """Says what is wrong with the name or kind of a file; None if it is fine."""
+        if isinstance(self.files, Folder):
+            return name_problem(name)
+        return member_problem(self.files.info(name))
 
     def item(self, name: str) -> Item:
         """Returns a file, or its content out of a ZIP, which only the main process reads.
@@ -114,14 +125,14 @@ class _DataSet:
         return parse_labels(content, LABELS_NAME)
 
 
-def _inspect_all(data: _DataSet, names: Sequence[str], workers: int) -> Iterator[Inspected]:
+def _inspect_all(data: DataSet, names: Sequence[str], workers: int) -> Iterator[Inspected]:
     """Yields what became of every image of these names, in order."""
     results = ordered_map(_inspect, _items(data, names), min(workers, len(names)))
     with Progress(len(names), "Inspecting") as progress:
         yield from progress.over(results)
 
 
-def _items(data: _DataSet, names: Sequence[str]) -> Iterator[Item | Inspected]:
+def _items(data: DataSet, names: Sequence[str]) -> Iterator[Item | Inspected]:
     for name in names:
         try:
             yield data.item(name)
@@ -167,7 +178,7 @@ def check_dataset(path: Path, workers: int) -> Report:
         OSError: there is none, or it can't be read.
         ValueError: it can't be opened as one, or has no images.
     """
-    data = _DataSet(path)
+    data = DataSet(path)
     report = Report(len(data.names))
     report.format, found = _check_images(data, data.names, workers)
     found += [_check_names(data, data.names), _check_labels(data, report)]
@@ -187,7 +198,7 @@ def check_dataset(path: Path, workers: int) -> Report:
     return report
 
 
-def _check_images(data: _DataSet, names: Sequence[str],
+def _check_images(data: DataSet, names: Sequence[str],
                   workers: int) -> tuple[ImageFormat | None, list[_Problems]]:
     """Returns the format of most images of these names, and what is wrong with the others."""
     unreadable, formats = _Problems(), collections.defaultdict(_Problems)
@@ -210,7 +221,7 @@ def _check_images(data: _DataSet, names: Sequence[str],
     return usual, [unreadable, *unlike.values()]
 
 
-def _check_conditions(data: _DataSet, report: Report) -> list[_Problems]:
+def _check_conditions(data: DataSet, report: Report) -> list[_Problems]:
     """Returns what is wrong between images and condition images."""
     missing, extra, size = _Problems(), _Problems(), _Problems()
     last = len(data.cond_names)  # what belongs to no condition image comes last
@@ -227,7 +238,7 @@ def _check_conditions(data: _DataSet, report: Report) -> list[_Problems]:
     return [missing, extra, size]
 
 
-def _check_scales(data: _DataSet, report: Report) -> _Problems:
+def _check_scales(data: DataSet, report: Report) -> _Problems:
     """Returns what is wrong with the scalings in dataset.json."""
     problems = _Problems()
     for image_format, key in ((report.format, "scale"), (report.cond_format, "cond_scale")):
@@ -239,17 +250,15 @@ def _check_scales(data: _DataSet, report: Report) -> _Problems:
     return problems
 
 
-def _check_names(data: _DataSet, names: Sequence[str]) -> _Problems:
+def _check_names(data: DataSet, names: Sequence[str]) -> _Problems:
     problems = _Problems()
     for i, name in enumerate(names):
-        problem = (name_problem(name) if isinstance(data.files, Folder)
-                   else member_problem(data.files.info(name)))
-        if problem:
+        if problem := data.name_problem(name):
             problems.add(i, problem)
     return problems
 
 
-def _check_labels(data: _DataSet, report: Report) -> _Problems:
+def _check_labels(data: DataSet, report: Report) -> _Problems:
     """Returns what is wrong with the labels, and puts the classes into the report."""
     problems, last = _Problems(), len(data.names)  # what belongs to no image comes last
     try:
@@ -293,7 +302,7 @@ def pixel_statistics(path: Path, workers: int) -> tuple[Moments, Scaling]:
     Raises:
         OSError, ValueError: it isn't a data set, or an image is damaged or unlike the first.
     """
-    data, first, total = _DataSet(path), None, None
+    data, first, total = DataSet(path), None, None
     for i, inspected in enumerate(_inspect_all(data, data.names, workers)):
         where = f"{path}: {inspected.name} (image {i})"
         if inspected.problem:
@@ -312,7 +321,7 @@ def sample_grid(path: Path) -> tuple[PIL.Image.Image, str]:
     Raises:
         OSError, ValueError: it isn't a data set, or its labels are invalid.
     """
-    data = _DataSet(path)
+    data = DataSet(path)
     if data.cond_names:
         return _pair_grid(data)
     labels = data.labels()
@@ -334,7 +343,7 @@ def _spread(values: np.ndarray, num: int) -> np.ndarray:
     return values[np.arange(num) * len(values) // num] if len(values) > num else values
 
 
-def _pair_grid(data: _DataSet) -> tuple[PIL.Image.Image, str]:
+def _pair_grid(data: DataSet) -> tuple[PIL.Image.Image, str]:
     """Returns a picture of rows of condition images, each above the row of their images."""
     found, _ = match_names([CONDITIONS + name for name in data.names], data.cond_names)
     paired = np.array([i for i, name in enumerate(found) if name], int)
@@ -350,7 +359,7 @@ def _pair_grid(data: _DataSet) -> tuple[PIL.Image.Image, str]:
     return image_grid(rows, labels), f"{len(numbers)} of {len(data.names)} images, with conditions"
 
 
-def _small_pixels(data: _DataSet, name: str) -> np.ndarray:
+def _small_pixels(data: DataSet, name: str) -> np.ndarray:
     """Returns an image as uint8 [C, H, W], reduced if it is large."""
     values, image_format = _decode(data.item(name))
     key = "cond_scale" if name.startswith(CONDITIONS) else "scale"

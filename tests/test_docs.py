@@ -203,6 +203,8 @@ def run_documented(script, documented):
         run(script, [*args, "--resolution=8x8"])  # for what comes after
     elif script in PRESETS:
         run(script, [*args, *PRESET_SMALLER])
+    elif args[0] == "split":  # takes no --workers
+        run(script, args)
     else:
         run(script, [*args, *SMALLER[script]])
 

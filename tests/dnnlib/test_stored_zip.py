@@ -29,7 +29,8 @@ def test_the_bytes_are_those_of_zipfile():
     rng = np.random.default_rng(0)
     few = {f"{i:05d}/img.png": rng.bytes(i * 37) for i in range(20)}
     many = {f"{i}": b"" for i in range(66_000)}  # more than 65,535: ZIP64
-    for members in ({}, few, many):
+    foreign = {"größe/猫.png": b"abc", "plain.png": b"d"}
+    for members in ({}, few, many, foreign):
         file = io.BytesIO()
         write(file, members)
         assert file.getvalue() == by_zipfile(members)

@@ -474,7 +474,8 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path):
 def test_the_source_is_not_overwritten(tmp_path):
     path = write_source(tmp_path / "src.zip", {"a.png": flat(1)})
     before = path.read_bytes()
-    assert_refused(run(path, path), tmp_path, "the source itself")
+    for dest in (path, tmp_path / "not there yet/../src.zip"):
+        assert_refused(run(path, dest), tmp_path, "the source itself")
     assert path.read_bytes() == before
 
 

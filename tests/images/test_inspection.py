@@ -259,12 +259,15 @@ def test_show_names_an_image_that_it_cannot_count(tmp_path, second):
 
 
 @pytest.mark.parametrize("args,texts", [
-    ([], ["--source and --dest: missing", "check, show"]),
+    ([], ["--source and --dest: missing", "check, show, split"]),
     (["--source=x"], ["--dest: missing"]), (["--dest=x"], ["--source: missing"]),
     (["other"], ["other"]), (["check"], ["DATA"]), (["show"], ["DATA"]),
     (["check", "a", "b"], ["b"]), (["check", "a", "--other"], ["--other"]),
     (["--other"], ["--other"]),
     (["--source=x", "check", "a"], ["--source: not a flag of check"]),
+    (["--dest=x", "split", "a"], ["--dest: must come after split"]),
+    (["split", "a", "--val=1", "--dest=x"], ["--val-dest"]), (["split"], ["DATA"]),
+    (["split", "a", "--dest=x", "--val-dest=y"], ["--val"]),
     (["--first-frame", "show", "a"], ["--first-frame: not a flag of show"]),
 ])
 def test_a_usage_mistake_says_what_is_missing_and_exits_with_2(args, texts):
@@ -274,7 +277,7 @@ def test_a_usage_mistake_says_what_is_missing_and_exits_with_2(args, texts):
         assert text in result.output.splitlines()[-1]
 
 
-@pytest.mark.parametrize("args", [["check", "--help"], ["show", "--help"]])
+@pytest.mark.parametrize("args", [["check", "--help"], ["show", "--help"], ["split", "--help"]])
 def test_help_of_the_commands_needs_no_torch(args):
     code = ("import sys, dataset_tool\n"
             f"try: dataset_tool.main({args!r})\n"
