@@ -31,6 +31,25 @@ def _refuse(ctx, param, value: bool | None) -> None:
         raise UserError(f"{param.opts[0]}: not supported; PFGM is --pfgmpp=1 --aug_dim=1", BAD_USAGE)
 
 
+def _parse_ends(ctx, param, value: str | None) -> tuple[str, ...] | None:
+    ends = None if value is None else tuple(value.split(","))
+    if ends is not None and (len(ends) < 2 or "" in ends):
+        raise click.BadParameter(f"{value}: must be two seeds or more, such as 0,7")
+    return ends
+
+
+def _parse_quantiles(ctx, param, value: str | None) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    try:
+        quantiles = tuple(map(float, value.split(",")))
+    except ValueError:
+        quantiles = ()
+    if not quantiles or not all(0 < q < 1 for q in quantiles):
+        raise click.BadParameter(f"{value}: must be numbers between 0 and 1, such as 0.05,0.5,0.95")
+    return quantiles
+
+
 @click.command(context_settings=CONTEXT)
 @click.option("--network", metavar="PT|URL", help="Network snapshot or training state; without it, every training state of OUTDIR.")
 @click.option("--outdir", metavar="DIR", required=True, help="Where the images go; without --network, the run directory.")
@@ -40,6 +59,11 @@ def _refuse(ctx, param, value: bool | None) -> None:
 @click.option("--subdirs", is_flag=True, help="One subfolder per thousand seeds.")
 @click.option("--batch", "batch", metavar="INT", type=click.IntRange(min=1), default=64, help="Largest batch per process.")
 @click.option("--save_images", metavar="[BOOL]", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write vis/grid.png and vis/movie.gif of the first of SEEDS.")
+@click.option("--encode", metavar="DIR|ZIP", help="Write the latents of these images to latents.npz instead of making images.")
+@click.option("--latents", metavar="FILE", help="Latents to begin with, as --encode writes them; seed k has latent k mod n of n.")
+@click.option("--interpolate", metavar="LIST", callback=_parse_ends, help="Images on the way between these seeds, or latents of --latents by name or number: A,B or more.")
+@click.option("--frames", metavar="INT", type=click.IntRange(min=2), default=16, help="Images from each to the next, for --interpolate.")
+@click.option("--radii", metavar="LIST", callback=_parse_quantiles, help="Every seed at these quantiles of the radius sqrt(D/c), such as 0.05,0.5,0.95; for finite D.")
 @sampling_options
 @click.option("--name-steps", is_flag=True, hidden=True)
 @click.option("--use_pickle", type=click.BOOL, is_flag=False, flag_value=True, hidden=True)
@@ -51,7 +75,7 @@ def _refuse(ctx, param, value: bool | None) -> None:
 @cache_dir_option
 @verbosity_options
 def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use_pickle, edm,
-         save_images, device, steps, alpha, bits, **sampling):
+         save_images, device, steps, alpha, bits, interpolate, frames, radii, **sampling):
     """Samples images from trained networks, by Heun's method on the grid of EDM.
 
     Other solvers take fewer evaluations: --solver=ipndm --steps=7 is nearly as good as the default,
@@ -69,6 +93,9 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
     ckpt_000200_alpha_0.1_steps_12. With --network these folders, called ckpt_000000..., lie in
     OUTDIR. 'fid.py calc' scores them, given a flag for each list: --alpha, --steps, --quant.
 
+    --encode runs the sampler backwards, from images to their latents. --latents, --interpolate and
+    --radii begin with other latents than seeds draw.
+
     \b
     # 64 images of a snapshot
     python generate.py --network=runs/00000/network-snapshot-000200.pt --outdir=out
@@ -79,13 +106,14 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
     """  # noqa: D301 - \b is click's mark for lines to leave alone
     with user_errors():
         points = sweep_points(steps, alpha, bits, is_steps_sweep=name_steps)
+        seeds = _seeds_of_latents(click.get_current_context(), points, seeds, interpolate)
         subdirs = subdirs or network is None
 
         from sampling.network_sampler import NetworkSampler, UsageError
         from torch_utils import distributed
         with distributed.process_group(device) as torch_device:
             sources = distributed.run_on_rank0(lambda: _find_networks(
-                network, Path(outdir), ckpt, end_ckpt, seeds, is_sweep=bool(points[0].suffix),
+                network, Path(outdir), ckpt, end_ckpt, seeds or (0,), is_sweep=bool(points[0].suffix),
                 is_pickle=bool(use_pickle), is_edm=bool(edm)))
             bad = 0
             for (source, folder), point in itertools.product(sources, points):
@@ -93,14 +121,100 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
                 try:
                     with console.timed("network"):
                         sampler = NetworkSampler.open(source, torch_device, **point.settings, **sampling)
+                    sampler, rows = _with_latents(sampler, seeds, interpolate, frames, radii)
                 except UsageError as error:
                     raise UserError(str(error), BAD_USAGE) from error
-                bad += _generate(sampler, folder, seeds, batch, subdirs)
+                if sampler.encoded is not None:
+                    _encode(sampler, folder, seeds, batch)
+                    continue
+                made = range(len(sampler.latents)) if rows or seeds is None else seeds
+                failed = _generate(sampler, folder, made, batch, subdirs)
+                bad += failed
+                if rows and not failed and distributed.get_rank() == 0:
+                    _save_rows(sampler, folder, rows, is_movie=interpolate is not None)
                 if save_images and distributed.get_rank() == 0:
-                    _save_pictures(sampler, folder, seeds[:min(batch, _MAX_SHOWN)])
+                    _save_pictures(sampler, folder, made[:min(batch, _MAX_SHOWN)])
                 distributed.barrier()
             if bad:
                 raise ValueError("not all images are there, see the warnings above")
+
+
+_OF_LATENTS = {"encode": "--encode", "latents": "--latents", "interpolate": "--interpolate",
+               "radii": "--radii"}
+
+
+def _seeds_of_latents(context: click.Context, points, seeds, interpolate):
+    """Returns the seeds to sample, None for one each of given images or latents.
+
+    Raises:
+        UserError: flags of latents do not go together.
+    """
+    given = [flag for name, flag in _OF_LATENTS.items() if context.params[name] is not None]
+    is_frames_typed = context.get_parameter_source("frames") is click.core.ParameterSource.COMMANDLINE
+    if is_frames_typed and interpolate is None:
+        raise UserError("--frames: used with --interpolate", BAD_USAGE)
+    if not given:
+        return seeds
+    typed = context.get_parameter_source("seeds") is click.core.ParameterSource.COMMANDLINE
+    if context.params["network"] is None or len(points) > 1:
+        raise UserError(f"{given[0]}: for one network with one setting; name it with --network and "
+                        "give no lists", BAD_USAGE)
+    if len(given) > 1 and not (given[0] == "--latents" and len(given) == 2):
+        raise UserError(f"{' and '.join(given)}: choose one", BAD_USAGE)
+    if interpolate is not None:
+        if typed:
+            raise UserError("--seeds with --interpolate: this names the seeds; leave --seeds out",
+                            BAD_USAGE)
+        return seeds
+    is_one_each = {"--encode", "--latents"} & set(given)
+    return None if is_one_each and not typed else seeds
+
+
+def _with_latents(sampler, seeds, interpolate, frames, radii):
+    """Returns the sampler with the latents that are asked for, and how many images a row has.
+
+    The latter is 0 where no picture of rows is made of them.
+    """
+    import math
+
+    from sampling.latents import at_radii, between
+    from sampling.network_sampler import UsageError
+
+    if sampler.encoded is not None and seeds is not None and max(seeds) >= len(sampler.encoded):
+        raise UsageError(f"--seeds: names image {max(seeds)}, but --encode has "
+                         f"{len(sampler.encoded)} images, from 0 on")
+    if interpolate is not None:
+        ends = _ends(sampler, interpolate)
+        latents, columns = between(sampler.draw(ends), frames), frames
+        owners = ends[:1]
+    elif radii is not None:
+        if math.isinf(sampler.net.D):
+            raise UsageError("--radii: the network has D = inf, where every latent has the same "
+                             "radius; give one of finite D")
+        owners = range(len(sampler.latents)) if seeds is None else seeds
+        latents, columns = at_radii(sampler.draw(owners), sampler.net.D, radii), len(radii)
+        owners = [seed for seed in owners for _ in radii]
+    else:
+        return sampler, 0
+    return sampler.starting_from(latents, owners), columns
+
+
+def _ends(sampler, interpolate) -> list[int]:
+    """Returns the seeds of --interpolate, given as numbers or as names of latents."""
+    from sampling.network_sampler import UsageError
+
+    names = [] if sampler.latents is None else list(sampler.latents.names)
+    found = []
+    for end in interpolate:
+        if end in names:
+            found.append(names.index(end))
+        elif end.isdecimal() and (not names or int(end) < len(names)):
+            found.append(int(end))
+        else:
+            allowed = "a seed" if not names else \
+                f"a number from 0 to {len(names) - 1} or a name, such as {names[0]}"
+            raise UsageError(f"--interpolate={','.join(interpolate)}: {end!r} must be {allowed}")
+    return found
 
 
 def preset(help: str, **defaults) -> click.Command:
@@ -199,6 +313,57 @@ def _generate(sampler, folder, seeds, batch, subdirs) -> int:
             f"{', ...' if len(bad) > _MAX_NAMED else ''}; the network may have diverged, or "
             "--precision may be too low for it")
     return len(bad)
+
+
+def _encode(sampler, folder: Path, seeds, batch: int) -> None:
+    """Writes the latents of the images to encode; says how well they come back."""
+    from dnnlib.progress import Progress
+    from sampling.latents import LATENTS_NAME, joined
+    from torch_utils import distributed
+
+    path = folder / LATENTS_NAME
+    if distributed.run_on_rank0(path.exists):
+        raise ValueError(f"{path}: is there already; remove it or name another --outdir")
+    seeds = range(len(sampler.encoded)) if seeds is None else seeds
+    distributed.run_on_rank0(lambda: folder.mkdir(parents=True, exist_ok=True))
+    parts, errors = [], []
+    with console.timed("latents"), Progress(len(seeds), folder.name) as progress:
+        for own in filter(None, distributed.split_for_rank(seeds, batch)):
+            parts.append((own, sampler.encode(own)))
+            difference = sampler.decode(parts[-1][1], own).cpu() - sampler.encoded(own)
+            errors += difference.square().flatten(1).mean(dim=1).sqrt().tolist()
+            progress.update(len(own) * distributed.get_world_size())
+    found = [part for rank in distributed.gather_objects(parts) for part in rank]
+    errors = [error for rank in distributed.gather_objects(errors) for error in rank]
+    if distributed.get_rank() == 0:
+        joined(found, seeds).save(path)
+        unit = "of 255 levels" if sampler.scaling.is_8bit else "of the networks' scale"
+        size = 127.5 if sampler.scaling.is_8bit else 1.0
+        mean = size * sum(errors) / len(errors)
+        console.say(f"Round trip {mean:.3g} {unit} (RMS; worst image {size * max(errors):.3g}); more "
+                    "--steps bring images back better")
+        console.result(f"{path}: {len(errors)} latents")
+
+
+def _save_rows(sampler, folder: Path, columns: int, *, is_movie: bool) -> None:
+    """Writes the images of `folder` in rows of so many, and as a movie if asked."""
+    from images.dataset import ImageFolderDataset
+    from images.grid import image_grid, save_gif, save_png
+    from images.image_files import PICTURES
+
+    made = ImageFolderDataset(folder)
+    count = len(sampler.latents)
+    stored, *_ = made.get_batch(range(count))
+    pictures = list(sampler.scaling.to_picture(stored))
+    (folder / PICTURES).mkdir(exist_ok=True)
+    if not is_movie:
+        save_png(folder / PICTURES / "radii.png", image_grid(
+            [pictures[i:i + columns] for i in range(0, count, columns)]))
+        return
+    starts = range(0, count - 1, columns - 1)  # the last of a row begins the next
+    save_png(folder / PICTURES / "interpolation.png", image_grid(
+        [pictures[i:i + columns] for i in starts]))
+    save_gif(folder / PICTURES / "interpolation.gif", [image_grid([[p]]) for p in pictures])
 
 
 def _save_pictures(sampler, folder, seeds) -> None:

@@ -4,6 +4,7 @@ Files have recorded names, `metric` in metrics.jsonl and `Metrics/NAME` in stats
 
     fid, kid, kid_std, precision, recall, is, is_std
     frechet_distance, kernel_distance, kernel_distance_std    fid and kid of other features
+    bits_per_dim, nats_per_dim                                of images, by likelihood.py
 
 For readers there are titles, such as FID and pixels Frechet distance. Only the features of the
 published Inception weights make an FID or KID.
@@ -12,9 +13,10 @@ published Inception weights make an FID or KID.
 INCEPTION = "inception"  # the detector with the published weights
 _GENERAL = {"fid": "frechet_distance", "kid": "kernel_distance", "kid_std": "kernel_distance_std"}
 _TITLES = {"fid": "FID", "kid": "KID", "is": "IS", "precision": "precision",
-           "recall": "recall"}
+           "recall": "recall", "bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim"}
 _TITLES_OF_FEATURES = {"frechet_distance": "Frechet distance", "kernel_distance": "kernel distance"}
-LOWER_IS_BETTER = ("fid", "kid", *_TITLES_OF_FEATURES)
+LIKELIHOODS = ("bits_per_dim", "nats_per_dim")
+LOWER_IS_BETTER = ("fid", "kid", *_TITLES_OF_FEATURES, *LIKELIHOODS)
 HIGHER_IS_BETTER = ("is", "precision", "recall")
 DISTANCES = ("fid", "frechet_distance")  # by which networks are compared first
 

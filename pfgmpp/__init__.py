@@ -2,8 +2,9 @@
 
 kernel       the perturbation kernel of every D in (0, inf], and its posterior mean
 schedules    noise levels over time, and grids of them
-solvers      Euler and Heun along a grid; churn
-samplers     from unit-scale latents, or seeds, to images
+solvers      Euler, Heun and multistep methods along a grid; churn
+samplers     from unit-scale latents, or seeds, to images, and back
+likelihood   the density of images that a denoiser implies
 guidance     a denoiser pushed away from a worse one
 loss         how noise levels are drawn and weighted; targets
 augment      images moved at random, and labels that tell the network how

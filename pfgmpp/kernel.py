@@ -103,11 +103,14 @@ class PerturbationKernel:
         return ((self.D + squared) / chi2).sqrt()
 
     def log_density(self, noise: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """Returns log p(n) up to a constant that depends on N and D alone, [B] float64."""
+        """Returns log p(n) of noise [B, ...] of level `sigma`, in nats, [B] float64.
+
+        With the law's constant, Gamma((N+D)/2) / (Gamma(D/2) (pi D)^(N/2)) for finite D.
+        """
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device=noise.device).flatten()
         squared = noise.to(torch.float64).flatten(1).square().sum(dim=1)  # [B]
         N = noise[0].numel()
-        return self._log_profile(squared / sigma.square(), N) - N * sigma.log()
+        return self._log_profile(squared / sigma.square(), N) - N * sigma.log() + self._constant(N)
 
     def posterior_mean(
         self, x: torch.Tensor, sigma: float | torch.Tensor, data: torch.Tensor,
@@ -136,10 +139,26 @@ class PerturbationKernel:
         return (logits.softmax(dim=1) @ points).to(x.dtype).reshape(x.shape)
 
     def _log_profile(self, squared: torch.Tensor, N: int) -> torch.Tensor:
-        """Returns the log density of unit-scale noise of squared norm `squared`."""
+        """Returns the log density of unit-scale noise of squared norm `squared`, less that of 0."""
         if math.isinf(self.D):
             return -squared / 2
         return -(N + self.D) / 2 * torch.log1p(squared / self.D)
+
+    def _constant(self, N: int) -> float:
+        """Returns the log density of unit-scale noise at 0.
+
+        Beyond D = 1e4 by the first terms of Stirling's series, for the difference of two large
+        logarithms would lose what is asked for: ln Gamma(a + N/2) - ln Gamma(a) with a = D/2.
+        """
+        gaussian = -N / 2 * math.log(2 * math.pi)
+        if math.isinf(self.D):
+            return gaussian
+        a, m = self.D / 2, N / 2
+        if self.D < 1e4:
+            growth = math.lgamma(a + m) - math.lgamma(a) - m * math.log(a)
+        else:
+            growth = (a + m - 0.5) * math.log1p(m / a) - m + (1 / (a + m) - 1 / a) / 12
+        return gaussian + growth
 
 
 def scaled_noise(

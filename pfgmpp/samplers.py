@@ -66,6 +66,10 @@ class StackedRandomGenerator:
         """Returns standard normal variates of shape `size`, [B, ...]."""
         return self._stack(torch.randn, size, **kwargs)
 
+    def rand(self, size: Sequence[int], **kwargs) -> torch.Tensor:
+        """Returns variates of shape `size`, [B, ...], uniform in [0, 1)."""
+        return self._stack(torch.rand, size, **kwargs)
+
     def randn_like(self, x: torch.Tensor) -> torch.Tensor:
         """Returns standard normal variates of x's shape and dtype."""
         return self.randn(x.shape, dtype=x.dtype)
@@ -178,6 +182,30 @@ def sampler(
 edm_sampler = ablation_sampler = sampler
 
 
+@torch.inference_mode()
+def encode(
+    net: Callable, images: torch.Tensor, class_labels: torch.Tensor | None = None, *,
+    config: "SamplerConfig", condition: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns the latents from which `sampler` comes to these images, [B, C, H, W] float64.
+
+    The equation is solved from the lowest level of the grid, whose state an image counts as, to the
+    highest. Up to the error of the steps, sampling from the latents gives the images back.
+
+    Args:
+        net: denoiser, as for `sampler`.
+        images: [B, C, H, W], about [-1, 1].
+        class_labels: [B, label_dim] for conditional networks.
+        config: settings without schedule, scaling and noise, see `SamplerConfig.check_encoding`.
+        condition: [B, cond_channels, H, W], for networks with a condition image.
+    """
+    grid = config.levels(net)[:-1].to(images.device)
+    solve = (SOLVERS | MULTISTEP)[config.solver or "heun"]
+    options = {} if config.order is None else {"order": config.order}
+    denoise = _float64_denoiser(net, class_labels, condition)
+    return solve(denoise, images.to(torch.float64), grid.flip(0), **options) / grid[0]
+
+
 def _start(
     latents: torch.Tensor, sigma: torch.Tensor, init: torch.Tensor | None
 ) -> torch.Tensor:
@@ -238,16 +266,31 @@ class SamplerConfig:
         """How often the network is evaluated for an image, without what churn needs at finite D."""
         return num_evaluations(self.solver, self.num_steps)
 
+    def levels(self, net: Precond) -> torch.Tensor:
+        """Returns the noise levels that are stepped through, falling to 0, float64."""
+        if self.sigmas is not None:
+            return given_sigmas(net, self.sigmas)
+        return sigma_grid(self.discretization or "edm", net, self.num_steps, self.sigma_min,
+                          self.sigma_max, self.rho)[0]
+
+    def check_encoding(self) -> None:
+        """Raises ValueError where `encode` can't use these settings."""
+        if self.num_steps < 2:
+            raise ValueError(f"num_steps={self.num_steps}: must be 2 or more, for there is no "
+                             "encoding without a step between two levels")
+        for name, unused in (("schedule", (None, "linear")), ("scaling", (None, "none")),
+                             ("S_churn", (0,)), ("noise_alpha", (0,))):
+            if getattr(self, name) not in unused:
+                raise ValueError(f"{name}={getattr(self, name)}: encoding solves the equation in "
+                                 f"sigma, without noise; leave {name} out")
+
     def check(self, net: Precond) -> None:
         """Raises ValueError where these settings can't be used with this network."""
         self.check_solver()
-        if self.sigmas is not None:
-            given_sigmas(net, self.sigmas)
         if min(self.S_churn, self.S_noise, self.noise_alpha) < 0:
             raise ValueError(f"S_churn={self.S_churn:g}, S_noise={self.S_noise:g}, "
                              f"noise_alpha={self.noise_alpha:g}: must be 0 or more")
-        sigma_grid(self.discretization or "edm", net, self.num_steps, self.sigma_min,
-                   self.sigma_max, self.rho)
+        self.levels(net)
 
     def check_solver(self) -> None:
         """Raises ValueError where these settings can't be used together, with any network."""
@@ -298,12 +341,12 @@ class SampleBatch:
 
 def draw_latents(
     net: Precond, seeds: Sequence[int], device: torch.device, class_idx: int | None = None,
-    labels: LabelsOfSeeds | None = None,
+    labels: LabelsOfSeeds | None = None, latents: ImagesOfSeeds | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, StackedRandomGenerator]:
     """Returns (unit-scale latents [B, C, H, W] float64, class labels or None, the generators).
 
-    The class is drawn even where `class_idx` or `labels` override it, so that all else of a seed
-    stays.
+    Class and latent are drawn even where `class_idx`, `labels` or `latents` override them, so that
+    all else of a seed stays.
     """
     rnd = StackedRandomGenerator(device, seeds)
     z = rnd.randn([len(seeds), *net.image_shape])
@@ -316,7 +359,8 @@ def draw_latents(
         if labels is not None:
             class_labels = labels(seeds, classes).to(device)
     scale = rnd.kernel_scale(PerturbationKernel(net.D))
-    return z.to(torch.float64) * per_image(scale, z.ndim), class_labels, rnd
+    drawn = z.to(torch.float64) * per_image(scale, z.ndim)
+    return drawn if latents is None else latents(seeds).to(device), class_labels, rnd
 
 
 @torch.inference_mode()
@@ -324,7 +368,7 @@ def generate_images(
     net: Precond, batches: Iterable[Sequence[int]], *, sampler: SamplerConfig,
     device: torch.device, class_idx: int | None = None, watch: Watch | None = None,
     conditions: ImagesOfSeeds | None = None, inits: ImagesOfSeeds | None = None,
-    labels: LabelsOfSeeds | None = None,
+    labels: LabelsOfSeeds | None = None, latents: ImagesOfSeeds | None = None,
 ) -> Iterator[SampleBatch]:
     """Yields the images of each batch of seeds.
 
@@ -339,14 +383,15 @@ def generate_images(
         conditions: returns the condition images of seeds, for networks that have them.
         inits: returns the images from which seeds start, at the sampler's sigma_max.
         labels: returns the labels of seeds, given the classes that they draw.
+        latents: returns the latents of seeds, in place of those that they draw.
     """
     for seeds in batches:
         if not seeds:
             continue
-        latents, class_labels, rnd = draw_latents(net, seeds, device, class_idx, labels)
+        starts, class_labels, rnd = draw_latents(net, seeds, device, class_idx, labels, latents)
         condition, init = (None if images_of is None else images_of(seeds).to(device)
                            for images_of in (conditions, inits))
-        images = sampler.sample(net, latents, class_labels, rnd.randn_like, watch,
+        images = sampler.sample(net, starts, class_labels, rnd.randn_like, watch,
                                 condition=condition, init=init,
                                 posterior_scale=rnd.posterior_scale)
         yield SampleBatch(list(seeds), images, class_labels)
@@ -357,6 +402,7 @@ def trajectory(
     net: Precond, seeds: Sequence[int], *, sampler: SamplerConfig, device: torch.device,
     class_idx: int | None = None, conditions: ImagesOfSeeds | None = None,
     inits: ImagesOfSeeds | None = None, labels: LabelsOfSeeds | None = None,
+    latents: ImagesOfSeeds | None = None,
 ) -> list[torch.Tensor]:
     """Returns what the sampler passes through, first to last: uint8 images [B, C, H, W].
 
@@ -369,7 +415,8 @@ def trajectory(
         frames.append(to_uint8(x * _SHOWN_STD / (sigma**2 + _SHOWN_STD**2).sqrt()).cpu())
 
     [batch] = generate_images(net, [seeds], sampler=sampler, device=device, class_idx=class_idx,
-                              watch=watch, conditions=conditions, inits=inits, labels=labels)
+                              watch=watch, conditions=conditions, inits=inits, labels=labels,
+                              latents=latents)
     return [*frames, to_uint8(batch.images).cpu()]
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from metrics.score_names import HIGHER_IS_BETTER, LOWER_IS_BETTER, title
+from metrics.score_names import HIGHER_IS_BETTER, LIKELIHOODS, LOWER_IS_BETTER, title
 from reports.run_record import RunRecord, Score
 from sampling.sweeps import FULL_BITS
 
@@ -51,6 +51,8 @@ class ScoreGroup:
     @property
     def evaluations(self) -> Callable[[int], int]:
         """How often a number of steps evaluates the network: Heun's last step is an Euler step."""
+        if self.metric in LIKELIHOODS:  # four times a step, and once more with half the steps
+            return lambda num_steps: 6 * num_steps
         if dict(self.other).get("solver", "heun") == "heun":
             return lambda num_steps: 2 * num_steps - 1
         return lambda num_steps: num_steps

@@ -20,9 +20,11 @@ from pfgmpp.guidance import EVERYWHERE, GuidedDenoiser, guided
 from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.networks import Precond
 from pfgmpp.samplers import (
+    ImagesOfSeeds,
     SampleBatch,
     SamplerConfig,
     draw_latents,
+    encode,
     generate_images,
     trajectory,
 )
@@ -33,13 +35,15 @@ from sampling.labels import (
     classes_with_images,
     read_labels,
 )
+from sampling.latents import Latents, read_latents
 from sampling.quantization import quantise_
 from sampling.sweeps import FULL_BITS
 from torch_utils import distributed
 from torch_utils.misc import compile_network, compute_dtype, configure_backends
 
 _FLAGS = {"noise_alpha": "--alpha", "solver": "--solver", "order": "--order",
-          "schedule": "--schedule", "scaling": "--scaling", "S_churn": "--S_churn"}
+          "schedule": "--schedule", "scaling": "--scaling", "S_churn": "--S_churn",
+          "num_steps": "--steps"}
 _CONDITIONS_WORD = "cond"  # as --init-image
 _LOST_SIGMAS = 5  # times sigma_data: noise in which little is left of an image
 _OpenNetwork = Callable[[str], tuple[dict[str, Any], Precond]]
@@ -102,6 +106,13 @@ class SeedImages:
         images = batch[2] if self._dataset.cond_shape else batch[0]
         return self._scaling.to_network(torch.from_numpy(images))
 
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def names(self, seeds: Sequence[int]) -> tuple[str, ...]:
+        """Returns the names of the images of `seeds`."""
+        return tuple(self._dataset.all_names[seed % len(self)] for seed in seeds)
+
     @property
     def are_targets(self) -> bool:
         """Whether these are the images of a data set that has condition images too."""
@@ -123,13 +134,15 @@ class NetworkSampler:
     device: torch.device
     class_idx: int | None  # the class to sample, None for the seeds' own
     settings: dict[str, Any]  # what decides an image beside its seed, as plain JSON data
-    conditions: SeedImages | None = None  # None for a network without condition images
+    conditions: ImagesOfSeeds | None = None  # None for a network without condition images
     inits: SeedImages | None = None  # where sampling starts, None for pure noise
     scaling: Scaling = EIGHT_BIT  # of the data that the network was trained on
     one_size: bool = False  # fill up short batches, so that the network sees only one size
     labels: SeedLabels | None = None  # of seeds, where they are not one-hot classes as drawn
     label_kind: str | None = None  # 'classes' or 'vectors'; None without labels
     class_names: tuple[str, ...] = ()  # what the classes are called, if they have names
+    latents: Latents | None = None  # of seeds, in place of those that they draw
+    encoded: SeedImages | None = None  # images to find the latents of
 
     @classmethod
     def open(cls, source: str, device: torch.device, *, class_idx: int | str | None = None,
@@ -138,6 +151,7 @@ class NetworkSampler:
              bits: int = FULL_BITS, guidance: float = 1.0, gnet: str | None = None,
              guidance_interval: tuple[float, float] | None = None, cond_image: str | None = None,
              init_image: str | None = None, init_sigma: float | None = None,
+             latents: str | None = None, encode: str | None = None,
              compiled: bool = False, **sampler_options: Any) -> "NetworkSampler":
         """Returns the network of a snapshot or state, ready to sample.
 
@@ -158,6 +172,9 @@ class NetworkSampler:
             cond_image: folder or ZIP of condition images, see `SeedImages`.
             init_image: folder or ZIP of images to start from, see `SeedImages`.
             init_sigma: the noise level at which to start from them.
+            latents: a file of latents by seed, see `latents.read_latents`; labels in it are those
+                of the seeds unless others are given.
+            encode: folder or ZIP of images whose latents `encode` finds, with its labels.
             compiled: compile the network, and fill up batches to one size.
             sampler_options: fields of `SamplerConfig`.
 
@@ -169,17 +186,25 @@ class NetworkSampler:
         if precision == "fp16" and device.type != "cuda":
             distributed.print0("Note: fp16 is for GPUs; on the CPU the network runs in fp32")
         configure_backends(precision)
-        open_network = functools.partial(_open_network, device=device, pfgmpp=pfgmpp,
-                                         aug_dim=aug_dim, precision=precision, compiled=compiled)
-        content, net = open_network(source)
+        open_one = functools.partial(open_network, device=device, pfgmpp=pfgmpp, aug_dim=aug_dim,
+                                     precision=precision, compiled=compiled)
+        content, net = open_one(source)
         quantise_(net, bits)
         sampler = _sampler_config(content, sampler_options, init_image, init_sigma)
         try:
             sampler.check_solver()
         except ValueError as error:
             raise UsageError(_in_flags(error)) from error
-        kind = _label_kind(net, content)
-        labels, of_labels = _choose_labels(net, source, content, kind, class_idx, label_source)
+        kind = recorded_label_kind(net, content)
+        _check_begins({"--encode": encode, "--latents": latents, "--init-image": init_image})
+        starts = None if latents is None else distributed.run_on_rank0(
+            read_latents, latents, net.image_shape)
+        if encode is not None:
+            _check_encoding(sampler)
+            if kind is not None and class_idx is None and label_source is None:
+                label_source = distributed.run_on_rank0(_labelled, encode)
+        labels, of_labels = _choose_labels(net, source, content, kind, class_idx, label_source,
+                                           starts)
         class_idx = class_idx if isinstance(class_idx, int) else None
         settings = {"weights": checkpoint.digest(checkpoint.sampling_weights(content)),
                     "class": class_idx, "precision": precision, "device": device.type, "D": net.D,
@@ -198,17 +223,23 @@ class NetworkSampler:
         scaling = recorded_scaling(content, source, "scale", net.img_channels)
         _warn_of_init_sigma(net, init_sigma, scaling)
         denoiser, extra = _with_guidance(net, source, guidance, gnet, guidance_interval,
-                                         open_network, scaling)
+                                         open_one, scaling)
         sampler.check(denoiser)
         extra |= {} if scaling.is_8bit else {"scale": scaling.to_dict()}
         conditions = _open_conditions(net, source, cond_image, content)
         inits = _open_inits(net, init_image, cond_image, scaling)
         for name, images in (("cond_image", conditions), ("init_image", inits)):
             extra |= {name: images.fingerprint} if images else {}
+        encoded = None
+        if encode is not None:
+            encoded = SeedImages.open("--encode", encode, net.image_shape, scaling)
+            extra["encode"] = encoded.fingerprint
+        extra |= {} if starts is None else {"latents": starts.digest}
         settings = json_value(settings | of_labels | extra)
         return cls(denoiser, sampler, device, class_idx, settings, conditions, inits, scaling,
                    one_size=compiled, labels=labels, label_kind=kind,
-                   class_names=tuple(_dataset_record(content).get("class_names") or ()))
+                   class_names=tuple(_dataset_record(content).get("class_names") or ()),
+                   latents=starts, encoded=encoded)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -232,6 +263,44 @@ class NetworkSampler:
             [full] = generate_images(self.net, [filled], **self._how())
             yield full[:len(seeds)]
 
+    def encode(self, seeds: Sequence[int]) -> Latents:
+        """Returns the latents of the images of `seeds` among those to encode, and their labels."""
+        images = self.encoded(seeds).to(self.device)
+        labels = self.labels_of(seeds)
+        condition = None if self.conditions is None else self.conditions(seeds).to(self.device)
+        with torch.inference_mode():
+            found = encode(self.net, images, labels, config=self.sampler, condition=condition)
+        return Latents(found.cpu(), self.encoded.names(seeds),
+                       None if labels is None else labels.cpu())
+
+    def draw(self, seeds: Sequence[int]) -> Latents:
+        """Returns the latents that seeds begin with, and their labels."""
+        found, labels, _ = draw_latents(self.net, seeds, self.device, self.class_idx, self.labels,
+                                        self.latents)
+        names = tuple(map(str, seeds)) if self.latents is None else tuple(
+            self.latents.names[seed % len(self.latents)] for seed in seeds)
+        return Latents(found.cpu(), names, None if labels is None else labels.cpu())
+
+    def decode(self, latents: Latents, seeds: Sequence[int]) -> torch.Tensor:
+        """Returns the images of latents, under the condition images of `seeds`, [B, C, H, W]."""
+        labels = None if latents.labels is None else latents.labels.to(self.device)
+        condition = None if self.conditions is None else self.conditions(seeds).to(self.device)
+        with torch.inference_mode():
+            return self.sampler.sample(self.net, latents.latents.to(self.device), labels,
+                                       torch.randn_like, condition=condition)
+
+    def starting_from(self, latents: Latents, seeds: Sequence[int]) -> "NetworkSampler":
+        """Returns this sampler with other latents, and their labels.
+
+        Its seeds are their numbers; latent k has the condition image of seeds[k] of this one.
+        """
+        labels = self.labels if latents.labels is None else latents.labels_of
+        conditions = self.conditions and (
+            lambda own: self.conditions([seeds[k % len(seeds)] for k in own]))
+        return dataclasses.replace(
+            self, latents=latents, labels=labels, class_idx=None, conditions=conditions,
+            settings=self.settings | {"latents": latents.digest})
+
     def trajectory(self, seeds: Sequence[int]) -> list[torch.Tensor]:
         """Returns what the sampler passes through, see `sampling.trajectory`."""
         return trajectory(self.net, seeds, **self._how())
@@ -251,10 +320,11 @@ class NetworkSampler:
 
     def _how(self) -> dict[str, Any]:
         return {"sampler": self.sampler, "device": self.device, "class_idx": self.class_idx,
-                "conditions": self.conditions, "inits": self.inits, "labels": self.labels}
+                "conditions": self.conditions, "inits": self.inits, "labels": self.labels,
+                "latents": self.latents}
 
 
-def _open_network(
+def open_network(
     source: str, *, device: torch.device, pfgmpp: bool | None, aug_dim: float | None,
     precision: str, compiled: bool,
 ) -> tuple[dict[str, Any], Precond]:
@@ -320,20 +390,25 @@ def _sampler_config(
                              "both say where sampling starts; leave --sigma_max out")
         return dataclasses.replace(sampler, sigma_max=init_sigma)
     is_edm_grid = sampler.discretization in (None, "edm")
-    if content["options"].get("lsun") and is_edm_grid and sampler.sigma_max is None:
-        return dataclasses.replace(sampler, sigma_max=LSUN_SIGMA_MAX)
+    if is_edm_grid and sampler.sigma_max is None:
+        return dataclasses.replace(sampler, sigma_max=highest_level(content))
     return sampler
+
+
+def highest_level(content: dict[str, Any]) -> float | None:
+    """Returns where the grid of a network begins; None for the usual level."""
+    return LSUN_SIGMA_MAX if content["options"].get("lsun") else None
 
 
 def _in_flags(error: ValueError) -> str:
     """Returns what is wrong with a setting of the sampler, in the words of the command line."""
     text = str(error)
     for name, flag in _FLAGS.items():
-        text = re.sub(rf"\b{name}=", f"{flag}=", text)
+        text = re.sub(rf"\b{name}(=|\b out)", rf"{flag}\1", text)
     return text
 
 
-def _label_kind(net: Precond, content: dict[str, Any]) -> str | None:
+def recorded_label_kind(net: Precond, content: dict[str, Any]) -> str | None:
     """Returns 'classes' or 'vectors', as the file records; classes where it does not."""
     if not net.label_dim:
         return None
@@ -342,9 +417,12 @@ def _label_kind(net: Precond, content: dict[str, Any]) -> str | None:
 
 def _choose_labels(
     net: Precond, source: str, content: dict[str, Any], kind: str | None,
-    choice: int | str | None, label_source: str | None,
+    choice: int | str | None, label_source: str | None, latents: Latents | None,
 ) -> tuple[SeedLabels | None, dict[str, Any]]:
-    """Returns the labels of seeds, None for classes as they are drawn; and what records them."""
+    """Returns the labels of seeds, None for classes as they are drawn; and what records them.
+
+    `latents` have theirs, perhaps, where none are asked for.
+    """
     if kind is None:
         for flag, value in (("class", choice), ("labels", label_source)):
             if value is not None:
@@ -361,6 +439,11 @@ def _choose_labels(
                              f"{format_ranges(unseen)}")
         given = GivenLabels(labels)
         return given, {"labels": given.digest}
+    if latents is not None and latents.labels is not None and choice is None:
+        if latents.labels.shape[1] != net.label_dim:
+            raise ValueError(f"--latents: their labels have {latents.labels.shape[1]} numbers, the "
+                             f"network takes {net.label_dim}; give others by --class or --labels")
+        return latents.labels_of, {}
     if kind == "vectors":
         asked = "" if choice is None else f"--class={choice}: "
         raise UsageError(f"{asked}{source} was trained on label vectors of {net.label_dim} "
@@ -383,6 +466,28 @@ def _choose_labels(
     return labels, {"empty_classes": counts.count(0)} if labels else {}
 
 
+def _labelled(path: str) -> str:
+    """Returns the path of images to encode, which have labels."""
+    if not ImageFolderDataset(path, use_labels=True).has_labels:
+        raise UsageError(f"--encode={path}: has no labels, which the network takes; give --class "
+                         "or --labels")
+    return path
+
+
+def _check_begins(given: dict[str, str | None]) -> None:
+    """Raises UsageError if more than one flag says what sampling begins with."""
+    flags = [flag for flag, value in given.items() if value is not None]
+    if len(flags) > 1:
+        raise UsageError(f"{' and '.join(flags)}: each says what to begin with; give one of them")
+
+
+def _check_encoding(sampler: SamplerConfig) -> None:
+    try:
+        sampler.check_encoding()
+    except ValueError as error:
+        raise UsageError(_in_flags(error)) from error
+
+
 def _class_counts(content: dict[str, Any], label_dim: int) -> list[int] | None:
     """Returns how many images of the data each class had; None where the file does not say."""
     counts = _dataset_record(content).get("class_counts")
@@ -393,7 +498,7 @@ def _class_counts(content: dict[str, Any], label_dim: int) -> list[int] | None:
 
 def _with_guidance(
     net: Precond, source: str, guidance: float, gnet: str | None,
-    interval: tuple[float, float] | None, open_network: _OpenNetwork, scaling: Scaling,
+    interval: tuple[float, float] | None, open_one: _OpenNetwork, scaling: Scaling,
 ) -> tuple[Precond | GuidedDenoiser, dict[str, Any]]:
     """Returns the network under guidance, and the settings that record it: none without."""
     if guidance == 1:
@@ -405,7 +510,7 @@ def _with_guidance(
     settings: dict[str, Any] = {"guidance": guidance}
     guide = None
     if gnet is not None:
-        content, guide = open_network(gnet)
+        content, guide = open_one(gnet)
         if recorded_scaling(content, gnet, "scale", guide.img_channels) != scaling:
             raise ValueError(f"--gnet={gnet}: was trained on data of another scale than {source}")
         settings["gnet"] = checkpoint.digest(checkpoint.sampling_weights(content))

@@ -9,7 +9,8 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 SCRIPTS = ["train", "generate", "generate_alpha", "generate_steps", "generate_quant", "fid",
-           "dataset_tool", "checkpoint_tool", "report", "runs"]  # sweep.py starts torchrun itself
+           "likelihood", "dataset_tool", "checkpoint_tool", "report",
+           "runs"]  # sweep.py starts torchrun itself
 EARLIER = {"train": {"--log"}, "fid": {"--num"}}  # names that torchrun takes for its own
 
 

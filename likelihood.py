@@ -1,0 +1,173 @@
+"""The likelihood of images under a trained network: bits a dimension."""
+
+import csv
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import click
+
+from dnnlib import console
+from dnnlib.cli import (
+    BAD_USAGE,
+    CONTEXT,
+    UserError,
+    cache_dir_option,
+    run,
+    user_errors,
+    verbosity_options,
+)
+
+_JSONL = "metrics.jsonl"
+
+
+def _refuse_guidance(ctx, param, value) -> None:
+    if value is not None:
+        raise UserError(f"{param.opts[0]}: guided sampling has no density that a network knows; "
+                        f"leave {param.opts[0]} out", BAD_USAGE)
+
+
+@click.command(context_settings=CONTEXT)
+@click.option("--network", metavar="PT|URL", required=True, help="Network snapshot or training state; of a run directory the newest.")
+@click.option("--data", metavar="DIR|ZIP", required=True, help="Images to measure, with labels or conditions if the network takes them.")
+@click.option("--val-data", metavar="DIR|ZIP", help="Held-out images, to measure beside those of --data.")
+@click.option("--count", metavar="INT", type=click.IntRange(min=1), default=64, help="Number of images of each data set; all where there are fewer.")
+@click.option("--steps", metavar="INT", type=int, default=32, help="Steps of the solver, an even number; four evaluations of the network each.")
+@click.option("--probes", metavar="INT", type=click.IntRange(min=1), default=1, help="Random vectors for each trace of the network's Jacobian.")
+@click.option("--exact", is_flag=True, help="Compute the traces exactly; for small images.")
+@click.option("--dequantize", type=click.Choice(["uniform", "none"]), help="Noise of one level on 8-bit data.  [default: uniform for 8-bit data]")
+@click.option("--cond", metavar="BOOL", type=click.BOOL, default=True, help="Tell the network the labels of the data.")
+@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Chooses images, noise and random vectors.")
+@click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=16, help="Images at a time on each device.")
+@click.option("--out", metavar="JSONL", help="File that gets one line a data set.  [default: metrics.jsonl beside the network]")
+@click.option("--pfgmpp", metavar="BOOL", type=click.BOOL, help="For files that do not record D; else checked against the file.")
+@click.option("--aug_dim", metavar="D", type=float, help="For files that do not record D; else checked against the file.")
+@click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", help="Arithmetic inside the network.")
+@click.option("--guidance", callback=_refuse_guidance, expose_value=False, hidden=True)
+@click.option("--gnet", callback=_refuse_guidance, expose_value=False, hidden=True)
+@click.option("--guidance-interval", callback=_refuse_guidance, expose_value=False, hidden=True)
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to compute.")
+@cache_dir_option
+@verbosity_options
+def main(network: str, data: str, val_data: str | None, count: int, steps: int, probes: int,
+         exact: bool, batch: int, out: str | None, device: str, **options) -> None:
+    """Measures how likely images are under a network, in bits a dimension.
+
+    The probability-flow ODE is solved from each image to the highest noise level, where the density
+    is that of the noise. Lower is more likely. 8-bit images are dequantised, so that the numbers
+    bound those of a code for them from above; other data give nats a dimension, per unit of the
+    data.
+
+    The last line of each data set is 'bits/dim: MEAN +- STANDARD ERROR (N images)'. The values of
+    the images go to likelihood-NETWORK-DATA.csv beside --out, and the mean is appended to --out.
+
+    \b
+    # 64 images of the training data and 64 that training has not seen
+    python likelihood.py --network=runs/00000 --data=datasets/train.zip --val-data=datasets/val.zip
+
+    \b
+    # on 8 GPUs
+    torchrun --standalone --nproc_per_node=8 likelihood.py --count=10000 \\
+        --network=runs/00000/network-snapshot-000200.pt --data=datasets/val.zip
+    """  # noqa: D301 - \b is click's mark for lines to leave alone
+    for flag, value in (("--data", data), ("--val-data", val_data)):
+        if value == "":
+            raise UserError(f"{flag}=: must be a data set, a folder or ZIP", BAD_USAGE)
+    with user_errors():
+        from checkpoints.names import find_network
+        from dnnlib.util import is_url
+        from sampling.network_likelihood import LikelihoodData, NetworkLikelihood, UsageError
+        from torch_utils import distributed as dist
+
+        with dist.process_group(device) as chosen_device:
+            given, network = network, dist.run_on_rank0(find_network, network)
+            if network != given:
+                dist.print0(f"Network    {network}, the newest of {given}")
+            try:
+                measure = NetworkLikelihood.open(network, chosen_device, steps=steps, probes=probes,
+                                                 exact=exact, **options)
+            except UsageError as error:
+                raise UserError(str(error), BAD_USAGE) from error
+            default = None if is_url(network) else Path(network).parent / _JSONL
+            path = Path(out) if out else default
+            flags = {"--data": data} | ({} if val_data is None else {"--val-data": val_data})
+            with dist.rank0_first():
+                sets = {flag: LikelihoodData(source, measure, count, measure.seed, flag)
+                        for flag, source in flags.items()}
+            for flag, images in sets.items():
+                _report(measure, images, network, path, batch, is_held_out=flag == "--val-data")
+
+
+def _report(measure, data, network: str, path: Path | None, batch: int, is_held_out: bool) -> None:
+    """Measures one data set, all ranks together; prints and records what is found."""
+    from dnnlib.progress import Progress
+    from sampling.network_likelihood import Measured, bin_width
+    from torch_utils import distributed as dist
+
+    with dist.rank0_first():
+        width = bin_width(data.levels()) if measure.dequantize else 1.0
+    name = f"{data.path}, held out" if is_held_out else data.path
+    dist.print0(f"Data       {name}: {len(data)} of {data.available} images")
+    if width != 1:
+        dist.print0(f"Levels     {width:.4g} of 256 apart: bits are of these levels")
+    found = []
+    total = len(data) * measure.nfe
+    with console.timed("likelihood"), Progress(total, Path(data.path).name, unit="eval",
+                                               is_scaled=True) as progress:
+        for indices in filter(None, dist.split_for_rank(range(len(data)), batch)):
+            pairs = measure(data, indices, width,
+                            watch=lambda n: progress.update(n * dist.get_world_size()))
+            found += zip(indices, *pairs, strict=True)
+    rows = sorted(row for part in dist.gather_objects(found) for row in part)
+    fingerprint = data.fingerprint
+    values = Measured(*([row[k] for row in rows] for k in (1, 2)))
+    if bad := sum(not math.isfinite(value) for value in values.values):
+        raise ValueError(f"{data.path}: the likelihoods of {bad} of {len(rows)} images are not "
+                         "finite; the network may have diverged, or --precision may be too low")
+    if dist.get_rank() == 0:
+        if path is not None:
+            _record(measure, data, network, path, values, width, is_held_out, fingerprint)
+        console.say(f"Steps      half as many change the mean by {values.steps_error:.2g} "
+                    f"{measure.unit}")
+        error = "" if math.isnan(values.stderr) else f" +- {values.stderr:.3f}"
+        images = "image" if len(rows) == 1 else "images"
+        console.result(f"{measure.unit}: {values.mean:.3f}{error} ({len(rows)} {images})")
+
+
+def _record(measure, data, network: str, path: Path, values, width: float,
+            is_held_out: bool, fingerprint: str) -> None:
+    """Writes the values of the images, and appends a line of their mean to `path`."""
+    from dnnlib.atomic import append_line, atomic_write
+    from dnnlib.util import json_value
+    from torch_utils import distributed as dist
+
+    stem = f"likelihood-{Path(network).stem}-{Path(data.path).stem}{'-val' * is_held_out}"
+    table = path.with_name(f"{stem}.csv")
+    column = f"{measure.unit.split('/')[0]}_per_dim"
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["image", column, f"{column}_half_the_steps"])
+    writer.writerows(zip(data.names, values.values, values.halved, strict=True))
+    line = {"metric": column, "value": values.mean, "stderr": values.stderr if len(values.values) > 1 else None,
+            "num": len(values.values), "nfe": measure.nfe, "steps_error": values.steps_error,
+            "network": network, "reference": data.path, "reference_sha256": fingerprint,
+            "held_out": is_held_out, "bin_width": width, "table": table.name,
+            "sampler": measure.settings, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(table) as file:
+            file.write(text.getvalue().encode())
+        append_line(path, json.dumps(json_value(line)))
+    except OSError as error:
+        dist.warn0(f"{path} or {table.name} not written: {error}")
+
+
+def cli() -> None:
+    """Runs the command; where pip has installed it, the console script."""
+    run(main)
+
+
+if __name__ == "__main__":
+    cli()

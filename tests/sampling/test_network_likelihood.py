@@ -1,0 +1,286 @@
+"""likelihood.py: bits a dimension of data sets, their units, and what is refused."""
+
+import csv
+import json
+import math
+import re
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from image_sources import EMOJI, labels_json, random_pixels, write_source
+from scripts import ROOT, run_script
+from snapshots import write_snapshot
+from tiny import write_dataset
+
+import likelihood
+from checkpoints import checkpoint
+from images.dataset import ImageFolderDataset
+from images.scaling import EIGHT_BIT, Scaling
+from pfgmpp.likelihood import exact_trace, hutchinson
+from sampling.network_likelihood import LikelihoodData, NetworkLikelihood, bin_width
+
+CPU = torch.device("cpu")
+LAST = re.compile(r"(bits|nats)/dim: (-?[\d.]+)(?: \+- ([\d.]+))? \((\d+) images?\)\n\Z")
+SHORT = ["--steps=2", "--count=4"]
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    return write_snapshot(tmp_path_factory.mktemp("net") / "net.pt", pfgmpp=True, aug_dim=2.5)
+
+
+def measured(invoke, *args):
+    result = invoke(likelihood.main, *args)
+    assert result.exit_code == 0, result.output
+    return LAST.search(result.stdout)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return {row["image"]: float(row["bits_per_dim"]) for row in csv.DictReader(file)}
+
+
+class Gaussian:
+    """The ideal denoiser of independent Gaussian pixels: their density is known."""
+
+    label_dim = cond_channels = 0
+    sigma_min, sigma_max, D = 0.0, math.inf, math.inf
+
+    def __init__(self, std, shape=(1, 4, 4)):
+        self.std, self.image_shape, self.img_channels = std, shape, shape[0]
+
+    def __call__(self, x, sigma, class_labels=None):
+        return x * self.std**2 / (self.std**2 + sigma**2)
+
+
+def of_gaussian(std, scaling=EIGHT_BIT, *, dequantize=True):
+    levels = torch.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), 41, dtype=torch.float64) ** 7
+    return NetworkLikelihood(
+        Gaussian(std), CPU, tuple(levels.tolist()), scaling, None, None, uses_labels=False,
+        probes=1, dequantize=dequantize, seed=0, settings={})
+
+
+def entropy(std):
+    return math.log(2 * math.pi * math.e * std**2) / 2
+
+
+# ---------------------------------------------------------------------------------------- units
+
+@pytest.mark.parametrize("width", [1, 17])
+def test_bits_are_those_of_a_code_for_gaussian_pixels(tmp_path, width):
+    std, rng = 30 / 127.5, np.random.default_rng(0)
+    values = np.round(rng.normal(127.5, 30, [200, 4, 4]) / width) * width
+    data = write_source(tmp_path / "data.zip", {
+        f"{i:03d}.png": v.clip(0, 255).astype(np.uint8) for i, v in enumerate(values)})
+    measure = of_gaussian(std)
+    images = LikelihoodData(data, measure, 200)
+    assert bin_width(images.levels()) == width
+    found, _ = measure(images, range(200), width)
+    # The entropy of a Gaussian in units of a level; the noise of a level adds to its variance.
+    spread = math.hypot(30 / width, math.sqrt(1 / 12)) if width > 1 else 30
+    expected = (math.log(2 * math.pi * math.e * (30 / width)**2) / 2
+                + ((spread * width / 30)**2 - 1) / 2) / math.log(2)
+    assert np.mean(found) == pytest.approx(expected, abs=4 * 0.72 * 1.45 / math.sqrt(16 * 200))
+
+
+def test_data_of_other_kinds_have_nats_per_unit(tmp_path):
+    rng, scaling = np.random.default_rng(0), Scaling((300.0,), (40.0,))
+    values = rng.normal(300, 20, [100, 1, 4, 4]).astype(np.float32)
+    (tmp_path / "data").mkdir()
+    for i, value in enumerate(values):
+        np.save(tmp_path / f"data/{i:03d}.npy", value)
+    record = {"scale": scaling.to_dict(), "labels": None}
+    (tmp_path / "data/dataset.json").write_text(json.dumps(record))
+    measure = of_gaussian(0.5, scaling, dequantize=False)
+    found, _ = measure(LikelihoodData(tmp_path / "data", measure, 100), range(100))
+    assert measure.unit == "nats/dim"
+    assert np.mean(found) == pytest.approx(entropy(20), abs=4 * 0.72 / 40)
+
+
+def test_dequantisation_is_uniform_noise_of_one_bin(tmp_path):
+    data = write_source(tmp_path / "data.zip", {f"{i}.png": np.full([4, 4], 100, np.uint8)
+                                                for i in range(50)})
+    measure = of_gaussian(0.5)
+    images = LikelihoodData(data, measure, 50)
+    stored, *_ = images.get(range(50))
+    for width in (1, 16):
+        noise = (measure._state(stored, range(50), width) + 1) * 127.5 - 100
+        assert -width / 2 <= noise.min() < -0.48 * width and 0.48 * width < noise.max() < width / 2
+        assert noise.mean() == pytest.approx(0, abs=4 * width / math.sqrt(12 * 800))
+    plain = of_gaussian(0.5, dequantize=False)._state(stored, range(50), 1.0)
+    assert plain.unique().tolist() == [100 / 127.5 - 1]
+
+
+@pytest.mark.parametrize("levels, width", [
+    (range(256), 1), ([0, 255], 255), (range(0, 256, 17), 17), (range(0, 241, 16), 16),
+    ([round(255 * k / 16) for k in range(17)], 255 / 16), ([3], 1), ([], 1), ([0, 128, 255], 127.5),
+    ([int(255 * k / 31) for k in range(32)], 255 / 31), ([0, 1, 4, 9, 250], 1),
+    (sorted(set(range(256)) - {7, 90}), 1)])
+def test_the_width_of_a_bin(levels, width):
+    assert bin_width(np.array(list(levels), int)) == pytest.approx(width)
+
+
+# ----------------------------------------------------------------------------------- the command
+
+def test_the_last_line_the_table_and_the_record(network, dataset_zip, tmp_path, invoke):
+    last = measured(invoke, f"--network={network}", f"--data={dataset_zip}", *SHORT, "--batch=3",
+                    f"--out={tmp_path}/m.jsonl")
+    rows = rows_of(tmp_path / "likelihood-net-tiny.csv")
+    values = list(rows.values())
+    assert len(rows) == 4 and all(name.startswith("00000/img") for name in rows)
+    assert last[1] == "bits" and float(last[2]) == pytest.approx(np.mean(values), abs=6e-4)
+    stderr = np.std(values, ddof=1) / 2
+    assert float(last[3]) == pytest.approx(stderr, abs=6e-4) and last[4] == "4"
+    line = json.loads((tmp_path / "m.jsonl").read_text())
+    assert line["metric"] == "bits_per_dim" and line["num"] == 4 and line["nfe"] == 12
+    assert line["value"] == pytest.approx(np.mean(values))
+    assert line["stderr"] == pytest.approx(stderr)
+    assert line["table"] == "likelihood-net-tiny.csv" and not line["held_out"]
+    assert line["sampler"]["D"] == 2.5 and line["sampler"]["sigma_max"] == 80
+    assert line["reference"] == str(dataset_zip) and line["sampler"]["num_steps"] == 2
+
+
+def test_evaluations_are_counted_as_they_are(network, dataset_zip):
+    measure = NetworkLikelihood.open(str(network), CPU, steps=4)
+    seen = []
+    measure(LikelihoodData(dataset_zip, measure, 5), range(5), watch=seen.append)
+    assert sum(seen) == 5 * measure.nfe == 5 * 24
+
+
+def test_the_value_of_an_image_is_its_own(network, dataset_zip, tmp_path, invoke):
+    found = []
+    for name, more in (("a", ["--count=40", "--batch=16"]), ("b", ["--count=6", "--batch=1"])):
+        measured(invoke, f"--network={network}", f"--data={dataset_zip}", "--steps=2", *more,
+                 f"--out={tmp_path}/{name}/m.jsonl")
+        found.append(rows_of(tmp_path / name / "likelihood-net-tiny.csv"))
+    many, few = found
+    assert len(many) == 40 and len(few) == 6
+    for name, value in few.items():
+        assert value == pytest.approx(many[name], rel=1e-5)
+    measured(invoke, f"--network={network}", f"--data={dataset_zip}", *SHORT, "--seed=1",
+             f"--out={tmp_path}/c/m.jsonl")
+    assert not set(rows_of(tmp_path / "c/likelihood-net-tiny.csv").values()) & set(many.values())
+
+
+def test_exact_traces_are_what_probes_estimate(tmp_path):
+    # Of one batch at one level: the whole command would take thousands of probes.
+    network = write_snapshot(tmp_path / "net.pt", shape=(1, 8, 8), label_dim=0)
+    data = write_dataset(tmp_path / "data.zip", channels=1)
+    measure = NetworkLikelihood.open(str(network), CPU, exact=True)
+    stored, *_ = LikelihoodData(data, measure, 2).get(range(2))
+    x = EIGHT_BIT.to_network(stored).double()
+    x, sigma, probes = x[:1].expand(500, -1, -1, -1), torch.tensor(0.5), []
+    exact = exact_trace(measure.net, x[:1], sigma)[1].item()
+    measure = NetworkLikelihood.open(str(network), CPU, probes=2)
+    trace = hutchinson(lambda place: probes.extend(measure._probes(range(500), place, x)) or probes)
+    found = trace(measure.net, x, sigma, 0)[1]
+    assert set(probes[0].unique().tolist()) == {-1.0, 1.0} and not probes[0].equal(probes[1])
+    error = found.std().item() / math.sqrt(500)
+    assert found.mean().item() == pytest.approx(exact, abs=4 * error) and error < 0.1 * abs(exact)
+
+
+def test_held_out_images_stand_beside_those_of_training(network, dataset_zip, tmp_path, invoke):
+    held_out = write_dataset(tmp_path / "tiny.zip", num=10)  # of the same name
+    result = invoke(likelihood.main, f"--network={network}", f"--data={dataset_zip}", *SHORT,
+                    f"--val-data={held_out}", f"--out={tmp_path}/m.jsonl")
+    assert len(re.findall(r"^bits/dim: ", result.stdout, re.M)) == 2
+    first, second = map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())
+    assert (first["held_out"], second["held_out"]) == (False, True)
+    assert rows_of(tmp_path / second["table"]) != rows_of(tmp_path / first["table"])
+
+
+def test_one_image_has_no_error_of_a_mean(network, dataset_zip, tmp_path, invoke):
+    last = measured(invoke, f"--network={network}", f"--data={dataset_zip}", "--steps=2",
+                    "--count=1", f"--out={tmp_path}/m.jsonl")
+    assert last[3] is None and last[0].endswith("(1 image)\n")
+    assert json.loads((tmp_path / "m.jsonl").read_text())["stderr"] is None
+
+
+@pytest.mark.scripts
+def test_two_processes_find_what_one_does(network, dataset_zip, tmp_path):
+    found = []
+    for processes in (0, 2):
+        run_script("likelihood.py", f"--network={network}", f"--data={dataset_zip}", "--steps=2",
+                   "--count=5", "--batch=2", f"--out={tmp_path}/{processes}/m.jsonl",
+                   processes=processes)
+        found.append(rows_of(tmp_path / str(processes) / "likelihood-net-tiny.csv"))
+    assert list(found[0]) == list(found[1])
+    assert list(found[0].values()) == pytest.approx(list(found[1].values()), rel=1e-5)
+
+
+@pytest.mark.long
+def test_images_are_likelier_than_shuffled_ones_and_than_noise(tmp_path):
+    emoji = ImageFolderDataset(EMOJI)
+    faces = [np.array(PIL.Image.fromarray(emoji.get_batch([i])[0][0].transpose(1, 2, 0)).resize(
+        (16, 16), PIL.Image.Resampling.BOX)) for i in range(3)]
+    rng = np.random.default_rng(0)
+    shuffled = [rng.permutation(face.reshape(256, 3)).reshape(16, 16, 3) for face in faces]
+    means = []
+    measure = NetworkLikelihood.open(str(ROOT / "examples/emoji16-128.pt"), CPU, steps=4)
+    for name, images in (("faces", faces), ("shuffled", shuffled),
+                         ("noise", random_pixels(3, 16, 16, 3))):
+        data = write_source(tmp_path / f"{name}.zip", {
+            **{f"{i}.png": image for i, image in enumerate(images)},
+            "dataset.json": labels_json([[f"{i}.png", 0] for i in range(3)])})
+        means.append(np.mean(measure(LikelihoodData(data, measure, 3), range(3))[0]))
+    assert means[0] < means[1] - 1 and means[1] < means[2] and means[0] < 5
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize("flags, words", [
+    (["--steps=3"], "--steps=3: must be an even number"),
+    (["--steps=0"], "--steps=0: must be an even number"),
+    (["--guidance=2"], "--guidance: guided sampling has no density"),
+    (["--cond=0"], "--cond=0: .* trained without --label-dropout"),
+    (["--val-data="], "--val-data=: must be a data set"),
+    (["--probes=0"], "--probes"), (["--count=0"], "--count")])
+def test_flags_that_cannot_be_are_refused(network, dataset_zip, tmp_path, invoke, flags, words):
+    result = invoke(likelihood.main, f"--network={network}", f"--data={dataset_zip}", *flags,
+                    f"--out={tmp_path}/m.jsonl")
+    assert result.exit_code == 2 and re.search(words, result.stderr), result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_that_do_not_fit_the_network_are_refused(network, tmp_path, invoke):
+    (tmp_path / "floats").mkdir()
+    np.save(tmp_path / "floats/a.npy", np.zeros([3, 8, 8], np.float32))
+    for name, data, words in (
+            ("size", write_dataset(tmp_path / "size.zip", side=16), "images are 3x16x16"),
+            ("gray", write_dataset(tmp_path / "gray.zip", channels=1), "images are 1x8x8"),
+            ("plain", write_dataset(tmp_path / "plain.zip", classes=0), "has no labels"),
+            ("many", write_dataset(tmp_path / "many.zip", classes=3), "labels are 3 classes"),
+            ("vectors", write_dataset(tmp_path / "vectors.zip", vectors=True), "numbers each"),
+            ("floats", tmp_path / "floats", "floating-point"),
+            ("none", tmp_path / "none.zip", "none.zip")):
+        for flag in ("--data", "--val-data"):
+            other = write_dataset(tmp_path / "good.zip")
+            given = {"--data": other, flag: data}
+            result = invoke(likelihood.main, f"--network={network}", *SHORT,
+                            *(f"{key}={value}" for key, value in given.items()),
+                            f"--out={tmp_path}/m.jsonl")
+            assert result.exit_code == 1 and words in result.stderr, (name, result.stderr)
+            assert f"{flag}=" in result.stderr or name == "none"
+            assert not (tmp_path / "m.jsonl").exists()
+
+
+def test_dequantize_is_for_8_bit_data(tmp_path, invoke):
+    network = write_snapshot(tmp_path / "net.pt", label_dim=0, dataset={
+        "scale": {"center": [0.0], "spread": [2.0]}})
+    np.save(tmp_path / "a.npy", np.ones([3, 8, 8], np.float32))
+    args = [f"--network={network}", f"--data={tmp_path}", "--steps=2"]
+    result = invoke(likelihood.main, *args, "--dequantize=uniform")
+    assert result.exit_code == 2 and "leave --dequantize out" in result.stderr
+    assert measured(invoke, *args)[1] == "nats"
+
+
+def test_a_network_that_has_diverged_has_no_likelihood(tmp_path, invoke, dataset_zip):
+    content = checkpoint.load(write_snapshot(tmp_path / "net.pt"))
+    content["ema"] = {name: value * math.nan for name, value in content["ema"].items()}
+    checkpoint.save(tmp_path / "net.pt", content)
+    result = invoke(likelihood.main, f"--network={tmp_path}/net.pt", f"--data={dataset_zip}",
+                    *SHORT)
+    assert result.exit_code == 1 and "4 of 4 images are not finite" in result.stderr
+    assert not (tmp_path / "metrics.jsonl").exists()
