@@ -179,7 +179,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                         _refuse_strays(dataset)
                         if len(dataset) < num:
                             raise UnscorableError(
-                                f"{job.path}: {len(dataset)} images, but --num={num}; make more, "
+                                f"{job.path}: {len(dataset)} images, but --count={num}; make more, "
                                 f"or score these with --count={len(dataset)}",
                                 f"{len(dataset)} images")
                         enough.append((job, dataset))
@@ -200,7 +200,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
             if left_out:
                 more = ", ..." if len(left_out) > _MAX_NAMED else ""
                 raise ValueError(f"{len(left_out)} of {len(jobs)} folders were not scored by "
-                                 f"--num={num}: {', '.join(left_out[:_MAX_NAMED])}{more}")
+                                 f"--count={num}: {', '.join(left_out[:_MAX_NAMED])}{more}")
 
 
 @main.command(context_settings={"show_default": True, **HELP_NAMES})

@@ -1,4 +1,4 @@
-"""The likelihood of images under a trained network: bits a dimension."""
+"""The likelihood of images under a trained network: bits per dimension."""
 
 import csv
 import io
@@ -33,15 +33,15 @@ def _refuse_guidance(ctx, param, value) -> None:
 @click.option("--network", metavar="PT|URL", required=True, help="Network snapshot or training state; of a run directory the newest.")
 @click.option("--data", metavar="DIR|ZIP", required=True, help="Images to measure, with labels or conditions if the network takes them.")
 @click.option("--val-data", metavar="DIR|ZIP", help="Held-out images, to measure beside those of --data.")
-@click.option("--count", metavar="INT", type=click.IntRange(min=1), default=64, help="Number of images of each data set; all where there are fewer.")
+@click.option("--count", metavar="INT", type=click.IntRange(min=1), default=64, help="Number of images to measure in each data set; all if there are fewer.")
 @click.option("--steps", metavar="INT", type=int, default=32, help="Steps of the solver, an even number; four evaluations of the network each.")
-@click.option("--probes", metavar="INT", type=click.IntRange(min=1), default=1, help="Random vectors for each trace of the network's Jacobian.")
+@click.option("--probes", metavar="INT", type=click.IntRange(min=1), default=1, help="Random vectors per trace of the network's Jacobian.")
 @click.option("--exact", is_flag=True, help="Compute the traces exactly; for small images.")
-@click.option("--dequantize", type=click.Choice(["uniform", "none"]), help="Noise of one level on 8-bit data.  [default: uniform for 8-bit data]")
+@click.option("--dequantize", type=click.Choice(["uniform", "none"]), help="Noise of one level, for 8-bit data only.  [default: uniform for 8-bit data]")
 @click.option("--cond", metavar="BOOL", type=click.BOOL, default=True, help="Tell the network the labels of the data.")
-@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Chooses images, noise and random vectors.")
+@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of the choice of images, the noise and the random vectors.")
 @click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=16, help="Images at a time on each device.")
-@click.option("--out", metavar="JSONL", help="File that gets one line a data set.  [default: metrics.jsonl beside the network]")
+@click.option("--out", metavar="JSONL", help="File to append a line for each data set to.  [default: metrics.jsonl beside the network]")
 @click.option("--pfgmpp", metavar="BOOL", type=click.BOOL, help="For files that do not record D; else checked against the file.")
 @click.option("--aug_dim", metavar="D", type=float, help="For files that do not record D; else checked against the file.")
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", help="Arithmetic inside the network.")
@@ -53,15 +53,15 @@ def _refuse_guidance(ctx, param, value) -> None:
 @verbosity_options
 def main(network: str, data: str, val_data: str | None, count: int, steps: int, probes: int,
          exact: bool, batch: int, out: str | None, device: str, **options) -> None:
-    """Measures how likely images are under a network, in bits a dimension.
+    """Measures how likely images are under a network, in bits per dimension.
 
     The probability-flow ODE is solved from each image to the highest noise level, where the density
-    is that of the noise. Lower is more likely. 8-bit images are dequantised, so that the numbers
-    bound those of a code for them from above; other data give nats a dimension, per unit of the
+    is known. Lower bits mean more likely images. 8-bit images are dequantised, which makes the
+    result an upper bound for an ideal code. Other data give nats per dimension, per unit of the
     data.
 
-    The last line of each data set is 'bits/dim: MEAN +- STANDARD ERROR (N images)'. The values of
-    the images go to likelihood-NETWORK-DATA.csv beside --out, and the mean is appended to --out.
+    The last line for each data set is 'bits/dim: MEAN +- STANDARD ERROR (N images)'. The mean is
+    appended to --out, and the values of the images go to likelihood-NETWORK-DATA.csv beside it.
 
     \b
     # 64 images of the training data and 64 that training has not seen

@@ -232,7 +232,7 @@ def no_detector(monkeypatch):
 def test_fewer_images_than_num_are_refused_with_the_counts(fails, data, no_detector):
     root, _ = data
     args = ("calc", f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}", *PIXELS)
-    assert "images: 200 images, but --num=50000; make more, or score these with --count=200" in \
+    assert "images: 200 images, but --count=50000; make more, or score these with --count=200" in \
         fails(*args)
     assert "--num" in fails(*args, "--num=1", exit_code=2)
 
@@ -246,10 +246,10 @@ def test_an_unfinished_folder_of_a_run_is_left_out_and_named(data, tmp_path, inv
     assert done.exit_code == 1 and [
         json.loads(line)["images"][-7:] for line in
         (tmp_path / "metrics.jsonl").read_text().splitlines()] == ["_000001", "1000001"]
-    assert ("Error: 2 of 4 folders were not scored by --num=4: ckpt_000002 (3 images), "
+    assert ("Error: 2 of 4 folders were not scored by --count=4: ckpt_000002 (3 images), "
             "ckpt_2500000 (2 images)\n") in done.stderr
     done = invoke(fid.main, *args, "--num=5")
-    assert done.exit_code == 1 and "ckpt_2500000: 2 images, but --num=5" in done.stderr
+    assert done.exit_code == 1 and "ckpt_2500000: 2 images, but --count=5" in done.stderr
 
 
 def test_an_empty_or_diverged_folder_of_a_run_is_left_out_and_named(data, tmp_path, invoke):
@@ -262,7 +262,7 @@ def test_an_empty_or_diverged_folder_of_a_run_is_left_out_and_named(data, tmp_pa
     args = ["calc", f"--ref={root / 'ref.npz'}", "--num=4", *PIXELS]
     done = invoke(fid.main, *args, f"--images={tmp_path}")
     assert done.exit_code == 1 and "/ckpt_000001, " in done.stdout
-    assert ("2 of 3 folders were not scored by --num=4: ckpt_000002 (no images), ckpt_000003 (2 "
+    assert ("2 of 3 folders were not scored by --count=4: ckpt_000002 (no images), ckpt_000003 (2 "
             "images that are not finite)") in done.stderr
     done = invoke(fid.main, *args, f"--images={tmp_path / 'ckpt_000003'}")
     assert done.exit_code == 1 and "not finite, so it has no score" in done.stderr
