@@ -18,7 +18,8 @@ import train
 from dnnlib import signals
 from dnnlib.cli import BAD_USAGE, CONTEXT, IntList, NumberList, UserError, run, user_errors
 from dnnlib.util import is_url
-from sampling.sweeps import FULL_BITS
+from sampling.sampling_options import check_alpha
+from sampling.sweeps import FULL_BITS, SOLVERS
 
 if TYPE_CHECKING:  # imported late: help is instant
     from reports.study import Step, Study
@@ -54,6 +55,8 @@ class _Command(click.Command):
 @click.option("--seeds", metavar="LIST", type=IntList(), default="0-49999", help="Seeds of the images that are scored.")
 @click.option("--ranges", metavar="INT", type=click.IntRange(min=1), default=1, help="Seed ranges at the default point, see fid.py.")
 @click.option("--base-steps", metavar="INT", type=click.IntRange(min=1), default=18, help="Steps of the default point.")
+@click.option("--solver", type=click.Choice(SOLVERS), help="Method of all scores and images, see generate.py.  [default: heun]")
+@click.option("--order", metavar="INT", type=click.IntRange(1, 4), help="Order of ipndm.  [default: 3]")
 @click.option("--alpha", metavar="LIST", type=NumberList(float, 0), help="Also score with noise of these strengths before each step.")
 @click.option("--steps", metavar="LIST", type=NumberList(int, 1), help="Also score with these numbers of steps.")
 @click.option("--bits", metavar="LIST", type=NumberList(int, 1, FULL_BITS), help="Also score with weights of these bits.")
@@ -84,6 +87,10 @@ def main(outdir, data, aug_dims, name, runs, nproc, report, dry_run, train_optio
     if bool(runs) == bool(aug_dims) or bool(aug_dims) != bool(data):
         raise UserError("give --data and --aug_dims to train, or --runs", BAD_USAGE)
     scoring["ref"] = scoring["ref"] or data
+    check_alpha(scoring["solver"], scoring["alpha"])
+    if scoring["order"] is not None and scoring["solver"] != "ipndm":
+        raise UserError(f"--order={scoring['order']}: only ipndm has orders; give --solver=ipndm",
+                        BAD_USAGE)
     with user_errors(BAD_USAGE):
         dims = _parse_dims(aug_dims) if aug_dims else []
         folders = [Path(folder) for folder in runs.split(",")] if runs else [

@@ -45,6 +45,7 @@ ImagesOfSeeds = Callable[[Sequence[int]], torch.Tensor]  # [B, C, H, W] float32,
 LabelsOfSeeds = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
 _SEED_RANGE = 1 << 32
 _SHOWN_STD = 0.5  # about that of images in [-1, 1]
+_OF_LOG_SIGMA = ("dpmpp2m", "unipc")  # they divide by the distance of two levels
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -142,7 +143,12 @@ def sampler(
         init: images [B, C, H, W] to which the noise of sigma_max is added at the start; None is 0.
         posterior_scale: source of the factor of churn's noise at finite D, (kernel, n, sigma) ->
             [B].
+
+    Raises:
+        ValueError: the settings do not go together, or not with the network.
     """
+    SamplerConfig(num_steps, sigma_min, sigma_max, rho, S_churn, S_min, S_max, S_noise, solver,
+                  discretization, schedule, scaling, noise_alpha, order, sigmas).check(net)
     denoise = _float64_denoiser(net, class_labels, condition)
     if sigmas is None:
         grid, low, high = sigma_grid(discretization, net, num_steps, sigma_min, sigma_max, rho)
@@ -237,7 +243,10 @@ class SamplerConfig:
     """Settings of the sampler, see `sampler`; None stands for the default.
 
     None for a noise level means the published value of the discretisation. With `sigmas`, levels of
-    one's own, `num_steps` is their number and the settings of grids have no effect.
+    one's own, `num_steps` is their number and the settings of grids are refused.
+
+    Raises:
+        ValueError: `sigmas` that are no numbers, or beside settings of a grid.
     """
 
     num_steps: int = 18
@@ -257,9 +266,22 @@ class SamplerConfig:
     sigmas: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        if self.sigmas is not None:
-            object.__setattr__(self, "sigmas", tuple(map(float, self.sigmas)))
-            object.__setattr__(self, "num_steps", len(self.sigmas))
+        if self.sigmas is None:
+            return
+        try:
+            if isinstance(self.sigmas, str):
+                raise TypeError
+            levels = tuple(map(float, self.sigmas))
+        except (TypeError, ValueError):
+            raise ValueError(f"sigmas={self.sigmas!r}: must be a sequence of numbers") from None
+        for name, unset in (("num_steps", (18, len(levels))), ("sigma_min", (None,)),
+                            ("sigma_max", (None,)), ("rho", (7,)),
+                            ("discretization", (None, "edm"))):
+            if getattr(self, name) not in unset:
+                raise ValueError(f"{name}={getattr(self, name)} with sigmas: these are the noise "
+                                 f"levels; leave {name} out")
+        object.__setattr__(self, "sigmas", levels)
+        object.__setattr__(self, "num_steps", len(levels))
 
     @property
     def nfe(self) -> int:
@@ -290,16 +312,23 @@ class SamplerConfig:
         if min(self.S_churn, self.S_noise, self.noise_alpha) < 0:
             raise ValueError(f"S_churn={self.S_churn:g}, S_noise={self.S_noise:g}, "
                              f"noise_alpha={self.noise_alpha:g}: must be 0 or more")
-        self.levels(net)
+        levels = self.levels(net)[:-1]
+        if self.solver in _OF_LOG_SIGMA and (levels.diff() == 0).any():
+            raise ValueError(f"num_steps={self.num_steps}: some of these levels are equal once the "
+                             f"network has rounded them, and solver={self.solver} can't step "
+                             "between them; take fewer levels or solver=ipndm")
 
     def check_solver(self) -> None:
         """Raises ValueError where these settings can't be used together, with any network."""
+        if type(self.num_steps) is not int:
+            raise ValueError(f"num_steps={self.num_steps}: must be a whole number")
         names = [*SOLVERS, *MULTISTEP]
         if self.solver not in (None, *names):
             raise ValueError(f"solver={self.solver}: must be one of {', '.join(names)}")
         if self.order is not None and self.solver != "ipndm":
             raise ValueError(f"order={self.order}: only ipndm has orders; give solver=ipndm")
-        if self.order not in (None, *ADAMS_BASHFORTH):
+        if self.order is not None and (
+                type(self.order) is not int or self.order not in ADAMS_BASHFORTH):
             raise ValueError(f"order={self.order}: must be one of "
                              f"{', '.join(map(str, ADAMS_BASHFORTH))}")
         if self.solver not in MULTISTEP:

@@ -25,6 +25,7 @@ import torch
 
 EPSILON_S = 1e-3  # smallest time of the VP sampler (Song et al. 2021)
 IDDPM_LEVELS = {"M": 1000, "C_1": 0.001, "C_2": 0.008}  # Nichol and Dhariwal 2021
+_HIGHEST_GIVEN = 1e6  # level; beyond, float32 has no room for the noise of a small D
 _VP_BETA_D, _VP_BETA_MIN = 19.9, 0.1  # Song et al. 2021
 
 TimeFunction = Callable[[torch.Tensor], torch.Tensor]
@@ -204,12 +205,15 @@ def given_sigmas(net: HasSigmaRange, sigmas: Sequence[float]) -> torch.Tensor:
     Raises:
         ValueError: they don't fall from level to level, or the network doesn't know them.
     """
-    if not sigmas or not all(a > b for a, b in zip(sigmas, [*sigmas[1:], 0.0], strict=True)):
-        raise ValueError(f"sigmas={','.join(f'{s:g}' for s in sigmas)}: must be one or more noise "
-                         "levels, falling and above 0; the step to 0 comes by itself")
+    falls = sigmas and all(a > b for a, b in zip(sigmas, [*sigmas[1:], 0.0], strict=True))
+    if not falls or sigmas[0] > _HIGHEST_GIVEN:
+        some = [f"{s:g}" for s in sigmas]
+        some = [*some[:3], "...", some[-1]] if len(some) > 5 else some
+        raise ValueError(f"sigmas={','.join(some)}: must be falling noise levels, above 0 and at "
+                         f"most {_HIGHEST_GIVEN:g}; the step to 0 comes by itself")
     if sigmas[0] > net.sigma_max or sigmas[-1] < net.sigma_min:
-        raise ValueError(f"sigmas from {sigmas[0]:g} to {sigmas[-1]:g}: the network knows "
-                         f"{net.sigma_min:g} .. {net.sigma_max:g}")
+        raise ValueError(f"sigmas={sigmas[0]:.9g} to {sigmas[-1]:.9g}: the network knows levels "
+                         f"from {net.sigma_max:.9g} to {net.sigma_min:.9g}; give such ones")
     levels = net.round_sigma(torch.tensor(sigmas, dtype=torch.float64))
     return torch.cat([levels, levels.new_zeros(1)])
 

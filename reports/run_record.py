@@ -30,7 +30,8 @@ _SAMPLES_NAME = re.compile(rf"samples-({KIMG})\.png")
 _TOTAL_LINE = re.compile(r"^total +\S+ +([\d,]+)$", re.M)  # of the table of parameters in log.txt
 # The defaults of sampler settings, see pfgmpp.samplers.SamplerConfig.
 _SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"), ("S_noise", 1),
-                     ("precision", "fp32")]
+                     ("precision", "fp32"), ("solver", "heun"), ("discretization", "edm"),
+                     ("schedule", "linear"), ("scaling", "none"), ("order", 3)]
 # The first three are the axes of sweeps; comparisons ignore the others.
 _NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs", "nfe",
                  "scale", "empty_classes"}  # the last two are of the data of the network
@@ -60,6 +61,7 @@ class Score:
     network: str = ""  # its file name; '' if images were scored
     other: tuple[tuple[str, str], ...] = ()  # settings of the sampler that are not the default
     weights: str = ""  # sha256 of the network's weights; '' where it is not recorded
+    nfe: int | None = None  # evaluations of the network per image, where it is recorded
 
     @property
     def is_plain(self) -> bool:
@@ -274,6 +276,7 @@ def _score(line: dict, D: float | None) -> Score | None:
         noise_alpha=_number(sampler.get("noise_alpha")) or 0.0,
         bits=_whole(sampler.get("bits")) or FULL_BITS,
         weights=str(sampler.get("weights") or ""),
+        nfe=_whole(line.get("nfe") or sampler.get("nfe")),
         network=source if line.get("network") else "", other=_other_settings(sampler), **text)
 
 

@@ -57,6 +57,8 @@ class Study:
     bits: tuple[int, ...] | None
     images: int
     device: str
+    solver: str | None = None
+    order: int | None = None
 
     def steps_of(self, run_dir: Path) -> list[Step]:
         """Returns the steps that score a run and sample it for the report."""
@@ -70,7 +72,19 @@ class Study:
     def score_words(self, network: Path, seeds: str, *flags: str) -> list[str]:
         """Returns the command that scores the images of `seeds`."""
         same = [f"--{key}={getattr(self, key)}" for key in ("ref", "metrics", "detector", "device")]
-        return ["fid.py", "gen", f"--network={network}", *same, f"--seeds={seeds}", *flags]
+        return ["fid.py", "gen", f"--network={network}", *same, f"--seeds={seeds}", *self._solver,
+                *flags]
+
+    @property
+    def _solver(self) -> list[str]:
+        """The flags of the solver, none for the usual one."""
+        return [f"--{name}={value}" for name, value in self._method.items()]
+
+    @property
+    def _method(self) -> dict[str, Any]:
+        usual = {"solver": "heun", "order": 3}
+        return {name: getattr(self, name) for name in usual
+                if getattr(self, name) not in (None, usual[name])}
 
     def _base_words(self, run_dir: Path) -> list[str] | None:
         """Returns the command for the seed ranges from the first that is not scored."""
@@ -99,7 +113,9 @@ class Study:
                   "detector": self.detector_name, "num_steps": self.base_steps, "noise_alpha": 0,
                   "bits": FULL_BITS, **point}
         # The sampler of an --lsun network records the highest noise level, which is its own.
-        plain = [(), *([_LSUN_START] if _is_lsun(run_dir) else [])]
+        method = tuple((name, str(value)) for name, value in self._method.items())
+        plain = [tuple(sorted(method + start))
+                 for start in [(), *([_LSUN_START] if _is_lsun(run_dir) else [])]]
         scores = [score for score in (read_scores(run_dir) if run_dir.is_dir() else [])
                   if score.other in plain
                   and all(getattr(score, name) == value for name, value in sought.items())]
@@ -113,7 +129,7 @@ class Study:
         if self._has_images(folder, network):
             return None
         return ["generate.py", f"--network={network}", f"--outdir={folder}", "--subdirs",
-                f"--seeds=0-{self.images - 1}", f"--steps={self.base_steps}",
+                f"--seeds=0-{self.images - 1}", f"--steps={self.base_steps}", *self._solver,
                 f"--device={self.device}"]
 
 

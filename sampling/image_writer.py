@@ -34,6 +34,9 @@ from images.image_files import (
 )
 from sampling.folders import image_name
 
+# What None stands for in a record, so that a default that is spelled out is no other setting.
+_UNSET = {"solver": "heun", "order": 3, "discretization": "edm", "schedule": "linear",
+          "scaling": "none"}
 _LABELS_AT_ONCE = 256  # seeds whose labels are drawn together
 _IMAGE = "[0-9]" * 6 + "*"  # the name of an image, but for its extension
 
@@ -81,7 +84,8 @@ class ImageFolder:
         for key in {**settings, **there}:  # some are recorded only where they are used
             if key in ("nfe", "not_finite"):  # follow from the others, and older folders lack them
                 continue
-            now, then = settings.get(key), there.get(key)
+            now, then = (_UNSET.get(key) if record.get(key) is None else record[key]
+                         for record in (settings, there))
             if now != then and key == "weights":
                 raise ValueError(f"{self.path} holds images of another network (its weights have "
                                  f"sha256 {str(then)[:8]}..., these {now[:8]}...); name another "

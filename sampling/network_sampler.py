@@ -41,9 +41,9 @@ from sampling.sweeps import FULL_BITS
 from torch_utils import distributed
 from torch_utils.misc import compile_network, compute_dtype, configure_backends
 
-_FLAGS = {"noise_alpha": "--alpha", "solver": "--solver", "order": "--order",
-          "schedule": "--schedule", "scaling": "--scaling", "S_churn": "--S_churn",
-          "num_steps": "--steps"}
+_FLAGS = {"noise_alpha": "--alpha", "num_steps": "--steps",
+          **{name: f"--{name}" for name in ("solver", "order", "schedule", "scaling", "S_churn",
+                                            "S_noise", "sigma_min", "sigma_max", "rho", "sigmas")}}
 _CONDITIONS_WORD = "cond"  # as --init-image
 _LOST_SIGMAS = 5  # times sigma_data: noise in which little is left of an image
 _OpenNetwork = Callable[[str], tuple[dict[str, Any], Precond]]
@@ -224,7 +224,13 @@ class NetworkSampler:
         _warn_of_init_sigma(net, init_sigma, scaling)
         denoiser, extra = _with_guidance(net, source, guidance, gnet, guidance_interval,
                                          open_one, scaling)
-        sampler.check(denoiser)
+        try:
+            sampler.check(denoiser)
+        except ValueError as error:
+            text = _in_flags(error)
+            if init_sigma is not None:  # it is the highest level
+                text = text.replace("--sigma_max=", "--init-sigma=")
+            raise ValueError(text) from error
         extra |= {} if scaling.is_8bit else {"scale": scaling.to_dict()}
         conditions = _open_conditions(net, source, cond_image, content)
         inits = _open_inits(net, init_image, cond_image, scaling)

@@ -6,15 +6,16 @@
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import click
 
 from dnnlib.cli import BAD_USAGE, NumberList, UserError
-from sampling.sweeps import FULL_BITS, SOLVERS
+from sampling.sweeps import FULL_BITS, MULTISTEP, SOLVERS
 
 _OF_GRIDS = {"steps": "--steps", "sigma_min": "--sigma_min", "sigma_max": "--sigma_max",
              "rho": "--rho", "discretization": "--disc"}  # excluded by --sigmas
+_MAX_SHOWN = 80  # characters of a value in an error
 _MAX_FILE = 1 << 20  # characters of a file of noise levels
 
 
@@ -44,30 +45,44 @@ class _Levels(click.ParamType):
     def convert(self, value, param, ctx):
         if isinstance(value, tuple):
             return value
-        text = value
-        if os.path.isfile(value):
+        shown = value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}..."
+        levels = _numbers(value)
+        if levels is None:
+            if not os.path.isfile(value):
+                self.fail(f"{shown!r}: no such file, and no noise levels such as 80,10,1,0.1", param,
+                          ctx)
             try:
-                text = _text_of(value)
-            except (OSError, ValueError) as error:
-                self.fail(f"{value}: {error}", param, ctx)
-        try:
-            levels = tuple(map(float, text.replace(",", " ").split()))
-        except ValueError:
-            levels = ()
+                levels = _levels_in(value)
+            except (OSError, ValueError, EOFError):
+                levels = None
+            if levels is None:
+                self.fail(f"{shown!r}: must be a text file of numbers, UTF-8 and at most 1 MiB, or "
+                          "a .npy file of an array [n] of numbers", param, ctx)
         if not levels or not all(a > b for a, b in zip(levels, [*levels[1:], 0.0], strict=True)):
-            self.fail(f"{value!r} must be noise levels such as 80,10,1,0.1, falling and above 0, or a "
-                      "text or .npy file of them; the step to 0 comes by itself", param, ctx)
+            self.fail(f"{shown!r}: must be noise levels such as 80,10,1,0.1, falling and above 0; "
+                      "the step to 0 comes by itself", param, ctx)
         return levels
 
 
-def _text_of(path: str) -> str:
-    """Returns the numbers in a .npy or text file as text."""
+def _numbers(text: str) -> tuple[float, ...] | None:
+    """Returns numbers with commas or white space between them; None for anything else."""
+    try:
+        return tuple(map(float, text.replace(",", " ").split()))
+    except ValueError:
+        return None
+
+
+def _levels_in(path: str) -> tuple[float, ...] | None:
+    """Returns the numbers in a .npy or text file, where '#' begins a comment; None without them."""
     if not path.lower().endswith(".npy"):
-        with open(path, encoding="utf-8") as file:
-            return file.read(_MAX_FILE)
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(_MAX_FILE + 1)
+        lines = [line.partition("#")[0] for line in text.splitlines()]
+        return None if len(text) > _MAX_FILE else _numbers(" ".join(lines))
     import numpy as np
 
-    return " ".join(map(str, np.load(path, allow_pickle=False).ravel().tolist()))
+    array = np.load(path, allow_pickle=False)
+    return tuple(map(float, array)) if array.ndim == 1 and array.dtype.kind in "iuf" else None
 
 
 class _ClassChoice(click.ParamType):
@@ -122,11 +137,19 @@ def sampling_options(command: Callable) -> Callable:
     def checked(**options):
         if options["sigmas"] is not None:
             _refuse_grids(click.get_current_context(), options)
+        check_alpha(options["solver"], options["alpha"])
         return command(**options)
 
     for option in reversed(_OPTIONS):
         checked = option(checked)
     return checked
+
+
+def check_alpha(solver: str | None, alpha: Sequence[float] | None) -> None:
+    """Raises UserError for noise before steps of a solver that it makes useless."""
+    if solver in MULTISTEP and any(alpha or ()):
+        raise UserError(f"--alpha={max(alpha):g}: --solver={solver} uses earlier steps, which fresh "
+                        "noise makes useless; use heun or euler", BAD_USAGE)
 
 
 def _refuse_grids(context: click.Context, options: dict) -> None:

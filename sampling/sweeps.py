@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from sampling.folders import suffix
 
-SOLVERS = ("heun", "euler", "ipndm", "dpmpp2m", "unipc")  # see pfgmpp/solvers.py
+MULTISTEP = ("ipndm", "dpmpp2m", "unipc")  # see pfgmpp/solvers.py
+SOLVERS = ("heun", "euler", *MULTISTEP)
 FULL_BITS = 32  # and above: the weights as they are
 
 

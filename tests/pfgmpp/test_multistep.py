@@ -8,7 +8,7 @@ import torch
 
 from pfgmpp.kernel import PerturbationKernel
 from pfgmpp.samplers import SamplerConfig, sampler
-from pfgmpp.schedules import edm_sigmas
+from pfgmpp.schedules import edm_sigmas, given_sigmas
 from pfgmpp.solvers import (
     ADAMS_BASHFORTH,
     MULTISTEP,
@@ -230,7 +230,7 @@ def test_few_evaluations_come_closer_than_heun_does(D):
 def test_levels_of_ones_own_take_the_place_of_a_grid():
     net, latents = Ideal(2.5, num=5), torch.ones(2, 1, 1, 2).double()
     levels = edm_sigmas(net, 9)[:-1].tolist()
-    config = SamplerConfig(sigmas=levels, num_steps=30)
+    config = SamplerConfig(sigmas=levels)
     assert config.num_steps == 9 and config.nfe == 17
     for solver in NAMES:
         assert sampler(net, latents, sigmas=levels, solver=solver).equal(
@@ -239,9 +239,68 @@ def test_levels_of_ones_own_take_the_place_of_a_grid():
     assert not torch.allclose(other, sampler(net, latents, num_steps=3))
 
 
+def test_levels_are_those_that_the_network_knows():
+    net = Ideal(2.5, num=5)
+    net.round_sigma = lambda sigma: torch.as_tensor(sigma).round()
+    assert given_sigmas(net, [80.2, 9.6, 1.1]).tolist() == [80, 10, 1, 0]
+    net.sigma_min = 0.5
+    with pytest.raises(ValueError, match="sigmas=80 to 0.1: the network knows levels from"):
+        given_sigmas(net, [80, 0.1])
+
+
+@pytest.mark.parametrize("solver", ["dpmpp2m", "unipc"])
+@pytest.mark.parametrize("settings", [
+    {"num_steps": 5, "sigma_min": 1.0, "sigma_max": 1.0}, {"sigmas": [80, 1.2, 1.1, 0.6]}])
+def test_equal_levels_are_refused_where_a_solver_divides_by_their_distance(solver, settings):
+    net = Ideal(2.5, num=5)
+    net.round_sigma = lambda sigma: torch.as_tensor(sigma).round()
+    with pytest.raises(ValueError, match=f"are equal once .* solver={solver} can't step"):
+        SamplerConfig(solver=solver, **settings).check(net)
+    for other in ("heun", "ipndm"):
+        SamplerConfig(solver=other, **settings).check(net)
+        assert sampler(net, torch.ones(1, 1, 1, 2).double(), solver=other,
+                       **settings).isfinite().all()
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"num_steps": 7}, "num_steps=7 with sigmas"), ({"rho": 5.0}, "rho=5.0 with sigmas"),
+    ({"sigma_max": 40.0}, "sigma_max=40.0 with sigmas"),
+    ({"discretization": "vp"}, "discretization=vp with sigmas")])
+def test_levels_of_ones_own_exclude_a_grid(settings, words):
+    for call in (SamplerConfig, lambda **own: sampler(Ideal(2), torch.ones(1, 1, 1, 2), **own)):
+        with pytest.raises(ValueError, match=words):
+            call(sigmas=[80, 1], **settings)
+
+
+@pytest.mark.parametrize("sigmas", ["80,1", 80.0, [80, "x"], [80, None]])
+def test_levels_that_are_no_numbers_are_refused(sigmas):
+    with pytest.raises(ValueError, match="must be a sequence of numbers"):
+        SamplerConfig(sigmas=sigmas)
+
+
+def test_ipndm_is_of_order_3_by_default():
+    net, sigmas = Ideal(128), grid(9)
+    assert ipndm(net, starts(net), sigmas).equal(ipndm(net, starts(net), sigmas, order=3))
+    latents = starts(net) / 80
+    assert sampler(net, latents, num_steps=9, solver="ipndm").equal(
+        sampler(net, latents, num_steps=9, solver="ipndm", order=3))
+
+
+@pytest.mark.parametrize("settings", [
+    {"solver": "ipndm", "schedule": "vp"}, {"solver": "unipc", "scaling": "vp"},
+    {"solver": "dpmpp2m", "S_churn": 4.0}, {"solver": "ipndm", "noise_alpha": 0.1},
+    {"solver": "heun", "order": 3}, {"solver": "ipndm", "order": 0},
+    {"solver": "ipndm", "order": 2.0}, {"num_steps": 3.5}])
+def test_the_function_refuses_what_the_command_refuses(settings):
+    with pytest.raises(ValueError):
+        sampler(Ideal(2), torch.ones(1, 1, 1, 2).double(), **settings)
+
+
 @pytest.mark.parametrize("levels, words", [
-    ([], "falling"), ([1.0, 2.0], "falling"), ([1.0, 1.0], "falling"), ([1.0, 0.0], "falling"),
-    ([1.0, -1.0], "falling"), ([math.nan], "falling"), ([200.0, 1.0], "the network knows")])
+    ([], "falling"), ([math.inf, 1.0], "at most 1e"), ([1e7, 1.0], "at most 1e"),
+    ([1.0, 2.0], "falling"), ([1.0, 1.0], "falling"), ([1.0, 0.0], "falling"),
+    ([1.0, -1.0], "falling"),
+    ([math.nan], "falling"), ([200.0, 1.0], "the network knows")])
 def test_levels_that_cannot_be_are_refused(levels, words):
     net = Ideal(2.5, num=5)
     net.sigma_max = 100.0

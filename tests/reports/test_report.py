@@ -84,6 +84,20 @@ def test_a_score_keeps_odd_settings_and_leaves_out_defaults(tmp_path):
     assert second == Score("fid", 2, 10, 128)
 
 
+def test_evaluations_are_shown_where_they_are_recorded_and_tell_no_scores_apart(tmp_path):
+    lines = [score_line(2, 1.5, seeds="0-9"), score_line(2, 2.5, seeds="10-19", nfe=35),
+             score_line(2, 3.5, seeds="0-9", solver="ipndm", num_steps=7, nfe=7),
+             {**score_line(2, 4.5, metric="bits_per_dim", num_steps=32), "nfe": 192}]
+    run = write_run(tmp_path / "run", scores=lines)
+    scores = RunRecord.read(run).scores
+    assert [score.nfe for score in scores] == [None, 35, 7, 192]
+    assert ScoreGroup.of(scores[0]) == ScoreGroup.of(scores[1]) != ScoreGroup.of(scores[2])
+    assert ScoreGroup.of(scores[3]).evaluations(32) == 192
+    page = report_page.render([RunRecord.read(run)])
+    cells = [row for row in rows_below(page, "Scores") if row[-1] in ("2.5", "3.5", "4.5")]
+    assert [row[rows_below(page, "Scores")[0].index("NFE")] for row in cells] == ["35", "7", "192"]
+
+
 def test_scores_of_stats_are_taken_where_metrics_jsonl_lacks_them(tmp_path):
     run = write_run(tmp_path / "run", scores=[
         {"metric": "fid", "value": 7.0, "kimg": 2, "sampler": sampler(128)}])

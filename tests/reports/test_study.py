@@ -89,6 +89,23 @@ def test_scores_by_other_settings_do_not_count(run_dir, change):
     assert words_of(run_dir, study)["scores"] is not None
 
 
+@pytest.mark.parametrize("method, flags, recorded", [
+    ({"solver": "ipndm"}, ["--solver=ipndm"], {"solver": "ipndm"}),
+    ({"solver": "ipndm", "order": 2}, ["--solver=ipndm", "--order=2"],
+     {"solver": "ipndm", "order": 2}),
+    ({"solver": "ipndm", "order": 3}, ["--solver=ipndm"], {"solver": "ipndm", "order": 3}),
+    ({"solver": "heun"}, [], {"solver": None}), ({}, [], {"solver": "heun"})])
+def test_a_study_by_another_solver_has_scores_of_its_own(run_dir, method, flags, recorded):
+    study = dataclasses.replace(STUDY, ranges=1, alpha=None, steps=None, bits=None, **method)
+    other = dataclasses.replace(study, solver="unipc", order=None)
+    words = words_of(run_dir, study)
+    assert words["scores"][-len(flags) - 2:-2] == flags or not flags
+    assert [word for word in words["images"] if word.startswith(("--solver", "--order"))] == flags
+    write_scores(run_dir, {**score_line(128, 1, "0-2", **recorded)})
+    assert words_of(run_dir, study)["scores"] is None
+    assert words_of(run_dir, other)["scores"] is not None
+
+
 @pytest.mark.parametrize("point", [{"noise_alpha": 0.1}, {"num_steps": 10}, {"bits": 5}])
 def test_scores_around_the_default_point_are_not_scores_of_it(run_dir, point):
     write_scores(run_dir, score_line(128, 1, "0-2", **point))
@@ -140,6 +157,9 @@ def test_a_network_that_is_not_there_yet_has_a_stand_in(tmp_path):
     (["--data=DATA", "--aug_dims=2", "--", "--pfgmpp=1"], "--pfgmpp=1: can't be given"),
     (["--data=DATA", "--aug_dims=2", "--", "--no=1"], "No such option"),
     (["--data=DATA", "--aug_dims=2", "--cbase=16"], "options of train.py follow after '--'"),
+    (["--data=DATA", "--aug_dims=2", "--solver=ipndm", "--alpha=0,0.1"],
+     "--alpha=0.1: --solver=ipndm uses earlier steps"),
+    (["--data=DATA", "--aug_dims=2", "--order=2"], "--order=2: only ipndm has orders"),
     (["--data=DATA", "--aug_dims=2", "--metrics=nice"], "'nice': must be a list of fid"),
     (["--data=DATA", "--aug_dims=2", "--detector=nice"], "detector 'nice': must be"),
     (["--data=DATA", "--aug_dims=2", "--ref=none.npz"], "none.npz: no such file or folder"),

@@ -9,6 +9,7 @@ from tiny import write_dataset
 
 import fid
 import generate
+import generate_alpha
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,8 @@ def test_levels_come_from_the_line_or_a_file(network, tmp_path, invoke):
     (["--sigmas=80,1", "--rho=3"], "--rho with --sigmas"),
     (["--sigmas=80,1", "--disc=vp"], "--disc with --sigmas"),
     (["--sigmas=80,1,0"], "the step to 0 comes by itself"), (["--sigmas=1,80"], "falling"),
-    (["--sigmas=nowhere.txt"], "must be noise levels such as"), (["--sigmas="], "noise levels"),
+    (["--sigmas=nowhere.txt"], "no such file, and no noise levels such as"),
+    (["--sigmas="], "noise levels"),
     (["--order=2"], "--order=2: only ipndm has orders; give --solver=ipndm"),
     (["--solver=ipndm", "--schedule=vp"], "--schedule=vp: --solver=ipndm solves the equation in"),
     (["--solver=unipc", "--scaling=vp"], "--scaling=vp: --solver=unipc solves the equation in"),
@@ -105,3 +107,73 @@ def test_scores_of_any_solver_are_those_of_its_images(network, tmp_path, invoke)
         scored = invoke(fid.main, "calc", f"--images={tmp_path}/out/ckpt_000000_steps_{steps}",
                         "--count=5", *common)
         assert float(scored.stdout.split(": ")[1]) == pytest.approx(line["value"], rel=1e-4)
+
+
+def test_a_default_that_is_spelled_out_is_no_other_setting(network, tmp_path, invoke):
+    for name, first, second in (("a", [], ["--solver=heun", "--disc=edm", "--schedule=linear",
+                                           "--scaling=none"]),
+                                ("b", ["--solver=ipndm"], ["--solver=ipndm", "--order=3"])):
+        for flags in (first, second, first):
+            result = invoke(generate.main, f"--network={network}", f"--outdir={tmp_path / name}",
+                            "--seeds=0", "--steps=3", *flags)
+            assert result.exit_code == 0, result.output
+    result = invoke(generate.main, f"--network={network}", f"--outdir={tmp_path / 'b'}",
+                    "--seeds=0", "--steps=3", "--solver=ipndm", "--order=2")
+    assert result.exit_code == 1 and "another setting (order: 3 there, 2 now)" in result.stderr
+
+
+def test_noise_of_a_list_is_refused_before_anything_is_made(network, tmp_path, invoke):
+    for command in (generate.main, generate_alpha.main):
+        result = invoke(command, f"--network={network}", f"--outdir={tmp_path / 'o'}",
+                        "--seeds=0", "--solver=ipndm", "--alpha=0,0.1")
+        assert result.exit_code == 2 and "--alpha=0.1: --solver=ipndm uses" in result.stderr
+        assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("empty.npy", b"", "must be a text file of numbers"),
+    ("matrix.npy", np.ones([2, 2]), "an array [n] of numbers"),
+    ("text.npy", np.array(["80", "1"]), "an array [n] of numbers"),
+    ("empty.txt", b"", "falling and above 0"), ("words.txt", b"eighty", "must be a text file"),
+    ("big.txt", b"80 " + b" " * (1 << 20) + b"1", "at most 1 MiB"),
+    ("utf16.txt", "80,1".encode("utf-16"), "must be a text file"),
+    ("inf.txt", b"inf 1", "at most 1e+06"), ("huge.txt", b"1e39 1", "at most 1e+06")])
+def test_files_that_hold_no_levels_are_refused(network, tmp_path, invoke, name, content, words):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        np.save(tmp_path / name, content)
+    result = invoke(generate.main, f"--network={network}", f"--outdir={tmp_path / 'o'}",
+                    "--seeds=0", f"--sigmas={tmp_path / name}")
+    assert result.exit_code != 0 and words in result.stderr, result.stderr
+    assert result.stderr.count("\n") <= 4 and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("content", [b"80,1\r\n0.1\r\n", b"\xef\xbb\xbf80 1 0.1",
+                                     b"# published\n80 1 # first\n0.1\n"])
+def test_files_of_levels_as_people_have_them(network, tmp_path, invoke, content):
+    (tmp_path / "levels.txt").write_bytes(content)
+    assert invoke(generate.main, f"--network={network}", f"--outdir={tmp_path / 'o'}", "--seeds=0",
+                  f"--sigmas={tmp_path / 'levels.txt'}").exit_code == 0
+    assert json.loads((tmp_path / "o/generate.json").read_text())["sigmas"] == [80, 1, 0.1]
+
+
+def test_a_file_is_no_way_round_numbers(network, tmp_path, invoke, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "80").write_text("1000,1")
+    assert invoke(generate.main, f"--network={network}", "--outdir=o", "--seeds=0",
+                  "--sigmas=80").exit_code == 0
+    assert json.loads((tmp_path / "o/generate.json").read_text())["sigmas"] == [80]
+
+
+def test_a_long_list_is_not_repeated_in_the_error(network, tmp_path, invoke):
+    result = invoke(generate.main, f"--network={network}", f"--outdir={tmp_path / 'o'}",
+                    f"--sigmas={','.join(['1'] * 5000)}")
+    assert result.exit_code == 2 and len(result.stderr) < 500
+
+
+def test_a_start_below_the_lowest_level_is_named_by_its_flag(network, tmp_path, invoke,
+                                                                dataset_zip):
+    result = invoke(generate.main, f"--network={network}", f"--outdir={tmp_path / 'o'}",
+                    "--seeds=0", f"--init-image={dataset_zip}", "--init-sigma=0.001")
+    assert result.exit_code == 1 and "--sigma_min=0.002, --init-sigma=0.001" in result.stderr
