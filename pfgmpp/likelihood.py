@@ -102,14 +102,14 @@ def hutchinson(probes_at: Callable[[int], Iterable[torch.Tensor]]) -> Trace:
     def trace(
         denoise: Denoiser, x: torch.Tensor, sigma: torch.Tensor, place: int
     ) -> Traced:
-        probes = list(probes_at(place))
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             denoised = denoise(x, sigma)
-            products = [torch.autograd.grad(denoised, x, e.to(denoised.dtype), retain_graph=True)[0]
-                        for e in probes]
-        found = [(e * product).flatten(1).sum(dim=1, dtype=torch.float64)
-                 for e, product in zip(probes, products, strict=True)]
-        return denoised.detach(), torch.stack(found).mean(dim=0)
+        total, count = 0.0, 0
+        for e in probes_at(place):
+            product, = torch.autograd.grad(denoised, x, e.to(denoised.dtype), retain_graph=True)
+            total = total + (e * product).flatten(1).sum(dim=1, dtype=torch.float64)
+            count += 1
+        return denoised.detach(), total / count
 
     return trace

@@ -14,7 +14,7 @@ depend on the seed and on the number of the image in the data set alone.
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -298,9 +298,10 @@ class NetworkLikelihood:
             values = values + width * (draws - 0.5)
         return values / 127.5 - 1
 
-    def _probes(self, keys: Sequence[int], place: int, x: torch.Tensor) -> list[torch.Tensor]:
+    def _probes(self, keys: Sequence[int], place: int, x: torch.Tensor) -> Iterator[torch.Tensor]:
         rnd = StackedRandomGenerator(x.device, [mix_seed(key, place) for key in keys])
-        return [2 * rnd.randint(2, size=x.shape, dtype=x.dtype) - 1 for _ in range(self.probes)]
+        for _ in range(self.probes):
+            yield 2 * rnd.randint(2, size=x.shape, dtype=x.dtype) - 1
 
     def _in_units(self, log_p: torch.Tensor, N: int, width: float) -> list[float]:
         nats = -log_p / N
