@@ -14,12 +14,14 @@ from dnnlib.cli import (
     IntList,
     UserError,
     cache_dir_option,
+    describe,
     run,
+    shown_name,
     user_errors,
     verbosity_options,
 )
 from sampling.folders import FolderName, gen_seed_of
-from sampling.sampling_options import sampling_options
+from sampling.sampling_options import check_given, sampling_options
 from sampling.sweeps import sweep_points
 
 _MAX_SHOWN = 64  # images in a grid
@@ -34,7 +36,7 @@ def _refuse(ctx, param, value: bool | None) -> None:
 def _parse_ends(ctx, param, value: str | None) -> tuple[str, ...] | None:
     ends = None if value is None else tuple(value.split(","))
     if ends is not None and (len(ends) < 2 or "" in ends):
-        raise click.BadParameter(f"{value}: must be two seeds or more, such as 0,7")
+        raise click.BadParameter(f"{value!r}: must be two seeds or more, such as 0,7")
     return ends
 
 
@@ -46,7 +48,8 @@ def _parse_quantiles(ctx, param, value: str | None) -> tuple[float, ...] | None:
     except ValueError:
         quantiles = ()
     if not quantiles or not all(0 < q < 1 for q in quantiles):
-        raise click.BadParameter(f"{value}: must be numbers between 0 and 1, such as 0.05,0.5,0.95")
+        raise click.BadParameter(f"{value!r}: must be numbers between 0 and 1, such as "
+                                 "0.05,0.5,0.95")
     return quantiles
 
 
@@ -104,6 +107,7 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
     # 50,000 images of every training state of a run, for FID
     torchrun --standalone --nproc_per_node=8 generate.py --outdir=runs/00000 --seeds=0-49999
     """  # noqa: D301 - \b is click's mark for lines to leave alone
+    check_given(click.get_current_context().params, _NAMES)
     with user_errors():
         points = sweep_points(steps, alpha, bits, is_steps_sweep=name_steps)
         seeds = _seeds_of_latents(click.get_current_context(), points, seeds, interpolate)
@@ -139,6 +143,8 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
                 raise ValueError("not all images are there, see the warnings above")
 
 
+_NAMES = {"network": "--network", "outdir": "--outdir", "encode": "--encode",
+          "latents": "--latents"}
 _OF_LATENTS = {"encode": "--encode", "latents": "--latents", "interpolate": "--interpolate",
                "radii": "--radii"}
 
@@ -161,6 +167,14 @@ def _seeds_of_latents(context: click.Context, points, seeds, interpolate):
                         "give no lists", BAD_USAGE)
     if len(given) > 1 and not (given[0] == "--latents" and len(given) == 2):
         raise UserError(f"{' and '.join(given)}: choose one", BAD_USAGE)
+    own_noise = {"--interpolate", "--radii"} & set(given)
+    if own_noise and context.params["init_image"] is not None:
+        raise UserError(f"{own_noise.pop()} with --init-image: this begins with noise of its own, "
+                        "not with images; leave --init-image out", BAD_USAGE)
+    for name, flag in (("save_images", "--save_images"), ("subdirs", "--subdirs")):
+        if "--encode" in given and context.params[name]:
+            raise UserError(f"--encode with {flag}: writes latents and no images; leave {flag} out",
+                            BAD_USAGE)
     if interpolate is not None:
         if typed:
             raise UserError("--seeds with --interpolate: this names the seeds; leave --seeds out",
@@ -177,6 +191,7 @@ def _with_latents(sampler, seeds, interpolate, frames, radii):
     """
     import math
 
+    from images.image_files import error_prefix
     from sampling.latents import at_radii, between
     from sampling.network_sampler import UsageError
 
@@ -185,14 +200,16 @@ def _with_latents(sampler, seeds, interpolate, frames, radii):
                          f"{len(sampler.encoded)} images, from 0 on")
     if interpolate is not None:
         ends = _ends(sampler, interpolate)
-        latents, columns = between(sampler.draw(ends), frames), frames
+        with error_prefix("--interpolate: "):
+            latents, columns = between(sampler.draw(ends), frames), frames
         owners = ends[:1]
     elif radii is not None:
         if math.isinf(sampler.net.D):
             raise UsageError("--radii: the network has D = inf, where every latent has the same "
                              "radius; give one of finite D")
         owners = range(len(sampler.latents)) if seeds is None else seeds
-        latents, columns = at_radii(sampler.draw(owners), sampler.net.D, radii), len(radii)
+        with error_prefix("--radii: "):
+            latents, columns = at_radii(sampler.draw(owners), sampler.net.D, radii), len(radii)
         owners = [seed for seed in owners for _ in radii]
     else:
         return sampler, 0
@@ -203,17 +220,20 @@ def _ends(sampler, interpolate) -> list[int]:
     """Returns the seeds of --interpolate, given as numbers or as names of latents."""
     from sampling.network_sampler import UsageError
 
-    names = [] if sampler.latents is None else list(sampler.latents.names)
+    latents, where = sampler.latents, f"--interpolate={shown_name(','.join(interpolate))}"
     found = []
     for end in interpolate:
-        if end in names:
-            found.append(names.index(end))
-        elif end.isdecimal() and (not names or int(end) < len(names)):
-            found.append(int(end))
-        else:
-            allowed = "a seed" if not names else \
-                f"a number from 0 to {len(names) - 1} or a name, such as {names[0]}"
-            raise UsageError(f"--interpolate={','.join(interpolate)}: {end!r} must be {allowed}")
+        is_seed = latents is None and end.isascii() and end.isdecimal()
+        try:
+            number = (int(end) if is_seed else None) if latents is None else latents.find(end)
+        except ValueError as error:
+            raise UsageError(f"{where}: {error}") from error
+        if number is None:
+            allowed = "a seed" if latents is None else \
+                f"a number from 0 to {len(latents) - 1} or a name, such as " \
+                f"{shown_name(latents.names[0])}"
+            raise UsageError(f"{where}: {end!r} must be {allowed}")
+        found.append(number)
     return found
 
 
@@ -307,11 +327,12 @@ def _generate(sampler, folder, seeds, batch, subdirs) -> int:
         console.result(f"{folder}: {len(missing) - len(bad)} images made")
     if bad:
         distributed.run_on_rank0(images.record_not_finite, bad)
+        of_latents = "" if sampler.latents is None else ", or these latents may be too large"
         distributed.warn0(
             f"{folder}: {len(bad)} of {len(missing)} images have values that are not finite and "
             f"were not written: seeds {format_ranges(bad[:_MAX_NAMED])}"
             f"{', ...' if len(bad) > _MAX_NAMED else ''}; the network may have diverged, or "
-            "--precision may be too low for it")
+            f"--precision may be too low for it{of_latents}")
     return len(bad)
 
 
@@ -322,8 +343,7 @@ def _encode(sampler, folder: Path, seeds, batch: int) -> None:
     from torch_utils import distributed
 
     path = folder / LATENTS_NAME
-    if distributed.run_on_rank0(path.exists):
-        raise ValueError(f"{path}: is there already; remove it or name another --outdir")
+    distributed.run_on_rank0(_check_place_of_latents, path)
     seeds = range(len(sampler.encoded)) if seeds is None else seeds
     distributed.run_on_rank0(lambda: folder.mkdir(parents=True, exist_ok=True))
     parts, errors = [], []
@@ -336,13 +356,28 @@ def _encode(sampler, folder: Path, seeds, batch: int) -> None:
     found = [part for rank in distributed.gather_objects(parts) for part in rank]
     errors = [error for rank in distributed.gather_objects(errors) for error in rank]
     if distributed.get_rank() == 0:
-        joined(found, seeds).save(path)
+        try:
+            joined(found, seeds).save(path)
+        except OSError as error:
+            raise OSError(f"{path}: can't be written ({error.strerror or error})") from error
         unit = "of 255 levels" if sampler.scaling.is_8bit else "of the networks' scale"
         size = 127.5 if sampler.scaling.is_8bit else 1.0
         mean = size * sum(errors) / len(errors)
         console.say(f"Round trip {mean:.3g} {unit} (RMS; worst image {size * max(errors):.3g}); more "
                     "--steps bring images back better")
         console.result(f"{path}: {len(errors)} latents")
+
+
+def _check_place_of_latents(path: Path) -> None:
+    """Raises ValueError or OSError where latents can't be written to a new file."""
+    from dnnlib.atomic import check_writable
+
+    if path.exists():
+        raise ValueError(f"{path}: is there already; remove it or name another --outdir")
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise OSError(f"--outdir={path.parent}: {describe(error)}; name another folder") from error
 
 
 def _save_rows(sampler, folder: Path, columns: int, *, is_movie: bool) -> None:

@@ -15,12 +15,15 @@ from dnnlib.cli import (
     CONTEXT,
     UserError,
     cache_dir_option,
+    describe,
     run,
     user_errors,
     verbosity_options,
 )
 
 _JSONL = "metrics.jsonl"
+_MAX_NAME_BYTES = 80  # of the network's and of the data set's name in that of a table
+_ALIKE = 0.01  # widths of levels whose ratio is within this of 1 make as good as no difference
 
 
 def _refuse_guidance(ctx, param, value) -> None:
@@ -61,7 +64,8 @@ def main(network: str, data: str, val_data: str | None, count: int, steps: int, 
     data.
 
     The last line for each data set is 'bits/dim: MEAN +- STANDARD ERROR (N images)'. The mean is
-    appended to --out, and the values of the images go to likelihood-NETWORK-DATA.csv beside it.
+    appended to --out, and the values of the images go to likelihood-NETWORK-DATA-KEY.csv beside it,
+    where KEY depends on the settings and the data.
 
     \b
     # 64 images of the training data and 64 that training has not seen
@@ -72,9 +76,16 @@ def main(network: str, data: str, val_data: str | None, count: int, steps: int, 
     torchrun --standalone --nproc_per_node=8 likelihood.py --count=10000 \\
         --network=runs/00000/network-snapshot-000200.pt --data=datasets/val.zip
     """  # noqa: D301 - \b is click's mark for lines to leave alone
-    for flag, value in (("--data", data), ("--val-data", val_data)):
+    for flag, value, wanted in (("--network", network, "a network, a file or run directory"),
+                                ("--data", data, "a data set, a folder or ZIP"),
+                                ("--val-data", val_data, "a data set, a folder or ZIP"),
+                                ("--out", out, "a file to append to")):
         if value == "":
-            raise UserError(f"{flag}=: must be a data set, a folder or ZIP", BAD_USAGE)
+            raise UserError(f"{flag}=: must be {wanted}", BAD_USAGE)
+    source = click.get_current_context().get_parameter_source("probes")
+    if exact and source is click.core.ParameterSource.COMMANDLINE:
+        raise UserError(f"--exact with --probes={probes}: exact traces take no random vectors; "
+                        "leave one of them out", BAD_USAGE)
     with user_errors():
         from checkpoints.names import find_network
         from dnnlib.util import is_url
@@ -85,29 +96,52 @@ def main(network: str, data: str, val_data: str | None, count: int, steps: int, 
             given, network = network, dist.run_on_rank0(find_network, network)
             if network != given:
                 dist.print0(f"Network    {network}, the newest of {given}")
+            default = None if is_url(network) else Path(network).parent / _JSONL
+            path = Path(out) if out else default
+            dist.run_on_rank0(_check_place, path, bool(out))
             try:
                 measure = NetworkLikelihood.open(network, chosen_device, steps=steps, probes=probes,
                                                  exact=exact, **options)
             except UsageError as error:
                 raise UserError(str(error), BAD_USAGE) from error
-            default = None if is_url(network) else Path(network).parent / _JSONL
-            path = Path(out) if out else default
             flags = {"--data": data} | ({} if val_data is None else {"--val-data": val_data})
             with dist.rank0_first():
                 sets = {flag: LikelihoodData(source, measure, count, measure.seed, flag)
                         for flag, source in flags.items()}
+                widths = {flag: measure.width_of(images) for flag, images in sets.items()}
+            if max(widths.values()) > (1 + _ALIKE) * min(widths.values()):
+                dist.warn0("the levels are {:.4g} of 256 apart in --data and {:.4g} in --val-data; "
+                           "bits of different levels can't be compared".format(*widths.values()))
             for flag, images in sets.items():
                 _report(measure, images, network, path, batch, is_held_out=flag == "--val-data")
 
 
+def _check_place(path: Path | None, is_given: bool) -> None:
+    """Raises OSError where results can't be written."""
+    from dnnlib.atomic import check_writable
+
+    if path is None:
+        return
+    try:
+        check_writable(path)
+    except OSError as error:
+        name, remedy = (f"--out={path}", "name another file") if is_given else (
+            path, "name a file for the results with --out")
+        raise OSError(f"{name}: {describe(error)}; {remedy}") from error
+
+
 def _report(measure, data, network: str, path: Path | None, batch: int, is_held_out: bool) -> None:
-    """Measures one data set, all ranks together; prints and records what is found."""
+    """Measures one data set, all ranks together; prints and records what is found.
+
+    Raises:
+        OSError: the results are printed, but can't be recorded.
+        ValueError: they are not finite.
+    """
     from dnnlib.progress import Progress
-    from sampling.network_likelihood import Measured, bin_width
+    from sampling.network_likelihood import Measured
     from torch_utils import distributed as dist
 
-    with dist.rank0_first():
-        width = bin_width(data.levels()) if measure.dequantize else 1.0
+    width = measure.width_of(data)
     name = f"{data.path}, held out" if is_held_out else data.path
     dist.print0(f"Data       {name}: {len(data)} of {data.available} images")
     if width != 1:
@@ -124,27 +158,43 @@ def _report(measure, data, network: str, path: Path | None, batch: int, is_held_
     fingerprint = data.fingerprint
     values = Measured(*([row[k] for row in rows] for k in (1, 2)))
     if bad := sum(not math.isfinite(value) for value in values.values):
-        raise ValueError(f"{data.path}: the likelihoods of {bad} of {len(rows)} images are not "
+        raise ValueError(f"{data.where}: the likelihoods of {bad} of {len(rows)} images are not "
                          "finite; the network may have diverged, or --precision may be too low")
-    if dist.get_rank() == 0:
-        if path is not None:
-            _record(measure, data, network, path, values, width, is_held_out, fingerprint)
+
+    def finish() -> None:
+        problem = None
+        try:
+            if path is not None:
+                _record(measure, data, network, path, values, width, is_held_out, fingerprint)
+        except OSError as error:  # what took so long to find is shown first
+            problem = error
         console.say(f"Steps      half as many change the mean by {values.steps_error:.2g} "
                     f"{measure.unit}")
         error = "" if math.isnan(values.stderr) else f" +- {values.stderr:.3f}"
         images = "image" if len(rows) == 1 else "images"
         console.result(f"{measure.unit}: {values.mean:.3f}{error} ({len(rows)} {images})")
+        if problem is not None:
+            raise OSError(f"{path}: the results above could not be recorded "
+                          f"({problem.strerror or problem})") from problem
+
+    dist.run_on_rank0(finish)
 
 
 def _record(measure, data, network: str, path: Path, values, width: float,
             is_held_out: bool, fingerprint: str) -> None:
-    """Writes the values of the images, and appends a line of their mean to `path`."""
+    """Writes the values of the images, and appends a line of their mean to `path`: both or none.
+
+    The name of the table tells settings and data, so that another measurement never replaces it.
+    """
+    from checkpoints.checkpoint import digest
     from dnnlib.atomic import append_line, atomic_write
     from dnnlib.util import json_value
-    from torch_utils import distributed as dist
 
-    stem = f"likelihood-{Path(network).stem}-{Path(data.path).stem}{'-val' * is_held_out}"
-    table = path.with_name(f"{stem}.csv")
+    key = digest({"settings": measure.settings, "data": fingerprint, "numbers": data.numbers,
+                  "width": width, "held_out": is_held_out})[:12]
+    stem = f"likelihood-{_short(Path(network).stem)}-{_short(data.stem)}{'-val' * is_held_out}"
+    table = path.with_name(f"{stem}-{key}.csv")
+    was_there = table.exists()
     column = f"{measure.unit.split('/')[0]}_per_dim"
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -155,13 +205,20 @@ def _record(measure, data, network: str, path: Path, values, width: float,
             "network": network, "reference": data.path, "reference_sha256": fingerprint,
             "held_out": is_held_out, "bin_width": width, "table": table.name,
             "sampler": measure.settings, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(table) as file:
+        file.write(text.getvalue().encode(errors="surrogateescape"))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(table) as file:
-            file.write(text.getvalue().encode())
         append_line(path, json.dumps(json_value(line)))
-    except OSError as error:
-        dist.warn0(f"{path} or {table.name} not written: {error}")
+    except OSError:
+        if not was_there:
+            table.unlink(missing_ok=True)
+        raise
+
+
+def _short(name: str) -> str:
+    """Returns a name, or the first of it, so that one of two fits in the name of a file."""
+    return name.encode(errors="replace")[:_MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def cli() -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,27 @@ def atomic_write(path: str | os.PathLike, *, sync: bool = True,
         raise
     if sync:
         _sync_dir(path.parent)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises OSError where the file can't be written, or none beside it; leaves nothing behind.
+
+    Folders that are missing count as made. To be called before what takes long.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not path.is_file():
+        raise OSError("is a folder" if path.is_dir() else "is not a regular file")
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not folder.is_dir():
+        raise OSError(f"{folder} is not a folder")
+    try:
+        if path.exists():
+            with open(path, "ab"):
+                pass
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"can't be written in {folder} ({error.strerror})") from error
 
 
 def temporary_name(path: Path) -> Path:

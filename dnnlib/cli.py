@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import click
 
@@ -233,6 +234,31 @@ def describe(error: Exception) -> str:
         return str(error)
     return error.strerror if error.filename is None else \
         f"{error.filename or repr('')}: {error.strerror}"
+
+
+@contextlib.contextmanager
+def flag_errors(flag: str, path: str | os.PathLike, remedy: str = "") -> Iterator[None]:
+    """Puts '--flag=path: ' before a ValueError or OSError about that file or folder.
+
+    Args:
+        flag: what the command line calls it.
+        path: as it was given.
+        remedy: what to do, for errors that don't say so.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        text = describe(error)
+        for prefix in (f"{path}: ", f"{Path(path)}: "):
+            text = text.removeprefix(prefix)
+        more = f"; {remedy}" if remedy and ";" not in text else ""
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{flag}={path}: {text}{more}") from error
+
+
+def shown_name(name: str) -> str:
+    """Returns a name for a message: as it is, or in ASCII where it would not be one plain line."""
+    return name if name.isprintable() and name else ascii(name)
 
 
 class IntList(click.ParamType):

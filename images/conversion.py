@@ -528,11 +528,17 @@ def open_dests(paths: Mapping[str, Path]) -> Iterator[list[Callable[[str, bytes]
     """
     with contextlib.ExitStack() as stack:
         dests = []
-        for flag, path in paths.items():
-            path = Path(os.path.realpath(path))
-            path.parent.mkdir(parents=True, exist_ok=True)
+        for flag, given in paths.items():
+            path = Path(os.path.realpath(given))
             opener = _write_zip if path.suffix.lower() == ".zip" else _write_folder
-            dests.append(stack.enter_context(opener(path, flag)))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                dests.append(stack.enter_context(opener(path, flag)))
+            except OSError as error:
+                if error.strerror is None:  # in words of our own
+                    raise
+                raise OSError(f"{flag}={given}: can't be written ({error.strerror}); name another "
+                              "place") from error
         yield [dest.write for dest in dests]
         for dest in dests:
             dest.finish()

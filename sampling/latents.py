@@ -10,18 +10,28 @@ so at finite D, unlike at D = inf, its length is a coordinate of its own (`at_ra
 """
 
 import dataclasses
+import io
+import math
 import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 
 from checkpoints.checkpoint import digest
 from dnnlib.atomic import atomic_write
+from dnnlib.cli import shown_name
+from dnnlib.npy_header import read_npy_header
+from images.image_files import DAMAGE
 
 LATENTS_NAME = "latents.npz"
+_NPY, _ZIP = b"\x93NUMPY", b"PK"  # with which the files begin
+_ENTRIES = ("latents", "names", "labels", "numbers")
+_RARE, _FAR = 1e-12, 1e6  # see `check_lengths`
+_OPPOSITE = 1e-6  # |a + b| of unit vectors that may be opposite, rounded to float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +45,25 @@ class Latents:
     latents: torch.Tensor  # [n, C, H, W] float64
     names: tuple[str, ...]  # what each belongs to
     labels: torch.Tensor | None = None  # [n, label_dim] float32
+    numbers: tuple[int, ...] | None = None  # of their images, which have condition images
 
     def __post_init__(self):
-        shape = list(self.latents.shape)
+        shape, n = list(self.latents.shape), len(self.latents) if self.latents.ndim else 0
         if self.latents.ndim != 4 or not self.latents.numel():
             raise ValueError(f"latents of shape {shape}; must be [n, C, H, W]")
         if not self.latents.isfinite().all():
             raise ValueError("latents must be finite numbers")
-        if len(self.names) != len(self.latents) or (
-                self.labels is not None and len(self.labels) != len(self.latents)):
-            raise ValueError(f"{len(self.names)} names of {len(self.latents)} latents, and "
-                             "there must be as many labels, if any")
+        if len(self.names) != n:
+            raise ValueError(f"{len(self.names)} names of {n} latents; there must be as many")
+        if self.labels is not None:
+            if self.labels.ndim != 2 or len(self.labels) != n:
+                raise ValueError(f"labels of shape {list(self.labels.shape)}; must be "
+                                 f"[{n}, label_dim], one-hot for classes")
+            if not self.labels.isfinite().all():
+                raise ValueError("labels must be finite numbers")
+        if self.numbers is not None and len(self.numbers) != n:
+            raise ValueError(f"{len(self.numbers)} numbers of images of {n} latents; there must "
+                             "be as many")
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -58,22 +76,46 @@ class Latents:
         """Returns the labels of seeds, [B, label_dim], whatever classes they draw."""
         return self.labels[[seed % len(self) for seed in seeds]]
 
+    def numbers_of(self, seeds: Sequence[int]) -> list[int]:
+        """Returns by which number each seed takes its condition image: its own if none is known."""
+        if self.numbers is None:
+            return list(seeds)
+        return [self.numbers[seed % len(self)] for seed in seeds]
+
+    def find(self, name: str) -> int | None:
+        """Returns which latent has this name, or this number; None if none has.
+
+        Raises:
+            ValueError: several have it.
+        """
+        found = [i for i, own in enumerate(self.names) if own == name]
+        if len(found) > 1:
+            raise ValueError(f"the name {shown_name(name)} is that of latents "
+                             f"{', '.join(map(str, found))}; give the number of one")
+        if found:
+            return found[0]
+        is_number = name.isascii() and name.isdecimal() and int(name) < len(self)
+        return int(name) if is_number else None
+
     @property
     def digest(self) -> str:
-        """A sha256 over latents and labels."""
-        return digest({"latents": self.latents} | (
-            {} if self.labels is None else {"labels": self.labels}))
+        """A sha256 over latents, labels and numbers."""
+        return digest({"latents": self.latents}
+                      | ({} if self.labels is None else {"labels": self.labels})
+                      | ({} if self.numbers is None else {"numbers": list(self.numbers)}))
 
     def save(self, path: Path) -> None:
-        """Writes a .npz with `latents`, `names` and, if there are any, `labels`.
+        """Writes a .npz with `latents`, `names` and, if there are any, `labels` and `numbers`.
 
         Raises:
             OSError: it can't be written.
         """
-        labels = {} if self.labels is None else {"labels": self.labels.numpy()}
+        more = {} if self.labels is None else {"labels": self.labels.numpy()}
+        if self.numbers is not None:
+            more["numbers"] = np.array(self.numbers, dtype=np.int64)
         with atomic_write(path) as file:
             np.savez(file, latents=self.latents.numpy(), names=np.array(self.names, dtype=str),
-                     **labels)
+                     **more)
 
 
 def read_latents(path: str | os.PathLike, shape: Sequence[int]) -> Latents:
@@ -87,27 +129,131 @@ def read_latents(path: str | os.PathLike, shape: Sequence[int]) -> Latents:
         OSError: it can't be read.
         ValueError: it holds no such latents.
     """
+    with open(path, "rb") as file:
+        try:
+            return _latents_of(_read_arrays(file), shape)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _read_arrays(file: IO[bytes]) -> dict[str, np.ndarray]:
+    """Returns the arrays of a .npz that belong to latents; of a .npy its one as 'latents'."""
+    start = file.read(len(_NPY))
+    if start == _NPY:
+        return {"latents": _read_array(file, os.fstat(file.fileno()).st_size, "the array")}
+    if not start.startswith(_ZIP):
+        raise ValueError("must be a .npz with an array 'latents', such as --encode writes, or a "
+                         ".npy array of latents")
     try:
-        found = np.load(path, allow_pickle=False)
-        arrays = {"latents": found} if isinstance(found, np.ndarray) else {
-            name: found[name] for name in ("latents", "names", "labels") if name in found.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: must be a .npz with an array 'latents', such as --encode "
-                         f"writes ({error})") from error
+        with zipfile.ZipFile(file) as archive:
+            return {name: _read_member(archive, f"{name}.npy", f"its {name!r}")
+                    for name in _ENTRIES if f"{name}.npy" in archive.namelist()}
+    except _WrongEntryError:
+        raise
+    except DAMAGE as error:
+        raise ValueError(f"is a damaged .npz ({error}); write it again") from error
+
+
+class _WrongEntryError(ValueError):
+    """An entry that is undamaged, but not an array of numbers or text, or not all there."""
+
+
+def _read_member(archive: zipfile.ZipFile, name: str, what: str) -> np.ndarray:
+    info = archive.getinfo(name)
+    if info.flag_bits & 1:
+        raise _WrongEntryError(f"{what} is encrypted; give a .npz that is not")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise _WrongEntryError(f"{what} is compressed by method {info.compress_type}; write it "
+                               "with numpy.savez or numpy.savez_compressed")
+    with archive.open(info) as member:  # the header says whether the rest is worth reading
+        _check_header(member, info.file_size, what)
+    content = archive.read(info)
+    return _read_array(io.BytesIO(content), len(content), what)
+
+
+def _read_array(file: IO[bytes], size: int, what: str) -> np.ndarray:
+    file.seek(0)
+    _check_header(file, size, what)
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _check_header(file: IO[bytes], size: int, what: str) -> None:
+    """Raises ValueError unless an array file of so many bytes is what its header says."""
+    try:
+        shape, _, dtype = read_npy_header(file)
+    except ValueError as error:
+        raise _WrongEntryError(f"{what} is not a NumPy array") from error
+    if dtype.kind not in "biufcSU":
+        raise _WrongEntryError(f"{what} is an array of {dtype.name}; must be of numbers, or of "
+                               "text for names")
+    claimed, held = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if claimed != held:
+        raise _WrongEntryError(f"{what} claims {claimed} bytes, {list(shape)} of {dtype.name}, "
+                               f"but holds {held}; write the file again")
+
+
+def _latents_of(arrays: dict[str, np.ndarray], shape: Sequence[int]) -> Latents:
+    """Returns latents of the arrays that a file holds; raises ValueError for wrong ones."""
     latents = arrays.get("latents")
     if latents is None or latents.dtype.kind != "f":
-        raise ValueError(f"{path}: must have floating-point 'latents', such as --encode writes")
+        raise ValueError("must have floating-point 'latents', such as --encode writes")
+    wanted = "x".join(map(str, shape))
+    if latents.ndim != 4 or not len(latents):
+        raise ValueError(f"its latents have shape {list(latents.shape)}; must be [n, C, H, W], "
+                         f"where the network takes {wanted}")
     if list(latents.shape[1:]) != list(shape):
-        given, wanted = ("x".join(map(str, own)) for own in (latents.shape[1:], shape))
-        raise ValueError(f"{path}: its latents are {given} (channels x height x width), the "
-                         f"network takes {wanted}")
-    names = arrays.get("names", np.arange(len(latents)))
-    labels = arrays.get("labels")
+        given = "x".join(map(str, latents.shape[1:]))
+        raise ValueError(f"its latents are {given} (channels x height x width), the network takes "
+                         f"{wanted}")
+    n = len(latents)
+    names = arrays.get("names", np.arange(n))
+    if names.ndim != 1 or names.dtype.kind not in "USiu":
+        raise ValueError(f"its names are {names.dtype.name} of shape {list(names.shape)}; must be "
+                         f"text of shape [{n}], one for each latent")
+    numbers = arrays.get("numbers")
+    if numbers is not None and (numbers.shape != (n,) or numbers.dtype.kind not in "iu"
+                                or (numbers < 0).any() or (numbers > np.iinfo(np.int64).max).any()):
+        raise ValueError(f"its numbers of images must be whole numbers from 0 on, one for each of "
+                         f"its {n} latents")
+    with np.errstate(over="ignore"):  # what is beyond float64 is refused with what is infinite
+        return Latents(
+            torch.from_numpy(latents.astype(np.float64)), tuple(map(_text, names)),
+            _labels_of(arrays.get("labels"), n),
+            None if numbers is None else tuple(map(int, numbers)))
+
+
+def _labels_of(labels: np.ndarray | None, n: int) -> torch.Tensor | None:
+    if labels is None:
+        return None
+    if labels.dtype.kind not in "biuf" or labels.ndim != 2:
+        raise ValueError(f"its labels are {labels.dtype.name} of shape {list(labels.shape)}; must "
+                         f"be numbers [{n}, label_dim], one-hot for classes")
+    return torch.from_numpy(labels.astype(np.float32))
+
+
+def _text(name: str | bytes | int) -> str:
+    return name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name)
+
+
+def check_lengths(latents: Latents, D: float) -> None:
+    """Raises ValueError for a latent that is far longer than any that the kernel draws at this D.
+
+    The bound on |latent| / sqrt(N) is 1e6 times the radial factor that one draw of 10^12 exceeds.
+    There is none where that factor is beyond the range of numbers, at D far below 1.
+    """
     try:
-        return Latents(torch.from_numpy(latents.astype(np.float64)), tuple(map(str, names)),
-                       None if labels is None else torch.from_numpy(labels.astype(np.float32)))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        limit = _FAR * (1 if math.isinf(D) else radial_factor(D, 1 - _RARE))
+    except ValueError:
+        return
+    values = latents.latents.flatten(1)
+    largest = values.abs().amax(dim=1).clamp(min=1e-300)  # by which no square overflows
+    lengths = largest * (values / largest[:, None]).square().mean(dim=1).sqrt()
+    k = int(lengths.argmax())
+    if lengths[k] > limit:
+        raise ValueError(f"latent {shown_name(latents.names[k])} has a length of "
+                         f"{lengths[k]:.3g} sqrt(N), but at D = {D:g} latents are at most "
+                         f"{limit:.3g} sqrt(N) long; give latents of unit scale")
 
 
 def joined(parts: Sequence[tuple[Sequence[int], Latents]], seeds: Sequence[int]) -> Latents:
@@ -116,8 +262,9 @@ def joined(parts: Sequence[tuple[Sequence[int], Latents]], seeds: Sequence[int])
     rows = [place[seed] for seed in seeds]
     labels = None if rows[0][0].labels is None else torch.stack(
         [part.labels[i] for part, i in rows])
+    numbers = None if rows[0][0].numbers is None else tuple(part.numbers[i] for part, i in rows)
     return Latents(torch.stack([part.latents[i] for part, i in rows]),
-                   tuple(part.names[i] for part, i in rows), labels)
+                   tuple(part.names[i] for part, i in rows), labels, numbers)
 
 
 def between(ends: Latents, frames: int) -> Latents:
@@ -125,27 +272,56 @@ def between(ends: Latents, frames: int) -> Latents:
 
     Directions move along great circles at even speed, lengths evenly in their logarithm, labels
     along straight lines. An end between two ways is there once.
+
+    Raises:
+        ValueError: fewer than two ends or frames, an end that is zero, or one that is opposite to
+            the next, so that no great circle is the shortest.
     """
+    if len(ends) < 2 or frames < 2:
+        raise ValueError(f"{len(ends)} latents, {frames} frames; an interpolation needs 2 or more "
+                         "of each")
+    polar = _polar(ends)
     made, names, labels = [], [], []
     for i in range(len(ends) - 1):
+        if (polar[i][0] + polar[i + 1][0]).norm() < _OPPOSITE:
+            raise ValueError(f"latents {shown_name(ends.names[i])} and "
+                             f"{shown_name(ends.names[i + 1])} are opposite, so no great circle "
+                             "between them is the shortest; put a third latent between them")
         for t in torch.linspace(0, 1, frames, dtype=torch.float64)[min(i, 1):]:
-            made.append(_between(ends.latents[i], ends.latents[i + 1], t))
+            made.append(_between(*polar[i], *polar[i + 1], t))
             names.append(f"{ends.names[i]} to {ends.names[i + 1]}, {t.item():.3f}")
             if ends.labels is not None:
                 labels.append(torch.lerp(ends.labels[i], ends.labels[i + 1], t.float()))
     return Latents(torch.stack(made), tuple(names), torch.stack(labels) if labels else None)
 
 
-def _between(a: torch.Tensor, b: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    lengths = a.norm(), b.norm()
-    a, b = a / lengths[0], b / lengths[1]
+def _polar(latents: Latents) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns the direction of each latent, of length 1, and the logarithm of its length.
+
+    Raises:
+        ValueError: one is zero.
+    """
+    found = []
+    for k, latent in enumerate(latents.latents):
+        largest = latent.abs().max()
+        if largest == 0:
+            raise ValueError(f"latent {shown_name(latents.names[k])} is zero and has no direction; "
+                             "leave it out")
+        direction = latent / largest  # the squares of which neither overflow nor vanish
+        length = direction.norm()
+        found.append((direction / length, length.log() + largest.log()))
+    return found
+
+
+def _between(a: torch.Tensor, log_a: torch.Tensor, b: torch.Tensor, log_b: torch.Tensor,
+             t: torch.Tensor) -> torch.Tensor:
     # The angle by its half's tangent: exact where it is small and where it is nearly pi.
     angle = 2 * torch.atan2((a - b).norm(), (a + b).norm())
     if angle.sin() < 1e-9:
         direction = torch.lerp(a, b, t)
     else:
         direction = (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
-    return direction * (lengths[0].log() * (1 - t) + lengths[1].log() * t).exp()
+    return direction * (log_a * (1 - t) + log_b * t).exp()
 
 
 def at_radii(directions: Latents, D: float, quantiles: Sequence[float]) -> Latents:
@@ -156,11 +332,16 @@ def at_radii(directions: Latents, D: float, quantiles: Sequence[float]) -> Laten
             sqrt(N) times the factor, with N = C*H*W: sqrt(N) is nearly the length of z.
         D: augmented dimensions, finite.
         quantiles: between 0 and 1, rising or not.
+
+    Raises:
+        ValueError: D or a quantile is outside of its range, or a latent is zero.
     """
+    if not len(quantiles):
+        raise ValueError("quantiles: must be one or more")
     N = directions.latents[0].numel()
     factors = [radial_factor(D, quantile) for quantile in quantiles]
-    made = [N ** 0.5 * factor * latent / latent.norm()
-            for latent in directions.latents for factor in factors]
+    made = [N ** 0.5 * factor * direction
+            for direction, _ in _polar(directions) for factor in factors]
     names = [f"{name}, {quantile:g}" for name in directions.names for quantile in quantiles]
     labels = directions.labels
     if labels is not None:
@@ -169,7 +350,21 @@ def at_radii(directions: Latents, D: float, quantiles: Sequence[float]) -> Laten
 
 
 def radial_factor(D: float, quantile: float) -> float:
-    """Returns the quantile of sqrt(D/c) for c ~ chi^2_D."""
+    """Returns the quantile of sqrt(D/c) for c ~ chi^2_D.
+
+    Raises:
+        ValueError: D is not positive and finite, the quantile is not between 0 and 1, or the
+            factor is beyond the range of numbers.
+    """
     import scipy.special  # late: nothing else takes its time to load
 
-    return float(np.sqrt(D / scipy.special.chdtri(D, quantile)))
+    if not 0 < D < math.inf:
+        raise ValueError(f"D={D:g}: must be a positive number; at D = inf every radius is the same")
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile={quantile:g}: must be between 0 and 1")
+    chi2 = float(scipy.special.chdtri(D, quantile))
+    factor = math.sqrt(D / chi2) if chi2 > 0 else math.inf
+    if not 0 < factor < math.inf:
+        raise ValueError(f"quantile={quantile:g} of D={D:g}: this radius is beyond the range of "
+                         "numbers; take another quantile")
+    return factor

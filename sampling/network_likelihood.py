@@ -11,7 +11,9 @@ density already: -ln p / N in nats, with p per unit of the data. u and the probe
 depend on the seed and on the number of the image in the data set alone.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 
 from checkpoints import checkpoint
+from dnnlib.cli import flag_errors
 from images.dataset import ImageFolderDataset
 from images.scaling import Scaling
 from pfgmpp.kernel import PerturbationKernel
@@ -44,8 +47,11 @@ from sampling.network_sampler import (
 from torch_utils.misc import configure_backends, mix_seed
 
 _TAG = int.from_bytes(b"likelihood", "big")  # sets these draws apart from other uses of the seed
-_MAX_ODD_LEVELS = 64  # at distances that are no whole numbers; more could be a coincidence
+_MAX_STEPS = 127  # of an even grid from 0 to 255; with more of them, 8-bit levels are neighbours
+_SURE_BITS = 20  # n levels at random lie on a grid of width w with a probability of about w**-n
+_REPLICATED_BITS = (3, 5, 6)  # 1, 2 and 4 give whole distances, and 7 gives rounded ones
 _MAX_LEVEL_IMAGES = 1000  # that are looked at for the levels of a data set
+_REMEDY = "name a data set, a folder or ZIP of images"
 
 
 class LikelihoodData:
@@ -54,11 +60,12 @@ class LikelihoodData:
     Args:
         path: a folder or ZIP that `ImageFolderDataset` reads.
         likelihood: the network.
-        count: how many images to take; all where there are fewer.
+        count: how many images to take, one at least; all where there are fewer.
         seed: which.
         flag: what errors call it.
 
     Attributes:
+        where: what errors call the data set, '--data=PATH'.
         numbers: of the images among all of the data set, by sorted name.
         available: how many there are.
         scaling: by which the network sees them.
@@ -70,11 +77,15 @@ class LikelihoodData:
 
     def __init__(self, path: str | os.PathLike, likelihood: "NetworkLikelihood", count: int,
                  seed: int = 0, flag: str = "--data"):
-        self.path = str(path)
-        net, where = likelihood.net, f"{flag}={path}"
-        self._dataset = dataset = ImageFolderDataset(
-            path, max_size=count, random_seed=seed, use_labels=likelihood.uses_labels,
-            use_conditions=net.cond_channels > 0)
+        self.path, self._flag = str(path), flag
+        net, self.where = likelihood.net, f"{flag}={path}"
+        where = self.where
+        if count < 1:
+            raise ValueError(f"count={count}: must be 1 or more")
+        with self._naming_flag():
+            self._dataset = dataset = ImageFolderDataset(
+                path, max_size=count, random_seed=seed, use_labels=likelihood.uses_labels,
+                use_conditions=net.cond_channels > 0)
         self.numbers = [dataset.get_details(i).raw_idx for i in range(len(dataset))]
         self.available = len(dataset.all_names)
         self.scaling, self._cond_scaling = likelihood.scaling, likelihood.cond_scaling
@@ -90,7 +101,8 @@ class LikelihoodData:
                              f"{wanted}; give such images in the same units")
         if net.cond_channels and dataset.cond_channels != net.cond_channels:
             raise ValueError(f"{where}: condition images have {dataset.cond_channels} channels, "
-                             f"the network takes {net.cond_channels}")
+                             f"the network takes {net.cond_channels}; give data like those of its "
+                             "training")
         self._label_dim = net.label_dim
         if likelihood.uses_labels:
             _check_labels(where, dataset, net.label_dim, likelihood.label_kind)
@@ -98,6 +110,9 @@ class LikelihoodData:
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    def _naming_flag(self) -> contextlib.AbstractContextManager[None]:
+        return flag_errors(self._flag, self.path, _REMEDY)
 
     @property
     def names(self) -> list[str]:
@@ -110,18 +125,30 @@ class LikelihoodData:
         self._dataset.share_fingerprint()
         return self._dataset.fingerprint
 
+    @property
+    def stem(self) -> str:
+        """The name of the folder or ZIP, without an ending."""
+        return self._dataset.name
+
+    @functools.cached_property
+    def width(self) -> float:
+        """The distance of two levels of the data, see `bin_width`; 1 where they are not 8-bit."""
+        return bin_width(self.levels()) if self.scaling.is_8bit else 1.0
+
     def levels(self) -> np.ndarray:
         """Returns the values that 8-bit images have, of 1000 images of the whole set at most."""
-        everything = ImageFolderDataset(self.path, max_size=_MAX_LEVEL_IMAGES)
         found = np.zeros(256, bool)
-        for i in range(len(everything)):
-            found[everything.get_batch([i])[0].ravel()] = True
+        with self._naming_flag():
+            everything = ImageFolderDataset(self.path, max_size=_MAX_LEVEL_IMAGES)
+            for i in range(len(everything)):
+                found[everything.get_batch([i])[0].ravel()] = True
         return np.flatnonzero(found)
 
     def get(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None,
                                                   torch.Tensor | None]:
         """Returns images as stored, labels [B, label_dim] and conditions as networks see them."""
-        images, labels, *conditions = self._dataset.get_batch(indices)
+        with self._naming_flag():
+            images, labels, *conditions = self._dataset.get_batch(indices)
         given = None
         if self._label_dim:
             given = torch.zeros(len(indices), self._label_dim)
@@ -142,7 +169,8 @@ def _check_labels(where: str, dataset: ImageFolderDataset, label_dim: int, kind:
     if own != kind or not fits:
         given, wanted = (f"{number} {'classes' if kind == 'classes' else 'numbers each'}"
                          for number, kind in ((dataset.label_dim, own), (label_dim, kind)))
-        raise ValueError(f"{where}: labels are {given}, the network was trained on {wanted}")
+        raise ValueError(f"{where}: labels are {given}, the network was trained on {wanted}; give "
+                         "data with such labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,9 +237,14 @@ class NetworkLikelihood:
             ValueError: the file or a setting does not fit; UsageError for a flag.
             OSError: the file can't be read.
         """
-        if steps < 2 or steps % 2:
+        if type(steps) is not int or steps < 2 or steps % 2:
             raise UsageError(f"--steps={steps}: must be an even number, 2 at least, for the error "
                              "is found by halving it")
+        if type(probes) is not int or probes < 1:
+            raise UsageError(f"--probes={probes}: must be a whole number, 1 at least")
+        if dequantize not in (None, "uniform", "none"):
+            raise UsageError(f"--dequantize={dequantize}: must be uniform or none; leave "
+                             "--dequantize out for uniform noise where data are 8-bit")
         configure_backends(precision)
         content, net = open_network(source, device=device, pfgmpp=pfgmpp, aug_dim=aug_dim,
                                     precision=precision, compiled=False)
@@ -253,8 +286,12 @@ class NetworkLikelihood:
         steps = len(self.sigmas) - 1
         return EVALUATIONS_A_STEP * (steps + steps // 2)
 
+    def width_of(self, data: LikelihoodData) -> float:
+        """Returns the width of a bin of these data; 1 where they are not dequantised."""
+        return data.width if self.dequantize else 1.0
+
     def __call__(
-        self, data: LikelihoodData, indices: Sequence[int], width: float = 1.0,
+        self, data: LikelihoodData, indices: Sequence[int], width: float | None = None,
         watch: Callable[[int], None] | None = None,
     ) -> tuple[list[float], list[float]]:
         """Returns the values of some images, and those by half as many steps.
@@ -262,9 +299,15 @@ class NetworkLikelihood:
         Args:
             data: the images.
             indices: which.
-            width: of a bin of 8-bit data, see `bin_width`.
+            width: of a bin of 8-bit data; None is `width_of` these data.
             watch: called with the number of images after each evaluation of them.
+
+        Raises:
+            ValueError: the width is not a positive number.
         """
+        width = self.width_of(data) if width is None else width
+        if not 0 < width < math.inf:
+            raise ValueError(f"width={width}: must be a positive number, such as 1 for 256 levels")
         stored, labels, condition = data.get(indices)
         keys = [mix_seed(_TAG, self.seed, data.numbers[i]) for i in indices]
         x = self._state(stored, keys, width).to(self.device)
@@ -313,17 +356,42 @@ class NetworkLikelihood:
 def bin_width(levels: np.ndarray) -> float:
     """Returns the distance of two levels of 8-bit data, given the values that occur: 1 of 256.
 
-    Data of fewer levels, such as 4-bit or binary ones, have them at equal distances: whole, or
-    255/m rounded to whole numbers. Anything else counts as 8-bit.
+    Data of fewer levels, such as 4-bit or binary ones, have them at equal whole distances, or on
+    an even grid 255 k/m of 2 to 128 levels, rounded to whole numbers, rounded down, or with the
+    bits of k repeated. No two values that occur share a level of it. So few values that they could
+    lie on the grid by chance don't count. Anything else is 8-bit.
     """
-    levels = np.asarray(levels, np.int64)
+    levels = np.unique(np.asarray(levels, np.int64))
     if len(levels) < 2:
         return 1.0
     step = int(np.gcd.reduce(levels - levels[0]))
     if step > 1:
         return float(step)
-    for m in range(2, _MAX_ODD_LEVELS):
-        scaled = levels * m / 255
-        if np.abs(scaled - np.round(scaled)).max() * 255 / m < 1:
+    for m in range(2, _MAX_STEPS + 1):
+        is_sure = len(levels) * math.log2(255 / m) >= _SURE_BITS
+        if is_sure and (_is_on_grid(levels, m) or _is_replicated(levels, m)):
             return 255 / m
     return 1.0
+
+
+def _is_on_grid(levels: np.ndarray, m: int) -> bool:
+    """Whether these are 255 k/m, all rounded or all rounded down, each of a k of its own.
+
+    A whole 255 k/m may have become one less, as rounding down makes of a float just below it.
+    """
+    scaled = levels * m
+    for k, tolerance in (((2 * scaled + 255) // 510, m / 2), (-(-scaled // 255), m)):
+        if len(np.unique(k)) == len(levels) and (np.abs(255 * k - scaled) <= tolerance).all():
+            return True
+    return False
+
+
+def _is_replicated(levels: np.ndarray, m: int) -> bool:
+    """Whether these are numbers of b bits, m = 2**b - 1, made 8-bit by repeating the bits."""
+    bits = (m + 1).bit_length() - 1
+    if bits not in _REPLICATED_BITS or m + 1 != 1 << bits:
+        return False
+    k = np.arange(m + 1)
+    repeated = sum(k << (8 - bits * i) if bits * i <= 8 else k >> (bits * i - 8)
+                   for i in range(1, 8 // bits + 2))
+    return bool(np.isin(levels, repeated).all())

@@ -12,6 +12,7 @@ import torch
 from checkpoints import checkpoint
 from checkpoints.names import find_network
 from dnnlib import console
+from dnnlib.cli import flag_errors
 from dnnlib.util import format_ranges, json_value
 from images.dataset import ImageFolderDataset
 from images.image_files import error_prefix
@@ -35,7 +36,7 @@ from sampling.labels import (
     classes_with_images,
     read_labels,
 )
-from sampling.latents import Latents, read_latents
+from sampling.latents import Latents, check_lengths, read_latents
 from sampling.quantization import quantise_
 from sampling.sweeps import FULL_BITS
 from torch_utils import distributed
@@ -45,6 +46,7 @@ _FLAGS = {"noise_alpha": "--alpha", "num_steps": "--steps",
           **{name: f"--{name}" for name in ("solver", "order", "schedule", "scaling", "S_churn",
                                             "S_noise", "sigma_min", "sigma_max", "rho", "sigmas")}}
 _CONDITIONS_WORD = "cond"  # as --init-image
+_REMEDY = "name a data set, a folder or ZIP of images"
 _LOST_SIGMAS = 5  # times sigma_data: noise in which little is left of an image
 _OpenNetwork = Callable[[str], tuple[dict[str, Any], Precond]]
 
@@ -84,9 +86,10 @@ class SeedImages:
             OSError: it can't be read.
             ValueError: not a data set, or of another shape or kind of numbers.
         """
-        dataset = ImageFolderDataset(path)
-        if conditions and dataset.has_conditions:
-            dataset = ImageFolderDataset(path, use_conditions=True)
+        with flag_errors(flag, path, _REMEDY):
+            dataset = ImageFolderDataset(path)
+            if conditions and dataset.has_conditions:
+                dataset = ImageFolderDataset(path, use_conditions=True)
         given, own = (dataset.cond_shape, dataset.cond_scaling) if dataset.cond_shape else (
             dataset.image_shape, dataset.scaling)
         if tuple(given) != shape:
@@ -173,7 +176,7 @@ class NetworkSampler:
             init_image: folder or ZIP of images to start from, see `SeedImages`.
             init_sigma: the noise level at which to start from them.
             latents: a file of latents by seed, see `latents.read_latents`; labels in it are those
-                of the seeds unless others are given.
+                of the seeds unless others are given, and numbers choose their condition images.
             encode: folder or ZIP of images whose latents `encode` finds, with its labels.
             compiled: compile the network, and fill up batches to one size.
             sampler_options: fields of `SamplerConfig`.
@@ -197,8 +200,11 @@ class NetworkSampler:
             raise UsageError(_in_flags(error)) from error
         kind = recorded_label_kind(net, content)
         _check_begins({"--encode": encode, "--latents": latents, "--init-image": init_image})
-        starts = None if latents is None else distributed.run_on_rank0(
-            read_latents, latents, net.image_shape)
+        starts = None
+        if latents is not None:
+            with flag_errors("--latents", latents, "name a file that --encode has written"):
+                starts = distributed.run_on_rank0(read_latents, latents, net.image_shape)
+                check_lengths(starts, net.D)
         if encode is not None:
             _check_encoding(sampler)
             if kind is not None and class_idx is None and label_source is None:
@@ -240,7 +246,9 @@ class NetworkSampler:
         if encode is not None:
             encoded = SeedImages.open("--encode", encode, net.image_shape, scaling)
             extra["encode"] = encoded.fingerprint
-        extra |= {} if starts is None else {"latents": starts.digest}
+        if starts is not None:
+            extra["latents"] = starts.digest
+            conditions = conditions and _of_numbers(conditions, starts)
         settings = json_value(settings | of_labels | extra)
         return cls(denoiser, sampler, device, class_idx, settings, conditions, inits, scaling,
                    one_size=compiled, labels=labels, label_kind=kind,
@@ -270,14 +278,17 @@ class NetworkSampler:
             yield full[:len(seeds)]
 
     def encode(self, seeds: Sequence[int]) -> Latents:
-        """Returns the latents of the images of `seeds` among those to encode, and their labels."""
+        """Returns the latents of the images of `seeds` among those to encode, and their labels.
+
+        Their numbers, by which they take their condition images, are the seeds.
+        """
         images = self.encoded(seeds).to(self.device)
         labels = self.labels_of(seeds)
         condition = None if self.conditions is None else self.conditions(seeds).to(self.device)
         with torch.inference_mode():
             found = encode(self.net, images, labels, config=self.sampler, condition=condition)
         return Latents(found.cpu(), self.encoded.names(seeds),
-                       None if labels is None else labels.cpu())
+                       None if labels is None else labels.cpu(), tuple(map(int, seeds)))
 
     def draw(self, seeds: Sequence[int]) -> Latents:
         """Returns the latents that seeds begin with, and their labels."""
@@ -285,7 +296,9 @@ class NetworkSampler:
                                         self.latents)
         names = tuple(map(str, seeds)) if self.latents is None else tuple(
             self.latents.names[seed % len(self.latents)] for seed in seeds)
-        return Latents(found.cpu(), names, None if labels is None else labels.cpu())
+        numbers = seeds if self.latents is None else self.latents.numbers_of(seeds)
+        return Latents(found.cpu(), names, None if labels is None else labels.cpu(),
+                       tuple(map(int, numbers)))
 
     def decode(self, latents: Latents, seeds: Sequence[int]) -> torch.Tensor:
         """Returns the images of latents, under the condition images of `seeds`, [B, C, H, W]."""
@@ -474,7 +487,9 @@ def _choose_labels(
 
 def _labelled(path: str) -> str:
     """Returns the path of images to encode, which have labels."""
-    if not ImageFolderDataset(path, use_labels=True).has_labels:
+    with flag_errors("--encode", path, _REMEDY):
+        has_labels = ImageFolderDataset(path, use_labels=True).has_labels
+    if not has_labels:
         raise UsageError(f"--encode={path}: has no labels, which the network takes; give --class "
                          "or --labels")
     return path
@@ -548,6 +563,11 @@ def _open_conditions(net: Precond, source: str, cond_image: str | None,
     scaling = recorded_scaling(content, source, "cond_scale", net.cond_channels)
     return SeedImages.open("--cond-image", cond_image, (net.cond_channels, *net.image_shape[1:]),
                            scaling, conditions=True)
+
+
+def _of_numbers(conditions: ImagesOfSeeds, latents: Latents) -> ImagesOfSeeds:
+    """Returns the condition images of seeds by the numbers that their latents have."""
+    return lambda seeds: conditions(latents.numbers_of(seeds))
 
 
 def _open_inits(net: Precond, init_image: str | None, cond_image: str | None,

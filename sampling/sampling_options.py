@@ -6,7 +6,8 @@
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import click
 
@@ -15,6 +16,8 @@ from sampling.sweeps import FULL_BITS, MULTISTEP, SOLVERS
 
 _OF_GRIDS = {"steps": "--steps", "sigma_min": "--sigma_min", "sigma_max": "--sigma_max",
              "rho": "--rho", "discretization": "--disc"}  # excluded by --sigmas
+_NAMES = {"label_source": "--labels", "gnet": "--gnet", "cond_image": "--cond-image",
+          "init_image": "--init-image"}  # of files and folders
 _MAX_SHOWN = 80  # characters of a value in an error
 _MAX_FILE = 1 << 20  # characters of a file of noise levels
 
@@ -135,6 +138,7 @@ def sampling_options(command: Callable) -> Callable:
     """Adds the flags to the function of a click command."""
     @functools.wraps(command)
     def checked(**options):
+        check_given(options, _NAMES)
         if options["sigmas"] is not None:
             _refuse_grids(click.get_current_context(), options)
         check_alpha(options["solver"], options["alpha"])
@@ -143,6 +147,19 @@ def sampling_options(command: Callable) -> Callable:
     for option in reversed(_OPTIONS):
         checked = option(checked)
     return checked
+
+
+def check_given(options: Mapping[str, Any], flags: Mapping[str, str]) -> None:
+    """Raises UserError for a value that is empty, as of a shell variable that is not set.
+
+    Args:
+        options: values by their names in Python.
+        flags: the flags that name something, by their names in Python.
+    """
+    for name, flag in flags.items():
+        if options[name] == "":
+            raise UserError(f"{flag}=: names nothing; give it a value, or leave {flag} out",
+                            BAD_USAGE)
 
 
 def check_alpha(solver: str | None, alpha: Sequence[float] | None) -> None:

@@ -59,6 +59,20 @@ def array(values):
     return file.getvalue()
 
 
+@pytest.mark.parametrize("flag", ["dest", "val_dest"])
+@pytest.mark.parametrize("name", ["/proc/x.zip", "/proc/x", "/proc/none/x.zip"])
+def test_a_place_that_can_not_be_written_is_named_with_its_flag(tmp_path, flag, name):
+    data = write_dataset(tmp_path / "data.zip", num=8)
+    args = ["split", str(data), "--val=0.25", *(
+        f"--{key.replace('_', '-')}={name if key == flag else tmp_path / 'out/other.zip'}"
+        for key in ("dest", "val_dest"))]
+    result = CliRunner().invoke(main, args)
+    [line] = result.stderr.splitlines()
+    assert result.exit_code == 1 and "name another place" in line and ".tmp" not in line
+    assert f"--{flag.replace('_', '-')}={name}: can't be written (" in line
+    assert not list((tmp_path / "out").glob("*"))
+
+
 # ------------------------------------------------------------------------------- who is held out
 
 

@@ -1,7 +1,11 @@
 """Latents: from images and back, from files, on the way between others, and of chosen radii."""
 
+import contextlib
+import dataclasses
+import io
 import json
 import math
+import zipfile
 
 import numpy as np
 import PIL.Image
@@ -15,10 +19,20 @@ from tiny import write_dataset
 import generate
 from pfgmpp.kernel import PerturbationKernel
 from pfgmpp.samplers import SamplerConfig, encode, sampler
-from sampling.latents import Latents, at_radii, between, radial_factor, read_latents
+from sampling.latents import (
+    Latents,
+    at_radii,
+    between,
+    check_lengths,
+    radial_factor,
+    read_latents,
+)
 from sampling.network_sampler import NetworkSampler
 
 CPU = torch.device("cpu")
+
+
+ONES = {"latents": np.ones([2, 3, 8, 8])}
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +182,33 @@ def test_condition_images_are_those_of_the_seeds(tmp_path, invoke, way):
     assert len(asked) >= 3 and all(condition.equal(own) for condition in asked)
 
 
+def test_latents_know_their_condition_images(tmp_path, invoke):
+    network = write_snapshot(tmp_path / "net.pt", pfgmpp=True, aug_dim=2.5, label_dim=0,
+                             cond_channels=3)
+    pairs = write_dataset(tmp_path / "pairs.zip", num=6)
+    args = [f"--cond-image={pairs}", "--steps=3"]
+    run(invoke, network, tmp_path / "e", *args, f"--encode={pairs}", "--seeds=4,2")
+    path = tmp_path / "e/latents.npz"
+    assert np.load(path)["numbers"].dtype == np.int64
+    assert np.load(path)["numbers"].tolist() == [4, 2]
+
+    def conditions(file, seeds):
+        sampler = NetworkSampler.open(str(network), CPU, cond_image=str(pairs), latents=str(file))
+        return sampler.conditions(seeds)
+
+    own = NetworkSampler.open(str(network), CPU, cond_image=str(pairs)).conditions
+    assert conditions(path, [0, 1, 2]).equal(own([4, 2, 4]))
+    plain = tmp_path / "plain.npz"
+    np.savez(plain, latents=np.load(path)["latents"])
+    assert conditions(plain, [0, 1, 2]).equal(own([0, 1, 2]))
+    run(invoke, network, tmp_path / "w", *args, f"--latents={path}", "--interpolate=1,0",
+        "--frames=2")
+    run(invoke, network, tmp_path / "s", *args, f"--latents={path}")
+    way, ends = pngs(tmp_path / "w"), pngs(tmp_path / "s")
+    assert way["000000.png"] == ends["000001.png"]  # both under condition image 2
+    assert way["000001.png"] != ends["000000.png"]  # the way's under that of its first end
+
+
 # ----------------------------------------------------------------------------------- files, ways
 
 def test_latents_of_seeds_give_the_images_of_the_seeds(network, tmp_path, invoke):
@@ -211,13 +252,48 @@ def test_the_way_between_latents():
     assert plane[2] < 1e-12 * plane[0]
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0, -1.0])
+@pytest.mark.parametrize("scale", [1.0, 3.0, 1e200, 1e-200])
 def test_the_way_between_latents_of_one_line_is_finite(scale):
     end = some(1).latents[0]
     way = between(Latents(torch.stack([end, scale * end]), ("a", "b")), 3)
     assert way.latents.isfinite().all()
-    if scale > 0:
-        torch.testing.assert_close(way.latents[1], math.sqrt(scale) * end)
+    torch.testing.assert_close(way.latents[1], math.sqrt(scale) * end)
+
+
+@pytest.mark.parametrize("scale, dtype", [(-1, torch.float64), (-3e200, torch.float64),
+                                          (-1 / 3, torch.float32)])
+def test_opposite_latents_have_no_one_way_between(scale, dtype):
+    end = some(1).latents[0]
+    ends = Latents(torch.stack([end, (scale * end).to(dtype).double()]), ("a", "b\n"))
+    with pytest.raises(ValueError, match=r"latents a and 'b\\n' are opposite"):
+        between(ends, 3)
+    nearly = ends.latents[1].clone()
+    nearly[0, 0, 0] += 1e-3 * nearly.abs().max()
+    way = between(Latents(torch.stack([end, nearly]), ("a", "b")), 5)
+    lengths = way.latents.flatten(1).abs().amax(dim=1)
+    assert lengths.isfinite().all() and lengths.min() > 0
+
+
+def test_a_latent_of_zero_has_no_direction():
+    latents = some(3).latents
+    latents[2] = 0
+    zero = Latents(latents, ("0", "1", "2"))
+    for make in (lambda: between(zero, 3), lambda: at_radii(zero, 2.5, [0.5])):
+        with pytest.raises(ValueError, match="latent 2 is zero and has no direction"):
+            make()
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: between(some(2), 0), "0 frames"), (lambda: between(some(2), 1), "1 frames"),
+    (lambda: between(some(1), 3), "1 latents"), (lambda: at_radii(some(1), 2, []), "quantiles"),
+    (lambda: radial_factor(2, 0), "quantile=0: must be between"),
+    (lambda: radial_factor(2, 1), "quantile=1: must be between"),
+    (lambda: radial_factor(2, math.nan), "quantile=nan"), (lambda: radial_factor(0, 0.5), "D=0"),
+    (lambda: radial_factor(math.inf, 0.5), "D=inf"),
+    (lambda: radial_factor(1e-3, 0.99), "beyond the range of numbers")])
+def test_ways_and_radii_that_are_none(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
 
 
 def test_interpolation_on_the_command_line(network, tmp_path, invoke):
@@ -287,7 +363,14 @@ def test_radii_keep_directions(network, tmp_path, invoke):
     (["--encode=DATA", "--alpha=0.1"], "leave --alpha out"),
     (["--encode=DATA", "--schedule=vp"], "leave --schedule out"),
     (["--encode=DATA", "--steps=1"], "--steps=1: must be 2 or more"),
-    (["--encode=DATA", "--radii=0.5"], "choose one")])
+    (["--encode=DATA", "--radii=0.5"], "choose one"),
+    (["--radii=0.5", "--init-image=DATA", "--init-sigma=1"], "--radii with --init-image"),
+    (["--interpolate=0,1", "--init-image=DATA", "--init-sigma=1"], "--interpolate with --init-"),
+    (["--encode=DATA", "--save_images"], "--encode with --save_images"),
+    (["--encode=DATA", "--subdirs"], "--encode with --subdirs"),
+    (["--encode="], "--encode=: names nothing"), (["--latents="], "--latents=: names nothing"),
+    (["--network="], "--network=: names nothing"), (["--outdir="], "--outdir=: names nothing"),
+    (["--init-image=", "--init-sigma=1"], "--init-image=: names nothing")])
 def test_flags_that_do_not_go_together(network, dataset_zip, tmp_path, invoke, flags, words):
     flags = [flag.replace("DATA", str(dataset_zip)) for flag in flags]
     result = invoke(generate.main, f"--network={network}", f"--outdir={tmp_path / 'o'}", *flags)
@@ -317,6 +400,36 @@ def test_data_without_labels_need_a_class(network, tmp_path, invoke):
     assert result.exit_code == 1 and "latents.npz: is there already" in result.stderr
 
 
+def test_latents_are_not_written_over_a_file(network, dataset_zip, tmp_path, invoke):
+    (tmp_path / "o").touch()
+    result = invoke(generate.main, f"--network={network}", f"--outdir={tmp_path}/o", "--steps=2",
+                    f"--encode={dataset_zip}")
+    [line] = result.stderr.splitlines()
+    assert result.exit_code == 1 and f"--outdir={tmp_path}/o: " in line and "name another" in line
+
+
+def test_data_to_encode_that_are_not_there(network, tmp_path, invoke):
+    result = invoke(generate.main, f"--network={network}", f"--outdir={tmp_path}/o", "--steps=2",
+                    f"--encode={tmp_path}/none.zip")
+    [line] = result.stderr.splitlines()
+    assert result.exit_code == 1 and f"--encode={tmp_path}/none.zip: no such" in line
+    assert "name a data set" in line
+
+
+@pytest.mark.parametrize("name, ends, words", [
+    ("twice", "twice,1", "the name twice is that of latents 0, 2; give the number"),
+    ("a\nb", "x,1", r"such as 'a\nb'"), ("twice", "0,3", "'3' must be a number from 0 to 2")])
+def test_names_that_mean_no_one_latent(network, tmp_path, invoke, name, ends, words):
+    Latents(some(3).latents, (name, "b", name)).save(tmp_path / "l.npz")
+    args = [f"--network={network}", f"--latents={tmp_path}/l.npz", "--steps=2", "--class=0"]
+    result = invoke(generate.main, *args, f"--outdir={tmp_path}/o", f"--interpolate={ends}")
+    [line] = result.stderr.splitlines()
+    assert result.exit_code == 2 and words in line, line
+    result = invoke(generate.main, *args, f"--outdir={tmp_path}/o", "--interpolate=0,b",
+                    "--frames=2")
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize("content, words", [
     ({"other": np.ones(3)}, "must have floating-point 'latents'"),
     ({"latents": np.ones([2, 3, 8, 8], int)}, "floating-point"),
@@ -325,7 +438,20 @@ def test_data_without_labels_need_a_class(network, tmp_path, invoke):
     ({"latents": np.ones([0, 3, 8, 8])}, "must be [n, C, H, W]"),
     ({"latents": np.ones([2, 3, 8, 8]), "names": ["a"]}, "1 names of 2"),
     ({"latents": np.ones([2, 3, 8, 8]), "labels": np.ones([2, 5])}, "5 numbers"),
-    (b"text", "must be a .npz"), (None, "no.npz")])
+    (b"text", "must be a .npz"), (None, "no.npz"),
+    ({"latents": 1e30 * np.ones([2, 3, 8, 8])}, "latent 0 has a length of 1e+30 sqrt(N)"),
+    ({"latents": np.array(1.0)}, "shape []; must be [n, C, H, W]"),
+    ({**ONES, "labels": np.array([0, 1])}, "[2, label_dim]"),
+    ({**ONES, "labels": np.full([2, 2], np.nan)}, "labels must be finite"),
+    ({**ONES, "labels": np.full([2, 2], 1e300)}, "labels must be finite"),
+    ({**ONES, "labels": np.ones([2, 2], complex)}, "labels are complex128"),
+    ({**ONES, "labels": np.ones([3, 2])}, "labels of shape [3, 2]"),
+    ({**ONES, "names": np.array("a")}, "text of shape [2]"),
+    ({**ONES, "names": np.ones([2, 1])}, "text of shape [2]"),
+    ({**ONES, "names": np.array([None, "a"])}, "names' is an array of object"),
+    ({**ONES, "numbers": np.array([0.0, 1.0])}, "numbers of images must be whole"),
+    ({**ONES, "numbers": np.array([0, -1])}, "numbers of images must be whole"),
+    ({**ONES, "numbers": np.array([0])}, "numbers of images must be whole")])
 def test_files_that_are_no_latents(network, tmp_path, invoke, content, words):
     path = tmp_path / ("l.npz" if content is not None else "no.npz")
     if isinstance(content, bytes):
@@ -335,13 +461,87 @@ def test_files_that_are_no_latents(network, tmp_path, invoke, content, words):
     result = invoke(generate.main, f"--network={network}", f"--outdir={tmp_path / 'o'}",
                     f"--latents={path}")
     assert result.exit_code == 1 and words in result.stderr and "Traceback" not in result.stderr
+    assert result.stderr.startswith("Error: --latents") and len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("D", [0.01, 0.5, 1, 2, 128, math.inf])
+def test_lengths_are_refused_that_no_network_draws(D):
+    rng = torch.Generator().manual_seed(0)
+    scale = PerturbationKernel(D).scale(100_000, rng).max()
+    drawn = Latents((scale * some(2).latents), ("0", "1"))
+    check_lengths(drawn, D)
+    if D > 0.1:
+        drawn.latents[1] *= 1e40 if D < 1 else 1e15
+        with pytest.raises(ValueError, match="latent 1 has a length of .* sqrt"):
+            check_lengths(drawn, D)
+    drawn.latents[:] = 1e300
+    with pytest.raises(ValueError) if D > 0.1 else contextlib.nullcontext():
+        check_lengths(drawn, D)
+
+
+def npy(shape, held):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False,
+                                                "descr": "<f8"})
+    return file.getvalue() + bytes(held)
+
+
+def changed(content, offset, value):
+    """Returns a ZIP with a byte changed after the mark of each header, local and in the list."""
+    content = bytearray(content)
+    for mark, more in ((b"PK\3\4", 0), (b"PK\1\2", 2)):
+        at = content.find(mark) + offset + more
+        content[at] = value
+    return bytes(content)
+
+
+def zipped(entry, compression=zipfile.ZIP_STORED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        archive.writestr("latents.npy", entry)
+    return file.getvalue()
+
+
+WHOLE = npy((1, 3, 8, 8), 1536)
+DEFLATED = zipped(WHOLE, zipfile.ZIP_DEFLATED)
+
+
+@pytest.mark.parametrize("content, words", [
+    (npy((10**12, 3, 8, 8), 1536), "the array claims 1536000000000000 bytes"),
+    (zipped(npy((10**12, 3, 8, 8), 1536)), "its 'latents' claims 1536000000000000 bytes"),
+    (zipped(npy((10**12, 3, 8, 8), 0)), "but holds 0"), (WHOLE[:-8], "but holds 1528"),
+    (zipped(b"text"), "its 'latents' is not a NumPy array"),
+    (changed(zipped(WHOLE), 6, 1), "its 'latents' is encrypted"),
+    (changed(DEFLATED, 8, 14), "compressed by method 14"),
+    (DEFLATED[:60] + b"\xff" * 12 + DEFLATED[72:], "damaged .npz"),
+    (zipped(WHOLE)[:-30], "damaged .npz"), (b"PK no ZIP", "damaged .npz"),
+    (b"some text", "or a .npy array of latents")],
+    ids=["claims", "zip claims", "empty", "short", "no array", "encrypted", "method", "deflate",
+         "cut", "magic", "text"])
+def test_damaged_files_of_latents(tmp_path, content, words):
+    (tmp_path / "l.npz").write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        read_latents(tmp_path / "l.npz", (3, 8, 8))
+    text = str(caught.value)
+    assert words in text and "\n" not in text and "pickle" not in text
+
+
+def test_arrays_as_others_write_them_are_latents(tmp_path):
+    given = some(2).latents.numpy()
+    np.savez_compressed(tmp_path / "l.npz", latents=np.asfortranarray(given.astype(">f4")),
+                        names=np.array([b"a", b"b"]), labels=np.eye(2, dtype=np.int64))
+    found = read_latents(tmp_path / "l.npz", (3, 8, 8))
+    np.testing.assert_allclose(found.latents, given, rtol=1e-6)
+    assert found.names == ("a", "b") and found.labels.equal(torch.eye(2)) and found.numbers is None
+
+
 def test_what_was_saved_is_read(tmp_path):
-    given = some(2, labels=torch.eye(2))
+    given = dataclasses.replace(some(2, labels=torch.eye(2)), numbers=(7, 3))
     given.save(tmp_path / "l.npz")
     found = read_latents(tmp_path / "l.npz", (3, 8, 8))
     assert found.latents.equal(given.latents) and found.names == given.names
     assert found.labels.equal(given.labels) and found.digest == given.digest
-    assert given.digest != some(2).digest
+    assert found.numbers == (7, 3)
+    others = [some(2), some(2, labels=torch.eye(2)), dataclasses.replace(given, numbers=(3, 7))]
+    assert given.digest not in {other.digest for other in others}

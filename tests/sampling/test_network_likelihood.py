@@ -1,6 +1,7 @@
 """likelihood.py: bits a dimension of data sets, their units, and what is refused."""
 
 import csv
+import errno
 import json
 import math
 import re
@@ -40,6 +41,12 @@ def measured(invoke, *args):
 def rows_of(path):
     with open(path, newline="") as file:
         return {row["image"]: float(row["bits_per_dim"]) for row in csv.DictReader(file)}
+
+
+def table_in(folder):
+    """Returns the rows of the only table of a folder."""
+    [path] = folder.glob("likelihood-*.csv")
+    return rows_of(path)
 
 
 class Gaussian:
@@ -122,12 +129,76 @@ def test_the_width_of_a_bin(levels, width):
     assert bin_width(np.array(list(levels), int)) == pytest.approx(width)
 
 
+@pytest.mark.parametrize("levels", [
+    [127, 128], [254, 255], [100, 101], [0, 127, 128, 255], [0, 64, 128, 191, 192, 255],
+    [0, 3, 8, 20, 250]])  # the last lie on some grid, as so few of any kind do
+def test_levels_of_no_even_grid_are_8_bit(levels):
+    assert bin_width(np.array(levels)) == 1
+
+
+@pytest.mark.parametrize("made", [
+    np.rint, np.floor, lambda x: np.floor(x + 0.5), lambda x: np.linspace(0, 255, len(x))],
+    ids=["rounded", "down", "half up", "linspace"])
+def test_every_even_grid_of_2_to_128_levels_is_recognised(made):
+    for m in range(1, 128):
+        levels = made(np.arange(m + 1) * 255 / m).astype(np.uint8)
+        assert bin_width(levels) == pytest.approx(255 / m), m
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_repeated_bits_are_recognised(bits):
+    repeated = [int((f"{k:0{bits}b}" * 8)[:8], 2) for k in range(1 << bits)]
+    assert bin_width(np.array(repeated)) == pytest.approx(255 / ((1 << bits) - 1))
+
+
+def test_no_bin_holds_two_levels():
+    rng = np.random.default_rng(0)
+    for number in np.repeat(range(2, 129), 2):
+        grid = rng.choice([256, 128, 86, 52])  # of few levels some lie on a grid
+        places = np.sort(rng.choice(grid, min(number, grid), replace=False))
+        levels = np.rint(places * 255 / (grid - 1)).astype(int)
+        assert 1 <= bin_width(levels) <= np.diff(levels).min() + 1
+
+
+def levels_zip(path, levels, num=8):
+    rng = np.random.default_rng(0)
+    return write_source(path, {f"{i}.png": rng.choice(levels, [8, 8, 3]).astype(np.uint8)
+                               for i in range(num)})
+
+
+def test_the_default_width_is_that_of_the_command(tmp_path, invoke):
+    network = write_snapshot(tmp_path / "net.pt", label_dim=0)
+    data = levels_zip(tmp_path / "four.zip", np.arange(16) * 17)
+    measured(invoke, f"--network={network}", f"--data={data}", "--steps=2", "--count=1")
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["bin_width"] == 17
+    measure = NetworkLikelihood.open(str(network), CPU, steps=2)
+    images = LikelihoodData(data, measure, 1)
+    found, _ = measure(images, [0])
+    assert found == pytest.approx(list(table_in(tmp_path).values()))
+    assert found != pytest.approx(measure(images, [0], 1.0)[0])
+    raw = NetworkLikelihood.open(str(network), CPU, steps=2, dequantize="none")
+    assert raw.width_of(images) == 1
+
+
+def test_data_of_other_levels_cannot_be_compared(tmp_path, invoke):
+    network = write_snapshot(tmp_path / "net.pt", label_dim=0)
+    four = levels_zip(tmp_path / "four.zip", np.arange(16) * 17)
+    args = [f"--network={network}", f"--data={four}", "--steps=2", "--count=1"]
+    result = invoke(likelihood.main, *args, f"--val-data={four}")
+    assert result.exit_code == 0 and "Warning" not in result.stderr
+    two = levels_zip(tmp_path / "two.zip", [0, 255])
+    result = invoke(likelihood.main, *args, f"--val-data={two}")
+    [line] = result.stderr.splitlines()
+    assert result.exit_code == 0 and "17 of 256 apart in --data and 255 in --val-data" in line
+    assert "can't be compared" in line
+
+
 # ----------------------------------------------------------------------------------- the command
 
 def test_the_last_line_the_table_and_the_record(network, dataset_zip, tmp_path, invoke):
     last = measured(invoke, f"--network={network}", f"--data={dataset_zip}", *SHORT, "--batch=3",
                     f"--out={tmp_path}/m.jsonl")
-    rows = rows_of(tmp_path / "likelihood-net-tiny.csv")
+    rows = table_in(tmp_path)
     values = list(rows.values())
     assert len(rows) == 4 and all(name.startswith("00000/img") for name in rows)
     assert last[1] == "bits" and float(last[2]) == pytest.approx(np.mean(values), abs=6e-4)
@@ -137,7 +208,8 @@ def test_the_last_line_the_table_and_the_record(network, dataset_zip, tmp_path, 
     assert line["metric"] == "bits_per_dim" and line["num"] == 4 and line["nfe"] == 12
     assert line["value"] == pytest.approx(np.mean(values))
     assert line["stderr"] == pytest.approx(stderr)
-    assert line["table"] == "likelihood-net-tiny.csv" and not line["held_out"]
+    assert re.fullmatch(r"likelihood-net-tiny-[0-9a-f]{12}\.csv", line["table"])
+    assert (tmp_path / line["table"]).exists() and not line["held_out"]
     assert line["sampler"]["D"] == 2.5 and line["sampler"]["sigma_max"] == 80
     assert line["reference"] == str(dataset_zip) and line["sampler"]["num_steps"] == 2
 
@@ -154,14 +226,14 @@ def test_the_value_of_an_image_is_its_own(network, dataset_zip, tmp_path, invoke
     for name, more in (("a", ["--count=40", "--batch=16"]), ("b", ["--count=6", "--batch=1"])):
         measured(invoke, f"--network={network}", f"--data={dataset_zip}", "--steps=2", *more,
                  f"--out={tmp_path}/{name}/m.jsonl")
-        found.append(rows_of(tmp_path / name / "likelihood-net-tiny.csv"))
+        found.append(table_in(tmp_path / name))
     many, few = found
     assert len(many) == 40 and len(few) == 6
     for name, value in few.items():
         assert value == pytest.approx(many[name], rel=1e-5)
     measured(invoke, f"--network={network}", f"--data={dataset_zip}", *SHORT, "--seed=1",
              f"--out={tmp_path}/c/m.jsonl")
-    assert not set(rows_of(tmp_path / "c/likelihood-net-tiny.csv").values()) & set(many.values())
+    assert not set(table_in(tmp_path / "c").values()) & set(many.values())
 
 
 def test_exact_traces_are_what_probes_estimate(tmp_path):
@@ -192,6 +264,29 @@ def test_held_out_images_stand_beside_those_of_training(network, dataset_zip, tm
     assert rows_of(tmp_path / second["table"]) != rows_of(tmp_path / first["table"])
 
 
+def test_a_table_is_replaced_only_by_its_own(network, dataset_zip, tmp_path, invoke):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    here, other = dataset_zip, write_dataset(folders[1] / "tiny.zip", num=9)
+    args = [f"--network={network}", f"--out={tmp_path}/m.jsonl", "--steps=2", "--count=1"]
+    runs = [[f"--data={here}"], [f"--data={other}"], [f"--data={here}", "--probes=2"],
+            [f"--data={here}", "--count=3"]]
+    names, contents = [], {}
+    for more in [*runs, runs[0]]:
+        measured(invoke, *args, *more)
+        names.append(json.loads((tmp_path / "m.jsonl").read_text().splitlines()[-1])["table"])
+        content = (tmp_path / names[-1]).read_bytes()
+        assert contents.setdefault(names[-1], content) == content
+    assert names[0] == names[4] and len(contents) == 4 == len(set(contents.values()))
+
+
+def test_long_names_of_data_fit_in_that_of_the_table(network, tmp_path, invoke):
+    data = write_dataset(tmp_path / f"{'ä' * 120}.zip", num=2)
+    measured(invoke, f"--network={network}", f"--data={data}", *SHORT, f"--out={tmp_path}/m.jsonl")
+    assert len(table_in(tmp_path)) == 2
+
+
 def test_one_image_has_no_error_of_a_mean(network, dataset_zip, tmp_path, invoke):
     last = measured(invoke, f"--network={network}", f"--data={dataset_zip}", "--steps=2",
                     "--count=1", f"--out={tmp_path}/m.jsonl")
@@ -206,7 +301,7 @@ def test_two_processes_find_what_one_does(network, dataset_zip, tmp_path):
         run_script("likelihood.py", f"--network={network}", f"--data={dataset_zip}", "--steps=2",
                    "--count=5", "--batch=2", f"--out={tmp_path}/{processes}/m.jsonl",
                    processes=processes)
-        found.append(rows_of(tmp_path / str(processes) / "likelihood-net-tiny.csv"))
+        found.append(table_in(tmp_path / str(processes)))
     assert list(found[0]) == list(found[1])
     assert list(found[0].values()) == pytest.approx(list(found[1].values()), rel=1e-5)
 
@@ -237,10 +332,13 @@ def test_images_are_likelier_than_shuffled_ones_and_than_noise(tmp_path):
     (["--guidance=2"], "--guidance: guided sampling has no density"),
     (["--cond=0"], "--cond=0: .* trained without --label-dropout"),
     (["--val-data="], "--val-data=: must be a data set"),
+    (["--data="], "--data=: must be a data set"), (["--out="], "--out=: must be a file"),
+    (["--network="], "--network=: must be a network"),
+    (["--exact", "--probes=1"], "--exact with --probes=1: .*leave one of them out"),
     (["--probes=0"], "--probes"), (["--count=0"], "--count")])
 def test_flags_that_cannot_be_are_refused(network, dataset_zip, tmp_path, invoke, flags, words):
-    result = invoke(likelihood.main, f"--network={network}", f"--data={dataset_zip}", *flags,
-                    f"--out={tmp_path}/m.jsonl")
+    result = invoke(likelihood.main, f"--network={network}", f"--data={dataset_zip}",
+                    f"--out={tmp_path}/m.jsonl", *flags)
     assert result.exit_code == 2 and re.search(words, result.stderr), result.stderr
     assert not list(tmp_path.iterdir())
 
@@ -263,8 +361,50 @@ def test_data_that_do_not_fit_the_network_are_refused(network, tmp_path, invoke)
                             *(f"{key}={value}" for key, value in given.items()),
                             f"--out={tmp_path}/m.jsonl")
             assert result.exit_code == 1 and words in result.stderr, (name, result.stderr)
-            assert f"{flag}=" in result.stderr or name == "none"
+            assert f"{flag}=" in result.stderr and len(result.stderr.splitlines()) == 1
             assert not (tmp_path / "m.jsonl").exists()
+
+
+@pytest.mark.parametrize("place, words", [
+    ("folder", "--out=.*folder: is a folder; name another file"),
+    ("file/m.jsonl", "--out=.*m.jsonl: .*file is not a folder; name another file"),
+    ("/proc/none/m.jsonl", "--out=/proc/none/m.jsonl: can't be written in /proc ")])
+def test_where_results_go_is_checked_first(network, dataset_zip, tmp_path, invoke, monkeypatch,
+                                           place, words):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(NetworkLikelihood, "open", None)  # nothing is computed
+    result = invoke(likelihood.main, f"--network={network}", f"--data={dataset_zip}",
+                    f"--out={tmp_path / place}")
+    [line] = result.stderr.splitlines()
+    assert result.exit_code == 1 and re.search(words, line), line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_results_that_are_not_recorded_end_with_an_error(network, dataset_zip, tmp_path, invoke,
+                                                         monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dnnlib.atomic.append_line", full)
+    result = invoke(likelihood.main, f"--network={network}", f"--data={dataset_zip}", *SHORT,
+                    f"--out={tmp_path}/m.jsonl")
+    [line] = result.stderr.splitlines()
+    assert result.exit_code == 1 and "could not be recorded (No space left on device)" in line
+    assert LAST.search(result.stdout) and not list(tmp_path.iterdir())
+
+
+def test_python_refuses_what_the_command_does(network, dataset_zip):
+    for settings, words in (({"probes": 0}, "--probes=0"), ({"dequantize": "foo"}, "uniform or "),
+                            ({"steps": 2.0}, "--steps=2.0"), ({"probes": 1.5}, "--probes=1.5")):
+        with pytest.raises(ValueError, match=words):
+            NetworkLikelihood.open(str(network), CPU, **settings)
+    measure = NetworkLikelihood.open(str(network), CPU, steps=2)
+    with pytest.raises(ValueError, match="count=0"):
+        LikelihoodData(dataset_zip, measure, 0)
+    with pytest.raises(ValueError, match="width=0: must be a positive"):
+        measure(LikelihoodData(dataset_zip, measure, 1), [0], 0)
 
 
 def test_dequantize_is_for_8_bit_data(tmp_path, invoke):
