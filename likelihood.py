@@ -194,7 +194,7 @@ def _record(measure, data, network: str, path: Path, values, width: float,
                   "width": width, "held_out": is_held_out})[:12]
     stem = f"likelihood-{_short(Path(network).stem)}-{_short(data.stem)}{'-val' * is_held_out}"
     table = path.with_name(f"{stem}-{key}.csv")
-    was_there = table.exists()
+    new = [file for file in (table, path) if not file.exists()]
     column = f"{measure.unit.split('/')[0]}_per_dim"
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -211,8 +211,9 @@ def _record(measure, data, network: str, path: Path, values, width: float,
     try:
         append_line(path, json.dumps(json_value(line)))
     except OSError:
-        if not was_there:
-            table.unlink(missing_ok=True)
+        for file in new:
+            if file == table or (file.exists() and not file.stat().st_size):
+                file.unlink(missing_ok=True)
         raise
 
 
