@@ -9,6 +9,11 @@ import click
 from dnnlib.cli import CONTEXT, HELP_NAMES, run, user_errors
 from dnnlib.util import json_value
 
+_key_option = click.option(
+    "--key", metavar="NAME",
+    help="Network of an IDMD file: ema_0_9900, ema_0_9950, ema_0_9990, ema_0_9999, generator or "
+         "student.  [default: ema_0_9990]")
+
 
 @click.group(context_settings=CONTEXT)
 def main():
@@ -17,11 +22,12 @@ def main():
 
 @main.command(context_settings=HELP_NAMES)
 @click.argument("source", metavar="FILE|URL")
-def show(source):
+@_key_option
+def show(source, key):
     """Prints format, network, D, parameters, progress and options of FILE."""
     with user_errors():
         from checkpoints import checkpoint
-        content = checkpoint.load(source)
+        content = checkpoint.load(source, key)
         for name, value in _description(content).items():
             text = value if isinstance(value, str) else json.dumps(value, default=str)
             click.echo(f"{name + ':':14s} {text}")
@@ -30,8 +36,10 @@ def show(source):
 def _description(content: dict) -> dict:
     """Returns what there is to say of a loaded file, by name."""
     from checkpoints import checkpoint
+    from pfgmpp.few_steps import FewStep
     from pfgmpp.networks import network_D
     network = dict(content["network"])
+    few_step = network.pop("few_step", None)
     weights = checkpoint.sampling_weights(content)
     D = "not recorded" if not content.get("D_recorded", True) else f"{network_D(network):g}"
     description = {
@@ -46,6 +54,12 @@ def _description(content: dict) -> dict:
         "progress": _plain(content.get("progress", {})),
         "options": content.get("options", {}),
     }
+    if few_step is not None:
+        record = FewStep.from_dict(few_step)
+        levels = ", ".join(f"{level:g}" for level in record.levels)
+        description["few-step"] = f"{record.method}, at the noise levels {levels}"
+    if "keys" in content:
+        description["key"] = f"{content['key']}, of {', '.join(content['keys'])}"
     if "dataset" in content:
         description["data"] = content["dataset"]
     return description
@@ -64,8 +78,9 @@ def _plain(value):
 @click.option("--pfgmpp", type=click.BOOL, help="Whether it was trained as PFGM++, if unrecorded.")
 @click.option("--aug_dim", metavar="D", type=float, help="Augmented dimensions, if unrecorded.")
 @click.option("--half", is_flag=True, help="Keep the weights as float16, in half the space.")
+@_key_option
 @click.option("--overwrite", is_flag=True, help="Replace DEST if it is there.")
-def convert(source, dest, pfgmpp, aug_dim, half, overwrite):
+def convert(source, dest, pfgmpp, aug_dim, half, key, overwrite):
     """Writes the averaged network of FILE as a snapshot: DEST.pt, or DEST.safetensors.
 
     FILE may be a run directory, whose newest network is then converted.
@@ -84,7 +99,7 @@ def convert(source, dest, pfgmpp, aug_dim, half, overwrite):
                                  "another DEST")
             if not overwrite:
                 raise ValueError(f"{dest}: is there already; --overwrite replaces it")
-        content = checkpoint.with_average(checkpoint.load(source), source)
+        content = checkpoint.with_average(checkpoint.load(source, key), source)
         content = checkpoint.resolve_D(content, source, pfgmpp, aug_dim)
         if content.get("ema") is None:
             click.echo(f"Warning: {source}: has no averaged weights, and no network-snapshot of "

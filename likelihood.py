@@ -47,6 +47,7 @@ def _refuse_guidance(ctx, param, value) -> None:
 @click.option("--out", metavar="JSONL", help="File to append a line for each data set to.  [default: metrics.jsonl beside the network]")
 @click.option("--pfgmpp", metavar="BOOL", type=click.BOOL, help="For files that do not record D; else checked against the file.")
 @click.option("--aug_dim", metavar="D", type=float, help="For files that do not record D; else checked against the file.")
+@click.option("--key", metavar="NAME", help="Network of an IDMD file: ema_0_9900, ema_0_9950, ema_0_9990, ema_0_9999, generator or student.  [default: ema_0_9990]")
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", help="Arithmetic inside the network.")
 @click.option("--guidance", callback=_refuse_guidance, expose_value=False, hidden=True)
 @click.option("--gnet", callback=_refuse_guidance, expose_value=False, hidden=True)

@@ -20,6 +20,7 @@ from dnnlib.cli import BAD_USAGE, CONTEXT, IntList, NumberList, UserError, run, 
 from dnnlib.util import is_url
 from sampling.sampling_options import check_alpha
 from sampling.sweeps import FULL_BITS, SOLVERS
+from training.launch import precision_of
 
 if TYPE_CHECKING:  # imported late: help is instant
     from reports.study import Step, Study
@@ -54,7 +55,7 @@ class _Command(click.Command):
 @click.option("--detector", metavar="inception|pixels|FILE", default="inception", help="Features to score by, see fid.py.")
 @click.option("--seeds", metavar="LIST", type=IntList(), default="0-49999", help="Seeds of the images that are scored.")
 @click.option("--ranges", metavar="INT", type=click.IntRange(min=1), default=1, help="Seed ranges at the default point, see fid.py.")
-@click.option("--base-steps", metavar="INT", type=click.IntRange(min=1), default=18, help="Steps of the default point.")
+@click.option("--base-steps", metavar="INT", type=click.IntRange(min=1), help="Steps of the default point.  [default: 18; of few-step networks their own]")
 @click.option("--solver", type=click.Choice(SOLVERS), help="Method of all scores and images, see generate.py.  [default: heun]")
 @click.option("--order", metavar="INT", type=click.IntRange(1, 4), help="Order of ipndm.  [default: 3]")
 @click.option("--alpha", metavar="LIST", type=NumberList(float, 0), help="Also score with noise of these strengths before each step.")
@@ -181,7 +182,7 @@ def _train_step(run_dir: Path, D: float, data: str, device: str, extra: Sequence
     words = ["--seed=0", *extra, f"--outdir={run_dir.parent}", f"--name={run_dir.name}",
              f"--data={data}", f"--device={device}", *noise]
     context = train.main.make_context("train.py", list(words))
-    asked = context.params | {"precision": train.precision_of(context)}
+    asked = context.params | {"precision": precision_of(context)}
     return train_step(run_dir, ["train.py", *words], asked)
 
 

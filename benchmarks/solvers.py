@@ -105,10 +105,13 @@ def times(network: Path, num: int, batch: int, device: torch.device,
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def table(found: dict[str, dict[int, float]], digits: int) -> str:
-    """Returns values as Markdown: a row per solver, a column per number of evaluations."""
+def table(found: dict[str, dict[int, float]], digits: int, name: str = "solver") -> str:
+    """Returns values as Markdown: a row per solver, a column per number of evaluations.
+
+    `name` is what the rows are, if they are no solvers.
+    """
     counts = sorted({count for values in found.values() for count in values}, reverse=True)
-    rows = [["solver", *map(str, counts)], ["---"] * (len(counts) + 1)]
+    rows = [[name, *map(str, counts)], ["---"] * (len(counts) + 1)]
     rows += [[solver, *(f"{values[count]:.{digits}g}" if count in values else ""
                         for count in counts)] for solver, values in found.items()]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)

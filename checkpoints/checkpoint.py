@@ -145,21 +145,30 @@ def _save_torch(content: dict[str, Any], file: IO[bytes]) -> None:
         raise keeper.error
 
 
-def load(source: str | Path) -> dict[str, Any]:
+def load(source: str | Path, key: str | None = None) -> dict[str, Any]:
     """Reads and verifies a state or snapshot from a path or URL; tensors are on the CPU.
 
-    Of a run directory it reads the newest network. It also reads checkpoints of EDM and PFGM++;
-    published.py says what they hold.
+    Of a run directory it reads the newest network. It also reads checkpoints of EDM, PFGM++, ECT
+    and IDMD; published.py says what they hold.
+
+    Args:
+        source: a path, a URL or a run directory.
+        key: which network to read of a file of IDMD, one of `published.KEYS`; None is
+            `published.DEFAULT_KEY`.
+
+    Returns:
+        The content, see the head of this module and `published.read`.
 
     Raises:
         OSError: it can't be opened.
-        ValueError: not such a file, damaged, or of a newer version.
+        ValueError: not such a file, damaged, or of a newer version; or it has no network `key`, or
+            just one, which needs no key.
     """
     with _open_source(source) as file:
         head = file.read(published.HEAD_BYTES)
         file.seek(0)
         if published.is_published(head):
-            return published.read(file, str(source))
+            return published.read(file, str(source), key)
         if head[8:9] == b"{":  # safetensors: the header's length, then the header in JSON
             content = _read_safetensors(source, file.read())
         else:
@@ -173,6 +182,7 @@ def load(source: str | Path) -> dict[str, Any]:
     checksum = content.pop("checksum", None)
     if digest(content) != checksum:
         raise ValueError(f"{source}: damaged (its checksum does not match)")
+    published.check_key(content, key, str(source))
     return content
 
 
@@ -265,8 +275,8 @@ def _open_source(source: str | Path) -> IO[bytes]:
 def with_average(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
     """Returns the content of a file with averaged weights, where the file beside it has them.
 
-    EDM's states lack them: they are in the network-snapshot of the same number. "ema_source" of
-    the result names it.
+    States of EDM and ECT lack them: they are in the network-snapshot of the same number.
+    "ema_source" of the result names it.
 
     Raises:
         OSError, ValueError: that file can't be read, or is of another network.
@@ -349,14 +359,18 @@ def load_state(source: str | Path) -> dict[str, Any]:
     """Reads a training state.
 
     Raises:
-        ValueError: as for `load`; SnapshotGivenError where the file is a snapshot.
+        ValueError: as for `load`; SnapshotGivenError where the file is a snapshot, or a state of
+            ECT, which is no more than that here.
     """
     if not is_url(str(source)) and not os.path.isfile(source):
         problem = "is a folder" if os.path.isdir(source) else "no such file"
         raise FileNotFoundError(f"{source}: {problem}; name a training-state-*.pt")
     content = load(source)
     if "optimizer" not in content:
-        raise SnapshotGivenError(f"{source}: a network snapshot has no optimizer to resume from; "
+        what = "a network snapshot has no optimizer to resume from"
+        if content["format"] == published.ECT_STATE_FORMAT:
+            what = "the optimizer in a state of ECT can't be resumed from"
+        raise SnapshotGivenError(f"{source}: {what}; "
                          "use --transfer for it, or resume from a training-state-*.pt")
     return content
 

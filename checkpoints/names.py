@@ -3,7 +3,8 @@
     network-snapshot-000200.pt    the averaged network after 200 thousand images
     training-state-000200.pt      all that a run needs to go on from there
 
-The number may have three decimals. Files of EDM and PFGM++ end in .pkl.
+The number may have three decimals. Files of EDM, PFGM++, ECT and IDMD may end in .pkl; the numbers
+of ECT's files are ticks, and its last ones are called 'latest'.
 """
 
 import os
@@ -15,6 +16,7 @@ from dnnlib.util import is_url
 KIMG = r"\d{6,}(?:\.\d+)?"  # thousands of images in a file's name
 _NUMBERED = re.compile(rf"(?P<kind>network-snapshot|training-state)-(?P<kimg>{KIMG})")
 _NETWORK = re.compile(rf"{_NUMBERED.pattern}\.(?:pt|pkl)")
+_STATE = re.compile(rf"(?:network-snapshot|training-state)-(?P<number>{KIMG}|latest)\.(?:pt|pkl)")
 _MAX_NAMED = 5  # files in a message
 
 
@@ -56,9 +58,9 @@ def find_network(source: str | os.PathLike) -> str:
 
 
 def neighbouring_snapshot(state: str | os.PathLike) -> Path | None:
-    """Returns EDM's snapshot of the same number that lies beside a state, if there is one."""
-    match = _NETWORK.fullmatch(Path(state).name)
+    """Returns EDM's or ECT's snapshot of the same number beside a state, if there is one."""
+    match = _STATE.fullmatch(Path(state).name)
     if match is None:
         return None
-    snapshot = Path(state).with_name(f"network-snapshot-{match['kimg']}.pkl")
+    snapshot = Path(state).with_name(f"network-snapshot-{match['number']}.pkl")
     return snapshot if snapshot.is_file() and snapshot != Path(state) else None

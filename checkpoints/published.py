@@ -1,24 +1,36 @@
-"""Checkpoints of EDM and PFGM++ as the content of our own: what is in them, checked and renamed.
+"""Checkpoints of other projects as the content of our own: what is in them, checked and renamed.
 
     EDM      network-snapshot-*.pkl    edm-snapshot            EMA network
     EDM      training-state-*.pt       edm-training-state      network, optimizer
     PFGM++   training-state-*.pt/.pkl  pfgmpp-foreign-state    network, EMA, optimizer, progress
+    ECT      network-snapshot-*.pkl    ect-snapshot            EMA network
+    ECT      training-state-*.pt       ect-training-state      network
+    IDMD     network-snapshot-*.pkl    idmd-snapshot           one of several networks, progress
     EDM2     network-snapshot-*.pkl    recognised and refused
+    PFCM     model*.pt, ema_*.pt       recognised and refused
 
 They are pickles of the authors' classes with their source code. `torch_utils.safe_pickle` reads
 them as inert records; here a record's class name and constructor arguments, each checked against
 the tables below, become the configuration of a network of ours. That network is built without
 memory (on the "meta" device) and its names and shapes are compared with the file's tensors,
 strictly: whoever builds it afterwards needs no more memory than the file's tensors take.
+
+Networks that sample in a few evaluations are ours with `few_step` (pfgmpp/few_steps.py). ECT's
+consistency functions are EDM's network with a boundary at their sigma_min, in evaluation only
+(Geng et al. 2024, arXiv 2406.14548). Of ECT's states the optimizer is left out: the file does not
+say which of PyTorch's it is, and RAdam's moments look like Adam's.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any, NamedTuple
 
 import torch
 
 from dnnlib.util import require
+from pfgmpp.few_steps import FewStep
 from pfgmpp.networks import MODELS, PRECONDS, Precond, build_network
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import ZIP_MAGIC, Record, shown
@@ -26,11 +38,25 @@ from torch_utils.safe_pickle import ZIP_MAGIC, Record, shown
 EDM_SNAPSHOT_FORMAT = "edm-snapshot"
 EDM_STATE_FORMAT = "edm-training-state"
 PFGMPP_STATE_FORMAT = "pfgmpp-foreign-state"
+ECT_SNAPSHOT_FORMAT = "ect-snapshot"
+ECT_STATE_FORMAT = "ect-training-state"
+IDMD_FORMAT = "idmd-snapshot"
+STUDENT = "student"  # of IDMD: denoises what its generator makes, and is no generator itself
+KEYS = ("ema_0_9900", "ema_0_9950", "ema_0_9990", "ema_0_9999", "generator", STUDENT)
+DEFAULT_KEY = "ema_0_9990"
 HEAD_BYTES = 512  # how much of a file `is_published` needs to see
 
 _MAX_MODULES = 10_000  # the largest published network has about 700
 _MAX_MODULE_DEPTH = 16
 _MAX_NAME = 64
+_SUPPORTED = "only those of EDM, PFGM++, ECT and IDMD are supported"
+_EDM2 = f"an EDM2 network; {_SUPPORTED}"
+_UNET = ("weights of a guided-diffusion UNet (OpenAI's, as in PFCM), which is not among the "
+         f"networks here; {_SUPPORTED}")
+_IDMD_OPTIMIZERS = ("generator_optimizer_state", "student_optimizer_state")
+_ECT_SIGMA_MIN = 0.003  # where a file of ECT does not record it
+_GUIDED_DIFFUSION = (b"time_embed.0.weight", b"input_blocks.0.0.weight")  # among its first names
+_FIRST_NAMES_BYTES = 8192
 
 
 def is_published(first_bytes: bytes) -> bool:
@@ -44,13 +70,24 @@ def is_published(first_bytes: bytes) -> bool:
     return head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
 
 
-def read(file: IO[bytes], name: str) -> dict[str, Any]:
-    """Returns a checkpoint of EDM or PFGM++ in the shape of our own, see checkpoints/checkpoint.py.
+class _UnsupportedError(ValueError):
+    """A file of a known kind that has no network of ours."""
 
-    The binary file must be able to seek; `name` is what errors call it.
+
+class _LeftOutError(Exception):
+    """A tensor is needed that was not read, because it also belongs to what was left out."""
+
+
+def read(file: IO[bytes], name: str, key: str | None = None) -> dict[str, Any]:
+    """Returns a foreign checkpoint in the shape of our own, see checkpoints/checkpoint.py.
+
+    Args:
+        file: a binary file that can seek.
+        name: what errors call it.
+        key: which of KEYS to read, for files of IDMD; None is DEFAULT_KEY.
 
     Returns:
-        format: one of the three above.
+        format: one of those above.
         network: configuration for `networks.build_network`.
         ema: state dict of float32 tensors in the order of our network, or None.
         net, optimizer: state dicts; absent where the file has none.
@@ -58,29 +95,78 @@ def read(file: IO[bytes], name: str) -> dict[str, Any]:
         options: what is known of the run, named as in TrainConfig.
         D_recorded: False where a PFGM++ file doesn't say which D it was trained with; `network`
             then stands for D = inf.
+        key, keys: of a file of IDMD: which of its networks was read, as `ema`, and which it has.
 
     Raises:
         OSError: it can't be read.
-        ValueError: damaged, of another kind, or asks for something unknown; one line with `name`.
+        ValueError: damaged, of another kind, or asks for something unknown; or it has no network
+            `key`. One line with `name`.
     """
+    wanted = DEFAULT_KEY if key is None else key
+    others = {*KEYS, *_IDMD_OPTIMIZERS} - {wanted}
+    with _calling_it(name):
+        _refuse_known(file)
+        top = safe_pickle.load(file, leave_out=others)
+        require(type(top) is dict, f"holds {shown(top)}, not a dictionary of networks")
+    keys = [] if {"ema", "net"} & top.keys() else [
+        one for one in KEYS if top.get(one) is not None]
+    if keys and wanted not in keys:
+        problem = f"{name} has no network {DEFAULT_KEY}" if key is None else \
+            f"--key={key}: {name} has no network of this name"
+        raise ValueError(f"{problem}; give --key=NAME with one of {', '.join(keys)}")
+    content_of = functools.partial(_chosen, key=wanted, keys=keys) if keys else _content
+    with _calling_it(name):
+        try:
+            content = content_of(top)
+        except _LeftOutError:  # networks have tensors in common
+            content = content_of(safe_pickle.load(file))
+    check_key(content, key, name)
+    return content
+
+
+def check_key(content: dict[str, Any], key: str | None, name: str) -> None:
+    """Raises ValueError for a key of a network where the file, called `name`, holds just one."""
+    if key is not None and "keys" not in content:
+        raise ValueError(f"--key={key}: {name} holds one network; leave --key out")
+
+
+@contextmanager
+def _calling_it(name: str) -> Iterator[None]:
+    """Says in errors which file is meant."""
     try:
-        _refuse_edm2(file)
-        return _content(safe_pickle.load(file))
+        yield
+    except _UnsupportedError as error:
+        raise ValueError(f"{name}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{name}: not a training state or network snapshot that can be read: "
                          f"{error}") from None
 
 
-def _refuse_edm2(file: IO[bytes]) -> None:
-    """Raises ValueError for a file that begins as those of EDM2, whatever else is in it."""
+def _refuse_known(file: IO[bytes]) -> None:
+    """Raises ValueError for a file that begins as those of EDM2 or PFCM, whatever else is in it."""
     file.seek(0)
-    head = file.read(HEAD_BYTES)
+    head = file.read(_FIRST_NAMES_BYTES)
     if head[:1] == b"\x80" and b"EasyDict" in head[:64] and b"encoder" in head[:128]:
-        raise ValueError("an EDM2 network; only those of EDM and PFGM++ are supported")
+        raise _UnsupportedError(_EDM2)
+    if all(len(name).to_bytes(4, "little") + name in head for name in _GUIDED_DIFFUSION):
+        raise _UnsupportedError(_UNET)
 
 
-def _content(top: Any) -> dict[str, Any]:
-    require(type(top) is dict, f"holds {shown(top)}, not a dictionary of networks")
+def _chosen(top: dict[str, Any], key: str, keys: list[str]) -> dict[str, Any]:
+    """Returns the content of a file of IDMD with one of its networks."""
+    network = _read_network(top[key], key)
+    few_step = {} if key == STUDENT else {"few_step": FewStep.of("ipfm").to_dict()}
+    recorded = network.D_recorded is not False  # EDM's networks, which lack D, are of D = inf
+    cur_nimg = top.get("cur_nimg")
+    return {
+        "format": IDMD_FORMAT, "network": network.config | few_step, "ema": network.tensors,
+        "progress": {"cur_nimg": None if cur_nimg is None
+                     else _checked("cur_nimg", cur_nimg, _STEP_RULE)},
+        "options": _options(network.config, recorded), "D_recorded": recorded, "key": key,
+        "keys": keys}
+
+
+def _content(top: dict[str, Any]) -> dict[str, Any]:
     has = {key for key in ("ema", "net", "optimizer_state", "step") if top.get(key) is not None}
     require(has & {"ema", "net"}, "holds no network (neither 'ema' nor 'net')")
     records = {key: _read_network(top[key], key) for key in ("ema", "net") if key in has}
@@ -88,7 +174,9 @@ def _content(top: Any) -> dict[str, Any]:
     for other in records.values():
         require(other.config == first.config and other.D_recorded == first.D_recorded,
                 "'net' and 'ema' are different networks")
-    if has & {"net", "optimizer_state", "step"}:
+    if "few_step" in first.config:
+        kind = ECT_STATE_FORMAT if "net" in has else ECT_SNAPSHOT_FORMAT
+    elif has & {"net", "optimizer_state", "step"}:
         kind = PFGMPP_STATE_FORMAT if has & {"ema", "step"} else EDM_STATE_FORMAT
     else:
         snapshot = "loss_fn" in top or "dataset_kwargs" in top or first.D_recorded is None
@@ -96,7 +184,7 @@ def _content(top: Any) -> dict[str, Any]:
     recorded = first.D_recorded is True or first.D_recorded is None and kind != PFGMPP_STATE_FORMAT
     content = {"format": kind, "network": first.config, "ema": None,
                **{key: record.tensors for key, record in records.items()}}
-    if "optimizer_state" in has:
+    if "optimizer_state" in has and kind != ECT_STATE_FORMAT:
         content["optimizer"] = _optimizer(top["optimizer_state"], records.get("net", first))
     content["progress"] = {"cur_nimg": _checked("step", top["step"], _STEP_RULE)
                            if "step" in has else None}
@@ -149,6 +237,14 @@ def _either(first: _Rule, second: _Rule) -> _Rule:
                  lambda value: (first if first.holds(value) else second).convert(value))
 
 
+def _is_few_step(value: Any) -> bool:
+    try:
+        FewStep.from_dict(value)
+    except ValueError:
+        return False
+    return type(value) is dict
+
+
 _SIDE = _whole(1, 1 << 14)
 _FLAG = _Rule("true or false", lambda value: type(value) in (bool, int) and value in (0, 1), bool)
 _BASE_RULES = {
@@ -158,9 +254,15 @@ _BASE_RULES = {
     "model_type": _Rule("the name of the model", lambda value: type(value) is str),
     "pfgmpp": _FLAG, "D": _real(0, math.inf, above=True),
 }
+_OWN_RULES = {  # of our files alone
+    "few_step": _Rule("a method and its levels", _is_few_step),
+    "boundary": _real(0, 1e6), "boundary_in_training": _FLAG,
+}
+_EDM_RULES = {"sigma_min": _real(0, 1e6), "sigma_max": _real(0, math.inf, above=True),
+              "sigma_data": _real(0, 1e6, above=True)}
 _PRECOND_RULES = {
-    "EDMPrecond": {"sigma_min": _real(0, 1e6), "sigma_max": _real(0, math.inf, above=True),
-                   "sigma_data": _real(0, 1e6, above=True)},
+    "EDMPrecond": _EDM_RULES,
+    "ECMPrecond": _EDM_RULES,  # of ECT; not a class of ours
     "VEPrecond": {"sigma_min": _real(0, 1e6), "sigma_max": _real(0, 1e6, above=True)},
     "VPPrecond": {"beta_d": _real(0, 1000, above=True), "beta_min": _real(0, 1000),
                   "M": _whole(2, 10_000), "epsilon_t": _real(0, 0.5, above=True)},
@@ -200,7 +302,7 @@ def check_network(config: Any, tensors: dict[str, torch.Tensor]) -> None:
         require(type(config.get(key)) is str and config[key] in known,
                 f"asks for the {key} {shown(config.get(key))}; known are {', '.join(known)}")
     published = config["class_name"] in _PRECOND_RULES and config["model_type"] in _MODEL_RULES
-    rules = (_BASE_RULES | _PRECOND_RULES.get(config["class_name"], {})
+    rules = (_BASE_RULES | _OWN_RULES | _PRECOND_RULES.get(config["class_name"], {})
              | _MODEL_RULES.get(config["model_type"], {}))
     for key, value in config.items():
         if key in rules:
@@ -221,7 +323,7 @@ class _Network(NamedTuple):
 def _read_network(record: Any, key: str) -> _Network:
     require(type(record) is Record, f"{key!r} is {shown(record)}, not a network")
     if record.class_name in ("Precond", "UNet"):
-        raise ValueError("an EDM2 network; only those of EDM and PFGM++ are supported")
+        raise _UnsupportedError(_EDM2)
     require(record.class_name in _PRECOND_RULES,
             f"asks for the network class {shown(record.class_name)}; "
             f"known are {', '.join(_PRECOND_RULES)}")
@@ -258,7 +360,18 @@ def _configuration(record: Record) -> tuple[dict, bool | None]:
     if recorded is not True or not config["pfgmpp"]:
         config.pop("D", None)  # the PFGM++ code stores a D in plain EDM networks too
         config["pfgmpp"] = False
-    return {"class_name": record.class_name, **config}, recorded
+    config = {"class_name": record.class_name, **config}
+    return _consistency(config) if record.class_name == "ECMPrecond" else config, recorded
+
+
+def _consistency(config: dict) -> dict:
+    """Returns our configuration of a consistency function of ECT.
+
+    Its sigma_min is the boundary, and ours too: below, the network was never trained.
+    """
+    boundary = config.get("sigma_min", _ECT_SIGMA_MIN)
+    return config | {"class_name": "EDMPrecond", "sigma_min": boundary, "boundary": boundary,
+                     "boundary_in_training": False, "few_step": FewStep.of("ect").to_dict()}
 
 
 _POSITIONAL = ("img_resolution", "img_channels", "label_dim")  # alike in EDM and PFGM++
@@ -304,12 +417,19 @@ def _stored_tensors(record: Record) -> Iterator[tuple[str, tuple[torch.Tensor, b
                 _check_key(key)
                 if tensor is not None:
                     require(type(tensor) is torch.Tensor, f"{prefix}{key} is {shown(tensor)}")
+                    _check_read(tensor)
                     yield prefix + key, (tensor, kind == "_parameters")
         inner = _dict(module.state, "_modules")
         for key in inner:
             _check_key(key)
         waiting += [(f"{prefix}{key}.", child) for key, child in reversed(inner.items())
                     if child is not None]
+
+
+def _check_read(tensor: torch.Tensor) -> None:
+    """Raises _LeftOutError for a tensor without its numbers."""
+    if tensor.is_meta:
+        raise _LeftOutError
 
 
 def _check_key(key: Any) -> None:
@@ -362,6 +482,9 @@ def _optimizer(stored: Any, network: _Network) -> dict[str, Any]:
 def _moments(stored: Any, name: str, shape: torch.Size) -> dict[str, torch.Tensor]:
     require(type(stored) is dict and {"step", "exp_avg", "exp_avg_sq"} == set(stored),
             f"the optimizer's state of {name} is not Adam's")
+    for value in stored.values():
+        if type(value) is torch.Tensor:
+            _check_read(value)
     step = stored["step"]
     if type(step) is torch.Tensor and step.numel() == 1:
         step = step.item()

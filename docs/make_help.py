@@ -8,8 +8,8 @@ DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 
 WIDTH = 100
-SCRIPTS = ("train", "generate", "fid", "likelihood", "dataset_tool", "checkpoint_tool", "sweep",
-           "report", "runs")
+SCRIPTS = ("train", "distill", "generate", "fid", "likelihood", "dataset_tool", "checkpoint_tool",
+           "sweep", "report", "runs")
 
 
 def help_texts() -> dict[str, str]:

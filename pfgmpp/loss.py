@@ -111,7 +111,7 @@ class DenoisingLoss:
             start = block * DRAW_BLOCK
             draws = self.draw((DRAW_BLOCK, *image_shape), seeded(block), augment_pipe)
             parts.append(draws[max(first - start, 0):last - start])
-        return LossDraws.cat(parts)
+        return type(parts[0]).cat(parts)
 
     def __call__(
         self, net: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None,

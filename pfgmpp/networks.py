@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pfgmpp.few_steps import FewStep
 from pfgmpp.kernel import PerturbationKernel, per_image
 from pfgmpp.schedules import iddpm_levels, vp_sigma, vp_sigma_inv, vp_sigma_range
 from pfgmpp.unets import DhariwalUNet, SongUNet, check_choice, image_size
@@ -39,6 +40,8 @@ class Precond(torch.nn.Module):
         pfgmpp: whether the network was trained on PFGM++ noise of `D` augmented dimensions.
         D: augmented dimensions; without `pfgmpp` the attribute D is inf whatever is given here.
         cond_channels: channels of the condition image, 0 = none.
+        few_step: for a network that samples in a few evaluations, what `FewStep.to_dict` returns;
+            None for a denoiser.
         **model_kwargs: keywords of the model.
     """
 
@@ -51,7 +54,7 @@ class Precond(torch.nn.Module):
     def __init__(
         self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int = 0,
         use_fp16: bool = False, *, model_type: str | None = None, pfgmpp: bool = False,
-        D: float = 128, cond_channels: int = 0, **model_kwargs,
+        D: float = 128, cond_channels: int = 0, few_step: dict | None = None, **model_kwargs,
     ):
         super().__init__()
         model_type = model_type or self.default_model_type
@@ -60,6 +63,7 @@ class Precond(torch.nn.Module):
         self.img_resolution = height if height == width else [height, width]
         self.img_channels, self.cond_channels = img_channels, cond_channels
         self.label_dim = label_dim
+        self.few_step = None if few_step is None else FewStep.from_dict(few_step)
         self.pfgmpp = bool(pfgmpp)
         self.D = PerturbationKernel(D if pfgmpp else math.inf).D  # refuses what is not in (0, inf]
         self.N = math.prod(self.image_shape)
@@ -73,6 +77,11 @@ class Precond(torch.nn.Module):
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
         return self.img_channels, *image_size(self.img_resolution)
+
+    @property
+    def optional_hyperparameters(self) -> dict:
+        """The subclass's keywords that are kept only where they differ from their defaults."""
+        return {}
 
     @property
     def use_fp16(self) -> bool:
@@ -92,8 +101,9 @@ class Precond(torch.nn.Module):
             "use_fp16": self.use_fp16, "model_type": self.model_type, "pfgmpp": self.pfgmpp,
             **({"D": self.D} if self.pfgmpp else {}),
             **({"cond_channels": self.cond_channels} if self.cond_channels else {}),
+            **({"few_step": self.few_step.to_dict()} if self.few_step else {}),
             **{name: getattr(self, name) for name in self.hyperparameters},
-            **self.model_kwargs,
+            **self.optional_hyperparameters, **self.model_kwargs,
         }
 
     def coefficients(self, sigma: torch.Tensor) -> tuple[torch.Tensor | float, ...]:
@@ -239,22 +249,38 @@ class iDDPMPrecond(Precond):  # noqa: N801 - the name users know
 class EDMPrecond(Precond):
     """EDM (Karras et al. 2022): unit variance of the network's input and target at every sigma.
 
+    D_theta(x; 0) = x, as a consistency function must have it. With a boundary b the same holds at
+    sigma = b (Song et al. 2023, arXiv 2303.01469, appendix C):
+
+        c_skip = sigma_data^2 / ((sigma - b)^2 + sigma_data^2)
+        c_out = (sigma - b) sigma_data / sqrt(sigma^2 + sigma_data^2)
+
     Args (beyond the base's): sigma_min, sigma_max: range of noise levels. sigma_data: standard
-    deviation of the data.
+    deviation of the data. boundary: b. boundary_in_training: whether b counts in training mode too.
     """
 
     default_model_type = "DhariwalUNet"
     hyperparameters = ("sigma_min", "sigma_max", "sigma_data")
 
     def __init__(self, *args, sigma_min: float = 0.0, sigma_max: float = math.inf,
-                 sigma_data: float = 0.5, **kwargs):
+                 sigma_data: float = 0.5, boundary: float = 0.0,
+                 boundary_in_training: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+        self.boundary, self.boundary_in_training = boundary, boundary_in_training
+
+    @property
+    def optional_hyperparameters(self):
+        defaults = {"boundary": 0.0, "boundary_in_training": True}
+        return {name: getattr(self, name) for name, default in defaults.items()
+                if getattr(self, name) != default}
 
     def coefficients(self, sigma):
+        has_boundary = self.boundary and (self.boundary_in_training or not self.training)
+        above = sigma - self.boundary if has_boundary else sigma
         total = sigma**2 + self.sigma_data**2
-        c_skip = self.sigma_data**2 / total
-        c_out = sigma * self.sigma_data / total.sqrt()
+        c_skip = self.sigma_data**2 / (above**2 + self.sigma_data**2)
+        c_out = above * self.sigma_data / total.sqrt()
         return c_skip, c_out, 1 / total.sqrt(), sigma.log() / 4
 
 

@@ -5,8 +5,9 @@
 Image k is a function of (network, seed k, sampler settings) alone. Each seed has its own generator
 on the sampling device, which draws in this order: the normal vector z [C, H, W]; the class where
 there are classes; the chi-square variate where D is finite; then, at every step, the sampler's own
-noise, if it uses any, that of churn followed by a chi-square variate where D is finite. So one seed
-shows the same class and direction at every D, and D = inf gives EDM's images.
+noise, if it uses any, that of churn or of few-step networks, followed by a chi-square variate where
+D is finite. So one seed shows the same class and direction at every D, and D = inf gives EDM's
+images.
 
 Sampling may also begin at a given image y, at a level sigma below sigma_max: the state there is
 y + sigma * latents, which is what noise of the kernel makes of y, and the sampler goes on from it
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from images.scaling import EIGHT_BIT
+from pfgmpp.few_steps import FewStep, consistency
 from pfgmpp.kernel import PerturbationKernel, per_image
 from pfgmpp.networks import Precond
 from pfgmpp.schedules import given_sigmas, make_schedule, sigma_grid
@@ -40,6 +42,8 @@ from torch_utils.misc import default_generator
 
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
 PosteriorScale = Callable[[PerturbationKernel, torch.Tensor, torch.Tensor], torch.Tensor]
+KernelScale = Callable[[PerturbationKernel], torch.Tensor]  # [B] float64
+CONSISTENCY = "consistency"  # the solver of few-step networks, see pfgmpp/few_steps.py
 ImagesOfSeeds = Callable[[Sequence[int]], torch.Tensor]  # [B, C, H, W] float32, about [-1, 1]
 # Returns the labels [B, label_dim] float32 of seeds, given the classes that they draw, [B].
 LabelsOfSeeds = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
@@ -107,7 +111,7 @@ def sampler(
     schedule: str = "linear", scaling: str = "none", *, order: int | None = None,
     sigmas: Sequence[float] | None = None, noise_alpha: float = 0.0, watch: Watch | None = None,
     condition: torch.Tensor | None = None, init: torch.Tensor | None = None,
-    posterior_scale: PosteriorScale = _posterior_scale,
+    posterior_scale: PosteriorScale = _posterior_scale, kernel_scale: KernelScale | None = None,
 ) -> torch.Tensor:
     """Returns samples [B, C, H, W] in float64; by default by Heun's method on the EDM grid.
 
@@ -131,7 +135,8 @@ def sampler(
         S_max: highest noise level that is churned.
         S_noise: factor on the noise that churn adds.
         solver: a name in `solvers.SOLVERS` or, without schedule, scaling, churn and noise_alpha, in
-            `solvers.MULTISTEP`.
+            `solvers.MULTISTEP`. 'consistency' is for few-step networks: their own levels, or
+            `sigmas`, with fresh noise of the kernel between evaluations.
         discretization: grid of noise levels: 'vp', 've', 'iddpm' or 'edm'.
         schedule: how sigma depends on time: 'vp', 've' or 'linear'.
         scaling: how the state is scaled: 'vp' or 'none'.
@@ -143,13 +148,20 @@ def sampler(
         init: images [B, C, H, W] to which the noise of sigma_max is added at the start; None is 0.
         posterior_scale: source of the factor of churn's noise at finite D, (kernel, n, sigma) ->
             [B].
+        kernel_scale: source of the factor of the noise between evaluations of a few-step network,
+            kernel -> [B]; None draws from PyTorch's default generator.
 
     Raises:
         ValueError: the settings do not go together, or not with the network.
     """
-    SamplerConfig(num_steps, sigma_min, sigma_max, rho, S_churn, S_min, S_max, S_noise, solver,
-                  discretization, schedule, scaling, noise_alpha, order, sigmas).check(net)
+    config = SamplerConfig(num_steps, sigma_min, sigma_max, rho, S_churn, S_min, S_max, S_noise,
+                           solver, discretization, schedule, scaling, noise_alpha, order, sigmas)
+    config.check(net)
     denoise = _float64_denoiser(net, class_labels, condition)
+    if solver == CONSISTENCY:
+        levels = config.levels(net).to(latents.device)
+        noise_like = _kernel_noise(net, randn_like, kernel_scale)
+        return consistency(denoise, _start(latents, levels[0], init), levels, noise_like, watch)
     if sigmas is None:
         grid, low, high = sigma_grid(discretization, net, num_steps, sigma_min, sigma_max, rho)
     else:
@@ -223,6 +235,20 @@ def _start(
     return noise if init is None else init.to(torch.float64) + noise
 
 
+def _kernel_noise(net: Callable, randn_like: RandnLike, kernel_scale: KernelScale | None
+                  ) -> RandnLike:
+    """Returns what draws unit-scale noise of the network's D, of the shape of its argument."""
+    kernel = PerturbationKernel(getattr(net, "D", math.inf))
+
+    def noise_like(x: torch.Tensor) -> torch.Tensor:
+        z = randn_like(x)
+        scale = kernel.scale(len(x), default_generator(x.device)) if kernel_scale is None else (
+            kernel_scale(kernel))
+        return per_image(scale, x.ndim) * z
+
+    return noise_like
+
+
 def _float64_denoiser(
     net: Callable, class_labels: torch.Tensor | None, condition: torch.Tensor | None
 ) -> Denoiser:
@@ -283,6 +309,13 @@ class SamplerConfig:
         object.__setattr__(self, "sigmas", levels)
         object.__setattr__(self, "num_steps", len(levels))
 
+    @classmethod
+    def of_few_steps(cls, few_step: FewStep, num_steps: int | None = None) -> "SamplerConfig":
+        """Returns the settings of a few-step network, with its own number of steps or another."""
+        steps = len(few_step.levels) if num_steps is None else num_steps
+        few_step.of_steps(steps)  # refuses a number that is none
+        return cls(solver=CONSISTENCY, num_steps=steps)
+
     @property
     def nfe(self) -> int:
         """How often the network is evaluated for an image, without what churn needs at finite D."""
@@ -292,6 +325,8 @@ class SamplerConfig:
         """Returns the noise levels that are stepped through, falling to 0, float64."""
         if self.sigmas is not None:
             return given_sigmas(net, self.sigmas)
+        if self.solver == CONSISTENCY:
+            return given_sigmas(net, net.few_step.of_steps(self.num_steps))
         return sigma_grid(self.discretization or "edm", net, self.num_steps, self.sigma_min,
                           self.sigma_max, self.rho)[0]
 
@@ -300,6 +335,9 @@ class SamplerConfig:
         if self.num_steps < 2:
             raise ValueError(f"num_steps={self.num_steps}: must be 2 or more, for there is no "
                              "encoding without a step between two levels")
+        if self.solver == CONSISTENCY:
+            raise ValueError(f"solver={self.solver}: few-step networks make images of latents, not "
+                             "latents of images; use the network that they were made from")
         for name, unused in (("schedule", (None, "linear")), ("scaling", (None, "none")),
                              ("S_churn", (0,)), ("noise_alpha", (0,))):
             if getattr(self, name) not in unused:
@@ -309,6 +347,14 @@ class SamplerConfig:
     def check(self, net: Precond) -> None:
         """Raises ValueError where these settings can't be used with this network."""
         self.check_solver()
+        few_step = getattr(net, "few_step", None)
+        if few_step is not None and self.solver != CONSISTENCY:
+            raise ValueError(f"solver={self.solver or 'heun'}: a few-step network "
+                             f"({few_step.method}) is no denoiser that a solver could follow; give "
+                             f"solver={CONSISTENCY}")
+        if few_step is None and self.solver == CONSISTENCY and self.sigmas is None:
+            raise ValueError(f"solver={self.solver}: the network records no levels for a few "
+                             "steps; give some by sigmas, or another solver")
         if min(self.S_churn, self.S_noise, self.noise_alpha) < 0:
             raise ValueError(f"S_churn={self.S_churn:g}, S_noise={self.S_noise:g}, "
                              f"noise_alpha={self.noise_alpha:g}: must be 0 or more")
@@ -322,7 +368,7 @@ class SamplerConfig:
         """Raises ValueError where these settings can't be used together, with any network."""
         if type(self.num_steps) is not int:
             raise ValueError(f"num_steps={self.num_steps}: must be a whole number")
-        names = [*SOLVERS, *MULTISTEP]
+        names = [*SOLVERS, *MULTISTEP, CONSISTENCY]
         if self.solver not in (None, *names):
             raise ValueError(f"solver={self.solver}: must be one of {', '.join(names)}")
         if self.order is not None and self.solver != "ipndm":
@@ -331,28 +377,40 @@ class SamplerConfig:
                 type(self.order) is not int or self.order not in ADAMS_BASHFORTH):
             raise ValueError(f"order={self.order}: must be one of "
                              f"{', '.join(map(str, ADAMS_BASHFORTH))}")
-        if self.solver not in MULTISTEP:
+        if self.solver in MULTISTEP:
+            equation = "solves the equation in sigma; use heun or euler"
+            noise = "uses earlier steps, which fresh noise makes useless; use heun or euler"
+        elif self.solver == CONSISTENCY:
+            equation = noise = "solves no equation"
+        else:
             return
-        reasons = {
-            "schedule": (self.schedule not in (None, "linear"), "solves the equation in sigma"),
-            "scaling": (self.scaling not in (None, "none"), "solves the equation in sigma"),
-            "S_churn": (self.S_churn > 0, "uses earlier steps, which fresh noise makes useless"),
-            "noise_alpha": (self.noise_alpha > 0,
-                            "uses earlier steps, which fresh noise makes useless")}
+        reasons = {"schedule": (self.schedule not in (None, "linear"), equation),
+                   "scaling": (self.scaling not in (None, "none"), equation),
+                   "S_churn": (self.S_churn > 0, noise),
+                   "noise_alpha": (self.noise_alpha > 0, noise)}
+        if self.solver == CONSISTENCY:
+            grid = "has noise levels of its own"
+            reasons |= {"sigma_min": (self.sigma_min is not None, grid),
+                        "sigma_max": (self.sigma_max is not None, grid),
+                        "rho": (self.rho != 7, grid),
+                        "discretization": (self.discretization not in (None, "edm"), grid)}
         for name, (is_given, reason) in reasons.items():
             if is_given:
-                raise ValueError(f"{name}={getattr(self, name)}: solver={self.solver} {reason}; "
-                                 "use heun or euler")
+                remedy = f"; leave {name} out" if self.solver == CONSISTENCY else ""
+                raise ValueError(f"{name}={getattr(self, name)}: solver={self.solver} {reason}"
+                                 f"{remedy}")
 
     def sample(self, net: Precond, latents: torch.Tensor, class_labels: torch.Tensor | None,
                randn_like: RandnLike, watch: Watch | None = None, *,
                condition: torch.Tensor | None = None, init: torch.Tensor | None = None,
-               posterior_scale: PosteriorScale = _posterior_scale) -> torch.Tensor:
+               posterior_scale: PosteriorScale = _posterior_scale,
+               kernel_scale: KernelScale | None = None) -> torch.Tensor:
         """Returns samples [B, C, H, W] in float64, see `sampler`."""
         given = {name: value for name, value in dataclasses.asdict(self).items()
                  if value is not None}
         return sampler(net, latents, class_labels, randn_like, **given, watch=watch,
-                       condition=condition, init=init, posterior_scale=posterior_scale)
+                       condition=condition, init=init, posterior_scale=posterior_scale,
+                       kernel_scale=kernel_scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -422,7 +480,8 @@ def generate_images(
                            for images_of in (conditions, inits))
         images = sampler.sample(net, starts, class_labels, rnd.randn_like, watch,
                                 condition=condition, init=init,
-                                posterior_scale=rnd.posterior_scale)
+                                posterior_scale=rnd.posterior_scale,
+                                kernel_scale=rnd.kernel_scale)
         yield SampleBatch(list(seeds), images, class_labels)
 
 

@@ -34,7 +34,8 @@ _SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"),
                      ("schedule", "linear"), ("scaling", "none"), ("order", 3)]
 # The first three are the axes of sweeps; comparisons ignore the others.
 _NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs", "nfe",
-                 "scale", "empty_classes"}  # the last two are of the data of the network
+                 "scale", "empty_classes",  # these two are of the data of the network
+                 "levels"}  # of few-step networks, which follow from num_steps
 _TICK_KEYS = {"kimg": "Progress/kimg", "loss": "Loss/loss", "val_loss": "Loss/val",
               "lr": "Progress/lr", "bad_steps": "Progress/bad_steps",
               "cpu_mem_gb": "Resources/cpu_mem_gb", "gpu_mem_gb": "Resources/peak_gpu_mem_gb"}

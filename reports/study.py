@@ -16,7 +16,7 @@ from dnnlib.util import format_ranges
 from images.image_files import GENERATE_RECORD
 from reports.run_record import REPORT_PREFIX, RunRecord, read_json, read_scores
 from sampling.folders import FolderName, image_name
-from sampling.sweeps import FULL_BITS
+from sampling.sweeps import CONSISTENCY, FULL_BITS
 from training.config import OPTIONS_FILE
 from training.resume import RESUME_MAY_CHANGE
 
@@ -26,6 +26,7 @@ _FREE = RESUME_MAY_CHANGE.keys() - {"data", "seed", "transfer"}
 # What --metrics are recorded as, by the published Inception weights or by other features.
 _RECORDED = {"fid": {"fid", "frechet_distance"}, "kid": {"kid", "kernel_distance"},
              "pr": {"precision"}, "is": {"is"}}
+_BASE_STEPS = 18
 _LSUN_START = (("sigma_max", "380.0"),)
 _FIELDS = {"alpha": "noise_alpha", "steps": "num_steps", "bits": "bits"}
 
@@ -51,7 +52,7 @@ class Study:
     detector_name: str
     seeds: tuple[int, ...]
     ranges: int
-    base_steps: int
+    base_steps: int | None  # None = 18, and of few-step networks their own number
     alpha: tuple[float, ...] | None
     steps: tuple[int, ...] | None
     bits: tuple[int, ...] | None
@@ -93,7 +94,8 @@ class Study:
             seeds = format_ranges(seed + i * span for seed in self.seeds)
             if not self._is_scored(run_dir, seeds):
                 return self.score_words(network_of(run_dir)[0], seeds,
-                                        f"--steps={self.base_steps}", f"--ranges={self.ranges - i}")
+                                        f"--steps={self._base(run_dir)}",
+                                        f"--ranges={self.ranges - i}")
         return None
 
     def _axis_words(self, run_dir: Path, flag: str) -> list[str] | None:
@@ -103,17 +105,21 @@ class Study:
                 if not self._is_scored(run_dir, seeds, **{_FIELDS[flag]: value})]
         if not left:
             return None
-        steps = [] if flag == "steps" else [f"--steps={self.base_steps}"]
+        steps = [] if flag == "steps" else [f"--steps={self._base(run_dir)}"]
         return self.score_words(network_of(run_dir)[0], seeds, *steps, f"--{flag}={','.join(left)}")
 
     def _is_scored(self, run_dir: Path, seeds: str, **point: float) -> bool:
         """Says whether all metrics of a point are recorded for the run's newest network."""
         network = network_of(run_dir)[0]
         sought = {"network": network.name, "seeds": seeds, "reference": self.ref,
-                  "detector": self.detector_name, "num_steps": self.base_steps, "noise_alpha": 0,
+                  "detector": self.detector_name, "num_steps": self._base(run_dir),
+                  "noise_alpha": 0,
                   "bits": FULL_BITS, **point}
         # The sampler of an --lsun network records the highest noise level, which is its own.
-        method = tuple((name, str(value)) for name, value in self._method.items())
+        few_step = _few_step(run_dir)
+        given = self._method if few_step is None else {"few_step": few_step["method"],
+                                                       "solver": CONSISTENCY}
+        method = tuple((name, str(value)) for name, value in given.items())
         plain = [tuple(sorted(method + start))
                  for start in [(), *([_LSUN_START] if _is_lsun(run_dir) else [])]]
         scores = [score for score in (read_scores(run_dir) if run_dir.is_dir() else [])
@@ -129,9 +135,13 @@ class Study:
         if self._has_images(folder, network):
             return None
         return ["generate.py", f"--network={network}", f"--outdir={folder}", "--subdirs",
-                f"--seeds=0-{self.images - 1}", f"--steps={self.base_steps}", *self._solver,
+                f"--seeds=0-{self.images - 1}", f"--steps={self._base(run_dir)}", *self._solver,
                 f"--device={self.device}"]
 
+    def _base(self, run_dir: Path) -> int:
+        """Returns the steps of the default point of a run."""
+        few_step = _few_step(run_dir)
+        return self.base_steps or (len(few_step["levels"]) if few_step else _BASE_STEPS)
 
     def _has_images(self, folder: Path, network: Path) -> bool:
         """Says whether the images for the report are there, of this network.
@@ -147,6 +157,13 @@ class Study:
                              "remove this folder")
         return all(any((folder / image_name(seed, subdirs=True, extension=extension)).exists()
                        for extension in (".png", ".npy")) for seed in range(self.images))
+
+
+def _few_step(run_dir: Path) -> dict[str, Any] | None:
+    """Returns what makes a run's network a few-step one; None if it is a denoiser."""
+    network = read_json(run_dir / OPTIONS_FILE).get("network")
+    found = network.get("few_step") if isinstance(network, dict) else None
+    return found if isinstance(found, dict) and {"method", "levels"} <= found.keys() else None
 
 
 def _is_lsun(run_dir: Path) -> bool:

@@ -217,7 +217,7 @@ class NetworkLikelihood:
     def open(cls, source: str, device: torch.device, *, steps: int = 32, probes: int = 1,
              exact: bool = False, dequantize: str | None = None, cond: bool = True, seed: int = 0,
              pfgmpp: bool | None = None, aug_dim: float | None = None,
-             precision: str = "fp32") -> "NetworkLikelihood":
+             precision: str = "fp32", key: str | None = None) -> "NetworkLikelihood":
         """Returns the network of a snapshot or state, ready to measure.
 
         Args:
@@ -232,6 +232,7 @@ class NetworkLikelihood:
             pfgmpp: for files that do not record D, see `checkpoint.resolve_D`.
             aug_dim: likewise.
             precision: arithmetic inside the network.
+            key: which network of a file that holds several, see `checkpoint.load`.
 
         Raises:
             ValueError: the file or a setting does not fit; UsageError for a flag.
@@ -247,7 +248,11 @@ class NetworkLikelihood:
                              "--dequantize out for uniform noise where data are 8-bit")
         configure_backends(precision)
         content, net = open_network(source, device=device, pfgmpp=pfgmpp, aug_dim=aug_dim,
-                                    precision=precision, compiled=False)
+                                    precision=precision, compiled=False, key=key)
+        if net.few_step is not None:
+            raise UsageError(f"--network={source}: a few-step network ({net.few_step.method}) is "
+                             "no denoiser, and no density follows from it; give the network that "
+                             "it was made from")
         scaling = recorded_scaling(content, source, "scale", net.img_channels)
         if dequantize == "uniform" and not scaling.is_8bit:
             raise UsageError(f"--dequantize=uniform: {source} was trained on data that are not "

@@ -17,10 +17,12 @@ from dnnlib.util import format_ranges, json_value
 from images.dataset import ImageFolderDataset
 from images.image_files import error_prefix
 from images.scaling import EIGHT_BIT, Scaling
+from pfgmpp.few_steps import FewStep
 from pfgmpp.guidance import EVERYWHERE, GuidedDenoiser, guided
 from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.networks import Precond
 from pfgmpp.samplers import (
+    CONSISTENCY,
     ImagesOfSeeds,
     SampleBatch,
     SamplerConfig,
@@ -48,7 +50,7 @@ _FLAGS = {"noise_alpha": "--alpha", "num_steps": "--steps",
 _CONDITIONS_WORD = "cond"  # as --init-image
 _REMEDY = "name a data set, a folder or ZIP of images"
 _LOST_SIGMAS = 5  # times sigma_data: noise in which little is left of an image
-_OpenNetwork = Callable[[str], tuple[dict[str, Any], Precond]]
+_OpenNetwork = Callable[..., tuple[dict[str, Any], Precond]]
 
 
 class UsageError(ValueError):
@@ -154,7 +156,7 @@ class NetworkSampler:
              bits: int = FULL_BITS, guidance: float = 1.0, gnet: str | None = None,
              guidance_interval: tuple[float, float] | None = None, cond_image: str | None = None,
              init_image: str | None = None, init_sigma: float | None = None,
-             latents: str | None = None, encode: str | None = None,
+             latents: str | None = None, encode: str | None = None, key: str | None = None,
              compiled: bool = False, **sampler_options: Any) -> "NetworkSampler":
         """Returns the network of a snapshot or state, ready to sample.
 
@@ -178,6 +180,7 @@ class NetworkSampler:
             latents: a file of latents by seed, see `latents.read_latents`; labels in it are those
                 of the seeds unless others are given, and numbers choose their condition images.
             encode: folder or ZIP of images whose latents `encode` finds, with its labels.
+            key: which network of a file that holds several, see `checkpoint.load`.
             compiled: compile the network, and fill up batches to one size.
             sampler_options: fields of `SamplerConfig`.
 
@@ -191,11 +194,13 @@ class NetworkSampler:
         configure_backends(precision)
         open_one = functools.partial(open_network, device=device, pfgmpp=pfgmpp, aug_dim=aug_dim,
                                      precision=precision, compiled=compiled)
-        content, net = open_one(source)
+        content, net = open_one(source, key=key)
         quantise_(net, bits)
-        sampler = _sampler_config(content, sampler_options, init_image, init_sigma)
         try:
+            sampler = _sampler_config(content, source, sampler_options, init_image, init_sigma)
             sampler.check_solver()
+        except UsageError:
+            raise
         except ValueError as error:
             raise UsageError(_in_flags(error)) from error
         kind = recorded_label_kind(net, content)
@@ -222,6 +227,9 @@ class NetworkSampler:
         if "sigmas" in settings:
             settings["sigmas"] = list(settings["sigmas"])  # as JSON gives them back
         settings["nfe"] = sampler.nfe
+        if net.few_step is not None:
+            settings |= {"few_step": net.few_step.method,
+                         "levels": sampler.levels(net)[:-1].tolist()}
         if bits < FULL_BITS:
             settings["bits"] = bits
         if compiled:
@@ -345,10 +353,24 @@ class NetworkSampler:
 
 def open_network(
     source: str, *, device: torch.device, pfgmpp: bool | None, aug_dim: float | None,
-    precision: str, compiled: bool,
+    precision: str, compiled: bool, key: str | None = None,
 ) -> tuple[dict[str, Any], Precond]:
-    """Returns the content of a file and its network, ready to be evaluated."""
-    content = distributed.run_on_rank0(_load, source)
+    """Returns the content of a file and its network, ready to be evaluated.
+
+    Args:
+        source: a path or address; of a run directory the newest network is taken.
+        device: where to evaluate it.
+        pfgmpp: for files that do not record D, see `checkpoint.resolve_D`.
+        aug_dim: likewise.
+        precision: arithmetic inside the network.
+        compiled: compile the network.
+        key: which network of a file that holds several, see `checkpoint.load`.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it does not fit.
+    """
+    content = distributed.run_on_rank0(load_network, source, key)
     content = checkpoint.resolve_D(content, source, pfgmpp, aug_dim)
     net = checkpoint.build_ema(content).to(device)
     net.compute_dtype = compute_dtype(precision)
@@ -357,10 +379,10 @@ def open_network(
     return content, net
 
 
-def _load(source: str) -> dict[str, Any]:
+def load_network(source: str, key: str | None = None) -> dict[str, Any]:
     """Returns the content of a file, with averaged weights if there are any; says so if not."""
     found = find_network(source)
-    content = checkpoint.with_average(checkpoint.load(found), found)
+    content = checkpoint.with_average(checkpoint.load(found, key), found)
     if "ema_source" in content:
         console.say(f"Note: {found} has no averaged weights; those of {content['ema_source']} are "
                     "sampled")
@@ -391,10 +413,19 @@ def recorded_scaling(content: dict[str, Any], source: str, key: str, channels: i
 
 
 def _sampler_config(
-    content: dict[str, Any], options: dict[str, Any], init_image: str | None,
+    content: dict[str, Any], source: str, options: dict[str, Any], init_image: str | None,
     init_sigma: float | None,
 ) -> SamplerConfig:
     """Returns the sampler's settings, with the highest level that the network or the start asks."""
+    if content["network"].get("few_step") is not None:
+        for flag, value in (("--init-image", init_image), ("--init-sigma", init_sigma)):
+            if value is not None:
+                raise UsageError(f"{flag}={value}: {source} is a few-step network, which starts "
+                                 f"from noise; leave {flag} out")
+        return _few_step_config(FewStep.from_dict(content["network"]["few_step"]), source, options)
+    if options.get("solver") == CONSISTENCY and options.get("sigmas") is None:
+        raise UsageError(f"--solver={CONSISTENCY}: {source} is not a few-step network; leave "
+                         "--solver out, or give the levels to sample it at by --sigmas")
     sampler = SamplerConfig(**options)
     if sampler.sigmas is not None:
         if init_sigma is not None:
@@ -412,6 +443,20 @@ def _sampler_config(
     if is_edm_grid and sampler.sigma_max is None:
         return dataclasses.replace(sampler, sigma_max=highest_level(content))
     return sampler
+
+
+def _few_step_config(few_step: FewStep, source: str, options: dict[str, Any]) -> SamplerConfig:
+    """Returns the settings of a few-step network: its own levels unless others are asked for."""
+    solver = options.get("solver")
+    if solver not in (None, CONSISTENCY):
+        raise UsageError(f"--solver={solver}: {source} is a few-step network "
+                         f"({few_step.method}), no denoiser that a solver could follow; leave "
+                         "--solver out")
+    asked = SamplerConfig(**options | {"solver": CONSISTENCY})
+    asked.check_solver()
+    if asked.sigmas is not None:
+        return asked
+    return SamplerConfig.of_few_steps(few_step, options.get("num_steps"))
 
 
 def highest_level(content: dict[str, Any]) -> float | None:
@@ -528,6 +573,9 @@ def _with_guidance(
                 raise UsageError(f"{flag} without --guidance: the guide is never asked; give "
                                  "--guidance=W with W other than 1")
         return net, {}
+    if net.few_step is not None:
+        raise UsageError(f"--guidance={guidance:g}: {source} is a few-step network, whose images "
+                         "no guide can push; leave --guidance out")
     settings: dict[str, Any] = {"guidance": guidance}
     guide = None
     if gnet is not None:

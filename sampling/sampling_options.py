@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from dnnlib.cli import BAD_USAGE, NumberList, UserError
-from sampling.sweeps import FULL_BITS, MULTISTEP, SOLVERS
+from sampling.sweeps import CONSISTENCY, FULL_BITS, MULTISTEP, SOLVERS
 
 _OF_GRIDS = {"steps": "--steps", "sigma_min": "--sigma_min", "sigma_max": "--sigma_max",
              "rho": "--rho", "discretization": "--disc"}  # excluded by --sigmas
@@ -105,7 +105,7 @@ class _ClassChoice(click.ParamType):
 _OPTIONS = (
     click.option("--class", "class_idx", metavar="INT|uniform|data", type=_ClassChoice(), help="Class to sample: of a number, all equally often, or as often as the data have them.  [default: uniform]"),
     click.option("--labels", "label_source", metavar="FILE|DATASET", help="Labels to sample, a .npy, .json or data set; seed k has label k mod n of n."),
-    click.option("--steps", metavar="LIST", type=NumberList(int, 1), default="18", help="Number of noise levels; several are a sweep."),
+    click.option("--steps", metavar="LIST", type=NumberList(int, 1), help="Number of noise levels; several are a sweep.  [default: 18; of few-step networks their own]"),
     click.option("--alpha", metavar="LIST", type=NumberList(float, 0), help="Robustness study: noise of alpha times the level, added before each step."),
     click.option("--bits", metavar="LIST", type=NumberList(int, 1, FULL_BITS), help="Robustness study: bits that weights are rounded to; 32 leaves them."),
     click.option("--sigma_min", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), help="Lowest noise level.  [default: 0.002, or the discretisation's]"),
@@ -115,7 +115,7 @@ _OPTIONS = (
     click.option("--S_min", "S_min", metavar="FLOAT", type=click.FloatRange(min=0), default=0, help="Lowest noise level that is churned."),
     click.option("--S_max", "S_max", metavar="FLOAT", type=click.FloatRange(min=0), default=math.inf, help="Highest noise level that is churned."),
     click.option("--S_noise", "S_noise", metavar="FLOAT", type=click.FloatRange(min=0), default=1, help="Factor on the noise of churn."),
-    click.option("--solver", type=click.Choice(SOLVERS), help="Method; of N steps heun evaluates the network 2N-1 times, the others N times.  [default: heun]"),
+    click.option("--solver", type=click.Choice(SOLVERS), help="Method; of N steps heun evaluates the network 2N-1 times, the others N times.  [default: heun; consistency for few-step networks]"),
     click.option("--order", metavar="INT", type=click.IntRange(1, 4), help="Order of ipndm.  [default: 3]"),
     click.option("--sigmas", metavar="LIST|FILE", type=_Levels(), help="Noise levels of your own, falling, without the final 0, in place of a grid."),
     click.option("--disc", "discretization", type=click.Choice(["vp", "ve", "iddpm", "edm"]), help="Grid of noise levels.  [default: edm]"),
@@ -123,6 +123,7 @@ _OPTIONS = (
     click.option("--scaling", type=click.Choice(["vp", "none"]), help="Scale of the state.  [default: none]"),
     click.option("--pfgmpp", type=click.BOOL, help="For files that do not record D; else checked against the file."),
     click.option("--aug_dim", metavar="D", type=float, help="For files that do not record D; else checked against the file."),
+    click.option("--key", metavar="NAME", help="Network of an IDMD file: ema_0_9900, ema_0_9950, ema_0_9990, ema_0_9999, generator or student.  [default: ema_0_9990]"),
     click.option("--guidance", metavar="W", type=click.FloatRange(min=0), default=1, help="Guidance away from the network without its labels, or from --gnet; 1 is none."),
     click.option("--gnet", metavar="PT|URL", help="Guide of --guidance: another snapshot or state, of the same image shape and D.  [default: the network without its labels]"),
     click.option("--guidance-interval", "guidance_interval", metavar="LO,HI", type=_Interval(), help="Noise levels LO < sigma <= HI at which to guide.  [default: all]"),
@@ -167,12 +168,15 @@ def check_alpha(solver: str | None, alpha: Sequence[float] | None) -> None:
     if solver in MULTISTEP and any(alpha or ()):
         raise UserError(f"--alpha={max(alpha):g}: --solver={solver} uses earlier steps, which fresh "
                         "noise makes useless; use heun or euler", BAD_USAGE)
+    if solver == CONSISTENCY and any(alpha or ()):
+        raise UserError(f"--alpha={max(alpha):g}: --solver={solver} solves no equation; leave one "
+                        "of them out", BAD_USAGE)
 
 
 def _refuse_grids(context: click.Context, options: dict) -> None:
     """Raises UserError for flags of grids beside --sigmas."""
     for name, flag in _OF_GRIDS.items():
         typed = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if typed or (name == "steps" and len(options["steps"]) > 1):
+        if typed or (name == "steps" and len(options["steps"] or ()) > 1):
             raise UserError(f"{flag} with --sigmas: these are the noise levels; leave {flag} out",
                             BAD_USAGE)

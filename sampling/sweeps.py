@@ -10,15 +10,20 @@ from dataclasses import dataclass
 from sampling.folders import suffix
 
 MULTISTEP = ("ipndm", "dpmpp2m", "unipc")  # see pfgmpp/solvers.py
-SOLVERS = ("heun", "euler", *MULTISTEP)
+CONSISTENCY = "consistency"  # see pfgmpp/few_steps.py
+DENOISER_SOLVERS = ("heun", "euler", *MULTISTEP)
+SOLVERS = (*DENOISER_SOLVERS, CONSISTENCY)
 FULL_BITS = 32  # and above: the weights as they are
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One combination; `suffix` is what it adds to the name of a folder, '' outside of a sweep."""
+    """One combination; `suffix` is what it adds to the name of a folder, '' outside of a sweep.
 
-    num_steps: int
+    `num_steps` None stands for the network's own number.
+    """
+
+    num_steps: int | None = None
     noise_alpha: float = 0.0
     bits: int = FULL_BITS
     suffix: str = ""
@@ -26,19 +31,21 @@ class SweepPoint:
     @property
     def settings(self) -> dict[str, float]:
         """What the sampler is told."""
-        return {"num_steps": self.num_steps, "noise_alpha": self.noise_alpha, "bits": self.bits}
+        steps = {} if self.num_steps is None else {"num_steps": self.num_steps}
+        return {**steps, "noise_alpha": self.noise_alpha, "bits": self.bits}
 
 
 def sweep_points(
-    steps: Sequence[int], alphas: Sequence[float] | None = None, bits: Sequence[int] | None = None,
-    *, is_steps_sweep: bool = False,
+    steps: Sequence[int] | None, alphas: Sequence[float] | None = None,
+    bits: Sequence[int] | None = None, *, is_steps_sweep: bool = False,
 ) -> list[SweepPoint]:
     """Returns all combinations, the last list running fastest.
 
-    Several numbers of steps are a sweep; one number is a sweep only if `is_steps_sweep`. `alphas`,
-    strengths of the noise before each step, and `bits` of the weights are None if not swept.
+    Several numbers of steps are a sweep; one number is a sweep only if `is_steps_sweep`; None is
+    the network's own number. `alphas`, strengths of the noise before each step, and `bits` of the
+    weights are None if not swept.
     """
-    points = []
+    points, steps = [], steps or [None]
     for alpha, num_steps, num_bits in itertools.product(alphas or [None], steps, bits or [None]):
         name = suffix(None if alpha is None else f"{alpha:g}",
                       num_steps if len(steps) > 1 or is_steps_sweep else None, num_bits)

@@ -24,9 +24,9 @@ from sampling.sampling_options import sampling_options
 results, toy = load_script("docs/results.py"), load_script("docs/toy.py")
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/README.md"]
 SCRIPTS = {f"{name}.py": importlib.import_module(name).main
-           for name in ("train", "generate", "generate_alpha", "generate_steps", "generate_quant",
-                        "fid", "likelihood", "dataset_tool", "checkpoint_tool", "sweep", "report",
-                        "runs")}
+           for name in ("train", "distill", "generate", "generate_alpha", "generate_steps",
+                        "generate_quant", "fid", "likelihood", "dataset_tool", "checkpoint_tool",
+                        "sweep", "report", "runs")}
 SCRIPTS |= {"docs/toy.py": toy.main, "docs/results.py": results.main, "benchmarks": benchmarks}
 PRESETS = {f"generate_{name}.py" for name in ("alpha", "steps", "quant")}  # of generate.py
 SAMPLING_FLAGS = {flag for option in sampling_options(lambda: None).__click_params__
@@ -80,7 +80,7 @@ def test_every_script_is_documented_with_both_launchers():
     started = {(words[0], script_and_args(words)[0]) for _, words in COMMANDS}
     assert {script for _, script in started} == set(SCRIPTS)
     assert {script for launcher, script in started if launcher == "torchrun"} == {
-        "train.py", "generate.py", "fid.py", "likelihood.py", *PRESETS}
+        "train.py", "distill.py", "generate.py", "fid.py", "likelihood.py", *PRESETS}
     assert len(COMMANDS) > 25
 
 
@@ -162,6 +162,8 @@ SMALLER = {
                    "--device=cpu"],
     "docs/toy.py": ["--train-steps=2", "--samples=20"],
     "likelihood.py": ["--steps=2", "--count=4", "--device=cpu"],
+    "distill.py": ["--duration=0.000016", "--batch=8", "--workers=0", "--samples=0", "--seed=0",
+                   "--device=cpu"],
     "fid.py ref": ["--detector=pixels", "--workers=0", "--device=cpu"],
 }
 PRESET_SMALLER = ["--batch=4", "--device=cpu"]  # with the published lists
@@ -207,7 +209,10 @@ def run_documented(script, documented):
     elif args[0] == "split":  # takes no --workers
         run(script, args)
     else:
-        run(script, [*args, *SMALLER[script]])
+        smaller = SMALLER[script]
+        if any(arg.startswith("--sigmas=") for arg in args):  # which are the steps
+            smaller = [arg for arg in smaller if not arg.startswith("--steps=")]
+        run(script, [*args, *smaller])
 
 
 @pytest.mark.slow
@@ -319,8 +324,9 @@ def test_migration_names_every_flag_and_existing_imports():
     text = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
     parts = {part.splitlines()[0]: part for part in text.split("\n## ")}
     for script, command in SCRIPTS.items():
-        if script in PRESETS | {"likelihood.py", "checkpoint_tool.py", "sweep.py", "report.py",
-                                "runs.py", "docs/toy.py", "docs/results.py", "benchmarks"}:
+        if script in PRESETS | {"distill.py", "likelihood.py", "checkpoint_tool.py", "sweep.py",
+                                "report.py", "runs.py", "docs/toy.py", "docs/results.py",
+                                "benchmarks"}:
             continue  # the references have no counterpart; the flags are those of generate.py
         for each in (command, *getattr(command, "commands", {}).values()):
             flags = {flag for option in each.params for flag in option.opts if flag[0] == "-"}

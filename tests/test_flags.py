@@ -8,10 +8,11 @@ import click
 import pytest
 from torch.distributed.run import get_args_parser
 
-SCRIPTS = ["train", "generate", "generate_alpha", "generate_steps", "generate_quant", "fid",
-           "likelihood", "dataset_tool", "checkpoint_tool", "report",
+SCRIPTS = ["train", "distill", "generate", "generate_alpha", "generate_steps", "generate_quant",
+           "fid", "likelihood", "dataset_tool", "checkpoint_tool", "report",
            "runs"]  # sweep.py starts torchrun itself
-EARLIER = {"train": {"--log"}, "fid": {"--num"}}  # names that torchrun takes for its own
+# Names that torchrun takes for its own.
+EARLIER = {"train": {"--log"}, "distill": {"--log"}, "fid": {"--num"}}
 
 
 def commands(command, words=()):
@@ -41,6 +42,7 @@ def test_torchrun_hands_every_flag_to_the_script(script):
 
 
 @pytest.mark.parametrize("script, earlier, name", [("train", "--log", "--log-to"),
+                                                   ("distill", "--log", "--log-to"),
                                                    ("fid", "--num", "--count")])
 def test_what_torchrun_takes_has_another_name(script, earlier, name):
     main = importlib.import_module(script).main

@@ -1,8 +1,8 @@
 """Foreign checkpoints as inert records: nothing in the file is run, imported or looked up.
 
 This is the machine of `dnnlib.pickle_reader` with the few more instructions and the few names that
-published EDM and PFGM++ checkpoints consist of. A name never leads to an object of that name: it
-selects one of the small functions below, which build plain data.
+published checkpoints of EDM, PFGM++, ECT and IDMD consist of. A name never leads to an object of
+that name: it selects one of the small functions below, which build plain data.
 
     dict, list, tuple, set, str, int, float, bool, None   themselves
     bytes                                                 a memoryview of the file
@@ -10,6 +10,7 @@ selects one of the small functions below, which build plain data.
     NumPy scalar                                          an int or float
     tensor, parameter                                     a contiguous tensor on the CPU
     persistent object, ModuleDict                         a Record: class name and state
+    method of a persistent object                         a BoundMethod: its name, nothing to call
 
 Two containers are read: a raw pickle (protocol 2 to 5), whose tensors are nested pickles of one
 storage each, and the ZIP of torch.save, whose tensors are members. What a file can make this reader
@@ -24,7 +25,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ MAX_OPCODES = 2_000_000  # the largest published training states have about 400,
 _TENSOR_COST = 50  # what building a tensor counts as
 _MAX_NAME = 256  # characters of a class's name
 _MAX_DIMS = 8
+_PENDING = 3  # on the stack while a value is read: its key, a class, its arguments
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # opens a torch.save file of before 1.6
 _LEGACY_VERSION = 1001
@@ -56,11 +58,22 @@ class Record(Stateful):
         self.state = state
 
 
-def load(source: str | os.PathLike | IO[bytes]) -> Any:
+class BoundMethod:
+    """A method of an object of the file: two names, which lead to nothing."""
+
+    __slots__ = ("class_name", "name")
+
+    def __init__(self, class_name: str, name: str):
+        self.class_name, self.name = class_name, name
+
+
+def load(source: str | os.PathLike | IO[bytes], leave_out: Collection[str] = ()) -> Any:
     """Returns the object in a checkpoint as plain data and records.
 
     Args:
         source: a path, or a binary file that can seek; it is read from its start.
+        leave_out: keys of the outermost dictionary. Tensors below them are on the "meta" device,
+            so that they take no memory, and so is every other mention of the same tensor.
 
     Raises:
         OSError: it can't be read.
@@ -69,7 +82,8 @@ def load(source: str | os.PathLike | IO[bytes]) -> Any:
     data = _contents(source)
     require(len(data) > 0, "empty")
     with reporting_damage():
-        return _load_zip(data) if data[:4] == ZIP_MAGIC else _load_pickle(data)
+        read = _load_zip if data[:4] == ZIP_MAGIC else _load_pickle
+        return read(data, leave_out)
 
 
 def _contents(source: str | os.PathLike | IO[bytes]) -> memoryview:
@@ -90,14 +104,14 @@ def _contents(source: str | os.PathLike | IO[bytes]) -> memoryview:
 # ------------------------------------------------------------------------------------ containers
 
 
-def _load_pickle(data: memoryview) -> Any:
-    reader = _Reader(data, _NAMES, _Budgets(len(data)))
+def _load_pickle(data: memoryview, leave_out: Collection[str]) -> Any:
+    reader = _Reader(data, _NAMES, _Budgets(len(data)), leave_out=leave_out)
     value = reader.read()
     require(reader.pos == len(data), f"has {len(data) - reader.pos} bytes after its end")
     return value
 
 
-def _load_zip(data: memoryview) -> Any:
+def _load_zip(data: memoryview, leave_out: Collection[str]) -> Any:
     members = stored_members(data)
     root = next(iter(members)).partition("/")[0]
     for name in members:
@@ -122,7 +136,8 @@ def _load_zip(data: memoryview) -> Any:
                 f"storage {key} has {len(known.data)} bytes, not {numel} x {dtype}")
         return known
 
-    reader = _Reader(members[f"{root}/data.pkl"].read(), _NAMES, _Budgets(len(data)), storage)
+    reader = _Reader(members[f"{root}/data.pkl"].read(), _NAMES, _Budgets(len(data)), storage,
+                     leave_out)
     value = reader.read()
     require(reader.pos == len(reader.data), "has bytes after the end of data.pkl")
     return value
@@ -151,6 +166,7 @@ class _Reader(Reader):
 
     Args:
         storage: returns the storage that a persistent id of the file refers to.
+        leave_out: see `load`.
     """
 
     opcodes = Reader.opcodes | {
@@ -158,14 +174,15 @@ class _Reader(Reader):
         ord("\x8f"): lambda r: r.push(set()),
         ord("\x81"): lambda r: r.new_object(),
         ord("Q"): lambda r: r.persistent(),
+        ord("0"): lambda r: r.discard(),
     }
     strange_opcode = Reader.strange_opcode + ", which no known checkpoint does"
     strange_name = Reader.strange_name + ", which no known checkpoint does; nothing was run"
 
     def __init__(self, data: memoryview, names: dict, budgets: _Budgets,
-                 storage: Callable[[Any], Any] | None = None):
+                 storage: Callable[[Any], Any] | None = None, leave_out: Collection[str] = ()):
         super().__init__(data, names, budgets.instructions)
-        self.budgets, self.storage = budgets, storage
+        self.budgets, self.storage, self.leave_out = budgets, storage, leave_out
 
     def new_object(self) -> None:
         cls, args = self.pop_pair()
@@ -173,6 +190,18 @@ class _Reader(Reader):
         if new is None or type(args) is not tuple or args:
             raise ValueError(f"makes an object of {shown_target(cls)}")
         self.push(new())
+
+    def discard(self) -> None:
+        # An object that has a method of its own among its attributes is written within itself. The
+        # outer copy is dropped then, and the inner one is taken from the memo.
+        value = self.stack.pop()
+        require(type(value) is Record, f"throws away {shown(value)}")
+
+    def is_left_out(self) -> bool:
+        """Says whether what is being read lies below a key of `leave_out`, if that can be told."""
+        outermost = self.marks[1] if len(self.marks) > 1 else self.stack
+        keys = [item for item in outermost[-_PENDING:] if type(item) is str]
+        return bool(keys) and keys[-1] in self.leave_out
 
     def persistent(self) -> None:
         require(self.storage is not None, "refers to a storage outside itself")
@@ -191,6 +220,15 @@ def _persistent_object(reader: _Reader, args: tuple) -> Record:
     require(type(name) is str and len(name) <= _MAX_NAME and type(state) is dict,
             "has a persistent object without class name or state")
     return Record(name, state)  # its source code, module_src, is left where it is
+
+
+def _bound_method(reader: _Reader, args: tuple) -> BoundMethod:
+    """Returns what stands for getattr(object of the file, name of a method); nothing is got."""
+    require(len(args) == 2 and type(args[0]) is Record and type(args[1]) is str
+            and re.fullmatch(r"(?!__)[A-Za-z_][A-Za-z0-9_]{0,63}", args[1]),
+            f"asks for the attribute {shown(args[1] if len(args) > 1 else None)} of "
+            f"{shown_target(args[0] if args else None)}, which no known checkpoint does")
+    return BoundMethod(args[0].class_name, args[1])
 
 
 def _ordered_dict(reader: _Reader, args: tuple) -> dict:
@@ -307,6 +345,8 @@ def _tensor(reader: _Reader, args: tuple) -> torch.Tensor:
             f"has a tensor that ends at element {offset + span} of a storage of {storage.numel}")
     reader.budgets.instructions.spend(_TENSOR_COST)
     reader.budgets.tensors.spend(max(span, count) * storage.dtype.itemsize)
+    if reader.is_left_out():
+        return torch.empty(size, dtype=storage.dtype, device="meta")
     if not count:
         return torch.empty(size, dtype=storage.dtype)
     width = storage.dtype.itemsize
@@ -340,6 +380,8 @@ _NAMES = _STORAGES | dict.fromkeys(_CLASSES) | {
     ("numpy._core.multiarray", "scalar"): _scalar,
     ("numpy", "dtype"): _dtype,
     ("_codecs", "encode"): _encode,
+    ("builtins", "getattr"): _bound_method,
+    ("__builtin__", "getattr"): _bound_method,
     ("builtins", "set"): _set,
     ("__builtin__", "set"): _set,
 }

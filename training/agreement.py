@@ -17,7 +17,7 @@ from training.trainer import Trainer, dataset_record
 
 # What may differ between machines: where files lie, but not whether there are any, and how each of
 # them reads its data.
-_PATHS = {"data", "transfer", "eval_ref", "val_data"}
+_PATHS = {"data", "transfer", "teacher", "eval_ref", "val_data"}
 _OWN_OPTIONS = {"workers"}
 _ROOT = Path(__file__).resolve().parent.parent
 _ROOMS = ("dnnlib", "torch_utils", "images", "pfgmpp", "checkpoints", "sampling", "metrics",
@@ -56,7 +56,8 @@ def check_weights(trainer: Trainer) -> None:
     if distributed.get_world_size() == 1:
         return
     tensors = {f"{kind} {name}": tensor
-               for kind, net in (("weight", trainer.net), ("averaged weight", trainer.ema))
+               for kind, net in (("weight", trainer.net), ("averaged weight", trainer.ema),
+                                 *trainer.objective.trained_networks.items())
                for name, tensor in net.named_parameters()}
     sums = torch.stack([_bit_sum(tensor) for tensor in tensors.values()]).tolist()
     everyone = distributed.gather_objects(sums, in_training=True)

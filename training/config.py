@@ -12,7 +12,7 @@ import typing
 from collections.abc import Sequence
 
 from dnnlib.util import json_value, require
-from sampling.sweeps import SOLVERS
+from sampling.sweeps import DENOISER_SOLVERS, SOLVERS
 
 ARCHITECTURES: dict[str, dict] = {
     "ddpmpp": {
@@ -106,6 +106,10 @@ class TrainConfig:
     transfer: str | None = None
     preset: str | None = None  # a name in presets.PRESETS, whose values are in the other fields
 
+    method = None  # not a field here: training/distill_config.py has few-step methods
+    optim = "adam"
+    unused_options = frozenset()  # that other methods have
+
     def __post_init__(self):
         require(self.arch in ARCHITECTURES, f"--arch={self.arch}", " or ".join(ARCHITECTURES))
         require(self.precond != "iddpm", "--precond=iddpm", "edm, ve or vp; no training loss is "
@@ -147,9 +151,11 @@ class TrainConfig:
         require((self.eval is None) == (self.eval_ref is None), "--eval and --eval-ref",
                 "given together")
         require(self.eval_num >= 2, f"--eval-num={self.eval_num}", "2 or more")
-        require(self.eval_solver in SOLVERS, f"--eval-solver={self.eval_solver}",
-                f"one of {', '.join(SOLVERS)}")
-        require(self.eval_steps >= 1, f"--eval-steps={self.eval_steps}", "1 or more")
+        solvers = DENOISER_SOLVERS if self.method is None else SOLVERS
+        require(self.eval_solver in solvers, f"--eval-solver={self.eval_solver}",
+                f"one of {', '.join(solvers)}")
+        require(self.eval_steps is None or self.eval_steps >= 1,
+                f"--eval-steps={self.eval_steps}", "1 or more")
         require(self.val_data != "", "--val-data=", "a data set; leave it out for none")
         require(self.val_num >= 1, f"--val-num={self.val_num}", "1 or more")
         for name in ("dropout", "augment", "label_dropout"):
@@ -321,16 +327,16 @@ class TrainConfig:
         Raises:
             ValueError: an unknown key, or a value of the wrong kind.
         """
-        return cls(**check_options(values))
+        return cls(**check_options(values, cls))
 
 
-def check_options(values: dict) -> dict:
-    """Returns some of the options that `TrainConfig.to_dict` wrote, as the types of its fields.
+def check_options(values: dict, cls: type[TrainConfig] = TrainConfig) -> dict:
+    """Returns some of the options that `to_dict` of a class wrote, as the types of its fields.
 
     Raises:
         ValueError: an unknown key, or a value of the wrong kind.
     """
-    hints = typing.get_type_hints(TrainConfig)
+    hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         [nearest] = difflib.get_close_matches(unknown[0], hints, n=1, cutoff=0)

@@ -8,6 +8,7 @@ multiply-add is two); the rest of a U-Net is about 1% of them. Memory is
     + tensors kept for backward       the network's, counted, x images at a time
 
 With --checkpoint-blocks the latter are the inputs of all blocks and what the largest block keeps.
+Few-step methods evaluate the network, its teacher and others more often, and keep them too.
 
 This is a rough estimate: it leaves out what the device itself, the workspace of its convolutions
 and the batch take. `gpumem` in the line of a tick is the truth.
@@ -154,6 +155,7 @@ def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
     found = Estimate.of_network(network, config.precision,
                                 checkpoint_blocks=config.checkpoint_blocks)
     micro_batch, _ = config.rounds(world_size)
+    found = _with_method(found, config)
     steps = -(-config.total_nimg // config.batch)
     rows = [
         ("Parameters", f"{found.parameters:,}"),
@@ -166,13 +168,33 @@ def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
         ("Draws", f"{scaled(_draw_bytes(network, micro_batch))}B a process: the noise of "
                   f"{micro_batch} images, in blocks of {DRAW_BLOCK}, while it is put together"),
         ("Steps", f"{steps:,} of {config.batch} images"),
-        ("Disk", _disk(config, found.parameters)),
+        ("Disk", _disk(config, found.parameters, _kept_bytes(config)[1])),
     ]
     if rate is not None:
         seconds = config.total_nimg / rate
         rows.append(("Time", f"{format_time(seconds)} ({seconds / 3600:.4g} hours) at {rate:g} "
                              "images/s, without scores and files"))
     return "\n".join(f"{title:<11s}{text}" for title, text in rows)
+
+
+def _with_method(found: Estimate, config: TrainConfig) -> Estimate:
+    """Returns the estimate with what a few-step method computes and keeps beside its network."""
+    forward, training = found.forward_flops, found.training_flops
+    extra = {None: 0, "ect": forward, "cd": 3 * forward}  # the lower level; and the teacher's step
+    if config.method == "ipfm":  # the generator and the auxiliary's step; then through T and S
+        extra["ipfm"] = config.ipfm_steps * (forward + training) + 2 * training
+    return dataclasses.replace(
+        found, training_flops=training + extra[config.method],
+        state_bytes=found.state_bytes + _kept_bytes(config)[0] * found.parameters)
+
+
+def _kept_bytes(config: TrainConfig) -> tuple[int, int]:
+    """Returns the bytes a parameter that a few-step method adds to memory, and to a state."""
+    if config.method == "cd":  # the teacher, and the target unless it is the network itself
+        return 4 + 4 * bool(config.cd_decay), 4 * bool(config.cd_decay)
+    if config.method == "ipfm":  # the teacher; the auxiliary, its gradients and moments
+        return 4 + 16, 12
+    return 0, 0
 
 
 def _draw_bytes(network: dict[str, Any], micro_batch: int) -> int:
@@ -195,16 +217,20 @@ def num_files(config: TrainConfig) -> tuple[int, int]:
     return snapshots, states
 
 
-def _disk(config: TrainConfig, parameters: int) -> str:
-    """Says what a run leaves on the disk: 4 bytes a parameter in a snapshot, 16 in a state."""
+def _disk(config: TrainConfig, parameters: int, extra: int) -> str:
+    """Says what a run leaves on the disk.
+
+    A snapshot has 4 bytes a parameter, a state 16 and `extra`.
+    """
+    of_state = 16 + extra
     snapshots, states = num_files(config)
     kept = states if config.keep is None else min(states, config.keep)
     # The newest is written before the oldest is removed.
     is_one_more = states > kept
     kept += bool(config.eval)  # the best state
-    total = 4 * parameters * snapshots + 16 * parameters * (kept + is_one_more)
+    total = 4 * parameters * snapshots + of_state * parameters * (kept + is_one_more)
     choice = "" if config.keep is None else f" (--keep={config.keep})"
     choice += " and one more while it is written" if is_one_more else ""
     best = ", with the best one" if config.eval else ""
     return (f"{scaled(total)}B in all: snapshots {snapshots} x {scaled(4 * parameters)}B, "
-            f"states {kept} x {scaled(16 * parameters)}B{choice}{best}")
+            f"states {kept} x {scaled(of_state * parameters)}B{choice}{best}")

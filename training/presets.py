@@ -1,4 +1,4 @@
-"""Settings of training runs by name, in the units of train.py's flags; no PyTorch is needed.
+"""Settings of runs by name, in the units of the flags; no PyTorch is needed.
 
 The published runs set every hyperparameter, also those that are train.py's default, so that each is
 in one place. D is not part of a preset: --pfgmpp and --aug_dim choose it, and all else stays.
@@ -10,6 +10,14 @@ in one place. D is not part of a preset: --pfgmpp and --aug_dim choose it, and a
                                                      architectures, DDPM++ and NCSN++
     lsun256, emoji32                                 this project's own, as starting points; no
                                                      scores are published
+
+and of distill.py, which state the noise of no D either:
+
+    cifar10-ect     Geng et al. 2024, arXiv 2406.14548 (ECT), 8 stages
+    cifar10-cd      Song et al. 2023, arXiv 2303.01469, and its code, with the pseudo-Huber distance
+                    of Song and Dhariwal 2023, arXiv 2310.14189, in place of LPIPS
+    cifar10-ipfm    the public code of inverse flow matching distillation (IDMD), with alpha = 1 of
+                    Zhou et al. 2024, arXiv 2404.04057
 """
 
 from typing import Any
@@ -40,4 +48,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cond": True, "arch": "ncsnpp", "batch": 64, "cbase": 32, "cres": (1, 2), "nblock": 2,
         "lr": 1e-3, "lr_rampup": 0.005, "duration": 0.02, "ema": 0.5, "dropout": 0, "augment": 0,
         "xflip": False, "tick": 1, "snap": 10, "dump": 10},
+}
+
+_ECT_HALFLIFE = 0.887  # of a decay of 0.9999 at a batch of 128, in Mimg
+DISTILL_PRESETS: dict[str, dict[str, Any]] = {
+    "cifar10-ect": {
+        "method": "ect", "batch": 128, "lr": 1e-4, "lr_rampup": 0, "optim": "radam",
+        "duration": 25.6, "ema": _ECT_HALFLIFE, "dropout": 0.2, "P_mean": -1.1, "P_std": 2.0,
+        "ect_q": 2, "ect_k": 8, "ect_b": 1, "ect_c": 0, "ect_double": 3.2},
+    "cifar10-cd": {
+        "method": "cd", "batch": 512, "lr": 4e-4, "lr_rampup": 10, "optim": "radam",
+        "duration": 409.6, "ema": 3.55, "dropout": 0, "cd_scales": 18, "cd_decay": 0,
+        "cd_metric": "huber"},
+    "cifar10-ipfm": {
+        "method": "ipfm", "batch": 512, "lr": 1e-5, "lr_rampup": 0.512, "optim": "adam",
+        "duration": 10.24, "ema": 0.355, "dropout": 0, "P_mean": -1.2, "P_std": 1.2,
+        "ipfm_steps": 5, "aux_lr": 1e-3, "ipfm_alpha": 1},
 }

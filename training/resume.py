@@ -35,6 +35,7 @@ RESUME_MAY_CHANGE = {
     "data": "a data set may move: its content is compared, by its fingerprint",
     "seed": "taken from the state; another one is refused",
     "transfer": "decides where a run begins, not how it continues",
+    "teacher": "a file may move: its weights are compared",
     "preset": "a name: what it stands for is compared",
     "duration": "how long, not how: to train for longer is a reason to resume; compared with "
                 "--lr-decay=cosine, which ends there",
@@ -64,7 +65,8 @@ RESUME_MAY_CHANGE = {
 }
 # Options that are in the network itself, which is compared with the state's key by key.
 NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "label_dropout",
-                   "sigma_data", "cbase", "cres", "nblock", "ares"}
+                   "sigma_data", "cbase", "cres", "nblock", "ares", "boundary", "sigma_init",
+                   "teacher_network"}
 LOSS_SCALE_KEY = "loss_scaling"  # in the training_options.json of EDM and PFGM++
 _MAX_LISTED = 20  # tensors that are not taken over
 # Keywords of networks that are not called like the flags of train.py that decide them.
@@ -72,7 +74,8 @@ _FLAGS = {"attn_resolutions": "--ares", "model_channels": "--cbase", "channel_mu
           "num_blocks": "--nblock", "label_dim": "--cond", "cond_channels": "--cond-image",
           "D": "--aug_dim", "class_name": "--precond", "model_type": "--arch",
           "augment_dim": "--augment", "label_dropout": "--label-dropout",
-          "sigma_data": "--sigma-data"}
+          "sigma_data": "--sigma-data", "few_step": "--method or --sigma-init",
+          "boundary": "--boundary"}
 _SMALL_SHARE = 0.5  # of the parameters: less is probably a mistake
 _STATE_TAG = re.compile(r"training-state-(\d+)")
 
@@ -97,7 +100,7 @@ class State:
 
     def release(self) -> None:
         """Frees the tensors, once the trainer has them: 16 bytes a parameter."""
-        for part in ("net", "ema", "optimizer"):
+        for part in ("net", "ema", "optimizer", "target", "auxiliary", "auxiliary_optimizer"):
             self.content.pop(part, None)
 
 
@@ -225,6 +228,7 @@ def settle_options(
     config = dataclasses.replace(config, seed=seed)
     if state is None:
         return config, None
+    _check_command(config, state)
     if not state.is_ours:  # these do not record options
         return config, _with_loss_scale(config, state)
     changed = [*changed_options(config, state.content["options"]), *_changed_draws(state)]
@@ -233,6 +237,14 @@ def settle_options(
             f"{state.source}: the run to resume has other options: {', '.join(changed)}; give them "
             "as they were, or --override-options to change them", BAD_USAGE)
     return config, dataclasses.replace(state, changed=tuple(changed))
+
+
+def _check_command(config: TrainConfig, state: State) -> None:
+    """Raises UserError for a state of distill.py in train.py, or the other way round."""
+    method = state.content["options"].get("method")
+    if (method is None) != (config.method is None):
+        command = "train.py" if method is None else f"distill.py --method={method}"
+        raise UserError(f"{state.source}: was written by {command}; go on with that", BAD_USAGE)
 
 
 def changed_options(now: TrainConfig, then: dict[str, Any]) -> list[str]:
@@ -249,13 +261,16 @@ def changed_options(now: TrainConfig, then: dict[str, Any]) -> list[str]:
     if now.lr_decay == "cosine":
         free.remove("duration")  # which says how the learning rate falls
     unused = ({"rbatch"} if not now.stf else set()) | (
-        {"lr_decay_start"} if now.lr_decay == "none" else set())
+        {"lr_decay_start"} if now.lr_decay == "none" else set()) | now.unused_options
     defaults = {field.name: field.default for field in dataclasses.fields(now)}
     given, before = now.to_dict(), defaults | then
     for name in defaults:
         if name not in free | unused and _in_effect(name, given) != _in_effect(name, before):
             if name == "ls" and given[name] is None and before[name] is None:
                 continue  # the default follows --precision, which differs and is named
+            if name == "teacher_sha256":
+                changed.append(f"--teacher={now.teacher} (other weights in the state)")
+                continue
             default = ", the default" if given[name] == defaults[name] is not None else ""
             changed.append(f"--{flag_name(name)}={_shown(given[name])}{default} "
                            f"({_shown(before[name])} in the state)")
@@ -348,6 +363,17 @@ def open_weights(source: str, net: "torch.nn.Module") -> Weights:
     from torch_utils import distributed
     theirs = distributed.run_on_rank0(
         lambda: checkpoint.sampling_weights(checkpoint.load(source)))
+    return fitting_weights(source, theirs, net)
+
+
+def fitting_weights(source: str, theirs: dict[str, "torch.Tensor"], net: "torch.nn.Module"
+                    ) -> Weights:
+    """Returns those of the weights `theirs` whose names and shapes `net` has too.
+
+    Raises:
+        ValueError: no parameter fits.
+    """
+    from torch_utils import distributed
     ours = net.state_dict()
     left_out = []
     for name in ours | theirs:
@@ -383,7 +409,12 @@ def restore_(trainer: "Trainer", state: State) -> None:
         return
     trainer.net.load_state_dict(content["net"])
     trainer.ema.load_state_dict(content["ema"])
-    _load_moments_(trainer, content["optimizer"], then=content["options"].get("ls"))
+    _load_moments_(trainer.optimizer, content["optimizer"], trainer.config.ls,
+                   then=content["options"].get("ls"))
+    trainer.objective.load_networks(content)
+    if trainer.objective.auxiliary:
+        _load_moments_(trainer.objective.auxiliary.optimizer, content["auxiliary_optimizer"],
+                       trainer.config.ls, then=content["options"].get("ls"))
     progress = content["progress"]
     trainer.cur_nimg = progress["cur_nimg"]
     trainer.ema_rampup = progress["ema_rampup"]
@@ -392,7 +423,7 @@ def restore_(trainer: "Trainer", state: State) -> None:
     trainer.unfinished = progress.get("unfinished")
     counters = {name: value.to(trainer.device) for name, value in progress["counters"].items()}
     if trainer.dynamic_scale:
-        if TrainConfig.from_dict(content["options"]).has_dynamic_scale:
+        if type(trainer.config).from_dict(content["options"]).has_dynamic_scale:
             trainer.loss_scale = progress["loss_scale"].to(trainer.device)
         else:  # the scale of a new run, found anew
             counters["good_since_change"].zero_()
@@ -439,7 +470,8 @@ def _restore_foreign_(trainer: "Trainer", state: State) -> None:
     trainer.net.load_state_dict(weights)
     trainer.ema.load_state_dict(content["ema"] or weights)
     moments = trainer.optimizer.state_dict() | {"state": content["optimizer"]["state"]}
-    _load_moments_(trainer, moments, then=content["options"].get("ls"))
+    _load_moments_(trainer.optimizer, moments, trainer.config.ls,
+                   then=content["options"].get("ls"))
     nimg, tag = content["progress"]["cur_nimg"], _STATE_TAG.match(Path(source).name)
     trainer.cur_nimg = nimg if nimg is not None else int(tag[1]) * 1000 if tag else 0
     trainer.ema_rampup = RAMPUP_RATIO  # as in EDM and PFGM++, by the images seen
@@ -455,17 +487,18 @@ def _restore_foreign_(trainer: "Trainer", state: State) -> None:
 
 
 def _load_moments_(
-    trainer: "Trainer", optimizer: dict[str, Any], *, then: float | None,
+    optimizer: "torch.optim.Optimizer", stored: dict[str, Any], now: float | None, *,
+    then: float | None,
 ) -> None:
     """Takes over an optimizer's state, each moment in its parameter's layout and this run's scale.
 
     Fused Adam pairs elements by their place in memory, and files may hold other strides than the
-    channels-last weights. `then` is the loss scale the moments are of, None for gradients that are
-    free of it, as those of a dynamic scale are.
+    channels-last weights. `then` and `now` are the loss scales of the stored moments and of this
+    run, None for gradients that are free of it, as those of a dynamic scale are.
     """
     import torch
-    trainer.optimizer.load_state_dict(optimizer)
-    ratio = (trainer.config.ls or 1.0) / (then or 1.0)
-    for parameter, moments in trainer.optimizer.state.items():
+    optimizer.load_state_dict(stored)
+    ratio = (now or 1.0) / (then or 1.0)
+    for parameter, moments in optimizer.state.items():
         for name, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
             moments[name] = torch.empty_like(parameter).copy_(moments[name]).mul_(ratio**power)

@@ -9,6 +9,7 @@ import PIL.Image
 
 from images.dataset import ImageFolderDataset, order_at
 from images.grid import class_label, image_grid, save_png
+from pfgmpp.few_steps import FewStep
 from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.samplers import SamplerConfig, generate_images, to_uint8
 from sampling.labels import GivenLabels, SeedLabels, classes_with_images
@@ -55,6 +56,9 @@ def sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
 
 def sampler_of(config: TrainConfig) -> SamplerConfig:
     """Returns the settings by which a run samples for grids and scores."""
+    if config.method:
+        return SamplerConfig.of_few_steps(FewStep.of(config.method, config.first_level),
+                                          config.eval_steps)
     return SamplerConfig(num_steps=config.eval_steps,
                          solver=None if config.eval_solver == "heun" else config.eval_solver,
                          sigma_max=LSUN_SIGMA_MAX if config.lsun else None)

@@ -3,8 +3,10 @@
     step k trains on images k*batch ... (k+1)*batch - 1 of the stream; cur_nimg = k*batch before it
 
 Order of a step: learning rate, gradients (all accumulation rounds, averaged over ranks),
-finiteness and clipping, Adam, EMA, cur_nimg += batch. Nothing in a step waits for the device; what
-is reported stays on the device until the tick reads it.
+finiteness and clipping, Adam, EMA, cur_nimg += batch. Where the objective has an auxiliary network,
+that takes its own steps first, on the same images. Nothing in a step waits for the device but
+RAdam, which asks it whether to take the step; what is reported stays on the device until the tick
+reads it.
 """
 
 import contextlib
@@ -25,13 +27,13 @@ from dnnlib.util import require
 from images.dataset import ImageFolderDataset, TrainingOrder, order_at
 from images.scaling import Scaling
 from pfgmpp.augment import AugmentPipe
-from pfgmpp.loss import LOSSES, DenoisingLoss, LossDraws
 from pfgmpp.networks import Precond, build_network
 from torch_utils import distributed, misc, training_stats
 from torch_utils.loading import Timed, read_in_processes, read_in_threads
 from training.config import TrainConfig
 from training.device_data import DeviceData, fits_by_itself
 from training.ema import RAMPUP_RATIO, ema_beta, update_ema_
+from training.objectives import Batch, Objective, Part, build_objective, build_optimizer
 
 # Raised by every change of what a seed draws, or of the order of the data: resuming compares it.
 DRAWS_VERSION = 2
@@ -54,11 +56,13 @@ class DivergedError(RuntimeError):
 class Trainer:
     """The state of a run in one process, and its step.
 
-    The tensors of `weights` take the place of those that the seed initialises.
+    The tensors of `weights` take the place of those that the seed initialises. `teacher` is the
+    denoiser that a few-step network is trained after, if it has one, on the device and frozen.
     """
 
     def __init__(self, config: TrainConfig, dataset: ImageFolderDataset, device: torch.device,
-                 weights: Mapping[str, torch.Tensor] | None = None):
+                 weights: Mapping[str, torch.Tensor] | None = None,
+                 teacher: Precond | None = None):
         self.config, self.dataset, self.device = config, dataset, device
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         self.micro_batch, self.rounds = config.rounds(self.world_size)
@@ -82,10 +86,9 @@ class Trainer:
         if weights is not None and not self.net.load_state_dict(weights, strict=False).missing_keys:
             self.ema_rampup = None  # the weights are good already: there is nothing to forget
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
-        self.loss_fn = build_loss(config, self.net)
         self.augment_pipe = AugmentPipe.standard(config.augment) if config.augment > 0 else None
-        self.optimizer = torch.optim.Adam(
-            self.net.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        self.optimizer = build_optimizer(config, self.net)
+        self.objective: Objective = build_objective(config, self.net, teacher, self.augment_pipe)
         # Counters that live on the device: scale of a dynamic loss, good steps since its last
         # change, bad steps in all, bad steps in a row, the longest such row, its first step.
         self.dynamic_scale = config.has_dynamic_scale
@@ -102,24 +105,34 @@ class Trainer:
     def start(self) -> None:
         """Opens the stream of batches at `cur_nimg` and couples the ranks."""
         if self.is_compiled:
-            misc.compile_network(self.net.model)
+            for net in (self.net, *self.objective.other_networks.values()):
+                misc.compile_network(net.model)
             if self.config.checkpoint_blocks:
                 # PyTorch 2.6 can't cut such a compiled network at DDP's buckets.
                 torch._dynamo.config.optimize_ddp = False
-        if torch.distributed.is_initialized():
-            ids = [self.device] if self.device.type == "cuda" else None
-            self.ddp = DistributedDataParallel(
-                self.net, device_ids=ids, gradient_as_bucket_view=True, **_BUFFERS_ALONE)
+        self.ddp = self._coupled(self.net)
+        if self.objective.auxiliary:
+            self.objective.auxiliary.ddp = self._coupled(self.objective.auxiliary.net)
         read = self._reader()
         self._batches = Timed(read(TrainingOrder(
             len(self.dataset), self.config.seed, self.config.batch, start=self.cur_nimg,
             rank=self.rank, world_size=self.world_size, rounds=self.rounds)))
         self._references = Timed(read(self._reference_order() if self.config.stf else []))
 
+    def _coupled(self, net: torch.nn.Module) -> torch.nn.Module:
+        """Returns the network, or what averages its gradients over ranks around it."""
+        if not torch.distributed.is_initialized():
+            return net
+        ids = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True,
+                                       **_BUFFERS_ALONE)
+
     @property
     def is_compiled(self) -> bool:
         """Whether the network is compiled: as --compile says; 'auto' compiles where it is exact."""
         if self.config.compile == "auto":
+            if self.config.method and self.config.dropout:
+                return False  # two passes must have the same dropout masks
             return not self.config.deterministic and misc.compiles_by_itself(self.device)
         return self.config.compile == "1"
 
@@ -127,7 +140,7 @@ class Trainer:
         """Releases the process group's hooks and the loader workers."""
         self.ddp = self.net
         self._batches = self._references = None
-        self.optimizer = None
+        self.optimizer = self.objective = None
 
     @contextlib.contextmanager
     def average_in_fp32(self) -> Iterator[None]:
@@ -186,56 +199,105 @@ class Trainer:
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
+        return self.config.lr * self._lr_factor
+
+    @property
+    def _lr_factor(self) -> float:
         rampup_nimg = self.config.lr_rampup * 1e6
         ramp = min(self.cur_nimg / rampup_nimg, 1.0) if rampup_nimg > 0 else 1.0
-        return self.config.lr * ramp * self.config.lr_decay_at(self.cur_nimg)
+        return ramp * self.config.lr_decay_at(self.cur_nimg)
 
     def train_step(self) -> None:
         """Trains on the next batch."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
-        self._accumulate_gradients()
-        bad = self._finish_gradients()
-        self.optimizer.found_inf = bad
-        self.optimizer.grad_scale = self.loss_scale if self.dynamic_scale else None
-        self.optimizer.step()
+        batches, auxiliary = self._next_batches(), self.objective.auxiliary
+        bad_before = torch.zeros_like(self._step_loss)
+        if auxiliary:
+            batches = list(batches)
+            for number in range(1, self.objective.auxiliary_steps + 1):
+                bad_before = torch.maximum(bad_before, self._move(auxiliary, batches, number))
+        bad = self._move(self._sampled, batches)
         beta = ema_beta(self.cur_nimg, self.config.batch, self.config.ema * 1e6, self.ema_rampup)
         update_ema_(self.ema, self.net, beta, skip=bad)
-        self._count(bad)
+        self.objective.after_step(self.net, bad)
+        self._count(torch.maximum(bad, bad_before))
         self.cur_nimg += self.config.batch
 
-    def _accumulate_gradients(self) -> None:
-        reference, reference_labels = self._next_reference() if self.config.stf else (None, None)
-        share = self.config.batch // self.world_size
-        gain = self.loss_scale / share
-        self.optimizer.zero_grad(set_to_none=True)
-        self._step_loss = torch.zeros_like(self._step_loss)
-        for i in range(self.rounds):
+    @property
+    def _sampled(self) -> Part:
+        return Part(self.net, self.optimizer, self.config.lr, self.ddp)
+
+    def _move(self, part: Part, batches: Iterable[Batch], number: int = 0) -> torch.Tensor:
+        """Moves one network by a step on the batches of all rounds.
+
+        `number` tells the steps of one `train_step` apart: 0 is that of the network which is
+        sampled, 1 and more are those of the auxiliary network.
+
+        Returns:
+            1 if the step was skipped, for its gradients are not finite, else 0; on the device.
+        """
+        optimizer = part.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = part.lr * self._lr_factor
+        self._accumulate_gradients(part, batches, number)
+        bad = self._finish_gradients(part.net)
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = bad
+            optimizer.grad_scale = self.loss_scale if self.dynamic_scale else None
+            optimizer.step()
+        elif not bad:  # waits for the device
+            if self.dynamic_scale:
+                torch._foreach_mul_([p.grad for p in part.net.parameters()
+                                     if p.grad is not None], 1 / self.loss_scale)
+            optimizer.step()
+        return bad
+
+    def _next_batches(self) -> Iterator[Batch]:
+        """Yields what the rounds of this step train on."""
+        reference = self._next_reference() if self.config.stf else (None, None)
+        for _ in range(self.rounds):
             images, labels, *conditions = next(self._batches)
-            images = self._to_device(images, self.dataset.scaling)
             condition = self._to_device(conditions[0], self.dataset.cond_scaling) \
                 if conditions else None
-            labels = labels.to(self.device, non_blocking=True)
+            yield Batch(self._to_device(images, self.dataset.scaling),
+                        labels.to(self.device, non_blocking=True), condition, *reference)
+
+    def _accumulate_gradients(self, part: Part, batches: Iterable[Batch], number: int = 0) -> None:
+        share = self.config.batch // self.world_size
+        gain = self.loss_scale / share
+        part.optimizer.zero_grad(set_to_none=True)
+        words = (number,) if number else ()
+        if not number:
+            self._step_loss = torch.zeros_like(self._step_loss)
+        for i, batch in enumerate(batches):
             # Dropout takes no generator: only it draws from PyTorch's default one.
             torch.manual_seed(misc.mix_seed(
-                self.config.seed, _DROPOUT_TAG, self.step, self.rank, i))
-            is_synced = i == self.rounds - 1 or self.ddp is self.net
-            with contextlib.nullcontext() if is_synced else self.ddp.no_sync():
-                loss = self.loss_fn(self.ddp, images, labels, self.augment_pipe,
-                                    draws=self._draw(self.rank * share + i * self.micro_batch),
-                                    reference=reference, reference_labels=reference_labels,
-                                    condition=condition)
-                training_stats.report("Loss/loss", loss.detach())
-                self._step_loss += loss.detach().mean() / self.rounds
+                self.config.seed, _DROPOUT_TAG, self.step, self.rank, i, *words))
+            draws = self._draw(self.rank * share + i * self.micro_batch, words)
+            is_synced = i == self.rounds - 1 or part.ddp is part.net
+            with contextlib.nullcontext() if is_synced else part.ddp.no_sync():
+                loss = (self.objective.auxiliary_loss if number else self.objective.loss)(
+                    part.ddp, batch, draws, self.cur_nimg)
+                training_stats.report("Loss/auxiliary" if number else "Loss/loss", loss.detach())
+                if not number:
+                    self._step_loss += loss.detach().mean() / self.rounds
                 (loss.sum() * gain).backward()
 
-    def _draw(self, first: int) -> LossDraws:
+    def _draw(self, first: int, words: Sequence[int] = ()) -> Any:
         """Returns the draws of a micro-batch, which begins at image `first` of the global batch."""
         def seeded(block: int) -> torch.Generator:
             return self._step_rng.manual_seed(
-                misc.mix_seed(self.config.seed, _STEP_TAG, self.step, block))
+                misc.mix_seed(self.config.seed, _STEP_TAG, self.step, block, *words))
         return self.loss_fn.draw_range(first, first + self.micro_batch, self.dataset.image_shape,
                                        seeded, self.augment_pipe)
+
+    @property
+    def loss_fn(self) -> Any:
+        """The loss that the objective minimises."""
+        return self.objective.loss_fn
+
+    @loss_fn.setter
+    def loss_fn(self, value: Any) -> None:
+        self.objective.loss_fn = value
 
     def _next_reference(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns images [R, C, H, W] and labels [R, label_dim] of this step's reference batch."""
@@ -247,7 +309,7 @@ class Trainer:
         """Returns stored images as networks see them on the device."""
         return scaling.to_network(images.to(self.device, non_blocking=True))
 
-    def _finish_gradients(self) -> torch.Tensor:
+    def _finish_gradients(self, net: torch.nn.Module) -> torch.Tensor:
         """Clips the averaged gradients, if asked to, and says whether they are finite.
 
         Their 2-norm is the cheapest pass over all of them. It is infinite where a square exceeds
@@ -257,7 +319,7 @@ class Trainer:
         Returns:
             1 if they are not finite, else 0: a 0-d float on the device.
         """
-        grads = [p.grad for p in self.net.parameters() if p.grad is not None]
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if self.config.clip_grad is not None:
             limit = self.config.clip_grad * self.loss_scale
@@ -332,6 +394,7 @@ class Trainer:
             "net": dict(self.net.state_dict()), "ema": dict(self.ema.state_dict()),
             "optimizer": self.optimizer.state_dict(), "progress": progress,
             "options": self.config.to_dict(), "dataset": dataset_record(self.dataset),
+            **self.objective.state(),
         }
 
     def snapshot(self) -> dict[str, Any]:
@@ -358,15 +421,6 @@ class _HostCopy:
             self._copied = torch.cuda.Event()
             self._copied.record()
         return self._value
-
-
-def build_loss(config: TrainConfig, net: Precond) -> DenoisingLoss:
-    """Returns the loss of the run's preconditioner, at the run's D."""
-    kwargs: dict[str, Any] = {"pfgmpp": config.pfgmpp, "D": config.aug_dim}
-    if config.precond == "edm":
-        kwargs |= {"sigma_data": net.sigma_data, "lsun": config.lsun, "P_mean": config.P_mean,
-                   "P_std": config.P_std}
-    return LOSSES[config.precond](**kwargs)
 
 
 def check_stable_targets(config: TrainConfig, dataset: ImageFolderDataset) -> None:

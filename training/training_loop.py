@@ -42,6 +42,7 @@ from training.resume import LOSS_SCALE_KEY, State, Weights, restore_
 from training.run_files import RunFiles
 from training.sample_grids import labels_of_seeds, sample_grid, sampler_of, save_real_grid
 from training.scoring import NonFiniteSamplesError, network_features, open_evaluator
+from training.teacher import Teacher
 from training.trainer import HEAVY_TAILED_D, Trainer, dataset_record
 from training.validation import VALIDATION_LOSS, Validation
 
@@ -70,11 +71,13 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def training_loop(
     config: TrainConfig, *, dataset: ImageFolderDataset, run_dir: Path, device: torch.device,
     start: State | Weights | None = None, held_out: ImageFolderDataset | None = None,
+    teacher: Teacher | None = None,
 ) -> None:
     """Trains until `config.duration`; writes states, snapshots, grids and statistics to `run_dir`.
 
     `start` is the state to go on with, or the weights to begin with; the folder must exist.
-    `held_out` are the images of --val-data, as `open_held_out` opens them.
+    `held_out` are the images of --val-data, as `open_held_out` opens them, and `teacher` is the
+    network that a few-step network is made from.
 
     Raises:
         ValueError: the state does not fit, or ranks have other weights.
@@ -83,7 +86,7 @@ def training_loop(
     misc.configure_backends(config.precision, benchmark=config.bench,
                             deterministic=config.deterministic)
     with stage("Starting"):
-        prepared = _prepare(config, dataset, run_dir, device, start, held_out)
+        prepared = _prepare(config, dataset, run_dir, device, start, held_out, teacher)
     if prepared is None:
         return
     trainer, evaluator, validation, sinks = prepared
@@ -96,12 +99,13 @@ def training_loop(
 
 def _prepare(
     config: TrainConfig, dataset: ImageFolderDataset, run_dir: Path, device: torch.device,
-    start: State | Weights | None, held_out: ImageFolderDataset | None,
+    start: State | Weights | None, held_out: ImageFolderDataset | None, teacher: Teacher | None,
 ) -> tuple[Trainer, "Evaluator | None", Validation | None, LogSinks] | None:
     """Returns all that takes part in a run and writes its first files; None if it is finished."""
     with console.timed("network"):
         weights = start.tensors if isinstance(start, Weights) else None
-        trainer = Trainer(config, dataset, device, weights)
+        frozen = teacher.build(device, config.precision) if teacher else None
+        trainer = Trainer(config, dataset, device, weights, frozen)
     if isinstance(start, State):
         restore_(trainer, start)
     if start is not None:
@@ -436,6 +440,15 @@ def append_stats(path: Path, record: dict[str, Any]) -> None:
         _unwritten.add(path)
 
 
+def _method_line(trainer: Trainer) -> str:
+    config, few_step = trainer.config, trainer.net.few_step
+    if few_step is None:
+        return ""
+    levels = ", ".join(f"{level:g}" for level in few_step.levels)
+    source = f"from {config.teacher}" if config.teacher else "without a teacher"
+    return f"Method     {config.method} {source}; to be sampled at {levels}\n"
+
+
 def _announce(trainer: Trainer) -> None:
     config, dataset = trainer.config, trainer.dataset
     shape = "x".join(map(str, dataset.image_shape))
@@ -444,6 +457,7 @@ def _announce(trainer: Trainer) -> None:
         f"\nData       {len(dataset)} images {shape} of {dataset.name}, "
         f"{dataset.label_dim or 'no'} label dimensions\n"
         f"Noise      {config.noise_name}\n"
+        f"{_method_line(trainer)}"
         f"Batch      {config.batch} = {trainer.micro_batch} images x {trainer.rounds} round(s) "
         f"x {trainer.world_size} process(es), {trainer.device.type}, {config.precision}"
         f"{', compiled' if trainer.is_compiled else ''}\n"

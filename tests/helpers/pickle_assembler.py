@@ -44,6 +44,14 @@ def persistent(class_name, state, changes=()):
         "class_name": class_name, "state": state, **dict(changes)})
 
 
+class WithMethod:
+    """A persistent object with one of its own methods among its attributes, the last of these."""
+
+    def __init__(self, class_name, state, attribute, method):
+        self.class_name, self.state = class_name, state
+        self.attribute, self.method = attribute, method
+
+
 def ordered(**items):
     return Call("collections", "OrderedDict", items=items)
 
@@ -124,12 +132,34 @@ class Assembler:
             return b"]" + (b"(" + b"".join(map(self, value)) + b"e" if value else b"")
         if type(value) is Pid:
             return self(value.parts) + b"Q"
+        if type(value) is WithMethod:
+            return self.with_method(value)
         if type(value) is Parameter:
             return self(Call("torch._utils", "_rebuild_parameter", value.tensor, True, ordered()))
         made = self(value.target) + self(value.args) + (b"\x81" if type(value) is New else b"R")
         if value.state is not None:
             return made + self(value.state) + b"b"
         return made + self.items(value.items)
+
+    def with_method(self, value):
+        """Writes the object within itself, as Python does: the outer copy is thrown away."""
+        state, inner = ("state", id(value)), ("inner", id(value))
+
+        def copy(code):
+            call = persistent(value.class_name, None)
+            meta = {key: item for key, item in call.args[0].items() if key != "state"}
+            return (self(call.target) + b"}(" + b"".join(self(k) + self(v) for k, v in meta.items())
+                    + self("state") + code() + b"u\x85R")
+
+        def attributes():
+            module = "builtins" if self.protocol >= 3 else "__builtin__"
+            return (self.remember(state, b"}") + b"("
+                    + b"".join(self(k) + self(v) for k, v in value.state.items())
+                    + self(value.attribute) + self(Global(module, "getattr"))
+                    + self.remember(inner, copy(lambda: self.remember(state, b"")))
+                    + self(value.method) + b"\x86Ru")
+
+        return copy(attributes) + b"0" + self.remember(inner, b"")
 
     def tuple(self, value):
         if len(value) <= 3:

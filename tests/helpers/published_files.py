@@ -1,9 +1,9 @@
-"""What the checkpoints of EDM and PFGM++ hold of a network and its optimizer."""
+"""What the checkpoints of EDM, PFGM++, ECT and IDMD hold of a network and its optimizer."""
 
 import math
 
 import torch
-from pickle_assembler import New, Parameter, ordered, persistent, scalar
+from pickle_assembler import New, Parameter, WithMethod, ordered, persistent, scalar
 
 
 def record(module, attributes=(), init_kwargs=None):
@@ -30,6 +30,28 @@ def stored(net, given, attributes=None, **changes):
     if attributes is None:
         attributes = {k: v for k, v in given.items() if k in ("img_resolution", "sigma_data")}
     return record(net, attributes, given)
+
+
+def stored_ecm(net, given, attributes=None, **changes):
+    """Returns the record of a network with the constructor arguments `given` as ECT's class."""
+    entry = stored(net, given, attributes, **changes)
+    entry.args[0]["class_name"] = "ECMPrecond"
+    return entry
+
+
+def ecm_snapshot(entry):
+    """Returns what a network-snapshot of ECT holds around the record of its network."""
+    loss = WithMethod("ECMLoss", {"P_mean": -1.1, "q": 2}, "mapping", "t_to_r_sigmoid")
+    return {"ema": entry, "loss_fn": loss, "augment_pipe": None,
+            "dataset_kwargs": New("dnnlib.util", "EasyDict", items={"path": "x.zip"})}
+
+
+def idmd_snapshot(entries, cur_nimg=1 << 20):
+    """Returns what a network-snapshot of IDMD holds around the records of its networks, by key."""
+    adam = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(5)}},
+            "param_groups": [{"lr": 1e-5, "params": [0]}]}
+    return {**entries, "generator_optimizer_state": adam, "student_optimizer_state": adam,
+            "cur_nimg": cur_nimg}
 
 
 def optimizer_state(net):

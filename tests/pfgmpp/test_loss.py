@@ -13,7 +13,7 @@ from pfgmpp.kernel import PerturbationKernel
 from pfgmpp.loss import LOSSES, EDMLoss, VELoss, VPLoss
 from pfgmpp.networks import EDMPrecond, build_network
 from training.config import TrainConfig
-from training.trainer import build_loss
+from training.objectives import build_loss
 
 INF = math.inf
 SHORT = (1, 2, 128, INF)

@@ -21,7 +21,7 @@ from pfgmpp.solvers import (
     sigma_slope,
     unipc,
 )
-from sampling.sweeps import SOLVERS as NAMES
+from sampling.sweeps import DENOISER_SOLVERS as NAMES
 
 DIMS = (1, 2, 128, math.inf)
 LOWEST = 0.02

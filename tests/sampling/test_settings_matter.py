@@ -49,6 +49,7 @@ NOT_HERE = {
     "aug_dim": "likewise",
     "cond_image": "the next test: only networks with a condition image take it",
     "label_source": "for labels by seed; test_labels.py",
+    "key": "for files of several networks, of which the record has the weights",
     "compiled": "the same images but for rounding; test_generate.py",
 }
 NAMES_OF_SWEEPS = {"steps": "num_steps", "alpha": "noise_alpha", "bits": "bits"}

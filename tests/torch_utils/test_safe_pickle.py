@@ -129,6 +129,9 @@ REBUILD = c("torch._utils", "_rebuild_tensor_v2")
 ORDERED = c("collections", "OrderedDict") + b")R"
 LOAD_BYTES = c("torch.storage", "_load_from_bytes")
 PERSISTENT = c("torch_utils.persistence", "_reconstruct_persistent_obj")
+A_RECORD = (PERSISTENT + b"}(" + s("type") + s("class") + s("version") + b"K\x06"
+            + s("class_name") + s("A") + s("state") + b"}u\x85R")
+A_METHOD = c("builtins", "getattr") + A_RECORD + s("f") + b"\x86R"
 MODULE_DICT = c("torch.nn.modules.container", "ModuleDict") + b")\x81"
 NUMPY_DTYPE = c("numpy", "dtype")
 
@@ -323,8 +326,47 @@ def tensor_lies():
 
 
 def getattr_chains():
-    yield "builtins.getattr", two(c("builtins", "getattr"), c("collections", "OrderedDict"),
-                                  s("__class__"), b"\x86R")
+    of = c("builtins", "getattr")
+    known = c("collections", "OrderedDict")
+    yield "of a global", two(of, known, s("fromkeys"), b"\x86R")
+    yield "dunder of a global", two(of, known, s("__class__"), b"\x86R")
+    yield "of a module", two(of, c("os", "path"), s("join"), b"\x86R")
+    yield "of itself", two(of, of, s("x"), b"\x86R")
+    for name, owner in {"text": s("os"), "dict": b"}", "list": b"]", "tuple": b")", "None": b"N",
+                        "OrderedDict": ORDERED, "bytes": b"C\x01a"}.items():
+        yield f"of a {name}", two(of, owner, s("system"), b"\x86R")
+    yield "of a tensor", raw_file({"a": Call("builtins", "getattr", torch.ones(2), "numpy")})
+    for name in ("__class__", "__init__", "__globals__", "__x", "a.b", "", "a b", "1a", "a\n",
+                 "a" * 65, "\u00e9", "f()"):
+        yield f"named {name!r}", two(of, A_RECORD, s(name), b"\x86R")
+    yield "named by a number", two(of, A_RECORD, b"K\x01\x86R")
+    yield "named by a global", two(of, A_RECORD, of, b"\x86R")
+    yield "named by bytes", four(of, A_RECORD, b"C\x01a\x86R")
+    yield "one argument", two(of, A_RECORD, b"\x85R")
+    yield "three arguments", two(of, A_RECORD, s("f"), b"N\x87R")
+    yield "no argument", two(of, b")R")
+    yield "arguments in a list", two(of, b"](", A_RECORD, s("f"), b"eR")
+    yield "chain", two(of, A_METHOD, s("f"), b"\x86R")
+    yield "called", two(A_METHOD, TOUCH, b"\x85R")
+    yield "called without arguments", two(A_METHOD, b")R")
+    yield "called from the memo", two(A_METHOD, b"q\x00h\x00)R\x86")
+    yield "new object of it", two(A_METHOD, b")\x81")
+    yield "new object of getattr", two(of, A_RECORD, s("f"), b"\x86\x81")
+    yield "state of it", two(A_METHOD, b"}b")
+    yield "items of it", two(A_METHOD, s("a"), b"Ns")
+    yield "append to it", two(A_METHOD, b"Na")
+    yield "as a key", two(b"}", A_METHOD, b"Ns")
+    yield "as a class", meta(class_name=Call("builtins", "getattr", persistent("A", {}), "f"))
+    yield "as a persistent id", two(A_METHOD, b"Q")
+    yield "setattr", two(c("builtins", "setattr"), A_RECORD, s("f"), b"N\x87R")
+    yield "hasattr", two(c("builtins", "hasattr"), A_RECORD, s("f"), b"\x86R")
+    yield "another getattr", two(c("inspect", "getattr_static"), A_RECORD, s("f"), b"\x86R")
+    for name, code in {"a text": s("a"), "None": b"N", "a dict": b"}", "a global": of,
+                       "a method": A_METHOD}.items():
+        yield f"throws away {name}", two(b"N", code, b"0")
+    yield "throws away nothing", two(b"0")
+    yield "throws away a record and ends", two(A_RECORD, b"0")
+    yield "throws away below a mark", two(A_RECORD, b"(0")
     yield "operator.attrgetter", two(c("operator", "attrgetter"), s("system"), b"\x85R")
     yield "methodcaller", two(c("operator", "methodcaller"), s("system"), b"\x85R")
     yield "partial", two(c("functools", "partial"), c("os", "system"), b"\x85R")
@@ -461,6 +503,11 @@ def test_the_hostile_files_are_live_ammunition(tmp_path, monkeypatch):
     ("numpy_objects: object array", "numpy.core.multiarray._reconstruct"),
     ("numpy_objects: dtype 'O8'", "'O8'"), ("memo_and_length_bombs: bytearray", "BYTEARRAY8"),
     ("getattr_chains: dotted name", "OrderedDict.__class__"),
+    ("getattr_chains: dunder of a global", "'__class__' of 'collections.OrderedDict'"),
+    ("getattr_chains: of a module", "os.path"), ("getattr_chains: of a text", "'system' of 'os'"),
+    ("getattr_chains: chain", "'f' of a BoundMethod"),
+    ("getattr_chains: called", "calls a BoundMethod"),
+    ("getattr_chains: throws away a text", "throws away 'a'"),
     ("import_tricks: name with line ends", r"posix\nValueError"),
     ("zip_tricks: parent folder", "a/../canary"), ("zip_tricks: duplicate", "twice"),
     ("own_gadgets: codec rot13", "Latin-1"),

@@ -28,6 +28,7 @@ from scripts import HANG_SEC, ROOT, run_script
 from tiny import TINY_RUN, write_dataset
 from watchdog import processes
 
+import distill
 import fid
 import train
 from checkpoints import checkpoint as checkpoint_module
@@ -40,6 +41,7 @@ from images.dataset import ImageFolderDataset
 from torch_utils import distributed
 from training import training_loop
 from training.config import TrainConfig
+from training.distill_config import DistillConfig
 from training.resume import (
     NETWORK_OPTIONS,
     RESUME_MAY_CHANGE,
@@ -667,13 +669,18 @@ def test_a_damaged_state_is_named_or_passed_over(damage, finished, dataset_zip, 
 
 
 def test_every_option_is_free_or_compared_or_in_the_network():
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert names >= RESUME_MAY_CHANGE.keys() | NETWORK_OPTIONS
+    of_training, names = ({field.name for field in dataclasses.fields(config)}
+                          for config in (TrainConfig, DistillConfig))
+    assert names >= RESUME_MAY_CHANGE.keys() | NETWORK_OPTIONS | of_training
     assert not RESUME_MAY_CHANGE.keys() & NETWORK_OPTIONS
     compared = names - RESUME_MAY_CHANGE.keys() - NETWORK_OPTIONS
-    assert compared == {  # a new option is compared until somebody has thought about it
+    # A new option is compared until somebody has thought about it.
+    assert compared & of_training == {
         "stf", "rbatch", "lsun", "batch", "lr", "lr_rampup", "ema", "dropout", "augment", "xflip",
         "precision", "ls", "P_mean", "P_std", "clip_grad", "lr_decay", "lr_decay_start"}
+    assert compared - of_training == {
+        "method", "optim", "teacher_sha256", "ect_q", "ect_k", "ect_b", "ect_c", "ect_double",
+        "cd_scales", "cd_metric", "cd_decay", "ipfm_alpha", "ipfm_steps", "aux_lr"}
     assert all(RESUME_MAY_CHANGE.values()), "each with its reason"
 
 
@@ -1118,6 +1125,6 @@ def test_a_time_limit_that_is_none_is_one_line(monkeypatch):
 
 
 def test_the_reasons_name_options_of_the_command():
-    flags = {option.name for option in train.main.params}
+    flags = {option.name for option in (*train.main.params, *distill.main.params)}
     renamed = {"compile": "compile_"}
     assert {renamed.get(name, name) for name in RESUME_MAY_CHANGE} <= flags

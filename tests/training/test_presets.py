@@ -17,6 +17,7 @@ from pfgmpp.networks import build_network
 from pfgmpp.unets import UNetBlock
 from training.config import TrainConfig
 from training.estimate import Estimate, describe, num_files
+from training.launch import config_values
 from training.presets import PRESETS
 from training.trainer import Trainer
 
@@ -28,10 +29,7 @@ def options(*args):
     """Returns what a command line of train.py comes to."""
     words = ["--outdir=runs", "--data=data.zip", *args]
     context = train.main.make_context("train.py", words)
-    skip = {"outdir", "name", "desc", "nosubdir", "device", "resume", "override_options", "dry_run",
-            "rate", "quiet", "verbose"}
-    opts = {key: value for key, value in context.params.items() if key not in skip | {"data"}}
-    return train._config("data.zip", opts, train.precision_of(context))
+    return TrainConfig(**config_values(context))
 
 
 @pytest.mark.long

@@ -42,7 +42,7 @@ def as_rank(monkeypatch, rank, world_size=2):
 
 
 def gradients(trainer):
-    trainer._accumulate_gradients()
+    trainer._accumulate_gradients(trainer._sampled, trainer._next_batches())
     return {name: p.grad.clone() for name, p in trainer.net.named_parameters()
             if p.grad is not None}
 
@@ -113,7 +113,7 @@ def test_ranks_meet_in_the_last_round_only(dataset_zip):
             yield
 
     trainer.ddp = Coupled()
-    trainer._accumulate_gradients()
+    trainer._accumulate_gradients(trainer._sampled, trainer._next_batches())
     assert events == [*["alone", "evaluates"] * 3, "evaluates"]
 
 
@@ -196,7 +196,7 @@ def test_the_gradient_is_clipped_to_a_norm_of_all_parameters(dataset_zip, share,
     norm = norm_of(plain) / scale  # of the gradient of the loss itself
     trainer = make_trainer(dataset_zip, clip_grad=share * norm, **options)
     gradients(trainer)
-    bad = trainer._finish_gradients()
+    bad = trainer._finish_gradients(trainer.net)
     found = {name: p.grad for name, p in trainer.net.named_parameters() if p.grad is not None}
     assert bad == 0 and found.keys() == plain.keys()
     for name, g in plain.items():
@@ -223,7 +223,7 @@ def test_clipping_is_that_of_the_whole_batch_however_it_is_split(dataset_zip, mo
         for name, p in trainer.net.named_parameters():  # what DDP makes of them: their mean
             if p.grad is not None:
                 p.grad.copy_((found[0][name] + found[1][name]) / 2)
-        trainer._finish_gradients()
+        trainer._finish_gradients(trainer.net)
     expected, found = ({name: p.grad for name, p in t.net.named_parameters() if p.grad is not None}
                        for t in (whole, trainer))
     assert norm_of(found) == pytest.approx(limit, rel=1e-5)
@@ -238,8 +238,8 @@ def test_a_step_that_is_not_finite_is_skipped_with_clipping_too(dataset_zip, val
     trainer.train_step()
     accumulate = trainer._accumulate_gradients
 
-    def broken():
-        accumulate()
+    def broken(*args):
+        accumulate(*args)
         next(p.grad for p in trainer.net.parameters() if p.grad is not None).view(-1)[0] = value
 
     trainer._accumulate_gradients = broken
@@ -262,7 +262,7 @@ def test_no_gradient_is_not_clipped(dataset_zip):
     for p in trainer.net.parameters():
         if p.grad is not None:
             p.grad.zero_()
-    assert trainer._finish_gradients() == 0
+    assert trainer._finish_gradients(trainer.net) == 0
     assert all(not p.grad.any() for p in trainer.net.parameters() if p.grad is not None)
 
 

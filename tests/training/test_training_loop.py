@@ -144,7 +144,7 @@ def test_fixed_loss_scaling_multiplies_the_gradient(dataset_zip):
     grads = []
     for ls in (1.0, 8.0):
         trainer = make_trainer(dataset_zip, dropout=0.0, ls=ls)
-        trainer._accumulate_gradients()
+        trainer._accumulate_gradients(trainer._sampled, trainer._next_batches())
         grads.append([p.grad.clone() for p in trainer.net.parameters() if p.grad is not None])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a * 8, b)
@@ -152,7 +152,7 @@ def test_fixed_loss_scaling_multiplies_the_gradient(dataset_zip):
 
 def test_the_gradient_is_the_sum_over_pixels_and_the_mean_over_images(dataset_zip):
     trainer = make_trainer(dataset_zip, dropout=0.0)
-    trainer._accumulate_gradients()
+    trainer._accumulate_gradients(trainer._sampled, trainer._next_batches())
     images, labels = trainer.dataset.get_batch(order_at(40, trainer.config.seed, range(8)))
     draws = trainer._draw(0)
     net = Trainer(trainer.config, trainer.dataset, CPU).net  # the same initial weights

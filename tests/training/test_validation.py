@@ -17,7 +17,8 @@ from torch_utils import distributed
 from torch_utils.misc import configure_backends, mix_seed
 from training import training_loop, validation
 from training.config import TrainConfig
-from training.trainer import Trainer, build_loss
+from training.objectives import build_loss
+from training.trainer import Trainer
 from training.validation import CHUNK, Validation, open_held_out
 
 CPU = torch.device("cpu")

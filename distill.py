@@ -1,0 +1,156 @@
+"""Makes a network that samples in one or a few evaluations: checks the options, starts the run."""
+
+
+import os
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from dnnlib.cli import BAD_USAGE, CONTEXT, UserError, run, user_errors
+from training.distill_config import METHOD_DEFAULTS, METHODS, METRICS, OPTIMIZERS, DistillConfig
+from training.launch import check_flags, config_values, finish_config, launch
+from training.presets import DISTILL_PRESETS
+from training.run_options import (
+    ARCHITECTURE,
+    LENGTH,
+    OUTPUT,
+    PERFORMANCE,
+    SCHEDULE,
+    START,
+    RunCommand,
+    options,
+)
+
+_BOOL = click.BOOL
+_ROOT = Path(__file__).resolve().parent
+_EXAMPLE = "examples/emoji16-128.pt"
+_NONE = "none"  # as --teacher
+_OF_NETWORK = {"arch": "--arch", "precond": "--precond", "cbase": "--cbase", "cres": "--cres",
+               "nblock": "--nblock", "ares": "--ares", "sigma_data": "--sigma-data",
+               "cond": "--cond"}  # which the teacher decides
+_DEFAULT_METHOD = "ect"
+
+
+class _Command(RunCommand):
+    """A command whose defaults are those of a method and, over them, of a preset."""
+
+    script = "distill.py"
+
+    def first_command(self) -> str:
+        if not (_ROOT / _EXAMPLE).exists():
+            return "All flags: pfgmpp-distill --help"
+        script, teacher = (os.path.relpath(_ROOT / name) for name in (self.script, _EXAMPLE))
+        return f"For example: python {script} --teacher={teacher} --data=DATA --outdir=runs"
+
+    def parse_args(self, ctx, args):
+        method, preset = (_value_of(args, flag) for flag in ("--method", "--preset"))
+        settings = DISTILL_PRESETS.get(preset, {})
+        chosen = method or settings.get("method", _DEFAULT_METHOD)
+        if settings and chosen != settings["method"]:
+            raise UserError(f"--preset={preset} is of --method={settings['method']}, not "
+                            f"{chosen}; leave one of them out", BAD_USAGE)
+        ctx.default_map = METHOD_DEFAULTS.get(chosen, {}) | settings
+        return super().parse_args(ctx, args)
+
+
+def _value_of(args: list[str], flag: str) -> str | None:
+    """Returns what follows a flag on the command line, the last time that it is given."""
+    found = None
+    for word, following in zip(args, [*args, None][1:], strict=True):
+        if word == flag:
+            found = following
+        elif word.startswith(f"{flag}="):
+            found = word.partition("=")[2]
+    return found
+
+
+@click.command(cls=_Command, context_settings=CONTEXT)
+@click.option("--teacher", metavar="PT|URL|none", required=True, help="Network to make it of, a snapshot or training state; none starts from scratch, with --method=ect.")
+@click.option("--data", metavar="ZIP|DIR", required=True, help="Data set of the teacher's kind, made by dataset_tool.py.")
+@click.option("--outdir", metavar="DIR", required=True, help="Where to make the run directory.")
+@click.option("--name", metavar="NAME", help="Run directory OUTDIR/NAME instead of a numbered one.")
+@click.option("--method", type=click.Choice(METHODS), default=_DEFAULT_METHOD, help="Consistency tuning, consistency distillation, or distillation into a generator.")
+@click.option("--preset", metavar="NAME", type=click.Choice(list(DISTILL_PRESETS)), help=f"Defaults for the flags below, of a published run: {', '.join(DISTILL_PRESETS)}.")
+@click.option("--pfgmpp", type=_BOOL, help="With --teacher=none, train at a finite D; else for teachers that do not record D.")
+@click.option("--aug_dim", metavar="D", type=float, help="Augmented dimensions, with --teacher=none or for teachers that do not record D.  [default: the teacher's; 128 with --pfgmpp=1]")
+@click.option("--cond", type=_BOOL, default=False, help="Train a class-conditional model, with --teacher=none.")
+# Of the methods.
+@click.option("--ect-q", metavar="FLOAT", type=float, default=2, help="ect: base of the distance of two levels, which shrinks by it in each stage.")
+@click.option("--ect-k", metavar="FLOAT", type=float, default=8, help="ect: how much farther apart low levels are.")
+@click.option("--ect-b", metavar="FLOAT", type=float, default=1, help="ect: how fast that fades with the level.")
+@click.option("--ect-c", metavar="FLOAT", type=float, default=0, help="ect: constant of the pseudo-Huber distance; 0 is the 2-norm.")
+@click.option("--ect-double", metavar="MIMG", type=float, default=3.2, help="ect: length of a stage, in millions of images.")
+@click.option("--cd-scales", metavar="INT", type=int, default=40, help="cd: number of noise levels.")
+@click.option("--cd-metric", type=click.Choice(METRICS), default="huber", help="cd: distance of two images, pseudo-Huber or squared.")
+@click.option("--cd-decay", metavar="FLOAT", type=float, default=0.95, help="cd: decay a step of the average that gives targets; 0 is the network itself.")
+@click.option("--ipfm-alpha", metavar="FLOAT", type=float, default=1, help="ipfm: weight of |T - S|^2; 0.5 is that of inverse Poisson flow matching.")
+@click.option("--ipfm-steps", metavar="INT", type=int, default=5, help="ipfm: steps of the auxiliary denoiser for each of the generator.")
+@click.option("--aux-lr", metavar="FLOAT", type=float, default=1e-3, help="ipfm: learning rate of the auxiliary denoiser.")
+@click.option("--sigma-init", metavar="FLOAT", type=float, help="ipfm: noise level that the generator starts from.  [default: the highest, 80 or 380]")
+@click.option("--boundary", metavar="FLOAT", type=float, help="Noise level at which the network returns its input.  [default: 0; 0.002 for cd]")
+@click.option("--P_mean", "P_mean", metavar="FLOAT", type=float, default=-1.2, help="ect, ipfm: mean of ln sigma.")
+@click.option("--P_std", "P_std", metavar="FLOAT", type=float, default=1.2, help="ect, ipfm: standard deviation of ln sigma.")
+# Hyperparameters.
+@options(LENGTH)
+@click.option("--optim", type=click.Choice(OPTIMIZERS), default="radam", help="Optimizer of the network that is sampled.")
+@click.option("--lr", metavar="FLOAT", type=float, default=1e-4, help="Its learning rate.")
+@options(SCHEDULE, ARCHITECTURE, PERFORMANCE, OUTPUT)
+@click.option("--eval-steps", metavar="INT", type=int, help="Evaluations of scores and of grids of samples.  [default: 2; 1 for ipfm]")
+@options(START)
+@click.pass_context
+def main(ctx, teacher, pfgmpp, aug_dim, **flags):
+    """Makes a few-step network of a trained one.
+
+    Defaults shown are those of --method=ect; docs/few-steps.md has those of the others. --arch,
+    --precond, --cbase, --cres, --nblock, --ares, --sigma-data and --cond are for --teacher=none:
+    everything else takes its network from the teacher.
+
+    \b
+    # consistency tuning of a PFGM++ network on 8 GPUs
+    torchrun --standalone --nproc_per_node=8 distill.py --preset=cifar10-ect --outdir=runs \\
+        --teacher=runs/cifar10-2048/network-snapshot-200000.pt --data=datasets/cifar10-32x32.zip
+
+    \b
+    # then two evaluations an image
+    python generate.py --network=runs/00000-cifar10-32x32-uncond-ect --steps=2 --outdir=out
+    """  # noqa: D301 - \b is click's mark for lines to leave alone
+    fixed_dir = check_flags(ctx)
+    has_teacher = teacher != _NONE
+    typed = [flag for name, flag in _OF_NETWORK.items()
+             if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if has_teacher and typed:
+        raise UserError(f"{typed[0]} with --teacher={teacher}: the teacher decides what the network "
+                        f"is; leave {typed[0]} out", BAD_USAGE)
+    if aug_dim is not None and not aug_dim > 0:
+        raise UserError(f"--aug_dim={aug_dim:g}: must be positive, or inf", BAD_USAGE)
+    values = config_values(ctx) | {"teacher": None, "eval_solver": "consistency"}
+    if not has_teacher:
+        is_pfgmpp = aug_dim is not None if pfgmpp is None else pfgmpp
+        values |= {"pfgmpp": is_pfgmpp, "aug_dim": 128.0 if aug_dim is None else aug_dim}
+    # Mistakes in the flags come before the teacher is read.
+    with user_errors(BAD_USAGE):
+        placeholder = {"teacher": teacher, "pfgmpp": False, "aug_dim": 128.0} if has_teacher else {}
+        finish_config(ctx, DistillConfig(**values | placeholder))
+    if not has_teacher:
+        launch(ctx, fixed_dir, lambda _: finish_config(ctx, DistillConfig(**values)))
+        return
+
+    def open_teacher():
+        from training.teacher import Teacher
+        return Teacher.open(teacher, pfgmpp, aug_dim)
+
+    def make_config(opened):
+        with user_errors(BAD_USAGE):
+            return finish_config(ctx, DistillConfig(**values | opened.options))
+
+    launch(ctx, fixed_dir, make_config, open_teacher)
+
+
+def cli() -> None:
+    """Runs the command; where pip has installed it, the console script."""
+    run(main)
+
+
+if __name__ == "__main__":
+    cli()

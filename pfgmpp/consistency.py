@@ -1,0 +1,187 @@
+"""Training of consistency functions at every D: tuning (ect) and distillation (cd).
+
+    B batch    N = C*H*W    y clean image    (s, z) scale and direction of a path    t > r levels
+
+A path of the family is x_t = y + t s z with s = sqrt(D/c), c ~ chi^2_D, fixed along it (s = 1 at
+D = inf). Its mean velocity given x is the right-hand side of the ODE at every D, so all that is
+known of consistency functions f(x, t) for diffusion carries over once both ends of a step share
+(s, z):
+
+    ect   |f(y + t s z, t) - f(y + r s z, r)|^2 in expectation, with r close below t. Easy
+          consistency tuning (Geng et al. 2024, arXiv 2406.14548) draws ln t ~ Normal(P_mean,
+          P_std) and takes r of stage S = floor(images / stage length) by
+
+              r = max(0, t (1 - q^-(S+1) (1 + k / (1 + e^(b t)))))
+
+          so that the first stages denoise (r = 0, where f(x_0, 0) = y) and later ones are ever more
+          consistent. The loss of an image is sqrt(L) / (t - r), L the squared distance, or
+          (sqrt(L + c^2) - c) / (t - r) with c > 0.
+    cd    the distance of f(x_i, t_i) and f_target(x_(i+1), t_(i+1)) with x_i = y + t_i s z and
+          x_(i+1) by one step of the teacher's ODE from it, of Heun's method, on a grid of levels
+          (Song et al. 2023, arXiv 2303.01469; at finite D Hein et al. 2025, PFCM). The distance is
+          L or, by default, the pseudo-Huber one sqrt(L + c^2) - c with c = 0.00054 sqrt(N) (Song
+          and Dhariwal 2023, arXiv 2310.14189).
+
+The end at r carries no gradient. Both ends see the same dropout masks, labels and condition: what
+differs between them is the level alone, or the gradient's variance would not fall with t - r.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pfgmpp.kernel import per_image, scaled_noise
+from pfgmpp.loss import DenoisingLoss, EDMLoss, LossDraws
+from torch_utils.misc import default_generator
+
+HUBER_PER_SQRT_N = 0.00054  # Song and Dhariwal 2023
+# The square root has no derivative at 0, where both ends agree.
+_TINY = 1e-12
+_LEAST_GAP = 1e-5  # of r below t, relative: float32 keeps two digits of their difference
+
+
+class ConsistencyTuningLoss(EDMLoss):
+    """The loss of easy consistency tuning at the stage that `nimg` images have reached.
+
+    Args (beyond EDMLoss's, whose defaults are others here): q, k, b: of r(t), see above.
+    stage_nimg: images of a stage. c: of the distance; 0 is the square root.
+    """
+
+    def __init__(self, P_mean: float = -1.1, P_std: float = 2.0, q: float = 2.0, k: float = 8.0,
+                 b: float = 1.0, c: float = 0.0, stage_nimg: float = 3.2e6, **kwargs):
+        super().__init__(P_mean=P_mean, P_std=P_std, **kwargs)
+        self.q, self.k, self.b, self.c, self.stage_nimg = q, k, b, c, stage_nimg
+
+    def stage(self, nimg: int) -> int:
+        """Returns the stage S after `nimg` images."""
+        return int(nimg // self.stage_nimg)
+
+    def lower_level(self, t: torch.Tensor, nimg: int) -> torch.Tensor:
+        """Returns r, the level that is compared with t, of t's shape; 0 <= r < t."""
+        decay = self.q ** -(self.stage(nimg) + 1)
+        bend = 1 + self.k * torch.sigmoid(-self.b * t)
+        r = (t * (1 - decay * bend)).clamp(min=0)
+        return torch.minimum(r, t * (1 - _LEAST_GAP))
+
+    def __call__(
+        self, net: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None,
+        augment_pipe: Any = None, *, draws: LossDraws | None = None,
+        condition: torch.Tensor | None = None, nimg: int = 0,
+        frozen: Callable | None = None,
+    ) -> torch.Tensor:
+        """Returns the loss of each image, [B].
+
+        Args:
+            net: the consistency function (x, sigma, labels) -> image; condition=... where given.
+            images: clean images [B, C, H, W] in [-1, 1], or vectors [B, N].
+            labels: one-hot or real labels [B, label_dim], or None.
+            augment_pipe: not used; consistency functions are trained on the images as they are.
+            draws: variates of these images; None draws them from PyTorch's default generator.
+            condition: what the network is told of each image, [B, cond_channels, H, W].
+            nimg: images seen so far, which decide the stage.
+            frozen: what to evaluate at r, without a gradient, in place of `net`: the same network
+                without the wrapper that gathers its gradients.
+        """
+        if draws is None:
+            draws = self.draw(images.shape, default_generator(images.device))
+        t = draws.sigma
+        r = self.lower_level(t, nimg)
+        kwargs = {} if condition is None else {"condition": condition}
+
+        def at(f: Callable, sigma: torch.Tensor) -> torch.Tensor:
+            noisy = images + scaled_noise(draws.z, sigma, draws.scale)
+            return f(noisy, per_image(sigma, images.ndim), labels, **kwargs)
+
+        seed = dropout_seed()
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            is_denoising = per_image(r, images.ndim) == 0
+            # A network has no level 0, whose logarithm is infinite: there f(y, 0) = y.
+            target = torch.where(is_denoising, images,
+                                 at(frozen or net, torch.where(r > 0, r, t)))
+        torch.manual_seed(seed)
+        return distance(at(net, t), target, self.c) / (t - r)
+
+
+class ConsistencyDistillationLoss(DenoisingLoss):
+    """The loss of consistency distillation along the teacher's Heun steps.
+
+    Args (beyond the base's): teacher: a denoiser (x, sigma, labels), frozen. levels: noise levels
+    above 0, falling. target: the consistency function at the lower level; None is the network
+    itself. metric: 'huber' or 'l2'.
+    """
+
+    def __init__(self, teacher: Callable, levels: torch.Tensor, target: Callable | None = None,
+                 metric: str = "huber", **kwargs):
+        super().__init__(**kwargs)
+        self.teacher, self.target, self.metric = teacher, target, metric
+        self.levels = levels.to(torch.float32)
+
+    def sample_sigma(self, batch, rng):
+        """Returns levels of the grid, all but the lowest, equally often, [batch] float32."""
+        index = torch.randint(len(self.levels) - 1, [batch], generator=rng, device=rng.device)
+        return self.levels.to(rng.device)[index]
+
+    def lower_level(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns the level of the grid below each of t, [B]."""
+        levels = self.levels.to(t.device)
+        return levels[(levels - t[:, None]).abs().argmin(dim=1) + 1]
+
+    def __call__(
+        self, net: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None,
+        augment_pipe: Any = None, *, draws: LossDraws | None = None,
+        condition: torch.Tensor | None = None, nimg: int = 0,
+        frozen: Callable | None = None,
+    ) -> torch.Tensor:
+        """Returns the loss of each image, [B]. Arguments as for `ConsistencyTuningLoss`.
+
+        `nimg` decides nothing here. Where there is no `target`, `frozen` or `net` is evaluated.
+        """
+        if draws is None:
+            draws = self.draw(images.shape, default_generator(images.device))
+        t = draws.sigma
+        r = self.lower_level(t)
+        kwargs = {} if condition is None else {"condition": condition}
+        x = images + scaled_noise(draws.z, t, draws.scale)
+        high, low = per_image(t, x.ndim), per_image(r, x.ndim)
+        seed = dropout_seed()
+        with torch.no_grad():
+            below = heun_step(lambda x, sigma: self.teacher(x, sigma, labels, **kwargs), x, high,
+                              low)
+            torch.manual_seed(seed)
+            target = (self.target or frozen or net)(below, low, labels, **kwargs)
+        torch.manual_seed(seed)
+        given = net(x, high, labels, **kwargs)
+        if self.metric == "l2":
+            return (given - target).square().flatten(1).sum(dim=1)
+        return distance(given, target, HUBER_PER_SQRT_N * math.sqrt(x[0].numel()))
+
+
+def distance(a: torch.Tensor, b: torch.Tensor, c: float) -> torch.Tensor:
+    """Returns sqrt(|a - b|^2 + c^2) - c of each image [B, ...], as [B]; c = 0 is the 2-norm."""
+    squared = (a - b).square().flatten(1).sum(dim=1)
+    return (squared + (c * c if c else _TINY)).sqrt() - c
+
+
+def heun_step(
+    denoise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor,
+    sigma: torch.Tensor, sigma_next: torch.Tensor,
+) -> torch.Tensor:
+    """Returns the states of level `sigma_next` > 0 that the ODE leads to from those of `sigma`.
+
+    Each image has levels of its own, [B, 1, ...]; the ODE does not see D.
+    """
+    slope = (x - denoise(x, sigma)) / sigma
+    guess = x + (sigma_next - sigma) * slope
+    second = (guess - denoise(guess, sigma_next)) / sigma_next
+    return x + (sigma_next - sigma) * (slope + second) / 2
+
+
+def dropout_seed() -> int:
+    """Returns a seed by which two passes of a network draw the same dropout masks.
+
+    It comes from PyTorch's default generator on the CPU, as what the masks are drawn from does.
+    """
+    return int(torch.randint(1 << 62, [], device="cpu"))

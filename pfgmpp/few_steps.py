@@ -1,0 +1,127 @@
+"""Networks that sample in one or a few evaluations: their noise levels, and their sampler.
+
+    f(x, sigma) clean image    K_D(sigma) noise of the kernel    n number of levels
+
+A consistency function, or a generator that was distilled, gives a clean image at once. More levels
+sigma_0 > sigma_1 > ... > sigma_(n-1) mend it (Song et al. 2023, arXiv 2303.01469, Algorithm 1):
+
+    x_0 = K_D(sigma_0)    y_i = f(x_i, sigma_i)    x_(i+1) = y_i + K_D(sigma_(i+1))
+
+The noise between evaluations belongs to the network's own D, with a new direction and a new radius:
+Gaussian noise would give states that training at finite D has never seen. Which levels are good
+depends on how the network was trained:
+
+    ect, cd   sigma_0 = 80 and, for n = 2, 0.821 (Geng et al. 2024, arXiv 2406.14548). More levels
+              lie around the second, each a factor of 4 below the one before it.
+    ipfm      n equal steps from sigma_0 towards 0.002, without the last
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from pfgmpp.loss import EDM_SIGMA_MAX
+
+METHODS = ("ect", "cd", "ipfm")
+_MIDDLE = 0.821 / EDM_SIGMA_MAX  # second level of a consistency function, over the first
+_FACTOR = 4.0  # between its further levels
+_LOWEST = 0.002  # level towards which those of generators fall
+_DEFAULT_STEPS = {"ect": 2, "cd": 2, "ipfm": 1}
+_MAX_LEVELS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class FewStep:
+    """How a few-step network was made, one of METHODS, and the levels to sample it at.
+
+    Raises:
+        ValueError: another method, or levels that do not fall, of a number from 1 to 64.
+    """
+
+    method: str
+    levels: tuple[float, ...]
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"few_step: method {self.method!r} must be one of "
+                             f"{', '.join(METHODS)}")
+        levels = tuple(map(float, self.levels))
+        falling = all(a > b for a, b in zip(levels, [*levels[1:], 0.0], strict=True))
+        if not 1 <= len(levels) <= _MAX_LEVELS or not falling or math.isinf(levels[0]):
+            raise ValueError(f"few_step: levels {list(levels)} must be 1 to {_MAX_LEVELS} falling "
+                             "numbers above 0")
+        object.__setattr__(self, "levels", levels)
+
+    @classmethod
+    def of(cls, method: str, sigma_max: float = EDM_SIGMA_MAX) -> "FewStep":
+        """Returns the usual levels of a method from `sigma_max` on."""
+        return cls(method, few_step_levels(method, sigma_max, _DEFAULT_STEPS[method]))
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "FewStep":
+        """Returns what `to_dict` wrote.
+
+        Raises:
+            ValueError: not such a record.
+        """
+        try:
+            return cls(record["method"], tuple(record["levels"]))
+        except (KeyError, TypeError):
+            raise ValueError(f"few_step={record!r}: must be a method and levels") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data for a checkpoint."""
+        return {"method": self.method, "levels": list(self.levels)}
+
+    def of_steps(self, num_steps: int) -> tuple[float, ...]:
+        """Returns the levels of `num_steps` evaluations: the recorded ones, or as many as asked."""
+        if num_steps == len(self.levels):
+            return self.levels
+        return few_step_levels(self.method, self.levels[0], num_steps)
+
+
+def few_step_levels(method: str, sigma_max: float, num_steps: int) -> tuple[float, ...]:
+    """Returns the usual levels of a method, falling from `sigma_max`.
+
+    Raises:
+        ValueError: `num_steps` is not a whole number from 1 to 64.
+    """
+    if type(num_steps) is not int or not 1 <= num_steps <= _MAX_LEVELS:
+        raise ValueError(f"num_steps={num_steps}: must be 1 to {_MAX_LEVELS} for a few-step "
+                         "network")
+    if method == "ipfm":
+        step = (sigma_max - _LOWEST) / num_steps
+        return tuple(sigma_max - i * step for i in range(num_steps))
+    if num_steps == 1:
+        return (sigma_max,)
+    factor = min(_FACTOR, _MIDDLE ** (-2 / num_steps))  # many levels must be closer together
+    middle = (num_steps - 2) / 2
+    return (sigma_max, *(sigma_max * _MIDDLE * factor ** (middle - i)
+                         for i in range(num_steps - 1)))
+
+
+def consistency(
+    denoise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor,
+    sigmas: Sequence[torch.Tensor] | torch.Tensor,
+    noise_like: Callable[[torch.Tensor], torch.Tensor],
+    watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Returns the images [B, ...] that a few-step network makes of states x.
+
+    Args:
+        denoise: f(x, sigma) with sigma of shape [].
+        x: the states at sigmas[0], [B, ...].
+        sigmas: noise levels, and then 0, on x's device.
+        noise_like: draws unit-scale noise of the kernel, of the shape and dtype of its argument.
+        watch: called with (state, sigma) before each evaluation.
+    """
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        if watch:
+            watch(x, sigma)
+        x = denoise(x, sigma)
+        if sigma_next > 0:
+            x = x + sigma_next * noise_like(x)
+    return x

@@ -1,0 +1,153 @@
+"""Options of a few-step run (distill.py): those of every run, and those of its method.
+
+Defaults of each method are the published ones, where there are such:
+
+    ect    Geng et al. 2024, arXiv 2406.14548, CIFAR-10
+    cd     Song et al. 2023, arXiv 2303.01469, and PFCM (Hein et al. 2025) for its 40 levels, the
+           target's decay and the boundary; the distance is that of Song and Dhariwal 2023, for
+           LPIPS needs another package
+    ipfm   Inverse Poisson flow matching, with alpha = 1 of Zhou et al. 2024, arXiv 2404.04057
+
+What a network is comes from its teacher, whose configuration the options hold. `--teacher=none`
+trains a consistency function from the seed's own weights.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dnnlib.util import require
+from training.config import TrainConfig
+
+METHODS = ("ect", "cd", "ipfm")
+OPTIMIZERS = ("radam", "adam")
+METRICS = ("huber", "l2")
+_CD_BOUNDARY = 0.002  # the lowest level of the grid
+
+# Mimg where the flags are; a half-life for the decay b of an average by steps of B images is
+# B ln 2 / (1 - b): 0.887 Mimg for 0.9999 at 128.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ect": {"duration": 25.6, "batch": 128, "lr": 1e-4, "lr_rampup": 0.0, "ema": 0.887,
+            "dropout": 0.2, "optim": "radam", "P_mean": -1.1, "P_std": 2.0},
+    "cd": {"duration": 25.6, "batch": 128, "lr": 1e-4, "lr_rampup": 0.0, "ema": 0.887,
+           "dropout": 0.0, "optim": "radam"},
+    "ipfm": {"duration": 10.24, "batch": 512, "lr": 1e-5, "lr_rampup": 0.512, "ema": 0.355,
+             "dropout": 0.0, "optim": "adam"},
+}
+# Options of one method, which the others ignore.
+_OF_METHOD = {"ect": ("P_mean", "P_std", "ect_q", "ect_k", "ect_b", "ect_c", "ect_double"),
+              "cd": ("cd_scales", "cd_metric", "cd_decay"),
+              "ipfm": ("P_mean", "P_std", "ipfm_alpha", "ipfm_steps", "sigma_init", "aux_lr")}
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig(TrainConfig):
+    """What a few-step run trains, and how. Field names are those of distill.py's flags.
+
+    Raises:
+        ValueError: an option outside its range, or options that exclude each other.
+    """
+
+    duration: float = 25.6
+    batch: int = 128
+    lr: float = 1e-4
+    lr_rampup: float = 0.0
+    ema: float = 0.887
+    dropout: float = 0.2
+    augment: float = 0.0
+    P_mean: float = -1.1
+    P_std: float = 2.0
+    eval_solver: str = "consistency"
+    eval_steps: int | None = None  # None = the network's own number
+    method: str = "ect"
+    optim: str = "radam"
+    teacher: str | None = None  # None = no teacher
+    teacher_network: dict | None = None  # its configuration
+    teacher_sha256: str | None = None  # of its weights
+    boundary: float | None = None  # level at which f(x) = x; None = 0, and 0.002 of cd
+    ect_q: float = 2.0
+    ect_k: float = 8.0
+    ect_b: float = 1.0
+    ect_c: float = 0.0
+    ect_double: float = 3.2  # Mimg
+    cd_scales: int = 40
+    cd_metric: str = "huber"
+    cd_decay: float = 0.95  # of the target's average, a step
+    ipfm_alpha: float = 1.0
+    ipfm_steps: int = 5
+    sigma_init: float | None = None  # None = sigma_max
+    aux_lr: float = 1e-3
+
+    def __post_init__(self):
+        from pfgmpp.few_steps import FewStep
+        if self.teacher_network:  # JSON has no infinity
+            object.__setattr__(self, "teacher_network", {
+                key: math.inf if value == "inf" else value
+                for key, value in self.teacher_network.items()})
+        super().__post_init__()
+        require(self.method in METHODS, f"--method={self.method}", " or ".join(METHODS))
+        require(self.teacher is not None or self.method == "ect",
+                f"--teacher=none with --method={self.method}", "used with --method=ect, which "
+                "trains from scratch too; the others need a teacher")
+        require(not self.augment and not self.stf, "--augment and --stf", "left out: few-step "
+                "methods train on the images as they are")
+        require(self.optim in OPTIMIZERS, f"--optim={self.optim}", " or ".join(OPTIMIZERS))
+        require(self.cd_metric in METRICS, f"--cd-metric={self.cd_metric}", " or ".join(METRICS))
+        require(self.method != "ipfm" or self.precision != "fp16", "--precision=fp16 with "
+                "--method=ipfm", "bf16, tf32 or fp32: gradients that pass through the teacher have "
+                "no loss scale")
+        for name in ("ect_double", "aux_lr", "sigma_init", "ipfm_steps"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')}={value}",
+                    "positive and finite")
+        require(self.ect_q > 1, f"--ect-q={self.ect_q:g}", "above 1")
+        for name in ("ect_k", "ect_b", "ect_c", "boundary", "ipfm_alpha"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < math.inf, f"--{name.replace('_', '-')}={value}",
+                    "0 or more, and finite")
+        require(self.cd_scales >= 2, f"--cd-scales={self.cd_scales}", "2 or more")
+        require(0 <= self.cd_decay < 1, f"--cd-decay={self.cd_decay:g}", "0 or more, below 1; 0 is "
+                "the network itself")
+        is_edm = (self.teacher_network or {}).get("class_name", "EDMPrecond") == "EDMPrecond"
+        require(is_edm and self.precond == "edm" or not self.boundary, f"--boundary="
+                f"{self.boundary}", "left out: only EDM's preconditioner has a boundary")
+        require((self.teacher_network or {}).get("class_name") != "iDDPMPrecond",
+                f"--teacher={self.teacher}, a network of discrete noise levels,",
+                "one of EDM, PFGM++, VE or VP")
+        FewStep.of(self.method, self.first_level)  # refuses levels that are none
+
+    @property
+    def first_level(self) -> float:
+        """The level from which the network samples."""
+        from pfgmpp.loss import EDM_SIGMA_MAX, LSUN_SIGMA_MAX
+        sigma_max = LSUN_SIGMA_MAX if self.lsun else EDM_SIGMA_MAX
+        return self.sigma_init if self.method == "ipfm" and self.sigma_init else sigma_max
+
+    def network(self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int,
+                cond_channels: int = 0) -> dict:
+        """Returns the configuration of the network that is trained: its teacher's, for few steps.
+
+        Raises:
+            ValueError: without a teacher, as `TrainConfig.network` does.
+        """
+        from pfgmpp.few_steps import FewStep
+        network = dict(self.teacher_network) if self.teacher_network else super().network(
+            img_resolution, img_channels, label_dim, cond_channels)
+        is_edm = network["class_name"] == "EDMPrecond"
+        boundary = self.boundary
+        if boundary is None and is_edm and self.method == "cd":
+            boundary = _CD_BOUNDARY
+        # Labels of augmentation are never given, and weights that nothing uses DDP does not accept.
+        for name in ("boundary", "boundary_in_training", "label_dropout", "augment_dim"):
+            network.pop(name, None)
+        if boundary:
+            network["boundary"] = boundary
+        return network | {"dropout": self.dropout,
+                          "few_step": FewStep.of(self.method, self.first_level).to_dict()}
+
+    @property
+    def unused_options(self) -> set[str]:
+        """The options that belong to other methods."""
+        own = set(_OF_METHOD[self.method])
+        return {name for names in _OF_METHOD.values() for name in names} - own

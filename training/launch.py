@@ -1,0 +1,369 @@
+"""Starts a run: checks what its flags name, opens its data, finds what it goes on from, trains.
+
+train.py and distill.py differ in the options that they make of their flags, and in a teacher; all
+else of a start is here. No PyTorch is needed to import this file, and none is imported before the
+flags have been looked at.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from dnnlib import console
+from dnnlib.cli import BAD_USAGE, DIVERGED, UserError, user_errors
+from dnnlib.progress import stage
+
+if TYPE_CHECKING:
+    from training.config import TrainConfig
+    from training.teacher import Teacher
+
+
+def precision_of(ctx: click.Context) -> str:
+    """Returns the precision that --precision and --fp16 come to; what is typed comes first.
+
+    Raises:
+        ValueError: both are typed and disagree.
+    """
+    precision, fp16 = ctx.params["precision"], ctx.params["fp16"]
+    typed = [name for name in ("precision", "fp16")
+             if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if fp16 and len(typed) == 2 and precision != "fp16":
+        raise ValueError(f"--fp16=1 and --precision={precision}: choose one")
+    if typed == ["fp16"]:
+        return "fp16" if fp16 else "fp32"
+    return precision or "fp32"
+
+
+# Flags that say how a run starts, not what it trains.
+_OF_START = {"outdir", "name", "desc", "nosubdir", "device", "resume", "override_options",
+             "dry_run", "rate", "quiet", "verbose"}
+
+
+def config_values(ctx: click.Context) -> dict[str, Any]:
+    """Returns the values of the fields of `TrainConfig` that the flags say."""
+    flags = ctx.params
+    values = {name: value for name, value in flags.items()
+              if name not in _OF_START | {"fp16", "compile_"}}
+    return values | {"precision": precision_of(ctx), "compile": flags["compile_"],
+                     "seed": flags["seed"] or 0, "log": flags["log"] or ()}
+
+
+def check_flags(ctx: click.Context) -> Path | None:
+    """Returns the run directory that the flags name, None for a numbered one in --outdir.
+
+    Raises:
+        UserError: flags that do not go together, or a folder that can't be written.
+    """
+    flags = ctx.params
+
+    def is_typed(name: str) -> bool:
+        return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+    name, nosubdir, resume = flags["name"], flags["nosubdir"], flags["resume"]
+    if nosubdir and (name or flags["desc"]):
+        raise UserError("--nosubdir: can't be combined with --name or --desc", BAD_USAGE)
+    if resume == "auto" and not (name or nosubdir):
+        raise UserError("--resume=auto: needs --name or --nosubdir to know the run", BAD_USAGE)
+    if resume not in (None, "auto") and flags.get("transfer") and is_typed("transfer"):
+        raise UserError("--resume=FILE and --transfer: choose one; --resume=auto goes with it, and "
+                        "transfers where there is no state yet", BAD_USAGE)
+    if is_typed("preset") and is_typed("config"):
+        raise UserError("--preset and --config: choose one", BAD_USAGE)
+    if flags["rate"] and not flags["dry_run"]:
+        raise UserError("--rate: used with --dry-run", BAD_USAGE)
+    outdir = Path(flags["outdir"])
+    fixed_dir = outdir if nosubdir else outdir / name if name else None
+    with user_errors():
+        if console.is_rank0():  # the only one that writes
+            _check_writable(fixed_dir or outdir)
+    return fixed_dir
+
+
+def finish_config(ctx: click.Context, config: "TrainConfig") -> "TrainConfig":
+    """Returns the options with a --batch-gpu that fits the processes, if nobody typed one.
+
+    Raises:
+        ValueError: the batch can't be split, or a package for --log is missing.
+    """
+    with stage("Loading PyTorch"):
+        from training.log_sinks import check_available
+    check_available(config.log)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if ctx.get_parameter_source("batch_gpu") is not ParameterSource.COMMANDLINE:
+        config = config.with_fitting_batch_gpu(world_size)  # of a preset or another run
+    config.rounds(world_size)
+    return config
+
+
+def launch(
+    ctx: click.Context, fixed_dir: Path | None,
+    make_config: Callable[["Teacher | None"], "TrainConfig"],
+    open_teacher: "Callable[[], Teacher] | None" = None,
+) -> None:
+    """Starts a run, or with --dry-run says what it would be.
+
+    Args:
+        ctx: of the command, whose flags include `run_options.PERFORMANCE`, `OUTPUT` and `START`.
+        fixed_dir: what `check_flags` returned.
+        make_config: returns the options, given the teacher.
+        open_teacher: returns the teacher, within the process group; None where there is none.
+    """
+    flags = ctx.params
+    resume, dry_run, override = flags["resume"], flags["dry_run"], flags["override_options"]
+    with stage("Loading PyTorch"):
+        from torch_utils import distributed
+        from training import agreement
+        from training import resume as resuming
+        from training.sigma_data import settle_sigma_data
+
+    with user_errors(), contextlib.ExitStack() as starting, \
+            _starting(starting, distributed.process_group(flags["device"])) as torch_device, \
+            contextlib.ExitStack() as stack:
+        teacher = open_teacher() if open_teacher else None
+        config = make_config(teacher)
+        _warn_of_idle_dim(ctx, config)
+        agreement.check_options(
+            config, device=torch_device.type, seed=flags["seed"],
+            resume=resume if resume in (None, "auto") else "a path",
+            override_options=override, dry_run=dry_run, has_name=fixed_dir is not None)
+        if fixed_dir and not dry_run:  # before another run's newest state is read
+            distributed.run_on_rank0(_lock_if_there, stack, fixed_dir)
+        state = resuming.open_state(resume, fixed_dir) if resume else None
+        config, state = resuming.settle_options(config, flags["seed"], state, override=override)
+        with console.timed("data"):
+            dataset = _open_dataset(config)
+            if teacher:
+                teacher.check_data(dataset)
+            net = _network(config, dataset)
+            agreement.check_data(dataset)
+            if state:
+                state = resuming.settle_data(config, dataset, state, override=override)
+            _check_reference(config)
+            held_out = _open_held_out(config, dataset)
+            if held_out:
+                agreement.check_data(held_out, "--val-data")
+            for opened in filter(None, (dataset, held_out)):
+                if config.cache and not dry_run:
+                    opened.pack()
+                distributed.run_by(distributed.node_leader(), _check_unless_packed, opened)
+            if config.data_on_device == "1" and not dry_run:
+                _require_packed(dataset)
+            settled = settle_sigma_data(config, dataset, state, may_measure=not dry_run)
+        if settled is not config:
+            config, net = settled, _network(settled, dataset)
+        start = state
+        if state and config.sigma_data is not None:
+            resuming.check_network(net, state)
+        elif teacher and not state:
+            start = resuming.fitting_weights(teacher.source, teacher.weights, net)
+        elif config.transfer and not state:
+            start = resuming.open_weights(config.transfer, net)
+        if dry_run:
+            distributed.run_on_rank0(_print_plan, config, dataset, flags["rate"], torch_device)
+            for line in resuming.describe_start(start):
+                distributed.print0(line)
+            return
+        run_dir = distributed.run_on_rank0(
+            _make_run_dir, config, dataset.name, Path(flags["outdir"]), fixed_dir, flags["desc"],
+            bool(resume))
+        distributed.run_on_rank0(_lock, stack, run_dir)  # a second time is none
+        starting.close()
+        _train(config, dataset, run_dir, torch_device, start, held_out, teacher)
+
+
+def _warn_of_idle_dim(ctx: click.Context, config: "TrainConfig") -> None:
+    """Says so where --aug_dim is typed but diffusion is trained."""
+    from torch_utils import distributed
+    typed = ctx.get_parameter_source("aug_dim") is ParameterSource.COMMANDLINE
+    if typed and not config.pfgmpp and config.aug_dim != float("inf") and not config.method:
+        distributed.warn0(f"--aug_dim={config.aug_dim:g} has no effect without --pfgmpp=1: this "
+                          "run is diffusion (D = inf)")
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises ValueError where a folder can't be made or written, before anything slow starts."""
+    existing = next(path for path in [folder.absolute(), *folder.absolute().parents]
+                    if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--outdir or --name: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--outdir or --name: no permission to write in {existing}")
+
+
+def _starting(starting: contextlib.ExitStack, context):
+    """Returns the context; says until `starting` is closed how long the start takes."""
+    starting.enter_context(stage("Starting"))  # what takes long says so itself
+    return context
+
+
+def _lock(stack, run_dir: Path) -> None:
+    """Locks a run directory until `stack` is left."""
+    from dnnlib.run_lock import run_lock
+    stack.enter_context(run_lock(run_dir))
+
+
+def _lock_if_there(stack, run_dir: Path) -> None:
+    if run_dir.is_dir():
+        _lock(stack, run_dir)
+
+
+def _open_dataset(config):
+    """Returns the data set, checked against the options."""
+    from images.dataset import ImageFolderDataset
+    from training.trainer import check_stable_targets
+    kwargs = {"use_labels": config.cond, "xflip": config.xflip}
+    dataset = ImageFolderDataset(config.data, **kwargs)
+    if config.method and config.teacher:
+        for is_needed, is_there, name in ((config.cond, dataset.has_labels, "labels"),
+                                          (config.cond_image, dataset.has_conditions,
+                                           "condition images")):
+            if is_needed and not is_there:
+                raise UserError(f"--data={config.data}: has no {name}, which the teacher "
+                                f"{config.teacher} takes; give the data of its kind", BAD_USAGE)
+    if config.cond_image:
+        if not dataset.has_conditions:
+            raise UserError(f"--cond-image=1: {config.data} has no condition images; add them with "
+                            "dataset_tool.py --cond-source or leave --cond-image out", BAD_USAGE)
+        kwargs["use_conditions"] = True
+        dataset = ImageFolderDataset(config.data, **kwargs)
+    if config.cond and not dataset.has_labels:
+        raise UserError(f"--cond=1: {config.data} has no labels; add them to its dataset.json, let "
+                        "dataset_tool.py make a data set whose classes are its folders, or train "
+                        "with --cond=0", BAD_USAGE)
+    with user_errors(BAD_USAGE):
+        check_stable_targets(config, dataset)
+    return dataset
+
+
+def _network(config, dataset):
+    """Returns the network of a run without its memory, on the "meta" device."""
+    import torch
+
+    from pfgmpp.networks import build_network
+    with torch.device("meta"):
+        return build_network(config.network(dataset.resolution, dataset.num_channels,
+                                            dataset.label_dim, dataset.cond_channels))
+
+
+def _open_held_out(config, dataset):
+    """Returns the images of --val-data, checked against the data set; None without it."""
+    from training.validation import open_held_out
+    return open_held_out(config, dataset) if config.val_data else None
+
+
+def _check_reference(config) -> None:
+    """Raises ValueError on every rank if one of them does not find --eval-ref."""
+    from dnnlib.util import is_url
+    from torch_utils import distributed
+    ref = config.eval_ref
+    if ref is None or is_url(ref):
+        return
+    missing = [rank for rank, there in enumerate(distributed.gather_objects(os.path.exists(ref)))
+               if not there]
+    if missing:
+        where = f" (on rank {missing[0]})" if distributed.get_world_size() > 1 else ""
+        raise ValueError(f"--eval-ref={ref}: no such file or folder{where}")
+
+
+def _check_unless_packed(dataset) -> None:
+    """Looks at all images, as packing would have done, where one node may have packed them."""
+    if not dataset.is_packed:
+        dataset.check_uniform()
+
+
+def _require_packed(dataset) -> None:
+    """Raises ValueError on every rank if the data of one have no packed file to copy."""
+    from torch_utils import distributed
+    if not all(distributed.gather_objects(dataset.is_packed)):
+        raise ValueError(f"--data-on-device=1: {dataset.path} is not packed, and it is the packed "
+                         "file that is copied; free some space, name another folder by "
+                         "--cache-dir, or leave --data-on-device out")
+
+
+def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Path:
+    """Makes and returns the run directory."""
+    from checkpoints.checkpoint import training_states
+    from dnnlib.run_lock import numbered_dir
+    from torch_utils import distributed
+    if fixed_dir is not None:
+        fixed_dir.mkdir(parents=True, exist_ok=True)
+        if not resuming and training_states(fixed_dir):
+            raise ValueError(f"{fixed_dir} already holds a run; use --resume=auto to go on with it,"
+                             " or another --name")
+        return fixed_dir
+    outdir.mkdir(parents=True, exist_ok=True)
+    words = [dataset_name, "cond" if config.cond else "uncond",
+             *([config.method] if config.method else [config.arch, config.precond]),
+             f"gpus{distributed.get_world_size()}", f"batch{config.batch}", config.precision]
+    text = "-".join(words + ([desc] if desc else []))
+    return numbered_dir(outdir, text)
+
+
+def _train(config, dataset, run_dir, device, start, held_out, teacher) -> None:
+    """Trains from a State, from Weights, or from None: the seed's own weights."""
+    from dnnlib.util import Logger
+    from torch_utils import distributed
+    from training.resume import describe_start
+    from training.trainer import DivergedError
+    from training.training_loop import training_loop
+    log = Logger(run_dir / "log.txt") if distributed.get_rank() == 0 else contextlib.nullcontext()
+    with log:
+        distributed.print0(f"Run directory  {run_dir}")
+        for line in describe_start(start):
+            distributed.print0(line)
+        try:
+            training_loop(config, dataset=dataset, run_dir=run_dir, device=device, start=start,
+                          held_out=held_out, teacher=teacher)
+        except (DivergedError, ValueError, OSError) as error:
+            if distributed.get_rank() == 0:
+                log.write_file(f"Error: {error}\n")  # the console shows it at the end
+            if isinstance(error, DivergedError):
+                raise UserError(str(error), DIVERGED) from error
+            raise
+
+
+def _print_plan(config, dataset, rate: float | None, device) -> None:
+    """Prints what --dry-run shows: options, data, what the run will take, and warnings."""
+    from torch_utils import distributed, misc
+    from training.advice import Machine, advice
+    from training.estimate import describe as describe_estimate
+    world_size = distributed.get_world_size()
+    micro_batch, rounds = config.rounds(world_size)
+    network = config.network(dataset.resolution, dataset.num_channels, dataset.label_dim,
+                             dataset.cond_channels)
+    console.result("\n".join([
+        json.dumps(config.to_dict(), indent=2),
+        f"{len(dataset)} images {'x'.join(map(str, dataset.image_shape))}, "
+        f"{dataset.label_dim} label dimensions; {micro_batch} images x {rounds} round(s) x "
+        f"{world_size} process(es)",
+        f"Noise      {config.noise_name}",
+        describe_estimate(config, network, world_size, rate),
+        *(_cache_lines(dataset) if config.cache else []),
+        "Dry run: nothing was trained or written."]))
+    parameters = misc.count_parameters(_network(config, dataset))
+    for line in advice(config, Machine.of(device), parameters):
+        distributed.warn0(line)
+
+
+def _cache_lines(dataset) -> list[str]:
+    """Returns where the data are packed, or would be, for --dry-run."""
+    from dnnlib.util import shown_bytes
+    from images.data_cache import free_bytes
+    packing = dataset.packing()
+    lines = [f"Cache      {path}, {shown_bytes(size)}, packed already"
+             for path, size, is_there in packing if is_there]
+    missing = [(path, size) for path, size, is_there in packing if not is_there]
+    if missing:
+        size, free = sum(size for _, size in missing), free_bytes(missing[0][0])
+        lines += [f"Cache      {path}, {shown_bytes(size)}, to be packed by the first run"
+                  for path, size in missing]
+        lines.append(f"           {shown_bytes(free)} are free there" + (
+            "" if free >= size else ", too little: images would be decoded in every epoch instead; "
+            "free some space, or name another folder by --cache-dir"))
+    return lines

@@ -1,0 +1,126 @@
+"""The flags that train.py and distill.py share; no PyTorch is needed for their help."""
+
+from collections.abc import Callable, Sequence
+
+import click
+
+from dnnlib.cli import (
+    BAD_USAGE,
+    IntList,
+    NameList,
+    UserError,
+    cache_dir_option,
+    verbosity_options,
+)
+from training.config import LOG_SINKS, LR_DECAYS
+
+_BOOL = click.BOOL
+
+
+class RunCommand(click.Command):
+    """A command that says all that is missing, and how to start."""
+
+    script = ""  # its file
+
+    def first_command(self) -> str:
+        """Returns the line that shows how to start."""
+        return f"All flags: python {self.script} --help"
+
+    def parse_args(self, ctx, args):
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.MissingParameter as error:
+            missing = [f"{option.opts[0]}={option.metavar} ({option.help[:-1].lower()})"
+                       for option in self.params if option.required
+                       and not any(word.partition("=")[0] == option.opts[0] for word in given)
+                       and ctx.lookup_default(option.name) is None]
+            raise UserError(f"{self.script} needs {' and '.join(missing)}", BAD_USAGE,
+                            hint=self.first_command()) from error
+
+
+def _parse_sigma_data(ctx, param, value: str) -> float | None:
+    """Returns the number, None for 'auto'."""
+    try:
+        return None if value == "auto" else float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value}: must be a number or auto") from None
+
+
+ARCHITECTURE = (
+    click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]), default="ddpmpp", help="Network architecture."),
+    click.option("--precond", type=click.Choice(["vp", "ve", "edm", "iddpm"]), default="edm", help="Preconditioning and loss."),
+    click.option("--cbase", metavar="INT", type=int, help="Channel multiplier.  [default: by architecture]"),
+    click.option("--cres", metavar="LIST", type=IntList(unique=False), help="Channels per resolution, e.g. 1,2,2,2.  [default: by architecture]"),
+    click.option("--nblock", metavar="INT", type=int, help="Residual blocks per resolution.  [default: by architecture]"),
+    click.option("--ares", metavar="LIST", type=IntList(empty="none"), help="Image sides (the longer one) at which blocks attend, e.g. 32,16,8; with none, only the block in the middle does.  [default: by architecture: 16, and 32,16,8 for adm]"),
+    click.option("--sigma-data", metavar="FLOAT|auto", default="0.5", callback=_parse_sigma_data, help="Standard deviation of the data as networks see them; auto measures it."),
+)
+
+LENGTH = (
+    click.option("--duration", metavar="MIMG", type=float, default=200, help="Length of training in millions of images."),
+    click.option("--batch", metavar="INT", type=int, default=512, help="Batch size over all processes."),
+    click.option("--batch-gpu", metavar="INT", type=int, help="Largest batch per process; smaller means gradient accumulation.  [default: batch / processes]"),
+)
+
+SCHEDULE = (
+    click.option("--lr-rampup", metavar="MIMG", type=float, default=10, help="Linear rise of the learning rate, in millions of images."),
+    click.option("--lr-decay", type=click.Choice(LR_DECAYS), default="none", help="Fall of the learning rate: rsqrt is sqrt(start / images), as in EDM2; cosine reaches 0 at --duration."),
+    click.option("--lr-decay-start", metavar="MIMG", type=float, help="Where --lr-decay begins, in millions of images; above 0 for rsqrt.  [default: the end of --lr-rampup]"),
+    click.option("--ema", metavar="MIMG", type=float, default=0.5, help="Half-life of the weights' moving average."),
+    click.option("--dropout", metavar="FLOAT", type=float, default=0.13, help="Dropout probability."),
+    click.option("--xflip", type=_BOOL, default=False, help="Add a mirrored copy of the data set."),
+)
+
+PERFORMANCE = (
+    click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), help="Arithmetic inside the network.  [default: fp32]"),
+    click.option("--fp16", type=_BOOL, default=False, help="The same as --precision=fp16."),
+    click.option("--ls", metavar="FLOAT", type=float, help="Loss scaling.  [default: dynamic for fp16, else 1]"),
+    click.option("--clip-grad", metavar="NORM", type=float, help="Shorten the gradient of a step, all parameters together, to this 2-norm.  [default: no limit]"),
+    click.option("--max-bad-steps", metavar="INT", type=int, default=100, help="End the run after more steps in a row with gradients that are not finite; checked without waiting for the device, at the latest at a tick."),
+    click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to train."),
+    click.option("--checkpoint-blocks", type=_BOOL, default=False, help="Keep only the inputs of the network's blocks for the backward pass, and compute each block twice: less memory, about a third more operations."),
+    click.option("--compile", "compile_", type=click.Choice(["auto", "0", "1"]), default="auto", help="torch.compile the network; auto compiles on a GPU with Triton, except with --deterministic=1."),
+    click.option("--deterministic", type=_BOOL, is_flag=False, flag_value=True, default=False, help="Only deterministic GPU kernels."),
+    click.option("--bench", type=_BOOL, default=True, help="cuDNN autotuning."),
+    click.option("--cache", type=_BOOL, default=True, help="Decode the data once into a packed file that all processes of a node map."),
+    cache_dir_option,
+    click.option("--data-on-device", type=click.Choice(["auto", "0", "1"]), default="auto", help="Keep the data in the device's memory; auto does where they take 1/16 of a GPU's."),
+    click.option("--workers", metavar="INT", type=int, default=1, help="Threads that read data ahead, processes with --cache=0; 0 reads in the main thread."),
+)
+
+OUTPUT = (
+    click.option("--desc", metavar="STR", help="Text at the end of the run directory's name."),
+    click.option("--nosubdir", is_flag=True, help="Use OUTDIR itself as the run directory."),
+    click.option("--tick", metavar="KIMG", type=float, default=50, help="How often to report progress, in thousands of images."),
+    click.option("--snap", metavar="TICKS", type=int, default=50, help="How often to write network-snapshot-*.pt and samples-*.png."),
+    click.option("--dump", metavar="TICKS", type=int, default=50, help="How often to write training-state-*.pt."),
+    click.option("--keep", metavar="INT", type=int, help="Keep this many training states, the newest.  [default: all]"),
+    click.option("--samples", metavar="INT", type=int, help="Images in a samples-*.png; 0 writes none.  [default: 64 on a GPU, 16 on the CPU]"),
+    click.option("--log-to", "--log", "log", metavar="LIST", type=NameList(LOG_SINKS), help="Also log to tensorboard, wandb.  [default: files of the run alone]"),
+    click.option("--eval", metavar="KIMG", type=float, help="How often to score samples, in thousands of images.  [default: never]"),
+    click.option("--eval-ref", metavar="NPZ|URL|ZIP|DIR", help="Reference statistics or data set to score against."),
+    click.option("--eval-num", metavar="INT", type=int, default=50_000, help="Number of samples to score."),
+    click.option("--eval-detector", metavar="inception|pixels|FILE", default="inception", help="Features to score by, see fid.py."),
+)
+
+START = (
+    click.option("--seed", metavar="INT", type=int, help="Random seed.  [default: random, or that of the resumed state]"),
+    click.option("--resume", metavar="PT|auto", help="Go on from a training state; auto takes the newest of the run directory."),
+    click.option("--override-options", is_flag=True, help="Resume although options that decide what is computed have changed."),
+    click.option("-n", "--dry-run", is_flag=True, help="Print the options and what the run will take, and stop."),
+    click.option("--rate", metavar="IMG_PER_S", type=click.FloatRange(min=0, min_open=True), help="Images a second over all processes, for the hours that --dry-run prints."),
+    verbosity_options,
+)
+
+
+def options(*groups: Sequence[Callable]) -> Callable:
+    """Returns a decorator that adds groups of flags to a command's function, in their order."""
+
+    def add(function: Callable) -> Callable:
+        for group in reversed(groups):
+            for option in reversed(group):
+                function = option(function)
+        return function
+
+    return add

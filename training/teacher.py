@@ -1,0 +1,100 @@
+"""The network that a few-step network is made from: read once, checked, and frozen."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from checkpoints import checkpoint
+from images.dataset import ImageFolderDataset
+from images.scaling import Scaling
+from pfgmpp.networks import Precond, image_size, network_D
+from sampling.network_sampler import load_network, recorded_scaling
+from torch_utils import distributed, misc
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A network of a file: its averaged weights, and what the file records of its data."""
+
+    source: str
+    content: dict[str, Any]  # as `checkpoint.load` returns it, without an optimizer
+    sha256: str
+
+    @classmethod
+    def open(cls, source: str, pfgmpp: bool | None = None, aug_dim: float | None = None
+             ) -> "Teacher":
+        """Reads a network on rank 0, for every rank.
+
+        Args:
+            source: a path or address; of a run directory the newest network is taken.
+            pfgmpp: for files that do not record D, see `checkpoint.resolve_D`.
+            aug_dim: likewise; where the file records D, another one is refused.
+
+        Raises:
+            ValueError: not a network, one of few steps, or one of another D.
+            OSError: it can't be read.
+        """
+        content = checkpoint.resolve_D(distributed.run_on_rank0(load_network, source), source,
+                                       pfgmpp, aug_dim)
+        if content["network"].get("few_step") is not None:
+            raise ValueError(f"--teacher={source}: a few-step network, which can't teach; give the "
+                             "denoiser that it was made from")
+        weights = checkpoint.sampling_weights(content)
+        kept = {key: value for key, value in content.items()
+                if key not in ("net", "ema", "optimizer")} | {"ema": weights}
+        return cls(source, kept, checkpoint.digest(weights))
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The configuration of the network."""
+        return self.content["network"]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The averaged weights."""
+        return self.content["ema"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of a run that follow from the teacher, named as in `TrainConfig`."""
+        network, D = self.network, network_D(self.network)
+        is_pfgmpp = bool(network.get("pfgmpp"))
+        return {"teacher": self.source, "teacher_network": network, "teacher_sha256": self.sha256,
+                "pfgmpp": is_pfgmpp, "aug_dim": D if is_pfgmpp else 128.0,
+                "cond": network.get("label_dim", 0) > 0,
+                "cond_image": network.get("cond_channels", 0) > 0,
+                "lsun": bool(self.content["options"].get("lsun"))}
+
+    def build(self, device: torch.device, precision: str) -> Precond:
+        """Returns the network on a device, in evaluation mode and frozen."""
+        net = checkpoint.build_ema(self.content).to(device)
+        net.compute_dtype = misc.compute_dtype(precision)
+        return net
+
+    def check_data(self, dataset: ImageFolderDataset) -> None:
+        """Raises ValueError unless the data are of the kind that the teacher was trained on."""
+        network, where = self.network, f"--data={dataset.path}"
+        shape = (network["img_channels"], *image_size(network["img_resolution"]))
+        if tuple(dataset.image_shape) != shape:
+            given, allowed = ("x".join(map(str, s)) for s in (dataset.image_shape, shape))
+            raise ValueError(f"{where}: images are {given} (channels x height x width), the "
+                             f"teacher makes {allowed}; convert them with dataset_tool.py")
+        wanted = [("images", "scale", shape[0], dataset.scaling)]
+        if dataset.cond_channels:
+            wanted.append(("condition images", "cond_scale", network["cond_channels"],
+                           dataset.cond_scaling))
+        for name, key, channels, scaling in wanted:
+            known: Scaling = recorded_scaling(self.content, self.source, key, channels)
+            if known != scaling:
+                raise ValueError(f"{where}: its {name} are of another scale than those that the "
+                                 "teacher was trained on; convert them with the same --scale of "
+                                 "dataset_tool.py")
+        for name, given, allowed in (
+                ("labels of {} numbers", dataset.label_dim, network.get("label_dim", 0)),
+                ("condition images of {} channels", dataset.cond_channels,
+                 network.get("cond_channels", 0))):
+            if given != allowed:
+                raise ValueError(f"{where}: has {name.format(given)}, the teacher was trained on "
+                                 f"{allowed}; give the data of its kind")
+
