@@ -242,7 +242,7 @@ def _is_few_step(value: Any) -> bool:
         FewStep.from_dict(value)
     except ValueError:
         return False
-    return type(value) is dict
+    return True
 
 
 _SIDE = _whole(1, 1 << 14)

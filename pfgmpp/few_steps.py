@@ -17,6 +17,7 @@ depends on how the network was trained:
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,7 +50,7 @@ class FewStep:
             raise ValueError(f"few_step: method {self.method!r} must be one of "
                              f"{', '.join(METHODS)}")
         levels = tuple(map(float, self.levels))
-        falling = all(a > b for a, b in zip(levels, [*levels[1:], 0.0], strict=True))
+        falling = all(a > b for a, b in itertools.pairwise([*levels, 0.0]))
         if not 1 <= len(levels) <= _MAX_LEVELS or not falling or math.isinf(levels[0]):
             raise ValueError(f"few_step: levels {list(levels)} must be 1 to {_MAX_LEVELS} falling "
                              "numbers above 0")
@@ -68,9 +69,13 @@ class FewStep:
             ValueError: not such a record.
         """
         try:
+            if type(record) is not dict or type(record["levels"]) not in (list, tuple) or not (
+                    {*map(type, record["levels"])} <= {int, float}):
+                raise TypeError
             return cls(record["method"], tuple(record["levels"]))
-        except (KeyError, TypeError):
-            raise ValueError(f"few_step={record!r}: must be a method and levels") from None
+        except (KeyError, TypeError, OverflowError):
+            raise ValueError("few_step: must be a record of a method and of levels, a list of "
+                             "numbers") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for a checkpoint."""

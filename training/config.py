@@ -131,9 +131,9 @@ class TrainConfig:
                 f"{self.precond}", "used with --precond=edm")
         for name in ("P_mean", "P_std"):
             value = getattr(self, name)
-            require(value == _default(name) or self.precond == "edm", f"--{name}={value:g} with "
-                    f"--precond={self.precond}", "used with --precond=edm: the noise levels of ve "
-                    "and vp have another law")
+            require(value == _default(name) or self.precond == "edm" or self.method is not None,
+                    f"--{name}={value:g} with --precond={self.precond}", "used with --precond=edm: "
+                    "the noise levels of ve and vp have another law")
         require(math.isfinite(self.P_mean), f"--P_mean={self.P_mean:g}", "finite")
         for name in ("duration", "batch", "tick", "lr", "max_bad_steps", "snap", "dump",
                      "P_std"):

@@ -11,6 +11,7 @@ its own file system. No PyTorch is needed to import this file.
 
 Adam's moments have the scale of the gradients they were computed from: a loss scale of `ls` makes
 the first moment ls times and the second ls^2 times larger. They are brought to this run's scale.
+Those of RAdam are free of it.
 """
 
 import dataclasses
@@ -409,8 +410,9 @@ def restore_(trainer: "Trainer", state: State) -> None:
         return
     trainer.net.load_state_dict(content["net"])
     trainer.ema.load_state_dict(content["ema"])
-    _load_moments_(trainer.optimizer, content["optimizer"], trainer.config.ls,
-                   then=content["options"].get("ls"))
+    _load_moments_(trainer.optimizer, content["optimizer"],
+                   _moments_scale(trainer.config.to_dict()),
+                   then=_moments_scale(content["options"]))
     trainer.objective.load_networks(content)
     if trainer.objective.auxiliary:
         _load_moments_(trainer.objective.auxiliary.optimizer, content["auxiliary_optimizer"],
@@ -428,6 +430,11 @@ def restore_(trainer: "Trainer", state: State) -> None:
         else:  # the scale of a new run, found anew
             counters["good_since_change"].zero_()
     trainer.counters = counters
+
+
+def _moments_scale(options: dict[str, Any]) -> float | None:
+    """Returns the loss scale of the moments of the network that is sampled; RAdam's have none."""
+    return None if options.get("optim") == "radam" else options.get("ls")
 
 
 def check_network(net: "torch.nn.Module", state: State) -> None:

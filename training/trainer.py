@@ -245,9 +245,9 @@ class Trainer:
             optimizer.grad_scale = self.loss_scale if self.dynamic_scale else None
             optimizer.step()
         elif not bad:  # waits for the device
-            if self.dynamic_scale:
-                torch._foreach_mul_([p.grad for p in part.net.parameters()
-                                     if p.grad is not None], 1 / self.loss_scale)
+            # RAdam's first steps are as long as their gradients, whatever scale these have.
+            torch._foreach_mul_([p.grad for p in part.net.parameters() if p.grad is not None],
+                                1 / self.loss_scale)
             optimizer.step()
         return bad
 

@@ -1,0 +1,633 @@
+"""Few-step runs: their steps against the formulas, their states, their files and refusals."""
+
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from scripts import run_script
+from snapshots import write_snapshot
+from tiny import TINY_NETWORK, write_dataset
+
+import distill
+import generate
+import likelihood
+import train
+from checkpoints import checkpoint
+from checkpoints.checkpoint import digest, load
+from images.dataset import ImageFolderDataset, order_at
+from torch_utils import distributed, misc
+from training.config import TrainConfig
+from training.distill_config import DistillConfig
+from training.resume import NETWORK_OPTIONS, RESUME_MAY_CHANGE, State, restore_
+from training.teacher import Teacher
+from training.trainer import Trainer
+
+CPU = torch.device("cpu")
+INF = math.inf
+DIMS = (2, 64, INF)
+METHODS = ("ect", "cd", "ipfm")
+PAIRS = list(zip(METHODS, DIMS, strict=True))
+BATCH = 8
+OF_METHOD = {"ect": {"dropout": 0.3}, "cd": {"cd_scales": 6, "dropout": 0.3},
+             "ipfm": {"ipfm_steps": 2, "optim": "adam"}}
+OTHERS = {"ect": [], "cd": ["target"], "ipfm": ["auxiliary", "auxiliary_optimizer"]}
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Snapshots of denoisers, by D."""
+    folder = tmp_path_factory.mktemp("teachers")
+    return {D: write_snapshot(folder / f"{D}.pt", label_dim=0, dropout=0.2, augment=0.0,
+                              **({} if math.isinf(D) else {"pfgmpp": True, "aug_dim": float(D)}))
+            for D in DIMS}
+
+
+def make_trainer(data, teacher, method, **options):
+    opened = teacher if isinstance(teacher, Teacher) else Teacher.open(str(teacher))
+    options = {"batch": BATCH, "lr": 1e-2, "lr_rampup": 0.0, "workers": 0, "dropout": 0.0,
+               "method": method} | options
+    config = DistillConfig(data=str(data), **opened.options | options)
+    dataset = ImageFolderDataset(data, use_labels=config.cond)
+    return Trainer(config, dataset, CPU, opened.weights, opened.build(CPU, "fp32"))
+
+
+def started(*args, **options):
+    trainer = make_trainer(*args, **options)
+    trainer.start()
+    return trainer
+
+
+def moved(trainer, steps):
+    for _ in range(steps):
+        trainer.train_step()
+    return trainer
+
+
+def parts(state, method):
+    return {name: digest(state[name])
+            for name in ("net", "ema", "optimizer", "progress", *OTHERS[method])}
+
+
+# ---- states, splits and ranks -------------------------------------------------------------------
+
+@pytest.mark.parametrize("D", DIMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_restored_state_goes_on_byte_by_byte(dataset_zip, teachers, method, D):
+    given = dataset_zip, teachers[D], method
+    whole = moved(started(*given, **OF_METHOD[method]), 2)
+    half = copy.deepcopy(whole.state())
+    moved(whole, 2)
+    resumed = make_trainer(*given, **OF_METHOD[method])
+    restore_(resumed, State("x.pt", half))
+    resumed.start()
+    moved(resumed, 2)
+    assert parts(resumed.state(), method) == parts(whole.state(), method)
+    # Each of them has moved, and is not that of the beginning.
+    before = parts(half, method)
+    assert all(before[name] != now for name, now in parts(whole.state(), method).items())
+    assert whole.net.D == D and whole.loss_fn.kernel.D == D and whole.cur_nimg == 4 * BATCH
+
+
+def gradients(trainer):
+    """The gradients of the first step of each network that is trained."""
+    batches = list(trainer._next_batches())
+    auxiliary, found = trainer.objective.auxiliary, {}
+    for number, part in enumerate(filter(None, (trainer._sampled, auxiliary))):
+        trainer._accumulate_gradients(part, batches, number)
+        found |= {(number, name): p.grad.clone() for name, p in part.net.named_parameters()
+                  if p.grad is not None}
+    return found
+
+
+def assert_close(found, expected):
+    """Equal but for float32 rounding, which is relative to the largest gradient of a tensor."""
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, msg=str(name),
+                                   atol=1e-4 * float(grad.abs().max()) + 1e-5)
+
+
+@pytest.mark.parametrize("method, D", PAIRS)
+def test_rounds_and_ranks_change_only_rounding(dataset_zip, teachers, monkeypatch, method, D):
+    given = dataset_zip, Teacher.open(str(teachers[D])), method
+    options = OF_METHOD[method] | {"dropout": 0.0}
+    whole = gradients(started(*given, **options))
+    assert_close(gradients(started(*given, **options, batch_gpu=2)), whole)
+    of_ranks = []
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        of_ranks.append(gradients(started(*given, **options)))
+    # What DDP makes of them: their mean.
+    assert_close({name: (of_ranks[0][name] + of_ranks[1][name]) / 2 for name in whole}, whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["ect", "cd"])
+def test_blocks_that_are_computed_twice_keep_the_shared_masks(dataset_zip, teachers, method):
+    plain, twice = (moved(started(dataset_zip, teachers[2], method, **OF_METHOD[method],
+                                  checkpoint_blocks=value), 2) for value in (False, True))
+    assert digest(dict(plain.net.state_dict())) == digest(dict(twice.net.state_dict()))
+
+
+# ---- a step by hand -----------------------------------------------------------------------------
+
+def first_images(trainer, step=0):
+    config = trainer.config
+    pixels, _ = trainer.dataset.get_batch(
+        order_at(len(trainer.dataset), config.seed, step * BATCH + np.arange(BATCH)))
+    return torch.from_numpy(pixels).float() / 127.5 - 1
+
+
+def draws_of(trainer, step=0, *words):
+    seed = misc.mix_seed(trainer.config.seed, 2, step, 0, *words)  # _STEP_TAG, the first block
+    draws = trainer.loss_fn.draw((16, 3, 8, 8), torch.Generator().manual_seed(seed))
+    return draws[:BATCH]
+
+
+def noisy(y, draws, sigma):
+    return y + (draws.z.double() * (sigma.double() * draws.scale).reshape(-1, 1, 1, 1)).float()
+
+
+def step_by_hand(net, optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
+def assert_moved_alike(found, expected, before, size):
+    """Equal to a thousandth of the largest that a weight has moved by."""
+    for name, p in found.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name], rtol=0, atol=1e-3 * size, msg=name)
+    assert any(not torch.equal(p.detach(), before[name])
+               for name, p in found.named_parameters())
+
+
+@pytest.mark.parametrize("D", DIMS)
+def test_the_first_step_of_ect_is_radam_on_the_published_loss(dataset_zip, teachers, D):
+    trainer = started(dataset_zip, teachers[D], "ect", lr=1e-4)
+    net, before = copy.deepcopy(trainer.net), dict(trainer.net.state_dict())
+    before = {name: p.clone() for name, p in before.items()}
+    y, draws = first_images(trainer), draws_of(trainer)
+    t = draws.sigma
+    r = torch.clamp(t * (1 - (1 + 8 / (1 + torch.exp(t))) / 2), min=0)
+    with torch.no_grad():
+        target = net(noisy(y, draws, r), torch.where(r > 0, r, 1.0).reshape(-1, 1, 1, 1))
+        target = torch.where((r > 0).reshape(-1, 1, 1, 1), target, y)
+    gap = (net(noisy(y, draws, t), t.reshape(-1, 1, 1, 1)) - target).flatten(1).norm(dim=1)
+    optimizer = torch.optim.RAdam(net.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
+    expected = step_by_hand(net, optimizer, (gap / (t - r)).mean())
+    trainer.train_step()
+    size = max((p - before[name]).abs().max().item() for name, p in expected.items())
+    assert_moved_alike(trainer.net, expected, before, size)
+    assert (r == 0).any()
+    average = {name: p for name, p in trainer.ema.named_parameters()}
+    beta = 0.5 ** (BATCH / 0.887e6)  # without a ramp-up, for the weights begin as the teacher's
+    for name, p in expected.items():
+        torch.testing.assert_close(average[name], beta * before[name] + (1 - beta) * p, rtol=1e-5,
+                                   atol=1e-7)
+
+
+@pytest.mark.parametrize("D", DIMS)
+@pytest.mark.parametrize("decay", [0.95, 0.0])
+def test_cd_follows_the_teacher_and_its_target_the_network(dataset_zip, teachers, D, decay):
+    trainer = started(dataset_zip, teachers[D], "cd", lr=1e-4, cd_scales=5, cd_decay=decay,
+                      cd_metric="l2")
+    net, teacher = copy.deepcopy(trainer.net), Teacher.open(str(teachers[D])).build(CPU, "fp32")
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    y, draws = first_images(trainer), draws_of(trainer)
+    grid = [(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(5)]
+    index = [min(range(5), key=lambda i: abs(grid[i] - s)) for s in draws.sigma.tolist()]
+    assert max(index) < 4 and len(set(index)) > 1
+    t, r = (torch.tensor([grid[i + k] for i in index]).reshape(-1, 1, 1, 1) for k in (0, 1))
+    x = noisy(y, draws, t.flatten())
+    with torch.no_grad():
+        slope = (x - teacher(x, t)) / t
+        guess = x + (r - t) * slope
+        below = x + (r - t) * (slope + (guess - teacher(guess, r)) / r) / 2
+        target = net(below, r)
+    loss = (net(x, t) - target).square().sum(dim=(1, 2, 3)).mean()
+    optimizer = torch.optim.RAdam(net.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
+    expected = step_by_hand(net, optimizer, loss)
+    trainer.train_step()
+    size = max((p - before[name]).abs().max().item() for name, p in expected.items())
+    assert_moved_alike(trainer.net, expected, before, size)
+    # The lowest level is the boundary, where the network is the identity.
+    assert trainer.net.boundary == 0.002 and torch.equal(trainer.net(y, grid[-1]), y)
+    target = trainer.objective.other_networks.get("target")
+    if not decay:
+        assert target is None
+        return
+    averages = before
+    for _ in range(3):
+        averages = {name: decay * averages[name] + (1 - decay) * p.detach()
+                    for name, p in trainer.net.named_parameters()}
+        for name, p in target.named_parameters():
+            torch.testing.assert_close(p, averages[name], rtol=1e-5, atol=1e-6)
+        trainer.train_step()
+
+
+@pytest.mark.parametrize("D", DIMS)
+def test_a_step_of_ipfm_moves_the_auxiliary_and_then_the_generator(dataset_zip, teachers, D):
+    options = {"optim": "adam", "lr": 1e-5, "aux_lr": 1e-3, "ipfm_steps": 2, "ipfm_alpha": 0.7}
+    trainer = started(dataset_zip, teachers[D], "ipfm", **options)
+    teacher = Teacher.open(str(teachers[D])).build(CPU, "fp32")
+    S = copy.deepcopy(teacher).requires_grad_(True)
+    G = copy.deepcopy(trainer.net)
+    before = {name: p.detach().clone() for name, p in G.named_parameters()}
+    labels = torch.zeros(BATCH, 0)
+
+    def generated(draws):
+        latents = (80 * draws.scale.reshape(-1, 1, 1, 1) * draws.z.double()).float()
+        return G(latents, torch.full([BATCH], 80.0), labels)
+
+    optimizer = torch.optim.Adam(S.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+    for number in (1, 2):
+        draws = draws_of(trainer, 0, number)
+        with torch.no_grad():
+            x = generated(draws)
+        sigma = draws.noise.sigma.reshape(-1, 1, 1, 1)
+        error = S(noisy(x, draws.noise, draws.noise.sigma), sigma) - x
+        of_auxiliary = step_by_hand(
+            S, optimizer, ((1 / sigma**2 + 4) * error**2).sum(dim=(1, 2, 3)).mean())
+    S.requires_grad_(False)
+    draws = draws_of(trainer, 0)
+    x, sigma = generated(draws), draws.noise.sigma.reshape(-1, 1, 1, 1)
+    state = noisy(x, draws.noise, draws.noise.sigma)
+    T, gap = teacher(state, sigma), teacher(state, sigma) - S(state, sigma)
+    w = 1 / (x - T).detach().abs().mean(dim=(1, 2, 3))
+    loss = w * (gap * (T - x) - 0.7 * gap**2).sum(dim=(1, 2, 3))
+    expected = step_by_hand(G, torch.optim.Adam(G.parameters(), lr=1e-5, betas=(0.0, 0.999)),
+                            loss.mean())
+    trainer.train_step()
+    auxiliary = trainer.objective.auxiliary
+    # Adam's steps have the length of the rate, and gradients near 0 the sign of their rounding.
+    for net, weights, lr in ((auxiliary.net, of_auxiliary, 1e-3), (trainer.net, expected, 1e-5)):
+        gaps = torch.cat([(p.detach() - weights[name]).abs().flatten()
+                          for name, p in net.named_parameters()])
+        assert (gaps < 0.02 * lr).float().mean() > 0.97
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.net.named_parameters())
+    # Later steps: two of the auxiliary's for each of the generator's, and images are counted once.
+    moved(trainer, 2)
+    assert trainer.cur_nimg == 3 * BATCH
+    for optimizer, steps, lr, first in ((auxiliary.optimizer, 6, 1e-3, 0.9),
+                                        (trainer.optimizer, 3, 1e-5, 0.0)):
+        assert {int(s["step"]) for s in optimizer.state.values()} == {steps}
+        [group] = optimizer.param_groups
+        assert (group["lr"], group["betas"]) == (lr, (first, 0.999))
+    assert not auxiliary.net.training and trainer.net.training
+
+
+def test_steps_of_the_auxiliary_follow_the_ramp_up_too(dataset_zip, teachers):
+    trainer = started(dataset_zip, teachers[INF], "ipfm", optim="adam", lr=1e-5, aux_lr=1e-3,
+                      lr_rampup=32e-6)
+    moved(trainer, 2)  # the second one after 8 of 32 images
+    auxiliary = trainer.objective.auxiliary
+    assert auxiliary.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 4)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5 / 4)
+
+
+def test_no_two_steps_of_the_auxiliary_draw_alike(dataset_zip, teachers):
+    trainer, seen = started(dataset_zip, teachers[2], "ipfm", **OF_METHOD["ipfm"]), []
+    draw = trainer._draw
+    trainer._draw = lambda *args: (seen.append(draw(*args)), seen[-1])[1]
+    moved(trainer, 2)
+    assert len(seen) == 2 * 3
+    for a, b in itertools.combinations(seen, 2):
+        assert not (a.z[0] == b.z[0]).any() and not (a.noise.z[0] == b.noise.z[0]).any()
+        assert a.scale[0] != b.scale[0] and a.noise.sigma[0] != b.noise.sigma[0]
+
+
+def test_the_stage_of_ect_follows_the_images_of_the_run(dataset_zip, teachers):
+    trainer, seen = started(dataset_zip, teachers[2], "ect", ect_double=16e-6), []
+    lower = trainer.loss_fn.lower_level
+    trainer.loss_fn.lower_level = lambda t, nimg: (seen.append(trainer.loss_fn.stage(nimg)),
+                                                   lower(t, nimg))[1]
+    moved(trainer, 5)
+    assert seen == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("optim", ["radam", "adam"])
+def test_a_loss_scale_does_not_change_the_first_steps(dataset_zip, teachers, optim):
+    plain, scaled = (moved(started(dataset_zip, teachers[INF], "ect", lr=1e-4, ls=ls, optim=optim),
+                           2) for ls in (1.0, 64.0))
+    before = Teacher.open(str(teachers[INF])).weights
+    gaps, steps = (torch.cat([(p - other[name]).abs().flatten()
+                              for name, p in plain.net.state_dict().items()])
+                   for other in (scaled.net.state_dict(), before))
+    assert gaps.median() < 1e-3 * steps.median() != 0
+
+
+def test_moments_of_radam_are_resumed_as_they_are_at_another_scale(dataset_zip, teachers):
+    given = dataset_zip, teachers[INF], "ect"
+    state = copy.deepcopy(moved(started(*given, ls=8.0), 2).state())
+    resumed = make_trainer(*given, ls=2.0)
+    restore_(resumed, State("x.pt", state))
+    assert digest(resumed.optimizer.state_dict()["state"]) == digest(state["optimizer"]["state"])
+
+
+# ---- steps that are not finite ------------------------------------------------------------------
+
+@pytest.mark.parametrize("optim", ["radam", "adam"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bad_step_leaves_everything_as_it_was(dataset_zip, teachers, method, optim):
+    trainer = moved(started(dataset_zip, teachers[64], method,
+                            **OF_METHOD[method] | {"optim": optim}), 1)
+    names = [name for name in ("net", "ema", "optimizer", *OTHERS[method])]
+
+    def now():
+        state = trainer.state()
+        return {name: digest({"x": state[name]["state"] if "optimizer" in name else state[name]})
+                for name in names}
+
+    before, broken = now(), [(name, getattr(trainer.objective, name))
+                             for name in ("loss", "auxiliary_loss")]
+    for name, loss in broken:
+        setattr(trainer.objective, name, lambda *args, loss=loss: loss(*args) * math.nan)
+    trainer.train_step()
+    assert now() == before
+    assert trainer.counters["bad_total"] == 1 and trainer.cur_nimg == 2 * BATCH
+    for name, loss in broken:
+        setattr(trainer.objective, name, loss)
+    trainer.train_step()
+    assert trainer.counters["bad_total"] == 1
+    assert all(now()[name] != old for name, old in before.items())
+
+
+def test_a_bad_step_of_the_auxiliary_alone_is_counted(dataset_zip, teachers):
+    trainer = started(dataset_zip, teachers[64], "ipfm", **OF_METHOD["ipfm"])
+    loss = trainer.objective.auxiliary_loss
+    trainer.objective.auxiliary_loss = lambda *args: loss(*args) * math.nan
+    before = digest(dict(trainer.objective.auxiliary.net.state_dict()))
+    trainer.train_step()
+    assert trainer.counters["bad_total"] == 1
+    assert digest(dict(trainer.objective.auxiliary.net.state_dict())) == before
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+def command(data, outdir, teacher, method, *more, steps=4):
+    own = {"ect": [], "cd": ["--cd-scales=6"], "ipfm": ["--ipfm-steps=2"]}[method]
+    return [f"--method={method}", f"--teacher={teacher}", f"--data={data}", f"--outdir={outdir}",
+            "--name=run", "--batch=8", "--lr=1e-3", "--lr-rampup=0", "--workers=0", "--seed=3",
+            "--samples=0", "--tick=0.008", "--dump=1", "--snap=1", "--device=cpu",
+            f"--duration={steps * 8e-6}", *own, *more]
+
+
+def newest(run_dir, kind="training-state"):
+    return sorted(run_dir.glob(f"{kind}-*.pt"))[-1]
+
+
+def error_of(result, code):
+    """Returns the one line of a command that ends in `code`."""
+    assert result.exit_code == code, result.output
+    [line] = [text for text in result.output.splitlines() if text.startswith("Error: ")]
+    assert "Traceback" not in result.output
+    return line
+
+
+@pytest.fixture(scope="module")
+def run_of(dataset_zip, teachers, tmp_path_factory):
+    """Returns a function from a method to the directory of its run of four steps."""
+    @functools.cache
+    def run(method):
+        outdir = tmp_path_factory.mktemp(method)
+        result = CliRunner().invoke(distill.main, command(
+            dataset_zip, outdir, teachers[dict(PAIRS)[method]], method))
+        assert result.exit_code == 0, result.output
+        return outdir / "run"
+    return run
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method, D", PAIRS)
+def test_a_resumed_run_writes_the_state_of_an_undisturbed_one(dataset_zip, teachers, run_of, invoke,
+                                                              tmp_path, method, D):
+    half = command(dataset_zip, tmp_path, teachers[D], method, steps=2)
+    assert invoke(distill.main, *half).exit_code == 0
+    moved_away = shutil.copy(teachers[D], tmp_path / "moved.pt")
+    result = invoke(distill.main, *command(dataset_zip, tmp_path, moved_away, method),
+                    "--resume=auto")
+    assert result.exit_code == 0 and "Resuming from" in result.output, result.output
+    assert parts(load(newest(tmp_path / "run")), method) == parts(load(newest(run_of(method))),
+                                                                  method)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method, D", PAIRS)
+def test_a_snapshot_samples_in_a_few_steps_with_no_more_flags(run_of, invoke, tmp_path, method, D):
+    snapshot = newest(run_of(method), "network-snapshot")
+    content = load(snapshot)
+    network = content["network"]
+    assert not {"net", "optimizer", "teacher", *OTHERS[method]} & set(content)
+    levels = {"ect": [80, 0.821], "cd": [80, 0.821], "ipfm": [80]}[method]
+    assert network["few_step"] == {"method": method, "levels": levels}
+    assert network.get("D", INF) == D and network["pfgmpp"] == (D < INF)
+    assert network.get("boundary") == (0.002 if method == "cd" else None)
+    result = invoke(generate.main, f"--network={snapshot}", f"--outdir={tmp_path}", "--steps=1,2",
+                    "--seeds=0-3", "--device=cpu")
+    assert result.exit_code == 0, result.output
+    assert len(list(tmp_path.rglob("*.png"))) == 2 * 4
+    result = invoke(generate.main, f"--network={snapshot}", f"--outdir={tmp_path}",
+                    "--seeds=0-3", "--device=cpu", "--solver=heun")
+    assert "few-step network" in error_of(result, 2)
+
+
+def test_no_likelihood_follows_from_a_few_step_network(dataset_zip, run_of, invoke, tmp_path):
+    result = invoke(likelihood.main, f"--network={newest(run_of('ect'), 'network-snapshot')}",
+                    f"--data={dataset_zip}", "--device=cpu", f"--out={tmp_path / 'x.jsonl'}")
+    assert "a few-step network (ect) is no denoiser" in error_of(result, 2)
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["ect", "none"])
+def test_a_consistency_function_from_scratch_and_from_a_teacher_begin_where_they_should(
+        dataset_zip, teachers, invoke, tmp_path, method):
+    words = command(dataset_zip, tmp_path, "none" if method == "none" else teachers[64], "ect",
+                    "--dry-run", *(TINY_NETWORK if method == "none" else []))
+    result = invoke(distill.main, *words)
+    assert result.exit_code == 0, result.output
+    options = json.loads(result.output[result.output.index("{"):result.output.rindex("}") + 1])
+    assert DistillConfig.from_dict(options).to_dict() == options
+    assert options["aug_dim"] == (128 if method == "none" else 64)
+    assert options["teacher"] == (None if method == "none" else str(teachers[64]))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("precond", ["edm", "vp", "ve"])
+def test_every_preconditioner_is_trained_from_scratch_at_the_levels_of_ect(dataset_zip, precond):
+    config = DistillConfig(data=str(dataset_zip), arch="ncsnpp", cbase=8, cres=(1, 2), nblock=1,
+                           batch=BATCH, lr=1e-4, workers=0, precond=precond, pfgmpp=True,
+                           aug_dim=2.0, dropout=0.0)
+    trainer = Trainer(config, ImageFolderDataset(dataset_zip), CPU)
+    trainer.start()
+    before = digest(dict(trainer.net.state_dict()))
+    moved(trainer, 2)
+    assert digest(dict(trainer.net.state_dict())) != before and not trainer.counters["bad_total"]
+    assert trainer.net.few_step.levels == (80, 0.821) and trainer.net.D == 2
+    levels = trainer.loss_fn.draw((10_000, 1), torch.Generator().manual_seed(0)).sigma.log()
+    # ln t ~ Normal(-1.1, 2): five standard errors of the mean, and of the deviation.
+    assert abs(levels.mean() + 1.1) < 5 * 2 / 100 and abs(levels.std() - 2) < 5 * 2 / 141
+
+
+@pytest.mark.scripts
+@pytest.mark.parametrize("method, D", PAIRS)
+def test_two_ranks_train_what_one_does(dataset_zip, teachers, invoke, tmp_path, method, D):
+    args = ["--dropout=0", "--lr=1e-5"]
+
+    def losses(name):
+        lines = (tmp_path / name / "run/stats.jsonl").read_text().splitlines()
+        return [json.loads(line)["Loss/loss"]["mean"] for line in lines]
+
+    one = command(dataset_zip, tmp_path / "one", teachers[D], method, *args)
+    assert invoke(distill.main, *one).exit_code == 0
+    run_script("distill.py", *command(dataset_zip, tmp_path / "two", teachers[D], method, *args),
+               processes=2)
+    assert losses("two") == pytest.approx(losses("one"), rel=1e-3)
+    assert losses("two")[0] == pytest.approx(losses("one")[0], rel=1e-5)
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+def iddpm_snapshot(path):
+    network = {"class_name": "iDDPMPrecond", "img_resolution": 8, "img_channels": 3,
+               "model_type": "DhariwalUNet", "model_channels": 64, "channel_mult": [1],
+               "num_blocks": 1, "attn_resolutions": [], "M": 100}
+    from pfgmpp.networks import build_network
+    net = build_network(network)
+    checkpoint.save(path, {
+        "format": checkpoint.SNAPSHOT_FORMAT, "network": net.config, "ema": dict(net.state_dict()),
+        "progress": {"cur_nimg": 0}, "options": TrainConfig(data="none").to_dict()})
+    return path
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--arch=adm"], "--arch with --teacher="),
+    (["--cbase=8"], "--cbase with --teacher="), (["--cond=1"], "--cond with --teacher="),
+    (["--precond=vp"], "--precond with --teacher="), (["--aug_dim=0"], "--aug_dim=0"),
+    (["--ect-q=1"], "--ect-q=1: must be above 1"), (["--boundary=-1"], "--boundary=-1"),
+    (["--method=cd", "--cd-scales=1"], "--cd-scales=1: must be 2 or more"),
+    (["--method=cd", "--cd-decay=1"], "--cd-decay=1"),
+    (["--method=ipfm", "--precision=fp16"], "--precision=fp16 with --method=ipfm"),
+    (["--method=ipfm", "--sigma-init=0"], "--sigma-init=0"),
+    (["--method=cd", "--preset=cifar10-ect"], "--preset=cifar10-ect is of --method=ect"),
+    (["--batch=7", "--batch-gpu=2"], "--batch-gpu=2 must divide")], ids=str)
+def test_flags_that_do_not_fit_are_refused(dataset_zip, teachers, invoke, tmp_path, more, words):
+    result = invoke(distill.main, *command(dataset_zip, tmp_path, teachers[64], "ect", *more))
+    assert words in error_of(result, 2)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag, D", [("--aug_dim=128", "128"), ("--pfgmpp=0", "inf")])
+def test_another_D_than_the_teachers_is_refused(dataset_zip, teachers, invoke, tmp_path, flag, D):
+    result = invoke(distill.main, *command(dataset_zip, tmp_path, teachers[64], "ect", flag))
+    line = error_of(result, 1)
+    assert f"D = {D}, but" in line and "was trained with D = 64" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["cd", "ipfm"])
+def test_distillation_without_a_teacher_is_refused(dataset_zip, invoke, tmp_path, method):
+    result = invoke(distill.main, *command(dataset_zip, tmp_path, "none", method))
+    assert f"--teacher=none with --method={method}" in error_of(result, 2)
+
+
+def test_networks_that_can_not_teach_are_refused(dataset_zip, run_of, invoke, tmp_path):
+    few = newest(run_of("ect"), "network-snapshot")
+    for teacher, words, code in ((few, "a few-step network, which can't teach", 1),
+                                 (iddpm_snapshot(tmp_path / "i.pt"), "discrete noise levels", 2),
+                                 (tmp_path / "nothing.pt", "nothing.pt", 1)):
+        result = invoke(distill.main, *command(dataset_zip, tmp_path, teacher, "ect"))
+        assert words in error_of(result, code)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("data, words", [
+    ({"side": 16}, "images are 3x16x16 (channels x height x width), the teacher makes 3x8x8"),
+    ({"channels": 1}, "images are 1x8x8")], ids=str)
+def test_data_of_another_shape_are_refused(teachers, invoke, tmp_path, data, words):
+    path = write_dataset(tmp_path / "data.zip", num=8, **data)
+    result = invoke(distill.main, *command(path, tmp_path, teachers[2], "ect"))
+    assert words in error_of(result, 1)
+
+
+@pytest.mark.parametrize("classes, words, code", [(0, "has no labels", 2), (3, "labels of 3", 1)])
+def test_data_of_other_labels_are_refused(invoke, tmp_path, classes, words, code):
+    teacher = write_snapshot(tmp_path / "teacher.pt", label_dim=2, cond=True)
+    path = write_dataset(tmp_path / "data.zip", num=12, classes=classes)
+    result = invoke(distill.main, *command(path, tmp_path, teacher, "ect"))
+    assert words in error_of(result, code)
+
+
+@pytest.mark.long
+def test_a_state_is_resumed_by_the_command_that_wrote_it(dataset_zip, teachers, run_of, invoke,
+                                                         tmp_path):
+    state = newest(run_of("cd"))
+    plain = [f"--data={dataset_zip}", f"--outdir={tmp_path}", "--name=run", *TINY_NETWORK,
+             "--batch=8", "--workers=0", "--samples=0", "--device=cpu", "--duration=0.000008",
+             "--tick=0.008", "--dump=1"]
+    result = invoke(train.main, *plain, f"--resume={state}")
+    assert "was written by distill.py --method=cd" in error_of(result, 2)
+    assert invoke(train.main, *plain, "--seed=3").exit_code == 0
+    result = invoke(distill.main, *command(dataset_zip, tmp_path / "x", teachers[INF], "ect"),
+                    f"--resume={newest(tmp_path / 'run')}")
+    assert "was written by train.py" in error_of(result, 2)
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--method=cd"], "--method=cd"), (["--ect-q=3"], "--ect-q=3"), (["--optim=adam"], "--optim"),
+    (["--P_mean=-1.2"], "--P_mean=-1.2"), (["--dropout=0.1"], "--dropout=0.1")], ids=str)
+def test_other_options_are_refused_on_resuming(dataset_zip, teachers, run_of, invoke, tmp_path,
+                                               more, words):
+    result = invoke(distill.main, *command(dataset_zip, tmp_path, teachers[2], "ect", steps=6),
+                    *more, f"--resume={newest(run_of('ect'))}")
+    line = error_of(result, 2)
+    assert words in line and "in the state" in line
+
+
+def test_options_of_other_methods_may_differ_on_resuming(dataset_zip, teachers, run_of, invoke,
+                                                         tmp_path):
+    result = invoke(distill.main, *command(dataset_zip, tmp_path, teachers[2], "ect", steps=6),
+                    "--cd-scales=9", "--aux-lr=1", f"--resume={newest(run_of('ect'))}", "--dry-run")
+    assert result.exit_code == 0, result.output
+
+
+def test_every_option_of_few_steps_is_free_or_compared_or_in_the_network():
+    names = {field.name for field in dataclasses.fields(DistillConfig)}
+    new = names - {field.name for field in dataclasses.fields(TrainConfig)}
+    assert names >= RESUME_MAY_CHANGE.keys() | NETWORK_OPTIONS
+    assert new & RESUME_MAY_CHANGE.keys() == {"teacher"}  # its weights are compared
+    assert new & NETWORK_OPTIONS == {"boundary", "sigma_init", "teacher_network"}
+    assert new - RESUME_MAY_CHANGE.keys() - NETWORK_OPTIONS == {
+        "method", "optim", "teacher_sha256", "ect_q", "ect_k", "ect_b", "ect_c", "ect_double",
+        "cd_scales", "cd_metric", "cd_decay", "ipfm_alpha", "ipfm_steps", "aux_lr"}
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--method=ipfm", "--optim=adam", "--sigma-init=40"], "few_step"),
+    (["--method=cd", "--boundary=0.01"], "boundary")], ids=str)
+def test_what_the_network_records_is_compared_on_resuming(dataset_zip, teachers, run_of, invoke,
+                                                          tmp_path, more, words):
+    method = more[0].removeprefix("--method=")
+    teacher = teachers[dict(PAIRS)[method]]
+    result = invoke(distill.main, *command(dataset_zip, tmp_path, teacher, method, steps=6),
+                    *more, f"--resume={newest(run_of(method))}")
+    assert words in error_of(result, 1)
+
+
+def test_another_teacher_is_refused_on_resuming(dataset_zip, run_of, invoke, tmp_path):
+    other = write_snapshot(tmp_path / "other.pt", label_dim=0, dropout=0.2, augment=0.0, seed=1,
+                           pfgmpp=True, aug_dim=2.0)
+    result = invoke(distill.main, *command(dataset_zip, tmp_path, other, "ect", steps=6),
+                    f"--resume={newest(run_of('ect'))}")
+    assert "other.pt (other weights in the state)" in error_of(result, 2)
