@@ -180,7 +180,7 @@ def test_workers_end_with_a_parent_that_was_killed():
                           timeout=HANG_SEC)  # which waits until all have closed their output
     assert done.returncode == -signal.SIGKILL and not done.stderr
     workers = set(map(int, done.stdout.split()))
-    assert len(workers) == 3
+    assert 1 <= len(workers) <= 3  # those that had begun to read
     wait_until(lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in workers))
 
 
