@@ -138,6 +138,7 @@ def test_given_classes_take_the_place_of_those_of_the_data(network, dataset_zip,
     assert [label for _, label in labels] == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.scripts
 def test_two_processes_write_the_latents_of_one(network, dataset_zip, tmp_path):
     found = []
