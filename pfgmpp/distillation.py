@@ -11,10 +11,10 @@ agree at every level, so do the two distributions. In turn
 with lambda = 1/sigma^2 + 1/sigma_data^2, ln sigma ~ Normal(P_mean, P_std), and w one over the mean
 absolute error |x - T| of an image, taken as a number. The second moves G through x and through T's
 and S's inputs; their weights get no gradient. alpha = 1/2 is half of |T - x|^2 - |S - x|^2, the
-loss of inverse flow matching, of which IPFM is the form at every D. alpha = 1 is that of score
-identity distillation (Zhou et al. 2024, arXiv 2404.04057): its expectation is 0 everywhere, its
-gradient is not, and it is the more stable one. Only the kernel's noise depends on D, for the
-denoiser is E[y|x] at every D.
+loss of inverse Poisson flow matching (Shlenskii and Korotin 2025, arXiv 2509.22454). alpha = 1 is
+that of score identity distillation (Zhou et al. 2024, arXiv 2404.04057): its expectation is 0
+everywhere, its gradient is not, and it is the more stable one. Only the kernel's noise depends on
+D, for the denoiser is E[y|x] at every D.
 """
 
 import dataclasses
