@@ -1,10 +1,12 @@
-"""Scores of few-step networks by evaluations, and of Gaussian noise between them at finite D.
+"""Scores of few-step networks by evaluations, beside those of denoisers, and a picture of both.
 
-    python -m benchmarks.few_steps --networks=runs/ect,runs/cd --ref=datasets/emoji-faces-16.zip
+    python -m benchmarks.few_steps --ref=datasets/emoji-faces-16.zip --out=docs/few-steps.png \
+        --networks=examples/emoji16-128.pt,examples/emoji16-128-two-steps.pt
 
-Frechet distances of samples to a data set, means over ranges of seeds. The noise between two
-evaluations is that of the kernel, as it should be; in the second line of a network of finite D it
-is Gaussian, with the same levels and normal vectors, to show what that costs.
+Frechet distances of samples to a data set, means over ranges of seeds. Denoisers are sampled by
+Heun's method and ipndm. The noise between two evaluations of a few-step network is that of the
+kernel, as it should be; in the second line of a network of finite D it is Gaussian, with the same
+levels and normal vectors, to show what that costs.
 """
 
 import dataclasses
@@ -18,13 +20,15 @@ import click
 import torch
 
 from benchmarks.solvers import table
-from dnnlib.cli import UserError, user_errors
-from metrics.evaluator import Evaluator
-from pfgmpp.samplers import SampleBatch, draw_latents
+from dnnlib.cli import user_errors
+from images.grid import image_grid, save_png
+from pfgmpp.samplers import SampleBatch, draw_latents, to_uint8
 from sampling.network_sampler import NetworkSampler
 from training.scoring import network_features, open_evaluator
 
-_EVALUATIONS = (1, 2, 4)
+_STEPS = (1, 2, 4)  # of few-step networks
+_SOLVER_STEPS = {"heun": (18, 5, 4, 3), "ipndm": (9, 7, 5)}  # of denoisers
+_SHOWN = 12  # seeds in a row of the picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,34 +60,20 @@ class GaussianBetween:
             yield SampleBatch(list(seeds), images, labels)
 
 
-def scores(network: str, evaluator: Evaluator | None, ref: str, num: int, ranges: int,
-           detector: str, device: torch.device, batch: int
-           ) -> tuple[Evaluator, dict[str, dict[int, float]]]:
-    """Returns the evaluator, and {noise: {evaluations: mean distance}} of a few-step network.
-
-    Raises:
-        UserError: the network is not a few-step one.
-    """
-    found: dict[str, dict[int, float]] = {}
-    for steps in _EVALUATIONS:
-        sampler = NetworkSampler.open(network, device, num_steps=steps)
-        if sampler.net.few_step is None:
-            raise UserError(f"--networks: {network} is not a few-step network")
-        evaluator = evaluator or open_evaluator(detector, ref, ["fid"], device,
-                                                {network: sampler}, batch=batch, workers=0)
-        ways = {"kernel": sampler}
-        if steps > 1 and math.isfinite(sampler.net.D):
-            ways["Gaussian"] = GaussianBetween(sampler)
-        for name, way in ways.items():
-            values = [evaluator.evaluate(network_features(
-                way, range(first * num, (first + 1) * num), evaluator.detector, metrics=["fid"],
-                batch=batch))["fid"] for first in range(ranges)]
-            found.setdefault(name, {})[steps] = statistics.mean(values)
-    return evaluator, found
+def samplers(network: str, device: torch.device) -> Iterator[tuple[str, NetworkSampler]]:
+    """Yields the ways to sample a network, by the name of their row."""
+    few_step = NetworkSampler.open(network, device).net.few_step
+    if few_step is not None:
+        for steps in _STEPS:
+            yield few_step.method, NetworkSampler.open(network, device, num_steps=steps)
+        return
+    for solver, all_steps in _SOLVER_STEPS.items():
+        for steps in all_steps:
+            yield solver, NetworkSampler.open(network, device, num_steps=steps, solver=solver)
 
 
 @click.command()
-@click.option("--networks", metavar="LIST", required=True, help="Few-step networks, or their runs.")
+@click.option("--networks", metavar="LIST", required=True, help="Networks, or their runs.")
 @click.option("--ref", metavar="ZIP|DIR", required=True, help="Data set that they were trained on.")
 @click.option("--detector", default="pixels", show_default=True, help="Features to score by.")
 @click.option("--num", metavar="INT", type=int, default=459, show_default=True, help="Samples.")
@@ -93,16 +83,34 @@ def scores(network: str, evaluator: Evaluator | None, ref: str, num: int, ranges
               help="Samples at a time.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
               help="Where to sample.")
-def main(networks: str, ref: str, detector: str, num: int, ranges: int, batch: int, device: str
-         ) -> None:
-    """Prints a table of scores for each network: noise between evaluations by their number."""
+@click.option("--out", metavar="PNG", type=click.Path(path_type=Path), help="Picture to write.")
+def main(networks: str, ref: str, detector: str, num: int, ranges: int, batch: int, device: str,
+         out: Path | None) -> None:
+    """Prints a table of scores for each network, and draws the same seeds in all of these ways."""
     with user_errors():
-        evaluator = None
+        evaluator, rows, labels = None, [], []
         for network in networks.split(","):
-            evaluator, found = scores(network, evaluator, ref, num, ranges, detector,
-                                      torch.device(device), batch)
+            found: dict[str, dict[int, float]] = {}
+            for name, sampler in samplers(network, torch.device(device)):
+                evaluator = evaluator or open_evaluator(
+                    detector, ref, ["fid"], torch.device(device), {network: sampler}, batch=batch,
+                    workers=0)
+                nfe, ways = sampler.sampler.nfe, {name: sampler}
+                if sampler.net.few_step and nfe > 1 and math.isfinite(sampler.net.D):
+                    ways[f"{name}, Gaussian noise between"] = GaussianBetween(sampler)
+                for way, samples in ways.items():
+                    found.setdefault(way, {})[nfe] = statistics.mean(
+                        evaluator.evaluate(network_features(
+                            samples, range(first * num, (first + 1) * num), evaluator.detector,
+                            metrics=["fid"], batch=batch))["fid"] for first in range(ranges))
+                [shown] = sampler.images([range(_SHOWN)])
+                rows.append(to_uint8(shown.images).cpu().numpy())
+                labels.append(f"{name} {nfe}")
             print(f"{Path(network).name}, {ranges} x {num} samples, {detector}, by evaluations\n\n"
-                  f"{table(found, 3, 'noise between')}\n", flush=True)
+                  f"{table(found, 3, 'sampler')}\n", flush=True)
+        if out:
+            save_png(out, image_grid(rows, labels))
+            print(f"{out}: written")
 
 
 if __name__ == "__main__":

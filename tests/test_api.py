@@ -13,7 +13,7 @@ SECTIONS = re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", TEXT, re.M | re.S)
 @pytest.mark.long
 def test_the_examples_run_in_their_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert len(SECTIONS) == 6
+    assert len(SECTIONS) == 7
     values, printed = {}, {}
     small = str(write_dataset(tmp_path / "small.zip", num=200))  # 192 features instead of 3072
     faces = str(write_dataset(tmp_path / "faces.zip", num=3, side=16, classes=3))
@@ -28,6 +28,8 @@ def test_the_examples_run_in_their_order(tmp_path, monkeypatch, capsys):
     assert (values["mean"] - values["data"][:8]).abs().max() < 1e-3
     assert float(printed["Compute a score"]) > 0
     assert len(values["bits"]) == 2 and min(values["bits"]) > 0
+    steps = printed["Make a few-step network of a denoiser"].splitlines()
+    assert len(steps) == 2 and all(0 < float(line.split()[1]) < 100 for line in steps)
     losses = [float(line.split()[1]) for line in
               printed["Train on your own tensors"].splitlines()]
     assert len(losses) == 3 and losses[-1] < 10

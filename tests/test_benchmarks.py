@@ -3,13 +3,16 @@
 import json
 import math
 
+import PIL.Image
 import pytest
 import torch
 from snapshots import write_snapshot
 
 from benchmarks import __main__ as command
-from benchmarks import networks, reading, sides, solvers, stf
+from benchmarks import few_steps, networks, reading, sides, solvers, stf
 from benchmarks.table import Row, format_table, in_turn, relative_error, with_ratios
+from checkpoints import checkpoint
+from pfgmpp.few_steps import FewStep
 
 
 def test_a_ratio_is_how_many_times_faster_than_the_baseline():
@@ -172,3 +175,20 @@ def test_the_command_prints_a_table_and_writes_json(invoke, tmp_path, monkeypatc
     assert steps["ours bf16"]["error"] < 0.05 and steps["ours fp32"]["ratio"] > 0.2
     assert steps["HEAD fp32"]["error"] < 1e-3
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_few_step_networks_are_scored_beside_denoisers(invoke, tmp_path, dataset_zip, monkeypatch):
+    monkeypatch.setattr(few_steps, "_SOLVER_STEPS", {"heun": (2,), "ipndm": (3,)})
+    denoiser = write_snapshot(tmp_path / "denoiser.pt", pfgmpp=True, aug_dim=2.0)
+    content = checkpoint.load(denoiser)
+    content["network"] = content["network"] | {"few_step": FewStep.of("cd").to_dict()}
+    checkpoint.save(tmp_path / "few.pt", checkpoint.as_snapshot(content))
+    result = invoke(few_steps.main, f"--networks={denoiser},{tmp_path / 'few.pt'}",
+                    f"--ref={dataset_zip}", "--num=6", "--ranges=2", "--batch=3",
+                    f"--out={tmp_path / 'few.png'}")
+    assert result.exit_code == 0, result.output
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
+            for line in result.output.splitlines() if (cells := line.split("|")) and len(cells) > 3}
+    assert [bool(cell) for cell in rows["cd, Gaussian noise between"]] == [True, True, False]
+    assert all(rows["cd"]) and rows["cd"][:2] != rows["cd, Gaussian noise between"][:2]
+    assert PIL.Image.open(tmp_path / "few.png").height > 100
