@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 
 from dnnlib.cli import BAD_USAGE, CONTEXT, UserError, run, user_errors
+from training.config import flag_name
 from training.distill_config import METHOD_DEFAULTS, METHODS, METRICS, OPTIMIZERS, DistillConfig
 from training.launch import check_flags, config_values, finish_config, launch
 from training.presets import DISTILL_PRESETS
@@ -115,6 +116,8 @@ def main(ctx, teacher, pfgmpp, aug_dim, **flags):
     # then two evaluations an image
     python generate.py --network=runs/00000-cifar10-32x32-uncond-ect --steps=2 --outdir=out
     """  # noqa: D301 - \b is click's mark for lines to leave alone
+    if teacher == "":
+        raise UserError("--teacher=: must be a network, a file or run directory, or none", BAD_USAGE)
     fixed_dir = check_flags(ctx)
     has_teacher = teacher != _NONE
     typed = [flag for name, flag in _OF_NETWORK.items()
@@ -122,6 +125,11 @@ def main(ctx, teacher, pfgmpp, aug_dim, **flags):
     if has_teacher and typed:
         raise UserError(f"{typed[0]} with --teacher={teacher}: the teacher decides what the network "
                         f"is; leave {typed[0]} out", BAD_USAGE)
+    for name in DistillConfig.unused_by(flags["method"]):
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            flag = f"--{flag_name(name)}"
+            raise UserError(f"{flag} with --method={flags['method']}: has no effect there; leave "
+                            f"{flag} out", BAD_USAGE)
     if aug_dim is not None and not aug_dim > 0:
         raise UserError(f"--aug_dim={aug_dim:g}: must be positive, or inf", BAD_USAGE)
     values = config_values(ctx) | {"teacher": None, "eval_solver": "consistency"}

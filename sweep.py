@@ -135,10 +135,13 @@ def _check_options(train_options: Sequence[str], is_trained: bool, ref: str | No
 def _open_study(scoring: dict, runs: Sequence[Path], dry_run: bool) -> "Study":
     """Returns the study; what would fail after hours of training is refused at once."""
     from reports.report_plots import check_available
-    from reports.study import Study, has_network
+    from reports.study import Study, has_network, is_few_step
     for folder in runs:
         if not has_network(folder):
             raise ValueError(f"--runs: {folder} holds no network-snapshot-*.pt or training-state-*.pt")
+        if scoring["alpha"] and is_few_step(folder):
+            raise UserError(f"--alpha: {folder} is a run of a few-step network, which solves no "
+                            "equation; leave --alpha out", BAD_USAGE)
     if not is_url(scoring["ref"]) and not Path(scoring["ref"]).exists():
         raise ValueError(f"{scoring['ref']}: no such file or folder")
     for package in () if dry_run else ("matplotlib", "jinja2"):

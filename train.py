@@ -64,7 +64,11 @@ def _use_config(ctx, param, value: str | None) -> None:
         return
     from training.config import check_options
     try:
-        options = check_options(_options_in(Path(value)))
+        found = _options_in(Path(value))
+        if "method" in found:
+            raise ValueError("options of distill.py, which makes few-step networks; train.py takes "
+                             "those of its own runs")
+        options = check_options(found)
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"--config={value}: {describe(error)}", BAD_USAGE) from error
     if "sigma_data" in options and options["sigma_data"] is None:

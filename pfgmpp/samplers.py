@@ -359,6 +359,10 @@ class SamplerConfig:
             raise ValueError(f"S_churn={self.S_churn:g}, S_noise={self.S_noise:g}, "
                              f"noise_alpha={self.noise_alpha:g}: must be 0 or more")
         levels = self.levels(net)[:-1]
+        boundary = getattr(net, "boundary", 0)
+        if boundary and levels[-1] <= boundary:
+            raise ValueError(f"sigmas down to {levels[-1]:g}: the network returns its input at "
+                             f"{boundary:g}, its boundary; take levels above it")
         if self.solver in _OF_LOG_SIGMA and (levels.diff() == 0).any():
             raise ValueError(f"num_steps={self.num_steps}: some of these levels are equal once the "
                              f"network has rounded them, and solver={self.solver} can't step "

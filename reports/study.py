@@ -166,6 +166,11 @@ def _few_step(run_dir: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and {"method", "levels"} <= found.keys() else None
 
 
+def is_few_step(run_dir: Path) -> bool:
+    """Says whether a run makes a few-step network."""
+    return _few_step(run_dir) is not None
+
+
 def _is_lsun(run_dir: Path) -> bool:
     options = read_json(run_dir / OPTIONS_FILE).get("options")
     return isinstance(options, dict) and bool(options.get("lsun"))

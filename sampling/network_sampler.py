@@ -44,7 +44,7 @@ from sampling.sweeps import FULL_BITS
 from torch_utils import distributed
 from torch_utils.misc import compile_network, compute_dtype, configure_backends
 
-_FLAGS = {"noise_alpha": "--alpha", "num_steps": "--steps",
+_FLAGS = {"noise_alpha": "--alpha", "num_steps": "--steps", "discretization": "--disc",
           **{name: f"--{name}" for name in ("solver", "order", "schedule", "scaling", "S_churn",
                                             "S_noise", "sigma_min", "sigma_max", "rho", "sigmas")}}
 _CONDITIONS_WORD = "cond"  # as --init-image

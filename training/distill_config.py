@@ -24,6 +24,8 @@ METHODS = ("ect", "cd", "ipfm")
 OPTIMIZERS = ("radam", "adam")
 METRICS = ("huber", "l2")
 _CD_BOUNDARY = 0.002  # the lowest level of the grid
+_LOWEST_INIT, _HIGHEST_LEVEL = 0.002, 1e6  # see few_steps.py and schedules.py
+_MAX_SCALES, _MAX_STEPS = 10_000, 64
 
 # Mimg where the flags are; a half-life for the decay b of an average by steps of B images is
 # B ln 2 / (1 - b): 0.887 Mimg for 0.9999 at 128.
@@ -97,16 +99,22 @@ class DistillConfig(TrainConfig):
         require(self.method != "ipfm" or self.precision != "fp16", "--precision=fp16 with "
                 "--method=ipfm", "bf16, tf32 or fp32: gradients that pass through the teacher have "
                 "no loss scale")
-        for name in ("ect_double", "aux_lr", "sigma_init", "ipfm_steps"):
+        for name in ("ect_double", "aux_lr", "ipfm_steps"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')}={value}",
                     "positive and finite")
-        require(self.ect_q > 1, f"--ect-q={self.ect_q:g}", "above 1")
+        require(1 < self.ect_q < math.inf, f"--ect-q={self.ect_q:g}", "above 1, and finite")
+        require(self.sigma_init is None or _LOWEST_INIT < self.sigma_init <= _HIGHEST_LEVEL,
+                f"--sigma-init={self.sigma_init}", f"above {_LOWEST_INIT:g}, and at most "
+                f"{_HIGHEST_LEVEL:g}")
+        require(self.eval_steps is None or self.eval_steps <= _MAX_STEPS,
+                f"--eval-steps={self.eval_steps}", f"at most {_MAX_STEPS}")
         for name in ("ect_k", "ect_b", "ect_c", "boundary", "ipfm_alpha"):
             value = getattr(self, name)
             require(value is None or 0 <= value < math.inf, f"--{name.replace('_', '-')}={value}",
                     "0 or more, and finite")
-        require(self.cd_scales >= 2, f"--cd-scales={self.cd_scales}", "2 or more")
+        require(2 <= self.cd_scales <= _MAX_SCALES, f"--cd-scales={self.cd_scales}",
+                f"2 to {_MAX_SCALES}")
         require(0 <= self.cd_decay < 1, f"--cd-decay={self.cd_decay:g}", "0 or more, below 1; 0 is "
                 "the network itself")
         is_edm = (self.teacher_network or {}).get("class_name", "EDMPrecond") == "EDMPrecond"
@@ -115,7 +123,10 @@ class DistillConfig(TrainConfig):
         require((self.teacher_network or {}).get("class_name") != "iDDPMPrecond",
                 f"--teacher={self.teacher}, a network of discrete noise levels,",
                 "one of EDM, PFGM++, VE or VP")
-        FewStep.of(self.method, self.first_level)  # refuses levels that are none
+        levels = FewStep.of(self.method, self.first_level).levels  # refuses levels that are none
+        limit = _CD_BOUNDARY if self.method == "cd" else levels[-1] / 2
+        require((self.boundary or 0) <= limit, f"--boundary={self.boundary}", f"at most {limit:g}, "
+                "so that every level that is trained and sampled lies above it")
 
     @property
     def first_level(self) -> float:
@@ -149,5 +160,9 @@ class DistillConfig(TrainConfig):
     @property
     def unused_options(self) -> set[str]:
         """The options that belong to other methods."""
-        own = set(_OF_METHOD[self.method])
-        return {name for names in _OF_METHOD.values() for name in names} - own
+        return self.unused_by(self.method)
+
+    @staticmethod
+    def unused_by(method: str) -> set[str]:
+        """Returns the options that only other methods than this one have."""
+        return {name for names in _OF_METHOD.values() for name in names} - {*_OF_METHOD[method]}

@@ -181,7 +181,8 @@ def _warn_of_idle_dim(ctx: click.Context, config: "TrainConfig") -> None:
     """Says so where --aug_dim is typed but diffusion is trained."""
     from torch_utils import distributed
     typed = ctx.get_parameter_source("aug_dim") is ParameterSource.COMMANDLINE
-    if typed and not config.pfgmpp and config.aug_dim != float("inf") and not config.method:
+    has_teacher = config.method is not None and config.teacher is not None
+    if typed and not config.pfgmpp and config.aug_dim != float("inf") and not has_teacher:
         distributed.warn0(f"--aug_dim={config.aug_dim:g} has no effect without --pfgmpp=1: this "
                           "run is diffusion (D = inf)")
 

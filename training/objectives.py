@@ -97,9 +97,12 @@ class Objective:
         return found
 
     def load_networks(self, content: dict[str, Any]) -> None:
-        """Takes over the networks of a training state, but not an optimizer."""
+        """Takes over the networks of a training state, but not an optimizer.
+
+        A target that the state lacks, for its run had none, begins with the network itself.
+        """
         for name, net in self.trained_networks.items():
-            net.load_state_dict(content[name])
+            net.load_state_dict(content.get(name, content["net"]))
 
 
 class Consistency(Objective):

@@ -270,7 +270,7 @@ def changed_options(now: TrainConfig, then: dict[str, Any]) -> list[str]:
             if name == "ls" and given[name] is None and before[name] is None:
                 continue  # the default follows --precision, which differs and is named
             if name == "teacher_sha256":
-                changed.append(f"--teacher={now.teacher} (other weights in the state)")
+                changed.append(f"--teacher={now.teacher or 'none'} (other weights in the state)")
                 continue
             default = ", the default" if given[name] == defaults[name] is not None else ""
             changed.append(f"--{flag_name(name)}={_shown(given[name])}{default} "
@@ -476,8 +476,7 @@ def _restore_foreign_(trainer: "Trainer", state: State) -> None:
     weights = content.get("net") or content["ema"]
     trainer.net.load_state_dict(weights)
     trainer.ema.load_state_dict(content["ema"] or weights)
-    moments = trainer.optimizer.state_dict() | {"state": content["optimizer"]["state"]}
-    _load_moments_(trainer.optimizer, moments, trainer.config.ls,
+    _load_moments_(trainer.optimizer, content["optimizer"], trainer.config.ls,
                    then=content["options"].get("ls"))
     nimg, tag = content["progress"]["cur_nimg"], _STATE_TAG.match(Path(source).name)
     trainer.cur_nimg = nimg if nimg is not None else int(tag[1]) * 1000 if tag else 0
@@ -504,7 +503,7 @@ def _load_moments_(
     run, None for gradients that are free of it, as those of a dynamic scale are.
     """
     import torch
-    optimizer.load_state_dict(stored)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": stored["state"]})
     ratio = (now or 1.0) / (then or 1.0)
     for parameter, moments in optimizer.state.items():
         for name, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
