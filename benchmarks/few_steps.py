@@ -1,7 +1,7 @@
 """Scores of few-step networks by evaluations, beside those of denoisers, and a picture of both.
 
     python -m benchmarks.few_steps --ref=datasets/emoji-faces-16.zip --out=docs/few-steps.png \
-        --networks=examples/emoji16-128.pt,examples/emoji16-128-two-steps.pt
+        --networks=examples/emoji16-128.pt,examples/emoji16-128-few-steps.pt
 
 Frechet distances of samples to a data set, means over ranges of seeds. Denoisers are sampled by
 Heun's method and ipndm. The noise between two evaluations of a few-step network is that of the

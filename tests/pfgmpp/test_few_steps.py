@@ -3,12 +3,14 @@
 import math
 
 import pytest
+import scipy.optimize
 import scipy.stats
 import torch
 from ideal_flow import IdealFlow
 
 from checkpoints.published import check_network
-from pfgmpp.few_steps import FewStep, few_step_levels
+from pfgmpp.few_steps import FewStep, consistency, few_step_levels
+from pfgmpp.kernel import PerturbationKernel
 from pfgmpp.networks import EDMPrecond
 from pfgmpp.samplers import SamplerConfig, generate_images
 
@@ -255,3 +257,37 @@ def test_the_network_is_evaluated_once_a_level(num_steps):
         sample(Net(f, few_step=ECT), [0], config)
         assert config.nfe == num_steps == len(calls)
         assert calls == list(few_step_levels("ect", 80.0, num_steps))
+
+
+# Shares of the rarer point after Gaussian noise: sums of F(b) and of the normal law at the border b
+# between the points, worked out by hand below.
+@pytest.mark.parametrize("D, gaussian", [(2, 0.1491), (8, 0.1867), (128, 0.1992)])
+def test_only_noise_of_the_kernel_keeps_the_shares_of_two_points(D, gaussian):
+    """Data -1 and 1 with shares 0.2 and 0.8: in one dimension f maps quantiles to quantiles."""
+    share, n, rng = 0.2, 400_000, torch.Generator().manual_seed(0)
+
+    def border(sigma):  # below it lies the share of -1, of all states of this level
+        law = scipy.stats.t(D)
+
+        def excess(x):
+            return share * law.cdf((x + 1) / sigma) + 0.8 * law.cdf((x - 1) / sigma) - share
+        return scipy.optimize.brentq(excess, -1e4, 1e4)
+
+    borders = {sigma: border(sigma) for sigma in (80.0, 0.821)}
+
+    def exact(x, sigma):
+        return torch.where(x < borders[round(float(sigma), 3)], -1.0, 1.0).to(x.dtype)
+
+    def kernel(x):
+        return PerturbationKernel(D).sample(tuple(x.shape), 1.0, rng).to(x.dtype)
+
+    y = torch.where(torch.rand([n, 1], generator=rng) < share, -1.0, 1.0).double()
+    start = y + 80 * kernel(y)
+    levels = torch.tensor([80, 0.821, 0], dtype=torch.float64)
+    for noise, expected in ((kernel, share), (lambda x: torch.randn(
+            x.shape, generator=rng, dtype=x.dtype), gaussian)):
+        found = (consistency(exact, start, levels, noise) < 0).double().mean().item()
+        assert abs(found - expected) < 5 * math.sqrt(share / n) + 1e-4
+    law = scipy.stats.norm
+    low, high = ((borders[0.821] - point) / 0.821 for point in (-1, 1))
+    assert share * law.cdf(low) + 0.8 * law.cdf(high) == pytest.approx(gaussian, abs=1e-4)
