@@ -139,9 +139,9 @@ def main(ctx, teacher, pfgmpp, aug_dim, **flags):
     # Mistakes in the flags come before the teacher is read.
     with user_errors(BAD_USAGE):
         placeholder = {"teacher": teacher, "pfgmpp": False, "aug_dim": 128.0} if has_teacher else {}
-        finish_config(ctx, DistillConfig(**values | placeholder))
+        config = finish_config(ctx, DistillConfig(**values | placeholder))
     if not has_teacher:
-        launch(ctx, fixed_dir, lambda _: finish_config(ctx, DistillConfig(**values)))
+        launch(ctx, fixed_dir, lambda _: config)
         return
 
     def open_teacher():

@@ -28,12 +28,12 @@ differs between them is the level alone, or the gradient's variance would not fa
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from pfgmpp.kernel import per_image, scaled_noise
 from pfgmpp.loss import DenoisingLoss, EDMLoss, LossDraws
+from pfgmpp.solvers import heun_step
 from torch_utils.misc import default_generator
 
 HUBER_PER_SQRT_N = 0.00054  # Song and Dhariwal 2023
@@ -67,8 +67,7 @@ class ConsistencyTuningLoss(EDMLoss):
 
     def __call__(
         self, net: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None,
-        augment_pipe: Any = None, *, draws: LossDraws | None = None,
-        condition: torch.Tensor | None = None, nimg: int = 0,
+        *, draws: LossDraws | None = None, condition: torch.Tensor | None = None, nimg: int = 0,
         frozen: Callable | None = None,
     ) -> torch.Tensor:
         """Returns the loss of each image, [B].
@@ -77,7 +76,6 @@ class ConsistencyTuningLoss(EDMLoss):
             net: the consistency function (x, sigma, labels) -> image; condition=... where given.
             images: clean images [B, C, H, W] in [-1, 1], or vectors [B, N].
             labels: one-hot or real labels [B, label_dim], or None.
-            augment_pipe: not used; consistency functions are trained on the images as they are.
             draws: variates of these images; None draws them from PyTorch's default generator.
             condition: what the network is told of each image, [B, cond_channels, H, W].
             nimg: images seen so far, which decide the stage.
@@ -131,8 +129,7 @@ class ConsistencyDistillationLoss(DenoisingLoss):
 
     def __call__(
         self, net: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None,
-        augment_pipe: Any = None, *, draws: LossDraws | None = None,
-        condition: torch.Tensor | None = None, nimg: int = 0,
+        *, draws: LossDraws | None = None, condition: torch.Tensor | None = None, nimg: int = 0,
         frozen: Callable | None = None,
     ) -> torch.Tensor:
         """Returns the loss of each image, [B]. Arguments as for `ConsistencyTuningLoss`.
@@ -163,20 +160,6 @@ def distance(a: torch.Tensor, b: torch.Tensor, c: float) -> torch.Tensor:
     """Returns sqrt(|a - b|^2 + c^2) - c of each image [B, ...], as [B]; c = 0 is the 2-norm."""
     squared = (a - b).square().flatten(1).sum(dim=1)
     return (squared + (c * c if c else _TINY)).sqrt() - c
-
-
-def heun_step(
-    denoise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor,
-    sigma: torch.Tensor, sigma_next: torch.Tensor,
-) -> torch.Tensor:
-    """Returns the states of level `sigma_next` > 0 that the ODE leads to from those of `sigma`.
-
-    Each image has levels of its own, [B, 1, ...]; the ODE does not see D.
-    """
-    slope = (x - denoise(x, sigma)) / sigma
-    guess = x + (sigma_next - sigma) * slope
-    second = (guess - denoise(guess, sigma_next)) / sigma_next
-    return x + (sigma_next - sigma) * (slope + second) / 2
 
 
 def dropout_seed() -> int:

@@ -123,10 +123,10 @@ def consistency(
         noise_like: draws unit-scale noise of the kernel, of the shape and dtype of its argument.
         watch: called with (state, sigma) before each evaluation.
     """
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for i in range(len(sigmas) - 1):
+        if i:
+            x = x + sigmas[i] * noise_like(x)
         if watch:
-            watch(x, sigma)
-        x = denoise(x, sigma)
-        if sigma_next > 0:
-            x = x + sigma_next * noise_like(x)
+            watch(x, sigmas[i])
+        x = denoise(x, sigmas[i])
     return x

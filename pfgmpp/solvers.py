@@ -77,14 +77,24 @@ def heun(
     last = _step_to_zero(sigmas)
     for i in range(len(sigmas) - 1):
         x, sigma = before_step(x, i) if before_step else (x, sigmas[i])
-        sigma_next = sigmas[i + 1]
-        first = slope(denoise, x, sigma)
-        x_next = x + (sigma_next - sigma) * first
-        if i != last:
-            second = slope(denoise, x_next, sigma_next)
-            x_next = x + (sigma_next - sigma) * (first + second) / 2
-        x = x_next
+        if i == last:
+            x = x + (sigmas[i + 1] - sigma) * slope(denoise, x, sigma)
+        else:
+            x = heun_step(denoise, x, sigma, sigmas[i + 1], slope)
     return x
+
+
+def heun_step(
+    denoise: Denoiser, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor,
+    slope: Slope = sigma_slope,
+) -> torch.Tensor:
+    """Returns the states at `sigma_next` > 0 that Heun's method finds from those at `sigma`.
+
+    Levels may also be each image's own, [B, 1, ...].
+    """
+    first = slope(denoise, x, sigma)
+    second = slope(denoise, x + (sigma_next - sigma) * first, sigma_next)
+    return x + (sigma_next - sigma) * (first + second) / 2
 
 
 def ipndm(

@@ -380,7 +380,10 @@ def open_network(
 
 
 def load_network(source: str, key: str | None = None) -> dict[str, Any]:
-    """Returns the content of a file, with averaged weights if there are any; says so if not."""
+    """Returns what sampling needs of a file, with averaged weights if there are any.
+
+    It says so if there are none.
+    """
     found = find_network(source)
     content = checkpoint.with_average(checkpoint.load(found, key), found)
     if "ema_source" in content:
@@ -389,7 +392,8 @@ def load_network(source: str, key: str | None = None) -> dict[str, Any]:
     elif content.get("ema") is None:
         distributed.warn0(f"{found}: has no averaged weights, and no network-snapshot of the same "
                           "number lies beside it; the plain weights, which sample worse, are used")
-    return content
+    unused = {"optimizer", "net"} if content.get("ema") is not None else {"optimizer"}
+    return {key: value for key, value in content.items() if key not in unused}
 
 
 def _dataset_record(content: dict[str, Any]) -> dict[str, Any]:

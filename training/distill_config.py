@@ -35,7 +35,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "cd": {"duration": 25.6, "batch": 128, "lr": 1e-4, "lr_rampup": 0.0, "ema": 0.887,
            "dropout": 0.0, "optim": "radam"},
     "ipfm": {"duration": 10.24, "batch": 512, "lr": 1e-5, "lr_rampup": 0.512, "ema": 0.355,
-             "dropout": 0.0, "optim": "adam"},
+             "dropout": 0.0, "optim": "adam", "P_mean": -1.2, "P_std": 1.2},
 }
 # Options of one method, which the others ignore.
 _OF_METHOD = {"ect": ("P_mean", "P_std", "ect_q", "ect_k", "ect_b", "ect_c", "ect_double"),

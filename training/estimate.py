@@ -181,8 +181,9 @@ def _with_method(found: Estimate, config: TrainConfig) -> Estimate:
     """Returns the estimate with what a few-step method computes and keeps beside its network."""
     forward, training = found.forward_flops, found.training_flops
     extra = {None: 0, "ect": forward, "cd": 3 * forward}  # the lower level; and the teacher's step
-    if config.method == "ipfm":  # the generator and the auxiliary's step; then through T and S
-        extra["ipfm"] = config.ipfm_steps * (forward + training) + 2 * training
+    if config.method == "ipfm":
+        # The generator and the auxiliary's step; then T and S, back to their inputs only.
+        extra["ipfm"] = config.ipfm_steps * (forward + training) + 2 * 2 * forward
     return dataclasses.replace(
         found, training_flops=training + extra[config.method],
         state_bytes=found.state_bytes + _kept_bytes(config)[0] * found.parameters)

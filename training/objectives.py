@@ -184,7 +184,8 @@ def build_objective(config: TrainConfig, net: Precond, teacher: Precond | None =
             stage_nimg=config.ect_double * 1e6), net, teacher=None)
     if config.method == "cd":
         sigma_max = LSUN_SIGMA_MAX if config.lsun else EDM_SIGMA_MAX
-        grid = edm_sigmas(teacher, config.cd_scales, sigma_max=sigma_max)[:-1]
+        grid = edm_sigmas(teacher, config.cd_scales, sigma_max=sigma_max)[:-1].to(
+            next(teacher.parameters()).device)
         target = copy.deepcopy(net).requires_grad_(False) if config.cd_decay else None
         loss_fn = ConsistencyDistillationLoss(teacher, grid, target, config.cd_metric, **noise)
         return Consistency(loss_fn, net, teacher, target, config.cd_decay)

@@ -41,9 +41,7 @@ class Teacher:
             raise ValueError(f"--teacher={source}: a few-step network, which can't teach; give the "
                              "denoiser that it was made from")
         weights = checkpoint.sampling_weights(content)
-        kept = {key: value for key, value in content.items()
-                if key not in ("net", "ema", "optimizer")} | {"ema": weights}
-        return cls(source, kept, checkpoint.digest(weights))
+        return cls(source, content | {"ema": weights}, checkpoint.digest(weights))
 
     @property
     def network(self) -> dict[str, Any]:

@@ -104,7 +104,8 @@ def _prepare(
     """Returns all that takes part in a run and writes its first files; None if it is finished."""
     with console.timed("network"):
         weights = start.tensors if isinstance(start, Weights) else None
-        frozen = teacher.build(device, config.precision) if teacher else None
+        is_asked = teacher is not None and config.method != "ect"  # which only begins with it
+        frozen = teacher.build(device, config.precision) if is_asked else None
         trainer = Trainer(config, dataset, device, weights, frozen)
     if isinstance(start, State):
         restore_(trainer, start)

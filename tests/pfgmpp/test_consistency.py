@@ -12,10 +12,10 @@ from pfgmpp.consistency import (
     ConsistencyDistillationLoss,
     ConsistencyTuningLoss,
     distance,
-    heun_step,
 )
 from pfgmpp.loss import LossDraws
 from pfgmpp.networks import EDMPrecond, build_network
+from pfgmpp.solvers import heun_step
 
 INF = math.inf
 DIMS = (2, 128, INF)

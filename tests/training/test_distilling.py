@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from scripts import run_script
 from snapshots import write_snapshot
 from tiny import TINY_NETWORK, write_dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 import distill
 import generate
@@ -24,9 +25,13 @@ import train
 from checkpoints import checkpoint
 from checkpoints.checkpoint import digest, load
 from images.dataset import ImageFolderDataset, order_at
+from pfgmpp import few_steps, samplers, schedules
+from sampling import sweeps
 from torch_utils import distributed, misc
+from training import distill_config, estimate
 from training.config import TrainConfig
-from training.distill_config import DistillConfig
+from training.distill_config import METHOD_DEFAULTS, DistillConfig
+from training.estimate import Estimate
 from training.resume import NETWORK_OPTIONS, RESUME_MAY_CHANGE, State, changed_options, restore_
 from training.teacher import Teacher
 from training.trainer import Trainer
@@ -674,6 +679,24 @@ def test_another_teacher_is_refused_on_resuming(dataset_zip, run_of, invoke, tmp
     result = invoke(distill.main, *command(dataset_zip, tmp_path, other, "ect", steps=6),
                     f"--resume={newest(run_of('ect'))}")
     assert "other.pt (other weights in the state)" in error_of(result, 2)
+
+
+def test_what_stands_in_two_places_for_want_of_pytorch_is_alike():
+    assert distill_config.METHODS == few_steps.METHODS == tuple(METHOD_DEFAULTS)
+    assert sweeps.CONSISTENCY == samplers.CONSISTENCY
+    assert (distill_config._LOWEST_INIT, distill_config._MAX_STEPS) == (
+        few_steps._LOWEST, few_steps._MAX_LEVELS)
+    assert distill_config._HIGHEST_LEVEL == schedules._HIGHEST_GIVEN
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dry_run_counts_the_operations_of_a_step(dataset_zip, teachers, method):
+    trainer = started(dataset_zip, teachers[64], method, **OF_METHOD[method])
+    with FlopCounterMode(display=False) as counter:
+        trainer.train_step()
+    network = trainer.net.config
+    expected = estimate._with_method(Estimate.of_network(network), trainer.config).training_flops
+    assert counter.get_total_flops() / BATCH == pytest.approx(expected, rel=0.03)
 
 
 def test_scripts_of_denoisers_know_a_few_step_run(dataset_zip, run_of, invoke, tmp_path):
