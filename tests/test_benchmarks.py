@@ -56,6 +56,7 @@ def test_both_ways_of_stable_targets_agree_where_many_images_have_a_share():
     assert relative_error(stf.by_product(*inputs), nearest) > 0.1
 
 
+@pytest.mark.long
 def test_solvers_are_compared_by_scores_errors_and_time(invoke, tmp_path, dataset_zip, monkeypatch):
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")
@@ -177,6 +178,7 @@ def test_the_command_prints_a_table_and_writes_json(invoke, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.long
 def test_few_step_networks_are_scored_beside_denoisers(invoke, tmp_path, dataset_zip, monkeypatch):
     monkeypatch.setattr(few_steps, "_SOLVER_STEPS", {"heun": (2,), "ipndm": (3,)})
     denoiser = write_snapshot(tmp_path / "denoiser.pt", pfgmpp=True, aug_dim=2.0)

@@ -172,6 +172,7 @@ def test_a_stage_is_shown_on_a_terminal_although_nothing_is_counted(stdout, monk
         assert wait_for(lambda: "Opening a.zip: 00:" in sys.stderr.getvalue())
 
 
+@pytest.mark.long
 def test_no_silence_is_longer_where_one_work_follows_another(stdout, monkeypatch):
     times = []
 

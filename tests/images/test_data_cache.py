@@ -133,6 +133,7 @@ def test_data_on_the_device_need_the_packed_file(dataset_zip, tmp_path, invoke, 
     assert not list((tmp_path / "runs").glob("*"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("free, word", [(10**9, "1 GB are free there\n"), (1000, "too little")])
 def test_a_dry_run_says_where_data_would_be_packed_and_whether_they_fit(
         dataset_zip, tmp_path, invoke, monkeypatch, cache, free, word):

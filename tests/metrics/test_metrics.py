@@ -470,6 +470,7 @@ def test_two_processes_score_during_training_as_fid_py_does(data, tmp_path):
     assert during["value"] == pytest.approx(after["value"], rel=1e-9)
 
 
+@pytest.mark.long
 def test_kernel_distances_are_over_the_subsets_of_torch_fidelity():
     # Its defaults: kid_subsets=100, kid_subset_size=1000, rng_seed=2020.
     x, y = (torch.randn([1500, 4], generator=torch.Generator().manual_seed(k), dtype=torch.float64)

@@ -48,6 +48,7 @@ def mixture_prior(net, highest=HIGHEST):
 
 # ------------------------------------------------------------------------------------ densities
 
+@pytest.mark.long
 @pytest.mark.parametrize("D", DIMS)
 def test_the_equation_gives_the_density_of_the_mixture(D):
     net = Ideal(D)
@@ -62,6 +63,7 @@ def test_the_equation_gives_the_density_of_the_mixture(D):
     assert plain.end.equal(found.end)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("D", (2, math.inf))
 def test_errors_fall_at_order_four(D):
     net = Ideal(D)
@@ -73,6 +75,7 @@ def test_errors_fall_at_order_four(D):
     assert slope > 3.5, errors
 
 
+@pytest.mark.long
 def test_gaussian_data_have_the_entropy_of_the_gaussian():
     N, std, lowest = 6, 0.5, 0.002
     x = torch.randn(40_000, N, generator=seeded(), dtype=torch.float64) * math.hypot(std, lowest)

@@ -222,6 +222,7 @@ def test_label_vectors_of_samples_are_recorded(vectors, tmp_path, invoke):
         "labels": [["000003.png", [4.0, 5.0, 6.0]], ["000004.png", [1.0, 2.0, 3.0]]]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_vectors", [False, True])
 def test_training_records_what_labels_are_and_samples_such(is_vectors, tmp_path, invoke):
     data = write_dataset(tmp_path / "data.zip", num=12, vectors=is_vectors)

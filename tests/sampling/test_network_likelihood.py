@@ -75,6 +75,7 @@ def entropy(std):
 
 # ---------------------------------------------------------------------------------------- units
 
+@pytest.mark.long
 @pytest.mark.parametrize("width", [1, 17])
 def test_bits_are_those_of_a_code_for_gaussian_pixels(tmp_path, width):
     std, rng = 30 / 127.5, np.random.default_rng(0)
@@ -221,6 +222,7 @@ def test_evaluations_are_counted_as_they_are(network, dataset_zip):
     assert sum(seen) == 5 * measure.nfe == 5 * 24
 
 
+@pytest.mark.long
 def test_the_value_of_an_image_is_its_own(network, dataset_zip, tmp_path, invoke):
     found = []
     for name, more in (("a", ["--count=40", "--batch=16"]), ("b", ["--count=6", "--batch=1"])):
@@ -264,6 +266,7 @@ def test_held_out_images_stand_beside_those_of_training(network, dataset_zip, tm
     assert rows_of(tmp_path / second["table"]) != rows_of(tmp_path / first["table"])
 
 
+@pytest.mark.long
 def test_a_table_is_replaced_only_by_its_own(network, dataset_zip, tmp_path, invoke):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
@@ -343,6 +346,7 @@ def test_flags_that_cannot_be_are_refused(network, dataset_zip, tmp_path, invoke
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_data_that_do_not_fit_the_network_are_refused(network, tmp_path, invoke):
     (tmp_path / "floats").mkdir()
     np.save(tmp_path / "floats/a.npy", np.zeros([3, 8, 8], np.float32))

@@ -36,6 +36,8 @@ from training.resume import NETWORK_OPTIONS, RESUME_MAY_CHANGE, State, changed_o
 from training.teacher import Teacher
 from training.trainer import Trainer
 
+pytestmark = pytest.mark.long  # all of them train
+
 CPU = torch.device("cpu")
 INF = math.inf
 DIMS = (2, 64, INF)
@@ -137,7 +139,6 @@ def test_rounds_and_ranks_change_only_rounding(dataset_zip, teachers, monkeypatc
     assert_close({name: (of_ranks[0][name] + of_ranks[1][name]) / 2 for name in whole}, whole)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("method", ["ect", "cd"])
 def test_blocks_that_are_computed_twice_keep_the_shared_masks(dataset_zip, teachers, method):
     plain, twice = (moved(started(dataset_zip, teachers[2], method, **OF_METHOD[method],
@@ -415,7 +416,6 @@ def run_of(dataset_zip, teachers, tmp_path_factory):
     return run
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("method, D", FIRST_PAIR)
 def test_a_resumed_run_writes_the_state_of_an_undisturbed_one(dataset_zip, teachers, run_of, invoke,
                                                               tmp_path, method, D):
@@ -429,7 +429,6 @@ def test_a_resumed_run_writes_the_state_of_an_undisturbed_one(dataset_zip, teach
                                                                   method)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("method, D", PAIRS)
 def test_a_snapshot_samples_in_a_few_steps_with_no_more_flags(run_of, invoke, tmp_path, method, D):
     snapshot = newest(run_of(method), "network-snapshot")
@@ -456,7 +455,6 @@ def test_no_likelihood_follows_from_a_few_step_network(dataset_zip, run_of, invo
     assert not (tmp_path / "x.jsonl").exists()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("method", ["ect", "none"])
 def test_a_consistency_function_from_scratch_and_from_a_teacher_begin_where_they_should(
         dataset_zip, teachers, invoke, tmp_path, method):
@@ -583,7 +581,6 @@ def test_data_of_other_labels_are_refused(invoke, tmp_path, classes, words, code
     assert words in error_of(result, code)
 
 
-@pytest.mark.long
 def test_a_state_is_resumed_by_the_command_that_wrote_it(dataset_zip, teachers, run_of, invoke,
                                                          tmp_path):
     state = newest(run_of("cd"))

@@ -117,6 +117,7 @@ def test_ranks_meet_in_the_last_round_only(dataset_zip):
     assert events == [*["alone", "evaluates"] * 3, "evaluates"]
 
 
+@pytest.mark.long
 def test_no_two_rounds_steps_or_ranks_share_a_dropout_mask(dataset_zip, monkeypatch):
     seeds, manual_seed = [], torch.manual_seed
     for rank in range(2):
@@ -266,6 +267,7 @@ def test_no_gradient_is_not_clipped(dataset_zip):
     assert all(not p.grad.any() for p in trainer.net.parameters() if p.grad is not None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ema, rampup, beta_of_step", [
     (1.0, 0.05, lambda nimg: 0.5 ** (8 / max(0.05 * nimg, 1e-8))),  # ramping up
     (10e-6, 0.05, lambda nimg: 0.5 ** (8 / max(min(10, 0.05 * nimg), 1e-8))),
