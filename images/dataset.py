@@ -84,9 +84,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         random_seed: any integer.
         cache: read pixels from a packed copy, see `pack`.
         use_conditions: read the condition images, of which there must be one for each image.
+        any_size: let images differ in height and width; `get_batch` then takes only indices of one
+            size. Such a data set can't be packed.
 
     Attributes:
-        image_shape: [C, H, W].
+        image_shape: [C, H, W]; where sizes differ, that of the first image.
         scaling: of the images.
         cond_shape: [C, H, W] of the condition images; None where they are not read.
         cond_scaling: of the condition images; None where they are not read.
@@ -100,8 +102,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def __init__(self, path: str | os.PathLike, resolution: int | Sequence[int] | None = None,
                  use_pyspng: bool = True, max_size: int | None = None, use_labels: bool = False,
                  xflip: bool = False, random_seed: int = 0, cache: bool = False,
-                 use_conditions: bool = False):
+                 use_conditions: bool = False, any_size: bool = False):
         self.path = Path(path)
+        self._any_size = any_size
         self.name = Path(os.path.abspath(path)).stem
         self._is_fingerprint_shared = False
         with stage(f"Opening {self.path}"):
@@ -116,7 +119,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         if not self._names:
             raise NoImagesError(f"{self.path}: no images found")
         self._kept = _subset(len(self._names), max_size, random_seed)  # raw indices, rising
-        self._images = UniformImages(self.path, self._files, self._names, self._kept)
+        self._images = UniformImages(self.path, self._files, self._names, self._kept,
+                                     self._any_size)
         self.image_shape = list(self._images.format.shape)
         self._check_resolution(resolution)
         self.scaling = recorded_scaling(self._files, self._images.format, "scale", self.path)
@@ -227,7 +231,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                              "puts them into a data set")
         found, extra = match_names([CONDITIONS + name for name in self._names], self._cond_names)
         check_matched(self._names, found, extra, str(self.path))
-        conditions = UniformImages(self.path, self._files, found, self._kept)
+        conditions = UniformImages(self.path, self._files, found, self._kept, self._any_size)
         if conditions.format.shape[1:] != self._images.format.shape[1:]:
             raise ValueError(f"{conditions.where(0)} is {conditions.format}, but {self._names[0]} "
                              f"is {self._images.format}; a condition image has the size of its "
@@ -249,6 +253,23 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def is_packed(self) -> bool:
         """Whether images come from an array instead of files."""
         return all(stack.packed is not None for stack in self._stacks)
+
+    @functools.cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The height and width of each image, [len]; of a data set of one size nothing is read.
+
+        Raises:
+            ValueError: an image can't be read or is of another kind, or its condition image, if
+                these are read, is of another size.
+        """
+        found, *of_conditions = (stack.sizes() for stack in self._stacks)
+        for conditions in of_conditions:
+            for number, size, other in zip(self._kept, found, conditions, strict=True):
+                if size != other:
+                    raise ValueError(f"{self._images.where(number)} is {size[1]}x{size[0]}, but "
+                                     f"its condition image is {other[1]}x{other[0]}; they must be "
+                                     "of one size")
+        return found * self._copies
 
     @property
     def all_names(self) -> Sequence[str]:

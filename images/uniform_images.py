@@ -1,5 +1,7 @@
 """The images of one format in a folder or ZIP by number: from their files, or from a packed copy.
 
+Only without a packed copy may they be of different sizes.
+
 A packed copy is one .npy of all images, [n, C, H, W] uint8, uint16 or float32, which every process
 maps into its memory.
 """
@@ -31,14 +33,17 @@ class UniformImages:
     """Images of one format, which is that of the first; each is compared with it when it is read.
 
     `names` are the images among the files, in order. `kept` are the rising numbers of those that
-    are used, and rows count these. Errors call the folder or ZIP `path`.
+    are used, and rows count these. Errors call the folder or ZIP `path`. With `any_size` heights
+    and widths may differ, and only images of one size can be had at a time.
 
     Raises:
         ValueError: the first image can't be read, or is of a format that networks don't take.
     """
 
-    def __init__(self, path: Path, files: Folder | Zip, names: Sequence[str], kept: np.ndarray):
+    def __init__(self, path: Path, files: Folder | Zip, names: Sequence[str], kept: np.ndarray,
+                 any_size: bool = False):
         self._path, self._files, self.names, self._kept = path, files, names, kept
+        self._any_size = any_size
         self.format = self._read_format(0)
         if not self.format.channels:
             raise ValueError(f"{self.where(0)} is {self.format}; images must be gray (L) or RGB, "
@@ -51,6 +56,17 @@ class UniformImages:
         if self.packed is not None:
             return self.packed[rows]
         return self.get_batch(self._kept[rows])[0]
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Returns the height and width of each image that is used, from the heads of the files."""
+        if not self._any_size:
+            return [self.format.shape[1:]] * len(self._kept)
+        found = []
+        for number in self._kept:
+            image_format = self._read_format(number)
+            self._check_format(number, image_format)
+            found.append(image_format.shape[1:])
+        return found
 
     def where(self, number: int) -> str:
         """Returns what errors call an image, by its number among all names."""
@@ -67,6 +83,8 @@ class UniformImages:
 
     def get_batch(self, numbers: Sequence[int]) -> tuple[np.ndarray]:
         """Returns images by their numbers among all names, from their files."""
+        if self._any_size and len(numbers):
+            return (np.stack([self._decode(number) for number in numbers]),)
         images = np.empty([len(numbers), *self.format.shape], self.format.dtype)
         for image, number in zip(images, numbers, strict=True):
             image[:] = self._decode(number)
@@ -90,10 +108,14 @@ class UniformImages:
             return pictures.read_format(file)
 
     def _check_format(self, number: int, found: ImageFormat) -> None:
-        if found != self.format:
+        expected = self.format
+        if self._any_size:
+            expected = expected._replace(height=found.height, width=found.width)
+        if found != expected:
             raise ValueError(
                 f"{self.where(number)} is {found}, but {self.names[0]} is {self.format}; all "
-                "images must agree: convert them with dataset_tool.py")
+                f"images must agree{' but for their size' if self._any_size else ''}: convert them "
+                "with dataset_tool.py")
 
     def _decode(self, number: int) -> np.ndarray:
         """Returns one image as [C, H, W]."""

@@ -531,3 +531,33 @@ def test_the_format_of_a_data_set_is_that_of_its_first_image_even_of_a_part(tmp_
     dataset = next(part for part in parts if 0 not in part._kept)
     with pytest.raises(ValueError, match="is L 4x4, but 0.png is L 8x8"):
         dataset.check_uniform()
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("write", [write_zip, write_folder])
+def test_images_of_any_size_are_read_by_size(tmp_path, write):
+    arrays = {f"{k}.npy": np.full([2, 4 + k % 2, 5], k, np.float32) for k in range(4)}
+    path = write(tmp_path / "data", {name: npy(array) for name, array in arrays.items()})
+    dataset = ImageFolderDataset(path, any_size=True)
+    assert dataset.sizes == [(4, 5), (5, 5), (4, 5), (5, 5)]
+    images, _ = dataset.get_batch([3, 1])
+    np.testing.assert_array_equal(images, [arrays["3.npy"], arrays["1.npy"]])
+    with pytest.raises(ValueError, match=r"1\.npy .* is .* 5x5, but 0\.npy is .* 5x4; all images"):
+        ImageFolderDataset(path).get_batch([1])
+
+
+def test_images_of_any_size_have_one_kind_and_conditions_of_their_size(tmp_path):
+    small, large = np.zeros([1, 4, 4], np.float32), np.zeros([1, 6, 4], np.float32)
+    mixed = write_folder(tmp_path / "mixed", {"a.npy": npy(small),
+                                              "b.npy": npy(np.zeros([2, 6, 4], np.float32))})
+    with pytest.raises(ValueError, match=r"b\.npy .*2 channels.*must agree but for their size"):
+        ImageFolderDataset(mixed, any_size=True).sizes  # noqa: B018 - the property reads
+    pairs = write_folder(tmp_path / "pairs", {"a.npy": npy(small), "b.npy": npy(large)})
+    write_folder(pairs / "cond", {"a.npy": npy(small), "b.npy": npy(small)})
+    with pytest.raises(ValueError, match=r"b\.npy .* is 4x6, but its condition image is 4x4"):
+        ImageFolderDataset(pairs, use_conditions=True, any_size=True).sizes  # noqa: B018
