@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+import math
 from pathlib import Path
 
 import click
@@ -26,6 +27,7 @@ from sampling.sweeps import sweep_points
 
 _MAX_SHOWN = 64  # images in a grid
 _MAX_NAMED = 6  # seeds or states in a message
+_DEFAULT_SEEDS = 64  # --seeds=0-63
 
 
 def _refuse(ctx, param, value: bool | None) -> None:
@@ -53,15 +55,29 @@ def _parse_quantiles(ctx, param, value: str | None) -> tuple[float, ...] | None:
     return quantiles
 
 
+def _parse_window(ctx, param, value: str | None) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    try:
+        center, width = map(float, value.split(","))
+    except ValueError:
+        center = width = math.nan
+    if not (math.isfinite(center) and 0 < width < math.inf):
+        raise click.BadParameter(f"{value!r}: must be CENTER,WIDTH with a width above 0, such as "
+                                 "40,400")
+    return center, width
+
+
 @click.command(context_settings=CONTEXT)
 @click.option("--network", metavar="PT|URL", help="Network snapshot or training state; without it, every training state of OUTDIR.")
 @click.option("--outdir", metavar="DIR", required=True, help="Where the images go; without --network, the run directory.")
 @click.option("--ckpt", metavar="KIMG", type=int, default=0, help="First training state, in thousands of images.")
 @click.option("--end_ckpt", metavar="KIMG", type=int, default=100_000_000, help="Last training state, in thousands of images.")
-@click.option("--seeds", metavar="LIST", type=IntList(), default="0-63", help="Random seeds, e.g. 1,2,5-10; one image each.")
+@click.option("--seeds", metavar="LIST", type=IntList(), help="Random seeds, e.g. 1,2,5-10; one image each.  [default: 0-63; with --init-image or --cond-image one for each of these, under its name]")
 @click.option("--subdirs", is_flag=True, help="One subfolder per thousand seeds.")
 @click.option("--batch", "batch", metavar="INT", type=click.IntRange(min=1), default=64, help="Largest batch per process.")
 @click.option("--save_images", metavar="[BOOL]", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write vis/grid.png and vis/movie.gif of the first of SEEDS.")
+@click.option("--window", metavar="C,W", callback=_parse_window, help="Center and width, in the data's units, of the values from black to white in these pictures.  [default: what networks see as -1 to 1]")
 @click.option("--encode", metavar="DIR|ZIP", help="Write the latents of these images to latents.npz instead of making images.")
 @click.option("--latents", metavar="FILE", help="Latents to begin with, as --encode writes them; seed k has latent k mod n of n.")
 @click.option("--interpolate", metavar="LIST", callback=_parse_ends, help="Images on the way between these seeds, or latents of --latents by name or number: A,B or more.")
@@ -78,7 +94,7 @@ def _parse_quantiles(ctx, param, value: str | None) -> tuple[float, ...] | None:
 @cache_dir_option
 @verbosity_options
 def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use_pickle, edm,
-         save_images, device, steps, alpha, bits, interpolate, frames, radii, **sampling):
+         save_images, window, device, steps, alpha, bits, interpolate, frames, radii, **sampling):
     """Samples images from trained networks, by Heun's method on the grid of EDM.
 
     Other solvers take fewer evaluations: --solver=ipndm --steps=7 is nearly as good as the default,
@@ -87,7 +103,8 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
 
     Image k is a function of the network, seed k and the sampler's settings alone. Images that are
     there already are kept, so a run that was killed is continued by running it again. Given images
-    are taken in turn by the seeds: with n of them, --seeds=0-(3n-1) makes three of each.
+    are taken in turn by the seeds: with n of them, --seeds=0-(3n-1) makes three of each. Without
+    --seeds each makes one, which has its size and its name.
 
     8-bit images of 1 or 3 channels become PNGs. All others become arrays, NAME.npy of [C, H, W],
     in the units of the data that the network was trained on.
@@ -98,6 +115,9 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
 
     --encode runs the sampler backwards, from images to their latents. --latents, --interpolate and
     --radii begin with other latents than seeds draw.
+
+    Noisy images are restored by --init-image, with --init-noise=0 if they are noisy enough to start
+    from as they are; docs/restoration.md compares the ways.
 
     \b
     # 64 images of a snapshot
@@ -131,13 +151,17 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
                 if sampler.encoded is not None:
                     _encode(sampler, folder, seeds, batch)
                     continue
-                made = range(len(sampler.latents)) if rows or seeds is None else seeds
-                failed = _generate(sampler, folder, made, batch, subdirs)
+                made = seeds
+                if rows or (seeds is None and sampler.latents is not None):
+                    made = range(len(sampler.latents))
+                elif seeds is None:
+                    made = range(len(sampler.inputs))
+                failed = _generate(sampler, folder, made, batch, subdirs, is_named=seeds is None)
                 bad += failed
                 if rows and not failed and distributed.get_rank() == 0:
                     _save_rows(sampler, folder, rows, is_movie=interpolate is not None)
                 if save_images and distributed.get_rank() == 0:
-                    _save_pictures(sampler, folder, made[:min(batch, _MAX_SHOWN)])
+                    _save_pictures(sampler, folder, made[:min(batch, _MAX_SHOWN)], window)
                 distributed.barrier()
             if bad:
                 raise ValueError("not all images are there, see the warnings above")
@@ -150,7 +174,7 @@ _OF_LATENTS = {"encode": "--encode", "latents": "--latents", "interpolate": "--i
 
 
 def _seeds_of_latents(context: click.Context, points, seeds, interpolate):
-    """Returns the seeds to sample, None for one each of given images or latents.
+    """Returns the seeds to sample, None for one image of each given image or latent.
 
     Raises:
         UserError: flags of latents do not go together.
@@ -159,8 +183,10 @@ def _seeds_of_latents(context: click.Context, points, seeds, interpolate):
     is_frames_typed = context.get_parameter_source("frames") is click.core.ParameterSource.COMMANDLINE
     if is_frames_typed and interpolate is None:
         raise UserError("--frames: used with --interpolate", BAD_USAGE)
+    default = seeds or tuple(range(_DEFAULT_SEEDS))
     if not given:
-        return seeds
+        inputs = [context.params[name] for name in ("init_image", "cond_image")]
+        return seeds if any(inputs) else default
     typed = context.get_parameter_source("seeds") is click.core.ParameterSource.COMMANDLINE
     if context.params["network"] is None or len(points) > 1:
         raise UserError(f"{given[0]}: for one network with one setting; name it with --network and "
@@ -179,9 +205,9 @@ def _seeds_of_latents(context: click.Context, points, seeds, interpolate):
         if typed:
             raise UserError("--seeds with --interpolate: this names the seeds; leave --seeds out",
                             BAD_USAGE)
-        return seeds
+        return default
     is_one_each = {"--encode", "--latents"} & set(given)
-    return None if is_one_each and not typed else seeds
+    return None if is_one_each and not typed else default
 
 
 def _with_latents(sampler, seeds, interpolate, frames, radii):
@@ -189,11 +215,9 @@ def _with_latents(sampler, seeds, interpolate, frames, radii):
 
     The latter is 0 where no picture of rows is made of them.
     """
-    import math
-
     from images.image_files import error_prefix
     from sampling.latents import at_radii, between
-    from sampling.network_sampler import UsageError
+    from sampling.seed_images import UsageError
 
     if sampler.encoded is not None and seeds is not None and max(seeds) >= len(sampler.encoded):
         raise UsageError(f"--seeds: names image {max(seeds)}, but --encode has "
@@ -218,7 +242,7 @@ def _with_latents(sampler, seeds, interpolate, frames, radii):
 
 def _ends(sampler, interpolate) -> list[int]:
     """Returns the seeds of --interpolate, given as numbers or as names of latents."""
-    from sampling.network_sampler import UsageError
+    from sampling.seed_images import UsageError
 
     latents, where = sampler.latents, f"--interpolate={shown_name(','.join(interpolate))}"
     found = []
@@ -287,8 +311,10 @@ def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds, *, is
     return [(path, outdir / str(FolderName(tag, gen_seed))) for path, tag in chosen]
 
 
-def _generate(sampler, folder, seeds, batch, subdirs) -> int:
+def _generate(sampler, folder, seeds, batch, subdirs, is_named: bool) -> int:
     """Makes the images of `folder` that are missing, this rank's share of them.
+
+    With `is_named` they are named after the inputs that they are made of, where there are some.
 
     Returns how many came out with values that are not finite, and were not written.
     """
@@ -298,12 +324,15 @@ def _generate(sampler, folder, seeds, batch, subdirs) -> int:
     from dnnlib.util import format_ranges
     from sampling.image_writer import ImageFolder, ImageWriter
     from torch_utils import distributed
-    images = ImageFolder(folder, sampler.image_shape, subdirs, sampler.scaling.is_8bit)
-    distributed.run_on_rank0(images.open, {**sampler.settings, "subdirs": subdirs})
-    missing = distributed.run_on_rank0(images.missing, seeds)
+    stems = sampler.inputs.stems() if is_named and sampler.inputs is not None else None
+    images = ImageFolder(folder, sampler.shape_of, subdirs, sampler.scaling.is_8bit, stems)
+    names = {} if stems is None else {"names": "inputs"}
+    distributed.run_on_rank0(images.open, {**sampler.settings, "subdirs": subdirs, **names})
+    missing = distributed.run_on_rank0(
+        lambda: images.missing(seeds, deviations=sampler.average > 1))
     if len(missing) < len(seeds):
         distributed.print0(f"{folder}: {len(seeds) - len(missing)} of {len(seeds)} images are there")
-    batches = distributed.split_for_rank(missing, batch)
+    batches = sampler.batches(missing, batch)
     labels, bad = {}, []
     with console.timed(f"{folder.name}, files included"), ImageWriter(images) as writer, \
             Progress(len(missing), folder.name) as progress:
@@ -312,8 +341,11 @@ def _generate(sampler, folder, seeds, batch, subdirs) -> int:
             good = [i for i, is_good in enumerate(finite) if is_good]
             bad += [seed for seed, is_good in zip(done.seeds, finite, strict=True) if not is_good]
             if good:
-                images_made = sampler.scaling.to_data(done.images[torch.tensor(good)])
-                writer.write([done.seeds[i] for i in good], images_made.cpu().numpy())
+                kept = torch.tensor(good, device=done.images.device)
+                deviations = None if done.deviations is None else sampler.scaling.size_in_data(
+                    done.deviations[kept]).cpu().numpy()
+                writer.write([done.seeds[i] for i in good],
+                             sampler.scaling.to_data(done.images[kept]).cpu().numpy(), deviations)
             if done.class_labels is not None:
                 labels |= zip(done.seeds, sampler.recorded_labels(done.class_labels), strict=True)
             progress.update(len(done.seeds) * distributed.get_world_size())
@@ -401,13 +433,20 @@ def _save_rows(sampler, folder: Path, columns: int, *, is_movie: bool) -> None:
     save_gif(folder / PICTURES / "interpolation.gif", [image_grid([[p]]) for p in pictures])
 
 
-def _save_pictures(sampler, folder, seeds) -> None:
-    """Writes a grid of the images of `seeds` and a movie of how they came about."""
+def _save_pictures(sampler, folder, seeds, window: tuple[float, float] | None) -> None:
+    """Writes a grid of the images of `seeds` and a movie of how they came about.
+
+    Of images of several sizes those are shown that have the size of the first.
+    """
     from images.grid import save_gif, save_png, square_grid
     from images.image_files import PICTURES
+    from images.scaling import Scaling
     (folder / PICTURES).mkdir(exist_ok=True)
+    seeds = [seed for seed in seeds if sampler.shape_of(seed) == sampler.shape_of(seeds[0])]
     classes = sampler.classes(seeds)
-    frames = [square_grid(images.numpy(), classes, sampler.class_names) for images in sampler.trajectory(seeds)]
+    shown = window and Scaling((window[0],), (window[1] / 2,))
+    frames = [square_grid(images.numpy(), classes, sampler.class_names)
+              for images in sampler.trajectory(seeds, shown)]
     save_png(folder / PICTURES / "grid.png", frames[-1])
     save_gif(folder / PICTURES / "movie.gif", frames)
 

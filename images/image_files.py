@@ -30,6 +30,7 @@ import numpy as np
 LABELS_NAME = "dataset.json"
 GENERATE_RECORD = "generate.json"  # marks a folder of generated images
 PICTURES = "vis"  # its subfolder of grids and movies
+DEVIATIONS = "std"  # its subfolder of deviations of images that are means
 CONDITIONS = "cond/"  # begins the names of condition images
 ARRAY_SUFFIX = ".npy"
 # Extensions of pictures, with Pillow's names of the formats that are read, common ones first.
@@ -103,15 +104,16 @@ class Names(NamedTuple):
     images: list[str]
     conditions: list[str]
     num_hidden: int  # hidden files, and those of the system
-    num_pictures: int  # grids and movies that generate.py makes of its images
+    num_pictures: int  # grids, movies and deviations that generate.py makes of its images
     others: list[str]  # what else is no image
 
 
 def sort_names(names: Iterable[str]) -> Names:
     """Sorts the '/'-separated names of files by what they are."""
     names = list(names)
-    pictures = tuple(f"{name.removesuffix(GENERATE_RECORD)}{PICTURES}/" for name in names
-                     if name.rpartition("/")[2] == GENERATE_RECORD)
+    pictures = tuple(f"{name.removesuffix(GENERATE_RECORD)}{folder}/" for name in names
+                     if name.rpartition("/")[2] == GENERATE_RECORD
+                     for folder in (PICTURES, DEVIATIONS))
     images, conditions, others, num_hidden, num_pictures = [], [], [], 0, 0
     for name in names:
         if _HIDDEN.search(name):

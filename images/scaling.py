@@ -74,6 +74,10 @@ class Scaling:
         center, spread = _columns(self, images.device)
         return (images.to(torch.float64) * spread + center).to(torch.float32)
 
+    def size_in_data(self, deviations: "torch.Tensor") -> "torch.Tensor":
+        """Returns deviations [..., C, H, W] of images in the data's own units, float32."""
+        return (deviations * _columns(self, deviations.device)[1]).float()
+
     def to_picture(self, values: np.ndarray) -> np.ndarray:
         """Returns data [..., C, H, W] as uint8 to look at: x = -1 is black and x = 1 white."""
         import torch

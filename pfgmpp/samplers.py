@@ -11,7 +11,12 @@ images.
 
 Sampling may also begin at a given image y, at a level sigma below sigma_max: the state there is
 y + sigma * latents, which is what noise of the kernel makes of y, and the sampler goes on from it
-(Meng et al. 2021, SDEdit, arXiv 2108.01073, at D = inf).
+(Meng et al. 2021, SDEdit, arXiv 2108.01073, at D = inf). Where y is noisy itself, a factor
+`init_noise` of 0 takes it for the state. After each step the state x may be drawn back to y,
+
+    x <- w x + (1 - w) y
+
+(Hein et al. 2024, PPFM, arXiv 2312.09754, who call it hijacking and regularising).
 """
 
 import dataclasses
@@ -26,14 +31,17 @@ from pfgmpp.few_steps import FewStep, consistency
 from pfgmpp.kernel import PerturbationKernel, per_image
 from pfgmpp.networks import Precond
 from pfgmpp.schedules import given_sigmas, make_schedule, sigma_grid
+from pfgmpp.sizes import Padding, size_multiple
 from pfgmpp.solvers import (
     ADAMS_BASHFORTH,
     MULTISTEP,
     SOLVERS,
     Denoiser,
     RandnLike,
+    blended,
     churn,
     disturbed,
+    ending_in_euler,
     num_evaluations,
     schedule_slope,
     watched,
@@ -45,10 +53,15 @@ PosteriorScale = Callable[[PerturbationKernel, torch.Tensor, torch.Tensor], torc
 KernelScale = Callable[[PerturbationKernel], torch.Tensor]  # [B] float64
 CONSISTENCY = "consistency"  # the solver of few-step networks, see pfgmpp/few_steps.py
 ImagesOfSeeds = Callable[[Sequence[int]], torch.Tensor]  # [B, C, H, W] float32, about [-1, 1]
+# Returns the denoiser of images that were measured, given the network and the measurements.
+# It also returns the images from which to start, None for pure noise.
+Measure = Callable[[Precond, torch.Tensor], tuple[Callable, torch.Tensor | None]]
 # Returns the labels [B, label_dim] float32 of seeds, given the classes that they draw, [B].
 LabelsOfSeeds = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
 _SEED_RANGE = 1 << 32
 _SHOWN_STD = 0.5  # about that of images in [-1, 1]
+_OF_INIT = {"init_noise": 1, "blend": 1}  # settings that need images to start from
+_OF_STEPS = {"last": None, "stop_sigma": None, "blend": 1}  # of the equation in sigma
 _OF_LOG_SIGMA = ("dpmpp2m", "unipc")  # they divide by the distance of two levels
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -109,7 +122,9 @@ def sampler(
     rho: float = 7.0, S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf,
     S_noise: float = 1.0, solver: str = "heun", discretization: str = "edm",
     schedule: str = "linear", scaling: str = "none", *, order: int | None = None,
-    sigmas: Sequence[float] | None = None, noise_alpha: float = 0.0, watch: Watch | None = None,
+    sigmas: Sequence[float] | None = None, noise_alpha: float = 0.0,
+    last: int | None = None, stop_sigma: float | None = None, init_noise: float = 1.0,
+    blend: float = 1.0, watch: Watch | None = None,
     condition: torch.Tensor | None = None, init: torch.Tensor | None = None,
     posterior_scale: PosteriorScale = _posterior_scale, kernel_scale: KernelScale | None = None,
 ) -> torch.Tensor:
@@ -143,6 +158,11 @@ def sampler(
         order: of 'ipndm', 1 to 4; None is 3.
         sigmas: falling noise levels above 0, in place of a grid.
         noise_alpha: strength of noise added before each step, to see how robust the sampler is.
+        last: take only so many steps, which end at the lowest level above 0. The last is first
+            order.
+        stop_sigma: where the last step ends; None is 0, or the lowest level with `last`.
+        init_noise: factor on the noise that is added to `init`; 0 starts at the images themselves.
+        blend: w, what is kept of the state after each step; the rest is replaced by `init`.
         watch: called with (state, sigma) before each step.
         condition: [B, cond_channels, H, W], for networks with a condition image.
         init: images [B, C, H, W] to which the noise of sigma_max is added at the start; None is 0.
@@ -155,21 +175,23 @@ def sampler(
         ValueError: the settings do not go together, or not with the network.
     """
     config = SamplerConfig(num_steps, sigma_min, sigma_max, rho, S_churn, S_min, S_max, S_noise,
-                           solver, discretization, schedule, scaling, noise_alpha, order, sigmas)
+                           solver, discretization, schedule, scaling, noise_alpha, order, sigmas,
+                           last, stop_sigma, init_noise, blend)
     config.check(net)
+    if init is None:
+        config.check_without_init()
     denoise = _float64_denoiser(net, class_labels, condition)
+    grid = config.levels(net)
+    latents = init_noise * latents
+    back = None if blend == 1 else _blend(init, blend)
     if solver == CONSISTENCY:
-        levels = config.levels(net).to(latents.device)
+        levels = grid.to(latents.device)
         noise_like = _kernel_noise(net, randn_like, kernel_scale)
-        return consistency(denoise, _start(latents, levels[0], init), levels, noise_like, watch)
-    if sigmas is None:
-        grid, low, high = sigma_grid(discretization, net, num_steps, sigma_min, sigma_max, rho)
-    else:
-        grid = given_sigmas(net, sigmas)
-        low, high = grid[-2].item(), grid[0].item()
+        evaluate = denoise if back is None else lambda x, sigma: back(denoise(x, sigma))
+        return consistency(evaluate, _start(latents, levels[0], init), levels, noise_like, watch)
     # Without them the equation in sigma is solved as it is: a schedule's functions would round.
     path = None if (schedule, scaling) == ("linear", "none") else make_schedule(
-        schedule, scaling, low, high)
+        schedule, scaling, *config.grid_range(net))
     times = grid if path is None else torch.cat([path.sigma_inv(grid[:-1]), grid.new_zeros(1)])
     times = times.to(latents.device)
     before_step = None
@@ -185,13 +207,17 @@ def sampler(
                                                                      path.sigma(t)))
     elif watch:
         before_step = watched(before_step, times, watch)
+    if back is not None:
+        before_step = blended(before_step, times, back)
     first = times[0] if path is None else path.sigma(times[0])
     start = _start(latents, first, init)
     if solver in MULTISTEP:
         options = {} if order is None else {"order": order}
         return MULTISTEP[solver](denoise, start, times, before_step, **options)
     if path is None:
-        return SOLVERS[solver](denoise, start, times, before_step)
+        solve = ending_in_euler(SOLVERS[solver]) if grid[-1] > 0 else SOLVERS[solver]
+        samples = solve(denoise, start, times, before_step)
+        return samples if back is None else back(samples)
     return SOLVERS[solver](denoise, start * path.scale(times[0]), times, before_step,
                            schedule_slope(path))
 
@@ -235,6 +261,12 @@ def _start(
     return noise if init is None else init.to(torch.float64) + noise
 
 
+def _blend(init: torch.Tensor, keep: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns what draws a state back to `init`, keeping so much of it."""
+    rest = (1 - keep) * init.to(torch.float64)
+    return lambda x: keep * x + rest
+
+
 def _kernel_noise(net: Callable, randn_like: RandnLike, kernel_scale: KernelScale | None
                   ) -> RandnLike:
     """Returns what draws unit-scale noise of the network's D, of the shape of its argument."""
@@ -269,7 +301,8 @@ class SamplerConfig:
     """Settings of the sampler, see `sampler`; None stands for the default.
 
     None for a noise level means the published value of the discretisation. With `sigmas`, levels of
-    one's own, `num_steps` is their number and the settings of grids are refused.
+    one's own, `num_steps` is their number and the settings of grids are refused. `last` takes the
+    last of the steps only, so that `num_steps` is the number of levels that they are chosen from.
 
     Raises:
         ValueError: `sigmas` that are no numbers, or beside settings of a grid.
@@ -290,6 +323,10 @@ class SamplerConfig:
     noise_alpha: float = 0.0
     order: int | None = None
     sigmas: tuple[float, ...] | None = None
+    last: int | None = None
+    stop_sigma: float | None = None
+    init_noise: float = 1.0
+    blend: float = 1.0
 
     def __post_init__(self):
         if self.sigmas is None:
@@ -319,16 +356,50 @@ class SamplerConfig:
     @property
     def nfe(self) -> int:
         """How often the network is evaluated for an image, without what churn needs at finite D."""
-        return num_evaluations(self.solver, self.num_steps)
+        return num_evaluations(self.solver, self.last or self.num_steps)
 
     def levels(self, net: Precond) -> torch.Tensor:
-        """Returns the noise levels that are stepped through, falling to 0, float64."""
-        if self.sigmas is not None:
-            return given_sigmas(net, self.sigmas)
-        if self.solver == CONSISTENCY:
-            return given_sigmas(net, net.few_step.of_steps(self.num_steps))
-        return sigma_grid(self.discretization or "edm", net, self.num_steps, self.sigma_min,
-                          self.sigma_max, self.rho)[0]
+        """Returns the noise levels that are stepped through, falling, float64.
+
+        They end in 0, or where `last` and `stop_sigma` say.
+
+        Raises:
+            ValueError: the network does not know them, there are no more than `last` of them above
+                0, or `stop_sigma` is not below the one before it.
+        """
+        levels = self._grid(net)[0]
+        if self.last is not None:
+            if not 0 < self.last < self.num_steps:
+                raise ValueError(f"last={self.last}: must be 1 or more and less than num_steps="
+                                 f"{self.num_steps}, the number of levels above 0")
+            levels = levels[-2 - self.last:-1]
+        if self.stop_sigma is not None:
+            if not 0 <= self.stop_sigma < levels[-2]:
+                raise ValueError(f"stop_sigma={self.stop_sigma:g}: must be 0 or more and below "
+                                 f"{levels[-2]:.4g}, the level from which the last step starts; "
+                                 "give a smaller one, or a higher sigma_min")
+            levels = torch.cat([levels[:-1], levels.new_tensor([self.stop_sigma])])
+        return levels
+
+    def grid_range(self, net: Precond) -> tuple[float, float]:
+        """Returns the lowest level above 0 and the highest of the grid that steps are taken of."""
+        return self._grid(net)[1:]
+
+    def _grid(self, net: Precond) -> tuple[torch.Tensor, float, float]:
+        """Returns the levels falling to 0, float64, the lowest above 0 and the highest."""
+        if self.sigmas is None and self.solver != CONSISTENCY:
+            return sigma_grid(self.discretization or "edm", net, self.num_steps, self.sigma_min,
+                              self.sigma_max, self.rho)
+        levels = given_sigmas(net, net.few_step.of_steps(self.num_steps) if self.sigmas is None
+                              else self.sigmas)
+        return levels, levels[-2].item(), levels[0].item()
+
+    def check_without_init(self) -> None:
+        """Raises ValueError for settings that need images to start from."""
+        for name, unused in _OF_INIT.items():
+            if getattr(self, name) != unused:
+                raise ValueError(f"{name}={getattr(self, name)} without init: there are no images "
+                                 f"to start from; give some, or leave {name} out")
 
     def check_encoding(self) -> None:
         """Raises ValueError where `encode` can't use these settings."""
@@ -339,7 +410,8 @@ class SamplerConfig:
             raise ValueError(f"solver={self.solver}: few-step networks make images of latents, not "
                              "latents of images; use the network that they were made from")
         for name, unused in (("schedule", (None, "linear")), ("scaling", (None, "none")),
-                             ("S_churn", (0,)), ("noise_alpha", (0,))):
+                             ("S_churn", (0,)), ("noise_alpha", (0,)), ("last", (None,)),
+                           ("stop_sigma", (None,))):
             if getattr(self, name) not in unused:
                 raise ValueError(f"{name}={getattr(self, name)}: encoding solves the equation in "
                                  f"sigma, without noise; leave {name} out")
@@ -358,6 +430,10 @@ class SamplerConfig:
         if min(self.S_churn, self.S_noise, self.noise_alpha) < 0:
             raise ValueError(f"S_churn={self.S_churn:g}, S_noise={self.S_noise:g}, "
                              f"noise_alpha={self.noise_alpha:g}: must be 0 or more")
+        if not 0 <= self.blend <= 1:
+            raise ValueError(f"blend={self.blend:g}: must be between 0 and 1")
+        if not 0 <= self.init_noise < math.inf:
+            raise ValueError(f"init_noise={self.init_noise:g}: must be 0 or more, and finite")
         levels = self.levels(net)[:-1]
         boundary = getattr(net, "boundary", 0)
         if boundary and levels[-1] <= boundary:
@@ -381,9 +457,19 @@ class SamplerConfig:
                 type(self.order) is not int or self.order not in ADAMS_BASHFORTH):
             raise ValueError(f"order={self.order}: must be one of "
                              f"{', '.join(map(str, ADAMS_BASHFORTH))}")
+        scheduled = [name for name, unused in (("schedule", "linear"), ("scaling", "none"))
+                     if getattr(self, name) not in (None, unused)]
+        for name, unused in _OF_STEPS.items():
+            if scheduled and getattr(self, name) != unused:
+                raise ValueError(f"{scheduled[0]}={getattr(self, scheduled[0])} with "
+                                 f"{name}={getattr(self, name)}: this belongs to the equation in "
+                                 f"sigma; leave {scheduled[0]} out")
         if self.solver in MULTISTEP:
             equation = "solves the equation in sigma; use heun or euler"
             noise = "uses earlier steps, which fresh noise makes useless; use heun or euler"
+            if self.blend != 1:
+                raise ValueError(f"blend={self.blend:g}: solver={self.solver} uses earlier steps, "
+                                 "which blending makes useless; use heun or euler")
         elif self.solver == CONSISTENCY:
             equation = noise = "solves no equation"
         else:
@@ -397,7 +483,9 @@ class SamplerConfig:
             reasons |= {"sigma_min": (self.sigma_min is not None, grid),
                         "sigma_max": (self.sigma_max is not None, grid),
                         "rho": (self.rho != 7, grid),
-                        "discretization": (self.discretization not in (None, "edm"), grid)}
+                        "discretization": (self.discretization not in (None, "edm"), grid),
+                        "last": (self.last is not None, grid),
+                        "stop_sigma": (self.stop_sigma is not None, noise)}
         for name, (is_given, reason) in reasons.items():
             if is_given:
                 remedy = f"; leave {name} out" if self.solver == CONSISTENCY else ""
@@ -417,6 +505,11 @@ class SamplerConfig:
                        kernel_scale=kernel_scale)
 
 
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Returns clip(x*127.5 + 128, 0, 255) truncated to uint8."""
+    return EIGHT_BIT.to_data(images)
+
+
 @dataclasses.dataclass(frozen=True)
 class SampleBatch:
     """Images of consecutive seeds, with the class vector that each was sampled for."""
@@ -424,23 +517,27 @@ class SampleBatch:
     seeds: list[int]
     images: torch.Tensor  # [B, C, H, W] float64, about [-1, 1]
     class_labels: torch.Tensor | None  # [B, label_dim]
+    deviations: torch.Tensor | None = None  # [B, C, H, W], of images that are means of several
 
     def __getitem__(self, part: slice) -> "SampleBatch":
-        labels = None if self.class_labels is None else self.class_labels[part]
-        return SampleBatch(self.seeds[part], self.images[part], labels)
+        labels, deviations = (None if values is None else values[part]
+                              for values in (self.class_labels, self.deviations))
+        return SampleBatch(self.seeds[part], self.images[part], labels, deviations)
 
 
 def draw_latents(
     net: Precond, seeds: Sequence[int], device: torch.device, class_idx: int | None = None,
     labels: LabelsOfSeeds | None = None, latents: ImagesOfSeeds | None = None,
+    size: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, StackedRandomGenerator]:
     """Returns (unit-scale latents [B, C, H, W] float64, class labels or None, the generators).
 
     Class and latent are drawn even where `class_idx`, `labels` or `latents` override them, so that
-    all else of a seed stays.
+    all else of a seed stays. `size` is the height and width, None for those of the network.
     """
+    channels, *own_size = net.image_shape
     rnd = StackedRandomGenerator(device, seeds)
-    z = rnd.randn([len(seeds), *net.image_shape])
+    z = rnd.randn([len(seeds), channels, *(size or own_size)])
     class_labels = None
     if net.label_dim:
         classes = rnd.randint(net.label_dim, size=[len(seeds)])
@@ -460,8 +557,13 @@ def generate_images(
     device: torch.device, class_idx: int | None = None, watch: Watch | None = None,
     conditions: ImagesOfSeeds | None = None, inits: ImagesOfSeeds | None = None,
     labels: LabelsOfSeeds | None = None, latents: ImagesOfSeeds | None = None,
+    measure: Measure | None = None, factor: int = 1,
 ) -> Iterator[SampleBatch]:
     """Yields the images of each batch of seeds.
+
+    They have the size of the condition images or of those from which seeds start, which may be any:
+    where the network can't halve it, images are mirrored at their edges (pfgmpp/sizes.py) and
+    cropped at the end.
 
     Args:
         net: the network, on `device`, in evaluation mode; or a denoiser with its attributes, such
@@ -475,18 +577,46 @@ def generate_images(
         inits: returns the images from which seeds start, at the sampler's sigma_max.
         labels: returns the labels of seeds, given the classes that they draw.
         latents: returns the latents of seeds, in place of those that they draw.
+        measure: takes the images of `inits` for measurements, as pfgmpp/measurement.py does.
+        factor: the sides of images over those of their measurements.
     """
     for seeds in batches:
         if not seeds:
             continue
-        starts, class_labels, rnd = draw_latents(net, seeds, device, class_idx, labels, latents)
         condition, init = (None if images_of is None else images_of(seeds).to(device)
                            for images_of in (conditions, inits))
-        images = sampler.sample(net, starts, class_labels, rnd.randn_like, watch,
+        frame = _padding(net, condition, init, factor)
+        starts, class_labels, rnd = draw_latents(
+            net, seeds, device, class_idx, labels, latents,
+            [side * factor for side in frame.padded])
+        condition = None if condition is None else frame.pad(condition, factor)
+        init = None if init is None else frame.pad(init)
+        denoiser, init = (net, init) if measure is None else measure(net, init)
+        images = sampler.sample(denoiser, starts, class_labels, rnd.randn_like, watch,
                                 condition=condition, init=init,
                                 posterior_scale=rnd.posterior_scale,
                                 kernel_scale=rnd.kernel_scale)
-        yield SampleBatch(list(seeds), images, class_labels)
+        yield SampleBatch(list(seeds), frame.crop(images, factor), class_labels)
+
+
+def _padding(net: Precond, condition: torch.Tensor | None, init: torch.Tensor | None,
+             factor: int) -> Padding:
+    """Returns how images [B, C, H, W] are made such that the network can halve them.
+
+    The sides of `init` times `factor` are those of the condition and of samples.
+
+    Raises:
+        ValueError: the sizes do not fit to one another.
+    """
+    sizes = [tuple(side * by for side in images.shape[2:])
+             for images, by in ((init, factor), (condition, 1)) if images is not None]
+    if len(set(sizes)) > 1:
+        (height, width), (other_height, other_width) = sizes
+        raise ValueError(f"images to start from make images of {width}x{height}, but condition "
+                         f"images are {other_width}x{other_height}; they must be of one size")
+    size = sizes[0] if sizes else net.image_shape[1:]
+    multiple = size_multiple(net)
+    return Padding([side // factor for side in size], multiple // math.gcd(multiple, factor))
 
 
 @torch.inference_mode()
@@ -494,24 +624,25 @@ def trajectory(
     net: Precond, seeds: Sequence[int], *, sampler: SamplerConfig, device: torch.device,
     class_idx: int | None = None, conditions: ImagesOfSeeds | None = None,
     inits: ImagesOfSeeds | None = None, labels: LabelsOfSeeds | None = None,
-    latents: ImagesOfSeeds | None = None,
+    latents: ImagesOfSeeds | None = None, measure: Measure | None = None, factor: int = 1,
+    show: Callable[[torch.Tensor], torch.Tensor] = to_uint8,
 ) -> list[torch.Tensor]:
     """Returns what the sampler passes through, first to last: uint8 images [B, C, H, W].
 
     A state at level sigma is shown shrunk to the deviation of the data, so that noise fades into
-    the image; the last are the samples. Arguments as for `generate_images`.
+    the image; the last are the samples. `show` makes uint8 of what networks see. Other arguments
+    as for `generate_images`.
     """
-    frames = []
+    states = []
 
     def watch(x: torch.Tensor, sigma: torch.Tensor) -> None:
-        frames.append(to_uint8(x * _SHOWN_STD / (sigma**2 + _SHOWN_STD**2).sqrt()).cpu())
+        states.append(x * _SHOWN_STD / (sigma**2 + _SHOWN_STD**2).sqrt())
 
     [batch] = generate_images(net, [seeds], sampler=sampler, device=device, class_idx=class_idx,
                               watch=watch, conditions=conditions, inits=inits, labels=labels,
-                              latents=latents)
-    return [*frames, to_uint8(batch.images).cpu()]
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Returns clip(x*127.5 + 128, 0, 255) truncated to uint8."""
-    return EIGHT_BIT.to_data(images)
+                              latents=latents, measure=measure, factor=factor)
+    height, width = batch.images.shape[2:]
+    top, left = ((state - side) // 2 for state, side in zip(states[0].shape[2:], (height, width),
+                                                            strict=True))
+    parts = [state[:, :, top:top + height, left:left + width] for state in states]
+    return [show(images).cpu() for images in (*parts, batch.images)]

@@ -97,6 +97,24 @@ def heun_step(
     return x + (sigma_next - sigma) * (first + second) / 2
 
 
+def ending_in_euler(solve: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Returns `heun` or `euler` with a last step that is first order and takes 1 evaluation.
+
+    The solvers do so by themselves where that step leads to 0.
+    """
+
+    def solved(
+        denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor,
+        before_step: BeforeStep | None = None, slope: Slope = sigma_slope,
+    ) -> torch.Tensor:
+        last = len(sigmas) - 2
+        x = solve(denoise, x, sigmas[:-1], before_step, slope)
+        before_last = before_step and (lambda x, _: before_step(x, last))
+        return euler(denoise, x, sigmas[-2:], before_last, slope)
+
+    return solved
+
+
 def ipndm(
     denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor,
     before_step: BeforeStep | None = None, order: int = 3,
@@ -239,6 +257,19 @@ def watched(
 
     def before(x: torch.Tensor, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         watch(x, sigmas[i])
+        return before_step(x, i) if before_step else (x, sigmas[i])
+
+    return before
+
+
+def blended(
+    before_step: BeforeStep | None, sigmas: torch.Tensor, blend: Callable[[torch.Tensor],
+                                                                          torch.Tensor],
+) -> BeforeStep:
+    """Returns a `before_step` that applies `blend` to what the step before has left."""
+
+    def before(x: torch.Tensor, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = blend(x) if i else x
         return before_step(x, i) if before_step else (x, sigmas[i])
 
     return before

@@ -286,6 +286,8 @@ class _UNet(torch.nn.Module):
     happens to the image beside the main path.
 
     Attributes:
+        num_halvings: how often the sides of the image are halved; images of any size that can be
+            are taken.
         checkpoint_blocks: in training, keep only the inputs of blocks for the backward pass, which
             computes each block a second time. The results are the same, dropout included. It is a
             setting of a run and no part of the network's configuration.
@@ -298,6 +300,7 @@ class _UNet(torch.nn.Module):
         super().__init__()
         height, width = image_size(img_resolution)
         _check_halvings((height, width), len(channel_mult) - 1)
+        self.num_halvings = len(channel_mult) - 1
         widths = [model_channels * mult for mult in channel_mult]
         self._sizes = [(height >> level, width >> level) for level in range(len(widths))]
         self._encoder = _encoder_places(self._sizes, widths, num_blocks, in_channels, stem)

@@ -4,6 +4,8 @@
     DIR/dataset.json             the label of each image, for networks with labels
     DIR/[SSS000/]SSSSSS.png      the image of a seed, in a subfolder per thousand if asked
     DIR/[SSS000/]SSSSSS.npy      the same, [C, H, W], where no PNG holds it
+    DIR/NAME.png|npy             instead, where images are named after the inputs they are made of
+    DIR/std/...npy               the deviation of samples, float32, where images are means of some
 
 Every file appears under its name only when complete, so that a run that was killed is continued by
 running it again. Two runs may fill one folder at the same time: what both make is the same.
@@ -24,8 +26,11 @@ from dnnlib.atomic import atomic_write, remove_stale, write_json
 from images import array_files
 from images.image_files import (
     ARRAY_SUFFIX,
+    CONDITIONS,
+    DEVIATIONS,
     GENERATE_RECORD,
     LABELS_NAME,
+    PICTURES,
     list_files,
     parse_json,
     parse_labels,
@@ -44,15 +49,23 @@ _IMAGE = "[0-9]" * 6 + "*"  # the name of an image, but for its extension
 class ImageFolder:
     """Where the images of one network and one setting of the sampler go.
 
-    `shape` is (channels, height, width). Images of 1 or 3 channels become PNGs if `is_8bit`. All
-    others become .npy files, of uint8 or float32. `subdirs` makes a subfolder per thousand seeds.
+    Images of 1 or 3 channels become PNGs if they are 8-bit. All others become .npy files, of uint8
+    or float32.
+
+    Args:
+        path: the folder.
+        shape: (channels, height, width) of all images, or what returns it for a seed.
+        subdirs: make a subfolder per thousand seeds.
+        is_8bit: whether they are.
+        stems: the names of the images by seed, without extensions and in place of numbers.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], subdirs: bool,
-                 is_8bit: bool = True):
-        self.path, self._shape, self._subdirs = path, shape, subdirs
-        self._format = array_files.array_format(shape, np.dtype("uint8" if is_8bit else "float32"))
-        self.has_arrays = not is_8bit or shape[0] not in (1, 3)
+    def __init__(self, path: Path, shape: tuple[int, int, int] | Callable[[int], tuple],
+                 subdirs: bool, is_8bit: bool = True, stems: Sequence[str] | None = None):
+        self.path, self._subdirs, self._stems = path, subdirs, stems
+        self._shape_of = shape if callable(shape) else lambda _: shape
+        self._dtype = np.dtype("uint8" if is_8bit else "float32")
+        self.has_arrays = not is_8bit or self._shape_of(0)[0] not in (1, 3)
 
     def open(self, settings: dict[str, Any]) -> None:
         """Makes the folder and records `settings`, plain JSON data.
@@ -63,10 +76,17 @@ class ImageFolder:
             ValueError: the folder holds images made with other or unknown settings.
             OSError: it can't be made or written.
         """
+        reserved = f"{DEVIATIONS}/", f"{PICTURES}/", CONDITIONS
+        for stem in self._stems or ():
+            if stem.startswith(reserved):
+                raise ValueError(f"{stem}: an image of this name would be taken for one of the "
+                                 f"pictures that this writes to {stem.split('/')[0]}/; rename the "
+                                 "folder, or number the images by --seeds")
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--outdir={self.path}: a file, but a folder is needed; name another")
         self.path.mkdir(parents=True, exist_ok=True)
-        image = self._any_image()  # before looking for the record, which is older than the images
+        # Before looking for the record, which is older than the images.
+        image = self._any_image() or self._any_of_stems()
         record = self.path / GENERATE_RECORD
         if image and not record.exists():
             raise ValueError(f"{self.path} holds {image} but no {GENERATE_RECORD}, which says how "
@@ -101,14 +121,32 @@ class ImageFolder:
                      for path in self.path.glob(pattern + suffix)), None)
         return path and path.relative_to(self.path).as_posix()
 
+    def _any_of_stems(self) -> str | None:
+        """Returns the name of an image in the folder that is named as an input is, if any."""
+        return next((self.image_path(seed).relative_to(self.path).as_posix()
+                     for seed in range(len(self._stems or ())) if self.image_path(seed).exists()),
+                    None)
+
     def image_path(self, seed: int) -> Path:
         """Returns the name of the image of a seed."""
-        extension = ARRAY_SUFFIX if self.has_arrays else ".png"
-        return self.path / image_name(seed, subdirs=self._subdirs, extension=extension)
+        return self.path / self._name(seed, ARRAY_SUFFIX if self.has_arrays else ".png")
 
-    def missing(self, seeds: Iterable[int]) -> list[int]:
-        """Returns those of `seeds` that have no whole image of the right shape yet."""
-        return [seed for seed in seeds if not self._is_whole(self.image_path(seed))]
+    def deviation_path(self, seed: int) -> Path:
+        """Returns the name of the deviations of a seed's image that is a mean."""
+        return self.path / DEVIATIONS / self._name(seed, ARRAY_SUFFIX)
+
+    def _name(self, seed: int, extension: str) -> str:
+        if self._stems is not None:
+            return f"{self._stems[seed]}{extension}"
+        return image_name(seed, subdirs=self._subdirs, extension=extension)
+
+    def missing(self, seeds: Iterable[int], *, deviations: bool = False) -> list[int]:
+        """Returns those of `seeds` that have no whole image of the right shape yet.
+
+        With `deviations` these must be there too.
+        """
+        return [seed for seed in seeds if not self._is_whole(seed)
+                or (deviations and not self.deviation_path(seed).exists())]
 
     def record_not_finite(self, seeds: Sequence[int]) -> None:
         """Adds seeds to those that generate.json says have values that are not finite."""
@@ -127,10 +165,15 @@ class ImageFolder:
             class_names: what the classes are called.
         """
         path = self.path / LABELS_NAME
-        seeds = {int(Path(name).stem): name for name in sort_names(list_files(self.path)).images
-                 if Path(name).stem.isdigit()}
-        seeds = {seed: name for seed, name in seeds.items()
-                 if self.path / name == self.image_path(seed)}
+        names = sort_names(list_files(self.path)).images
+        if self._stems is not None:
+            there = set(names)
+            seeds = {seed: name for seed in range(len(self._stems)) if (
+                name := self.image_path(seed).relative_to(self.path).as_posix()) in there}
+        else:
+            seeds = {int(Path(name).stem): name for name in names if Path(name).stem.isdigit()}
+            seeds = {seed: name for seed, name in seeds.items()
+                     if self.path / name == self.image_path(seed)}
         there = {}
         with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged
             there = parse_labels(path.read_bytes(), str(path)) or {}
@@ -144,14 +187,16 @@ class ImageFolder:
         with atomic_write(path) as file:
             file.write(json.dumps(content).encode())
 
-    def _is_whole(self, path: Path) -> bool:
+    def _is_whole(self, seed: int) -> bool:
+        path, shape = self.image_path(seed), self._shape_of(seed)
         try:
             if self.has_arrays:
-                return array_files.decode(read_regular(path))[1] == self._format
+                expected = array_files.array_format(shape, self._dtype)
+                return array_files.decode(read_regular(path))[1] == expected
             with PIL.Image.open(path, formats=["PNG"]) as image:
                 image.load()
                 channels = len(image.getbands())
-                return (channels, image.height, image.width) == self._shape
+                return (channels, image.height, image.width) == shape
         except (OSError, SyntaxError, ValueError):
             return False
 
@@ -164,19 +209,31 @@ class ImageWriter:
         self._pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
         self._pending: list[concurrent.futures.Future] = []
 
-    def write(self, seeds: list[int], images: np.ndarray) -> None:
+    def write(self, seeds: list[int], images: np.ndarray,
+              deviations: np.ndarray | None = None) -> None:
         """Takes images [B, C, H, W]; returns when those of the previous call are on disk.
+
+        Images that are means come with their deviations, of the same shape.
 
         Raises:
             OSError: an image of this or the previous call could not be written.
         """
         self._wait()
-        for path in {self._folder.image_path(seed).parent for seed in seeds}:
+        paths = [self._folder.image_path(seed) for seed in seeds]
+        if deviations is not None:
+            paths += [self._folder.deviation_path(seed) for seed in seeds]
+        for path in {path.parent for path in paths}:
             path.mkdir(parents=True, exist_ok=True)
-        self._pending = [self._pool.submit(self._write_one, seed, image)
-                         for seed, image in zip(seeds, images, strict=True)]
+        self._pending = [
+            self._pool.submit(self._write_one, seed, image, *more)
+            for seed, image, *more in zip(
+                seeds, images, *([] if deviations is None else [deviations]), strict=True)]
 
-    def _write_one(self, seed: int, image: np.ndarray) -> None:
+    def _write_one(self, seed: int, image: np.ndarray, deviation: np.ndarray | None = None
+                   ) -> None:
+        if deviation is not None:  # first, for an image without it would be made again
+            with atomic_write(self._folder.deviation_path(seed), sync=False) as file:
+                file.write(array_files.encode(deviation))
         with atomic_write(self._folder.image_path(seed), sync=False) as file:
             if self._folder.has_arrays:
                 file.write(array_files.encode(image))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -31,6 +30,7 @@ from pfgmpp.samplers import (
     generate_images,
     trajectory,
 )
+from pfgmpp.sizes import TiledDenoiser, size_multiple
 from sampling.labels import (
     DrawnClasses,
     GivenLabels,
@@ -40,101 +40,41 @@ from sampling.labels import (
 )
 from sampling.latents import Latents, check_lengths, read_latents
 from sampling.quantization import quantise_
+from sampling.restoration import (
+    Measurement,
+    open_measurement,
+    shown_level,
+    sigma_of_level,
+)
+from sampling.seed_images import (
+    CONDITIONS_WORD,
+    SeedImages,
+    UsageError,
+    open_conditions,
+    open_inits,
+)
 from sampling.sweeps import FULL_BITS
 from torch_utils import distributed
 from torch_utils.misc import compile_network, compute_dtype, configure_backends
 
 _FLAGS = {"noise_alpha": "--alpha", "num_steps": "--steps", "discretization": "--disc",
+          "stop_sigma": "--stop-sigma", "init_noise": "--init-noise",
           **{name: f"--{name}" for name in ("solver", "order", "schedule", "scaling", "S_churn",
-                                            "S_noise", "sigma_min", "sigma_max", "rho", "sigmas")}}
-_CONDITIONS_WORD = "cond"  # as --init-image
+                                            "S_noise", "sigma_min", "sigma_max", "rho", "sigmas",
+                                            "last", "blend")}}
+# Settings that are recorded only where they are used, since older folders have none of them.
+_UNUSED = {"noise_alpha": 0, "order": None, "sigmas": None, "last": None, "stop_sigma": None,
+           "init_noise": 1, "blend": 1}
 _REMEDY = "name a data set, a folder or ZIP of images"
 _LOST_SIGMAS = 5  # times sigma_data: noise in which little is left of an image
 _OpenNetwork = Callable[..., tuple[dict[str, Any], Precond]]
-
-
-class UsageError(ValueError):
-    """A flag that this network has no use for, or that lacks another."""
-
-
-class SeedImages:
-    """The images of a data set by seed: seed k has image k mod n of its n, by sorted name.
-
-    If the data set reads its condition images, these are meant instead. `scaling` is that of the
-    images that are meant.
-    """
-
-    def __init__(self, dataset: ImageFolderDataset, scaling: Scaling):
-        self._dataset, self._scaling = dataset, scaling
-
-    @classmethod
-    def of_conditions(cls, dataset: ImageFolderDataset) -> "SeedImages":
-        """Returns the condition images of a data set that reads them."""
-        return cls(dataset, dataset.cond_scaling)
-
-    @classmethod
-    def open(cls, flag: str, path: str | os.PathLike, shape: tuple[int, int, int],
-             scaling: Scaling, *, conditions: bool = False) -> "SeedImages":
-        """Returns the images of a folder or ZIP.
-
-        Args:
-            flag: what errors call it.
-            path: a folder or ZIP that `ImageFolderDataset` reads.
-            shape: (channels, height, width) that the images must have.
-            scaling: of the data that the network was trained on, in whose units they must be.
-            conditions: use the data set's condition images, if it has any, instead of its images.
-
-        Raises:
-            OSError: it can't be read.
-            ValueError: not a data set, or of another shape or kind of numbers.
-        """
-        with flag_errors(flag, path, _REMEDY):
-            dataset = ImageFolderDataset(path)
-            if conditions and dataset.has_conditions:
-                dataset = ImageFolderDataset(path, use_conditions=True)
-        given, own = (dataset.cond_shape, dataset.cond_scaling) if dataset.cond_shape else (
-            dataset.image_shape, dataset.scaling)
-        if tuple(given) != shape:
-            given, allowed = ("x".join(map(str, s)) for s in (given, shape))
-            raise ValueError(f"{flag}={path}: images are {given} (channels x height x width), the "
-                             f"network takes {allowed}; convert them with dataset_tool.py")
-        if own.is_8bit != scaling.is_8bit:
-            given, allowed = ("8-bit" if s.is_8bit else "floating-point or 16-bit"
-                              for s in (own, scaling))
-            raise ValueError(f"{flag}={path}: images are {given}, but the network was trained on "
-                             f"{allowed}; give such images in the same units")
-        return cls(dataset, scaling)
-
-    def __call__(self, seeds: Sequence[int]) -> torch.Tensor:
-        """Returns the images of `seeds`, [B, C, H, W] float32 in about [-1, 1]."""
-        batch = self._dataset.get_batch([seed % len(self._dataset) for seed in seeds])
-        images = batch[2] if self._dataset.cond_shape else batch[0]
-        return self._scaling.to_network(torch.from_numpy(images))
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def names(self, seeds: Sequence[int]) -> tuple[str, ...]:
-        """Returns the names of the images of `seeds`."""
-        return tuple(self._dataset.all_names[seed % len(self)] for seed in seeds)
-
-    @property
-    def are_targets(self) -> bool:
-        """Whether these are the images of a data set that has condition images too."""
-        return self._dataset.has_conditions and not self._dataset.cond_shape
-
-    @property
-    def fingerprint(self) -> str:
-        """A sha256 over the files; every rank must ask for it."""
-        self._dataset.share_fingerprint()
-        return self._dataset.fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkSampler:
     """A network with settings that have been checked against it."""
 
-    net: Precond | GuidedDenoiser  # averaged, on `device`, in evaluation mode, guided if asked
+    net: Precond | GuidedDenoiser | TiledDenoiser  # averaged, on `device`, in evaluation mode
     sampler: SamplerConfig
     device: torch.device
     class_idx: int | None  # the class to sample, None for the seeds' own
@@ -148,6 +88,9 @@ class NetworkSampler:
     class_names: tuple[str, ...] = ()  # what the classes are called, if they have names
     latents: Latents | None = None  # of seeds, in place of those that they draw
     encoded: SeedImages | None = None  # images to find the latents of
+    inputs: SeedImages | None = None  # images whose sizes and names the results have
+    measurement: Measurement | None = None  # what `inits` tell of the images, if they are that
+    average: int = 1  # images that are means of so many samples, of an input each
 
     @classmethod
     def open(cls, source: str, device: torch.device, *, class_idx: int | str | None = None,
@@ -156,6 +99,9 @@ class NetworkSampler:
              bits: int = FULL_BITS, guidance: float = 1.0, gnet: str | None = None,
              guidance_interval: tuple[float, float] | None = None, cond_image: str | None = None,
              init_image: str | None = None, init_sigma: float | None = None,
+             init_level: float | None = None, average: int | None = None, tile: int | None = None,
+             measure: str | None = None, measure_sigma: float | None = None,
+             measure_level: float | None = None, measure_by: str | None = None,
              latents: str | None = None, encode: str | None = None, key: str | None = None,
              compiled: bool = False, **sampler_options: Any) -> "NetworkSampler":
         """Returns the network of a snapshot or state, ready to sample.
@@ -177,6 +123,14 @@ class NetworkSampler:
             cond_image: folder or ZIP of condition images, see `SeedImages`.
             init_image: folder or ZIP of images to start from, see `SeedImages`.
             init_sigma: the noise level at which to start from them.
+            init_level: the same in the data's own units.
+            average: make each image the mean of so many, whose seeds are k, k + n, k + 2n, ...
+                for input k of n.
+            tile: show the network squares of this side, see pfgmpp/sizes.py.
+            measure: what `init_image` has measured of the images, see sampling/restoration.py.
+            measure_sigma: noise of the measurement, in the network's scale.
+            measure_level: the same in the data's own units.
+            measure_by: how the measurement is used, see pfgmpp/measurement.py.
             latents: a file of latents by seed, see `latents.read_latents`; labels in it are those
                 of the seeds unless others are given, and numbers choose their condition images.
             encode: folder or ZIP of images whose latents `encode` finds, with its labels.
@@ -196,8 +150,18 @@ class NetworkSampler:
                                      precision=precision, compiled=compiled)
         content, net = open_one(source, key=key)
         quantise_(net, bits)
+        scaling = recorded_scaling(content, source, "scale", net.img_channels)
+        level_flag = "--init-sigma"
+        if init_level is not None:
+            if init_sigma is not None:
+                raise UsageError(f"--init-level={init_level:g} with --init-sigma={init_sigma:g}: "
+                                 "both say where sampling starts; leave one of them out")
+            init_sigma = sigma_of_level("--init-level", init_level, scaling)
+            level_flag = "--init-level"
+        _check_starts(sampler_options, init_image, init_sigma, level_flag, measure)
         try:
-            sampler = _sampler_config(content, source, sampler_options, init_image, init_sigma)
+            sampler = _sampler_config(content, source, sampler_options, init_image, init_sigma,
+                                      level_flag)
             sampler.check_solver()
         except UsageError:
             raise
@@ -220,8 +184,7 @@ class NetworkSampler:
         settings = {"weights": checkpoint.digest(checkpoint.sampling_weights(content)),
                     "class": class_idx, "precision": precision, "device": device.type, "D": net.D,
                     **dataclasses.asdict(sampler)}
-        # Recorded only where they are used: older folders have no such settings.
-        for name, unused in (("noise_alpha", 0), ("order", None), ("sigmas", None)):
+        for name, unused in _UNUSED.items():
             if settings[name] == unused:
                 del settings[name]
         if "sigmas" in settings:
@@ -234,7 +197,6 @@ class NetworkSampler:
             settings["bits"] = bits
         if compiled:
             settings["compile"] = True
-        scaling = recorded_scaling(content, source, "scale", net.img_channels)
         _warn_of_init_sigma(net, init_sigma, scaling)
         denoiser, extra = _with_guidance(net, source, guidance, gnet, guidance_interval,
                                          open_one, scaling)
@@ -243,30 +205,98 @@ class NetworkSampler:
         except ValueError as error:
             text = _in_flags(error)
             if init_sigma is not None:  # it is the highest level
-                text = text.replace("--sigma_max=", "--init-sigma=")
+                text = text.replace("--sigma_max=", f"{level_flag} is --init-sigma="
+                                    if init_level is not None else "--init-sigma=")
             raise ValueError(text) from error
+        if tile is not None:
+            try:
+                denoiser = TiledDenoiser(denoiser, tile)
+            except ValueError as error:
+                raise UsageError(f"--{error}") from error
+            extra["tile"] = tile
         extra |= {} if scaling.is_8bit else {"scale": scaling.to_dict()}
-        conditions = _open_conditions(net, source, cond_image, content)
-        inits = _open_inits(net, init_image, cond_image, scaling)
+        conditions = None
+        if net.cond_channels:
+            cond_scaling = recorded_scaling(content, source, "cond_scale", net.cond_channels)
+            conditions = open_conditions(net.cond_channels, source, cond_image, cond_scaling)
+        elif cond_image is not None and init_image != CONDITIONS_WORD:
+            raise UsageError(f"--cond-image={cond_image}: {source} takes no condition image; "
+                             "leave --cond-image out")
+        inits = open_inits(net.img_channels, net.cond_channels, init_image, cond_image, scaling)
         for name, images in (("cond_image", conditions), ("init_image", inits)):
             extra |= {name: images.fingerprint} if images else {}
+        is_start_given = init_sigma is not None or sampler.last is not None or (
+            sampler.sigmas is not None)
+        measurement = open_measurement(measure, measure_sigma, measure_level, measure_by,
+                                       net.img_channels, scaling, starts=is_start_given)
+        if measurement is not None:
+            measurement.check_sizes(inits, init_image)
+            extra |= measurement.settings
+        if average is not None:
+            if inits is None and conditions is None:
+                raise UsageError(f"--average={average}: makes means of the images that are made of "
+                                 "one input; give inputs by --init-image or --cond-image")
+            extra["average"] = average
         encoded = None
         if encode is not None:
-            encoded = SeedImages.open("--encode", encode, net.image_shape, scaling)
+            encoded = SeedImages.open("--encode", encode, net.img_channels, scaling,
+                                      size=net.image_shape[1:])
             extra["encode"] = encoded.fingerprint
+        inputs = inits or conditions
+        if starts is not None or encode is not None:
+            _check_size_of_latents(net, conditions, cond_image)
+            inputs = None
         if starts is not None:
             extra["latents"] = starts.digest
             conditions = conditions and _of_numbers(conditions, starts)
+        if inits is not None and (sampler.last is not None or level_flag == "--init-level"):
+            distributed.print0(
+                f"Start      at {shown_level(sampler.levels(net)[0].item(), scaling)}")
         settings = json_value(settings | of_labels | extra)
-        return cls(denoiser, sampler, device, class_idx, settings, conditions, inits, scaling,
-                   one_size=compiled, labels=labels, label_kind=kind,
-                   class_names=tuple(_dataset_record(content).get("class_names") or ()),
-                   latents=starts, encoded=encoded)
+        opened = cls(denoiser, sampler, device, class_idx, settings, conditions, inits, scaling,
+                     one_size=compiled, labels=labels, label_kind=kind,
+                     class_names=tuple(_dataset_record(content).get("class_names") or ()),
+                     latents=starts, encoded=encoded, inputs=inputs, measurement=measurement,
+                     average=average or 1)
+        if inputs is not None:
+            _tell_sizes(net, opened)
+        return opened
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images."""
-        return self.net.image_shape
+        """Channels, height and width of the images.
+
+        Raises:
+            ValueError: they are of different sizes, as those that they are made of.
+        """
+        if self.inputs is None:
+            return self.net.image_shape
+        shapes = {self.shape_of(k) for k in range(len(self.inputs))}
+        if len(shapes) > 1:
+            (_, height, width), (_, other_height, other_width), *_ = sorted(shapes)
+            raise ValueError(f"the images are of {len(shapes)} sizes, such as {width}x{height} and "
+                             f"{other_width}x{other_height}, but must be of one size here")
+        return shapes.pop()
+
+    def shape_of(self, seed: int) -> tuple[int, int, int]:
+        """Returns channels, height and width of the image of a seed."""
+        if self.inputs is None:
+            return self.net.image_shape
+        sizes = self.inputs.sizes
+        height, width = (side * self._factor for side in sizes[seed % len(sizes)])
+        return self.net.image_shape[0], height, width
+
+    @property
+    def _factor(self) -> int:
+        return 1 if self.measurement is None else self.measurement.factor
+
+    def batches(self, seeds: Sequence[int], size: int) -> list[list[int]]:
+        """Returns this rank's batches of at most `size` of these seeds, of one image size each."""
+        groups: dict[tuple, list[int]] = {}
+        for seed in seeds:
+            groups.setdefault(self.shape_of(seed), []).append(seed)
+        return [batch for group in groups.values()
+                for batch in distributed.split_for_rank(group, size)]
 
     @property
     def scale(self) -> dict[str, Any] | None:
@@ -274,16 +304,41 @@ class NetworkSampler:
         return None if self.scaling.is_8bit else self.scaling.to_dict()
 
     def images(self, batches: Iterable[Sequence[int]]) -> Iterator[SampleBatch]:
-        """Yields the images of each batch of seeds."""
-        if not self.one_size:
-            yield from generate_images(self.net, batches, **self._how())
-            return
-        size = 0
+        """Yields the images of each batch of seeds, which must be of one image size.
+
+        Means of several samples are of the label that the seed itself has.
+
+        Raises:
+            ValueError: means for seeds beyond the inputs, whose samples would be those of others.
+        """
+        largest = 0
         for seeds in filter(None, batches):
-            size = max(size, len(seeds))
-            filled = [*seeds, *[seeds[-1]] * (size - len(seeds))]
-            [full] = generate_images(self.net, [filled], **self._how())
-            yield full[:len(seeds)]
+            largest = max(largest, len(seeds)) if self.one_size else len(seeds)
+            filled = [*seeds, *[seeds[-1]] * (largest - len(seeds))]
+            if self.average == 1:
+                [full] = generate_images(self.net, [filled], **self._how())
+                yield full[:len(seeds)]
+            else:
+                yield self._mean(filled)[:len(seeds)]
+
+    def _mean(self, seeds: Sequence[int]) -> SampleBatch:
+        """Returns the means over `average` samples of the inputs of seeds, and the deviations."""
+        count = len(self.inputs)
+        if max(seeds) >= count:
+            raise ValueError(f"--seeds: names seed {max(seeds)}, but --average makes one mean for "
+                             f"each of {count} images; name seeds below {count}, or leave --seeds "
+                             "out")
+        labels = self.labels_of(seeds)
+        fixed = None if labels is None else lambda *_: labels
+        mean = squares = torch.zeros([], dtype=torch.float64)
+        for number in range(self.average):
+            own = [seed + number * count for seed in seeds]
+            how = self._how() | {"labels": fixed, "class_idx": None}
+            [sample] = generate_images(self.net, [own], **how)
+            step = sample.images - mean.to(sample.images.device)
+            mean = mean.to(step.device) + step / (number + 1)
+            squares = squares.to(step.device) + step * (sample.images - mean)
+        return SampleBatch(list(seeds), mean, labels, (squares / (self.average - 1)).sqrt())
 
     def encode(self, seeds: Sequence[int]) -> Latents:
         """Returns the latents of the images of `seeds` among those to encode, and their labels.
@@ -328,9 +383,16 @@ class NetworkSampler:
             self, latents=latents, labels=labels, class_idx=None, conditions=conditions,
             settings=self.settings | {"latents": latents.digest})
 
-    def trajectory(self, seeds: Sequence[int]) -> list[torch.Tensor]:
-        """Returns what the sampler passes through, see `sampling.trajectory`."""
-        return trajectory(self.net, seeds, **self._how())
+    def trajectory(self, seeds: Sequence[int], window: Scaling | None = None
+                   ) -> list[torch.Tensor]:
+        """Returns what the sampler passes through, see `samplers.trajectory`.
+
+        `window` is what becomes -1 and 1 to be shown, in the data's own units: a scaling.
+        """
+        how = self._how()
+        if window is not None:
+            how["show"] = lambda x: EIGHT_BIT.to_data(window.to_network(self.scaling.to_data(x)))
+        return trajectory(self.net, seeds, **how)
 
     def classes(self, seeds: Sequence[int]) -> list[int] | None:
         """Returns the classes of the images of `seeds`; None where labels are no classes."""
@@ -348,7 +410,7 @@ class NetworkSampler:
     def _how(self) -> dict[str, Any]:
         return {"sampler": self.sampler, "device": self.device, "class_idx": self.class_idx,
                 "conditions": self.conditions, "inits": self.inits, "labels": self.labels,
-                "latents": self.latents}
+                "latents": self.latents, "measure": self.measurement, "factor": self._factor}
 
 
 def open_network(
@@ -418,35 +480,93 @@ def recorded_scaling(content: dict[str, Any], source: str, key: str, channels: i
 
 def _sampler_config(
     content: dict[str, Any], source: str, options: dict[str, Any], init_image: str | None,
-    init_sigma: float | None,
+    init_sigma: float | None, level_flag: str,
 ) -> SamplerConfig:
     """Returns the sampler's settings, with the highest level that the network or the start asks."""
     if content["network"].get("few_step") is not None:
-        for flag, value in (("--init-image", init_image), ("--init-sigma", init_sigma)):
-            if value is not None:
-                raise UsageError(f"{flag}={value}: {source} is a few-step network, which starts "
-                                 f"from noise; leave {flag} out")
-        return _few_step_config(FewStep.from_dict(content["network"]["few_step"]), source, options)
+        few_step = FewStep.from_dict(content["network"]["few_step"])
+        if init_sigma is not None:
+            if options.get("sigmas") is not None:
+                raise UsageError(f"{level_flag} with --sigmas: these say where sampling starts; "
+                                 f"leave {level_flag} out")
+            options = options | {"sigmas": (init_sigma,)}
+        return _few_step_config(few_step, source, options)
     if options.get("solver") == CONSISTENCY and options.get("sigmas") is None:
         raise UsageError(f"--solver={CONSISTENCY}: {source} is not a few-step network; leave "
                          "--solver out, or give the levels to sample it at by --sigmas")
     sampler = SamplerConfig(**options)
     if sampler.sigmas is not None:
         if init_sigma is not None:
-            raise UsageError(f"--init-sigma={init_sigma:g} with --sigmas: these say where sampling "
-                             "starts; leave --init-sigma out")
+            raise UsageError(f"{level_flag} with --sigmas: these say where sampling starts; leave "
+                             f"{level_flag} out")
         return sampler
-    if (init_image is None) != (init_sigma is None):
-        raise UsageError("--init-image and --init-sigma: give both or none")
     if init_sigma is not None:
         if sampler.sigma_max is not None:
-            raise UsageError(f"--sigma_max={sampler.sigma_max:g} with --init-sigma={init_sigma:g}: "
-                             "both say where sampling starts; leave --sigma_max out")
+            raise UsageError(f"--sigma_max={sampler.sigma_max:g} with {level_flag}: both say where "
+                             "sampling starts; leave --sigma_max out")
         return dataclasses.replace(sampler, sigma_max=init_sigma)
     is_edm_grid = sampler.discretization in (None, "edm")
     if is_edm_grid and sampler.sigma_max is None:
         return dataclasses.replace(sampler, sigma_max=highest_level(content))
     return sampler
+
+
+def _check_starts(options: dict[str, Any], init_image: str | None, init_sigma: float | None,
+                  level_flag: str, measure: str | None) -> None:
+    """Raises UsageError where the flags of a start from images do not go together."""
+    last = options.get("last")
+    if init_image is None:
+        given = {level_flag: init_sigma, "--last": last, "--measure": measure}
+        for name in ("init_noise", "blend"):
+            if options.get(name, 1) != 1:
+                given[_FLAGS[name]] = options[name]
+        for flag, value in given.items():
+            if value is not None:
+                raise UsageError(f"{flag} without --init-image: there are no images to start from; "
+                                 f"give some by --init-image=DIR|ZIP, or leave {flag} out")
+        return
+    starts = [flag for flag, value in ((level_flag, init_sigma), ("--last", last),
+                                       ("--sigmas", options.get("sigmas"))) if value is not None]
+    if not starts and measure is None:
+        raise UsageError("--init-image: needs the level at which to start; give --init-sigma, "
+                         "--init-level, --sigmas or --last")
+    if level_flag in starts and "--last" in starts:
+        raise UsageError(f"{level_flag} with --last: both say where sampling starts; leave one of "
+                         "them out")
+    if measure is not None and not starts:
+        for name in ("init_noise", "blend"):
+            if options.get(name, 1) != 1:
+                raise UsageError(f"{_FLAGS[name]} with --measure: sampling starts from noise; give "
+                                 "--init-sigma or --last to start from the measurement, or leave "
+                                 f"{_FLAGS[name]} out")
+
+
+def _check_size_of_latents(net: Precond, conditions: SeedImages | None, cond_image: str | None
+                           ) -> None:
+    """Raises ValueError where condition images are of another size than latents."""
+    own = net.image_shape[1:]
+    for size in conditions.sizes if conditions else ():
+        if size != own:
+            raise ValueError(f"--cond-image={cond_image}: images are {size[1]}x{size[0]}, but "
+                             f"latents are of the network's {own[1]}x{own[0]}; give such images")
+
+
+def _tell_sizes(net: Precond, sampler: "NetworkSampler") -> None:
+    """Says where images are not of the network's size, or of one that it can't halve."""
+    shapes = {sampler.shape_of(k)[1:] for k in range(len(sampler.inputs))}
+    if shapes == {net.image_shape[1:]}:
+        return
+    def shown(size):
+        return f"{size[1]}x{size[0]}"
+    of_sizes = shown(min(shapes)) if len(shapes) == 1 else \
+        f"{len(shapes)} sizes from {shown(min(shapes))} to {shown(max(shapes))}"
+    multiple = size_multiple(net)
+    padded = any(side % multiple for size in shapes for side in size)
+    distributed.print0(
+        f"Size       {of_sizes}, as the inputs; the network was trained on "
+        f"{shown(net.image_shape[1:])}" + (
+            f". Sides that are no multiples of {multiple} are mirrored at the edges and cropped"
+            if padded else ""))
 
 
 def _few_step_config(few_step: FewStep, source: str, options: dict[str, Any]) -> SamplerConfig:
@@ -602,44 +722,9 @@ def _with_guidance(
     return denoiser, settings
 
 
-def _open_conditions(net: Precond, source: str, cond_image: str | None,
-                     content: dict[str, Any]) -> SeedImages | None:
-    if not net.cond_channels:
-        if cond_image is not None:
-            raise UsageError(f"--cond-image={cond_image}: {source} takes no condition image; "
-                             "leave --cond-image out")
-        return None
-    if cond_image is None:
-        raise UsageError(f"{source} needs condition images of {net.cond_channels} channels; give "
-                         "--cond-image=DIR|ZIP")
-    scaling = recorded_scaling(content, source, "cond_scale", net.cond_channels)
-    return SeedImages.open("--cond-image", cond_image, (net.cond_channels, *net.image_shape[1:]),
-                           scaling, conditions=True)
-
-
 def _of_numbers(conditions: ImagesOfSeeds, latents: Latents) -> ImagesOfSeeds:
     """Returns the condition images of seeds by the numbers that their latents have."""
     return lambda seeds: conditions(latents.numbers_of(seeds))
-
-
-def _open_inits(net: Precond, init_image: str | None, cond_image: str | None,
-                scaling: Scaling) -> SeedImages | None:
-    """Returns the images to start from; 'cond' stands for the condition images."""
-    if init_image is None:
-        return None
-    if init_image == _CONDITIONS_WORD:
-        if not net.cond_channels:
-            raise UsageError("--init-image=cond: the network takes no condition images; name a "
-                             "folder or ZIP (one that is called cond as ./cond)")
-        return SeedImages.open("--init-image=cond, --cond-image", cond_image, net.image_shape,
-                               scaling, conditions=True)
-    images = SeedImages.open("--init-image", init_image, net.image_shape, scaling)
-    if images.are_targets:
-        way_out = "--init-image=cond starts from the condition images"
-        distributed.warn0(f"--init-image={init_image}: has condition images, but sampling starts "
-                          "from its images, which are the targets of its pairs"
-                          + (f"; {way_out}" if net.cond_channels else ""))
-    return images
 
 
 def _warn_of_init_sigma(net: Precond, init_sigma: float | None, scaling: Scaling) -> None:

@@ -23,7 +23,8 @@ from dnnlib.util import CACHE_DIR_ENV
 from images.dataset import ImageFolderDataset
 from images.scaling import EIGHT_BIT, Moments, Scaling, default_scaling, scaling_by
 from metrics.references import load_reference
-from sampling.network_sampler import NetworkSampler, SeedImages
+from sampling.network_sampler import NetworkSampler
+from sampling.seed_images import SeedImages
 
 CPU = torch.device("cpu")
 OFFSETS = np.array([300.0, -2e5])[:, None, None]
@@ -717,6 +718,6 @@ def test_given_images_reach_the_network_in_the_units_it_was_trained_in(tmp_path)
     trained = Scaling.from_dict({"center": [280.0], "spread": [80.0]} | {
         key: value for key, value in ImageFolderDataset(folder).scaling.to_dict().items()
         if key not in ("center", "spread")})
-    images = SeedImages.open("--init-image", folder, (1, 8, 8), trained)
+    images = SeedImages.open("--init-image", folder, 1, trained)
     expected = torch.from_numpy((values[[0, 4, 1]] - 280) / 80)
     torch.testing.assert_close(images([0, 4, 6]), expected)

@@ -13,7 +13,7 @@ from pfgmpp.few_steps import FewStep
 from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.samplers import SamplerConfig, generate_images, to_uint8
 from sampling.labels import GivenLabels, SeedLabels, classes_with_images
-from sampling.network_sampler import SeedImages
+from sampling.seed_images import SeedImages
 from torch_utils import distributed
 from training.config import TrainConfig
 from training.trainer import Trainer

@@ -32,7 +32,8 @@ from images.grid import save_png
 from metrics.score_log import Score, ScoreLog
 from metrics.score_names import recorded_name
 from pfgmpp.samplers import SamplerConfig
-from sampling.network_sampler import NetworkSampler, SeedImages
+from sampling.network_sampler import NetworkSampler
+from sampling.seed_images import SeedImages
 from torch_utils import distributed, misc, training_stats
 from training.advice import Machine, advice
 from training.agreement import check_weights

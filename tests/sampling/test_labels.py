@@ -345,9 +345,14 @@ def test_sampling_may_start_from_the_condition_images(paired, tmp_path, capsys):
     assert capsys.readouterr().err == ""
     sampler_of(path, init_image=str(paired), **given)
     assert "--init-image=cond starts from the condition images" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="takes no condition images"):
-        sampler_of(write_snapshot(tmp_path / "plain.pt", label_dim=0), init_image="cond",
-                   init_sigma=1.0)
+    plain = write_snapshot(tmp_path / "plain.pt", label_dim=0)
+    with pytest.raises(ValueError, match="needs condition images; give a paired data set"):
+        sampler_of(plain, init_image="cond", init_sigma=1.0)
+    # A network without conditions may start from those of a paired set.
+    torch.testing.assert_close(sampler_of(plain, init_image="cond", **given).inits([0, 1]),
+                               expected.float())
+    sampler_of(plain, init_image=str(paired), init_sigma=1.0)
+    assert "--init-image=cond --cond-image=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sigma, warns", [(2.5, False), (2.6, True), (60, True)])

@@ -1,0 +1,129 @@
+"""Images of other sizes than the network was trained on: padding, and denoising by tiles.
+
+    B batch    C channels    H W pixels    D augmented dimensions
+
+A U-Net without positions is a convolution: what it has learned on patches it does on images of any
+size that it can halve. So is the noise: a crop of the kernel's noise sigma sqrt(D/c) z, one c for
+the whole image, is the kernel's noise of the same D for the crop, since a part of a multivariate
+Student-t vector is Student-t with the same degrees of freedom. A network that was trained on
+patches at D therefore belongs to whole images at that D.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class Padding:
+    """Mirrors images of a size at their edges until each side is a multiple of a number.
+
+    The edge itself is not repeated: abcd becomes cbabcdcb, and goes on like that where a side grows
+    by more than itself.
+    """
+
+    def __init__(self, size: Sequence[int], multiple: int):
+        self.size = tuple(size)
+        self.padded = tuple(-(-side // multiple) * multiple for side in size)
+        self._before = [(new - old) // 2 for old, new in zip(self.size, self.padded, strict=True)]
+
+    def pad(self, images: torch.Tensor, factor: int = 1) -> torch.Tensor:
+        """Returns images [B, C, H, W] of the padded size; all sizes may be larger by a factor."""
+        if self.padded == self.size:
+            return images
+        rows, columns = (
+            _mirrored(old * factor, new * factor, before * factor, images.device)
+            for old, new, before in zip(self.size, self.padded, self._before, strict=True))
+        return images[:, :, rows][:, :, :, columns]
+
+    def crop(self, images: torch.Tensor, factor: int = 1) -> torch.Tensor:
+        """Returns the part of padded images that is not padding; undoes `pad`."""
+        top, left = (before * factor for before in self._before)
+        height, width = (side * factor for side in self.size)
+        return images[:, :, top:top + height, left:left + width]
+
+
+def _mirrored(size: int, padded: int, before: int, device: torch.device) -> torch.Tensor:
+    """Returns which row of an image each row of the padded one is."""
+    period = max(2 * (size - 1), 1)
+    place = torch.arange(-before, padded - before, device=device) % period
+    return torch.minimum(place, period - place) if size > 1 else torch.zeros_like(place)
+
+
+def size_multiple(net: Any) -> int:
+    """Returns what both sides of an image must be multiples of; 1 for a network without halvings.
+
+    Also for denoisers that wrap one, such as those of pfgmpp/guidance.py.
+    """
+    return 1 << getattr(getattr(net, "model", None), "num_halvings", 0)
+
+
+class TiledDenoiser:
+    """A denoiser that shows its network one tile of the images at a time, to save memory.
+
+    Tiles are squares of side `tile`, cut off at small images. They lie at even distances, overlap
+    by a quarter of their side at least, and are averaged with weights that fall to nearly 0 at
+    their edges as sin^2 does, so that no seam is seen. The attributes are the network's.
+
+    Raises:
+        ValueError: the network can't halve such a tile.
+    """
+
+    def __init__(self, net: Any, tile: int):
+        multiple = size_multiple(net)
+        if tile < 1 or tile % multiple:
+            nearest = max(round(tile / multiple), 1) * multiple
+            raise ValueError(f"tile={tile}: must be a multiple of {multiple}, which the network "
+                             f"can halve; the nearest is {nearest}")
+        self.net, self.tile = net, tile
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "net":  # not there yet, while unpickling
+            raise AttributeError(name)
+        return getattr(self.net, name)
+
+    def __call__(
+        self, x: torch.Tensor, sigma: float | torch.Tensor,
+        class_labels: torch.Tensor | None = None, *, condition: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns the denoised images [B, C, H, W] float32; arguments as for networks."""
+        height, width = x.shape[2:]
+        if max(height, width) <= self.tile:
+            return self._denoise(x, sigma, class_labels, condition)
+        total = torch.zeros_like(x, dtype=torch.float32)
+        weights = total.new_zeros([height, width])
+        for rows in self._slices(height):
+            for columns in self._slices(width):
+                part = (..., rows, columns)
+                weight = _window(rows, self.tile, x.device)[:, None] * _window(
+                    columns, self.tile, x.device)
+                denoised = self._denoise(x[part], sigma, class_labels,
+                                         None if condition is None else condition[part])
+                total[part] += weight * denoised
+                weights[rows, columns] += weight
+        return total / weights
+
+    def _denoise(self, x, sigma, class_labels, condition) -> torch.Tensor:
+        condition_kwargs = {} if condition is None else {"condition": condition}
+        return self.net(x, sigma, class_labels, **condition_kwargs)
+
+    def _slices(self, side: int) -> list[slice]:
+        """Returns where tiles lie on a side."""
+        tile = min(self.tile, side)
+        step = tile - _overlap(self.tile)
+        count = 1 + max(math.ceil((side - tile) / step), 0)
+        starts = [round(i * (side - tile) / max(count - 1, 1)) for i in range(count)]
+        return [slice(start, start + tile) for start in starts]
+
+
+def _overlap(tile: int) -> int:
+    return tile // 4
+
+
+def _window(place: slice, tile: int, device: torch.device) -> torch.Tensor:
+    """Returns the weights along one side of a tile, [its length] float32, all above 0."""
+    side, overlap = place.stop - place.start, max(_overlap(tile), 1)
+    inside = torch.arange(side, dtype=torch.float32, device=device) + 0.5
+    edge = torch.minimum(inside, side - inside).clamp(max=overlap)
+    return (math.pi / 2 * edge / overlap).sin().square()

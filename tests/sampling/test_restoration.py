@@ -1,0 +1,290 @@
+"""Restoring images from the command line: names, sizes, units, means, measurements, tiles."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from snapshots import write_snapshot
+
+import fid
+import generate
+from images.scaling import Scaling
+from pfgmpp.measurement import MeasuredDenoiser, downsample, inpaint
+from pfgmpp.samplers import SamplerConfig, generate_images
+from sampling.network_sampler import NetworkSampler
+from sampling.seed_images import SeedImages
+
+CPU = torch.device("cpu")
+CENTER, SPREAD = 1023.5, 2047.5
+HU = {"center": [CENTER], "spread": [SPREAD]}
+SIZES = [(8, 8), (10, 14), (8, 8), (7, 16)]
+NAMES = ["a/one.npy", "a/two.npy", "b.npy", "c.npy"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("restoration")
+    record = {"scale": HU, "cond_scale": HU}
+    for name, channels, label_dim in (("net", 0, 0), ("cond", 1, 0), ("classes", 0, 3)):
+        write_snapshot(root / f"{name}.pt", label_dim=label_dim, shape=(1, 8, 8), dataset=record,
+                       cond_channels=channels, pfgmpp=True, aug_dim=64.0)
+    rng = np.random.default_rng(0)
+    for folder, sizes in (("noisy", SIZES), ("equal", [(8, 8)] * 4)):
+        for name, size in zip(NAMES, sizes, strict=True):
+            path = root / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, 300 * rng.standard_normal((1, *size)).astype(np.float32))
+    return root
+
+
+def stored(root, folder="noisy"):
+    return [np.load(root / folder / name) for name in NAMES]
+
+
+def to_network(array):
+    return torch.from_numpy((array.astype(np.float64) - CENTER) / SPREAD)[None]
+
+
+def make(invoke, root, out, *args, network="net", code=0):
+    result = invoke(generate.main, f"--network={root / network}.pt", f"--outdir={out}", *args)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+ONE_STEP = ("--init-noise=0", "--last=1", "--steps=8", "--sigma_max=380")
+
+
+def test_each_input_makes_one_image_of_its_name_and_size_in_the_units_of_the_data(
+        root, tmp_path, invoke):
+    text = make(invoke, root, tmp_path, f"--init-image={root / 'noisy'}", *ONE_STEP, "--blend=0.7",
+                "--batch=2")
+    assert "Start      at sigma 0.07188, which is 147.2 in the data's units" in text
+    assert "3 sizes from 7x16 to 14x10" in text or "3 sizes" in text
+    assert "no multiples of 2 are mirrored" in text
+    net = NetworkSampler.open(str(root / "net.pt"), CPU).net
+    t = [(380 ** (1 / 7) + i / 7 * (0.002 ** (1 / 7) - 380 ** (1 / 7))) ** 7 for i in (6, 7)]
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.npy")) == NAMES
+    for name, array in zip(NAMES, stored(root), strict=True):
+        found = np.load(tmp_path / name)
+        assert found.shape == array.shape and found.dtype == np.float32
+        v = to_network(array)
+        pad = [(0, 0), (0, 0), *((0, side % 2) for side in array.shape[1:])]
+        x = torch.from_numpy(np.pad(v, pad, mode="reflect")).float()
+        with torch.no_grad():
+            denoised = net(x, t[0]).double()[..., :array.shape[1], :array.shape[2]]
+        moved = v + (t[1] - t[0]) * (v - denoised) / t[0]
+        expected = SPREAD * (0.7 * moved + 0.3 * v) + CENTER
+        np.testing.assert_allclose(found, expected[0], rtol=0, atol=0.02)
+    record = json.loads((tmp_path / "generate.json").read_text())
+    assert record | {"last": 1, "blend": 0.7, "init_noise": 0, "nfe": 1} == record
+    assert "4 of 4 images are there" in make(
+        invoke, root, tmp_path, f"--init-image={root / 'noisy'}", *ONE_STEP, "--blend=0.7")
+    text = make(invoke, root, tmp_path, f"--init-image={root / 'noisy'}", *ONE_STEP, code=1)
+    assert "images of another setting (blend: 0.7 there" in text
+
+
+def test_with_seeds_images_are_numbered_and_taken_in_turn(root, tmp_path, invoke):
+    make(invoke, root, tmp_path, f"--init-image={root / 'noisy'}", "--init-level=60", "--steps=2",
+         "--seeds=1,5")
+    one, five = (np.load(tmp_path / f"00000{k}.npy") for k in (1, 5))
+    assert one.shape == five.shape == (1, *SIZES[1])
+    assert 10 < np.std(one - five) < 1000  # other noise of the same image
+
+
+@pytest.mark.parametrize("flags", [["--init-level=60"], [f"--init-sigma={60 / SPREAD!r}"]])
+def test_a_level_may_be_in_either_scale(flags, root, tmp_path, invoke):
+    text = make(invoke, root, tmp_path, f"--init-image={root / 'equal'}", *flags, "--steps=2")
+    record = json.loads((tmp_path / "generate.json").read_text())
+    assert record["sigma_max"] == pytest.approx(60 / SPREAD, rel=1e-9)
+    assert ("sigma 0.0293, which is 60 in the data's units" in text) == (
+        flags[0].startswith("--init-level"))
+
+
+@pytest.mark.parametrize("network, start", [
+    ("net", ["--init-level=60"]), ("cond", ["--steps=2"]), ("classes", ["--init-level=60"])])
+def test_an_average_is_that_of_the_samples_of_seeds_k_and_k_plus_n(network, start, root, tmp_path,
+                                                                   invoke):
+    flag = "--cond-image" if network == "cond" else "--init-image"
+    args = [f"{flag}={root / 'equal'}", "--steps=2", *start]
+    classes = ["--class=1"] if network == "classes" else []
+    make(invoke, root, tmp_path / "mean", *args, *classes, "--average=3", network=network)
+    make(invoke, root, tmp_path / "each", *args, *classes, "--seeds=0-11", network=network)
+    each = np.stack([np.load(tmp_path / f"each/{k:06d}.npy") for k in range(12)]).reshape(
+        3, 4, 1, 8, 8)
+    for k, name in enumerate(NAMES):
+        np.testing.assert_allclose(np.load(tmp_path / "mean" / name), each[:, k].mean(axis=0),
+                                   rtol=1e-4, atol=0.05)
+        np.testing.assert_allclose(np.load(tmp_path / "mean/std" / name),
+                                   each[:, k].std(axis=0, ddof=1), rtol=1e-3, atol=0.05)
+    # The deviations are no images of the folder.
+    found = SeedImages.open("--images", tmp_path / "mean", 1, Scaling(**HU))
+    assert found.names(range(4)) == tuple(NAMES)
+
+
+def test_an_average_is_of_the_label_of_its_first_seed(root):
+    sampler = NetworkSampler.open(str(root / "classes.pt"), CPU, init_image=str(root / "equal"),
+                                  init_level=60.0, num_steps=2, average=4)
+    [mean] = sampler.images([[0, 1, 2, 3]])
+    plain = NetworkSampler.open(str(root / "classes.pt"), CPU, init_image=str(root / "equal"),
+                                init_level=60.0, num_steps=2)
+    labels = plain.labels_of(range(4))
+    assert torch.equal(mean.class_labels, labels)
+    assert not torch.equal(labels, plain.labels_of(range(4, 8)))  # seeds of their own classes
+    total = 0
+    for j in range(4):
+        [batch] = generate_images(plain.net, [[4 * j + k for k in range(4)]],
+                                  sampler=plain.sampler, device=CPU, inits=plain.inits,
+                                  labels=lambda *_: labels)
+        total = total + batch.images
+    torch.testing.assert_close(mean.images, total / 4)
+
+
+def test_a_mean_whose_deviations_were_lost_is_made_again(root, tmp_path, invoke):
+    args = [f"--init-image={root / 'equal'}", "--init-level=60", "--steps=2", "--average=2",
+            "--batch=1"]
+    make(invoke, root, tmp_path, *args)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.npy")}
+    (tmp_path / "std/b.npy").unlink()
+    assert "3 of 4 images are there" in make(invoke, root, tmp_path, *args)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.npy")} == before
+
+
+def test_a_measurement_decides_the_denoiser_and_a_level_that_sampling_starts_from_it(root):
+    given = {"init_image": str(root / "equal"), "measure": "downsample:2", "num_steps": 3,
+             "measure_by": "projection"}
+    v = torch.cat([to_network(array) for array in stored(root, "equal")])
+    sampler = NetworkSampler.open(str(root / "net.pt"), CPU, **given, measure_level=60.0)
+    [batch] = sampler.images([[0, 1, 2, 3]])
+    assert batch.images.shape == (4, 1, 16, 16) and sampler.image_shape == (1, 16, 16)
+
+    class Sized:  # the network for images of another size
+        image_shape = (1, 16, 16)
+
+        def __init__(self, net):
+            self.net = net
+
+        def __getattr__(self, name):
+            return getattr(self.net, name)
+
+        def __call__(self, *args):
+            return self.net(*args)
+
+    measured = MeasuredDenoiser(Sized(sampler.net), downsample(2), v, 60 / SPREAD, "projection")
+    [expected] = generate_images(measured, [[0, 1, 2, 3]], sampler=SamplerConfig(num_steps=3),
+                                 device=CPU)
+    torch.testing.assert_close(batch.images, expected.images, rtol=1e-4, atol=1e-4)
+    started = NetworkSampler.open(str(root / "net.pt"), CPU, **given, measure_sigma=0.1,
+                                  init_sigma=0.3)
+    seen = []
+    list(generate_images(started.net, [[0]], **{**started._how(), "watch": lambda x, sigma:
+                                                seen.append(x)}, ))
+    mean = torch.nn.functional.avg_pool2d(seen[0], 2)
+    assert 0.02 < (mean - v[:1]).std() < 0.4  # noise of level 0.3 around the measurement
+
+
+@pytest.mark.parametrize("kind", ["png", "npy"])
+def test_a_mask_says_what_was_measured(kind, root, tmp_path):
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, :5] = 255
+    path = tmp_path / f"mask.{kind}"
+    if kind == "png":
+        PIL.Image.fromarray(mask).save(path)
+    else:
+        np.save(path, mask.astype(np.float32) / 255)
+    given = {"init_image": str(root / "equal"), "num_steps": 3, "measure_by": "projection"}
+    sampler = NetworkSampler.open(str(root / "net.pt"), CPU, **given, measure=f"inpaint:{path}",
+                                  measure_sigma=0.0)
+    [batch] = sampler.images([[0, 1]])
+    v = torch.cat([to_network(array) for array in stored(root, "equal")[:2]])
+    # Without noise, what is measured is kept.
+    torch.testing.assert_close(batch.images[..., :5], v[..., :5], rtol=0, atol=1e-5)
+    operator = inpaint(torch.from_numpy(mask > 0).float())
+    [expected] = generate_images(
+        MeasuredDenoiser(sampler.net, operator, v, 0.0, "projection"), [[0, 1]],
+        sampler=SamplerConfig(num_steps=3), device=CPU)
+    torch.testing.assert_close(batch.images, expected.images, rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_are_of_the_window(root, tmp_path, invoke):
+    args = [f"--init-image={root / 'equal'}", *ONE_STEP, "--save_images"]
+    make(invoke, root, tmp_path, *args, "--window=40,400")
+    picture = np.asarray(PIL.Image.open(tmp_path / "vis/grid.png")).astype(int)
+    made = np.load(tmp_path / NAMES[0])[0]
+    expected = np.clip((made - (40 - 200)) / 400 * 255, 0, 255)
+    first = picture[2:2 + 64, 2:2 + 64, 0]  # enlarged, behind a gap
+    assert picture.shape[0] == 2 * 66 + 2
+    np.testing.assert_allclose(first[4::8, 4::8], expected, atol=1.5)
+    assert 0 < expected.std() and (expected == 0).any() and (expected == 255).any()
+
+
+def test_scores_are_of_images_of_one_size_only(root, tmp_path, invoke):
+    args = [f"--network={root / 'net.pt'}", "--detector=pixels", "--seeds=0-3", *ONE_STEP,
+            f"--ref={root / 'equal'}", f"--out={tmp_path / 'm.jsonl'}"]
+    result = invoke(fid.main, "gen", *args, f"--init-image={root / 'noisy'}")
+    assert result.exit_code == 1 and "the images are of 3 sizes" in result.output
+
+
+@pytest.mark.parametrize("flags, code, words", [
+    (["--init-level=60"], 2, "--init-level without --init-image"),
+    (["--last=1"], 2, "--last without --init-image"),
+    (["--init-noise=0"], 2, "--init-noise without --init-image"),
+    (["--blend=0.5"], 2, "--blend without --init-image"),
+    (["--measure=denoise", "--measure-sigma=1"], 2, "--measure without --init-image"),
+    (["INIT"], 2, "needs the level at which to start"),
+    (["INIT", "--init-level=60", "--init-sigma=1"], 2, "leave one of them out"),
+    (["INIT", "--init-level=60", "--last=1"], 2, "--init-level with --last"),
+    (["INIT", "--init-level=60", "--sigma_max=3"], 2, "--sigma_max=3 with --init-level"),
+    (["INIT", "--init-level=60", "--sigmas=3,1"], 2, "--init-level with --sigmas"),
+    (["INIT", "--last=8", "--steps=8"], 1, "--last=8: must be 1 or more and less than --steps=8"),
+    (["INIT", "--init-level=60", "--stop-sigma=3"], 1, "--stop-sigma=3: must be 0 or more"),
+    (["INIT", "--last=1", "--solver=ipndm", "--blend=0.5"], 2, "which blending makes useless"),
+    (["INIT", "--measure=denoise"], 2, "needs the noise of the measurement"),
+    (["INIT", "--measure-sigma=1", "--last=1"], 2, "--measure-sigma=1.0 without --measure"),
+    (["INIT", "--measure=blur", "--measure-sigma=1"], 2, "must be denoise, inpaint:MASK"),
+    (["INIT", "--measure=downsample:1", "--measure-sigma=1"], 2, "whole number K from 2 on"),
+    (["INIT", "--measure=inpaint:none.png", "--measure-sigma=1"], 1, "No such file"),
+    (["INIT", "--measure=inpaint:MASK", "--measure-sigma=1"], 2, "the mask is 8x8, but images"),
+    (["INIT", "--measure=denoise", "--measure-sigma=1", "--blend=0.5"], 2, "starts from noise"),
+    (["--average=3"], 2, "--average=3: makes means"),
+    (["INIT", "--last=1", "--average=3", "--seeds=4"], 1, "name seeds below 4"),
+    (["--tile=3"], 2, "--tile=3: must be a multiple of 2"),
+    (["--window=40"], 2, "must be CENTER,WIDTH"),
+    (["--window=40,0"], 2, "must be CENTER,WIDTH"),
+], ids=str)
+def test_what_does_not_fit_gets_one_line_and_leaves_nothing(flags, code, words, root, tmp_path,
+                                                            invoke):
+    np.save(tmp_path / "mask.npy", np.ones((8, 8), np.float32))
+    given = {"INIT": f"--init-image={root / 'noisy'}"}
+    args = [given.get(flag, flag.replace("MASK", str(tmp_path / "mask.npy"))) for flag in flags]
+    text = make(invoke, root, tmp_path / "out", *args, code=code)
+    assert words in text and "Traceback" not in text
+    assert not list(tmp_path.rglob("out/*.npy"))
+
+
+def test_inputs_that_differ_in_their_extension_only_need_numbers(root, tmp_path, invoke):
+    folder = tmp_path / "twice"
+    folder.mkdir()
+    for name in ("x.npy", "x.NPY"):
+        np.save((folder / name).open("wb"), np.zeros((1, 8, 8), np.float32))
+    text = make(invoke, root, tmp_path / "out", f"--init-image={folder}", *ONE_STEP, code=1)
+    assert "have the same name but for the extension" in text
+    make(invoke, root, tmp_path / "out", f"--init-image={folder}", *ONE_STEP, "--seeds=0,1")
+
+
+def test_an_input_must_not_be_named_as_pictures_and_deviations_are(root, tmp_path, invoke):
+    (tmp_path / "in/std").mkdir(parents=True)
+    np.save(tmp_path / "in/std/x.npy", np.zeros((1, 8, 8), np.float32))
+    text = make(invoke, root, tmp_path / "out", f"--init-image={tmp_path / 'in'}", *ONE_STEP,
+                code=1)
+    assert "std/x: an image of this name" in text and not (tmp_path / "out").exists()
+
+
+def test_a_level_in_units_that_channels_do_not_share_is_refused(tmp_path):
+    scale = {"center": [0.0, 0.0], "spread": [1.0, 2.0]}
+    write_snapshot(tmp_path / "net.pt", label_dim=0, shape=(2, 8, 8), dataset={"scale": scale})
+    np.save(tmp_path / "x.npy", np.zeros((2, 8, 8), np.float32))
+    with pytest.raises(ValueError, match="--init-level=60: the channels .* by --init-sigma"):
+        NetworkSampler.open(str(tmp_path / "net.pt"), CPU, init_level=60.0,
+                            init_image=str(tmp_path))
