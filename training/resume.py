@@ -16,8 +16,10 @@ Those of RAdam are free of it.
 
 import dataclasses
 import json
+import math
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,12 +74,13 @@ LOSS_SCALE_KEY = "loss_scaling"  # in the training_options.json of EDM and PFGM+
 _MAX_LISTED = 20  # tensors that are not taken over
 # Keywords of networks that are not called like the flags of train.py that decide them.
 _FLAGS = {"attn_resolutions": "--ares", "model_channels": "--cbase", "channel_mult": "--cres",
-          "num_blocks": "--nblock", "label_dim": "--cond", "cond_channels": "--cond-image",
-          "D": "--aug_dim", "class_name": "--precond", "model_type": "--arch",
-          "augment_dim": "--augment", "label_dropout": "--label-dropout",
+          "num_blocks": "--nblock", "img_resolution": "--data or --patch", "label_dim": "--cond",
+          "cond_channels": "--cond-image", "D": "--aug_dim", "class_name": "--precond",
+          "model_type": "--arch", "augment_dim": "--augment", "label_dropout": "--label-dropout",
           "sigma_data": "--sigma-data", "few_step": "--method or --sigma-init",
           "boundary": "--boundary"}
 _SMALL_SHARE = 0.5  # of the parameters: less is probably a mistake
+_LEVEL_SIZE = re.compile(r"(?<=[.])\d+x\d+(?=_)")  # in the names of the weights of U-Nets
 _STATE_TAG = re.compile(r"training-state-(\d+)")
 
 
@@ -371,11 +374,15 @@ def fitting_weights(source: str, theirs: dict[str, "torch.Tensor"], net: "torch.
                     ) -> Weights:
     """Returns those of the weights `theirs` whose names and shapes `net` has too.
 
+    U-Nets name weights by the image size of their level. Where both have equally many levels, those
+    of the same place are compared: a network of larger patches has the same weights.
+
     Raises:
         ValueError: no parameter fits.
     """
     from torch_utils import distributed
     ours = net.state_dict()
+    theirs = _with_sizes_of(theirs, ours)
     left_out = []
     for name in ours | theirs:
         there, here = (f"{list(t[name].shape)}" if name in t else "none" for t in (theirs, ours))
@@ -392,6 +399,19 @@ def fitting_weights(source: str, theirs: dict[str, "torch.Tensor"], net: "torch.
         distributed.warn0(f"--transfer={source}: only {100 * share:.2g}% of this network's "
                           "parameters are taken over; the others begin at random")
     return Weights(source, fitting, tuple(left_out), share)
+
+
+def _with_sizes_of(theirs: dict[str, "torch.Tensor"], ours: Iterable[str]
+                   ) -> dict[str, "torch.Tensor"]:
+    """Returns weights under the names that their levels have in a network of another size."""
+    sizes = [sorted({found[0] for name in names if (found := _LEVEL_SIZE.search(name))},
+                    key=lambda size: math.prod(map(int, size.split("x"))))
+             for names in (theirs, ours)]
+    if len(sizes[0]) != len(sizes[1]):
+        return theirs
+    renamed = dict(zip(*sizes, strict=True))
+    return {_LEVEL_SIZE.sub(lambda found: renamed[found[0]], name): tensor
+            for name, tensor in theirs.items()}
 
 
 # ---------------------------------------------------------------------------- into the trainer

@@ -382,6 +382,21 @@ def test_the_data_of_a_transfer_may_have_another_number_of_channels(tmp_path, in
     assert result.exit_code == 0 and "8x8_conv.weight ([8, 3, 3, 3] there" in result.output
 
 
+def test_levels_are_paired_by_their_place_where_there_are_equally_many_else_by_their_size(tmp_path):
+    source = write_snapshot(tmp_path / "a.pt", shape=(3, 16, 16), label_dim=0)
+    theirs = checkpoint.load(source)["ema"]
+    for cres, pairs in (((1, 2), {"32x32": "16x16", "16x16": "8x8"}),
+                        ((1, 1, 2), {"16x16": "16x16", "8x8": "8x8"})):
+        config = TrainConfig(data="x", cres=cres, arch="ncsnpp", cbase=8, nblock=1)
+        found = open_weights(str(source), build_network(config.network(32, 3, 0))).tensors
+        level = re.compile(r"\d+x\d+")
+        assert {size[0] for size in map(level.search, found) if size} == pairs.keys()
+        for name, tensor in found.items():
+            size = level.search(name)
+            there = name.replace(size[0], pairs[size[0]]) if size else name
+            assert torch.equal(tensor, theirs[there])
+
+
 @pytest.mark.parametrize("here, there", [
     ({"a": 1}, {"a": 1, "b": 2}), ({"a": 1, "b": 2}, {"a": 1})])
 def test_a_key_of_one_side_alone_is_a_difference(here, there):
