@@ -16,6 +16,7 @@ from training.run_options import (
     ARCHITECTURE,
     LENGTH,
     OUTPUT,
+    PATCHES,
     PERFORMANCE,
     SCHEDULE,
     START,
@@ -96,7 +97,7 @@ def _value_of(args: list[str], flag: str) -> str | None:
 @options(LENGTH)
 @click.option("--optim", type=click.Choice(OPTIMIZERS), default="radam", help="Optimizer of the network that is sampled.")
 @click.option("--lr", metavar="FLOAT", type=float, default=1e-4, help="Its learning rate.")
-@options(SCHEDULE, ARCHITECTURE, PERFORMANCE, OUTPUT)
+@options(SCHEDULE, ARCHITECTURE, PATCHES, PERFORMANCE, OUTPUT)
 @click.option("--eval-steps", metavar="INT", type=int, help="Evaluations of scores and of grids of samples.  [default: 2; 1 for ipfm]")
 @options(START)
 @click.pass_context

@@ -163,19 +163,20 @@ def _check_report(path: Path) -> None:
 def _check_scoring(study: "Study", data: str, train_options: Sequence[str]) -> None:
     """Raises ValueError if networks trained on the data could not be scored."""
     from images.dataset import ImageFolderDataset
-    from training.scoring import check_scoring
+    from training.scoring import check_scoring, scored_name
     if len(study.seeds) < 2:
         raise ValueError(f"--seeds: {len(study.seeds)} image, at least 2 needed")
     asked = train.main.make_context("train.py", [
         *train_options, "--outdir=none", f"--data={data}"]).params
-    dataset = ImageFolderDataset(data, use_labels=asked["cond"])
+    dataset = ImageFolderDataset(data, use_labels=asked["cond"], patch=asked["patch"])
     if asked["cond_image"]:
         raise ValueError("--cond-image=1: networks with condition images are scored by 'fid.py gen "
                          "--cond-image', not by sweep.py")
     if dataset.has_labels and not dataset.has_onehot_labels:
         raise ValueError(f"{data}: has label vectors, and networks trained on these are scored by "
                          "'fid.py gen --labels', not by sweep.py")
-    check_scoring(study.detector, study.ref, study.metrics.split(","), dataset, data)
+    check_scoring(study.detector, study.ref, study.metrics.split(","), dataset,
+                  scored_name(data, asked["patch"]))
 
 
 def _train_step(run_dir: Path, D: float, data: str, device: str, extra: Sequence[str]) -> "Step":

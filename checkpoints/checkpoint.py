@@ -12,9 +12,10 @@ they load with `weights_only=True`. A state has all that a run needs to continue
 `dataset` also has the scaling of the data, `scale` (images/scaling.py), and for condition images
 `cond_scale` and `cond_shape`; files without `scale` are of 8-bit images. Where there are labels,
 `label_kind` is 'classes' or 'vectors'; classes have `class_counts`, the number of images of each,
-and perhaps `class_names`. A snapshot has format, version, network, ema, progress, options, dataset,
-checksum. Random draws and the order of the data are functions of the seed in `options` and of
-`cur_nimg`, so no generator state is kept.
+and perhaps `class_names`. Of a run on patches `patch` is their side; `image_shape` and `cond_shape`
+are still those of whole images. A snapshot has format, version, network, ema, progress, options,
+dataset, checksum. Random draws and the order of the data are functions of the seed in `options` and
+of `cur_nimg`, so no generator state is kept.
 """
 
 import hashlib

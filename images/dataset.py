@@ -86,9 +86,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         use_conditions: read the condition images, of which there must be one for each image.
         any_size: let images differ in height and width; `get_batch` then takes only indices of one
             size. Such a data set can't be packed.
+        patch: read squares of this side in place of whole images, see `get_batch`.
 
     Attributes:
-        image_shape: [C, H, W]; where sizes differ, that of the first image.
+        image_shape: [C, H, W]; where sizes differ, that of the first image; of patches, theirs.
+        stored_shape: the same of whole images.
+        patch: the side of patches, None for whole images.
         scaling: of the images.
         cond_shape: [C, H, W] of the condition images; None where they are not read.
         cond_scaling: of the condition images; None where they are not read.
@@ -102,9 +105,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def __init__(self, path: str | os.PathLike, resolution: int | Sequence[int] | None = None,
                  use_pyspng: bool = True, max_size: int | None = None, use_labels: bool = False,
                  xflip: bool = False, random_seed: int = 0, cache: bool = False,
-                 use_conditions: bool = False, any_size: bool = False):
+                 use_conditions: bool = False, any_size: bool = False, patch: int | None = None):
         self.path = Path(path)
-        self._any_size = any_size
+        self._any_size, self.patch = any_size, patch
         self.name = Path(os.path.abspath(path)).stem
         self._is_fingerprint_shared = False
         with stage(f"Opening {self.path}"):
@@ -121,8 +124,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._kept = _subset(len(self._names), max_size, random_seed)  # raw indices, rising
         self._images = UniformImages(self.path, self._files, self._names, self._kept,
                                      self._any_size)
-        self.image_shape = list(self._images.format.shape)
+        self.stored_shape = list(self._images.format.shape)
         self._check_resolution(resolution)
+        self.image_shape = self._shape_read(self._images)
         self.scaling = recorded_scaling(self._files, self._images.format, "scale", self.path)
         self._stacks = [self._images]
         self.cond_shape: list[int] | None = None
@@ -130,7 +134,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         if use_conditions:
             conditions = self._open_conditions()
             self._stacks.append(conditions)
-            self.cond_shape = list(conditions.format.shape)
+            self.cond_shape = self._shape_read(conditions)
             self.cond_scaling = recorded_scaling(self._files, conditions.format, "cond_scale",
                                                  self.path)
         self.class_names: list[str] | None = None
@@ -145,16 +149,40 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def __getitem__(self, idx: int) -> tuple[np.ndarray, ...]:
         return tuple(array[0] for array in self.get_batch([operator.index(idx)]))
 
-    def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray, ...]:
+    def get_batch(self, indices: Sequence[int], offsets: np.ndarray | None = None
+                  ) -> tuple[np.ndarray, ...]:
         """Returns images [B, C, H, W], float32 labels [B, label_dim] and, if read, conditions.
 
         All are copies, in the type that is stored.
+
+        Args:
+            indices: which images.
+            offsets: where patches are read: the first row and column in each image, [B, 2]; None
+                takes the patches in the middle.
         """
         rows, mirrored = self.locate(indices)
-        images, *conditions = (stack.get(rows) for stack in self._stacks)
+        if self.patch is None:
+            images, *conditions = (stack.get(rows) for stack in self._stacks)
+        else:
+            corners = self.corners(mirrored, offsets)
+            images, *conditions = (stack.get_patches(rows, corners, self.patch)
+                                   for stack in self._stacks)
         for array in (images, *conditions):
             array[mirrored] = array[mirrored, :, :, ::-1]
         return images, self.labels_of(rows), *conditions
+
+    def corners(self, mirrored: np.ndarray, offsets: np.ndarray | None) -> np.ndarray:
+        """Returns the first row and column of patches in images as they are stored, [B, 2].
+
+        Args:
+            mirrored: which images are mirrored, [B].
+            offsets: as for `get_batch`.
+        """
+        limits = np.array(self.stored_shape[1:]) - self.patch
+        corners = np.array(np.broadcast_to(limits // 2 if offsets is None else offsets,
+                                           [len(mirrored), 2]))
+        corners[mirrored, 1] = limits[1] - corners[mirrored, 1]
+        return corners
 
     def get_scored(self, indices: Sequence[int]) -> np.ndarray:
         """Returns images as detectors take them: uint8, or else float32 as networks see them."""
@@ -216,10 +244,21 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """Channels of the condition images that are read, 0 where none are."""
         return self.cond_shape[0] if self.cond_shape else 0
 
+    def _shape_read(self, images: UniformImages) -> list[int]:
+        """Returns [C, H, W] of what is read of images, whole or as patches."""
+        channels, height, width = images.format.shape
+        if self.patch is None:
+            return [channels, height, width]
+        side = min(height, width)
+        if not 1 <= self.patch <= side:
+            raise ValueError(f"{self.path}: images are {width}x{height}, which have no patches of "
+                             f"{self.patch}x{self.patch}; give --patch={side} or less")
+        return [channels, self.patch, self.patch]
+
     def _check_resolution(self, resolution: int | Sequence[int] | None) -> None:
         if resolution is None:
             return
-        height, width = self.image_shape[1:]
+        height, width = self.stored_shape[1:]
         expected = [resolution] * 2 if isinstance(resolution, int) else list(resolution)
         if expected != [height, width]:
             raise ValueError(f"{self.path}: images are {width}x{height}, "
@@ -545,11 +584,15 @@ class TrainingOrder(torch.utils.data.Sampler):
         self._offset = rank * rounds * self._micro_batch
 
     def __iter__(self) -> Iterator[list[int]]:
+        for positions in self.positions():
+            yield order_at(self._size, self._seed, positions).tolist()
+
+    def positions(self) -> Iterator[range]:
+        """Yields the positions in the stream of what each list has."""
         for position in itertools.count(self._start + self._offset, self._batch):
             for i in range(self._rounds):
                 first = position + i * self._micro_batch
-                positions = np.arange(first, first + self._micro_batch)
-                yield order_at(self._size, self._seed, positions).tolist()
+                yield range(first, first + self._micro_batch)
 
 
 def order_at(size: int, seed: int, positions: Iterable[int]) -> np.ndarray:

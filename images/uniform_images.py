@@ -57,6 +57,21 @@ class UniformImages:
             return self.packed[rows]
         return self.get_batch(self._kept[rows])[0]
 
+    def get_patches(self, rows: np.ndarray, corners: np.ndarray, side: int) -> np.ndarray:
+        """Returns squares of images, [B, C, side, side], copied; only these are read if packed.
+
+        `corners` [B, 2] has the first row and column of each. Where rows that follow each other are
+        the same image, it is decoded once.
+        """
+        patches = np.empty([len(rows), self.format.channels, side, side], self.format.dtype)
+        image, last = None, None
+        for patch, row, (y, x) in zip(patches, rows, corners, strict=True):
+            if row != last:
+                image = self._decode(self._kept[row]) if self.packed is None else self.packed[row]
+                last = row
+            patch[:] = image[:, y:y + side, x:x + side]
+        return patches
+
     def sizes(self) -> list[tuple[int, int]]:
         """Returns the height and width of each image that is used, from the heads of the files."""
         if not self._any_size:

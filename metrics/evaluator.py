@@ -141,7 +141,8 @@ def check_alike(reference: Reference | Images, name: str, image_shape: Sequence[
                          "reference that dataset_tool.py made with the same --scale")
     if known and tuple(known[1:]) != tuple(image_shape[1:]):
         raise ValueError(f"{name}: of {known[2]}x{known[1]} images, but those of "
-                         f"{images} are {image_shape[2]}x{image_shape[1]}")
+                         f"{images} are {image_shape[2]}x{image_shape[1]}; give a reference of "
+                         "that size")
 
 
 def dataset_reference(images: Images, detector: Detector, *, with_features: bool, batch: int,

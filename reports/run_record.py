@@ -323,6 +323,8 @@ def _settings(record: dict, D: float | None, log: Path) -> dict[str, str]:
         "blocks per level": network["num_blocks"], "data": options["data"],
         "images": data["size"],
         "image shape": "x".join(map(str, shape)) if isinstance(shape, list) else None,
+        "patches": options["patch"] and f"{options['patch']}x{options['patch']}, "
+                   f"{options['patches']} an image",
         "label dimensions": data["label_dim"], "length, Mimg": options["duration"],
         "batch": options["batch"], "learning rate": options["lr"],
         "learning rate ramp, Mimg": options["lr_rampup"], "EMA half-life, Mimg": options["ema"],

@@ -294,11 +294,12 @@ def test_a_run_there_writes_what_a_run_here_writes_and_goes_on_alike(gpu, datase
     assert written[0] == written[1]
 
 
+@pytest.mark.parametrize("patch", [None, 3])
 @pytest.mark.parametrize("arrays", [False, True])
-def test_batches_of_data_that_are_there_wait_for_nothing(gpu, tmp_path, arrays):
+def test_batches_of_data_that_are_there_wait_for_nothing(gpu, tmp_path, arrays, patch):
     path = arrays_with_conditions(tmp_path) if arrays else write_dataset(tmp_path / "a.zip", num=12)
     dataset = ImageFolderDataset(path, cache=True, xflip=True, use_labels=not arrays,
-                                 use_conditions=arrays)
+                                 use_conditions=arrays, patch=patch)
     data = DeviceData(dataset, DEVICE)
     gpu.waits.clear()
     found = data.get_batch([3, 14, 0])

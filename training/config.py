@@ -51,6 +51,8 @@ class TrainConfig:
     data: str
     cond: bool = False
     cond_image: bool = False
+    patch: int | None = None  # None = whole images
+    patches: int = 1
     arch: str = "ddpmpp"
     precond: str = "edm"
     pfgmpp: bool = False
@@ -129,6 +131,7 @@ class TrainConfig:
                 "used with --cond=1: there are no labels to drop")
         require(self.sigma_data == 0.5 or self.precond == "edm", f"--sigma-data with --precond="
                 f"{self.precond}", "used with --precond=edm")
+        self._check_patches()
         for name in ("P_mean", "P_std"):
             value = getattr(self, name)
             require(value == _default(name) or self.precond == "edm" or self.method is not None,
@@ -172,6 +175,14 @@ class TrainConfig:
                 "used with --cache=1: it is the packed file that is copied")
         require(self.cres is None or (self.cres and min(self.cres) > 0), f"--cres={self.cres}",
                 "a list of positive integers such as 1,2,2,2")
+
+    def _check_patches(self) -> None:
+        require(self.patch is None or self.patch >= 1, f"--patch={self.patch}", "1 or more")
+        require(self.patches >= 1, f"--patches={self.patches}", "1 or more")
+        require(self.patch is not None or self.patches == 1, f"--patches={self.patches}",
+                "used with --patch, the side of a patch")
+        require(self.patch is None or not self.stf, f"--stf=1 with --patch={self.patch}", "used "
+                "one without the other: stable targets are means over whole images")
 
     def _check_lr_decay(self) -> None:
         require(self.lr_decay in LR_DECAYS, f"--lr-decay={self.lr_decay}", " or ".join(LR_DECAYS))
@@ -298,9 +309,11 @@ class TrainConfig:
 
         A level is named by the longer side of its image, as the U-Nets do.
         """
-        side = max(img_resolution) if isinstance(img_resolution, Sequence) else img_resolution
+        size = img_resolution if isinstance(img_resolution, Sequence) else [img_resolution]
         levels = len(self.cres or ARCHITECTURES[self.arch]["channel_mult"])
-        sides = [side >> level for level in range(levels)]
+        if any(side % 2 ** (levels - 1) for side in size):
+            return  # the network refuses the size itself
+        sides = [max(size) >> level for level in range(levels)]
         unknown = [str(given) for given in self.ares or () if given not in sides]
         if unknown:
             raise ValueError(f"--ares={','.join(map(str, self.ares))}: no level of the network has "

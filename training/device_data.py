@@ -32,17 +32,30 @@ class DeviceData:
         self._arrays = [torch.from_numpy(np.array(array)).to(device) for array in arrays]
         self._dtypes = [torch.from_numpy(array[:0].copy()).dtype for array in dataset.arrays]
 
-    def get_batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        """Returns images [B, C, H, W], float32 labels [B, label_dim] and, if read, conditions."""
+    def get_batch(self, indices: Sequence[int], offsets: np.ndarray | None = None
+                  ) -> tuple[torch.Tensor, ...]:
+        """Returns what the data set's own `get_batch` does, as tensors on the device."""
         rows, mirrored = self._dataset.locate(indices)
-        chosen = self._send(rows)
-        images, *conditions = (array.index_select(0, chosen) for array in self._arrays)
+        if self._dataset.patch is None:
+            chosen = self._send(rows)
+            images, *conditions = (array.index_select(0, chosen) for array in self._arrays)
+        else:
+            places = self._send(np.stack([rows, *self._dataset.corners(mirrored, offsets).T]))
+            images, *conditions = (self._patches(array, *places) for array in self._arrays)
         if mirrored.any():
             flips = self._send(mirrored)[:, None, None, None]
             images, *conditions = (torch.where(flips, array.flip(3), array)
                                    for array in (images, *conditions))
         images, *conditions = map(torch.Tensor.view, (images, *conditions), self._dtypes)
         return images, self._send(self._dataset.labels_of(rows)), *conditions
+
+    def _patches(self, array: torch.Tensor, rows: torch.Tensor, y: torch.Tensor, x: torch.Tensor
+                 ) -> torch.Tensor:
+        """Returns squares of images whose first rows and columns are y and x, [B, C, P, P]."""
+        along = torch.arange(self._dataset.patch, device=self._device)
+        channels = torch.arange(array.shape[1], device=self._device)
+        return array[rows[:, None, None, None], channels[:, None, None],
+                     (y[:, None] + along)[:, None, :, None], (x[:, None] + along)[:, None, None]]
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)

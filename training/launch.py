@@ -218,7 +218,7 @@ def _open_dataset(config):
     """Returns the data set, checked against the options."""
     from images.dataset import ImageFolderDataset
     from training.trainer import check_stable_targets
-    kwargs = {"use_labels": config.cond, "xflip": config.xflip}
+    kwargs = {"use_labels": config.cond, "xflip": config.xflip, "patch": config.patch}
     dataset = ImageFolderDataset(config.data, **kwargs)
     if config.method and config.teacher:
         for is_needed, is_there, name in ((config.cond, dataset.has_labels, "labels"),
@@ -246,8 +246,9 @@ def _network(config, dataset):
     """Returns the network of a run without its memory, on the "meta" device."""
     import torch
 
+    from images.image_files import error_prefix
     from pfgmpp.networks import build_network
-    with torch.device("meta"):
+    with torch.device("meta"), error_prefix(f"--patch={config.patch}: " if config.patch else ""):
         return build_network(config.network(dataset.resolution, dataset.num_channels,
                                             dataset.label_dim, dataset.cond_channels))
 
@@ -334,13 +335,14 @@ def _print_plan(config, dataset, rate: float | None, device) -> None:
     from torch_utils import distributed, misc
     from training.advice import Machine, advice
     from training.estimate import describe as describe_estimate
+    from training.trainer import describe_data
     world_size = distributed.get_world_size()
     micro_batch, rounds = config.rounds(world_size)
     network = config.network(dataset.resolution, dataset.num_channels, dataset.label_dim,
                              dataset.cond_channels)
     console.result("\n".join([
         json.dumps(config.to_dict(), indent=2),
-        f"{len(dataset)} images {'x'.join(map(str, dataset.image_shape))}, "
+        f"{describe_data(config, dataset)}, "
         f"{dataset.label_dim} label dimensions; {micro_batch} images x {rounds} round(s) x "
         f"{world_size} process(es)",
         f"Noise      {config.noise_name}",

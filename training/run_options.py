@@ -53,8 +53,13 @@ ARCHITECTURE = (
     click.option("--cbase", metavar="INT", type=int, help="Channel multiplier.  [default: by architecture]"),
     click.option("--cres", metavar="LIST", type=IntList(unique=False), help="Channels per resolution, e.g. 1,2,2,2.  [default: by architecture]"),
     click.option("--nblock", metavar="INT", type=int, help="Residual blocks per resolution.  [default: by architecture]"),
-    click.option("--ares", metavar="LIST", type=IntList(empty="none"), help="Image sides (the longer one) at which blocks attend, e.g. 32,16,8; with none, only the block in the middle does.  [default: by architecture: 16, and 32,16,8 for adm]"),
+    click.option("--ares", metavar="LIST", type=IntList(empty="none"), help="Image sides (the longer one; with --patch, of a patch) at which blocks attend, e.g. 32,16,8; with none, only the block in the middle does.  [default: by architecture: 16, and 32,16,8 for adm]"),
     click.option("--sigma-data", metavar="FLOAT|auto", default="0.5", callback=_parse_sigma_data, help="Standard deviation of the data as networks see them; auto measures it."),
+)
+
+PATCHES = (
+    click.option("--patch", metavar="P", type=int, help="Train on random patches of PxP pixels, of an image and its condition alike, with a network for PxP.  [default: whole images]"),
+    click.option("--patches", metavar="K", type=int, default=1, help="Patches of an image, one after the other, each of which counts as an image; with --patch."),
 )
 
 LENGTH = (

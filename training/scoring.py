@@ -74,6 +74,11 @@ def open_evaluator(
     return evaluator
 
 
+def scored_name(name: str, patch: int | None) -> str:
+    """Returns what errors call the data of networks that are trained on them or on patches."""
+    return name if patch is None else f"{name} in patches (--patch={patch})"
+
+
 def check_scoring(detector: str, reference: str, metrics: Iterable[str],
                   dataset: ImageFolderDataset, name: str) -> None:
     """Refuses what `open_evaluator` would refuse for networks trained on a data set called `name`.

@@ -76,8 +76,10 @@ class Teacher:
         shape = (network["img_channels"], *image_size(network["img_resolution"]))
         if tuple(dataset.image_shape) != shape:
             given, allowed = ("x".join(map(str, s)) for s in (dataset.image_shape, shape))
-            raise ValueError(f"{where}: images are {given} (channels x height x width), the "
-                             f"teacher makes {allowed}; convert them with dataset_tool.py")
+            kind = "images" if dataset.patch is None else "patches"
+            patch = f", or give --patch={shape[1]}" if shape[1] == shape[2] else ""
+            raise ValueError(f"{where}: {kind} are {given} (channels x height x width), the "
+                             f"teacher makes {allowed}; convert them with dataset_tool.py{patch}")
         wanted = [("images", "scale", shape[0], dataset.scaling)]
         if dataset.cond_channels:
             wanted.append(("condition images", "cond_scale", network["cond_channels"],

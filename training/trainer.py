@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoints import checkpoint
 from dnnlib.util import require
 from images.dataset import ImageFolderDataset, TrainingOrder, order_at
+from images.patches import TrainingPatches
 from images.scaling import Scaling
 from pfgmpp.augment import AugmentPipe
 from pfgmpp.networks import Precond, build_network
@@ -63,6 +64,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, dataset: ImageFolderDataset, device: torch.device,
                  weights: Mapping[str, torch.Tensor] | None = None,
                  teacher: Precond | None = None):
+        assert dataset.patch == config.patch
         self.config, self.dataset, self.device = config, dataset, device
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         self.micro_batch, self.rounds = config.rounds(self.world_size)
@@ -113,11 +115,16 @@ class Trainer:
         self.ddp = self._coupled(self.net)
         if self.objective.auxiliary:
             self.objective.auxiliary.ddp = self._coupled(self.objective.auxiliary.net)
-        read = self._reader()
-        self._batches = Timed(read(TrainingOrder(
+        source, read = self._reader()
+        order = TrainingOrder(
             len(self.dataset), self.config.seed, self.config.batch, start=self.cur_nimg,
-            rank=self.rank, world_size=self.world_size, rounds=self.rounds)))
-        self._references = Timed(read(self._reference_order() if self.config.stf else []))
+            rank=self.rank, world_size=self.world_size, rounds=self.rounds)
+        self._references = Timed(read(source, self._reference_order() if self.config.stf else []))
+        if self.config.patch is None:
+            self._batches = Timed(read(source, order))
+        else:
+            patches = TrainingPatches(source, self.dataset, self.config.seed, self.config.patches)
+            self._batches = Timed(read(patches, order.positions()))
 
     def _coupled(self, net: torch.nn.Module) -> torch.nn.Module:
         """Returns the network, or what averages its gradients over ranks around it."""
@@ -162,14 +169,19 @@ class Trainer:
         """Returns how long steps have waited for batches since the last call."""
         return self._batches.take_sec() + self._references.take_sec()
 
-    def _reader(self) -> Callable[[Iterable[Sequence[int]]], Iterator[tuple[torch.Tensor, ...]]]:
-        """Returns what yields a batch for each list of indices, read ahead or on the device."""
+    def _reader(self) -> tuple[ImageFolderDataset | DeviceData, Callable[..., Iterator]]:
+        """Returns where the images are, and what reads there, ahead or on the device.
+
+        The latter yields `source.get_batch(numbers)` for each list of numbers, given the source, or
+        what takes its place, and the lists.
+        """
         on_device = self.config.data_on_device
         if on_device == "1" or (on_device == "auto" and fits_by_itself(self.dataset, self.device)):
-            return functools.partial(map, DeviceData(self.dataset, self.device).get_batch)
+            return DeviceData(self.dataset, self.device), (
+                lambda source, batches: map(source.get_batch, batches))
         read = read_in_threads if self.dataset.is_packed else read_in_processes
-        return functools.partial(read, self.dataset, workers=self.config.workers,
-                                 pin_memory=self.device.type == "cuda")
+        return self.dataset, functools.partial(read, workers=self.config.workers,
+                                               pin_memory=self.device.type == "cuda")
 
     def _reference_order(self) -> Iterator[list[int]]:
         """Returns, from the next step on, the `rbatch` images that stable targets are means over.
@@ -359,7 +371,8 @@ class Trainer:
             return
         step = int(self.counters["bad_step"])
         positions = step * self.config.batch + np.arange(self.config.batch)
-        first = order_at(len(self.dataset), self.config.seed, positions[:_MAX_NAMED])
+        first = order_at(len(self.dataset), self.config.seed,
+                         positions[:_MAX_NAMED] // self.config.patches)
         losses = distributed.all_reduce_sum_(torch.stack([self._bad_loss, self._good_loss]))
         bad_loss, good_loss = (losses / self.world_size).tolist()
         raise DivergedError(
@@ -430,11 +443,21 @@ def check_stable_targets(config: TrainConfig, dataset: ImageFolderDataset) -> No
                          "are means over the images of a class; train with --cond=0 or --stf=0")
 
 
+def describe_data(config: TrainConfig, dataset: ImageFolderDataset) -> str:
+    """Returns the number and shape of the images, and how they are cut, in words."""
+    text = f"{len(dataset)} images {'x'.join(map(str, dataset.stored_shape))}"
+    if dataset.patch is None:
+        return text
+    return f"{text}, in patches of {dataset.patch}x{dataset.patch} ({config.patches} an image)"
+
+
 def dataset_record(dataset: ImageFolderDataset) -> dict[str, Any]:
     """Returns what files record of the data set: what identifies it, and the samples' scaling."""
     record = {"name": dataset.name, "size": len(dataset), "label_dim": dataset.label_dim,
-              "image_shape": list(dataset.image_shape), "fingerprint": dataset.fingerprint,
+              "image_shape": list(dataset.stored_shape), "fingerprint": dataset.fingerprint,
               "scale": dataset.scaling.to_dict()}
+    if dataset.patch is not None:
+        record["patch"] = dataset.patch
     if dataset.has_labels:
         record["label_kind"] = "classes" if dataset.has_onehot_labels else "vectors"
     if dataset.has_labels and dataset.has_onehot_labels:
@@ -443,5 +466,6 @@ def dataset_record(dataset: ImageFolderDataset) -> dict[str, Any]:
         if dataset.class_names:
             record["class_names"] = list(dataset.class_names)
     if dataset.cond_scaling:
-        record |= {"cond_shape": dataset.cond_shape, "cond_scale": dataset.cond_scaling.to_dict()}
+        record |= {"cond_shape": [dataset.cond_channels, *dataset.stored_shape[1:]],
+                   "cond_scale": dataset.cond_scaling.to_dict()}
     return record

@@ -42,9 +42,9 @@ from training.log_sinks import LogSinks
 from training.resume import LOSS_SCALE_KEY, State, Weights, restore_
 from training.run_files import RunFiles
 from training.sample_grids import labels_of_seeds, sample_grid, sampler_of, save_real_grid
-from training.scoring import NonFiniteSamplesError, network_features, open_evaluator
+from training.scoring import NonFiniteSamplesError, network_features, open_evaluator, scored_name
 from training.teacher import Teacher
-from training.trainer import HEAVY_TAILED_D, Trainer, dataset_record
+from training.trainer import HEAVY_TAILED_D, Trainer, dataset_record, describe_data
 from training.validation import VALIDATION_LOSS, Validation
 
 _unwritten: set[Path] = set()  # files for which it has warned
@@ -154,7 +154,8 @@ class Evaluator:
         self._trainer, self._num = trainer, config.eval_num
         self._evaluator = open_evaluator(
             config.eval_detector, config.eval_ref, ["fid"], trainer.device,
-            {"the data": trainer.dataset}, batch=_EVAL_BATCH, workers=config.workers)
+            {scored_name("the data", config.patch): trainer.dataset}, batch=_EVAL_BATCH,
+            workers=config.workers)
         self._score_log = ScoreLog(self._evaluator, path)
         sampler = sampler_of(config)
         conditions = SeedImages.of_conditions(trainer.dataset) if net.cond_channels else None
@@ -453,10 +454,9 @@ def _method_line(trainer: Trainer) -> str:
 
 def _announce(trainer: Trainer) -> None:
     config, dataset = trainer.config, trainer.dataset
-    shape = "x".join(map(str, dataset.image_shape))
     distributed.print0(misc.module_table(trainer.net))
     distributed.print0(
-        f"\nData       {len(dataset)} images {shape} of {dataset.name}, "
+        f"\nData       {dataset.name}: {describe_data(config, dataset)}, "
         f"{dataset.label_dim or 'no'} label dimensions\n"
         f"Noise      {config.noise_name}\n"
         f"{_method_line(trainer)}"

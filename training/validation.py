@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional
 
 from images.dataset import ImageFolderDataset
+from images.patches import RandomPatches
 from images.scaling import Scaling
 from torch_utils import distributed
 from torch_utils.loading import read_in_processes, read_in_threads
@@ -39,7 +40,7 @@ def open_held_out(config: TrainConfig, dataset: ImageFolderDataset) -> ImageFold
     source = f"--val-data={config.val_data}"
     held_out = ImageFolderDataset(
         config.val_data, use_labels=config.cond, use_conditions=config.cond_image,
-        max_size=config.val_num, random_seed=_SEED)
+        max_size=config.val_num, random_seed=_SEED, patch=config.patch)
     kinds = [("images", dataset.image_shape, held_out.image_shape)]
     scales = [("images", dataset.scaling, held_out.scaling)]
     if config.cond_image:
@@ -79,6 +80,8 @@ class Validation:
 
     def __init__(self, trainer: Trainer, held_out: ImageFolderDataset):
         self._trainer, self._data = trainer, held_out
+        self._source = held_out if held_out.patch is None else RandomPatches(
+            held_out, held_out, _SEED)
         self._rng = torch.Generator(trainer.device)
 
     @torch.no_grad()
@@ -93,7 +96,7 @@ class Validation:
         numbers = [range(chunk * CHUNK + part.start, chunk * CHUNK + part.stop)
                    for chunk, part in parts]
         read = read_in_threads if self._data.is_packed else read_in_processes
-        batches = read(self._data, numbers, workers=trainer.config.workers,
+        batches = read(self._source, numbers, workers=trainer.config.workers,
                        pin_memory=trainer.device.type == "cuda")
         # Sum and number of pixels; float64 keeps a sum over all of them exact enough.
         total = torch.zeros([2], dtype=torch.float64, device=trainer.device)

@@ -23,7 +23,8 @@ BASE = {"arch": "ncsnpp", "cbase": 8, "cres": (1, 2), "nblock": 1, "batch": 8, "
         "lr_rampup": 0.0, "workers": 0, "augment": 0.0, "dropout": 0.1}
 # Another value, and what else both runs have so that it can matter.
 LEARNED = {
-    "cond": (True, {}), "cond_image": (True, {}), "arch": ("ddpmpp", {}), "precond": ("ve", {}),
+    "cond": (True, {}), "cond_image": (True, {}), "patch": (4, {}),
+    "patches": (3, {"patch": 4}), "arch": ("ddpmpp", {}), "precond": ("ve", {}),
     "pfgmpp": (True, {}), "aug_dim": (3.0, {"pfgmpp": True}), "stf": (True, {"rbatch": 16}),
     "rbatch": (24, {"stf": True}), "lsun": (True, {}), "P_mean": (-0.4, {}),
     "P_std": (1.0, {}), "batch": (16, {}), "cbase": (16, {}),
@@ -91,7 +92,7 @@ def digest_of(folder):
     def trained(options):
         config = TrainConfig(data=str(data), **BASE | dict(options))
         cls = WithConditions if config.cond_image else ImageFolderDataset
-        dataset = cls(data, use_labels=config.cond, xflip=config.xflip)
+        dataset = cls(data, use_labels=config.cond, xflip=config.xflip, patch=config.patch)
         weights = None
         if config.transfer:
             net = build_network(config.network(8, 3, 0))

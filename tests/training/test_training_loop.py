@@ -87,9 +87,11 @@ def test_host_reads_are_seen():
     {"precision": "bf16"}, {"precision": "fp16"}, {"precond": "vp"}, {"precond": "ve"},
     {"arch": "adm", "cbase": 32}, {"stf": True, "rbatch": 16, "augment": 0.0},
     {"stf": True, "rbatch": 16, "augment": 0.0, "cond": True}, {"cond": True, "label_dropout": 0.3},
+    {"patch": 4, "patches": 3},
 ])
 def test_a_step_reads_nothing_from_the_device(dataset_zip, options):
-    data = ImageFolderDataset(dataset_zip, use_labels=options.get("cond", False))
+    data = ImageFolderDataset(dataset_zip, use_labels=options.get("cond", False),
+                              patch=options.get("patch"))
     config = TrainConfig(data=str(dataset_zip), **{
         "arch": "ncsnpp", "cbase": 8, "cres": (1, 2), "nblock": 1, "batch": 8, "workers": 0,
         **options})
