@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dnnlib.cli import CONTEXT, HELP_NAMES, run, user_errors
+from dnnlib.cli import CONTEXT, HELP_NAMES, Range, run, user_errors
 from dnnlib.util import json_value
 
 _key_option = click.option(
@@ -28,16 +28,17 @@ def show(source, key):
     with user_errors():
         from checkpoints import checkpoint
         content = checkpoint.load(source, key)
-        for name, value in _description(content).items():
+        for name, value in _description(content, source).items():
             text = value if isinstance(value, str) else json.dumps(value, default=str)
             click.echo(f"{name + ':':14s} {text}")
 
 
-def _description(content: dict) -> dict:
-    """Returns what there is to say of a loaded file, by name."""
+def _description(content: dict, source: str) -> dict:
+    """Returns what there is to say of a file that was loaded from `source`, by name."""
     from checkpoints import checkpoint
     from pfgmpp.few_steps import FewStep
     from pfgmpp.networks import network_D
+    from sampling.network_sampler import recorded_scaling
     network = dict(content["network"])
     few_step = network.pop("few_step", None)
     weights = checkpoint.sampling_weights(content)
@@ -60,8 +61,15 @@ def _description(content: dict) -> dict:
         description["few-step"] = f"{record.method}, at the noise levels {levels}"
     if "keys" in content:
         description["key"] = f"{content['key']}, of {', '.join(content['keys'])}"
+    if (level := checkpoint.highest_level(content)) is not None:
+        description["sigma_max"] = f"{level:g}, where sampling starts"
+    data = content.get("dataset")
+    for key, channels in (("scale", "img_channels"), ("cond_scale", "cond_channels")):
+        if isinstance(data, dict) and data.get(key) is not None:
+            description[key] = str(recorded_scaling(content, source, key,
+                                                    content["network"].get(channels, 0)))
     if "dataset" in content:
-        description["data"] = content["dataset"]
+        description["data"] = data
     return description
 
 
@@ -77,10 +85,16 @@ def _plain(value):
 @click.argument("dest", metavar="DEST")
 @click.option("--pfgmpp", type=click.BOOL, help="Whether it was trained as PFGM++, if unrecorded.")
 @click.option("--aug_dim", metavar="D", type=float, help="Augmented dimensions, if unrecorded.")
+@click.option("--scale", metavar="LO,HI", type=Range(),
+              help="Values of its data, floats, that became -1 and 1, if unrecorded.")
+@click.option("--cond-scale", metavar="LO,HI", type=Range(),
+              help="Likewise of its condition images.")
+@click.option("--sigma-max", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True),
+              help="Noise level where sampling starts, if unrecorded.")
 @click.option("--half", is_flag=True, help="Keep the weights as float16, in half the space.")
 @_key_option
 @click.option("--overwrite", is_flag=True, help="Replace DEST if it is there.")
-def convert(source, dest, pfgmpp, aug_dim, half, key, overwrite):
+def convert(source, dest, pfgmpp, aug_dim, scale, cond_scale, sigma_max, half, key, overwrite):
     """Writes the averaged network of FILE as a snapshot: DEST.pt, or DEST.safetensors.
 
     FILE may be a run directory, whose newest network is then converted.
@@ -90,6 +104,7 @@ def convert(source, dest, pfgmpp, aug_dim, half, key, overwrite):
     with user_errors():
         from checkpoints import checkpoint
         from checkpoints.names import find_network
+        from images.scaling import Scaling
         if not dest.endswith((".pt", ".safetensors")):
             raise ValueError(f"{dest}: must end in .pt or .safetensors")
         source = find_network(source)
@@ -101,6 +116,13 @@ def convert(source, dest, pfgmpp, aug_dim, half, key, overwrite):
                 raise ValueError(f"{dest}: is there already; --overwrite replaces it")
         content = checkpoint.with_average(checkpoint.load(source, key), source)
         content = checkpoint.resolve_D(content, source, pfgmpp, aug_dim)
+        content = checkpoint.with_records(
+            content, source, scale=scale and Scaling.of_range(*scale),
+            cond_scale=cond_scale and Scaling.of_range(*cond_scale), sigma_max=sigma_max)
+        if scale and content["network"].get("cond_channels") and \
+                "cond_scale" not in content["dataset"]:
+            click.echo("Warning: --scale without --cond-scale: condition images have to be 8-bit",
+                       err=True)
         if content.get("ema") is None:
             click.echo(f"Warning: {source}: has no averaged weights, and no network-snapshot of "
                        "the same number lies beside it; the plain weights, which sample worse, "

@@ -93,6 +93,7 @@ def _use_config(ctx, param, value: str | None) -> None:
 @click.option("--P_mean", "P_mean", metavar="FLOAT", type=float, default=-1.2, help="Mean of ln sigma in training, with --precond=edm. Latents and 512x512 images use others: EDM2 has -0.4.")
 @click.option("--P_std", "P_std", metavar="FLOAT", type=float, default=1.2, help="Standard deviation of ln sigma in training, with --precond=edm; EDM2 has 1.0.")
 @click.option("--cond-image", type=_BOOL, default=False, help="Train with the condition images of the data set.")
+@click.option("--cond-c-in", type=_BOOL, default=False, help="Let the network see them times c_in, as the forks of PFGM++ for CT images do; with --cond-image=1.")
 @options(PATCHES, ARCHITECTURE, LENGTH)
 @click.option("--lr", metavar="FLOAT", type=float, default=10e-4, help="Learning rate of Adam.")
 @options(SCHEDULE)

@@ -14,8 +14,9 @@ they load with `weights_only=True`. A state has all that a run needs to continue
 `label_kind` is 'classes' or 'vectors'; classes have `class_counts`, the number of images of each,
 and perhaps `class_names`. Of a run on patches `patch` is their side; `image_shape` and `cond_shape`
 are still those of whole images. A snapshot has format, version, network, ema, progress, options,
-dataset, checksum. Random draws and the order of the data are functions of the seed in `options` and
-of `cur_nimg`, so no generator state is kept.
+dataset, checksum, and perhaps `sigma_max`, the noise level where sampling starts. Random draws and
+the order of the data are functions of the seed in `options` and of `cur_nimg`, so no generator
+state is kept.
 """
 
 import hashlib
@@ -36,7 +37,11 @@ from checkpoints.names import find_network, neighbouring_snapshot
 from dnnlib.atomic import atomic_write
 from dnnlib.pickle_reader import Budget, Global, Reader
 from dnnlib.util import is_url, open_url
+from images.image_files import error_prefix
+from images.scaling import Scaling
+from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.networks import Precond, build_network, network_D
+from pfgmpp.schedules import default_range
 
 STATE_FORMAT = "pfgmpp-training-state"
 SNAPSHOT_FORMAT = "pfgmpp-network-snapshot"
@@ -299,7 +304,7 @@ def as_snapshot(content: dict[str, Any]) -> dict[str, Any]:
         "format": SNAPSHOT_FORMAT, "network": content["network"],
         "ema": sampling_weights(content),
         "progress": {"cur_nimg": content["progress"]["cur_nimg"]}, "options": content["options"],
-        **({"dataset": content["dataset"]} if "dataset" in content else {}),
+        **{key: content[key] for key in ("dataset", "sigma_max") if key in content},
     }
 
 
@@ -441,6 +446,77 @@ def resolve_D(
                          "trained, or --pfgmpp=0 for D = inf")
     noise = {"pfgmpp": False} if math.isinf(given) else {"pfgmpp": True, "D": given}
     return {**content, "network": {**network, **noise}, "D_recorded": True}
+
+
+def highest_level(content: dict[str, Any]) -> float | None:
+    """Returns where sampling starts, as a loaded file records it; None for the usual level.
+
+    Raises:
+        ValueError: it records something else than a level.
+    """
+    if "sigma_max" not in content:
+        return LSUN_SIGMA_MAX if content["options"].get("lsun") else None
+    level = content["sigma_max"]
+    if type(level) not in (int, float) or not 0 < level < math.inf:
+        raise ValueError(f'the file\'s "sigma_max" is {level!r}, must be a positive number')
+    return float(level)
+
+
+def with_records(
+    content: dict[str, Any], source: str | Path, *, scale: Scaling | None = None,
+    cond_scale: Scaling | None = None, sigma_max: float | None = None,
+) -> dict[str, Any]:
+    """Returns `content` with what is given of its data and its sampler, where it records nothing.
+
+    Args:
+        content: what `load` returned.
+        source: what errors call the file.
+        scale: of the data.
+        cond_scale: of the condition images.
+        sigma_max: the noise level where sampling starts.
+
+    Raises:
+        ValueError: the file records another value, or its network has no use for one.
+    """
+    network, added = content["network"], {}
+    if cond_scale and not network.get("cond_channels"):
+        raise ValueError(f"--cond-scale: {source} takes no condition images; leave --cond-scale "
+                         "out")
+    if sigma_max is not None:
+        _check_start(content, source, sigma_max)
+        added["sigma_max"] = float(sigma_max)
+    record = content.get("dataset")
+    record = dict(record) if isinstance(record, dict) else {}
+    for key, flag, given in (("scale", "--scale", scale),
+                             ("cond_scale", "--cond-scale", cond_scale)):
+        if given is None:
+            continue
+        if record.get(key) not in (None, given.to_dict()):
+            with error_prefix(f'{source}: "{key}" of its data '):
+                known = Scaling.from_dict(record[key])
+            raise ValueError(f"{flag}: {source} records another scale, by which {known}; "
+                             f"leave {flag} out")
+        record[key] = given.to_dict()
+        added["dataset"] = record
+    return content | added
+
+
+def _check_start(content: dict[str, Any], source: str | Path, sigma_max: float) -> None:
+    """Raises ValueError for a level that is not the recorded one, or that can't be sampled from."""
+    flag, network = f"--sigma-max={sigma_max:g}", content["network"]
+    if network.get("few_step") is not None:
+        raise ValueError(f"{flag}: {source} is a few-step network, which has levels of its own; "
+                         "leave --sigma-max out")
+    known = highest_level(content)
+    if known not in (None, sigma_max):
+        raise ValueError(f"{flag}: {source} records that sampling starts at {known:g}; leave "
+                         "--sigma-max out")
+    low = max(default_range("edm")[0], network.get("sigma_min", 0))
+    high = network.get("sigma_max", math.inf)
+    if not low < sigma_max <= high or math.isinf(sigma_max):
+        most = "finite" if math.isinf(high) else f"at most {high:g}"
+        raise ValueError(f"{flag}: must be above {low:g} and {most}, a noise level that the "
+                         f"network of {source} knows")
 
 
 def first_difference(ours: dict, theirs: dict) -> str | None:

@@ -3,6 +3,7 @@
     EDM      network-snapshot-*.pkl    edm-snapshot            EMA network
     EDM      training-state-*.pt       edm-training-state      network, optimizer
     PFGM++   training-state-*.pt/.pkl  pfgmpp-foreign-state    network, EMA, optimizer, progress
+    its forks for CT images            the same                the same
     ECT      network-snapshot-*.pkl    ect-snapshot            EMA network
     ECT      training-state-*.pt       ect-training-state      network
     IDMD     network-snapshot-*.pkl    idmd-snapshot           one of several networks, progress
@@ -19,6 +20,14 @@ Networks that sample in a few evaluations are ours with `few_step` (pfgmpp/few_s
 consistency functions are EDM's network with a boundary at their sigma_min, in evaluation only
 (Geng et al. 2024, arXiv 2406.14548). Of ECT's states the optimizer is left out: the file does not
 say which of PyTorch's it is, and RAdam's moments look like Adam's.
+
+The forks for CT images (Hein et al. 2023, arXiv 2309.01553 and 2312.09754) have conditional
+networks beside those of PFGM++. With v the condition, which has the channels of the image,
+
+    theirs   c_skip x + c_out F(c_in [v, x]; c_noise)
+    ours     c_skip x + c_out F(c_in [x, v]; c_noise)      with `cond_c_in`
+
+so the layers that see [v, x] get their weights, and these their moments, in the other order.
 """
 
 import functools
@@ -196,6 +205,8 @@ def _content(top: dict[str, Any]) -> dict[str, Any]:
 def _options(config: dict, recorded: bool) -> dict:
     """Returns what a network's configuration says about the run, named as in TrainConfig."""
     options = {"cond": config["label_dim"] > 0}
+    if config.get("cond_c_in"):
+        options |= {"cond_image": True, "cond_c_in": True}
     if "dropout" in config:
         options["dropout"] = config["dropout"]
     if recorded:
@@ -255,7 +266,7 @@ _BASE_RULES = {
     "pfgmpp": _FLAG, "D": _real(0, math.inf, above=True),
 }
 _OWN_RULES = {  # of our files alone
-    "few_step": _Rule("a method and its levels", _is_few_step),
+    "few_step": _Rule("a method and its levels", _is_few_step), "cond_c_in": _FLAG,
     "boundary": _real(0, 1e6), "boundary_in_training": _FLAG,
 }
 _EDM_RULES = {"sigma_min": _real(0, 1e6), "sigma_max": _real(0, math.inf, above=True),
@@ -275,6 +286,7 @@ _COMMON_RULES = {
     "num_blocks": _whole(1, 16), "attn_resolutions": _several(_SIDE, 0, 16),
     "dropout": _real(0, 1), "label_dropout": _real(0, 1),
 }
+_CONDITIONAL = {"cSongUNet": "SongUNet", "cDhariwalUNet": "DhariwalUNet"}  # of the CT forks
 _MODEL_RULES = {
     "SongUNet": _COMMON_RULES | {
         "embedding_type": _choice("positional", "fourier"), "channel_mult_noise": _whole(1, 8),
@@ -317,6 +329,7 @@ class _Network(NamedTuple):
     tensors: dict[str, torch.Tensor]  # in the order of our network
     stored_order: list[str]  # of the parameters
     own_order: list[str]
+    swapped: frozenset[str]  # weights that are stored for [condition, x], ours for [x, condition]
     D_recorded: bool | None  # None: neither pfgmpp nor D is mentioned, as in EDM's own files
 
 
@@ -334,21 +347,31 @@ def _read_network(record: Any, key: str) -> _Network:
     own = [name for name, _ in skeleton.named_parameters()]
     _compare(skeleton.state_dict(), {name: tensor for name, (tensor, _) in stored.items()})
     require(set(parameters) == set(own), "takes a buffer for a parameter")
-    tensors = {name: stored[name][0].float() for name in skeleton.state_dict()}
-    return _Network(skeleton.config, tensors, parameters, own, recorded)
+    swapped = frozenset(f"model.{name}" for name in skeleton.model.image_weights) \
+        if skeleton.cond_c_in else frozenset()
+    tensors = {name: _in_our_order(stored[name][0].float(), name in swapped)
+               for name in skeleton.state_dict()}
+    return _Network(skeleton.config, tensors, parameters, own, swapped, recorded)
+
+
+def _in_our_order(weight: torch.Tensor, is_swapped: bool) -> torch.Tensor:
+    """Returns a weight [O, 2 C, k, k] for [x, condition] that was for [condition, x]."""
+    return weight.roll(weight.shape[1] // 2, dims=1) if is_swapped else weight
 
 
 def _configuration(record: Record) -> tuple[dict, bool | None]:
     """Returns checked keywords for `build_network`, and whether D is recorded."""
     model = _dict(record.state, "_modules").get("model")
-    require(type(model) is Record and model.class_name in _MODEL_RULES,
+    known = [*_MODEL_RULES, *_CONDITIONAL]
+    require(type(model) is Record and model.class_name in known,
             f"asks for the model class {shown(getattr(model, 'class_name', model))}; "
-            f"known are {', '.join(_MODEL_RULES)}")
+            f"known are {', '.join(known)}")
+    model_type = _CONDITIONAL.get(model.class_name, model.class_name)
     given = _arguments(record) or _arguments(model, skip=("in_channels", "out_channels"))
     own_rules = _BASE_RULES | _PRECOND_RULES[record.class_name]
     # An attribute is what the network computes with, whatever it was constructed with.
     given |= {key: record.state[key] for key in own_rules if key in record.state}
-    rules = own_rules | _MODEL_RULES[model.class_name]
+    rules = own_rules | _MODEL_RULES[model_type]
     for key in given:
         require(key in rules, f"{record.class_name}: unknown argument {shown(key)}")
     config = {key: _checked(key, value, rules[key]) for key, value in given.items()}
@@ -361,6 +384,11 @@ def _configuration(record: Record) -> tuple[dict, bool | None]:
         config.pop("D", None)  # the PFGM++ code stores a D in plain EDM networks too
         config["pfgmpp"] = False
     config = {"class_name": record.class_name, **config}
+    if model_type != model.class_name:
+        require(record.class_name == "EDMPrecond",
+                f"has a conditional network in {record.class_name}, must be in EDMPrecond")
+        config |= {"model_type": model_type, "cond_channels": config["img_channels"],
+                   "cond_c_in": True}
     return _consistency(config) if record.class_name == "ECMPrecond" else config, recorded
 
 
@@ -475,11 +503,13 @@ def _optimizer(stored: Any, network: _Network) -> dict[str, Any]:
     for i, moments in state.items():
         require(type(i) is int and 0 <= i < len(names), f"has an optimizer state {shown(i)}")
         name = names[i]
-        mapped[own_index[name]] = _moments(moments, name, network.tensors[name].shape)
+        mapped[own_index[name]] = _moments(moments, name, network.tensors[name].shape,
+                                           name in network.swapped)
     return {"state": dict(sorted(mapped.items())), "param_groups": [group]}
 
 
-def _moments(stored: Any, name: str, shape: torch.Size) -> dict[str, torch.Tensor]:
+def _moments(stored: Any, name: str, shape: torch.Size, is_swapped: bool
+             ) -> dict[str, torch.Tensor]:
     require(type(stored) is dict and {"step", "exp_avg", "exp_avg_sq"} == set(stored),
             f"the optimizer's state of {name} is not Adam's")
     for value in stored.values():
@@ -494,5 +524,6 @@ def _moments(stored: Any, name: str, shape: torch.Size) -> dict[str, torch.Tenso
         require(type(moment) is torch.Tensor and moment.shape == shape
                 and moment.dtype.is_floating_point,
                 f"the optimizer's {key} of {name} does not fit")
-    return {"step": torch.tensor(float(step)), "exp_avg": stored["exp_avg"].float(),
-            "exp_avg_sq": stored["exp_avg_sq"].float()}
+    return {"step": torch.tensor(float(step)),
+            **{key: _in_our_order(stored[key].float(), is_swapped)
+               for key in ("exp_avg", "exp_avg_sq")}}

@@ -261,6 +261,24 @@ def shown_name(name: str) -> str:
     return name if name.isprintable() and name else ascii(name)
 
 
+class Range(click.ParamType):
+    """LO,HI with LO < HI, both finite; becomes a pair of numbers."""
+
+    name = "range"
+
+    def convert(self, value, param, ctx):
+        """Returns a tuple of two floats."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            low, high = map(float, value.split(","))
+        except ValueError:
+            low = high = math.nan
+        if not -math.inf < low < high < math.inf:
+            self.fail(f"{value!r} is not LO,HI with LO < HI, such as -1024,3071", param, ctx)
+        return low, high
+
+
 class IntList(click.ParamType):
     """Comma-separated integers and ranges a-b, in the order given; `unique` drops repetitions.
 

@@ -86,6 +86,13 @@ class Scaling:
             return values
         return EIGHT_BIT.to_data(self.to_network(torch.from_numpy(values))).numpy()
 
+    def __str__(self) -> str:
+        if self.is_8bit:
+            return "0,255 become -1,1"
+        ranges = [f"{c - s:.9g},{c + s:.9g}" for c, s in zip(
+            self.center, self.spread, strict=True)]
+        return "; ".join(ranges) + " become -1,1"
+
     def check_channels(self, channels: int) -> None:
         """Raises ValueError if this is not a scaling of so many channels."""
         if len(self.center) not in (1, channels):
@@ -95,6 +102,11 @@ class Scaling:
         """Returns plain data for JSON files and checkpoints."""
         record = {"center": list(self.center), "spread": list(self.spread)}
         return record | ({"dtype": "uint8"} if self.is_8bit else {})
+
+    @classmethod
+    def of_range(cls, low: float, high: float) -> "Scaling":
+        """Returns the scaling by which these two become -1 and 1 in all channels."""
+        return cls(((low + high) / 2,), ((high - low) / 2,))
 
     @classmethod
     def from_dict(cls, record: Any) -> "Scaling":
@@ -256,8 +268,7 @@ def scaling_by(rule: str | tuple[float, float], moments: Moments) -> Scaling:
         ValueError: a channel that is constant, which neither 'minmax' nor 'std' can scale.
     """
     if not isinstance(rule, str):
-        low, high = rule
-        return Scaling(((low + high) / 2,), ((high - low) / 2,))
+        return Scaling.of_range(*rule)
     constant = np.flatnonzero(moments.low == moments.high)
     if len(constant):
         first = constant[0]

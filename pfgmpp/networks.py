@@ -8,7 +8,9 @@ A preconditioner turns a raw network F into a denoiser,
 
 so that F sees inputs and targets of about unit variance (Karras et al. 2022, arXiv 2206.00364,
 Table 1). A network with a condition image, such as a low-resolution or masked copy of what is
-wanted, sees it beside the noisy one: F([c_in x, condition]; c_noise).
+wanted, sees it beside the noisy one: F([c_in x, condition]; c_noise). With `cond_c_in` the
+condition is scaled too, F(c_in [x, condition]; c_noise), as in the forks of PFGM++ for CT images
+(Hein et al. 2023, arXiv 2312.09754).
 
 Names of classes, keywords and parameters are those of the published EDM and PFGM++ checkpoints. F
 runs in `compute_dtype`, everything around it in float32.
@@ -40,6 +42,7 @@ class Precond(torch.nn.Module):
         pfgmpp: whether the network was trained on PFGM++ noise of `D` augmented dimensions.
         D: augmented dimensions; without `pfgmpp` the attribute D is inf whatever is given here.
         cond_channels: channels of the condition image, 0 = none.
+        cond_c_in: whether the condition is multiplied by c_in as x is.
         few_step: for a network that samples in a few evaluations, what `FewStep.to_dict` returns;
             None for a denoiser.
         **model_kwargs: keywords of the model.
@@ -54,7 +57,8 @@ class Precond(torch.nn.Module):
     def __init__(
         self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int = 0,
         use_fp16: bool = False, *, model_type: str | None = None, pfgmpp: bool = False,
-        D: float = 128, cond_channels: int = 0, few_step: dict | None = None, **model_kwargs,
+        D: float = 128, cond_channels: int = 0, cond_c_in: bool = False,
+        few_step: dict | None = None, **model_kwargs,
     ):
         super().__init__()
         model_type = model_type or self.default_model_type
@@ -62,6 +66,9 @@ class Precond(torch.nn.Module):
         height, width = image_size(img_resolution)
         self.img_resolution = height if height == width else [height, width]
         self.img_channels, self.cond_channels = img_channels, cond_channels
+        if cond_c_in and not cond_channels:
+            raise ValueError("cond_c_in=True: the network has no condition; give cond_channels")
+        self.cond_c_in = bool(cond_c_in)
         self.label_dim = label_dim
         self.few_step = None if few_step is None else FewStep.from_dict(few_step)
         self.pfgmpp = bool(pfgmpp)
@@ -101,6 +108,7 @@ class Precond(torch.nn.Module):
             "use_fp16": self.use_fp16, "model_type": self.model_type, "pfgmpp": self.pfgmpp,
             **({"D": self.D} if self.pfgmpp else {}),
             **({"cond_channels": self.cond_channels} if self.cond_channels else {}),
+            **({"cond_c_in": True} if self.cond_c_in else {}),
             **({"few_step": self.few_step.to_dict()} if self.few_step else {}),
             **{name: getattr(self, name) for name in self.hyperparameters},
             **self.optional_hyperparameters, **self.model_kwargs,
@@ -145,25 +153,27 @@ class Precond(torch.nn.Module):
             dtype = torch.float32  # half precision on the CPU is slower and gains nothing
 
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        inner = self._with_condition(c_in * x, condition)
+        inner = self._with_condition(x, condition, c_in)
         layout = torch.channels_last if inner.ndim == 4 else torch.preserve_format
         inner = inner.to(dtype, memory_format=layout)
         raw = self.model(inner, c_noise.flatten(), labels, augment_labels=augment_labels)
         assert raw.dtype == dtype
         return c_skip * x + c_out * raw[:, :self.img_channels].to(torch.float32)
 
-    def _with_condition(self, x: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+    def _with_condition(self, x: torch.Tensor, condition: torch.Tensor | None,
+                        c_in: torch.Tensor | float) -> torch.Tensor:
         """Returns what F sees of x and the condition, which must be there where it belongs."""
         if condition is None:
             if self.cond_channels:
                 raise ValueError(f"condition=None: the network needs a condition image of "
                                  f"{self.cond_channels} channels; give condition=")
-            return x
+            return c_in * x
         expected = [len(x), self.cond_channels, *x.shape[2:]]
         if not self.cond_channels or list(condition.shape) != expected:
             allowed = f"must be {expected}" if self.cond_channels else "the network takes none"
             raise ValueError(f"condition of shape {list(condition.shape)}: {allowed}")
-        return torch.cat([x, condition.to(torch.float32)], dim=1)
+        condition = condition.to(torch.float32)
+        return torch.cat([c_in * x, c_in * condition if self.cond_c_in else condition], dim=1)
 
 
 class VPPrecond(Precond):

@@ -295,6 +295,11 @@ class _UNet(torch.nn.Module):
 
     checkpoint_blocks = False
 
+    @property
+    def image_weights(self) -> list[str]:
+        """Names of the weights [O, C, k, k] of the layers that see the input image itself."""
+        return [f"enc.{self._encoder[0].name}.weight"]
+
     def __init__(self, img_resolution: int | Sequence[int], in_channels: int,
                  channel_mult: Sequence[int], model_channels: int, num_blocks: int, stem: int):
         super().__init__()
@@ -461,6 +466,13 @@ class SongUNet(_UNet):
                 channels, width, 3, down=True, fused_resample=True, **self._resample)
             return width
         return channels
+
+    @property
+    def image_weights(self):
+        lower = [place.prefix for place in self._encoder if place.kind == "down"]
+        beside = {"skip": [f"enc.{prefix}_aux_skip.weight" for prefix in lower],
+                  "residual": [f"enc.{prefix}_aux_residual.weight" for prefix in lower[:1]]}
+        return super().image_weights + beside.get(self.encoder_type, [])
 
     def _mix_input(self, place: _Place, x: torch.Tensor, beside: torch.Tensor):
         if self.encoder_type == "skip":

@@ -39,7 +39,6 @@ from pfgmpp.samplers import StackedRandomGenerator
 from pfgmpp.schedules import sigma_grid
 from sampling.network_sampler import (
     UsageError,
-    highest_level,
     open_network,
     recorded_label_kind,
     recorded_scaling,
@@ -262,7 +261,7 @@ class NetworkLikelihood:
         if not cond and not net.config.get("label_dropout"):
             raise UsageError(f"--cond=0: {source} was trained without --label-dropout, so it knows "
                              "no density without labels; leave --cond out")
-        sigmas, *_ = sigma_grid("edm", net, steps + 1, None, highest_level(content), 7.0)
+        sigmas, *_ = sigma_grid("edm", net, steps + 1, None, checkpoint.highest_level(content), 7.0)
         rising = sigmas[:-1].flip(0).tolist()
         is_uniform = scaling.is_8bit and dequantize != "none"
         uses_labels = cond and net.label_dim > 0

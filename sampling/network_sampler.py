@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from checkpoints import checkpoint
+from checkpoints.checkpoint import highest_level
 from checkpoints.names import find_network
 from dnnlib import console
 from dnnlib.cli import flag_errors
@@ -18,7 +19,6 @@ from images.image_files import error_prefix
 from images.scaling import EIGHT_BIT, Scaling
 from pfgmpp.few_steps import FewStep
 from pfgmpp.guidance import EVERYWHERE, GuidedDenoiser, guided
-from pfgmpp.loss import LSUN_SIGMA_MAX
 from pfgmpp.networks import Precond
 from pfgmpp.samplers import (
     CONSISTENCY,
@@ -454,6 +454,11 @@ def load_network(source: str, key: str | None = None) -> dict[str, Any]:
     elif content.get("ema") is None:
         distributed.warn0(f"{found}: has no averaged weights, and no network-snapshot of the same "
                           "number lies beside it; the plain weights, which sample worse, are used")
+    if content["network"].get("cond_c_in") and "dataset" not in content:  # not of ours
+        distributed.warn0(f"{found}: does not record the scale of its data and conditions, which "
+                          "are taken for 8-bit images, nor where sampling starts; "
+                          "checkpoint_tool.py convert records both by --scale, --cond-scale and "
+                          "--sigma-max")
     unused = {"optimizer", "net"} if content.get("ema") is not None else {"optimizer"}
     return {key: value for key, value in content.items() if key not in unused}
 
@@ -581,11 +586,6 @@ def _few_step_config(few_step: FewStep, source: str, options: dict[str, Any]) ->
     if asked.sigmas is not None:
         return asked
     return SamplerConfig.of_few_steps(few_step, options.get("num_steps"))
-
-
-def highest_level(content: dict[str, Any]) -> float | None:
-    """Returns where the grid of a network begins; None for the usual level."""
-    return LSUN_SIGMA_MAX if content["options"].get("lsun") else None
 
 
 def _in_flags(error: ValueError) -> str:

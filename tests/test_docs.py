@@ -11,7 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 from click.testing import CliRunner
+from pickle_assembler import zip_file
 from published_archives import write_cifar10, write_lmdb, write_mnist
+from published_files import ForkDenoiser, fork_state
 from scipy import stats
 from scripts import ROOT, load_script
 from snapshots import write_snapshot
@@ -131,12 +133,27 @@ def make_world(root):
     folder = root / PUBLISHED / "cifar10_ncsnpp_D_2048"
     folder.mkdir(parents=True)
     write_snapshot(folder / "training-state.pt", pfgmpp=True, aug_dim=2048)
+    make_ct_world(root / "downloads")
     write_images(root / "photos", ["cats", "dogs"], 8, 36, 40)
     (root / "examples").mkdir()
     for network in (ROOT / "examples").glob("*.pt"):
         (root / "examples" / network.name).symlink_to(network)
     write_dataset(root / "examples/emoji-google-32.zip", side=32, classes=9)
     run_own_data([0, 2])
+
+
+def make_ct_world(downloads):
+    """Writes small slices, and a state of the CT forks."""
+    rng = np.random.default_rng(0)
+    for name, noise in (("normal-dose", 5), ("low-dose", 60)):
+        (downloads / "ct" / name).mkdir(parents=True)
+        for i in range(16):
+            np.save(downloads / "ct" / name / f"{i:03d}.npy",
+                    np.float32(10 * i + noise * rng.normal(size=[8, 8])))
+    nets = [ForkDenoiser("cSongUNet", 8, 1, model_channels=8, channel_mult=[1], num_blocks=1)
+            for _ in range(2)]
+    (downloads / "ppfm").mkdir()
+    (downloads / "ppfm/training-state-003201.pt").write_bytes(zip_file(fork_state(*nets, 64)))
 
 
 def stand_in(arg):

@@ -53,6 +53,7 @@ class TrainConfig:
     cond_image: bool = False
     patch: int | None = None  # None = whole images
     patches: int = 1
+    cond_c_in: bool = False
     arch: str = "ddpmpp"
     precond: str = "edm"
     pfgmpp: bool = False
@@ -127,6 +128,8 @@ class TrainConfig:
                 "without the other: stable targets know nothing of the condition")
         require(not self.stf or not self.augment > 0, f"--stf=1 with --augment={self.augment:g}",
                 "used with --augment=0: stable targets are not defined for augmented images")
+        require(self.cond_image or not self.cond_c_in, "--cond-c-in=1", "used with "
+                "--cond-image=1: without conditions there is nothing to multiply")
         require(self.cond or not self.label_dropout, f"--label-dropout={self.label_dropout:g}",
                 "used with --cond=1: there are no labels to drop")
         require(self.sigma_data == 0.5 or self.precond == "edm", f"--sigma-data with --precond="
@@ -292,6 +295,7 @@ class TrainConfig:
             "augment_dim": AUGMENT_DIM if self.augment > 0 else None,
             "sigma_data": self.sigma_data if self.precond == "edm" else None,
             "label_dropout": self.label_dropout or None, "cond_channels": cond_channels or None,
+            "cond_c_in": self.cond_c_in or None,
             "model_channels": self.cbase, "num_blocks": self.nblock,
             "channel_mult": list(self.cres) if self.cres else None,
             "attn_resolutions": None if self.ares is None else sorted(self.ares, reverse=True),

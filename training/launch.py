@@ -163,7 +163,7 @@ def launch(
         elif teacher and not state:
             start = resuming.fitting_weights(teacher.source, teacher.weights, net)
         elif config.transfer and not state:
-            start = resuming.open_weights(config.transfer, net)
+            start = resuming.open_weights(config.transfer, net, dataset)
         if dry_run:
             distributed.run_on_rank0(_print_plan, config, dataset, flags["rate"], torch_device)
             for line in resuming.describe_start(start):

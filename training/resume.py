@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from images.dataset import ImageFolderDataset
+    from pfgmpp.networks import Precond
     from training.trainer import Trainer
 
 # What a resumed run may change without --override-options, with the reason. Everything else, also
@@ -67,16 +68,17 @@ RESUME_MAY_CHANGE = {
     "val_num": "likewise",
 }
 # Options that are in the network itself, which is compared with the state's key by key.
-NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "label_dropout",
-                   "sigma_data", "cbase", "cres", "nblock", "ares", "boundary", "sigma_init",
-                   "teacher_network"}
+NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "cond_c_in",
+                   "label_dropout", "sigma_data", "cbase", "cres", "nblock", "ares", "boundary",
+                   "sigma_init", "teacher_network"}
 LOSS_SCALE_KEY = "loss_scaling"  # in the training_options.json of EDM and PFGM++
 _MAX_LISTED = 20  # tensors that are not taken over
 # Keywords of networks that are not called like the flags of train.py that decide them.
 _FLAGS = {"attn_resolutions": "--ares", "model_channels": "--cbase", "channel_mult": "--cres",
           "num_blocks": "--nblock", "img_resolution": "--data or --patch", "label_dim": "--cond",
-          "cond_channels": "--cond-image", "D": "--aug_dim", "class_name": "--precond",
-          "model_type": "--arch", "augment_dim": "--augment", "label_dropout": "--label-dropout",
+          "cond_channels": "--cond-image", "cond_c_in": "--cond-c-in", "D": "--aug_dim",
+          "class_name": "--precond", "model_type": "--arch", "augment_dim": "--augment",
+          "label_dropout": "--label-dropout",
           "sigma_data": "--sigma-data", "few_step": "--method or --sigma-init",
           "boundary": "--boundary"}
 _SMALL_SHARE = 0.5  # of the parameters: less is probably a mistake
@@ -354,20 +356,49 @@ def settle_data(
 # ---------------------------------------------------------------------------- which weights
 
 
-def open_weights(source: str, net: "torch.nn.Module") -> Weights:
+def open_weights(source: str, net: "Precond", dataset: "ImageFolderDataset | None" = None
+                 ) -> Weights:
     """Returns the averaged weights of a snapshot or state whose names and shapes `net` has too.
 
-    `net` may be on the "meta" device. What does not fit begins as a new run's does.
+    `net` may be on the "meta" device. What does not fit begins as a new run's does. Where the file
+    records another scale than that of the data to train on, it says so.
 
     Raises:
-        ValueError: no checkpoint, or no parameter fits.
+        ValueError: no checkpoint, no parameter fits, or the condition is scaled in another way.
         OSError: it can't be read.
     """
     from checkpoints import checkpoint
     from torch_utils import distributed
-    theirs = distributed.run_on_rank0(
-        lambda: checkpoint.sampling_weights(checkpoint.load(source)))
-    return fitting_weights(source, theirs, net)
+    theirs = distributed.run_on_rank0(lambda: checkpoint.as_snapshot(checkpoint.load(source)))
+    _check_condition(source, theirs["network"], net)
+    if dataset is not None:
+        _warn_of_scale(source, theirs, dataset)
+    return fitting_weights(source, theirs["ema"], net)
+
+
+def _check_condition(source: str, theirs: dict[str, Any], net: "Precond") -> None:
+    """Raises ValueError where one network sees conditions times c_in and the other as they are."""
+    is_scaled = theirs.get("cond_c_in", False)
+    if theirs.get("cond_channels") and net.cond_channels and is_scaled != net.cond_c_in:
+        how, what = ("times c_in", "give --cond-c-in=1") if is_scaled else (
+            "as it is", "leave --cond-c-in out")
+        raise ValueError(f"--transfer={source}: its network sees the condition {how}; {what}")
+
+
+def _warn_of_scale(source: str, theirs: dict[str, Any], dataset: "ImageFolderDataset") -> None:
+    """Says so where a network was trained on values that data of another scale would change."""
+    from sampling.network_sampler import recorded_scaling
+    from torch_utils import distributed
+    for name, flag, key, channels, ours in (
+            ("images", "--scale", "scale", "img_channels", dataset.scaling),
+            ("condition images", "--cond-scale", "cond_scale", "cond_channels",
+             dataset.cond_scaling)):
+        count = theirs["network"].get(channels)
+        known = recorded_scaling(theirs, source, key, count) if count else None
+        if known and ours and not (known.is_8bit or ours.is_8bit or known == ours):
+            distributed.warn0(f"--transfer={source}: {known} in the {name} that it was trained on, "
+                              f"but {ours} in those of --data; for the same kind of data, "
+                              f"convert them with the same {flag} of dataset_tool.py")
 
 
 def fitting_weights(source: str, theirs: dict[str, "torch.Tensor"], net: "torch.nn.Module"
@@ -468,8 +499,9 @@ def check_network(net: "torch.nn.Module", state: State) -> None:
     if state.is_ours:
         skip.add("dropout")  # an option without weights, see `changed_options`
     else:
-        # Foreign files spell out what ours leave at its default, and vice versa.
-        skip |= set(ours) ^ set(theirs)
+        # Foreign files spell out what ours leave at its default, and vice versa. Conditions are
+        # in a configuration where there are any.
+        skip |= (set(ours) ^ set(theirs)) - {"cond_channels", "cond_c_in"}
     difference = checkpoint.first_difference(
         *({k: v for k, v in config.items() if k not in skip} for config in (ours, theirs)))
     if difference:

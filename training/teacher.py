@@ -8,6 +8,7 @@ import torch
 from checkpoints import checkpoint
 from images.dataset import ImageFolderDataset
 from images.scaling import Scaling
+from pfgmpp.loss import EDM_SIGMA_MAX, LSUN_SIGMA_MAX
 from pfgmpp.networks import Precond, image_size, network_D
 from sampling.network_sampler import load_network, recorded_scaling
 from torch_utils import distributed, misc
@@ -40,6 +41,11 @@ class Teacher:
         if content["network"].get("few_step") is not None:
             raise ValueError(f"--teacher={source}: a few-step network, which can't teach; give the "
                              "denoiser that it was made from")
+        level = checkpoint.highest_level(content)
+        if level not in (None, EDM_SIGMA_MAX, LSUN_SIGMA_MAX):
+            raise ValueError(f"--teacher={source}: is sampled from sigma_max = {level:g}, but "
+                             f"few-step networks begin at {EDM_SIGMA_MAX:g} or "
+                             f"{LSUN_SIGMA_MAX:g}; give a file that records one of these")
         weights = checkpoint.sampling_weights(content)
         return cls(source, content | {"ema": weights}, checkpoint.digest(weights))
 
@@ -62,7 +68,8 @@ class Teacher:
                 "pfgmpp": is_pfgmpp, "aug_dim": D if is_pfgmpp else 128.0,
                 "cond": network.get("label_dim", 0) > 0,
                 "cond_image": network.get("cond_channels", 0) > 0,
-                "lsun": bool(self.content["options"].get("lsun"))}
+                "cond_c_in": network.get("cond_c_in", False),
+                "lsun": checkpoint.highest_level(self.content) == LSUN_SIGMA_MAX}
 
     def build(self, device: torch.device, precision: str) -> Precond:
         """Returns the network on a device, in evaluation mode and frozen."""

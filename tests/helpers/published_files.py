@@ -1,9 +1,11 @@
-"""What the checkpoints of EDM, PFGM++, ECT and IDMD hold of a network and its optimizer."""
+"""What the checkpoints of EDM, PFGM++, its CT forks, ECT and IDMD hold of networks, optimizers."""
 
 import math
 
 import torch
 from pickle_assembler import New, Parameter, WithMethod, ordered, persistent, scalar
+
+from pfgmpp.unets import DhariwalUNet, SongUNet
 
 
 def record(module, attributes=(), init_kwargs=None):
@@ -52,6 +54,62 @@ def idmd_snapshot(entries, cur_nimg=1 << 20):
             "param_groups": [{"lr": 1e-5, "params": [0]}]}
     return {**entries, "generator_optimizer_state": adam, "student_optimizer_state": adam,
             "cur_nimg": cur_nimg}
+
+
+class cSongUNet(SongUNet):  # noqa: N801 - as the file names it
+    def __init__(self, *, out_channels, **kwargs):
+        super().__init__(in_channels=2 * out_channels, out_channels=out_channels, **kwargs)
+
+
+class cDhariwalUNet(DhariwalUNet):  # noqa: N801
+    def __init__(self, *, out_channels, **kwargs):
+        super().__init__(in_channels=2 * out_channels, out_channels=out_channels, **kwargs)
+
+
+class ForkDenoiser(torch.nn.Module):
+    """The conditional denoiser of the CT forks, of [v, x] with v the condition.
+
+    D_theta = c_skip x + c_out F(c_in [v, x]; ln(sigma) / 4), with sigma_data = 1/2.
+    """
+
+    def __init__(self, model_type, img_resolution, channels, **kwargs):
+        super().__init__()
+        self.model = {"cSongUNet": cSongUNet, "cDhariwalUNet": cDhariwalUNet}[model_type](
+            img_resolution=img_resolution, out_channels=channels, **kwargs)
+        self.img_resolution, self.channels = img_resolution, channels
+        self.given = {"model_type": model_type, **kwargs}
+        with torch.no_grad():
+            for parameter in self.parameters():  # some begin as zeros
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+    @property
+    def img_channels(self):
+        return 2 * self.channels
+
+    def forward(self, both, sigma):
+        squares = sigma.reshape(-1, 1, 1, 1) ** 2
+        inner = self.model(both / (squares + 0.25).sqrt(), sigma.log() / 4, None)
+        x = both[:, self.channels:]
+        return x * 0.25 / (squares + 0.25) + inner * (0.25 * squares / (squares + 0.25)).sqrt()
+
+
+def stored_fork(net, D, **attributes):
+    """Returns the record of a ForkDenoiser; D is 128 there where it has no meaning."""
+    is_pfgmpp = not math.isinf(D)
+    known = {"img_resolution": net.img_resolution, "img_channels": net.channels, "label_dim": 0,
+             "pfgmpp": is_pfgmpp, "D": D if is_pfgmpp else 128}
+    entry = record(net, {**known, "N": net.channels * net.img_resolution**2, "use_fp16": False,
+                         "sigma_min": 0, "sigma_max": math.inf, "sigma_data": 0.5, **attributes},
+                   {**known, **net.given})
+    entry.args[0]["class_name"] = "EDMPrecond"
+    return entry
+
+
+def fork_state(net, average, D, step=3_201_000):
+    """Returns a state of the CT forks, after a step of `net`; both are ForkDenoisers."""
+    return {"optimizer_state": optimizer_state(net), "step": step,
+            "net": stored_fork(net.train(), D),
+            "ema": stored_fork(average.requires_grad_(False), D)}
 
 
 def optimizer_state(net):

@@ -57,9 +57,10 @@ class Recorder(torch.nn.Module):
 
 # ---- the network --------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("cond_c_in", [False, True])
 @pytest.mark.parametrize("cls", PRECONDS)
-def test_the_model_sees_the_condition_unscaled_beside_the_scaled_image(cls):
-    net = network(cls=cls)
+def test_the_model_sees_the_condition_beside_the_scaled_image(cls, cond_c_in):
+    net = network(cls=cls, cond_c_in=cond_c_in)
     outputs = 6 if cls is iDDPMPrecond else 3
     net.model = Recorder(lambda x: torch.zeros(len(x), outputs, *x.shape[2:]))
     x, condition, sigma = randn(4, 3, 8, 12), randn(4, 2, 8, 12, seed=1), torch.arange(1.0, 5)
@@ -67,8 +68,10 @@ def test_the_model_sees_the_condition_unscaled_beside_the_scaled_image(cls):
     [(seen, _, _)] = net.model.calls
     c_in = {EDMPrecond: (sigma**2 + 0.25).rsqrt(), VEPrecond: torch.ones(4)}.get(
         cls, (sigma**2 + 1).rsqrt())
-    torch.testing.assert_close(seen[:, :3], c_in.reshape(4, 1, 1, 1) * x)
-    assert torch.equal(seen[:, 3:], condition)
+    c_in = c_in.reshape(4, 1, 1, 1)
+    torch.testing.assert_close(seen[:, :3], c_in * x)
+    torch.testing.assert_close(seen[:, 3:], c_in * condition if cond_c_in else condition,
+                               rtol=1.3e-6 * cond_c_in, atol=0)
 
 
 @pytest.mark.parametrize("arch", MODELS)
@@ -94,6 +97,25 @@ def test_a_condition_widens_the_first_layers_and_nothing_else(arch):
     assert changed == {"8x12_conv.weight"} | beside.get(arch, set())
 
 
+@pytest.mark.parametrize("arch", MODELS)
+def test_the_weights_of_the_image_are_those_that_its_channels_are_counted_in(arch):
+    """Channels and these weights in another order give the same image; any fewer weights do not."""
+    model, order = network(arch).model, [3, 0, 4, 1, 2]
+    x, c_noise = randn(2, 5, 8, 12), torch.zeros(2)
+    before = model(x, c_noise, None)
+    parameters = dict(model.named_parameters())
+    for name in model.image_weights:
+        assert (model(x[:, order], c_noise, None) - before).abs().max() > 1e-3
+        parameters[name].data = parameters[name].data[:, order]
+    torch.testing.assert_close(model(x[:, order], c_noise, None), before, rtol=1e-4, atol=1e-5)
+
+
+def test_without_conditions_there_is_nothing_to_multiply():
+    with pytest.raises(ValueError, match="cond_c_in=True: the network has no condition"):
+        network(cond_channels=0, cond_c_in=True)
+    assert "cond_c_in" not in network().config
+
+
 def test_without_condition_channels_a_network_is_as_it_always_was():
     config = network(cond_channels=0).config
     assert "cond_channels" not in config
@@ -108,7 +130,7 @@ def test_without_condition_channels_a_network_is_as_it_always_was():
 @pytest.mark.long
 @pytest.mark.parametrize("cls", PRECONDS)
 def test_a_conditional_network_comes_back_from_its_file(cls, tmp_path):
-    net = network(cls=cls, **({"sigma_data": 0.8} if cls is EDMPrecond else {}))
+    net = network(cls=cls, **({"sigma_data": 0.8, "cond_c_in": True} if cls is EDMPrecond else {}))
     config = json.loads(json.dumps(net.config))
     assert config["cond_channels"] == 2 and config["img_resolution"] == [8, 12]
     checkpoint.save(tmp_path / "net.pt", {

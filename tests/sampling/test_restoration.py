@@ -216,7 +216,7 @@ def test_pictures_are_of_the_window(root, tmp_path, invoke):
     first = picture[2:2 + 64, 2:2 + 64, 0]  # enlarged, behind a gap
     assert picture.shape[0] == 2 * 66 + 2
     np.testing.assert_allclose(first[4::8, 4::8], expected, atol=1.5)
-    assert 0 < expected.std() and (expected == 0).any() and (expected == 255).any()
+    assert expected.std() > 0 and (expected == 0).any() and (expected == 255).any()
 
 
 def test_scores_are_of_images_of_one_size_only(root, tmp_path, invoke):

@@ -23,8 +23,8 @@ BASE = {"arch": "ncsnpp", "cbase": 8, "cres": (1, 2), "nblock": 1, "batch": 8, "
         "lr_rampup": 0.0, "workers": 0, "augment": 0.0, "dropout": 0.1}
 # Another value, and what else both runs have so that it can matter.
 LEARNED = {
-    "cond": (True, {}), "cond_image": (True, {}), "patch": (4, {}),
-    "patches": (3, {"patch": 4}), "arch": ("ddpmpp", {}), "precond": ("ve", {}),
+    "cond": (True, {}), "cond_image": (True, {}), "cond_c_in": (True, {"cond_image": True}),
+    "patch": (4, {}), "patches": (3, {"patch": 4}), "arch": ("ddpmpp", {}), "precond": ("ve", {}),
     "pfgmpp": (True, {}), "aug_dim": (3.0, {"pfgmpp": True}), "stf": (True, {"rbatch": 16}),
     "rbatch": (24, {"stf": True}), "lsun": (True, {}), "P_mean": (-0.4, {}),
     "P_std": (1.0, {}), "batch": (16, {}), "cbase": (16, {}),
