@@ -68,20 +68,41 @@ def euler(
 def heun(
     denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor,
     before_step: BeforeStep | None = None, slope: Slope = sigma_slope,
+    step: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Returns the solution at the last of `sigmas`, by second-order steps: 2 evaluations each.
 
     Karras et al. 2022, Algorithm 2. A step to 0 is first order, for the slope there is 0/0, and
-    takes 1. Arguments as for `euler`.
+    takes 1. Arguments as for `euler`; `step` takes the place of `heun_step`.
     """
+    step = step or heun_step
     last = _step_to_zero(sigmas)
     for i in range(len(sigmas) - 1):
         x, sigma = before_step(x, i) if before_step else (x, sigmas[i])
         if i == last:
             x = x + (sigmas[i + 1] - sigma) * slope(denoise, x, sigma)
         else:
-            x = heun_step(denoise, x, sigma, sigmas[i + 1], slope)
+            x = step(denoise, x, sigma, sigmas[i + 1], slope)
     return x
+
+
+def ppfm(
+    denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor,
+    before_step: BeforeStep | None = None, slope: Slope = sigma_slope,
+) -> torch.Tensor:
+    """Returns what `heun` does, but with both evaluations of a step at its first noise level.
+
+    That is how the published code of conditional PPFM samples (Hein et al. 2023, arXiv 2312.09754),
+    and it is no second-order method. It is here so that their results can be had again.
+    """
+
+    def step(denoise, x, sigma, sigma_next, slope):
+        first = slope(denoise, x, sigma)
+        moved = x + (sigma_next - sigma) * first
+        second = slope(lambda state, _: denoise(state, sigma), moved, sigma_next)
+        return x + (sigma_next - sigma) * (first + second) / 2
+
+    return heun(denoise, x, sigmas, before_step, slope, step)
 
 
 def heun_step(
@@ -240,13 +261,13 @@ def _corrected(
     return (-h).exp() * x + constant * before + linear * (slope - bend * h) + square * bend
 
 
-SOLVERS = {"euler": euler, "heun": heun}  # of the equation along any schedule
+SOLVERS = {"euler": euler, "heun": heun, "ppfm": ppfm}  # of the equation along any schedule
 MULTISTEP = {"ipndm": ipndm, "dpmpp2m": dpmpp2m, "unipc": unipc}  # of the equation in sigma
 
 
 def num_evaluations(solver: str | None, num_steps: int) -> int:
     """Returns how often a solver evaluates the network; None is Heun's method."""
-    return 2 * num_steps - 1 if solver in (None, "heun") else num_steps
+    return 2 * num_steps - 1 if solver in (None, "heun", "ppfm") else num_steps
 
 
 def watched(

@@ -115,7 +115,7 @@ _OPTIONS = (
     click.option("--S_min", "S_min", metavar="FLOAT", type=click.FloatRange(min=0), default=0, help="Lowest noise level that is churned."),
     click.option("--S_max", "S_max", metavar="FLOAT", type=click.FloatRange(min=0), default=math.inf, help="Highest noise level that is churned."),
     click.option("--S_noise", "S_noise", metavar="FLOAT", type=click.FloatRange(min=0), default=1, help="Factor on the noise of churn."),
-    click.option("--solver", type=click.Choice(SOLVERS), help="Method; of N steps heun evaluates the network 2N-1 times, the others N times.  [default: heun; consistency for few-step networks]"),
+    click.option("--solver", type=click.Choice(SOLVERS), help="Method; of N steps heun evaluates the network 2N-1 times, the others N times. ppfm is Heun's method with the published code's mistake, to repeat its results (docs/restoration.md).  [default: heun; consistency for few-step networks]"),
     click.option("--order", metavar="INT", type=click.IntRange(1, 4), help="Order of ipndm.  [default: 3]"),
     click.option("--sigmas", metavar="LIST|FILE", type=_Levels(), help="Noise levels of your own, falling, without the final 0, in place of a grid."),
     click.option("--disc", "discretization", type=click.Choice(["vp", "ve", "iddpm", "edm"]), help="Grid of noise levels.  [default: edm]"),

@@ -11,7 +11,7 @@ from sampling.folders import suffix
 
 MULTISTEP = ("ipndm", "dpmpp2m", "unipc")  # see pfgmpp/solvers.py
 CONSISTENCY = "consistency"  # see pfgmpp/few_steps.py
-DENOISER_SOLVERS = ("heun", "euler", *MULTISTEP)
+DENOISER_SOLVERS = ("heun", "euler", "ppfm", *MULTISTEP)
 SOLVERS = (*DENOISER_SOLVERS, CONSISTENCY)
 FULL_BITS = 32  # and above: the weights as they are
 

@@ -43,15 +43,18 @@ def test_the_grid_of_the_published_sampler():
     torch.testing.assert_close(torch.tensor(GRID), torch.tensor(known), rtol=1e-4, atol=0)
 
 
-def published(net, v, h, w, condition=None):
-    """The sampler of the CT forks, written out: state = measurement, no noise, blended."""
+def published(net, v, h, w, condition=None, is_wrong=False):
+    """The sampler of the CT forks, written out: state = measurement, no noise, blended.
+
+    With conditions their code evaluates the network at the first level twice: `is_wrong`.
+    """
     x, kwargs = v, {} if condition is None else {"condition": condition}
     for i in range(h):
         t, t_next = GRID[7 - h + i], GRID[7 - h + i + 1]
         d = (x - net(x, t, **kwargs)) / t
         moved = x + (t_next - t) * d
         if i < h - 1:
-            d_next = (moved - net(moved, t_next, **kwargs)) / t_next
+            d_next = (moved - net(moved, t if is_wrong else t_next, **kwargs)) / t_next
             moved = x + (t_next - t) * (d + d_next) / 2
         x = w * moved + (1 - w) * v
     return x
@@ -59,15 +62,20 @@ def published(net, v, h, w, condition=None):
 
 @pytest.mark.parametrize("D", [64.0, INF])
 @pytest.mark.parametrize("is_conditional", [False, True])
+@pytest.mark.parametrize("solver", ["heun", "ppfm"])
 @pytest.mark.parametrize("h, w", [(1, 0.7), (1, 1.0), (2, 0.7), (2, 1.0), (3, 0.4), (7, 0.9)])
-def test_the_published_sampler_is_one_setting(D, is_conditional, h, w):
+def test_the_published_sampler_is_one_setting(D, is_conditional, solver, h, w):
     v = normal(2, 1, 4, 6)
     condition = v if is_conditional else None
     net = Net(D)
     found = sampler(net, normal(2, 1, 4, 6, seed=1), num_steps=8, sigma_max=380, init=v,
-                    init_noise=0, last=h, blend=w, condition=condition)
-    torch.testing.assert_close(found, published(Net(D), v, h, w, condition), rtol=1e-9, atol=1e-9)
-    assert net.calls == 2 * h - 1 == SamplerConfig(num_steps=8, sigma_max=380, last=h).nfe
+                    init_noise=0, last=h, blend=w, condition=condition, solver=solver)
+    expected, other = (published(Net(D), v, h, w, condition, is_wrong)
+                       for is_wrong in (solver == "ppfm", solver != "ppfm"))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(found, other) == (h == 1)
+    config = SamplerConfig(num_steps=8, sigma_max=380, last=h, solver=solver)
+    assert net.calls == 2 * h - 1 == config.nfe
 
 
 def test_one_step_to_0_is_the_denoiser_at_the_level_before_the_lowest():
