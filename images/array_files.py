@@ -4,9 +4,9 @@
     stack    [n, H, W] or [n, C, H, W]
 
 Channels may come last where this is the only sensible reading of a shape, see `is_channels_last`.
-Types are uint8, uint16, int16, float16, float32 and float64. In memory there are three: uint8 and
-uint16 stay, all else becomes float32. Nothing is unpickled, and a file must have the bytes of the
-shape that it claims.
+Types are uint8, uint16, int8 to int64, float16, float32 and float64. In memory there are three:
+uint8 and uint16 stay, all else becomes float32. Nothing is unpickled, and a file must have the bytes
+of the shape that it claims.
 """
 
 import io
@@ -21,8 +21,8 @@ from images.image_files import ImageFormat
 
 MAGIC = b"\x93NUMPY"
 _FEW_CHANNELS = 4
-_STORED = {"uint8": "uint8", "uint16": "uint16", "int16": "float32", "float16": "float32",
-           "float32": "float32", "float64": "float32"}
+_STORED = {"uint8": "uint8", "uint16": "uint16", **dict.fromkeys(
+    ["int8", "int16", "int32", "int64", "float16", "float32", "float64"], "float32")}
 
 
 def is_channels_last(shape: tuple[int, ...]) -> bool | None:
@@ -129,17 +129,31 @@ def open_stack(path: Path, layout: str | None = None) -> np.ndarray:
     """
     with open(path, "rb") as file:
         shape, _, dtype = read_npy_header(file)
+    _check_stack(shape, dtype, layout)  # before NumPy maps it, whose errors say less
+    return as_stack(np.load(path, mmap_mode="r", allow_pickle=False), layout)
+
+
+def as_stack(values: np.ndarray, layout: str | None = None) -> np.ndarray:
+    """Returns values [n, H, W], [n, C, H, W] or [n, H, W, C] as a view [n, C, H, W].
+
+    Raises:
+        ValueError: they are no images, or their shape has two readings.
+    """
+    _check_stack(values.shape, values.dtype, layout)
+    if values.ndim == 3:
+        return values[:, None]
+    return values.transpose(0, 3, 1, 2) if _is_last(values.shape[1:], layout) else values
+
+
+def _check_stack(shape: tuple[int, ...], dtype: np.dtype, layout: str | None) -> None:
     if len(shape) not in (3, 4):
-        raise ValueError(f"an array of shape {list(shape)}; images are [n, H, W] or [n, C, H, W]")
+        raise ValueError(f"an array of shape {list(shape)}; images are [n, H, W], [n, C, H, W] or "
+                         "[n, H, W, C]")
     if len(shape) == 3 and is_channels_last(shape):
         raise ValueError(f"an array of shape {list(shape)} is one image, not several; put images "
                          "into a folder, a .npy each")
     check_layout(shape[1:], layout)
     array_format(shape[1:], dtype)
-    stack = np.load(path, mmap_mode="r", allow_pickle=False)
-    if stack.ndim == 3:
-        return stack[:, None]
-    return stack.transpose(0, 3, 1, 2) if _is_last(shape[1:], layout) else stack
 
 
 def check_layout(shape: tuple[int, ...], layout: str | None) -> None:
@@ -156,6 +170,9 @@ def array_format(shape: tuple[int, ...], dtype: np.dtype) -> ImageFormat:
         ValueError: they are no images.
     """
     name = dtype.newbyteorder("=").name
+    if len(shape) == 4:
+        raise ValueError(f"an array of shape {list(shape)} is several images, not one; convert it "
+                         "by dataset_tool.py --source=FILE.npy")
     if len(shape) not in (2, 3) or 0 in shape or name not in _STORED:
         raise ValueError(f"a {name} array of shape {list(shape)}; images are [H, W] or [C, H, W] "
                          f"of {', '.join(_STORED)}")

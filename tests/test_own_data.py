@@ -136,7 +136,8 @@ def test_a_record_that_is_no_scaling_is_refused(record, words):
 
 @pytest.mark.parametrize("dtype, stored", [
     ("float32", "float32"), ("float64", "float32"), ("float16", "float32"), ("int16", "float32"),
-    ("uint16", "uint16"), (">f4", "float32"), (">u2", "uint16")])
+    ("int8", "float32"), ("int32", "float32"), ("int64", "float32"), ("uint16", "uint16"),
+    (">f4", "float32"), (">u2", "uint16")])
 @pytest.mark.parametrize("channels", [None, 1, 3])
 def test_arrays_keep_their_values(tmp_path, invoke, dtype, stored, channels):
     shape = [5, 6, 10] if channels is None else [5, channels, 6, 10]
@@ -519,7 +520,9 @@ def bad_source(folder, name):
     elif name == "types":
         values = [*values[:3], values[3].astype(np.float64)]
     elif name == "integers":
-        values = values.astype(np.int32)
+        values = values.astype(np.uint32)
+    elif name == "several in one":
+        values = values[None]
     elif name == "one axis":
         values = values[:, 0, 0]
     elif name == "missing condition":
@@ -551,7 +554,8 @@ def bad_source(folder, name):
     ("constant", ["--scale=std"], 1, ["--scale=std", "channel 1"]),
     ("shapes", ["--scale=std"], 1, ["000/003.npy", "12x4", "12x8"]),
     ("types", ["--scale=-1,1"], 0, []),
-    ("integers", ["--scale=std"], 1, ["000/000.npy", "int32", "uint16"]),
+    ("integers", ["--scale=std"], 1, ["000/000.npy", "uint32", "uint16"]),
+    ("several in one", ["--scale=std"], 1, ["000/000.npy", "is several images", "--source="]),
     ("one axis", ["--scale=std"], 1, ["000/000.npy", "[12]", "[C, H, W]"]),
     ("stack", ["--scale=std"], 1, ["stack.npy", "[n, C, H, W]"]),
     ("cut", ["--scale=std"], 1, ["000/002.npy", "bytes"]),
