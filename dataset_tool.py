@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,14 @@ import click
 from dnnlib.cli import HELP_NAMES, cache_dir_option, run, user_errors
 
 if TYPE_CHECKING:  # imported late: help is instant
-    from images.conversion import Conditions, Outcome, Settings
+    from images.conversion import Outcome
     from images.image_files import ImageFormat
     from images.scaling import Moments, Scaling
     from images.sources import Source
     from images.splitting import Split
 
 _MAX_CLASS_LINES = 40
+_MAX_LIMIT = 1e38  # of values; float32 ends soon after
 _MAX_LISTED = 50  # damaged images
 _MAX_KINDS = 8  # extensions of files that are no images
 
@@ -62,17 +63,49 @@ def _parse_color(ctx, param, value: str) -> tuple[int, int, int]:
     return color
 
 
+def _two_numbers(value: str) -> tuple[float, float]:
+    """Returns two numbers with a comma between them; not a number where there are none."""
+    try:
+        first, second = map(float, value.split(","))
+    except ValueError:
+        return math.nan, math.nan
+    return first, second
+
+
 def _parse_scale(ctx, param, value: str | None) -> str | tuple[float, float] | None:
     if value in (None, "minmax", "std"):
         return value
-    try:
-        low, high = map(float, value.split(","))
-    except ValueError:
-        low = high = math.nan
+    low, high = _two_numbers(value)
     if not -math.inf < low < high < math.inf:
         raise click.BadParameter(f"{value}: must be minmax, std, or LO,HI with LO < HI, such as "
                                  "0,65535")
     return low, high
+
+
+def _parse_clip(ctx, param, value: str | None) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    low, high = _two_numbers(value)
+    if not -_MAX_LIMIT <= low < high <= _MAX_LIMIT:
+        raise click.BadParameter(f"{value}: must be LO,HI with LO < HI, such as -1024,3071")
+    return low, high
+
+
+def _parse_channels(ctx, param, value: str | None) -> str | dict[str, tuple[int, ...]] | None:
+    """Returns 'rgb' or 'gray', or the channels of images and, if there are such, of conditions."""
+    if value in (None, "rgb", "gray"):
+        return value
+    parts = [part.partition(":") for part in value.split(",")]
+    names = [name for name, _, _ in parts]
+    if sorted(names) not in (["image"], ["cond", "image"]) or not all(
+            re.fullmatch(r"\d{1,5}(\+\d{1,5})*", numbers) for _, _, numbers in parts):
+        raise click.BadParameter(f"{value}: must be rgb, gray, or channels of arrays such as "
+                                 "cond:0,image:1 or cond:0+1,image:2 or image:1")
+    picked = {name: tuple(map(int, numbers.split("+"))) for name, _, numbers in parts}
+    every = [number for numbers in picked.values() for number in numbers]
+    if twice := [number for number in every if every.count(number) > 1]:
+        raise click.BadParameter(f"{value}: channel {twice[0]} is named twice")
+    return picked
 
 
 def _parse_val(ctx, param, value: str) -> int | float:
@@ -118,10 +151,12 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
         click.echo(f"Left out: {len(outcome.damaged)} damaged images")
     if outcome.scaling:
         _print_statistics(outcome.moments, outcome.scaling)
+        _print_clipped(outcome)
     if outcome.conditions:
         _print_conditions(outcome.conditions.format, outcome.num_images)
         if outcome.conditions.scaling:
             _print_statistics(outcome.conditions.moments, outcome.conditions.scaling, is_data=False)
+            _print_clipped(outcome.conditions)
     if outcome.too_small.count:
         click.echo(f"Left out: {outcome.too_small.count} images smaller than --resolution, "
                    f"the first {outcome.too_small.first}")
@@ -172,6 +207,14 @@ def _print_statistics(moments: "Moments", scaling: "Scaling", is_data: bool = Tr
         overall = scaled.overall_std()
         hint = "" if scaling.is_8bit else f", or train.py --sigma-data={overall:.4g}"
         click.echo(f"all    standard deviation {overall:.4f}; the networks' sigma_data is 0.5{hint}")
+
+
+def _print_clipped(outcome: "Outcome") -> None:
+    """Prints how many values --clip has changed."""
+    if outcome.clip:
+        share = outcome.num_clipped / outcome.num_values
+        click.echo("clipped to {:g}..{:g}: {:.3g}% of the values".format(*outcome.clip,
+                                                                          100 * share))
 
 
 def _tell_unused(source: "Source", max_images: int | None, num_selected: int) -> None:
@@ -226,10 +269,14 @@ def _require(**given: str | None) -> None:
               help="Condition images, one for each image, of its name but for the extension")
 @click.option("--cond-scale",   metavar="minmax|std|LO,HI", callback=_parse_scale,
               help="As --scale, for the condition images")
+@click.option("--clip",         metavar="LO,HI", callback=_parse_clip,
+              help="Limit values to LO..HI, in the data's units, before anything else; needs --scale")
+@click.option("--cond-clip",    metavar="LO,HI", callback=_parse_clip,
+              help="As --clip, for the condition images; needs --cond-scale  [default: --clip]")
 @click.option("--classes",      metavar="LIST", callback=_parse_classes,
               help="Keep these classes only and number them from 0 in this order, such as 6,1,3")
-@click.option("--channels",     type=click.Choice(["rgb", "gray"]),
-              help="Make all pictures RGB or gray  [default: as they are]")
+@click.option("--channels",     metavar="rgb|gray|cond:I,image:J", callback=_parse_channels,
+              help="Make all pictures RGB or gray; or divide the channels of arrays, numbered from 0, into condition images and images, such as cond:0,image:1 or cond:0+1,image:2, or take some, image:1  [default: as they are]")
 @click.option("--layout",       type=click.Choice(["chw", "hwc"]),
               help="Whether the channels of arrays come first or last  [default: by their shape]")
 @click.option("--skip-damaged", is_flag=True,
@@ -244,9 +291,11 @@ def _require(**given: str | None) -> None:
 def main(context: click.Context, source: str | None, dest: str | None, max_images: int | None,
          transform: str | None, resolution: tuple[int, int] | None,
          scale: str | tuple[float, float] | None, cond_source: str | None,
-         cond_scale: str | tuple[float, float] | None, classes: list[int] | None,
-         channels: str | None, layout: str | None, skip_damaged: bool,
-         background: tuple[int, int, int], first_frame: bool, workers: int | None) -> None:
+         cond_scale: str | tuple[float, float] | None, clip: tuple[float, float] | None,
+         cond_clip: tuple[float, float] | None, classes: list[int] | None,
+         channels: str | dict[str, tuple[int, ...]] | None, layout: str | None,
+         skip_damaged: bool, background: tuple[int, int, int], first_frame: bool,
+         workers: int | None) -> None:
     """Converts images into a data set for train.py; the commands verify, show and split data sets.
 
     --source is recognised by its name:
@@ -277,47 +326,60 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
         return
     _require(source=source, dest=dest)
     _check_geometry(transform, resolution)
-    if cond_scale and not cond_source:
-        raise click.UsageError("--cond-scale: needs --cond-source")
+    picked = channels if isinstance(channels, dict) else {}
+    if cond_source and "cond" in picked:
+        raise click.UsageError("--cond-source and --channels=cond:...: choose one")
+    has_conditions = cond_source or "cond" in picked
+    _check_needs(scale, clip, cond_scale, cond_clip, has_conditions)
     with user_errors(), contextlib.ExitStack() as stack:
         from dnnlib.ordered_pool import num_cores
         from images.conversion import (
+            Conditions,
             Settings,
             convert_all,
             new_class_names,
             open_dest,
             select_images,
         )
-        from images.sources import open_source
+        from images.sources import condition_numbers, open_source
 
-        settings = Settings(transform, resolution, background, first_frame, scale,
-                            channels=channels, layout=layout, skip_damaged=skip_damaged)
+        settings = Settings(transform, resolution, background, first_frame, scale, clip=clip,
+                            channels=None if picked else channels, picked=picked.get("image"),
+                            layout=layout, skip_damaged=skip_damaged)
+        cond_settings = dataclasses.replace(
+            settings, scale=cond_scale, clip=cond_scale and (cond_clip or clip),
+            flag="--cond-scale", picked=picked.get("cond"))
         for flag, path in (("source", source), ("cond-source", cond_source)):
             if path and _is_same(Path(path), Path(dest)):
                 raise ValueError(f"--dest={dest}: is the {flag} itself")
-        with open_source(Path(source), layout=layout) as images:
-            numbers, labels = select_images(images, max_images, classes)
-            conditions = cond_source and stack.enter_context(
-                _open_conditions(Path(cond_source), images, numbers, dataclasses.replace(
-                    settings, scale=cond_scale, flag="--cond-scale")))
-            names = new_class_names(images, labels, classes)
-            with open_dest(Path(dest)) as write:
-                outcome = convert_all(images, numbers, labels, settings, write,
-                                      workers or num_cores(), conditions, names)
-            _summarise(dest, images, outcome, classes, names)
-            _tell_unused(images, max_images, len(numbers))
+        images = stack.enter_context(open_source(Path(source), layout=layout))
+        if cond_source:
+            flag, others = "--cond-source", stack.enter_context(
+                open_source(Path(cond_source), "--cond-source", layout))
+            partners = condition_numbers(images, others)
+        elif has_conditions:
+            flag, others, partners = "--channels", images, range(images.num_images)
+        numbers, labels = select_images(images, max_images, classes)
+        conditions = has_conditions and Conditions(
+            others, [partners[i] for i in numbers], cond_settings, flag)
+        names = new_class_names(images, labels, classes)
+        with open_dest(Path(dest)) as write:
+            outcome = convert_all(images, numbers, labels, settings, write,
+                                  workers or num_cores(), conditions, names)
+        _summarise(dest, images, outcome, classes, names)
+        _tell_unused(images, max_images, len(numbers))
 
 
-@contextlib.contextmanager
-def _open_conditions(path: Path, images: "Source", numbers: Sequence[int],
-                     settings: "Settings") -> Iterator["Conditions"]:
-    """Opens the condition images of these images of a source."""
-    from images.conversion import Conditions
-    from images.sources import condition_numbers, open_source
-
-    with open_source(path, "--cond-source", settings.layout) as source:
-        of_all = condition_numbers(images, source)
-        yield Conditions(source, [of_all[i] for i in numbers], settings)
+def _check_needs(scale: object, clip: object, cond_scale: object, cond_clip: object,
+                 has_conditions: object) -> None:
+    """Raises UsageError for a flag that says how something is converted that isn't."""
+    for flag, given, needed, needs in (
+            ("--clip", clip, scale, "--scale"),
+            ("--cond-scale", cond_scale, has_conditions,
+             "condition images: --cond-source or --channels=cond:I,image:J"),
+            ("--cond-clip", cond_clip, cond_scale, "--cond-scale")):
+        if given and not needed:
+            raise click.UsageError(f"{flag}: needs {needs}")
 
 
 def _refuse_flags(context: click.Context) -> None:

@@ -4,9 +4,9 @@
     stack    [n, H, W] or [n, C, H, W]
 
 Channels may come last where this is the only sensible reading of a shape, see `is_channels_last`.
-Types are uint8, uint16, int8 to int64, float16, float32 and float64. In memory there are three:
-uint8 and uint16 stay, all else becomes float32. Nothing is unpickled, and a file must have the bytes
-of the shape that it claims.
+Types are uint8, uint16, int8 to int64, float16, float32, float64. In memory there are three:
+uint8 and uint16 stay, all else becomes float32. Nothing is unpickled, and a file must have the
+bytes of the shape that it claims.
 """
 
 import io

@@ -15,8 +15,8 @@ import contextlib
 import dataclasses
 import functools
 import io
-import itertools
 import json
+import math
 import os
 import shutil
 import struct
@@ -63,7 +63,9 @@ class Settings:
     first_frame: bool  # whether to take the first frame of animations
     scale: str | tuple[float, float] | None = None  # for `scaling_by`; None makes all images 8-bit
     flag: str = "--scale"  # what errors call the rule of scaling
+    clip: tuple[float, float] | None = None  # limits of the values, before all else
     channels: str | None = None  # 'gray' or 'rgb', to make all pictures alike; None keeps them
+    picked: tuple[int, ...] | None = None  # channels of arrays to take; None takes all
     layout: str | None = None  # of arrays, see `array_files.first_channels`
     skip_damaged: bool = False  # whether damaged images are left out, instead of an error
 
@@ -77,6 +79,7 @@ class Converted(NamedTuple):
     was_cmyk: bool = False
     file_format: str | None = None  # Pillow's name of the file's format; None for bare pixels
     moments: Moments | None = None  # of images that are to be scaled
+    clipped: tuple[int, int] = (0, 0)  # values that `clip` has changed, and all
     deep_top: int | None = None  # largest value of 16 bits of which the upper 8 are kept
     damage: str | None = None  # why the image can't be read
 
@@ -107,27 +110,53 @@ def _read(item: Item, settings: Settings) -> tuple[PIL.Image.Image | np.ndarray,
         ValueError: it is an animation, or an array whose shape has two readings.
     """
     content = item.content()
+    values = _array_values(item.name, content, item.layout or settings.layout)
+    if values is None:
+        if settings.picked is not None:
+            raise ValueError(f"{item.name}: is a picture; channels are picked of arrays only")
+        return _read_picture(item.name, content, settings)
+    if settings.picked is not None:
+        values = _pick(item.name, values, settings.picked)
+    if values.dtype == np.uint8 and len(values) in (1, 3):
+        pixels = values[0] if len(values) == 1 else values.transpose(1, 2, 0)
+        return PIL.Image.fromarray(pixels), False
+    return values, False
+
+
+def _read_picture(name: str, content: bytes | np.ndarray,
+                  settings: Settings) -> tuple[PIL.Image.Image, bool]:
     if not isinstance(content, bytes):  # the pixels of an archive
         return PIL.Image.fromarray(content), False
-    if not (is_array(item.name) or content.startswith(array_files.MAGIC)):
-        picture = pictures.read_picture(content)
-        # MPO is a photograph with a preview behind it, not an animation.
-        is_animated = getattr(picture, "is_animated", False) and picture.format != "MPO"
-        if is_animated and not settings.first_frame:
-            raise ValueError(f"{item.name}: has several frames; --first-frame takes the first")
-        return picture, pictures.is_deep(picture, content)
-    layout = item.layout or settings.layout
+    picture = pictures.read_picture(content)
+    # MPO is a photograph with a preview behind it, not an animation.
+    is_animated = getattr(picture, "is_animated", False) and picture.format != "MPO"
+    if is_animated and not settings.first_frame:
+        raise ValueError(f"{name}: has several frames; --first-frame takes the first")
+    return picture, pictures.is_deep(picture, content)
+
+
+def _array_values(name: str, content: bytes | np.ndarray,
+                  layout: str | None) -> np.ndarray | None:
+    """Returns the values [C, H, W] of an array; None for a picture."""
+    if not isinstance(content, bytes) or not (
+            is_array(name) or content.startswith(array_files.MAGIC)):
+        return None
     try:
         shape = array_files.read_shape(content)
         values, _ = array_files.decode(content, layout)
     except ValueError as error:
         raise DamagedImageError(str(error)) from error
-    with error_prefix(f"{item.name}: "):
+    with error_prefix(f"{name}: "):
         array_files.check_layout(shape, layout)
-    if values.dtype == np.uint8 and len(values) in (1, 3):
-        pixels = values[0] if len(values) == 1 else values.transpose(1, 2, 0)
-        return PIL.Image.fromarray(pixels), False
-    return values, False
+    return values
+
+
+def _pick(name: str, values: np.ndarray, picked: tuple[int, ...]) -> np.ndarray:
+    """Returns these channels of values [C, H, W]."""
+    if max(picked) >= len(values):
+        raise ValueError(f"{name}: has no channel {max(picked)}; its {len(values)} are numbered "
+                         "from 0")
+    return values[list(picked)]
 
 
 def _convert_picture(name: str, decoded: PIL.Image.Image, settings: Settings,
@@ -166,8 +195,12 @@ def _refuse_scale(name: str, settings: Settings) -> None:
 
 def _convert_values(name: str, values: np.ndarray, settings: Settings) -> Converted:
     """Returns values [C, H, W] as a .npy, as uint8, uint16 or float32."""
+    given = values
     with error_prefix(f"{name}: "):
+        values = _clip(values, settings)
+        num_clipped = int(np.count_nonzero(values != given))
         values = array_files.to_stored(_fit_values(values, settings))
+        values = _clip(values, settings)  # Lanczos filters overshoot
         if array_files.is_channels_last(values.shape):
             raise ValueError(f"{len(values)} channels of images {values.shape[2]} wide can't be "
                              "told from channels that come last; make the images wider")
@@ -178,7 +211,22 @@ def _convert_values(name: str, values: np.ndarray, settings: Settings) -> Conver
     data = array_files.encode(values)
     image_format = array_files.read_format(io.BytesIO(data))
     moments = Moments.of(values) if settings.scale else None
-    return Converted(name, data, image_format, moments=moments)
+    return Converted(name, data, image_format, moments=moments, clipped=(num_clipped, given.size))
+
+
+def _clip(values: np.ndarray, settings: Settings) -> np.ndarray:
+    """Returns values within the limits of `clip`, in their type."""
+    if settings.clip is None:
+        return values
+    low, high = settings.clip
+    if values.dtype.kind == "f":
+        return values.clip(low, high)
+    limits = np.iinfo(values.dtype)
+    low, high = max(math.ceil(low), limits.min), min(math.floor(high), limits.max)
+    if low > high:
+        flag = settings.flag.replace("scale", "clip")
+        raise ValueError(f"holds {values.dtype}, of which no value lies in the range of {flag}")
+    return values.clip(low, high)
 
 
 def _fit_values(values: np.ndarray, settings: Settings) -> np.ndarray:
@@ -298,7 +346,7 @@ def select_images(source: Source, max_images: int | None,
         if classes:
             raise ValueError("--classes: the source has no labels")
         return numbers, None
-    labels = source.labels(len(numbers))
+    labels = source.labels(numbers)
     if classes is None:
         return numbers, labels
     if isinstance(labels[0], list):
@@ -359,6 +407,9 @@ class Outcome:
     deep_top: int = 0  # largest of their values, of 16 bits
     moments: Moments | None = None
     scaling: Scaling | None = None  # of data that are not 8-bit
+    clip: tuple[float, float] | None = None  # limits of the values; None where they have none
+    num_clipped: int = 0  # values beyond them
+    num_values: int = 0  # values that were compared with them
     conditions: "Outcome | None" = None
 
     def add(self, result: Converted, label: Any) -> None:
@@ -373,6 +424,8 @@ class Outcome:
             raise ValueError(f"{result.name} is {result.format}, but {self.first} is "
                              f"{self.format}; {how}")
         self.num_images += 1
+        self.num_clipped += result.clipped[0]
+        self.num_values += result.clipped[1]
         if result.moments:
             self.moments = self.moments.merge(result.moments) if self.moments else result.moments
         if isinstance(label, list):
@@ -410,16 +463,21 @@ class Outcome:
     def settle_scaling(self, settings: Settings) -> None:
         """Makes the scaling of what was added; raises ValueError for a constant channel."""
         if self.moments:
+            self.clip = settings.clip
             with error_prefix(settings.flag):
                 self.scaling = scaling_by(settings.scale, self.moments)
 
 
 class Conditions(NamedTuple):
-    """The condition images of a conversion, and how they are converted."""
+    """The condition images of a conversion, and how they are converted.
+
+    Where they are channels of the images' own files, `source` and `numbers` are those of images.
+    """
 
     source: Source
     numbers: Sequence[int]  # the condition image of each image that is converted
     settings: Settings
+    flag: str = "--cond-source"  # what errors call where they come from
 
 
 def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None,
@@ -431,11 +489,11 @@ def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None
     `class_names` are those of the new labels.
     """
     outcome, entries = Outcome(conditions=Outcome() if conditions else None), bytearray()
-    pairs = itertools.zip_longest(source.read(numbers), conditions.source.read(
-        conditions.numbers) if conditions else ())
-    convert = functools.partial(_convert_pair, settings=settings,
-                                cond_settings=conditions.settings if conditions else None)
-    results = ordered_map(convert, pairs, min(workers, len(numbers)))
+    convert = functools.partial(
+        _convert_pair, settings=settings,
+        cond_settings=conditions and conditions.settings, flag=conditions and conditions.flag)
+    results = ordered_map(convert, _read_pairs(source, numbers, conditions),
+                          min(workers, len(numbers)))
     with contextlib.closing(results), Progress(len(numbers), "Converting") as progress:
         for i, (result, condition) in enumerate(progress.over(results)):
             damaged = next((one for one in (result, condition) if one and one.damage), None)
@@ -451,7 +509,7 @@ def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None
             write(name, result.data)
             if condition:
                 outcome.conditions.note_oddities(condition)
-                outcome.conditions.add(_of_one_size(condition, result), None)
+                outcome.conditions.add(_of_one_size(condition, result, conditions.flag), None)
                 write(CONDITIONS + _file_name(i, condition), condition.data)
             if labels:
                 entries += (b", " if entries else b"") + json.dumps([name, labels[i]]).encode()
@@ -471,14 +529,25 @@ def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None
     return outcome
 
 
+def _read_pairs(source: Source, numbers: Sequence[int],
+                conditions: Conditions | None) -> Iterator[tuple[Item, Item | None]]:
+    """Returns each image with its condition image, which may be the same item."""
+    if not conditions:
+        return ((item, None) for item in source.read(numbers))
+    if conditions.source is source:  # read once
+        return ((item, item) for item in source.read(numbers))
+    return zip(source.read(numbers), conditions.source.read(conditions.numbers), strict=True)
+
+
 def _convert_pair(items: tuple[Item, Item | None], settings: Settings,
-                  cond_settings: Settings | None) -> tuple[Converted, Converted | None]:
+                  cond_settings: Settings | None,
+                  flag: str | None) -> tuple[Converted, Converted | None]:
     """Returns what becomes of an image and of its condition image, if it has one."""
     item, condition = items
     result = convert_image(item, settings)
     if condition is None or (result.data is None and not result.damage):
         return result, None
-    with error_prefix("--cond-source: "):
+    with error_prefix(f"{flag}: "):
         return result, convert_image(condition, cond_settings)
 
 
@@ -487,23 +556,23 @@ def _file_name(number: int, result: Converted) -> str:
     return f"{number // 1000:05d}/img{number:08d}{suffix}"
 
 
-def _of_one_size(condition: Converted, image: Converted) -> Converted:
+def _of_one_size(condition: Converted, image: Converted, flag: str) -> Converted:
     """Returns the condition image; raises ValueError if its size isn't that of its image."""
     if condition.data is None or condition.format.shape[1:] != image.format.shape[1:]:
-        raise ValueError(f"--cond-source: {condition.name} is {condition.format}, but its image "
+        raise ValueError(f"{flag}: {condition.name} is {condition.format}, but its image "
                          f"{image.name} is {image.format}; --resolution makes both alike")
     return condition
 
 
 def _scale_entries(outcome: Outcome, settings: Settings, conditions: Conditions | None) -> bytes:
-    """Returns what dataset.json says of scalings, after the labels."""
+    """Returns what dataset.json says of scalings and limits of values, after the labels."""
     outcome.settle_scaling(settings)
-    scalings = {"scale": outcome.scaling}
+    record = {"scale": outcome.scaling, "clip": outcome.clip}
     if conditions:
         outcome.conditions.settle_scaling(conditions.settings)
-        scalings["cond_scale"] = outcome.conditions.scaling
-    return b"".join(f', "{key}": {json.dumps(scaling.to_dict())}'.encode()
-                    for key, scaling in scalings.items() if scaling)
+        record |= {"cond_scale": outcome.conditions.scaling, "cond_clip": outcome.conditions.clip}
+    return b"".join(f', "{key}": {json.dumps(value, default=Scaling.to_dict)}'.encode()
+                    for key, value in record.items() if value)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ PICTURES = "vis"  # its subfolder of grids and movies
 DEVIATIONS = "std"  # its subfolder of deviations of images that are means
 CONDITIONS = "cond/"  # begins the names of condition images
 ARRAY_SUFFIX = ".npy"
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 # Extensions of pictures, with Pillow's names of the formats that are read, common ones first.
 PICTURE_FORMATS = {
     ".png": "PNG", ".apng": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG",
@@ -98,6 +99,12 @@ def is_image(name: str) -> bool:
     return suffix in PICTURE_FORMATS or suffix == ARRAY_SUFFIX
 
 
+def stem(name: str) -> str:
+    """Returns a name without its extension, which is one of an image; UIDs end in none."""
+    root, suffix = os.path.splitext(name)
+    return root if is_image(name) or suffix.lower() in DICOM_SUFFIXES else name
+
+
 class Names(NamedTuple):
     """The names of files, sorted out; `images` and `conditions` are in order."""
 
@@ -160,9 +167,9 @@ def match_names(names: Sequence[str], others: Sequence[str]) -> tuple[list[str |
     """
     by_stem = {}
     extra = [other for other in others
-             if by_stem.setdefault(os.path.splitext(other)[0], other) != other]
-    stems = [os.path.splitext(name)[0] for name in names]
-    found = [by_stem.get(stem) for stem in stems]
+             if by_stem.setdefault(stem(other), other) != other]
+    stems = [stem(name) for name in names]
+    found = [by_stem.get(own) for own in stems]
     return found, sorted([*extra, *map(by_stem.get, by_stem.keys() - set(stems))])
 
 

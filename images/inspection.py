@@ -6,6 +6,7 @@ of processes.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -38,6 +39,7 @@ from images.image_files import (
     name_problem,
     open_files,
     parse_class_names,
+    parse_json,
     parse_labels,
     shown_label,
     sort_names,
@@ -115,6 +117,23 @@ class DataSet:
         """Returns how images of this format become what networks see, see `recorded_scaling`."""
         return recorded_scaling(self.files, image_format, key, self.path)
 
+    def limits(self, key: str) -> tuple[float, float] | None:
+        """Returns the limits of values that dataset.json records; None where there are none.
+
+        Raises ValueError, without the name of the file, for anything but two rising numbers.
+        """
+        if LABELS_NAME not in self.files.names:
+            return None
+        record = parse_json(self.item(LABELS_NAME).content(), LABELS_NAME)
+        limits = record.get(key) if isinstance(record, dict) else None
+        if limits is None:
+            return None
+        if not (isinstance(limits, list) and len(limits) == 2
+                and all(type(limit) in (int, float) for limit in limits)
+                and limits[0] < limits[1]):
+            raise ValueError(f'"{key}" must be two rising numbers')
+        return tuple(limits)
+
     def labels(self) -> dict[str, Any] | None:
         """Returns the labels by name; raises ValueError if dataset.json is damaged or malformed."""
         if LABELS_NAME not in self.files.names:
@@ -180,11 +199,11 @@ def check_dataset(path: Path, workers: int) -> Report:
     """
     data = DataSet(path)
     report = Report(len(data.names))
-    report.format, found = _check_images(data, data.names, workers)
+    report.format, found = _check_images(data, data.names, "clip", workers)
     found += [_check_names(data, data.names), _check_labels(data, report)]
     lists = [(data.names, found)]
     if data.cond_names:
-        report.cond_format, found = _check_images(data, data.cond_names, workers)
+        report.cond_format, found = _check_images(data, data.cond_names, "cond_clip", workers)
         found += [_check_names(data, data.cond_names), *_check_conditions(data, report)]
         lists.append((data.cond_names, found))
     if report.format:
@@ -198,15 +217,26 @@ def check_dataset(path: Path, workers: int) -> Report:
     return report
 
 
-def _check_images(data: DataSet, names: Sequence[str],
+def _check_images(data: DataSet, names: Sequence[str], key: str,
                   workers: int) -> tuple[ImageFormat | None, list[_Problems]]:
-    """Returns the format of most images of these names, and what is wrong with the others."""
+    """Returns the format of most images of these names, and what is wrong with the others.
+
+    `key` is that of the limits of their values.
+    """
     unreadable, formats = _Problems(), collections.defaultdict(_Problems)
+    beyond, limits = _Problems(), None
+    with contextlib.suppress(*DAMAGE):  # which is reported with the labels or the scales
+        limits = data.limits(key)
     for i, inspected in enumerate(_inspect_all(data, names, workers)):
         if inspected.problem:
             unreadable.add(i, inspected.problem)
-        else:
-            formats[inspected.format].add(i, "")
+            continue
+        formats[inspected.format].add(i, "")
+        if limits and inspected.moments:
+            low, high = inspected.moments.low.min(), inspected.moments.high.max()
+            if not np.float32(limits[0]) <= low <= high <= np.float32(limits[1]):  # as stored
+                beyond.add(i, f'has values from {low:g} to {high:g}, but "{key}" in {LABELS_NAME} '
+                              "is {:g} to {:g}".format(*limits))
     usual = max((one for one in formats if one.channels), key=lambda one: formats[one].count,
                 default=None)
     others = f"but most are {usual}"
@@ -218,7 +248,7 @@ def _check_images(data: DataSet, names: Sequence[str],
             f"is {one}; images must be gray (L) or RGB, or arrays (.npy): convert them with "
             "dataset_tool.py")
         problems.first = [(i, text) for i, _ in problems.first]
-    return usual, [unreadable, *unlike.values()]
+    return usual, [unreadable, *unlike.values(), beyond]
 
 
 def _check_conditions(data: DataSet, report: Report) -> list[_Problems]:
@@ -239,13 +269,17 @@ def _check_conditions(data: DataSet, report: Report) -> list[_Problems]:
 
 
 def _check_scales(data: DataSet, report: Report) -> _Problems:
-    """Returns what is wrong with the scalings in dataset.json."""
+    """Returns what is wrong with the scalings and the limits of values in dataset.json."""
     problems = _Problems()
-    for image_format, key in ((report.format, "scale"), (report.cond_format, "cond_scale")):
+    for image_format, key, limits_key in ((report.format, "scale", "clip"),
+                                          (report.cond_format, "cond_scale", "cond_clip")):
         try:
             _ = image_format and data.scaling(image_format, key)
+            with error_prefix(f"{LABELS_NAME}: "):
+                data.limits(limits_key)
         except ValueError as error:
-            if f'"{key}"' in str(error):  # a file that isn't JSON is reported with the labels
+            # A file that isn't JSON is reported with the labels.
+            if f'"{key}"' in str(error) or f'"{limits_key}"' in str(error):
                 problems.add(len(data.files.names), str(error))
     return problems
 

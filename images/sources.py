@@ -17,7 +17,6 @@ CIFAR-10 and MNIST, whose size is fixed, are kept in memory.
 import collections
 import contextlib
 import dataclasses
-import itertools
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -82,7 +81,8 @@ class Source:
     num_images: int
     names: Sequence[str] | None  # None where they are known only after reading
     read: Callable[[Iterable[int]], Iterator[Item]]  # yields the images of these rising numbers
-    labels: Callable[[int], list[Any]] | None = None  # of the first n images; None without labels
+    # Those of the images of these numbers; None without labels.
+    labels: Callable[[Sequence[int]], list[Any]] | None = None
     class_names: Sequence[str] | None = None  # as the source calls them
     others: Sequence[str] = ()  # files that aren't images
     num_hidden: int = 0  # hidden files, and those of the system
@@ -204,22 +204,24 @@ def _label_by_folder(source: Source) -> None:
     if len(class_names) < 2:
         return
     numbers = {name: i for i, name in enumerate(class_names)}
-    source.labels = lambda num: [numbers[top(name)] for name in itertools.islice(source.names, num)]
+    source.labels = lambda own: [numbers[top(source.names[i])] for i in own]
     source.class_names = [name or "top folder" for name in class_names]
     if {name.lower() for name in class_names} <= _SPLITS:
         source.note = (f"the folders {' and '.join(class_names)} became classes; to convert one of "
                        "them, name it as --source")
 
 
-def _json_labels(names: list[str], text: bytes, where: str) -> Callable[[int], list[Any]] | None:
+def _json_labels(names: list[str], text: bytes,
+                 where: str) -> Callable[[Sequence[int]], list[Any]] | None:
     """Returns what looks up labels in a dataset.json; None where it holds none."""
     labels = parse_labels(text, where)
     if labels is None:
         return None
 
-    def look_up(num):
-        label_array(names[:num], labels, where)
-        return [labels[name] for name in itertools.islice(names, num)]
+    def look_up(numbers):
+        own = [names[i] for i in numbers]
+        label_array(own, labels, where)
+        return [labels[name] for name in own]
     return look_up
 
 
@@ -278,7 +280,8 @@ def _of_arrays(arrays: archives.Arrays, name: str, expected: int) -> Source:
     note = "" if num == expected else f"{name} has {expected} training images, this file {num}"
     names = [f"image {i}" for i in range(num)]
     return Source(num, names, lambda numbers: (Item(names[i], arrays.images[i]) for i in numbers),
-                  lambda num: arrays.labels[:num].tolist(), arrays.class_names, note=note)
+                  lambda own: arrays.labels[np.asarray(own)].tolist(), arrays.class_names,
+                  note=note)
 
 
 @contextlib.contextmanager

@@ -413,7 +413,7 @@ def test_labels_are_no_file_that_is_left_out(tmp_path, name):
                             **others})
         with open_source(path) as source:
             assert (source.num_images, len(source.others)) == (2, len(others))
-            assert source.labels(2) == [1, 0]
+            assert source.labels(range(2)) == [1, 0]
 
 
 def test_condition_images_are_found_by_name_whatever_order_their_source_has(tmp_path):

@@ -1,0 +1,236 @@
+"""Images and conditions out of one source, values within limits, and names that are kept."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from image_sources import assert_refused, encode, flat, random_pixels, run, write_source
+
+from dataset_tool import main
+from images import array_files
+from images.dataset import ImageFolderDataset
+from images.inspection import DataSet
+
+HU = ["--scale=-1024,3071", "--cond-scale=-1024,3071"]
+
+
+def slices(num=5, channels=2, height=8, width=12, seed=0):
+    """Returns float32 values [num, C, H, W] that are about those of CT images, in HU."""
+    values = np.random.default_rng(seed).normal(0, 800, [num, channels, height, width])
+    return values.astype(np.float32)
+
+
+def made(source, dest, *args):
+    """Returns what a conversion that must succeed printed, and the data set with conditions."""
+    result = run(source, dest, *args)
+    assert result.exit_code == 0, result.output
+    has_conditions = bool(DataSet(dest).cond_names)
+    return result.output, ImageFolderDataset(dest, use_conditions=has_conditions)
+
+
+def record_of(dest):
+    with zipfile.ZipFile(dest) as archive:
+        return json.loads(archive.read("dataset.json"))
+
+
+def write_stack(tmp_path, kind, values):
+    """Writes values [n, C, H, W] as a source of one kind; returns it and the flags it needs."""
+    if kind == "folder":
+        return write_source(tmp_path / "src", {
+            f"{i:02}.npy": array_files.encode(value) for i, value in enumerate(values)}), []
+    if kind == "zip, channels last":
+        return write_source(tmp_path / "src.zip", {
+            f"{i:02}.npy": array_files.encode(np.ascontiguousarray(value.transpose(1, 2, 0)))
+            for i, value in enumerate(values)}), ["--layout=hwc"]
+    last = kind == "array, channels last"
+    np.save(tmp_path / "x.npy", values.transpose(0, 2, 3, 1) if last else values)
+    return tmp_path / "x.npy", ["--layout=hwc"] if last else []
+
+
+# ----------------------------------------------------------------------------------- channels
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip, channels last", "array", "array, channels last"])
+@pytest.mark.parametrize("text, cond, image", [
+    ("cond:0,image:1", [0], [1]), ("image:0,cond:1", [1], [0]), ("cond:0+2,image:1", [0, 2], [1]),
+    ("cond:1,image:4+0+3", [1], [4, 0, 3]), ("image:1", None, [1])])
+def test_channels_become_images_and_conditions_in_the_order_given(tmp_path, kind, text, cond,
+                                                                  image):
+    values = slices(channels=5)
+    path, flags = write_stack(tmp_path, kind, values)
+    scales = HU if cond else HU[:1]
+    _, dataset = made(path, tmp_path / "a.zip", f"--channels={text}", *flags, *scales)
+    images, _, *conditions = dataset.get_batch(range(5))
+    assert np.array_equal(images, values[:, image])
+    assert len(conditions) == bool(cond)
+    if cond:
+        assert np.array_equal(conditions[0], values[:, cond])
+
+
+def test_channels_make_what_two_sources_make(tmp_path):
+    values = slices(num=30)
+    path, _ = write_stack(tmp_path, "array", values)
+    args = ["--scale=minmax", "--cond-scale=std", "--max-images=25", "--resolution=6x4"]
+    made(path, tmp_path / "a.zip", "--channels=cond:0,image:1", *args, "--workers=2")
+    for name, channel in (("cond", 0), ("image", 1)):
+        np.save(tmp_path / f"{name}.npy", values[:, channel])
+    made(tmp_path / "image.npy", tmp_path / "b.zip", f"--cond-source={tmp_path / 'cond.npy'}",
+         *args)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def test_channels_of_bytes_become_pictures(tmp_path):
+    values = random_pixels(4, 5, 6, 8)
+    path, _ = write_stack(tmp_path, "array", values)
+    _, dataset = made(path, tmp_path / "a.zip", "--channels=cond:3+1+0,image:2")
+    images, _, conditions = dataset.get_batch(range(4))
+    assert np.array_equal(images, values[:, [2]])
+    assert np.array_equal(conditions, values[:, [3, 1, 0]])
+    assert all(name.endswith(".png") for name in DataSet(tmp_path / "a.zip").cond_names)
+
+
+@pytest.mark.parametrize("args, texts, code", [
+    (["--channels=cond:0,image:2", *HU], ["00.npy", "no channel 2", "2 are numbered from 0"], 1),
+    (["--channels=cond:7,image:0", *HU], ["--channels: 00.npy", "no channel 7"], 1),
+    (["--channels=cond:0,image:1", HU[0]], ["--channels: 00.npy", "give --cond-scale="], 1),
+    (["--channels=cond:1,image:1", *HU], ["channel 1 is named twice"], 2),
+    (["--channels=cond:0,image:0", *HU], ["channel 0 is named twice"], 2),
+    (["--channels=cond:0", *HU], ["such as cond:0,image:1"], 2),
+    (["--channels=truth:0,image:1"], ["such as cond:0,image:1"], 2),
+    (["--channels=cond:0,image:-1"], ["such as cond:0,image:1"], 2),
+    (["--channels=cond:0,image:1,image:2"], ["such as cond:0,image:1"], 2),
+    (["--channels=image:1", *HU], ["--cond-scale: needs condition images"], 2),
+    (["--channels=cond:0,image:1", "--cond-source=x", *HU], ["choose one"], 2),
+])
+def test_channels_that_are_not_there_or_mean_nothing_are_refused(tmp_path, args, texts, code):
+    path, _ = write_stack(tmp_path, "folder", slices())
+    assert_refused(run(path, tmp_path / "out/a.zip", *args), tmp_path, *texts, exit_code=code)
+
+
+def test_channels_of_pictures_are_not_picked(tmp_path):
+    path = write_source(tmp_path / "src", {"x.png": random_pixels(4, 4, 3)})
+    assert_refused(run(path, tmp_path / "out/a.zip", "--channels=image:1"), tmp_path, "x.png",
+                   "is a picture")
+
+
+# -------------------------------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize("rule", ["minmax", "std", "-1000,400"])
+def test_values_are_clipped_before_they_are_measured(tmp_path, rule):
+    values = slices()
+    path, _ = write_stack(tmp_path, "array", values)
+    args = [f"--scale={rule}", f"--cond-scale={rule}", "--channels=cond:0,image:1"]
+    output, dataset = made(path, tmp_path / "a.zip", *args, "--clip=-1000,400")
+    np.save(tmp_path / "y.npy", np.minimum(np.maximum(values, -1000), 400))
+    other, expected = made(tmp_path / "y.npy", tmp_path / "b.zip", *args)
+    for one, two in zip(dataset.get_batch(range(5)), expected.get_batch(range(5)), strict=True):
+        assert np.array_equal(one, two)
+    assert (dataset.scaling, dataset.cond_scaling) == (expected.scaling, expected.cond_scaling)
+    shares = [100 * np.mean((channel < -1000) | (channel > 400))
+              for channel in (values[:, 1], values[:, 0])]
+    lines = [line for line in output.splitlines() if line.startswith("clipped")]
+    assert lines == [f"clipped to -1000..400: {share:.3g}% of the values" for share in shares]
+    assert [line for line in output.splitlines()[1:] if line not in lines] \
+        == other.splitlines()[1:], "all other lines are those of data that were clipped before"
+
+
+def test_limits_are_recorded_beside_the_scale(tmp_path):
+    path, _ = write_stack(tmp_path, "array", slices())
+    made(path, tmp_path / "a.zip", *HU, "--channels=cond:0,image:1", "--clip=-1024,3071")
+    record = record_of(tmp_path / "a.zip")
+    assert record["clip"] == record["cond_clip"] == [-1024, 3071]
+    made(path, tmp_path / "a.zip", *HU, "--channels=cond:0,image:1", "--cond-clip=-5,5.5")
+    record = record_of(tmp_path / "a.zip")
+    assert "clip" not in record and record["cond_clip"] == [-5, 5.5]
+    assert list(record) == ["labels", "scale", "cond_scale", "cond_clip"]
+
+
+def test_conditions_in_other_units_have_limits_of_their_own(tmp_path):
+    values = slices()
+    np.save(tmp_path / "x.npy", values[:, 0])
+    np.save(tmp_path / "c.npy", values[:, 1])
+    args = [f"--cond-source={tmp_path / 'c.npy'}", *HU, "--clip=-700,700"]
+    for more, limit in ([], 700), (["--cond-clip=-300,300"], 300):
+        _, dataset = made(tmp_path / "x.npy", tmp_path / "a.zip", *args, *more)
+        images, _, conditions = dataset.get_batch(range(5))
+        assert (images.max(), conditions.max(), conditions.min()) == (700, limit, -limit)
+
+
+def test_masks_of_8_bits_are_not_clipped(tmp_path):
+    images = write_source(tmp_path / "src", {"a.npy": array_files.encode(slices()[0])})
+    masks = write_source(tmp_path / "masks", {"a.png": random_pixels(8, 12)})
+    _, dataset = made(images, tmp_path / "a.zip", f"--cond-source={masks}", "--scale=-9,9",
+                      "--clip=-9,9")
+    assert np.array_equal(dataset[0][2][0], random_pixels(8, 12))
+    assert "cond_clip" not in record_of(tmp_path / "a.zip")
+
+
+@pytest.mark.parametrize("limits, expected", [
+    ("0.5,9.5", [1, 1, 9, 9]), ("-5,100000", [0, 1, 10, 65535]), ("10,11", [10, 10, 10, 11])])
+def test_16_bits_stay_16_bits_within_the_limits(tmp_path, limits, expected):
+    path = write_source(tmp_path / "src", {"a.png": encode(np.uint16([[0, 1, 10, 65535]]))})
+    _, dataset = made(path, tmp_path / "a.zip", "--scale=0,65535", f"--clip={limits}")
+    assert dataset[0][0].dtype == np.uint16 and dataset[0][0].flatten().tolist() == expected
+
+
+def test_a_resize_does_not_overshoot_the_limits(tmp_path):
+    edge = np.where(np.arange(64) < 30, -3000, 5000) * np.ones([64, 1])
+    np.save(tmp_path / "x.npy", edge[None])
+    _, plain = made(tmp_path / "x.npy", tmp_path / "a.zip", "--scale=-1,1", "--resolution=24x24")
+    assert plain[0][0].min() < -3000, "the filter overshoots"
+    _, clipped = made(tmp_path / "x.npy", tmp_path / "b.zip", "--scale=-1,1", "--resolution=24x24",
+                      "--clip=-1024,3071")
+    assert (clipped[0][0].min(), clipped[0][0].max()) == (-1024, 3071)
+
+
+@pytest.mark.parametrize("args, texts, code", [
+    (["--clip=-1,1"], ["--clip: needs --scale"], 2),
+    (["--clip=1,-1", *HU], ["LO < HI"], 2), (["--clip=minmax", *HU], ["LO,HI"], 2),
+    (["--clip=0,inf", *HU], ["LO,HI"], 2), (["--clip=5", *HU], ["LO,HI"], 2),
+    (["--cond-clip=-1,1", HU[0], "--channels=cond:0,image:1"], ["needs --cond-scale"], 2),
+])
+def test_limits_that_mean_nothing_are_refused(tmp_path, args, texts, code):
+    path, _ = write_stack(tmp_path, "folder", slices())
+    assert_refused(run(path, tmp_path / "out/a.zip", *args), tmp_path, *texts, exit_code=code)
+
+
+def test_limits_that_a_type_cannot_keep_are_refused(tmp_path):
+    path = write_source(tmp_path / "src", {"a.png": encode(np.uint16([[0, 1]]))})
+    assert_refused(run(path, tmp_path / "out/a.zip", "--scale=0,9", "--clip=-9,-1"), tmp_path,
+                   "a.png", "uint16", "--clip")
+    path = write_source(tmp_path / "bytes", {"a.png": flat(1)})
+    assert_refused(run(path, tmp_path / "out/a.zip", "--scale=0,9", "--clip=0,9"), tmp_path,
+                   "a.png", "8 bits")
+
+
+def check(path):
+    return CliRunner().invoke(main, ["check", str(path), "--workers=1"])
+
+
+def test_check_finds_values_beyond_the_recorded_limits(tmp_path):
+    values = slices()
+    np.save(tmp_path / "x.npy", values)
+    args = [*HU, "--channels=cond:0,image:1", "--clip=-1000.1,700.3"]  # neither is a float32
+    run(tmp_path / "x.npy", tmp_path / "a", *args)
+    assert check(tmp_path / "a").exit_code == 0
+    changed = tmp_path / "a/cond/00000/img00000003.npy"
+    np.save(changed, values[3, :1].clip(-1000.1, 900))
+    result = check(tmp_path / "a")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[0] == (
+        'cond/00000/img00000003.npy (image 3): has values from -1000.1 to 900, but "cond_clip" in '
+        "dataset.json is -1000.1 to 700.3")
+
+
+@pytest.mark.parametrize("limits", [[1], [2, 1], ["a", "b"], {"low": 1}, 7, [True, 2]])
+def test_check_finds_limits_that_are_none(tmp_path, limits):
+    np.save(tmp_path / "x.npy", slices())
+    run(tmp_path / "x.npy", tmp_path / "a", "--scale=std", "--clip=-9,9")
+    record = json.loads((tmp_path / "a/dataset.json").read_text())
+    (tmp_path / "a/dataset.json").write_text(json.dumps(record | {"clip": limits}))
+    result = check(tmp_path / "a")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[0] == 'dataset.json: "clip" must be two rising numbers'
