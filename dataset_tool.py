@@ -108,6 +108,19 @@ def _parse_channels(ctx, param, value: str | None) -> str | dict[str, tuple[int,
     return picked
 
 
+def _parse_pair(ctx, param, value: str | None) -> str | re.Pattern[str] | None:
+    if value in (None, "order"):
+        return value
+    try:
+        pattern = re.compile(value)
+    except re.error as error:
+        raise click.BadParameter(f"{value}: not a regular expression ({error})") from error
+    if "|" not in value or not pattern.groups or pattern.groups % 2:
+        raise click.BadParameter(f"{value}: must be order, or two alternatives with as many groups, "
+                                 "for conditions and for images, such as '(.*)_QD_|(.*)_FD_'")
+    return pattern
+
+
 def _parse_val(ctx, param, value: str) -> int | float:
     try:
         number = int(value) if value.isdecimal() else float(value)
@@ -219,9 +232,13 @@ def _print_clipped(outcome: "Outcome") -> None:
 
 def _tell_unused(source: "Source", max_images: int | None, num_selected: int) -> None:
     """Prints how many files of the source were not looked at, and why."""
+    from images.sources import shown_some
+
     num_used = len(range(source.num_images)[:max_images])
     _tell_others(source)
-    for number, reason in [(source.num_conditions, "images under cond/, which are condition "
+    for number, reason in [(len(source.unmatched), "images that --pair matches neither way, such "
+                                                   f"as {shown_some(source.unmatched)}"),
+                           (source.num_conditions, "images under cond/, which are condition "
                                                    "images; --cond-source takes some along"),
                            (source.num_images - num_used, "images beyond --max-images"),
                            (num_used - num_selected, "images of other classes")]:
@@ -269,6 +286,8 @@ def _require(**given: str | None) -> None:
               help="Condition images, one for each image, of its name but for the extension")
 @click.option("--cond-scale",   metavar="minmax|std|LO,HI", callback=_parse_scale,
               help="As --scale, for the condition images")
+@click.option("--pair",         metavar="order|PATTERN", callback=_parse_pair,
+              help="Pair --cond-source by order instead of names; or find both in --source by a regular expression of two alternatives, for names of conditions and of images, whose groups hold the same text for a pair, such as '(.*)_QD_|(.*)_FD_'")
 @click.option("--clip",         metavar="LO,HI", callback=_parse_clip,
               help="Limit values to LO..HI, in the data's units, before anything else; needs --scale")
 @click.option("--cond-clip",    metavar="LO,HI", callback=_parse_clip,
@@ -291,8 +310,9 @@ def _require(**given: str | None) -> None:
 def main(context: click.Context, source: str | None, dest: str | None, max_images: int | None,
          transform: str | None, resolution: tuple[int, int] | None,
          scale: str | tuple[float, float] | None, cond_source: str | None,
-         cond_scale: str | tuple[float, float] | None, clip: tuple[float, float] | None,
-         cond_clip: tuple[float, float] | None, classes: list[int] | None,
+         cond_scale: str | tuple[float, float] | None, pair: str | re.Pattern[str] | None,
+         clip: tuple[float, float] | None, cond_clip: tuple[float, float] | None,
+         classes: list[int] | None,
          channels: str | dict[str, tuple[int, ...]] | None, layout: str | None,
          skip_damaged: bool, background: tuple[int, int, int], first_frame: bool,
          workers: int | None) -> None:
@@ -327,10 +347,8 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
     _require(source=source, dest=dest)
     _check_geometry(transform, resolution)
     picked = channels if isinstance(channels, dict) else {}
-    if cond_source and "cond" in picked:
-        raise click.UsageError("--cond-source and --channels=cond:...: choose one")
-    has_conditions = cond_source or "cond" in picked
-    _check_needs(scale, clip, cond_scale, cond_clip, has_conditions)
+    cond_flag = _conditions_flag(cond_source, pair, picked)
+    _check_needs(scale, clip, cond_scale, cond_clip, cond_flag)
     with user_errors(), contextlib.ExitStack() as stack:
         from dnnlib.ordered_pool import num_cores
         from images.conversion import (
@@ -341,7 +359,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
             open_dest,
             select_images,
         )
-        from images.sources import condition_numbers, open_source
+        from images.sources import condition_numbers, open_source, pair_by_pattern
 
         settings = Settings(transform, resolution, background, first_frame, scale, clip=clip,
                             channels=None if picked else channels, picked=picked.get("image"),
@@ -352,16 +370,20 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
         for flag, path in (("source", source), ("cond-source", cond_source)):
             if path and _is_same(Path(path), Path(dest)):
                 raise ValueError(f"--dest={dest}: is the {flag} itself")
+        if cond_source and _is_same(Path(source), Path(cond_source)):
+            raise ValueError(f"--cond-source={cond_source}: is the source itself, so the images "
+                             "would be their own conditions")
         images = stack.enter_context(open_source(Path(source), layout=layout))
-        if cond_source:
-            flag, others = "--cond-source", stack.enter_context(
-                open_source(Path(cond_source), "--cond-source", layout))
-            partners = condition_numbers(images, others)
-        elif has_conditions:
-            flag, others, partners = "--channels", images, range(images.num_images)
+        others, partners = images, range(images.num_images)
+        if cond_flag == "--pair":
+            images, others = pair_by_pattern(images, pair)
+            partners = range(images.num_images)
+        elif cond_source:
+            others = stack.enter_context(open_source(Path(cond_source), cond_flag, layout))
+            partners = condition_numbers(images, others, by_order=pair == "order")
         numbers, labels = select_images(images, max_images, classes)
-        conditions = has_conditions and Conditions(
-            others, [partners[i] for i in numbers], cond_settings, flag)
+        conditions = Conditions(others, [partners[i] for i in numbers], cond_settings,
+                                cond_flag) if cond_flag else None
         names = new_class_names(images, labels, classes)
         with open_dest(Path(dest)) as write:
             outcome = convert_all(images, numbers, labels, settings, write,
@@ -370,13 +392,30 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
         _tell_unused(images, max_images, len(numbers))
 
 
+def _conditions_flag(cond_source: str | None, pair: str | re.Pattern[str] | None,
+                     picked: dict[str, tuple[int, ...]]) -> str | None:
+    """Returns the flag that condition images come from; None where there are none.
+
+    Raises UsageError for several such flags.
+    """
+    if pair == "order" and not cond_source:
+        raise click.UsageError("--pair=order: needs --cond-source")
+    given = {"--cond-source": cond_source, "--pair": pair not in (None, "order"),
+             "--channels": "cond" in picked}
+    flags = [flag for flag, is_given in given.items() if is_given]
+    if len(flags) > 1:
+        raise click.UsageError(f"{' and '.join(flags)}: each says where condition images come "
+                               "from; choose one")
+    return flags[0] if flags else None
+
+
 def _check_needs(scale: object, clip: object, cond_scale: object, cond_clip: object,
-                 has_conditions: object) -> None:
+                 cond_flag: str | None) -> None:
     """Raises UsageError for a flag that says how something is converted that isn't."""
     for flag, given, needed, needs in (
             ("--clip", clip, scale, "--scale"),
-            ("--cond-scale", cond_scale, has_conditions,
-             "condition images: --cond-source or --channels=cond:I,image:J"),
+            ("--cond-scale", cond_scale, cond_flag,
+             "condition images: --cond-source, --pair=PATTERN or --channels=cond:I,image:J"),
             ("--cond-clip", cond_clip, cond_scale, "--cond-scale")):
         if given and not needed:
             raise click.UsageError(f"{flag}: needs {needs}")

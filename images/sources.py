@@ -17,7 +17,9 @@ CIFAR-10 and MNIST, whose size is fixed, are kept in memory.
 import collections
 import contextlib
 import dataclasses
+import itertools
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -47,6 +49,7 @@ from images.pictures import DamagedImageError
 
 _ENCRYPTED = 1  # a flag of a member of a ZIP
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+_MAX_SHOWN = 3  # names in a message
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 
 
@@ -84,11 +87,14 @@ class Source:
     # Those of the images of these numbers; None without labels.
     labels: Callable[[Sequence[int]], list[Any]] | None = None
     class_names: Sequence[str] | None = None  # as the source calls them
+    has_folder_classes: bool = False  # whether the labels are the folders at the top
+    has_file_names: bool = False  # whether the names are those of files
     others: Sequence[str] = ()  # files that aren't images
     num_hidden: int = 0  # hidden files, and those of the system
     num_pictures: int = 0  # grids and movies of generate.py
     top: str = ""  # the folder, '' or ending in '/', whose subfolders may be classes
     num_conditions: int = 0  # condition images, which are not taken along
+    unmatched: Sequence[str] = ()  # files that are neither images nor conditions by a pattern
     note: str = ""  # what a user may not expect
 
 
@@ -117,19 +123,112 @@ def open_source(path: Path, flag: str = "--source",
         yield source
 
 
-def condition_numbers(source: Source, conditions: Source) -> list[int]:
-    """Returns for each image of a source the number of its condition image, by their names.
+def condition_numbers(source: Source, conditions: Source, *,
+                      by_order: bool = False) -> Sequence[int]:
+    """Returns for each image of a source the number of its condition image, by name or order.
 
     Raises:
         ValueError: an image without a condition image or the other way round, or sources without
             names.
     """
+    if by_order:
+        if source.num_images != conditions.num_images:
+            raise ValueError(f"--pair=order: --source has {source.num_images} images, but "
+                             f"--cond-source {conditions.num_images}; there must be as many")
+        return range(source.num_images)
     if source.names is None or conditions.names is None:
-        raise ValueError("--cond-source: LMDB has no file names to find condition images by")
+        raise ValueError("--cond-source: LMDB has no file names to find condition images by; "
+                         "--pair=order goes by their order")
     found, extra = match_names(source.names, conditions.names)
     check_matched(source.names, found, extra, "--cond-source")
     numbers = {name: number for number, name in enumerate(conditions.names)}
     return [numbers[name] for name in found]
+
+
+def pair_by_pattern(source: Source, pattern: re.Pattern[str]) -> tuple[Source, Source]:
+    """Returns the images of a source, and in their order the condition image of each.
+
+    The first half of the groups of the pattern match in names of conditions, the second half in
+    those of images. Names in which the groups hold the same text belong together; of several the
+    first condition belongs to the first image, in the order of the source. A pattern with a '/'
+    sees paths, another one the names of files without their folders.
+
+    Raises:
+        ValueError: a partner is missing or not certain, or the source has no files.
+    """
+    if not source.has_file_names:
+        raise ValueError("--pair: only files have names to go by; --channels pairs the channels of "
+                         "an array, and --pair=order two sources")
+    conditions, images, unmatched = _match_halves(source.names, pattern)
+    if not conditions and not images:
+        raise ValueError(f"--pair: none of {len(unmatched)} names matches, such as "
+                         f"{shown_some(unmatched)}")
+    _check_halves(source.names, conditions, images, "/" in pattern.pattern)
+    pairs = sorted(pair for text, numbers in images.items()
+                   for pair in zip(numbers, conditions[text], strict=True))
+    found = _part(source, [image for image, _ in pairs])
+    found.unmatched = unmatched
+    return found, _part(source, [condition for _, condition in pairs])
+
+
+_Half = dict[tuple[str | None, ...], list[int]]  # the numbers of files by what the groups hold
+
+
+def _match_halves(names: Sequence[str],
+                  pattern: re.Pattern[str]) -> tuple[_Half, _Half, list[str]]:
+    """Returns conditions, images, and names in which not exactly one half of the groups match."""
+    halves, unmatched, middle = ({}, {}), [], pattern.groups // 2
+    for number, name in enumerate(names):
+        match = pattern.search(name if "/" in pattern.pattern else name.rpartition("/")[2])
+        texts = (match.groups()[:middle], match.groups()[middle:]) if match else ((), ())
+        is_found = [any(part is not None for part in text) for text in texts]
+        if sum(is_found) == 1:
+            which = is_found.index(True)
+            halves[which].setdefault(texts[which], []).append(number)
+        else:
+            unmatched.append(name)
+    return *halves, unmatched
+
+
+def _check_halves(names: Sequence[str], conditions: _Half, images: _Half,
+                  sees_folders: bool) -> None:
+    """Raises ValueError unless each image has a condition, and which one it is is certain."""
+    unequal = []
+    for text in {**images, **conditions}:
+        halves = conditions.get(text, []), images.get(text, [])
+        shown = repr(text[0] if len(text) == 1 else text)
+        if len(halves[0]) != len(halves[1]):
+            first = names[min(itertools.chain(*halves))]
+            unequal.append(f"{shown} has {len(halves[0])} and {len(halves[1])} ({first})")
+        for half in halves:
+            folders = sorted({names[number].rpartition("/")[0] for number in half})
+            if len(folders) > 1 and not sees_folders:
+                raise ValueError(f"--pair: files of {shown} lie in {len(folders)} folders, such as "
+                                 f"{shown_some(folders)}; give a pattern with a /, which sees "
+                                 "folders too")
+    if unequal:
+        raise ValueError(
+            f"--pair: {len(unequal)} of {len({**images, **conditions})} groups have other numbers "
+            f"of conditions than of images: {shown_some(unequal)}; in all there are "
+            f"{sum(map(len, conditions.values()))} and {sum(map(len, images.values()))}")
+
+
+def shown_some(texts: Sequence[str]) -> str:
+    """Returns the first of these, and how many more there are."""
+    more = f" and {len(texts) - _MAX_SHOWN} more" if len(texts) > _MAX_SHOWN else ""
+    return ", ".join(texts[:_MAX_SHOWN]) + more
+
+
+def _part(source: Source, numbers: Sequence[int]) -> Source:
+    """Returns some of the images of a source, which has names, as a source of their own."""
+    part = dataclasses.replace(
+        source, num_images=len(numbers), names=[source.names[i] for i in numbers],
+        read=lambda own: source.read(numbers[i] for i in own),
+        labels=source.labels and (lambda own: source.labels([numbers[i] for i in own])))
+    if source.has_folder_classes:
+        part.labels, part.class_names, part.note = None, None, ""
+        _label_by_folder(part)
+    return part
 
 
 def _opener(path: Path) -> Callable[..., contextlib.AbstractContextManager[Source]] | None:
@@ -166,6 +265,7 @@ def _of_files(path: Path, files: list[str], item: Callable[[str], Item],
     names = [top + name for name in below]
     source = Source(
         len(names), names, lambda numbers: (item(names[i]) for i in numbers), top=top,
+        has_file_names=True,
         others=[name for name in (*found.others, *outside.others)
                 if name.rpartition("/")[2] not in (LABELS_NAME, GENERATE_RECORD)],
         num_hidden=found.num_hidden + outside.num_hidden,
@@ -206,6 +306,7 @@ def _label_by_folder(source: Source) -> None:
     numbers = {name: i for i, name in enumerate(class_names)}
     source.labels = lambda own: [numbers[top(source.names[i])] for i in own]
     source.class_names = [name or "top folder" for name in class_names]
+    source.has_folder_classes = True
     if {name.lower() for name in class_names} <= _SPLITS:
         source.note = (f"the folders {' and '.join(class_names)} became classes; to convert one of "
                        "them, name it as --source")

@@ -6,7 +6,15 @@ import zipfile
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from image_sources import assert_refused, encode, flat, random_pixels, run, write_source
+from image_sources import (
+    assert_refused,
+    encode,
+    flat,
+    labels_json,
+    random_pixels,
+    run,
+    write_source,
+)
 
 from dataset_tool import main
 from images import array_files
@@ -234,3 +242,139 @@ def test_check_finds_limits_that_are_none(tmp_path, limits):
     result = check(tmp_path / "a")
     assert result.exit_code == 1
     assert result.output.splitlines()[0] == 'dataset.json: "clip" must be two rising numbers'
+
+
+# --------------------------------------------------------------------------------------- pairs
+
+
+def pattern_source(path, *names, size=4):
+    """Writes a picture of each name, whose value is its place in the list."""
+    return write_source(path, {name: flat(i, size) for i, name in enumerate(names)})
+
+
+def pairs_of(dataset):
+    """Returns the values of each image and of its condition."""
+    images, _, conditions = dataset.get_batch(range(len(dataset)))
+    return list(zip(images[:, 0, 0, 0].tolist(), conditions[:, 0, 0, 0].tolist(), strict=True))
+
+
+MAYO = "--pair=(.*)_QD_|(.*)_FD_"
+
+
+@pytest.mark.parametrize("name", ["src", "src.zip"])
+def test_a_pattern_pairs_files_of_one_source_by_the_text_of_its_groups(tmp_path, name):
+    path = pattern_source(tmp_path / name, "b_QD_1.png", "a_FD_7.png", "b_FD_2.png", "a_QD_9.png",
+                          "c_FD_a.png", "c_QD_b.png")
+    _, dataset = made(path, tmp_path / "a.zip", MAYO)
+    assert pairs_of(dataset) == [(1, 3), (2, 0), (4, 5)]  # a, b, c
+
+
+def test_several_files_of_one_text_are_paired_in_the_order_of_the_source(tmp_path):
+    # As the published files are: folders of doses, names with the time of their own.
+    names = [f"{patient}/{dose}/{patient}_{short}_1.{number:04}.{time + number}.png"
+             for dose, short, time in (("quarter", "QD", 500), ("full", "FD", 200))
+             for patient in ("L067", "L096") for number in (2, 10, 1)]
+    _, dataset = made(pattern_source(tmp_path / "src", *names), tmp_path / "a.zip", MAYO)
+    expected = [(names.index(image), names.index(condition)) for image, condition in zip(
+        *(sorted(name for name in names if dose in name) for dose in ("full", "quarter")),
+        strict=True)]
+    assert pairs_of(dataset) == expected and len(expected) == 6
+
+
+def test_a_pattern_with_a_slash_sees_folders_and_several_groups_are_one_text(tmp_path):
+    names = ["p/QD/2.png", "p/QD/1.png", "p/FD/1.png", "p/FD/2.png", "q/QD/1.png", "q/FD/1.png"]
+    path = pattern_source(tmp_path / "src", *names)
+    _, dataset = made(path, tmp_path / "a.zip", r"--pair=(.*)/QD/(\d+)|(.*)/FD/(\d+)")
+    assert pairs_of(dataset) == [(2, 1), (3, 0), (5, 4)]
+
+
+def test_files_that_a_pattern_takes_for_neither_are_left_out_and_named(tmp_path):
+    path = pattern_source(tmp_path / "src", "a_QD_.png", "a_FD_.png", *(f"{c}.png" for c in "xyzw"))
+    output, dataset = made(path, tmp_path / "a.zip", MAYO)
+    assert pairs_of(dataset) == [(1, 0)]
+    assert ("Left out: 4 images that --pair matches neither way, such as w.png, x.png, y.png and "
+            "1 more\n") in output
+
+
+def test_labels_and_counts_are_those_of_the_images_of_a_pattern(tmp_path):
+    names = [f"{folder}/{i}_{dose}.png" for dose in ("QD", "FD") for folder in ("cat", "dog")
+             for i in range(3)]
+    path = pattern_source(tmp_path / "src", *names)
+    pair = "--pair=(.*)/(.*)_QD|(.*)/(.*)_FD"
+    made(path, tmp_path / "a.zip", pair, "--classes=1,0", "--max-images=4")
+    labels = [label for _, label in record_of(tmp_path / "a.zip")["labels"]]
+    assert labels == [1, 1, 1, 0] and record_of(tmp_path / "a.zip")["class_names"] == ["dog", "cat"]
+    own = [[name, i] for i, name in enumerate(names) if "FD" in name]  # conditions have none
+    (path / "dataset.json").write_bytes(labels_json(own))
+    made(path, tmp_path / "a.zip", pair)
+    assert [label for _, label in record_of(tmp_path / "a.zip")["labels"]] == [6, 7, 8, 9, 10, 11]
+
+
+def test_folders_of_conditions_and_images_are_no_classes(tmp_path):
+    path = pattern_source(tmp_path / "src", "full/1.png", "low/1.png")
+    made(path, tmp_path / "a.zip", "--pair=low/(.*)|full/(.*)")
+    assert record_of(tmp_path / "a.zip")["labels"] is None
+
+
+def test_pairs_of_a_pattern_have_scales_and_limits_of_their_own(tmp_path):
+    values = slices(num=1)[0]
+    path = write_source(tmp_path / "src", {
+        "1_QD.npy": array_files.encode(values[:1]), "1_FD.npy": array_files.encode(values[1:])})
+    _, dataset = made(path, tmp_path / "a.zip", "--pair=(.*)_QD|(.*)_FD", "--scale=-1000,1000",
+                      "--cond-scale=minmax", "--clip=-900,900")
+    image, _, condition = dataset[0]
+    assert np.array_equal(image, values[1:].clip(-900, 900))
+    assert np.array_equal(condition, values[:1].clip(-900, 900))
+    assert dataset.scaling.spread == (1000,) and dataset.cond_scaling.spread == (900,)
+
+
+@pytest.mark.parametrize("names, texts", [
+    (["a_QD_.png"], ["1 of 1 groups", "'a' has 1 and 0 (a_QD_.png)", "there are 1 and 0"]),
+    (["a_QD_.png", "a_FD_.png", "b_FD_1.png", "b_FD_2.png", "b_QD_.png", "c_FD_.png"],
+     ["2 of 3 groups", "'b' has 1 and 2 (b_FD_1.png), 'c' has 0 and 1", "there are 2 and 4"]),
+    ([f"{i}_FD_.png" for i in range(9)],
+     ["9 of 9", "'2' has 0 and 1 (2_FD_.png) and 6 more", "there are 0 and 9"]),
+    (["a.png", "b.png", "c.png", "d.png"], ["none of 4 names matches", "b.png, c.png and 1 more"]),
+    (["p/1_QD_.png", "p/1_FD_.png", "q/1_QD_.png", "q/1_FD_.png"],
+     ["files of '1' lie in 2 folders, such as p, q", "with a /"]),
+])
+def test_files_without_a_certain_partner_are_one_line(tmp_path, names, texts):
+    path = pattern_source(tmp_path / "src", *names)
+    assert_refused(run(path, tmp_path / "out/a.zip", MAYO), tmp_path, "--pair: ", *texts)
+
+
+@pytest.mark.parametrize("args, texts", [
+    (["--pair=(.*"], ["not a regular expression"]), (["--pair=(a)(b)"], ["two alternatives"]),
+    (["--pair=a|b"], ["two alternatives"]), (["--pair=(a)|(b)|(c)"], ["two alternatives"]),
+    (["--pair="], ["two alternatives"]), (["--pair=order"], ["needs --cond-source"]),
+    ([MAYO, "--cond-source=x"], ["--cond-source and --pair", "choose one"]),
+    ([MAYO, "--channels=cond:0,image:1"], ["--pair and --channels", "choose one"]),
+])
+def test_patterns_that_are_none_are_refused(tmp_path, args, texts):
+    path = pattern_source(tmp_path / "src", "a_QD_.png", "a_FD_.png")
+    assert_refused(run(path, tmp_path / "out/a.zip", *args), tmp_path, *texts, exit_code=2)
+
+
+def test_arrays_have_no_names_for_a_pattern(tmp_path):
+    path, _ = write_stack(tmp_path, "array", slices())
+    assert_refused(run(path, tmp_path / "out/a.zip", MAYO, "--scale=std"), tmp_path,
+                   "--pair", "--channels", "--pair=order")
+
+
+def test_order_pairs_sources_of_other_names(tmp_path):
+    images = pattern_source(tmp_path / "src", *(f"x{i}.png" for i in range(4)))
+    conditions = pattern_source(tmp_path / "cond", "d.png", "b.png", "a.png", "c.png")
+    args = [f"--cond-source={conditions}", "--pair=order"]
+    _, dataset = made(images, tmp_path / "a.zip", *args)
+    assert pairs_of(dataset) == [(0, 2), (1, 1), (2, 3), (3, 0)]
+    _, dataset = made(images, tmp_path / "a.zip", *args, "--max-images=2")
+    assert pairs_of(dataset) == [(0, 2), (1, 1)]
+    (conditions / "e.png").write_bytes((conditions / "d.png").read_bytes())
+    assert_refused(run(images, tmp_path / "out/a.zip", *args), tmp_path,
+                   "--source has 4 images, but --cond-source 5")
+
+
+def test_images_are_not_their_own_conditions(tmp_path):
+    path = pattern_source(tmp_path / "src", "a.png")
+    assert_refused(run(path, tmp_path / "out/a.zip", f"--cond-source={path}/."), tmp_path,
+                   "would be their own conditions")
