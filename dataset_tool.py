@@ -298,6 +298,8 @@ def _require(**given: str | None) -> None:
               help="Make all pictures RGB or gray; or divide the channels of arrays, numbered from 0, into condition images and images, such as cond:0,image:1 or cond:0+1,image:2, or take some, image:1  [default: as they are]")
 @click.option("--layout",       type=click.Choice(["chw", "hwc"]),
               help="Whether the channels of arrays come first or last  [default: by their shape]")
+@click.option("--keep-names",   is_flag=True,
+              help="Call images as the source does, but for the extension, instead of numbering them")
 @click.option("--skip-damaged", is_flag=True,
               help="Leave images out that can't be read, and list them, instead of stopping")
 @click.option("--background",   metavar="COLOR", default="white", callback=_parse_color,
@@ -314,7 +316,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
          clip: tuple[float, float] | None, cond_clip: tuple[float, float] | None,
          classes: list[int] | None,
          channels: str | dict[str, tuple[int, ...]] | None, layout: str | None,
-         skip_damaged: bool, background: tuple[int, int, int], first_frame: bool,
+         keep_names: bool, skip_damaged: bool, background: tuple[int, int, int], first_frame: bool,
          workers: int | None) -> None:
     """Converts images into a data set for train.py; the commands verify, show and split data sets.
 
@@ -355,6 +357,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
             Conditions,
             Settings,
             convert_all,
+            kept_names,
             new_class_names,
             open_dest,
             select_images,
@@ -384,11 +387,12 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
         numbers, labels = select_images(images, max_images, classes)
         conditions = Conditions(others, [partners[i] for i in numbers], cond_settings,
                                 cond_flag) if cond_flag else None
-        names = new_class_names(images, labels, classes)
+        class_names = new_class_names(images, labels, classes)
+        names = kept_names(images, numbers) if keep_names else None
         with open_dest(Path(dest)) as write:
             outcome = convert_all(images, numbers, labels, settings, write,
-                                  workers or num_cores(), conditions, names)
-        _summarise(dest, images, outcome, classes, names)
+                                  workers or num_cores(), conditions, class_names, names)
+        _summarise(dest, images, outcome, classes, class_names)
         _tell_unused(images, max_images, len(numbers))
 
 

@@ -1,13 +1,13 @@
 """From any source of images to a data set: PNGs or arrays of one size, with labels and conditions.
 
 Each image is turned upright, made 8-bit gray or RGB, cropped and resized as asked, and stored as
-an uncompressed PNG under its number; `dataset.json` with the labels comes last. With a rule of
-scaling, floating-point and 16-bit images keep their values and become .npy files. What the rule
-needs to know of all of them is measured on the way, and the scaling goes into `dataset.json`. 8-bit
-arrays of other than 1 or 3 channels become .npy files too, because no PNG holds them. Condition
-images are converted beside their images. Damaged images end the conversion or, if asked, are left
-out. What becomes of an image depends only on that image, not
-on the number of worker processes. No PyTorch is needed.
+an uncompressed PNG under its number or name; `dataset.json` with the labels comes last. With a
+rule of scaling, floating-point and 16-bit images keep their values, within limits if asked, and
+become .npy files. What the rule needs to know of all of them is measured on the way; the scaling
+and the limits go into `dataset.json`. 8-bit arrays of other than 1 or 3 channels become .npy files
+too, because no PNG holds them. Condition images are converted beside their images. Damaged images
+end the conversion or, if asked, are left out. What becomes of an image depends only on that image,
+not on the number of worker processes. No PyTorch is needed.
 """
 
 import collections
@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import posixpath
 import shutil
 import struct
 import zlib
@@ -43,6 +44,7 @@ from images.image_files import (
     error_prefix,
     is_array,
     picture_format,
+    stem,
 )
 from images.pictures import DamagedImageError
 from images.scaling import Moments, Scaling, scaling_by
@@ -362,6 +364,33 @@ def select_images(source: Source, max_images: int | None,
     return kept, [new[labels[i]] for i in kept]
 
 
+def kept_names(source: Source, numbers: Sequence[int]) -> list[str] | None:
+    """Returns what images are called in the data set by their names in the source.
+
+    Extensions are left out. None for sources that aren't files.
+
+    Raises:
+        ValueError: two names become one, or a name is not UTF-8 or that of a condition image.
+    """
+    if not source.has_file_names:
+        return None
+    first: dict[str, str] = {}
+    for number in numbers:
+        name = source.names[number]
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"--keep-names: {ascii(name)} is not UTF-8; rename the "
+                             "file") from error
+        kept = posixpath.normpath(stem(name))
+        if kept.startswith(CONDITIONS):
+            raise ValueError(f"--keep-names: {name} would be a condition image; rename the folder")
+        if first.setdefault(kept, name) != name:
+            raise ValueError(f"--keep-names: {first[kept]} and {name} would both be called {kept}; "
+                             "rename one")
+    return list(first)
+
+
 def new_class_names(source: Source, labels: list[Any] | None,
                     classes: list[int] | None) -> list[str] | None:
     """Returns what the new classes are called, for `select_images`; None where they have no names.
@@ -483,10 +512,12 @@ class Conditions(NamedTuple):
 def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None,
                 settings: Settings, write: Callable[[str, bytes], None], workers: int,
                 conditions: Conditions | None = None,
-                class_names: Sequence[str] | None = None) -> Outcome:
+                class_names: Sequence[str] | None = None,
+                names: Sequence[str] | None = None) -> Outcome:
     """Converts and writes these images of the source and their conditions, then dataset.json.
 
-    `class_names` are those of the new labels.
+    `class_names` are those of the new labels. `names` are those of the images, without extensions;
+    None numbers them.
     """
     outcome, entries = Outcome(conditions=Outcome() if conditions else None), bytearray()
     convert = functools.partial(
@@ -505,12 +536,13 @@ def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None
                 outcome.too_small.add(result.name)
                 continue
             outcome.add(result, labels[i] if labels else None)
-            name = _file_name(i, result)
+            kept = names[i] if names else f"{i // 1000:05d}/img{i:08d}"
+            name = kept + _suffix(result)
             write(name, result.data)
             if condition:
                 outcome.conditions.note_oddities(condition)
                 outcome.conditions.add(_of_one_size(condition, result, conditions.flag), None)
-                write(CONDITIONS + _file_name(i, condition), condition.data)
+                write(CONDITIONS + kept + _suffix(condition), condition.data)
             if labels:
                 entries += (b", " if entries else b"") + json.dumps([name, labels[i]]).encode()
     if len(outcome.damaged) == len(numbers):
@@ -551,9 +583,8 @@ def _convert_pair(items: tuple[Item, Item | None], settings: Settings,
         return result, convert_image(condition, cond_settings)
 
 
-def _file_name(number: int, result: Converted) -> str:
-    suffix = ARRAY_SUFFIX if result.data.startswith(array_files.MAGIC) else ".png"
-    return f"{number // 1000:05d}/img{number:08d}{suffix}"
+def _suffix(result: Converted) -> str:
+    return ARRAY_SUFFIX if result.data.startswith(array_files.MAGIC) else ".png"
 
 
 def _of_one_size(condition: Converted, image: Converted, flag: str) -> Converted:

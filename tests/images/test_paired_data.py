@@ -1,6 +1,7 @@
 """Images and conditions out of one source, values within limits, and names that are kept."""
 
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -19,6 +20,7 @@ from image_sources import (
 from dataset_tool import main
 from images import array_files
 from images.dataset import ImageFolderDataset
+from images.image_files import stem
 from images.inspection import DataSet
 
 HU = ["--scale=-1024,3071", "--cond-scale=-1024,3071"]
@@ -378,3 +380,65 @@ def test_images_are_not_their_own_conditions(tmp_path):
     path = pattern_source(tmp_path / "src", "a.png")
     assert_refused(run(path, tmp_path / "out/a.zip", f"--cond-source={path}/."), tmp_path,
                    "would be their own conditions")
+
+
+# --------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("name", ["src", "src.zip"])
+@pytest.mark.parametrize("dest", ["out.zip", "out"])
+def test_names_are_kept_and_so_are_those_of_conditions_and_labels(tmp_path, name, dest):
+    names = ["cat/b.png", "cat/a.JPG", "dog.v2/1.2.840.1.bmp", "dog.v2/1.2.840.2.tiff"]
+    kinds = ["png", "jpeg", "bmp", "tiff"]
+    images = {names[i]: encode(flat(i), kinds[i]) for i in range(4)}
+    path = write_source(tmp_path / name, images)
+    conditions = write_source(tmp_path / "cond", {
+        f"{stem(name)}.npy": array_files.encode(np.full([1, 4, 4], 10.5 + i, np.float32))
+        for i, name in enumerate(names)})
+    _, dataset = made(path, tmp_path / dest, "--keep-names", f"--cond-source={conditions}",
+                      "--cond-scale=0,20")
+    found = DataSet(tmp_path / dest)
+    assert found.names == ["cat/a.png", "cat/b.png", "dog.v2/1.2.840.1.png",
+                           "dog.v2/1.2.840.2.png"]
+    assert found.cond_names == [f"cond/{stem(name)}.npy" for name in found.names]
+    assert [int(image) - 10 for _, image in pairs_of(dataset)] == [1, 0, 2, 3]
+    assert found.labels() == {"cat/a.png": 0, "cat/b.png": 0, "dog.v2/1.2.840.1.png": 1,
+                              "dog.v2/1.2.840.2.png": 1}
+    assert check(tmp_path / dest).exit_code == 0
+
+
+def test_conditions_of_a_pattern_have_the_names_of_their_images(tmp_path):
+    path = pattern_source(tmp_path / "src", "low/a_QD_1.png", "full/a_FD_2.png")
+    made(path, tmp_path / "a", MAYO, "--keep-names")
+    found = DataSet(tmp_path / "a")
+    assert (found.names, found.cond_names) == (["full/a_FD_2.png"], ["cond/full/a_FD_2.png"])
+
+
+def test_names_of_those_left_out_do_not_collide(tmp_path):
+    path = write_source(tmp_path / "src", {"a.png": flat(1), "b.png": flat(2), "b.bmp":
+                                           encode(flat(3), "bmp")})
+    assert_refused(run(path, tmp_path / "out/a.zip", "--keep-names"), tmp_path,
+                   "--keep-names: b.bmp and b.png would both be called b; rename one")
+    made(path, tmp_path / "a", "--keep-names", "--max-images=2")
+    assert DataSet(tmp_path / "a").names == ["a.png", "b.png"]
+
+
+def test_names_that_are_not_text_are_refused(tmp_path):
+    path = write_source(tmp_path / "src", {"a.png": flat(1)})
+    os.rename(path / "a.png", os.fsencode(path) + b"/\xff.png")
+    assert_refused(run(path, tmp_path / "out/a.zip", "--keep-names"), tmp_path, "not UTF-8")
+
+
+def test_arrays_have_no_names_to_keep(tmp_path):
+    path, _ = write_stack(tmp_path, "array", slices(num=2))
+    made(path, tmp_path / "a", "--keep-names", "--scale=std")
+    assert DataSet(tmp_path / "a").names == ["00000/img00000000.npy", "00000/img00000001.npy"]
+
+
+def test_names_in_a_zip_are_kept_as_paths(tmp_path):
+    path = write_source(tmp_path / "src.zip", {"./a//x.png": flat(1)})
+    made(path, tmp_path / "a.zip", "--keep-names")
+    assert DataSet(tmp_path / "a.zip").names == ["a/x.png"]
+    path = write_source(tmp_path / "src.zip", {"./cond/x.png": flat(1), "y.png": flat(1)})
+    assert_refused(run(path, tmp_path / "out/a.zip", "--keep-names"), tmp_path,
+                   "./cond/x.png would be a condition image")
