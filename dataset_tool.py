@@ -327,7 +327,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
     train-images-idx3-ubyte.gz   MNIST, 32x32; the file of the labels must lie beside it
     NAME_lmdb/                   LSUN (needs pip install lmdb)
     NAME.zip                     all images in a ZIP
-    NAME.npy                     an array of images, [n, H, W], [n, C, H, W] or [n, H, W, C]
+    NAME.npy, NAME.pt            an array of images, [n, H, W], [n, C, H, W] or [n, H, W, C]
     any other folder             all images below it
 
     Labels of folders and ZIPs come from dataset.json, {"labels": [["NAME", 6], ...]} with class

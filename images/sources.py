@@ -7,6 +7,7 @@
 | LSUN | a folder *_lmdb | none |
 | ZIP | a file *.zip | dataset.json, else the folders at its top |
 | array | a file *.npy of [n, H, W], [n, C, H, W] or [n, H, W, C] | none |
+| tensor | a file *.pt or *.pth of such an array | none |
 | folder | any other folder | dataset.json, else the folders at its top |
 
 The top is the folder that all images lie in, or one above it that has a dataset.json. Images are
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from images import archives, array_files
+from images import archives, array_files, tensor_files
 from images.image_files import (
     DAMAGE,
     GENERATE_RECORD,
@@ -113,13 +114,15 @@ def open_source(path: Path, flag: str = "--source",
         raise FileNotFoundError(f"{flag}={path}: no such file or folder")
     opener = _opener(path)
     if opener is None:
-        raise ValueError(f"{flag}={path}: not supported; allowed: folder, .zip, .npy, *_lmdb, "
+        raise ValueError(f"{flag}={path}: not supported; allowed: folder, .zip, .npy, .pt, *_lmdb, "
                          f"cifar-10-python.tar.gz, *{archives.MNIST_IMAGES}")
     with opener(path, layout) as source:
         if not source.num_images:
             hidden = f"; {source.num_hidden} hidden or system files are left out" \
                 if source.num_hidden else ""
-            raise ValueError(f"{flag}={path}: no images found{hidden}")
+            others = f"; {len(source.others)} files aren't images: {shown_some(source.others)}" \
+                if source.others else ""
+            raise ValueError(f"{flag}={path}: no images found{others}{hidden}")
         yield source
 
 
@@ -241,6 +244,8 @@ def _opener(path: Path) -> Callable[..., contextlib.AbstractContextManager[Sourc
         return _open_mnist
     if is_array(name):
         return _open_array
+    if name.endswith(tensor_files.SUFFIXES):
+        return _open_tensor
     return _open_zip if name.endswith(".zip") else None
 
 
@@ -370,9 +375,21 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
 def _open_array(path: Path, layout: str | None) -> Iterator[Source]:
     with error_prefix(f"{path}: "):
         stack = array_files.open_stack(path, layout)
-    names = [f"image {i}" for i in range(len(stack))]
-    yield Source(len(stack), names, lambda numbers: (
-        Item(names[i], array_files.encode(stack[i]), "chw") for i in numbers))
+    yield _of_stack(len(stack), stack.__getitem__)
+
+
+@contextlib.contextmanager
+def _open_tensor(path: Path, layout: str | None) -> Iterator[Source]:
+    with error_prefix(f"{path}: "):
+        num, read = tensor_files.open_stack(path, layout)
+    yield _of_stack(num, read)
+
+
+def _of_stack(num: int, read: Callable[[int], np.ndarray]) -> Source:
+    """Returns a source of images [C, H, W] that are read by their numbers."""
+    names = [f"image {i}" for i in range(num)]
+    return Source(num, names, lambda numbers: (
+        Item(names[i], array_files.encode(read(i)), "chw") for i in numbers))
 
 
 def _of_arrays(arrays: archives.Arrays, name: str, expected: int) -> Source:
