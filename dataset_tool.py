@@ -176,6 +176,8 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
     if outcome.misnamed.count:
         click.echo(f"Note: {outcome.misnamed.count} images are of another format than their name "
                    f"says, the first {outcome.misnamed.first}")
+    for fact in source.facts:
+        click.echo(f"Note: {fact}")
     if source.note:
         click.echo(f"Warning: {source.note}", err=True)
     if outcome.cmyk.count:

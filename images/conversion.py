@@ -97,8 +97,9 @@ def convert_image(item: Item, settings: Settings) -> Converted:
     except DamagedImageError as error:
         if settings.skip_damaged:
             return Converted(item.name, None, None, damage=str(error))
-        raise ValueError(f"{item.name}: {error}; 'dataset_tool.py check' lists all damaged images, "
-                         "--skip-damaged leaves them out") from error
+        check = "" if item.decode else "'dataset_tool.py check' lists all damaged images, "
+        raise ValueError(f"{item.name}: {error}; {check}--skip-damaged leaves them "
+                         "out") from error
     if isinstance(decoded, np.ndarray):
         return _convert_values(item.name, decoded, settings)
     return _convert_picture(item.name, decoded, settings, is_deep)
@@ -112,7 +113,8 @@ def _read(item: Item, settings: Settings) -> tuple[PIL.Image.Image | np.ndarray,
         ValueError: it is an animation, or an array whose shape has two readings.
     """
     content = item.content()
-    values = _array_values(item.name, content, item.layout or settings.layout)
+    values = item.decode(content) if item.decode else \
+        _array_values(item.name, content, item.layout or settings.layout)
     if values is None:
         if settings.picked is not None:
             raise ValueError(f"{item.name}: is a picture; channels are picked of arrays only")

@@ -24,12 +24,14 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from images import archives, array_files, tensor_files
+from dnnlib.progress import Progress
+from images import archives, array_files, dicom_files, tensor_files
 from images.image_files import (
+    CONDITIONS,
     DAMAGE,
     GENERATE_RECORD,
     LABELS_NAME,
@@ -60,6 +62,8 @@ class Item(NamedTuple):
     name: str
     data: bytes | Path | np.ndarray | DamagedImageError
     layout: str | None = None  # of an array, where it is known
+    # Makes values [C, H, W] of the content of a file that is neither picture nor .npy.
+    decode: Callable[[bytes], np.ndarray] | None = None
 
     def content(self) -> bytes | np.ndarray:
         """Returns the file's content or the pixels.
@@ -89,6 +93,7 @@ class Source:
     labels: Callable[[Sequence[int]], list[Any]] | None = None
     class_names: Sequence[str] | None = None  # as the source calls them
     has_folder_classes: bool = False  # whether the labels are the folders at the top
+    is_dicom: bool = False  # whether they are slices, whose folders are no classes
     has_file_names: bool = False  # whether the names are those of files
     others: Sequence[str] = ()  # files that aren't images
     num_hidden: int = 0  # hidden files, and those of the system
@@ -97,6 +102,7 @@ class Source:
     num_conditions: int = 0  # condition images, which are not taken along
     unmatched: Sequence[str] = ()  # files that are neither images nor conditions by a pattern
     note: str = ""  # what a user may not expect
+    facts: Sequence[str] = ()  # what a user may want to know
 
 
 @contextlib.contextmanager
@@ -252,22 +258,23 @@ def _opener(path: Path) -> Callable[..., contextlib.AbstractContextManager[Sourc
 @contextlib.contextmanager
 def _open_folder(path: Path, layout: str | None) -> Iterator[Source]:
     source = _of_files(path, list_files(path), lambda name: Item(name, path / name),
+                       lambda name: (path / name).open("rb"),
                        # By path component: "a/x" before "a-1/x". No name has a zero byte.
                        order=lambda name: name.replace("/", "\0"))
-    if source.labels is None:  # even if there is a dataset.json
+    if source.labels is None and not source.is_dicom:  # even if there is a dataset.json
         _label_by_folder(source)
     yield source
 
 
 def _of_files(path: Path, files: list[str], item: Callable[[str], Item],
+              open_file: Callable[[str], IO[bytes]],
               order: Callable[[str], str] | None = None) -> Source:
     """Returns the images among the files of a folder or ZIP, with the labels of dataset.json."""
     top = _top(files)
     below = [name[len(top):] for name in files if name.startswith(top)]
     outside = sort_names(name for name in files if not name.startswith(top))
     found = sort_names(below)
-    below = sorted(found.images, key=order)
-    names = [top + name for name in below]
+    names = [top + name for name in sorted(found.images, key=order)]
     source = Source(
         len(names), names, lambda numbers: (item(names[i]) for i in numbers), top=top,
         has_file_names=True,
@@ -276,15 +283,70 @@ def _of_files(path: Path, files: list[str], item: Callable[[str], Item],
         num_hidden=found.num_hidden + outside.num_hidden,
         num_pictures=found.num_pictures + outside.num_pictures,
         num_conditions=len(found.conditions))
+    _add_slices(source, path, item, open_file, order)
     if LABELS_NAME in found.others:
         where = f"{path}: {top}{LABELS_NAME}"
         try:
             text = item(top + LABELS_NAME).content()
         except DamagedImageError as error:
             raise ValueError(f"{where}: {error}") from error
-        source.labels = _json_labels(below, text, where)
+        source.labels = _json_labels([name[len(top):] for name in source.names], text, where)
         source.class_names = parse_class_names(text, where)
     return source
+
+
+def _add_slices(source: Source, path: Path, item: Callable[[str], Item],
+                open_file: Callable[[str], IO[bytes]],
+                order: Callable[[str], str] | None) -> None:
+    """Makes a source of the DICOM files among the others of a folder or ZIP, if there are such.
+
+    Raises:
+        OSError: the package that reads them is missing.
+        ValueError: there are pictures or arrays beside them, or one is of a kind that isn't read.
+    """
+    files = {name for name in source.others
+             if not name.startswith(CONDITIONS) and dicom_files.is_dicom(name, open_file)}
+    if not files:
+        return
+    dicom_files.require_package(path)
+    if source.names:
+        raise ValueError(f"{path}: holds {len(files)} DICOM files, such as {min(files)}, and "
+                         f"{len(source.names)} other images, such as {source.names[0]}; put one "
+                         "kind into a folder of its own")
+    headers, damaged, others = {}, [], set()
+    with Progress(len(files), "Reading headers", delay=1) as progress:
+        for name in progress.over(sorted(files, key=order)):
+            header = _dicom_header(path, name, open_file)
+            if header is None:
+                damaged.append(name)
+            elif header.is_image:
+                headers[name] = header
+            else:
+                others.add(name)
+    names, how = dicom_files.in_order(headers)
+    names += damaged  # which say why when they are converted
+    source.names, source.num_images, source.is_dicom = names, len(names), True
+    source.others = [name for name in source.others if name not in files or name in others]
+    source.read = lambda numbers: (item(names[i])._replace(decode=dicom_files.decode)
+                                   for i in numbers)
+    source.facts = [how]
+    inverted = [name for name, header in headers.items() if header.is_inverted]
+    if inverted:
+        source.facts.append(f"{len(inverted)} slices are MONOCHROME1 and were inverted, the first "
+                            f"{inverted[0]}")
+
+
+def _dicom_header(path: Path, name: str,
+                  open_file: Callable[[str], IO[bytes]]) -> dicom_files.Header | None:
+    """Returns the header of a DICOM file; None for a damaged one."""
+    try:
+        with open_file(name) as file:
+            header = dicom_files.read_header(file)
+    except DAMAGE:
+        return None
+    if header.problem:
+        raise ValueError(f"{path}: {name} {header.problem}")
+    return header
 
 
 def _top(files: list[str]) -> str:
@@ -354,8 +416,9 @@ def _open_zip(path: Path, layout: str | None) -> Iterator[Source]:
         # Some programs of Windows write backslashes.
         members = {info.filename.replace("\\", "/"): info
                    for info in archive.infolist() if not info.is_dir()}
-        source = _of_files(path, list(members), item)
-        if not any(name.rpartition("/")[2] == LABELS_NAME for name in members):
+        source = _of_files(path, list(members), item, lambda name: archive.open(members[name]))
+        has_record = any(name.rpartition("/")[2] == LABELS_NAME for name in members)
+        if not has_record and not source.is_dicom:
             _label_by_folder(source)
         yield source
 
