@@ -91,6 +91,15 @@ def _parse_clip(ctx, param, value: str | None) -> tuple[float, float] | None:
     return low, high
 
 
+def _parse_window(ctx, param, value: str | None) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    center, width = _two_numbers(value)
+    if not (abs(center) <= _MAX_LIMIT and 0 < width <= _MAX_LIMIT):
+        raise click.BadParameter(f"{value}: must be a center and a width above 0, such as 40,400")
+    return center, width
+
+
 def _parse_channels(ctx, param, value: str | None) -> str | dict[str, tuple[int, ...]] | None:
     """Returns 'rgb' or 'gray', or the channels of images and, if there are such, of conditions."""
     if value in (None, "rgb", "gray"):
@@ -330,7 +339,8 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
     NAME_lmdb/                   LSUN (needs pip install lmdb)
     NAME.zip                     all images in a ZIP
     NAME.npy, NAME.pt            an array of images, [n, H, W], [n, C, H, W] or [n, H, W, C]
-    any other folder             all images below it
+    any other folder             all images below it; or slices, if its files are DICOM
+                                 (needs pip install pydicom), which a ZIP may hold too
 
     Labels of folders and ZIPs come from dataset.json, {"labels": [["NAME", 6], ...]} with class
     numbers or vectors, or else from the folders at the top, numbered in the order of their names.
@@ -339,6 +349,9 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
     Without --transform, --resolution ignores the aspect. center-crop takes the central square;
     center-crop-wide crops rows to W:H, puts them on a black WxW square, and leaves out images
     smaller than that. Both make gray images RGB.
+
+    Condition images come from --cond-source, from other files of --source by --pair, or from other
+    channels by --channels.
 
     Images are turned as their EXIF data says, palettes and CMYK become RGB, transparency shows
     --background, and without --scale of 16 bits the upper 8 are kept. Images may also be arrays,
@@ -486,9 +499,12 @@ def _check_out(ctx, param, value: str | None) -> str | None:
 @click.argument("data", metavar="DATA")
 @click.option("--out",          metavar="FILE.png", callback=_check_out,
               help="Picture to write  [default: NAME-show.png beside DATA]")
+@click.option("--window",       metavar="CENTER,WIDTH", callback=_parse_window,
+              help="Values that the picture shows from black to white, in the data's units, such as 40,400  [default: what networks see as -1 to 1]")
 @click.option("--workers",      metavar="INT", type=click.IntRange(min=1),
               help="Processes that decode  [default: one a core]")
-def show(data: str, out: str | None, workers: int | None) -> None:
+def show(data: str, out: str | None, window: tuple[float, float] | None,
+         workers: int | None) -> None:
     """Writes a picture of some images, a class a row, and prints statistics of all pixels.
 
     They are those of training's scale, where the networks' sigma_data is 0.5: x/127.5 - 1 for 8
@@ -502,7 +518,10 @@ def show(data: str, out: str | None, workers: int | None) -> None:
 
         path = show_path(Path(data), out)
         moments, scaling = pixel_statistics(Path(data), workers or num_cores())
-        picture, shown = sample_grid(Path(data))
+        if window and scaling.is_8bit:
+            raise ValueError("--window: the images have 8 bits and are shown as they are; leave "
+                             "--window out")
+        picture, shown = sample_grid(Path(data), window)
         save_png(path, picture)
         click.echo(f"{path}: {shown}")
         _print_statistics(moments, scaling)

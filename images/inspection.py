@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ from images.image_files import (
     shown_label,
     sort_names,
 )
-from images.scaling import Moments, Scaling, recorded_scaling
+from images.scaling import Moments, Scaling, display_window, recorded_scaling
 from images.sources import Item
 
 MAX_PROBLEMS = 50  # that are listed
@@ -349,25 +349,30 @@ def pixel_statistics(path: Path, workers: int) -> tuple[Moments, Scaling]:
     return total, data.scaling(first, "scale")
 
 
-def sample_grid(path: Path) -> tuple[PIL.Image.Image, str]:
+def sample_grid(path: Path,
+                window: tuple[float, float] | None = None) -> tuple[PIL.Image.Image, str]:
     """Returns a picture of some images, a class a row where there are classes, and what it shows.
+
+    `window` is the center and the width of what is shown, from black to white, of values that are
+    not 8-bit, in their units; None shows what networks see.
 
     Raises:
         OSError, ValueError: it isn't a data set, or its labels are invalid.
     """
     data = DataSet(path)
+    show = functools.partial(_small_pixels, data, window=window)
     if data.cond_names:
-        return _pair_grid(data)
+        return _pair_grid(data, show)
     labels = data.labels()
     classes = None if labels is None else label_array(data.names, labels, f"{path}: {LABELS_NAME}")
     if classes is None or classes.ndim == 2:
         numbers = _spread(np.arange(len(data.names)), _SQUARE)
-        return square_grid(np.stack([_small_pixels(data, data.names[i]) for i in numbers])), \
+        return square_grid(np.stack([show(data.names[i]) for i in numbers])), \
             f"{len(numbers)} of {len(data.names)} images"
     present = np.unique(classes)
     rows = _spread(present, _MAX_ROWS)
     members = [_spread(np.flatnonzero(classes == row), _COLUMNS) for row in rows]
-    picture = image_grid([[_small_pixels(data, data.names[i]) for i in row] for row in members],
+    picture = image_grid([[show(data.names[i]) for i in row] for row in members],
                          [class_label(row, data.class_names) for row in rows])
     return picture, f"{len(rows)} of {len(present)} classes, up to {_COLUMNS} images each"
 
@@ -377,7 +382,8 @@ def _spread(values: np.ndarray, num: int) -> np.ndarray:
     return values[np.arange(num) * len(values) // num] if len(values) > num else values
 
 
-def _pair_grid(data: DataSet) -> tuple[PIL.Image.Image, str]:
+def _pair_grid(data: DataSet,
+               show: Callable[[str], np.ndarray]) -> tuple[PIL.Image.Image, str]:
     """Returns a picture of rows of condition images, each above the row of their images."""
     found, _ = match_names([CONDITIONS + name for name in data.names], data.cond_names)
     paired = np.array([i for i, name in enumerate(found) if name], int)
@@ -387,17 +393,19 @@ def _pair_grid(data: DataSet) -> tuple[PIL.Image.Image, str]:
     rows, labels = [], []
     for start in range(0, len(numbers), _COLUMNS):
         some = numbers[start:start + _COLUMNS]
-        rows += [[_small_pixels(data, found[i]) for i in some],
-                 [_small_pixels(data, data.names[i]) for i in some]]
+        rows += [[show(found[i]) for i in some], [show(data.names[i]) for i in some]]
         labels += ["condition", "image"]
     return image_grid(rows, labels), f"{len(numbers)} of {len(data.names)} images, with conditions"
 
 
-def _small_pixels(data: DataSet, name: str) -> np.ndarray:
+def _small_pixels(data: DataSet, name: str, *,
+                  window: tuple[float, float] | None) -> np.ndarray:
     """Returns an image as uint8 [C, H, W], reduced if it is large."""
     values, image_format = _decode(data.item(name))
-    key = "cond_scale" if name.startswith(CONDITIONS) else "scale"
-    values = data.scaling(image_format, key).to_picture(values)
+    scaling = data.scaling(image_format, "cond_scale" if name.startswith(CONDITIONS) else "scale")
+    if window and not scaling.is_8bit:
+        scaling = display_window(*window)
+    values = scaling.to_picture(values)
     if max(values.shape[1:]) <= _MAX_SIDE:
         return values
     factor = _MAX_SIDE / max(values.shape[1:])

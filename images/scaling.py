@@ -133,6 +133,14 @@ def _columns(scaling: Scaling, device: "torch.device") -> tuple["torch.Tensor", 
                      for numbers in (scaling.center, scaling.spread))
 
 
+def display_window(center: float, width: float) -> Scaling:
+    """Returns the scaling whose `to_picture` shows a window of values, from black to white.
+
+    As in radiology it is given by its center and its width; values outside are black or white.
+    """
+    return Scaling((center,), (width / 2,))
+
+
 EIGHT_BIT = Scaling((127.5,), (127.5,), is_8bit=True)
 _UNSCALED = {"uint8": EIGHT_BIT, "uint16": Scaling((32767.5,), (32767.5,)),
              "float32": Scaling((0.0,), (1.0,))}

@@ -8,6 +8,7 @@
 | ZIP | a file *.zip | dataset.json, else the folders at its top |
 | array | a file *.npy of [n, H, W], [n, C, H, W] or [n, H, W, C] | none |
 | tensor | a file *.pt or *.pth of such an array | none |
+| DICOM | a folder or ZIP of DICOM files | dataset.json |
 | folder | any other folder | dataset.json, else the folders at its top |
 
 The top is the folder that all images lie in, or one above it that has a dataset.json. Images are

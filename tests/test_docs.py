@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from click.testing import CliRunner
+from dicom_slices import dicom, stored
 from pickle_assembler import zip_file
 from published_archives import write_cifar10, write_lmdb, write_mnist
 from published_files import ForkDenoiser, fork_state
@@ -118,6 +120,18 @@ def run_own_data(numbers):
         exec(compile(code, f"docs/own-data.md, block {number}", "exec"), {})
 
 
+def write_ct(folder):
+    """Writes a tensor of slices of two doses, and folders of patients with a series of each."""
+    (folder / "patients").mkdir(parents=True)
+    values = torch.randn([4, 2, 8, 8], generator=torch.Generator().manual_seed(0)) * 500
+    torch.save(values, folder / "slices.pt")
+    for i, (patient, dose) in enumerate([(p, d) for p in ("L067", "L096") for d in ("QD", "FD")]):
+        (folder / "patients" / patient / dose).mkdir(parents=True)
+        for k in range(3):
+            path = folder / "patients" / patient / dose / f"{patient}_{dose}_{k}.IMA"
+            path.write_bytes(dicom(stored(10 * i + k), ImagePositionPatient=[0, 0, -k]))
+
+
 def make_world(root):
     """Writes small pictures where the documents keep downloaded data sets."""
     pixels = np.random.default_rng(0).integers(0, 256, [20, 32, 32, 3], np.uint8)
@@ -127,6 +141,7 @@ def make_world(root):
     photo = io.BytesIO()
     PIL.Image.new("RGB", (40, 30), "teal").save(photo, "WEBP")
     write_lmdb(root / "downloads/lsun/bedroom_train_lmdb", {"0": photo.getvalue()})
+    write_ct(root / "downloads/ct")
     write_images(root / "downloads/ffhq/images1024x1024", ["00000", "01000"], 8, 16, 16)
     write_images(root / "downloads/afhqv2", ["test", "train"], 8, 16, 16)
     write_images(root / "downloads/imagenet/ILSVRC/Data/CLS-LOC/train", ["n01", "n02"], 8, 14, 18)

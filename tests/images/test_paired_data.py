@@ -5,6 +5,7 @@ import os
 import zipfile
 
 import numpy as np
+import PIL.Image
 import pytest
 from click.testing import CliRunner
 from image_sources import (
@@ -442,3 +443,54 @@ def test_names_in_a_zip_are_kept_as_paths(tmp_path):
     path = write_source(tmp_path / "src.zip", {"./cond/x.png": flat(1), "y.png": flat(1)})
     assert_refused(run(path, tmp_path / "out/a.zip", "--keep-names"), tmp_path,
                    "./cond/x.png would be a condition image")
+
+
+# ------------------------------------------------------------------------------------- pictures
+
+
+def shown(path, *args):
+    """Returns the pixels of conditions and images in the picture of a data set of 64x64."""
+    out = path.with_name("out.png")
+    result = CliRunner().invoke(main, ["show", str(path), f"--out={out}", "--workers=1", *args])
+    assert result.exit_code == 0, result.output
+    picture = PIL.Image.open(out)
+    return [np.asarray(picture.crop((picture.width - 66, top, picture.width - 2, top + 64)))[..., 0]
+            for top in range(2, picture.height - 1, 66)]
+
+
+def test_a_window_shows_values_from_black_to_white_in_the_units_of_the_data(tmp_path):
+    values = slices(num=1, height=64, width=64)
+    np.save(tmp_path / "x.npy", values)
+    made(tmp_path / "x.npy", tmp_path / "a.zip", "--channels=cond:0,image:1", *HU)
+    for center, width in ((40, 400), (-600, 1500), (0.25, 0.5)):
+        for pixels, channel in zip(shown(tmp_path / "a.zip", f"--window={center},{width}"),
+                                   values[0].astype(np.float64), strict=True):
+            share = (channel - (center - width / 2)) / width
+            # 255 share + 0.5, cut off: half a level more than -1 to 1 shown without a window.
+            assert np.abs(pixels - (255 * share).clip(0, 255)).max() <= 0.51
+            assert pixels[channel <= center - width / 2].max() == 0
+            assert pixels[channel >= center + width / 2].min() == 255
+    without = shown(tmp_path / "a.zip", "--window=1023.5,4095")
+    assert np.array_equal(without, shown(tmp_path / "a.zip")), "that of the scale"
+
+
+def test_masks_beside_values_are_shown_as_they_are(tmp_path):
+    images = write_source(tmp_path / "src", {"a.npy": array_files.encode(slices(height=64,
+                                                                                width=64)[0, :1])})
+    mask = random_pixels(64, 64)
+    masks = write_source(tmp_path / "masks", {"a.png": mask})
+    made(images, tmp_path / "a.zip", f"--cond-source={masks}", "--scale=std")
+    assert np.array_equal(shown(tmp_path / "a.zip", "--window=40,400")[0], mask)
+
+
+@pytest.mark.parametrize("window", ["40", "40,0", "40,-5", "nan,5", "1,inf", "a,b", "1e300,1"])
+def test_windows_that_are_none_are_refused(tmp_path, window):
+    result = CliRunner().invoke(main, ["show", "x.zip", f"--window={window}"])
+    assert result.exit_code == 2 and "must be a center and a width above 0" in result.output
+
+
+def test_a_window_of_pictures_is_refused(tmp_path):
+    path = write_source(tmp_path / "src", {"a.png": flat(1)})
+    result = CliRunner().invoke(main, ["show", str(path), "--window=40,400", "--workers=1"])
+    assert result.exit_code == 1 and "--window: the images have 8 bits" in result.output
+    assert not (tmp_path / "src-show.png").exists()
