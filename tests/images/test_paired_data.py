@@ -148,6 +148,14 @@ def test_values_are_clipped_before_they_are_measured(tmp_path, rule):
         == other.splitlines()[1:], "all other lines are those of data that were clipped before"
 
 
+def test_the_share_of_clipped_values_counts_all_channels_and_images(tmp_path):
+    values = slices(num=7, channels=3)
+    path, _ = write_stack(tmp_path, "array", values)
+    output, _ = made(path, tmp_path / "a.zip", "--scale=std", "--clip=0,900")
+    share = 100 * np.mean((values < 0) | (values > 900))
+    assert f"clipped to 0..900: {share:.3g}% of the values\n" in output
+
+
 def test_limits_are_recorded_beside_the_scale(tmp_path):
     path, _ = write_stack(tmp_path, "array", slices())
     made(path, tmp_path / "a.zip", *HU, "--channels=cond:0,image:1", "--clip=-1024,3071")
@@ -170,12 +178,15 @@ def test_conditions_in_other_units_have_limits_of_their_own(tmp_path):
         assert (images.max(), conditions.max(), conditions.min()) == (700, limit, -limit)
 
 
-def test_masks_of_8_bits_are_not_clipped(tmp_path):
+@pytest.mark.parametrize("name, channels", [("a.png", 1), ("a.npy", 2)])
+def test_masks_of_8_bits_are_not_clipped(tmp_path, name, channels):
     images = write_source(tmp_path / "src", {"a.npy": array_files.encode(slices()[0])})
-    masks = write_source(tmp_path / "masks", {"a.png": random_pixels(8, 12)})
+    mask = random_pixels(channels, 8, 12)
+    masks = write_source(tmp_path / "masks", {
+        name: mask[0] if channels == 1 else array_files.encode(mask)})
     _, dataset = made(images, tmp_path / "a.zip", f"--cond-source={masks}", "--scale=-9,9",
                       "--clip=-9,9")
-    assert np.array_equal(dataset[0][2][0], random_pixels(8, 12))
+    assert np.array_equal(dataset[0][2], mask)
     assert "cond_clip" not in record_of(tmp_path / "a.zip")
 
 
