@@ -117,7 +117,7 @@ def _read(item: Item, settings: Settings) -> tuple[PIL.Image.Image | np.ndarray,
         _array_values(item.name, content, item.layout or settings.layout)
     if values is None:
         if settings.picked is not None:
-            raise ValueError(f"{item.name}: is a picture; channels are picked of arrays only")
+            raise ValueError(f"{item.name}: is a picture; --channels divides only arrays")
         return _read_picture(item.name, content, settings)
     if settings.picked is not None:
         values = _pick(item.name, values, settings.picked)
@@ -158,8 +158,8 @@ def _array_values(name: str, content: bytes | np.ndarray,
 def _pick(name: str, values: np.ndarray, picked: tuple[int, ...]) -> np.ndarray:
     """Returns these channels of values [C, H, W]."""
     if max(picked) >= len(values):
-        raise ValueError(f"{name}: has no channel {max(picked)}; its {len(values)} are numbered "
-                         "from 0")
+        raise ValueError(f"{name}: has no channel {max(picked)} for --channels; it has "
+                         f"{len(values)}, numbered from 0")
     return values[list(picked)]
 
 

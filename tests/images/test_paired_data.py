@@ -103,7 +103,7 @@ def test_channels_of_bytes_become_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("args, texts, code", [
-    (["--channels=cond:0,image:2", *HU], ["00.npy", "no channel 2", "2 are numbered from 0"], 1),
+    (["--channels=cond:0,image:2", *HU], ["00.npy", "no channel 2", "has 2, numbered from 0"], 1),
     (["--channels=cond:7,image:0", *HU], ["--channels: 00.npy", "no channel 7"], 1),
     (["--channels=cond:0,image:1", HU[0]], ["--channels: 00.npy", "give --cond-scale="], 1),
     (["--channels=cond:1,image:1", *HU], ["channel 1 is named twice"], 2),

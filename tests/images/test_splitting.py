@@ -213,10 +213,10 @@ def test_both_parts_have_the_scale_of_all_images(tmp_path):
     rng = np.random.default_rng(0)
     files = {f"{i:02}.npy": array(rng.normal(i, 1, [2, 4, 4]).astype(np.float32))
              for i in range(20)}
-    source = write_source(tmp_path / "src", files)
+    source, conditions = (write_source(tmp_path / name, files) for name in ("src", "cond"))
     whole = tmp_path / "whole.zip"
     result = CliRunner().invoke(main, [f"--source={source}", f"--dest={whole}", "--scale=std",
-                                       f"--cond-source={source}", "--cond-scale=-1,30"])
+                                       f"--cond-source={conditions}", "--cond-scale=-1,30"])
     assert result.exit_code == 0, result.output
     train_part, held_out = parts(whole, tmp_path)
     images = files_of(whole)
