@@ -97,10 +97,7 @@ def ppfm(
     """
 
     def step(denoise, x, sigma, sigma_next, slope):
-        first = slope(denoise, x, sigma)
-        moved = x + (sigma_next - sigma) * first
-        second = slope(lambda state, _: denoise(state, sigma), moved, sigma_next)
-        return x + (sigma_next - sigma) * (first + second) / 2
+        return heun_step(lambda state, _: denoise(state, sigma), x, sigma, sigma_next, slope)
 
     return heun(denoise, x, sigmas, before_step, slope, step)
 

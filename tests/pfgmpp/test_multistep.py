@@ -313,7 +313,7 @@ def test_levels_that_cannot_be_are_refused(levels, words):
     ({"scaling": "vp"}, "scaling=vp"), ({"S_churn": 1.0}, "S_churn=1.0: solver=ipndm uses earlier"),
     ({"noise_alpha": 0.1}, "noise_alpha=0.1"), ({"order": 5}, "order=5: must be one of 1, 2, 3, 4"),
     ({"solver": "heun", "order": 2}, "only ipndm has orders"),
-    ({"solver": "magic"}, "solver=magic: must be one of euler, heun, ipndm, dpmpp2m, unipc")])
+    ({"solver": "magic"}, "solver=magic: must be one of euler, heun, ppfm, ipndm, dpmpp2m, unipc")])
 def test_settings_that_break_a_solver_are_refused_with_the_reason(settings, words):
     with pytest.raises(ValueError, match=words):
         SamplerConfig(**{"solver": "ipndm", **settings}).check_solver()
