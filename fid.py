@@ -1,4 +1,4 @@
-"""Scores of generated images: FID, KID, precision and recall, Inception score."""
+"""Scores of images: FID, KID, precision and recall, Inception score; PSNR and SSIM of pairs."""
 
 import contextlib
 import dataclasses
@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +18,11 @@ from dnnlib.cli import (
     BAD_USAGE,
     HELP_NAMES,
     IntList,
+    NameList,
     UserError,
     cache_dir_option,
+    describe,
+    flag_errors,
     run,
     user_errors,
     verbosity_options,
@@ -32,11 +36,13 @@ _RUN_OPTIONS = "training_options.json"  # of a run directory
 _FEW_IMAGES = 2048  # the covariance of Inception's features is singular below
 _MAX_NAMED = 6  # folders in a message
 _MAX_WORKERS = 3  # by default; a GPU's Inception waits for no more
+_PAIR_METRICS = ("psnr", "ssim", "ssim_uniform", "rmse", "mae")
+_PAIR_DEFAULT = ("psnr", "ssim", "rmse", "mae")
 
 
 @click.group(context_settings=HELP_NAMES)
 def main() -> None:
-    """Scores generated images: FID, KID, precision and recall, Inception score.
+    """Scores generated images: FID, KID, precision and recall, Inception score; PSNR and SSIM.
 
     \b
     # 50,000 images against published statistics, on 8 GPUs
@@ -55,6 +61,10 @@ def main() -> None:
     \b
     # reference statistics of a data set
     python fid.py ref --data=datasets/cifar10-32x32.zip --dest=fid-refs/cifar10-32x32.npz
+
+    \b
+    # restored images against their truths, and the measurements beside them
+    python fid.py pairs --images=runs/ct/restored --truth=datasets/ct-test.zip --input=cond
     """  # noqa: D301 - \b is click's mark for lines to leave alone
 
 
@@ -88,8 +98,9 @@ def _detector_options(command):
     for option in reversed((
         click.option("--batch",    metavar="INT", type=click.IntRange(min=1), default=64,
                      help="Images at a time on each device"),
-        click.option("--detector", metavar="inception|pixels|FILE", default="inception",
-                     help="Features to compare; FILE is a local copy of the Inception weights"),
+        click.option("--detector", metavar="inception|pixels[:K]|FILE", default="inception",
+                     help="Features to compare; pixels:K makes images smaller by K, FILE is a local "
+                          "copy of the Inception weights"),
         click.option("--device",   type=click.Choice(["auto", "cuda", "cpu"]), default="auto",
                      help="Where to compute"),
         click.option("--workers",  metavar="INT", type=click.IntRange(min=0),
@@ -311,6 +322,163 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
                                f"{', with features' if features else ''}")
 
 
+def _parse_range(ctx, param, value: str | None) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    low, high = _two_numbers(value)
+    if not -math.inf < low < high < math.inf:
+        raise click.BadParameter(f"{value!r}: must be LO,HI with LO < HI, such as -1024,3071")
+    return low, high
+
+
+def _parse_window(ctx, param, value: str | None) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    center, width = _two_numbers(value)
+    if not (math.isfinite(center) and 0 < width < math.inf):
+        raise click.BadParameter(f"{value!r}: must be a center and a width above 0, such as 40,400")
+    return center, width
+
+
+def _two_numbers(text: str) -> tuple[float, float]:
+    """Returns two numbers with a comma between them; NaN for anything else."""
+    try:
+        first, second = map(float, text.split(","))
+    except ValueError:
+        return math.nan, math.nan
+    return first, second
+
+
+@main.command(context_settings={"show_default": True, **HELP_NAMES})
+@click.option("--images",     metavar="DIR|ZIP", required=True,
+              help="Images to score")
+@click.option("--truth",      metavar="DIR|ZIP", required=True,
+              help="What they should be: a data set, of which condition images are left out")
+@click.option("--input", "input_", metavar="DIR|ZIP|cond",
+              help="Measurements that the images were made of, to score and show beside them; cond "
+                   "for the condition images of --truth")
+@click.option("--metrics",    metavar="LIST", type=NameList(_PAIR_METRICS),
+              help="What to compute, of psnr, ssim (Gaussian window), ssim_uniform, rmse, mae  "
+                   "[default: psnr,ssim,rmse,mae]")
+@click.option("--metric-file", "metric_files", metavar="FILE.py:FUNCTION", multiple=True,
+              help="Metric of your own: a function of (image, truth, value_range)")
+@click.option("--range", "value_range", metavar="LO,HI", callback=_parse_range,
+              help="Range of the data that psnr and ssim are relative to  [default: 0,255 of 8 bits, "
+                   "else that of the recorded scale of --truth]")
+@click.option("--clip",       is_flag=True,
+              help="Clip all images to the range before they are compared")
+@click.option("--window",     metavar="CENTER,WIDTH", callback=_parse_window,
+              help="Values that the picture shows, from black to white  [default: the range]")
+@click.option("--pair-by",    type=click.Choice(["auto", "name", "order"]), default="auto",
+              help="How images find their truths; auto takes names where all match")
+@click.option("--out",        metavar="DIR",
+              help="Folder of pairs.csv, pairs.jsonl, pairs.png, and of metrics.jsonl  [default: "
+                   "pairs_NAME beside the images; metrics.jsonl of the run]")
+@cache_dir_option
+@verbosity_options
+def pairs(images: str, truth: str, input_: str | None, metrics: tuple[str, ...] | None,
+          metric_files: tuple[str, ...], value_range: tuple[float, float] | None, clip: bool,
+          window: tuple[float, float] | None, pair_by: str, out: str | None) -> None:
+    """Scores images one by one against their truths: PSNR, SSIM, errors.
+
+    Images and truths belong together by name without extension, else by order where there are as
+    many; images of generate.py by their seeds, seed k with truth k. Values are compared in the
+    units of the data. Both may be of any size and any channels.
+
+    A line a metric is printed, such as 'psnr 43.42 +- 0.31 (16 images)': the mean and the standard
+    deviation over the images. --out gets the scores of each image and a picture of some.
+
+    Under torchrun only the first process works.
+    """
+    if not console.is_rank0():
+        return
+    with user_errors():
+        from metrics.paired import PAIRED_METRICS, SSIM_WINDOWS, load_metric, ssim_problem
+        from metrics.pairs import Pairs, value_range_of
+
+        own_metrics = dict(map(load_metric, metric_files))
+        folder = _folder_of_pairs(images, truth, out)
+        paired = Pairs(images, truth, input_, pair_by)
+        for record in paired.images.sample_records().values():
+            _refuse_not_finite(paired.images, record)
+        chosen = list(_PAIR_DEFAULT if metrics is None else metrics)
+        for name in [name for name in chosen if name in SSIM_WINDOWS]:
+            problem = ssim_problem(name, paired.sizes)
+            if problem and metrics is not None:
+                raise ValueError(f"--metrics={name}: {problem}; or leave {name} out")
+            if problem:
+                click.echo(f"Warning: {name} is left out: it {problem}", err=True)
+                chosen.remove(name)
+        functions = {name: PAIRED_METRICS[name] for name in chosen} | own_metrics
+        if not functions:
+            raise ValueError("--metrics=: must name a metric, unless --metric-file gives one")
+        source = "--range"
+        if value_range is None:
+            with flag_errors("--truth", truth, "give --range=LO,HI in the unit of the data"):
+                value_range = value_range_of(paired.truth.scaling)
+            source = "8 bits" if paired.truth.scaling.is_8bit else "the scale of --truth"
+        counts = f"{len(paired)} images, paired by {paired.partners.found_by}"
+        if len(set(paired.partners.numbers)) < len(paired.truth):
+            counts += (f" with {len(set(paired.partners.numbers))} of the {len(paired.truth)} "
+                       "truths")
+        click.echo(f"Pairs      {counts}")
+        low, high = value_range
+        click.echo(f"Range      {low:.6g} to {high:.6g} ({source}){', clipped to it' * clip}")
+        with console.timed("scores"):
+            scores, warnings = paired.score(functions, value_range, clip=clip)
+        for warning in warnings:
+            click.echo(f"Warning: {warning}", err=True)
+        _report_pairs(paired, scores, value_range, clip, images, folder, bool(out), window)
+
+
+def _folder_of_pairs(images: str, truth: str, out: str | None) -> Path | None:
+    """Returns where the files of paired scores go; None for a ZIP without --out.
+
+    Raises:
+        ValueError: inside of images, among which the picture would be one more.
+        OSError: files can't be written there.
+    """
+    from dnnlib.atomic import check_writable
+
+    source = Path(os.path.abspath(images))
+    if out is None and not source.is_dir():
+        return None
+    folder = Path(out) if out is not None else source.with_name(f"pairs_{source.name}")
+    if out == "" or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"--out={out}: must be a folder, which is made if need be")
+    for path in filter(os.path.isdir, (images, truth)):
+        if folder.resolve().is_relative_to(Path(path).resolve()):
+            raise ValueError(f"--out={folder}: lies inside {path}, of which the picture would become "
+                             "an image; name a folder outside of it")
+    try:
+        check_writable(folder / _JSONL)
+    except OSError as error:
+        raise OSError(f"--out={folder}: {describe(error)}; name another folder") from error
+    return folder
+
+
+def _report_pairs(paired, scores, values: tuple[float, float], clip: bool, images: str,
+                  folder: Path | None, is_folder_given: bool,
+                  window: tuple[float, float] | None) -> None:
+    """Prints the summary of paired scores, and writes it and the scores of each image."""
+    from dnnlib.atomic import append_line
+    from metrics.pair_files import summary_lines, summary_records, write_scores
+
+    for line in summary_lines(scores):
+        console.result(line)
+    if folder is None:
+        click.echo("Files      none, because --images is a ZIP; --out=DIR keeps the scores")
+        return
+    window = window or (sum(values) / 2, values[1] - values[0])
+    click.echo(f"Files      {write_scores(folder, paired, scores, values, window)}")
+    facts = {"images": images, "num": len(scores), **_facts_of_images(images, paired.images, 0),
+             "range": list(values), "clip": clip, "paired_by": paired.partners.found_by,
+             "reference": str(paired.truth.path), "reference_sha256": paired.truth.fingerprint,
+             "reference_num": len(paired.truth), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    append_line(folder / _JSONL if is_folder_given else _jsonl_of_images(images), "\n".join(
+        json.dumps(record | facts) for record in summary_records(scores)))
+
+
 class _Job(NamedTuple):
     """A set of images to score; those of one `group` are the seed ranges of one network."""
 
@@ -518,6 +686,11 @@ def _refuse_strays(dataset) -> None:
         raise ValueError(f"{dataset.path}: {found[0].lstrip('/')} is not one of the images that "
                          f"generate.json describes, and so are {len(found)} files in all; move "
                          "them away")
+    _refuse_not_finite(dataset, record)
+
+
+def _refuse_not_finite(dataset, record: dict) -> None:
+    """Raises UnscorableError if generate.py has made images that are not finite."""
     if lost := record.get("not_finite"):
         raise UnscorableError(f"{dataset.path}: {len(lost)} images of this network have values that "
                               "are not finite, so it has no score",

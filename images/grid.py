@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+import PIL.ImageFont
 
 from dnnlib.atomic import atomic_write
 
@@ -14,36 +15,72 @@ _FRAME_MSEC, _LAST_FRAME_MSEC = 100, 2000
 _GAP = 2  # pixels between images
 _MAX_CLASSES = 16  # that get rows of their own
 _MAX_LABEL = 16  # characters
-_MIN_SIDE = 64  # small images are enlarged by a whole factor to at least this height
+_MIN_SIDE = 64  # pixels
+_MAX_FONT = 32  # pixels
+_LINE = 1.25  # height of a line of text over the size of the font
 
 
 def image_grid(
-    rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), split: int | None = None
+    rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), split: int | None = None,
+    titles: Sequence[str] = (), min_side: int = _MIN_SIDE,
 ) -> PIL.Image.Image:
     """Returns one picture of the rows, on white.
 
-    Images are uint8 [C, H, W] of one shape, of which only the first channel is shown unless C is 3.
-    Labels stand at the left of the rows. There is a wider gap before the column `split`.
+    Images are uint8 [C, H, W], of which only the first channel is shown unless C is 3. Smaller ones
+    stand in the middle of the place that the largest need. Labels stand at the left of the rows,
+    titles above the columns; these may have several lines. There is a wider gap before the column
+    `split`. Small images are enlarged by a whole factor to a height of at least `min_side`.
     """
-    first = next(image for row in rows for image in row)
-    zoom = max(-(-_MIN_SIDE // first.shape[1]), 1)
-    height, width = (side * zoom + _GAP for side in first.shape[1:])
-    font_size = max(height // 4, 10)
+    shapes = [image.shape[1:] for row in rows for image in row]
+    highest = max(height for height, _ in shapes)
+    zoom = max(-(-min_side // highest), 1)
+    height, width = (max(sides) * zoom + _GAP for sides in zip(*shapes, strict=True))
+    font_size = min(max(height // 4, 10), _MAX_FONT)
     margin = max((len(label) for label in labels), default=0) * font_size * 2 // 3
     margin += font_size // 2 if margin else 0
     columns = max(len(row) for row in rows)
     extra = width // 2 if split is not None else 0
-    size = margin + columns * width + extra + _GAP, len(rows) * height + _GAP
+    title_size = _fitting_size(titles, width)
+    top = round(max((title.count("\n") + 1 for title in titles), default=0) * title_size * _LINE)
+    size = margin + columns * width + extra + _GAP, top + len(rows) * height + _GAP
     canvas = PIL.Image.new("RGB", size, "white")
     draw = PIL.ImageDraw.Draw(canvas)
+
+    def left(column: int) -> int:
+        return margin + column * width + _GAP + (
+            extra if split is not None and column >= split else 0)
+
+    for j, title in enumerate(titles):
+        draw.text((left(j) + (width - _GAP) // 2, top), title, fill="black", anchor="md",
+                  align="center", font_size=title_size)
     for i, row in enumerate(rows):
         if margin:
-            draw.text((margin - font_size // 3, i * height + height // 2), labels[i],
+            draw.text((margin - font_size // 3, top + i * height + height // 2), labels[i],
                       fill="black", anchor="rm", font_size=font_size)
         for j, image in enumerate(row):
-            x = margin + j * width + _GAP + (extra if split is not None and j >= split else 0)
-            canvas.paste(_enlarged(image, zoom), (x, i * height + _GAP))
+            shown = _enlarged(image, zoom)
+            x, y = left(j), top + i * height + _GAP
+            canvas.paste(shown, (x + (width - _GAP - shown.width) // 2,
+                                 y + (height - _GAP - shown.height) // 2))
     return canvas
+
+
+def _fitting_size(titles: Sequence[str], width: int) -> int:
+    """Returns the size of a font by which titles fit into columns of a width, but 8 at least."""
+    sizes = range(_MAX_FONT // 2, 8, -1)
+    longest = max((line for title in titles for line in title.split("\n")), key=len, default="")
+    return next((size for size in sizes
+                 if PIL.ImageFont.load_default(size).getlength(longest) <= width - _GAP), 8)
+
+
+def reduced(image: np.ndarray, max_side: int) -> np.ndarray:
+    """Returns a uint8 image [C, H, W] with neither side above `max_side`, smaller if need be."""
+    if max(image.shape[1:]) <= max_side:
+        return image
+    factor = max_side / max(image.shape[1:])
+    size = tuple(max(round(side * factor), 1) for side in image.shape[:0:-1])
+    return np.stack([np.asarray(PIL.Image.fromarray(channel).resize(
+        size, PIL.Image.Resampling.LANCZOS)) for channel in image])
 
 
 def _enlarged(image: np.ndarray, zoom: int) -> PIL.Image.Image:

@@ -22,7 +22,7 @@ import PIL.Image
 from dnnlib.ordered_pool import ordered_map
 from dnnlib.progress import Progress
 from images import array_files, pictures
-from images.grid import class_label, image_grid, square_grid
+from images.grid import class_label, image_grid, reduced, square_grid
 from images.image_files import (
     CONDITIONS,
     DAMAGE,
@@ -405,13 +405,7 @@ def _small_pixels(data: DataSet, name: str, *,
     scaling = data.scaling(image_format, "cond_scale" if name.startswith(CONDITIONS) else "scale")
     if window and not scaling.is_8bit:
         scaling = display_window(*window)
-    values = scaling.to_picture(values)
-    if max(values.shape[1:]) <= _MAX_SIDE:
-        return values
-    factor = _MAX_SIDE / max(values.shape[1:])
-    size = tuple(max(round(side * factor), 1) for side in values.shape[:0:-1])
-    return np.stack([np.asarray(PIL.Image.fromarray(channel).resize(
-        size, PIL.Image.Resampling.LANCZOS)) for channel in values])
+    return reduced(scaling.to_picture(values), _MAX_SIDE)
 
 
 def show_path(data: Path, out: str | None) -> Path:

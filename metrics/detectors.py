@@ -8,6 +8,7 @@ an FID.
 
 import hashlib
 import math
+import re
 
 import torch
 
@@ -17,6 +18,8 @@ from metrics.score_names import INCEPTION, title
 FEATURES_VERSION = 1  # of what detectors make of the same images; part of the names of kept files
 # A covariance of this many features takes 1.2 GB: 64x64 RGB images.
 MAX_PIXEL_FEATURES = 3 * 64 * 64
+_USUAL_PIXEL_FEATURES = 3 * 32 * 32  # whose distance takes seconds
+_POOLED = re.compile(r"pixels:([1-9]\d{0,5})")  # the pixels of images that are made smaller
 
 
 class Detector:
@@ -83,7 +86,9 @@ class Inception(Detector):
         if not is_8bit or channels not in (1, 3):
             kind = "8-bit" if is_8bit else "floating-point or 16-bit"
             raise ValueError(f"detector {cls.name}: takes 8-bit images of 1 or 3 channels, these "
-                             f"are {kind} of {channels}; use --detector=pixels")
+                             f"are {kind} of {channels}; use --detector=pixels (pixels:K makes "
+                             "large ones smaller by K), or 'fid.py pairs', which compares each "
+                             "image with its truth")
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         return self._network.logits(features)
@@ -93,19 +98,48 @@ class Pixels(Detector):
     """The pixels themselves, flattened: x/127.5 - 1 of 8 bits, else as networks see them.
 
     They give a plain distance between small images, which needs no download and says little about
-    how the images look.
+    how the images look. With a `factor` they are means over squares of so many pixels a side, and
+    this is part of the name.
     """
 
     name = "pixels"
     distance_name = title("frechet_distance", "pixels")
 
+    def __init__(self, device: torch.device | str = "cpu", factor: int = 1):
+        super().__init__(device)
+        self._factor = factor
+        if factor > 1:
+            self.name = f"pixels:{factor}"
+            self.distance_name = title("frechet_distance", self.name)
+
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        self.feature_dim = math.prod(images.shape[1:])
+        is_8bit, (channels, height, width) = images.dtype == torch.uint8, images.shape[1:]
+        if height % self._factor or width % self._factor:
+            raise ValueError(f"detector {self.name}: the sides of {width}x{height} images are no "
+                             f"multiples of {self._factor}; give a factor of both")
+        self.feature_dim = channels * height * width // self._factor**2
         if self.feature_dim > MAX_PIXEL_FEATURES:
-            raise ValueError(f"detector pixels: {self.feature_dim} numbers per image, at most "
-                             f"{MAX_PIXEL_FEATURES} (64x64 RGB); use inception")
-        features = images.to(self.device).flatten(1).to(torch.float32)
-        return features / 127.5 - 1 if images.dtype == torch.uint8 else features
+            raise ValueError(f"detector {self.name}: {self.feature_dim} numbers per image, at most "
+                             f"{MAX_PIXEL_FEATURES} (64x64 RGB); {_way_out(images.shape, is_8bit)}")
+        features = images.to(self.device, torch.float32)
+        if is_8bit:
+            features = features / 127.5 - 1
+        if self._factor > 1 and len(features):
+            features = torch.nn.functional.avg_pool2d(features, self._factor)
+        return features.reshape(len(images), self.feature_dim)
+
+
+def _way_out(shape: torch.Size, is_8bit: bool) -> str:
+    """Says how images that have too many pixels can be scored."""
+    _, channels, height, width = shape
+    ways = ["--detector=inception"] if is_8bit and channels in (1, 3) else []
+    factor = next((k for k in range(2, math.gcd(height, width) + 1)
+                   if math.gcd(height, width) % k == 0
+                   and channels * height * width <= _USUAL_PIXEL_FEATURES * k**2), None)
+    if factor:
+        ways.append(f"--detector=pixels:{factor}, the means of squares of {factor}x{factor} pixels")
+    ways.append("'fid.py pairs', which compares each image with its truth")
+    return f"use {', or '.join(ways)}"
 
 
 DETECTORS: dict[str, type[Detector]] = {
@@ -115,7 +149,16 @@ DETECTORS: dict[str, type[Detector]] = {
 
 
 def detector_class(spec: str) -> type[Detector]:
-    """Returns the class of what `build_detector(spec)` makes; a weight file is Inception's."""
+    """Returns the class of what `build_detector(spec)` makes; a weight file is Inception's.
+
+    Raises:
+        ValueError: `spec` is neither a name nor that of a weight file.
+    """
+    if _POOLED.fullmatch(spec):
+        return Pixels
+    if spec not in DETECTORS and not spec.endswith(".pth"):
+        raise ValueError(f"detector {spec!r}: must be {', '.join(DETECTORS)}, pixels:K with a "
+                         f"whole number K, or a copy of {inception.WEIGHTS_FILE}")
     return DETECTORS.get(spec, Inception)
 
 
@@ -126,11 +169,12 @@ def describe_detector(spec: str) -> tuple[str, str]:
         ValueError: `spec` is neither a name nor a weight file.
         OSError: the weight file can't be read.
     """
+    kind = detector_class(spec)
     if spec in DETECTORS:
-        return DETECTORS[spec].name, DETECTORS[spec].distance_name
-    if not spec.endswith(".pth"):
-        raise ValueError(f"detector {spec!r}: must be {', '.join(DETECTORS)}, or a copy of "
-                         f"{inception.WEIGHTS_FILE}")
+        return kind.name, kind.distance_name
+    if kind is Pixels:
+        pooled = build_detector(spec)
+        return pooled.name, pooled.distance_name
     digest = _file_sha256(spec)
     if digest == inception.WEIGHTS_SHA256:
         return Inception.name, Inception.distance_name
@@ -144,10 +188,14 @@ def _file_sha256(path: str) -> str:
 
 
 def build_detector(spec: str, device: torch.device | str = "cpu") -> Detector:
-    """Returns the detector called `spec`: a name in `DETECTORS`, or a path of Inception's weights.
+    """Returns the detector called `spec`: a name in `DETECTORS`, 'pixels:K', or Inception's.
+
+    K is the factor of `Pixels`. A path is that of weights for Inception.
 
     Raises:
         ValueError: there is no such detector, or the file holds something other than its weights.
         OSError: the weights can't be read or downloaded.
     """
+    if pooled := _POOLED.fullmatch(spec):
+        return Pixels(device, factor=int(pooled[1]))
     return DETECTORS[spec](device) if spec in DETECTORS else Inception(device, path=spec)

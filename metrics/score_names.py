@@ -5,6 +5,7 @@ Files have recorded names, `metric` in metrics.jsonl and `Metrics/NAME` in stats
     fid, kid, kid_std, precision, recall, is, is_std
     frechet_distance, kernel_distance, kernel_distance_std    fid and kid of other features
     bits_per_dim, nats_per_dim                                of images, by likelihood.py
+    psnr, ssim, ssim_uniform, rmse, mae                       of images and their truths
 
 For readers there are titles, such as FID and pixels Frechet distance. Only the features of the
 published Inception weights make an FID or KID.
@@ -13,11 +14,13 @@ published Inception weights make an FID or KID.
 INCEPTION = "inception"  # the detector with the published weights
 _GENERAL = {"fid": "frechet_distance", "kid": "kernel_distance", "kid_std": "kernel_distance_std"}
 _TITLES = {"fid": "FID", "kid": "KID", "is": "IS", "precision": "precision",
-           "recall": "recall", "bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim"}
+           "recall": "recall", "bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim",
+           "psnr": "PSNR", "ssim": "SSIM", "ssim_uniform": "SSIM (uniform window)",
+           "rmse": "RMSE", "mae": "MAE"}
 _TITLES_OF_FEATURES = {"frechet_distance": "Frechet distance", "kernel_distance": "kernel distance"}
 LIKELIHOODS = ("bits_per_dim", "nats_per_dim")
-LOWER_IS_BETTER = ("fid", "kid", *_TITLES_OF_FEATURES, *LIKELIHOODS)
-HIGHER_IS_BETTER = ("is", "precision", "recall")
+LOWER_IS_BETTER = ("fid", "kid", *_TITLES_OF_FEATURES, *LIKELIHOODS, "rmse", "mae")
+HIGHER_IS_BETTER = ("is", "precision", "recall", "psnr", "ssim", "ssim_uniform")
 DISTANCES = ("fid", "frechet_distance")  # by which networks are compared first
 
 

@@ -60,7 +60,8 @@ class Score:
     reference: str = ""  # as it was given
     reference_sha256: str = ""  # of its content
     network: str = ""  # its file name; '' if images were scored
-    other: tuple[tuple[str, str], ...] = ()  # settings of the sampler that are not the default
+    # Settings of the sampler that are not the default, and the range of scores of pairs.
+    other: tuple[tuple[str, str], ...] = ()
     weights: str = ""  # sha256 of the network's weights; '' where it is not recorded
     nfe: int | None = None  # evaluations of the network per image, where it is recorded
 
@@ -278,7 +279,8 @@ def _score(line: dict, D: float | None) -> Score | None:
         bits=_whole(sampler.get("bits")) or FULL_BITS,
         weights=str(sampler.get("weights") or ""),
         nfe=_whole(line.get("nfe") or sampler.get("nfe")),
-        network=source if line.get("network") else "", other=_other_settings(sampler), **text)
+        network=source if line.get("network") else "",
+        other=_other_settings(sampler) + _pair_settings(line), **text)
 
 
 def _kimg_of(source: str) -> float | None:
@@ -301,6 +303,14 @@ def _other_settings(sampler: dict) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((name, str(value)) for name, value in sampler.items()
                         if name not in _NOT_COMPARED and value is not None
                         and (name, value) not in _SAMPLER_DEFAULTS))
+
+
+def _pair_settings(line: dict) -> tuple[tuple[str, str], ...]:
+    """Returns what scores of images and their truths are relative to, as settings of their own."""
+    ends, found = line.get("range"), []
+    if isinstance(ends, list) and len(ends) == 2 and None not in map(_number, ends):
+        found.append(("range", f"{ends[0]:g} to {ends[1]:g}"))
+    return tuple(found + [("clip", "True")] * (line.get("clip") is True))
 
 
 def _D_of(options: dict) -> float | None:

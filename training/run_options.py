@@ -106,7 +106,7 @@ OUTPUT = (
     click.option("--eval", metavar="KIMG", type=float, help="How often to score samples, in thousands of images.  [default: never]"),
     click.option("--eval-ref", metavar="NPZ|URL|ZIP|DIR", help="Reference statistics or data set to score against."),
     click.option("--eval-num", metavar="INT", type=int, default=50_000, help="Number of samples to score."),
-    click.option("--eval-detector", metavar="inception|pixels|FILE", default="inception", help="Features to score by, see fid.py."),
+    click.option("--eval-detector", metavar="inception|pixels[:K]|FILE", default="inception", help="Features to score by, see fid.py."),
 )
 
 START = (

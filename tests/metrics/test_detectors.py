@@ -1,4 +1,5 @@
 import hashlib
+import re
 import threading
 import tracemalloc
 import zipfile
@@ -9,7 +10,14 @@ import scipy.linalg
 import torch
 
 from metrics import distances, inception, statistics
-from metrics.detectors import MAX_PIXEL_FEATURES, Pixels, build_detector, describe_detector
+from metrics.detectors import (
+    MAX_PIXEL_FEATURES,
+    Inception,
+    Pixels,
+    build_detector,
+    describe_detector,
+    detector_class,
+)
 from metrics.distances import frechet_distance
 from metrics.metrics import dataset_features
 from metrics.references import Reference, load_reference, save_reference
@@ -228,6 +236,51 @@ def test_pixels_refuses_images_whose_covariance_does_not_fit():
         Pixels()(torch.zeros(0, 3, 128, 128, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_pixels_of_a_factor_are_means_over_squares_and_bear_its_name(dtype):
+    images = (RNG(0).rand(2, 3, 8, 12) * 255).astype(dtype)
+    seen = images / 127.5 - 1 if dtype == np.uint8 else images
+    means = np.array([[[[seen[n, c, i:i + 4, j:j + 4].mean() for j in range(0, 12, 4)]
+                        for i in range(0, 8, 4)] for c in range(3)] for n in range(2)])
+    detector = build_detector("pixels:4")
+    np.testing.assert_allclose(detector(torch.from_numpy(images)), means.reshape(2, -1), rtol=1e-5)
+    assert detector.name == "pixels:4" == describe_detector("pixels:4")[0]
+    assert detector.distance_name == "pixels:4 Frechet distance" == describe_detector("pixels:4")[1]
+    assert build_detector("pixels:1").name == "pixels"
+    assert detector(torch.empty(0, 3, 8, 12)).shape == (0, 18)
+    with pytest.raises(ValueError, match="12x9 images are no multiples of 4"):
+        detector(torch.zeros(0, 3, 9, 12))
+
+
+@pytest.mark.parametrize("shape, dtype", [
+    ((3, 128, 128), torch.uint8), ((1, 512, 512), torch.float32), ((7, 96, 160), torch.float32),
+    ((5, 256, 64), torch.uint8)])
+def test_what_a_detector_advises_works(shape, dtype):
+    images, specs = torch.zeros(0, *shape, dtype=dtype), ["pixels"]
+    tried = set()
+    while specs:
+        spec = specs.pop()
+        assert spec not in tried, f"{spec} is advised by one that it advises"
+        tried.add(spec)
+        if spec == "inception":
+            Inception.check_kind(shape[0], dtype == torch.uint8)
+            continue
+        try:
+            assert build_detector(spec)(images).shape[1] <= 3 * 32 * 32
+        except ValueError as error:
+            advice = re.findall(r"--detector=([\w:]+)", str(error))
+            assert advice and ("inception" in advice) == (dtype == torch.uint8 and shape[0] == 3)
+            specs += advice
+    assert len(tried) > 1
+
+
+def test_large_images_without_a_factor_are_sent_to_pairs():
+    with pytest.raises(ValueError, match="use 'fid.py pairs', which compares"):
+        Pixels()(torch.zeros(0, 1, 127, 131))
+    with pytest.raises(ValueError, match=r"--detector=pixels \(pixels:K"):
+        Inception.check_kind(1, is_8bit=False)
+
+
 def test_only_the_published_inception_is_called_fid(tmp_path, monkeypatch):
     assert describe_detector("inception") == ("inception", "FID")
     assert "FID" not in describe_detector("pixels")[1]
@@ -239,8 +292,16 @@ def test_only_the_published_inception_is_called_fid(tmp_path, monkeypatch):
 
 
 def test_an_unknown_detector_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'clip': must be inception, pixels, or a copy of pt_inc"):
+    with pytest.raises(ValueError, match="'clip': must be inception, pixels, pixels:K .* or a "):
         build_detector("clip")
+
+
+@pytest.mark.parametrize("spec", ["pixels:", "pixels:0", "pixels:-2", "pixels:2.5", "pixels:x",
+                                  "pixel:2", "pixels:2:2"])
+def test_a_factor_of_pixels_is_a_whole_positive_number(spec):
+    for function in (build_detector, detector_class, describe_detector):
+        with pytest.raises(ValueError, match=f"{spec}.*: must be inception"):
+            function(spec)
 
 
 # Files of reference statistics

@@ -1,0 +1,119 @@
+"""Scores of one image against its truth: PSNR, SSIM, errors, and functions of the user's own.
+
+    mse    mean of (image - truth)^2 over all numbers
+    psnr   10 log10((hi - lo)^2 / mse), in dB
+    rmse   sqrt(mse), in the units of the data
+    mae    mean of |image - truth|, likewise
+    ssim   structural similarity, Wang et al. 2004
+
+[lo, hi] is the range of the data, which PSNR and SSIM are relative to. SSIM is no function of the
+difference: it is taken of v - lo, so that data in Hounsfield units give that of the same data on
+[0, 1]. docs/metrics.md has both kinds of SSIM written out.
+"""
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dnnlib.cli import describe
+from dnnlib.util import shown
+
+# From (image, truth, (lo, hi)) to a number. Images are float64 [C, H, W] in the data's units.
+PairedMetric = Callable[[np.ndarray, np.ndarray, tuple[float, float]], float]
+
+SSIM_WINDOWS = {"ssim": 11, "ssim_uniform": 7}  # pixels a side
+
+
+def rmse(image: np.ndarray, truth: np.ndarray, value_range: tuple[float, float]) -> float:
+    """Returns the root of the mean squared difference."""
+    return math.sqrt(np.mean(np.square(image - truth)))
+
+
+def mae(image: np.ndarray, truth: np.ndarray, value_range: tuple[float, float]) -> float:
+    """Returns the mean absolute difference."""
+    return float(np.mean(np.abs(image - truth)))
+
+
+def psnr(image: np.ndarray, truth: np.ndarray, value_range: tuple[float, float]) -> float:
+    """Returns the ratio of the range to the root mean squared difference in dB; inf for equals."""
+    low, high = value_range
+    error = rmse(image, truth, value_range)
+    return 20 * math.log10((high - low) / error) if error else math.inf
+
+
+def _ssim(image: np.ndarray, truth: np.ndarray, value_range: tuple[float, float],
+          **window) -> float:
+    """Returns the mean of the map of SSIM where the window lies inside, and over channels."""
+    from skimage.metrics import structural_similarity
+
+    low, high = value_range
+    return float(structural_similarity(image - low, truth - low, data_range=high - low,
+                                       channel_axis=0, **window))
+
+
+# "ssim" is of Wang et al. 2004: Gaussian weights of 11x11 pixels and population covariances.
+# "ssim_uniform" is what scikit-image gives unless told otherwise: 7x7 equal weights and sample
+# covariances. K1 = 0.01 and K2 = 0.03 in both.
+PAIRED_METRICS: dict[str, PairedMetric] = {
+    "psnr": psnr,
+    "ssim": functools.partial(_ssim, gaussian_weights=True, sigma=1.5,
+                              use_sample_covariance=False),
+    "ssim_uniform": _ssim,
+    "rmse": rmse,
+    "mae": mae,
+}
+
+
+def ssim_problem(metric: str, sizes: Sequence[tuple[int, int]]) -> str | None:
+    """Says what keeps images of these heights and widths from SSIM; None if nothing does."""
+    if importlib.util.find_spec("skimage") is None:
+        return "needs scikit-image, which is not installed: pip install scikit-image"
+    side, least = SSIM_WINDOWS[metric], min(map(min, sizes))
+    if least < side:
+        return f"has a window of {side}x{side} pixels, but an image has a side of {least}"
+    return None
+
+
+def load_metric(spec: str) -> tuple[str, PairedMetric]:
+    """Returns the name and the function of FILE.py:FUNCTION, of which the file is run.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it can't be run, has no such function, or the name is one of ours.
+    """
+    path, colon, name = spec.rpartition(":")
+    if not colon or not path.endswith(".py") or not name.isidentifier():
+        raise ValueError(f"--metric-file={spec}: must be FILE.py:FUNCTION, a function of (image, "
+                         "truth, value_range)")
+    if name in PAIRED_METRICS:
+        raise ValueError(f"--metric-file={spec}: {name} is a metric of --metrics already; give the "
+                         "function another name")
+    module_spec = importlib.util.spec_from_file_location(f"_metric_file_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except (OSError, ValueError, ImportError, SyntaxError, NameError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        text = describe(error).removeprefix(f"{path}: ")
+        raise kind(f"--metric-file={path}: {text}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        raise ValueError(f"--metric-file={spec}: no function {name} there"
+                         f"{'; there is ' + ', '.join(there[:6]) if there else ''}")
+    return name, function
+
+
+def as_number(value: object, metric: str) -> float:
+    """Returns what a metric has given as a float; raises ValueError where it is no number."""
+    try:
+        number = float(value.item() if hasattr(value, "item") else value)
+    except (TypeError, ValueError, RuntimeError):  # the latter two of several numbers
+        number = math.nan
+    if math.isnan(number):
+        raise ValueError(f"{metric} gave {shown(value)}; must be a number")
+    return number

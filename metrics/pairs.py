@@ -1,0 +1,314 @@
+"""Images beside their truths: which belong together, and their scores.
+
+Pairs are found by name, without extension and, if that is enough, without folder; or by order. The
+images of a folder that generate.py filled are numbered by their seeds: seed k belongs to truth
+k mod n of n, as with --init-image and --cond-image.
+
+Values are compared in the units of the data, as they are stored. The measurement that each image
+was made of can be scored beside it; it is called the input.
+"""
+
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from dnnlib.cli import flag_errors
+from dnnlib.progress import Progress
+from images.dataset import ImageFolderDataset
+from images.scaling import Scaling, default_scaling
+from metrics.paired import PairedMetric, as_number
+
+PAIRINGS = ("auto", "name", "order")
+CONDITIONS_WORD = "cond"  # as input: the condition images of the truths
+_REMEDY = "name a folder or ZIP of images"
+_UNIT_FACTOR = 50  # spans that differ by more are of different units
+_OFFSET_SHARE = 0.9  # of the squared error, above which a constant offset explains it
+
+
+class Partners(NamedTuple):
+    """The partner of each image among others, by number, and how it was found."""
+
+    numbers: list[int]
+    found_by: str  # 'name', 'order' or 'seed'
+
+
+class PairScore(NamedTuple):
+    """The scores of one image and, if there is one, of its input."""
+
+    name: str
+    truth: str
+    values: dict[str, float]
+    of_input: dict[str, float] | None
+
+
+class Summary(NamedTuple):
+    """Scores of several images: mean and sample standard deviation of those that are finite."""
+
+    mean: float  # inf where none is finite
+    std: float | None  # None where fewer than two are finite
+    num_finite: int
+    num_infinite: int  # of images that equal their truth
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Summary":
+        """Returns that of at least one value."""
+        finite = [value for value in values if math.isfinite(value)]
+        std = statistics.stdev(finite) if len(finite) > 1 else None
+        return cls(statistics.fmean(finite) if finite else math.inf, std, len(finite),
+                   len(values) - len(finite))
+
+
+class Pairs:
+    """Images of one folder or ZIP with their truths in another and, if given, their inputs.
+
+    Args:
+        images: what to score.
+        truth: the truths. If it is a paired data set, they are its images.
+        input: the measurements that the images were made of, or 'cond' for the condition images of
+            `truth`.
+        by: of `PAIRINGS`; see `partners`.
+
+    Raises:
+        OSError: one of them can't be read.
+        ValueError: not images, of other sizes, channels or kinds, or without partners.
+    """
+
+    def __init__(self, images: str | os.PathLike, truth: str | os.PathLike,
+                 input: str | os.PathLike | None = None, by: str = "auto"):
+        self._images, self._truth = _Source("--images", images), _Source("--truth", truth)
+        self.partners = partners(self._images, self._truth, by)
+        self._sources = {self._images: range(len(self)), self._truth: self.partners.numbers}
+        self._input: _Source | None = None
+        if input == CONDITIONS_WORD:
+            self._input = _Source("--truth", truth, conditions=True)
+            self._sources[self._input] = self.partners.numbers
+        elif input is not None:
+            self._input = _Source("--input", input)
+            self._sources[self._input] = partners(self._images, self._input, by).numbers
+        for source in self._sources:
+            source.check_kind(self._truth)
+        self.sizes = self._images.dataset.sizes
+        for source, numbers in self._sources.items():
+            self._check_sizes(source, numbers)
+
+    def __len__(self) -> int:
+        return len(self._images.dataset)
+
+    @property
+    def images(self) -> ImageFolderDataset:
+        """The images that are scored."""
+        return self._images.dataset
+
+    @property
+    def truth(self) -> ImageFolderDataset:
+        """The truths, of which there may be more."""
+        return self._truth.dataset
+
+    @property
+    def has_input(self) -> bool:
+        """Whether there are inputs."""
+        return self._input is not None
+
+    def read(self, number: int) -> list[np.ndarray]:
+        """Returns an image, its truth and, if there are any, its input: float64 [C, H, W].
+
+        Raises:
+            ValueError: one can't be read.
+        """
+        return [source.read(numbers[number]) for source, numbers in self._sources.items()]
+
+    def score(self, metrics: Mapping[str, PairedMetric], value_range: tuple[float, float], *,
+              clip: bool = False) -> tuple[list[PairScore], list[str]]:
+        """Returns the scores of all images, in order, and warnings of what looks wrong.
+
+        Args:
+            metrics: by name.
+            value_range: the least and the largest value that data have.
+            clip: clip images, truths and inputs to the range first.
+
+        Raises:
+            ValueError: an image can't be read, is of another unit, or a metric gives no number.
+        """
+        found, checks = [], [_UnitCheck() for source in self._sources if source != self._truth]
+        with Progress(len(self), "Scoring") as progress:
+            for number in progress.over(range(len(self))):
+                image, truth, *inputs = self.read(number)
+                for check, values in zip(checks, (image, *inputs), strict=True):
+                    check.add(values, truth)
+                if clip:
+                    image, truth, *inputs = (np.clip(values, *value_range)
+                                             for values in (image, truth, *inputs))
+                name, name_of_truth = (source.dataset.all_names[self._sources[source][number]]
+                                       for source in (self._images, self._truth))
+                own, *of_inputs = (
+                    {metric: as_number(function(values, truth, value_range), f"{metric} of {name}")
+                     for metric, function in metrics.items()} for values in (image, *inputs))
+                found.append(PairScore(name, name_of_truth, own, of_inputs[0] if inputs else None))
+        warnings = []
+        for check, source in zip(checks, filter(None, (self._images, self._input)), strict=True):
+            check.raise_if_other(source.where, self._truth.where)
+            warnings += check.warnings(source.where, self._truth.where)
+        return found, warnings
+
+    def _check_sizes(self, source: "_Source", numbers: Sequence[int]) -> None:
+        for number, (own, other) in enumerate(zip(
+                self.sizes, map(source.dataset.sizes.__getitem__, numbers), strict=True)):
+            if own != other:
+                raise ValueError(
+                    f"{self._images.where}: {self.images.all_names[number]} is {own[1]}x{own[0]}, "
+                    f"but {source.dataset.all_names[numbers[number]]} of {source.where} is "
+                    f"{other[1]}x{other[0]}; pairs must be of one size")
+
+
+class _Source:
+    """The images of a folder or ZIP, or its condition images, as errors call them."""
+
+    def __init__(self, flag: str, path: str | os.PathLike, *, conditions: bool = False):
+        self.where = f"--input={CONDITIONS_WORD}" if conditions else f"{flag}={path}"
+        with flag_errors(flag, path, _REMEDY):
+            self.dataset = ImageFolderDataset(path, any_size=True, use_conditions=conditions)
+        self._is_of_conditions = conditions
+
+    @property
+    def channels(self) -> int:
+        return self.dataset.cond_channels if self._is_of_conditions else self.dataset.num_channels
+
+    @property
+    def scaling(self) -> Scaling:
+        return self.dataset.cond_scaling if self._is_of_conditions else self.dataset.scaling
+
+    def read(self, number: int) -> np.ndarray:
+        """Returns one image as float64 [C, H, W]."""
+        images, _, *conditions = self.dataset.get_batch([number])
+        return (conditions[0] if conditions else images)[0].astype(np.float64)
+
+    def check_kind(self, truth: "_Source") -> None:
+        """Raises ValueError if these can't be compared with the truths."""
+        if self.channels != truth.channels:
+            raise ValueError(f"{self.where}: {_channels(self.channels)}, but {truth.where} has "
+                             f"{truth.channels}; images that are compared have the same channels")
+        if self.scaling.is_8bit and not truth.scaling.is_8bit:
+            raise ValueError(f"{self.where}: 8-bit images, but those of {truth.where} have more "
+                             "bits and so another unit; give both in the unit of the data")
+
+
+def _channels(count: int) -> str:
+    return f"{count} channel{'' if count == 1 else 's'}"
+
+
+class _UnitCheck:
+    """Whether images that come one by one seem to be of the unit of their truths."""
+
+    def __init__(self) -> None:
+        self._ends = [math.inf, -math.inf], [math.inf, -math.inf]  # of the images, of the truths
+        self._count = self._num_equal = 0
+        self._offset = self._squares = 0.0  # sums of the means of d and d^2, d = image - truth
+
+    def add(self, image: np.ndarray, truth: np.ndarray) -> None:
+        """Takes an image and its truth."""
+        for ends, values in zip(self._ends, (image, truth), strict=True):
+            ends[:] = min(ends[0], float(values.min())), max(ends[1], float(values.max()))
+        difference = image - truth
+        self._count += 1
+        self._num_equal += not difference.any()
+        self._offset += float(difference.mean())
+        self._squares += float(np.square(difference).mean())
+
+    def raise_if_other(self, where: str, truth: str) -> None:
+        """Raises ValueError if one set spans far more than the other."""
+        own, other = ((high - low) for low, high in self._ends)
+        if other and not 1 / _UNIT_FACTOR <= own / other <= _UNIT_FACTOR:
+            (low, high), (true_low, true_high) = self._ends
+            raise ValueError(f"{where}: values from {low:.6g} to {high:.6g}, but those of {truth} "
+                             f"are from {true_low:.6g} to {true_high:.6g}; both must be in one "
+                             "unit, that of the data, in which generate.py writes images")
+
+    def warnings(self, where: str, truth: str) -> Iterator[str]:
+        """Yields what is suspicious, a line each."""
+        if self._num_equal:
+            yield (f"{where}: {self._num_equal} of {self._count} images equal their truths of "
+                   f"{truth} in every number; are they the truths themselves?")
+        offset = self._offset / self._count
+        if self._squares and self._count * offset**2 > _OFFSET_SHARE * self._squares:
+            yield (f"{where}: values are {abs(offset):.5g} {'above' if offset > 0 else 'below'} "
+                   f"those of {truth} on average, which is nearly all of the error; do they have "
+                   "another zero, as HU + 1024 has?")
+
+
+def partners(images: _Source, others: _Source, by: str = "auto") -> Partners:
+    """Returns the partners of images among others.
+
+    With 'auto' they go by name where every image has a partner of its name, and by order where none
+    has one.
+
+    Raises:
+        ValueError: an image has no partner, or names and seeds give different ones.
+    """
+    names, there = images.dataset.all_names, others.dataset.all_names
+    by_name, num_named = _by_name(names, there)
+    by_order = _by_order(images.dataset, len(there))
+    counts = (f"{images.where} has {len(names)} images and {others.where} {len(there)}, and "
+              f"{num_named} have a partner of their name")
+    if by == "auto" and by_name and by_order and by_order.found_by == "seed" \
+            and by_name.numbers != by_order.numbers:
+        raise ValueError(f"{images.where}: by their names images have other partners in "
+                         f"{others.where} than by their seeds (image 0 is that of seed 0); give "
+                         "--pair-by=name or --pair-by=order")
+    if by_name and by != "order":
+        return by_name
+    if by_order and (by == "order" or (by == "auto" and (
+            by_order.found_by == "seed" or not num_named))):
+        return by_order
+    raise ValueError(f"{counts}; give each one of its name, without regard to the extension, or as "
+                     "many with --pair-by=order")
+
+
+def _by_name(names: Sequence[str], others: Sequence[str]) -> tuple[Partners | None, int]:
+    """Returns partners by name if every image has one, and how many have one."""
+    keys: tuple[Callable[[str], str], ...] = (
+        lambda name: os.path.splitext(name)[0], lambda name: PurePosixPath(name).stem)
+    most = 0
+    for key in keys:
+        numbers = {key(name): number for number, name in enumerate(others)}
+        own = list(map(key, names))
+        if len(numbers) < len(others) or len(set(own)) < len(own):
+            continue  # folders or extensions tell images of one name apart
+        found = [numbers.get(name) for name in own]
+        most = max(most, len(found) - found.count(None))
+        if None not in found:
+            return Partners(found, "name"), most
+    return None, most
+
+
+def _by_order(images: ImageFolderDataset, num_others: int) -> Partners | None:
+    """Returns partners by seed for images of generate.py, else by order if there are as many."""
+    stems = [PurePosixPath(name).stem for name in images.all_names]
+    if "" in images.sample_records() and all(map(str.isdecimal, stems)):
+        return Partners([int(stem) % num_others for stem in stems], "seed")
+    return Partners(list(range(num_others)), "order") if len(stems) == num_others else None
+
+
+def value_range_of(scaling: Scaling) -> tuple[float, float]:
+    """Returns the values that become -1 and 1 for networks, between which data are.
+
+    They are 0 and 255 of 8 bits, and 0 and 65535 of 16 bits without a recorded scale.
+
+    Raises:
+        ValueError: floating-point data without a recorded scale, or channels of other ranges;
+            without saying where.
+    """
+    if scaling == default_scaling(np.float32):
+        raise ValueError("no scale of these floating-point images is recorded, which would tell "
+                         "the range of their values")
+    if scaling.is_8bit:
+        return 0.0, 255.0
+    ends = {(center - spread, center + spread)
+            for center, spread in zip(scaling.center, scaling.spread, strict=True)}
+    if len(ends) > 1:
+        raise ValueError("the channels have scales of their own, and so no one range")
+    return ends.pop()
