@@ -1,7 +1,7 @@
 """Images beside their truths: which belong together, and their scores.
 
-Pairs are found by name, without extension and, if that is enough, without folder; or by order. The
-images of a folder that generate.py filled are numbered by their seeds: seed k belongs to truth
+Pairs are found by name, without extension and, if that is enough, without folder; or by order. If
+generate.py has named images by their seeds and not after their inputs, seed k belongs to truth
 k mod n of n, as with --init-image and --cond-image.
 
 Values are compared in the units of the data, as they are stored. The measurement that each image
@@ -22,9 +22,9 @@ from dnnlib.progress import Progress
 from images.dataset import ImageFolderDataset
 from images.scaling import Scaling, default_scaling
 from metrics.paired import PairedMetric, as_number
+from sampling.seed_images import CONDITIONS_WORD
 
 PAIRINGS = ("auto", "name", "order")
-CONDITIONS_WORD = "cond"  # as input: the condition images of the truths
 _REMEDY = "name a folder or ZIP of images"
 _UNIT_FACTOR = 50  # spans that differ by more are of different units
 _OFFSET_SHARE = 0.9  # of the squared error, above which a constant offset explains it
@@ -286,9 +286,10 @@ def _by_name(names: Sequence[str], others: Sequence[str]) -> tuple[Partners | No
 
 
 def _by_order(images: ImageFolderDataset, num_others: int) -> Partners | None:
-    """Returns partners by seed for images of generate.py, else by order if there are as many."""
+    """Returns partners by seed where seeds are names, else by order if there are as many."""
     stems = [PurePosixPath(name).stem for name in images.all_names]
-    if "" in images.sample_records() and all(map(str.isdecimal, stems)):
+    record = images.sample_records().get("", {"names": "inputs"})
+    if record.get("names") != "inputs" and all(map(str.isdecimal, stems)):
         return Partners([int(stem) % num_others for stem in stems], "seed")
     return Partners(list(range(num_others)), "order") if len(stems) == num_others else None
 

@@ -184,13 +184,13 @@ def test_the_range_is_what_networks_see_as_minus_one_and_one(low, high, bits):
 # Partners
 
 
-def found_partners(tmp_path, names, others, by="auto", is_generated=False):
+def found_partners(tmp_path, names, others, by="auto", is_generated=False, record=None):
     image = np.zeros((1, 2, 2), np.float32)
     for folder, own in (("a", names), ("b", others)):
         shutil.rmtree(tmp_path / folder, ignore_errors=True)
         write(tmp_path / folder, [image] * len(own), own)
     if is_generated:
-        (tmp_path / "a/generate.json").write_text("{}")
+        (tmp_path / "a/generate.json").write_text(json.dumps(record or {}))
     pairs = Pairs(tmp_path / "a", tmp_path / "b", by=by)
     assert len(pairs) == len(names)
     return pairs.partners.found_by, pairs.partners.numbers
@@ -224,6 +224,8 @@ def test_images_of_generate_belong_to_the_truths_of_their_seeds(tmp_path):
         found_partners(*args, is_generated=True)
     assert found_partners(*args, is_generated=True, by="name") == ("name", [2])
     assert found_partners(*args, is_generated=True, by="order") == ("seed", [3])
+    # Names that are those of the inputs say it themselves.
+    assert found_partners(*args, is_generated=True, record={"names": "inputs"}) == ("name", [2])
 
 
 @pytest.mark.parametrize("names, others, by", [
