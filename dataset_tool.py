@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dnnlib.cli import HELP_NAMES, cache_dir_option, run, user_errors
+from dnnlib.cli import HELP_NAMES, Range, Window, cache_dir_option, run, two_numbers, user_errors
 
 if TYPE_CHECKING:  # imported late: help is instant
     from images.conversion import Outcome
@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # imported late: help is instant
     from images.splitting import Split
 
 _MAX_CLASS_LINES = 40
-_MAX_LIMIT = 1e38  # of values; float32 ends soon after
 _MAX_LISTED = 50  # damaged images
 _MAX_KINDS = 8  # extensions of files that are no images
 
@@ -63,41 +62,14 @@ def _parse_color(ctx, param, value: str) -> tuple[int, int, int]:
     return color
 
 
-def _two_numbers(value: str) -> tuple[float, float]:
-    """Returns two numbers with a comma between them; not a number where there are none."""
-    try:
-        first, second = map(float, value.split(","))
-    except ValueError:
-        return math.nan, math.nan
-    return first, second
-
-
 def _parse_scale(ctx, param, value: str | None) -> str | tuple[float, float] | None:
     if value in (None, "minmax", "std"):
         return value
-    low, high = _two_numbers(value)
+    low, high = two_numbers(value)
     if not -math.inf < low < high < math.inf:
         raise click.BadParameter(f"{value}: must be minmax, std, or LO,HI with LO < HI, such as "
                                  "0,65535")
     return low, high
-
-
-def _parse_clip(ctx, param, value: str | None) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    low, high = _two_numbers(value)
-    if not -_MAX_LIMIT <= low < high <= _MAX_LIMIT:
-        raise click.BadParameter(f"{value}: must be LO,HI with LO < HI, such as -1024,3071")
-    return low, high
-
-
-def _parse_window(ctx, param, value: str | None) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    center, width = _two_numbers(value)
-    if not (abs(center) <= _MAX_LIMIT and 0 < width <= _MAX_LIMIT):
-        raise click.BadParameter(f"{value}: must be a center and a width above 0, such as 40,400")
-    return center, width
 
 
 def _parse_channels(ctx, param, value: str | None) -> str | dict[str, tuple[int, ...]] | None:
@@ -299,9 +271,9 @@ def _require(**given: str | None) -> None:
               help="As --scale, for the condition images")
 @click.option("--pair",         metavar="order|PATTERN", callback=_parse_pair,
               help="Pair --cond-source by order instead of names; or find both in --source by a regular expression of two alternatives, for names of conditions and of images, whose groups hold the same text for a pair, such as '(.*)_QD_|(.*)_FD_'")
-@click.option("--clip",         metavar="LO,HI", callback=_parse_clip,
+@click.option("--clip",         metavar="LO,HI", type=Range(),
               help="Limit values to LO..HI, in the data's units, before anything else; needs --scale")
-@click.option("--cond-clip",    metavar="LO,HI", callback=_parse_clip,
+@click.option("--cond-clip",    metavar="LO,HI", type=Range(),
               help="As --clip, for the condition images; needs --cond-scale  [default: --clip]")
 @click.option("--classes",      metavar="LIST", callback=_parse_classes,
               help="Keep these classes only and number them from 0 in this order, such as 6,1,3")
@@ -499,7 +471,7 @@ def _check_out(ctx, param, value: str | None) -> str | None:
 @click.argument("data", metavar="DATA")
 @click.option("--out",          metavar="FILE.png", callback=_check_out,
               help="Picture to write  [default: NAME-show.png beside DATA]")
-@click.option("--window",       metavar="CENTER,WIDTH", callback=_parse_window,
+@click.option("--window",       metavar="CENTER,WIDTH", type=Window(),
               help="Values that the picture shows from black to white, in the data's units, such as 40,400  [default: what networks see as -1 to 1]")
 @click.option("--workers",      metavar="INT", type=click.IntRange(min=1),
               help="Processes that decode  [default: one a core]")

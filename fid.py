@@ -19,7 +19,9 @@ from dnnlib.cli import (
     HELP_NAMES,
     IntList,
     NameList,
+    Range,
     UserError,
+    Window,
     cache_dir_option,
     describe,
     flag_errors,
@@ -322,33 +324,6 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
                                f"{', with features' if features else ''}")
 
 
-def _parse_range(ctx, param, value: str | None) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    low, high = _two_numbers(value)
-    if not -math.inf < low < high < math.inf:
-        raise click.BadParameter(f"{value!r}: must be LO,HI with LO < HI, such as -1024,3071")
-    return low, high
-
-
-def _parse_window(ctx, param, value: str | None) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    center, width = _two_numbers(value)
-    if not (math.isfinite(center) and 0 < width < math.inf):
-        raise click.BadParameter(f"{value!r}: must be a center and a width above 0, such as 40,400")
-    return center, width
-
-
-def _two_numbers(text: str) -> tuple[float, float]:
-    """Returns two numbers with a comma between them; NaN for anything else."""
-    try:
-        first, second = map(float, text.split(","))
-    except ValueError:
-        return math.nan, math.nan
-    return first, second
-
-
 @main.command(context_settings={"show_default": True, **HELP_NAMES})
 @click.option("--images",     metavar="DIR|ZIP", required=True,
               help="Images to score")
@@ -362,12 +337,12 @@ def _two_numbers(text: str) -> tuple[float, float]:
                    "[default: psnr,ssim,rmse,mae]")
 @click.option("--metric-file", "metric_files", metavar="FILE.py:FUNCTION", multiple=True,
               help="Metric of your own: a function of (image, truth, value_range)")
-@click.option("--range", "value_range", metavar="LO,HI", callback=_parse_range,
+@click.option("--range", "value_range", metavar="LO,HI", type=Range(),
               help="Range of the data that psnr and ssim are relative to  [default: 0,255 of 8 bits, "
                    "else that of the recorded scale of --truth]")
 @click.option("--clip",       is_flag=True,
               help="Clip all images to the range before they are compared")
-@click.option("--window",     metavar="CENTER,WIDTH", callback=_parse_window,
+@click.option("--window",     metavar="CENTER,WIDTH", type=Window(),
               help="Values that the picture shows, from black to white  [default: the range]")
 @click.option("--pair-by",    type=click.Choice(["auto", "name", "order"]), default="auto",
               help="How images find their truths; auto takes names where all match")

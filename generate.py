@@ -14,6 +14,7 @@ from dnnlib.cli import (
     CONTEXT,
     IntList,
     UserError,
+    Window,
     cache_dir_option,
     describe,
     run,
@@ -55,19 +56,6 @@ def _parse_quantiles(ctx, param, value: str | None) -> tuple[float, ...] | None:
     return quantiles
 
 
-def _parse_window(ctx, param, value: str | None) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    try:
-        center, width = map(float, value.split(","))
-    except ValueError:
-        center = width = math.nan
-    if not (math.isfinite(center) and 0 < width < math.inf):
-        raise click.BadParameter(f"{value!r}: must be CENTER,WIDTH with a width above 0, such as "
-                                 "40,400")
-    return center, width
-
-
 @click.command(context_settings=CONTEXT)
 @click.option("--network", metavar="PT|URL", help="Network snapshot or training state; without it, every training state of OUTDIR.")
 @click.option("--outdir", metavar="DIR", required=True, help="Where the images go; without --network, the run directory.")
@@ -77,7 +65,7 @@ def _parse_window(ctx, param, value: str | None) -> tuple[float, float] | None:
 @click.option("--subdirs", is_flag=True, help="One subfolder per thousand seeds.")
 @click.option("--batch", "batch", metavar="INT", type=click.IntRange(min=1), default=64, help="Largest batch per process.")
 @click.option("--save_images", metavar="[BOOL]", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write vis/grid.png and vis/movie.gif of the first of SEEDS.")
-@click.option("--window", metavar="C,W", callback=_parse_window, help="Center and width, in the data's units, of the values from black to white in these pictures.  [default: what networks see as -1 to 1]")
+@click.option("--window", metavar="C,W", type=Window(), help="Center and width, in the data's units, of the values from black to white in these pictures.  [default: what networks see as -1 to 1]")
 @click.option("--encode", metavar="DIR|ZIP", help="Write the latents of these images to latents.npz instead of making images.")
 @click.option("--latents", metavar="FILE", help="Latents to begin with, as --encode writes them; seed k has latent k mod n of n.")
 @click.option("--interpolate", metavar="LIST", callback=_parse_ends, help="Images on the way between these seeds, or latents of --latents by name or number: A,B or more.")
@@ -440,11 +428,11 @@ def _save_pictures(sampler, folder, seeds, window: tuple[float, float] | None) -
     """
     from images.grid import save_gif, save_png, square_grid
     from images.image_files import PICTURES
-    from images.scaling import Scaling
+    from images.scaling import display_window
     (folder / PICTURES).mkdir(exist_ok=True)
     seeds = [seed for seed in seeds if sampler.shape_of(seed) == sampler.shape_of(seeds[0])]
     classes = sampler.classes(seeds)
-    shown = window and Scaling((window[0],), (window[1] / 2,))
+    shown = window and display_window(*window)
     frames = [square_grid(images.numpy(), classes, sampler.class_names)
               for images in sampler.trajectory(seeds, shown)]
     save_png(folder / PICTURES / "grid.png", frames[-1])

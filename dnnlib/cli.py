@@ -20,6 +20,7 @@ from dnnlib.util import CACHE_DIR_ENV, cache_dir
 BAD_INPUT, BAD_USAGE, DIVERGED = 1, 2, 3
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 CONTEXT = {"max_content_width": 100, "show_default": True, **HELP_NAMES}  # of click commands
+_MAX_FLOAT32 = 1e38  # of values; float32 ends soon after
 _KIND_NAMES = {int: "whole numbers", float: "numbers"}
 _KILLED = re.compile(r"killed by signal: (\w[\w ]*)")
 # What PyTorch says of a lost or silent process of the group: gloo, its store, NCCL.
@@ -270,13 +271,35 @@ class Range(click.ParamType):
         """Returns a tuple of two floats."""
         if isinstance(value, tuple):
             return value
-        try:
-            low, high = map(float, value.split(","))
-        except ValueError:
-            low = high = math.nan
-        if not -math.inf < low < high < math.inf:
-            self.fail(f"{value!r} is not LO,HI with LO < HI, such as -1024,3071", param, ctx)
+        low, high = two_numbers(value)
+        if not -_MAX_FLOAT32 <= low < high <= _MAX_FLOAT32:
+            self.fail(f"{value!r}: must be LO,HI with LO < HI, such as -1024,3071", param, ctx)
         return low, high
+
+
+class Window(click.ParamType):
+    """CENTER,WIDTH of a display window, with a width above 0; becomes a pair of numbers."""
+
+    name = "window"
+
+    def convert(self, value, param, ctx):
+        """Returns a tuple of two floats."""
+        if isinstance(value, tuple):
+            return value
+        center, width = two_numbers(value)
+        if not (abs(center) <= _MAX_FLOAT32 and 0 < width <= _MAX_FLOAT32):
+            self.fail(f"{value!r}: must be a center and a width above 0, such as 40,400", param,
+                      ctx)
+        return center, width
+
+
+def two_numbers(text: str) -> tuple[float, float]:
+    """Returns two numbers with a comma between them; NaN for anything else."""
+    try:
+        first, second = map(float, text.split(","))
+    except ValueError:
+        return math.nan, math.nan
+    return first, second
 
 
 class IntList(click.ParamType):

@@ -245,7 +245,7 @@ def test_what_a_network_has_no_use_for_is_refused(options, args, words, tmp_path
 def test_a_scale_is_two_finite_numbers_that_rise(text, tmp_path, invoke):
     line = convert(invoke, write_snapshot(tmp_path / "net.pt"), tmp_path / "other.pt",
                    f"--scale={text}", code=2)
-    assert f"'{text}' is not LO,HI with LO < HI" in line
+    assert f"'{text}': must be LO,HI with LO < HI" in line
 
 
 def test_files_of_ours_that_lack_a_record_take_one(tmp_path, invoke):

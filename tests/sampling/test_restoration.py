@@ -250,8 +250,8 @@ def test_scores_are_of_images_of_one_size_only(root, tmp_path, invoke):
     (["--average=3"], 2, "--average=3: makes means"),
     (["INIT", "--last=1", "--average=3", "--seeds=4"], 1, "name seeds below 4"),
     (["--tile=3"], 2, "--tile=3: must be a multiple of 2"),
-    (["--window=40"], 2, "must be CENTER,WIDTH"),
-    (["--window=40,0"], 2, "must be CENTER,WIDTH"),
+    (["--window=40"], 2, "must be a center and a width"),
+    (["--window=40,0"], 2, "must be a center and a width"),
 ], ids=str)
 def test_what_does_not_fit_gets_one_line_and_leaves_nothing(flags, code, words, root, tmp_path,
                                                             invoke):
