@@ -29,6 +29,7 @@ from dnnlib.cli import (
     user_errors,
     verbosity_options,
 )
+from metrics.score_names import OF_PAIRS
 from sampling.folders import CKPT_PREFIX, SWEPT, FolderName, strays
 from sampling.sampling_options import sampling_options
 
@@ -38,7 +39,6 @@ _RUN_OPTIONS = "training_options.json"  # of a run directory
 _FEW_IMAGES = 2048  # the covariance of Inception's features is singular below
 _MAX_NAMED = 6  # folders in a message
 _MAX_WORKERS = 3  # by default; a GPU's Inception waits for no more
-_PAIR_METRICS = ("psnr", "ssim", "ssim_uniform", "rmse", "mae")
 _PAIR_DEFAULT = ("psnr", "ssim", "rmse", "mae")
 
 
@@ -332,7 +332,7 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
 @click.option("--input", "input_", metavar="DIR|ZIP|cond",
               help="Measurements that the images were made of, to score and show beside them; cond "
                    "for the condition images of --truth")
-@click.option("--metrics",    metavar="LIST", type=NameList(_PAIR_METRICS),
+@click.option("--metrics",    metavar="LIST", type=NameList(OF_PAIRS),
               help="What to compute, of psnr, ssim (Gaussian window), ssim_uniform, rmse, mae  "
                    "[default: psnr,ssim,rmse,mae]")
 @click.option("--metric-file", "metric_files", metavar="FILE.py:FUNCTION", multiple=True,

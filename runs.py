@@ -29,7 +29,7 @@ def main(folder: str, as_json: bool) -> None:
     A run is running while its process holds the lock of its folder, finished once it has seen all
     its images, stopped if a signal ended it after it had saved, and failed if it ended otherwise.
     --resume=auto goes on with stopped and failed ones. The best score is the lowest FID (or other
-    Frechet distance) among those of the most images.
+    Frechet distance) among those of the most images, or else the highest PSNR.
 
     \b
     python runs.py runs

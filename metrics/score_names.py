@@ -19,6 +19,7 @@ _TITLES = {"fid": "FID", "kid": "KID", "is": "IS", "precision": "precision",
            "rmse": "RMSE", "mae": "MAE"}
 _TITLES_OF_FEATURES = {"frechet_distance": "Frechet distance", "kernel_distance": "kernel distance"}
 LIKELIHOODS = ("bits_per_dim", "nats_per_dim")
+OF_PAIRS = ("psnr", "ssim", "ssim_uniform", "rmse", "mae")
 LOWER_IS_BETTER = ("fid", "kid", *_TITLES_OF_FEATURES, *LIKELIHOODS, "rmse", "mae")
 HIGHER_IS_BETTER = ("is", "precision", "recall", "psnr", "ssim", "ssim_uniform")
 DISTANCES = ("fid", "frechet_distance")  # by which networks are compared first

@@ -22,6 +22,7 @@ from typing import Any
 
 from checkpoints.names import KIMG, kimg_of_network
 from images.image_files import GENERATE_RECORD
+from metrics.score_names import OF_PAIRS
 from sampling.folders import FolderName
 from sampling.sweeps import FULL_BITS
 from training.config import LOG_FILE, OPTIONS_FILE, REALS_FILE, SCORES_FILE, STATS_FILE
@@ -257,7 +258,8 @@ def _scores_of_stats(lines: Iterable[dict], D: float | None, detector: str) -> l
                 name = key.removeprefix(_SCORE_PREFIX)
                 if name.endswith("_frechet_distance"):  # an earlier name began with the detector
                     name = "frechet_distance"
-                found[name, kimg] = Score(name, value, kimg, D, detector=detector)
+                features = "" if name in OF_PAIRS else detector
+                found[name, kimg] = Score(name, value, kimg, D, detector=features)
     return list(found.values())
 
 

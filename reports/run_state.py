@@ -121,13 +121,16 @@ def _total_kimg(options: dict[str, Any]) -> float | None:
 
 
 def _best(scores: list[Score]) -> Score | None:
-    """Returns the lowest score of the first distance, among those of the most images."""
-    for metric in DISTANCES:
+    """Returns the lowest score of the first distance, else the highest PSNR.
+
+    It is the best among those of the most images.
+    """
+    for metric, choose in (*((name, min) for name in DISTANCES), ("psnr", max)):
         found = [score for score in scores if score.metric == metric and score.is_plain]
         if found:
             most = max(score.num or 0 for score in found)
-            return min((score for score in found if (score.num or 0) == most),
-                       key=lambda score: score.value)
+            return choose((score for score in found if (score.num or 0) == most),
+                          key=lambda score: score.value)
     return None
 
 

@@ -177,15 +177,16 @@ def write_restored(root):
     """Writes truths in HU with noisy condition images, and restored ones."""
     rng = np.random.default_rng(0)
     for name, noise in (("datasets/ct-test", 0), ("datasets/ct-test/cond", 60),
-                        ("runs/ct/restored", 20)):
+                        ("datasets/ct-train", 0), ("runs/ct/restored", 20)):
         (root / name).mkdir(parents=True)
         for k in range(3):
             values = np.linspace(-1000, 1000, 256).reshape(1, 16, 16) + 10 * k
             values = values + noise * rng.standard_normal(values.shape)
             np.save(root / name / f"{k:06d}.npy", values.astype(np.float32))
     scale = {"center": [1023.5], "spread": [2047.5]}
-    (root / "datasets/ct-test/dataset.json").write_text(
-        json.dumps({"labels": None, "scale": scale, "cond_scale": scale}))
+    for name in ("ct-test", "ct-train"):
+        (root / f"datasets/{name}/dataset.json").write_text(
+            json.dumps({"labels": None, "scale": scale, "cond_scale": scale}))
 
 
 def stand_in(arg):

@@ -99,6 +99,7 @@ class TrainConfig:
     samples: int | None = None  # None = 64 on a GPU, 16 on the CPU
     eval: float | None = None  # kimg; None = never
     eval_ref: str | None = None
+    eval_pairs: str | None = None
     eval_num: int = 50_000
     eval_detector: str = "inception"
     eval_solver: str = "heun"
@@ -154,8 +155,10 @@ class TrainConfig:
             value = getattr(self, name)
             require(value is None or value >= 0, f"--{flag_name(name)}={value}", "0 or more")
         self._check_lr_decay()
-        require((self.eval is None) == (self.eval_ref is None), "--eval and --eval-ref",
-                "given together")
+        has_scores = self.eval_ref is not None or self.eval_pairs is not None
+        require((self.eval is not None) == has_scores, "--eval and --eval-ref", "given together; "
+                "or --eval and --eval-pairs, or all three")
+        require(self.eval_pairs != "", "--eval-pairs=", "a data set; leave it out for none")
         require(self.eval_num >= 2, f"--eval-num={self.eval_num}", "2 or more")
         solvers = DENOISER_SOLVERS if self.method is None else SOLVERS
         require(self.eval_solver in solvers, f"--eval-solver={self.eval_solver}",

@@ -146,10 +146,12 @@ def launch(
                 state = resuming.settle_data(config, dataset, state, override=override)
             _check_reference(config)
             held_out = _open_held_out(config, dataset)
-            if held_out:
-                agreement.check_data(held_out, "--val-data")
-            for opened in filter(None, (dataset, held_out)):
-                if config.cache and not dry_run:
+            pairs = _open_pairs(config, dataset)
+            for opened, flag in ((held_out, "--val-data"), (pairs, "--eval-pairs")):
+                if opened:
+                    agreement.check_data(opened, flag)
+            for opened in filter(None, (dataset, held_out, pairs)):
+                if config.cache and not dry_run and opened is not pairs:  # of any sizes
                     opened.pack()
                 distributed.run_by(distributed.node_leader(), _check_unless_packed, opened)
             if config.data_on_device == "1" and not dry_run:
@@ -174,7 +176,7 @@ def launch(
             bool(resume))
         distributed.run_on_rank0(_lock, stack, run_dir)  # a second time is none
         starting.close()
-        _train(config, dataset, run_dir, torch_device, start, held_out, teacher)
+        _train(config, dataset, run_dir, torch_device, start, held_out, pairs, teacher)
 
 
 def _warn_of_idle_dim(ctx: click.Context, config: "TrainConfig") -> None:
@@ -259,6 +261,12 @@ def _open_held_out(config, dataset):
     return open_held_out(config, dataset) if config.val_data else None
 
 
+def _open_pairs(config, dataset):
+    """Returns the pairs of --eval-pairs, checked against the data set; None without it."""
+    from training.pair_scores import open_pairs
+    return open_pairs(config, dataset) if config.eval_pairs else None
+
+
 def _check_reference(config) -> None:
     """Raises ValueError on every rank if one of them does not find --eval-ref."""
     from dnnlib.util import is_url
@@ -307,7 +315,7 @@ def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Pa
     return numbered_dir(outdir, text)
 
 
-def _train(config, dataset, run_dir, device, start, held_out, teacher) -> None:
+def _train(config, dataset, run_dir, device, start, held_out, pairs, teacher) -> None:
     """Trains from a State, from Weights, or from None: the seed's own weights."""
     from dnnlib.util import Logger
     from torch_utils import distributed
@@ -321,7 +329,7 @@ def _train(config, dataset, run_dir, device, start, held_out, teacher) -> None:
             distributed.print0(line)
         try:
             training_loop(config, dataset=dataset, run_dir=run_dir, device=device, start=start,
-                          held_out=held_out, teacher=teacher)
+                          held_out=held_out, pairs=pairs, teacher=teacher)
         except (DivergedError, ValueError, OSError) as error:
             if distributed.get_rank() == 0:
                 log.write_file(f"Error: {error}\n")  # the console shows it at the end

@@ -60,6 +60,7 @@ RESUME_MAY_CHANGE = {
     "samples": "pictures are drawn from seeds of their own",
     "eval": "so are scores, and training does not see them",
     "eval_ref": "likewise",
+    "eval_pairs": "likewise",
     "eval_num": "likewise",
     "eval_detector": "likewise",
     "eval_solver": "likewise",

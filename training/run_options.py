@@ -105,7 +105,8 @@ OUTPUT = (
     click.option("--log-to", "--log", "log", metavar="LIST", type=NameList(LOG_SINKS), help="Also log to tensorboard, wandb.  [default: files of the run alone]"),
     click.option("--eval", metavar="KIMG", type=float, help="How often to score samples, in thousands of images.  [default: never]"),
     click.option("--eval-ref", metavar="NPZ|URL|ZIP|DIR", help="Reference statistics or data set to score against."),
-    click.option("--eval-num", metavar="INT", type=int, default=50_000, help="Number of samples to score."),
+    click.option("--eval-pairs", metavar="ZIP|DIR", help="Paired data set to restore: PSNR of its images, by its condition images.  [default: none]"),
+    click.option("--eval-num", metavar="INT", type=int, default=50_000, help="Number of samples to score, and the largest number of pairs."),
     click.option("--eval-detector", metavar="inception|pixels[:K]|FILE", default="inception", help="Features to score by, see fid.py."),
 )
 

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,6 +39,7 @@ from training.advice import Machine, advice
 from training.agreement import check_weights
 from training.config import OPTIONS_FILE, REALS_FILE, SCORES_FILE, STATS_FILE, TrainConfig
 from training.log_sinks import LogSinks
+from training.pair_scores import PairEvaluator
 from training.resume import LOSS_SCALE_KEY, State, Weights, restore_
 from training.run_files import RunFiles
 from training.sample_grids import labels_of_seeds, sample_grid, sampler_of, save_real_grid
@@ -72,13 +73,14 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def training_loop(
     config: TrainConfig, *, dataset: ImageFolderDataset, run_dir: Path, device: torch.device,
     start: State | Weights | None = None, held_out: ImageFolderDataset | None = None,
-    teacher: Teacher | None = None,
+    pairs: ImageFolderDataset | None = None, teacher: Teacher | None = None,
 ) -> None:
     """Trains until `config.duration`; writes states, snapshots, grids and statistics to `run_dir`.
 
     `start` is the state to go on with, or the weights to begin with; the folder must exist.
-    `held_out` are the images of --val-data, as `open_held_out` opens them, and `teacher` is the
-    network that a few-step network is made from.
+    `held_out` are the images of --val-data, as `open_held_out` opens them, `pairs` those of
+    --eval-pairs, as `open_pairs` does, and `teacher` is the network that a few-step network is made
+    from.
 
     Raises:
         ValueError: the state does not fit, or ranks have other weights.
@@ -87,12 +89,12 @@ def training_loop(
     misc.configure_backends(config.precision, benchmark=config.bench,
                             deterministic=config.deterministic)
     with stage("Starting"):
-        prepared = _prepare(config, dataset, run_dir, device, start, held_out, teacher)
+        prepared = _prepare(config, dataset, run_dir, device, start, held_out, pairs, teacher)
     if prepared is None:
         return
-    trainer, evaluator, validation, sinks = prepared
+    trainer, evaluators, validation, sinks = prepared
     try:
-        _run(trainer, run_dir, evaluator, validation, sinks)
+        _run(trainer, run_dir, evaluators, validation, sinks)
     finally:
         trainer.close()
         sinks.close()
@@ -100,8 +102,9 @@ def training_loop(
 
 def _prepare(
     config: TrainConfig, dataset: ImageFolderDataset, run_dir: Path, device: torch.device,
-    start: State | Weights | None, held_out: ImageFolderDataset | None, teacher: Teacher | None,
-) -> tuple[Trainer, "Evaluator | None", Validation | None, LogSinks] | None:
+    start: State | Weights | None, held_out: ImageFolderDataset | None,
+    pairs: ImageFolderDataset | None, teacher: Teacher | None,
+) -> tuple[Trainer, "Evaluators", Validation | None, LogSinks] | None:
     """Returns all that takes part in a run and writes its first files; None if it is finished."""
     with console.timed("network"):
         weights = start.tensors if isinstance(start, Weights) else None
@@ -124,14 +127,17 @@ def _prepare(
             "options": config.to_dict(), "dataset": dataset_record(dataset),
             "network": json_value(trainer.net.config), **_foreign_facts(start),
             "held_out": dataset_record(held_out) if held_out else None,
+            "pairs": dataset_record(pairs) if pairs else None,
             "provenance": provenance(device)})
         save_real_grid(trainer, run_dir / REALS_FILE)
     sinks = LogSinks(config, run_dir, trainer.cur_nimg)
     with trainer.average_in_fp32():  # features of a reference too
-        evaluator = Evaluator(trainer, run_dir / SCORES_FILE) if config.eval else None
+        evaluators = [Evaluator(trainer, run_dir / SCORES_FILE)] if config.eval_ref else []
+        if pairs:
+            evaluators.append(PairEvaluator(trainer, pairs, run_dir / SCORES_FILE))
     validation = Validation(trainer, held_out) if held_out else None
     trainer.start()
-    return trainer, evaluator, validation, sinks
+    return trainer, evaluators, validation, sinks
 
 
 def _foreign_facts(start: State | Weights | None) -> dict[str, Any]:
@@ -148,6 +154,8 @@ class Evaluator:
         ValueError: reference, detector and images do not fit.
         OSError: a file can't be read.
     """
+
+    is_lower_better = True
 
     def __init__(self, trainer: Trainer, path: Path):
         config, net = trainer.config, trainer.ema
@@ -169,11 +177,6 @@ class Evaluator:
         return self._evaluator.detector.distance_name
 
     @property
-    def detector_name(self) -> str:
-        """Whose features it is of."""
-        return self._evaluator.detector.name
-
-    @property
     def compared_by(self) -> dict[str, Any]:
         """What scores must share to be compared, as plain data."""
         compared = {"detector": self._evaluator.detector.name, "num": self._num,
@@ -184,8 +187,8 @@ class Evaluator:
             compared |= {"solver": sampler.solver, "num_steps": sampler.num_steps}
         return compared
 
-    def __call__(self) -> float:
-        """Returns the score of the present weights; lower is better. For `average_in_fp32`."""
+    def __call__(self) -> dict[str, float]:
+        """Returns the score of the present weights by its name. For `average_in_fp32`."""
         trainer, seeds = self._trainer, range(self._num)
         found = network_features(self._sampler, seeds, self._evaluator.detector, metrics=["fid"],
                                  batch=min(trainer.micro_batch, _EVAL_BATCH), title=self.name)
@@ -197,13 +200,16 @@ class Evaluator:
                 "sampler": json_value({**dataclasses.asdict(self._sampler.sampler),
                                        "nfe": self._sampler.sampler.nfe,
                                        "D": self._sampler.net.D, "precision": "fp32"})})
-        return values["fid"]
+        return {recorded_name("fid", self._evaluator.detector.name): values["fid"]}
 
 
-def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None,
+Evaluators = Sequence[Evaluator | PairEvaluator]  # of which the first decides what is best
+
+
+def _run(trainer: Trainer, run_dir: Path, evaluators: Evaluators,
          validation: Validation | None, sinks: LogSinks) -> None:
     config = trainer.config
-    ticks = TickRunner(trainer, run_dir, evaluator, sinks, validation)
+    ticks = TickRunner(trainer, run_dir, evaluators, sinks, validation)
     with contextlib.closing(ticks), signals.deferred(), Progress(
             config.total_nimg, "Training", initial=trainer.cur_nimg, is_scaled=True,
             watch_speed=trainer.device.type == "cpu") as progress:
@@ -223,9 +229,9 @@ def _run(trainer: Trainer, run_dir: Path, evaluator: Evaluator | None,
 class TickRunner:
     """What is done at ticks (scores, the report, files) and at a stop."""
 
-    def __init__(self, trainer: Trainer, run_dir: Path, evaluator: Evaluator | None,
+    def __init__(self, trainer: Trainer, run_dir: Path, evaluators: Evaluators,
                  sinks: LogSinks, validation: Validation | None = None):
-        self._trainer, self._run_dir, self._evaluator = trainer, run_dir, evaluator
+        self._trainer, self._run_dir, self._evaluators = trainer, run_dir, evaluators
         self._validation = validation
         self._sinks, self._files = sinks, RunFiles(run_dir, trainer.config.keep)
         self._collector = training_stats.Collector(trainer.device)
@@ -255,13 +261,14 @@ class TickRunner:
             tick = (nimg - config.batch) // config.tick_nimg + 1
         self._collector.update()
         started = time.time()
-        has_eval = self._evaluator and (done or config.is_eval_due(nimg))
+        has_eval = self._evaluators and (done or config.is_eval_due(nimg))
         has_snapshot = done or tick % config.snap == 0
         scores, pictures = {}, None
         if has_eval or has_snapshot or self._validation:
             with self._stops_at_once(), trainer.average_in_fp32():
                 scores = {VALIDATION_LOSS: self._validation()} if self._validation else {}
-                scores |= self._evaluate(progress) if has_eval else {}
+                for evaluator in self._evaluators if has_eval else ():
+                    scores |= self._evaluate(evaluator, progress)
                 pictures = sample_grid(trainer) if has_snapshot else None
         self._maintenance_sec += time.time() - started
         numbers = self._report(tick, scores, progress)
@@ -281,32 +288,44 @@ class TickRunner:
             self._files.raise_if_writes_failed(last=done)
         self._maintenance_sec = time.time() - self._tick_start_time
 
-    def _evaluate(self, progress: Progress) -> dict[str, float]:
-        """Scores the run, keeps its best state, and returns what stats.jsonl says of it."""
-        trainer, name = self._trainer, self._evaluator.name
+    def _evaluate(self, evaluator: Evaluator | PairEvaluator, progress: Progress
+                  ) -> dict[str, float]:
+        """Scores the run and returns what stats.jsonl says of it; the first score keeps the best.
+
+        That is its state as it was at the best score so far.
+        """
+        trainer = self._trainer
         try:
-            value = self._evaluator()
+            values = evaluator()
         except NonFiniteSamplesError as error:
             with progress.above_bar():
                 distributed.warn0(f"{trainer.cur_nimg / 1e3:g} kimg: {error}")
             return {}
-        compared_by = self._evaluator.compared_by
-        before = trainer.best_score if trainer.best_score_of == compared_by else None
-        if value < (math.inf if before is None else before):  # not where it is NaN
-            standing = f", the lowest so far: kept as {checkpoint.BEST_STATE}"
-            check_weights(trainer)
-            last = trainer.best_score, trainer.best_score_of
-            trainer.best_score, trainer.best_score_of = value, compared_by  # as the state records
-            is_kept = trainer.rank == 0 and self._files.save(checkpoint.BEST_STATE, trainer.state())
-            if not distributed.broadcast_object(is_kept):
-                standing = ", the lowest so far, but not kept"
-                trainer.best_score, trainer.best_score_of = last  # the next one may be kept
-        else:
-            standing = "" if before is None else f"; the lowest so far is {before:.5g}"
+        value, standing = next(iter(values.values())), ""
+        if evaluator is self._evaluators[0]:
+            standing = self._keep_if_best(evaluator, value)
         if trainer.rank == 0:
             with progress.above_bar():
-                console.result(f"{name} {value:.5g} at {trainer.cur_nimg / 1e3:g} kimg{standing}")
-        return {f"Metrics/{recorded_name('fid', self._evaluator.detector_name)}": value}
+                console.result(f"{evaluator.name} {value:.5g} at {trainer.cur_nimg / 1e3:g} "
+                               f"kimg{standing}")
+        return {f"Metrics/{name}": value for name, value in values.items()}
+
+    def _keep_if_best(self, evaluator: Evaluator | PairEvaluator, value: float) -> str:
+        """Writes the state if no earlier score was as good; returns what to say of that."""
+        trainer, compared_by = self._trainer, evaluator.compared_by
+        best = "lowest" if evaluator.is_lower_better else "highest"
+        before = trainer.best_score if trainer.best_score_of == compared_by else None
+        sign = -1 if evaluator.is_lower_better else 1
+        if not sign * value > (-math.inf if before is None else sign * before):  # or it is NaN
+            return "" if before is None else f"; the {best} so far is {before:.5g}"
+        check_weights(trainer)
+        last = trainer.best_score, trainer.best_score_of
+        trainer.best_score, trainer.best_score_of = value, compared_by  # as the state records
+        is_kept = trainer.rank == 0 and self._files.save(checkpoint.BEST_STATE, trainer.state())
+        if distributed.broadcast_object(is_kept):
+            return f", the {best} so far: kept as {checkpoint.BEST_STATE}"
+        trainer.best_score, trainer.best_score_of = last  # the next one may be kept
+        return f", the {best} so far, but not kept"
 
     def _report(self, tick: int, scores: dict[str, float], progress: Progress) -> dict[str, float]:
         """Prints the tick's line, appends it to stats.jsonl, and starts the next tick's clock.

@@ -55,11 +55,11 @@ def open_held_out(config: TrainConfig, dataset: ImageFolderDataset) -> ImageFold
         if wanted != given:
             raise ValueError(f"{source}: its {name} are of another scale than those of the "
                              "training data; convert them with the same --scale of dataset_tool.py")
-    _check_labels(source, dataset, held_out)
+    check_labels(source, dataset, held_out)
     return held_out
 
 
-def _check_labels(source: str, dataset: ImageFolderDataset, held_out: ImageFolderDataset) -> None:
+def check_labels(source: str, dataset: ImageFolderDataset, held_out: ImageFolderDataset) -> None:
     """Raises ValueError unless the network can be told the labels; some classes may be missing."""
     if not dataset.has_labels:
         return

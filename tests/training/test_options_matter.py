@@ -53,6 +53,7 @@ ELSEWHERE = {
     "log": "an_unknown_sink_is_told_the_known_ones",
     **dict.fromkeys(("eval", "eval_ref", "eval_num", "eval_detector"),
                     "scores_during_training_are_those_of_the_states"),
+    "eval_pairs": "pairs_are_denoised_by_one_evaluation_at_their_noise",
     **dict.fromkeys(("eval_solver", "eval_steps"), "grids_and_scores_are_sampled_as_asked"),
     **dict.fromkeys(("val_data", "val_num"), "a_run_reports_the_held_out_loss_of_its_snapshots"),
     "preset": "a_preset_is_a_run_that_can_be_built",

@@ -307,7 +307,7 @@ def test_a_tick_that_was_taken_over_is_not_taken_over_again(dataset_zip, tmp_pat
     config = TrainConfig(data=str(dataset_zip), arch="ncsnpp", cbase=8, cres=(1,), nblock=1,
                          batch=8, augment=0.0, workers=0)
     trainer = Trainer(config, ImageFolderDataset(dataset_zip), CPU)
-    ticks = TickRunner(trainer, tmp_path, None, SimpleNamespace())
+    ticks = TickRunner(trainer, tmp_path, [], SimpleNamespace())
     left = {"stats": {"Loss/loss": [2.0, 4.0, 10.0]}, "is_due": True}
     trainer.unfinished = left
     assert trainer.state()["progress"]["unfinished"] == left
@@ -339,20 +339,21 @@ def test_grids_and_scores_are_sampled_as_asked(solver, steps, dataset_zip, tmp_p
     assert recorded["nfe"] == (35 if solver == "heun" else steps)
 
 
-def best_scores(values, *, compared_by=None, is_written=None):
-    """Returns the lowest score after each of some, and the names of the states that were written.
+def best_scores(values, *, compared_by=None, is_written=None, is_lower_better=True):
+    """Returns the best score after each of some, and the names of the states that were written.
 
     `compared_by` is what each may be compared by, `is_written` whether its state could be.
     """
     class Score:
-        name, detector_name = "FID", "inception"
+        name = "FID"
         compared_by = "the same"
 
         def __call__(self):
             if kinds:
                 self.compared_by = kinds.pop(0)
-            return values.pop(0)
+            return {"fid": values.pop(0)}
 
+    Score.is_lower_better, score = is_lower_better, Score()
     values, kinds, verdicts = list(values), list(compared_by or []), list(is_written or [])
     saved, best = [], []
 
@@ -363,10 +364,10 @@ def best_scores(values, *, compared_by=None, is_written=None):
     trainer = SimpleNamespace(best_score=None, best_score_of=None, rank=0, cur_nimg=1000,
                               state=dict)
     ticks = TickRunner.__new__(TickRunner)
-    ticks._trainer, ticks._evaluator = trainer, Score()
+    ticks._trainer, ticks._evaluators = trainer, [score]
     ticks._files = SimpleNamespace(save=save)
     for _ in range(len(values)):
-        said = ticks._evaluate(SimpleNamespace(above_bar=contextlib.nullcontext))
+        said = ticks._evaluate(score, SimpleNamespace(above_bar=contextlib.nullcontext))
         assert list(said) == ["Metrics/fid"]
         best.append(trainer.best_score)
     return best, saved
@@ -377,6 +378,14 @@ def test_a_score_that_is_no_number_is_never_the_best(capsys):
     assert best == [None, 5.0, 5.0, 5.0, 4.0] and len(saved) == 2
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "FID nan at 1 kimg" and lines[3].endswith("; the lowest so far is 5")
+
+
+def test_the_best_of_scores_that_should_be_high_is_the_highest(capsys):
+    best, saved = best_scores([30.0, math.nan, 29.0, 31.0, math.inf], is_lower_better=False)
+    assert best == [30.0, 30.0, 30.0, 31.0, math.inf] and len(saved) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert ", the highest so far: kept" in lines[0]
+    assert lines[2].endswith("the highest so far is 30")
 
 
 def test_a_best_state_that_could_not_be_written_is_tried_again():
