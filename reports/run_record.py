@@ -32,7 +32,8 @@ _TOTAL_LINE = re.compile(r"^total +\S+ +([\d,]+)$", re.M)  # of the table of par
 # The defaults of sampler settings, see pfgmpp.samplers.SamplerConfig.
 _SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"), ("S_noise", 1),
                      ("precision", "fp32"), ("solver", "heun"), ("discretization", "edm"),
-                     ("schedule", "linear"), ("scaling", "none"), ("order", 3)]
+                     ("schedule", "linear"), ("scaling", "none"), ("order", 3),
+                     ("init_noise", 1), ("blend", 1)]
 # The first three are the axes of sweeps; comparisons ignore the others.
 _NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs", "nfe",
                  "scale", "empty_classes",  # these two are of the data of the network

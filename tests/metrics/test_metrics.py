@@ -25,6 +25,8 @@ from metrics.evaluator import Evaluator, cached_reference
 from metrics.inception import InceptionV3, state_shapes
 from metrics.metrics import METRICS, dataset_features
 from metrics.statistics import ClassStatistics, FeatureBank
+from reports.comparison import ScoreGroup
+from reports.run_record import read_scores
 
 PIXELS = ["--detector=pixels", "--device=cpu", "--workers=0"]
 
@@ -417,6 +419,9 @@ def test_scores_during_training_are_those_of_the_states(data, capsys, tmp_path, 
         call(capsys, "gen", f"--network={state}", "--seeds=0-5", f"--ref={data / 'fake.zip'}",
              f"--out={tmp_path / 'gen.jsonl'}", *PIXELS)
         assert lines_of(tmp_path / "gen.jsonl")[-1]["value"] == pytest.approx(score, rel=1e-9)
+    (tmp_path / "gen.jsonl").rename(tmp_path / "metrics.jsonl")
+    groups = {ScoreGroup.of(score) for folder in (run, tmp_path) for score in read_scores(folder)}
+    assert len(groups) == 1  # reports compare them
     best = min(scores, key=scores.get)
     content = checkpoint.load_state(run / checkpoint.BEST_STATE)
     assert content["progress"]["cur_nimg"] == round(best * 1000)
