@@ -236,7 +236,7 @@ def _tell_others(source: "Source | Split") -> None:
     shown = ", ".join(kind for kind, _ in kinds)
     for number, reason in [(len(source.others), f"files that aren't images ({shown})"),
                            (source.num_hidden, "hidden or system files"),
-                           (source.num_pictures, "pictures of generate.py under vis/")]:
+                           (source.num_pictures, "pictures and deviations of generate.py under vis/ and std/")]:
         if number:
             click.echo(f"Left out: {number} {reason}")
 

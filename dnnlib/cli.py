@@ -284,8 +284,8 @@ class Window(click.ParamType):
 
     def convert(self, value, param, ctx):
         """Returns a tuple of two floats."""
-        if isinstance(value, tuple):
-            return value
+        if isinstance(value, tuple | list):  # of a preset or a run's options
+            return tuple(value)
         center, width = two_numbers(value)
         if not (abs(center) <= _MAX_FLOAT32 and 0 < width <= _MAX_FLOAT32):
             self.fail(f"{value!r}: must be a center and a width above 0, such as 40,400", param,

@@ -7,6 +7,8 @@ few_steps    levels and sampler of networks that take a few evaluations
 samplers     from unit-scale latents, or seeds, to images, and back
 likelihood   the density of images that a denoiser implies
 guidance     a denoiser pushed away from a worse one
+measurement  a denoiser of images of which a noisy measurement is known
+sizes        images of other sizes than the network was trained on
 loss         how noise levels are drawn and weighted; targets
 consistency  losses that make a consistency function: tuning and distillation
 distillation losses that make a generator by an auxiliary denoiser

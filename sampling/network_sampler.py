@@ -389,10 +389,14 @@ class NetworkSampler:
 
         `window` is what becomes -1 and 1 to be shown, in the data's own units: a scaling.
         """
-        how = self._how()
-        if window is not None:
-            how["show"] = lambda x: EIGHT_BIT.to_data(window.to_network(self.scaling.to_data(x)))
-        return trajectory(self.net, seeds, **how)
+        def show(x: torch.Tensor) -> torch.Tensor:
+            return EIGHT_BIT.to_data(x if window is None else
+                                     window.to_network(self.scaling.to_data(x)))
+
+        shown = trajectory(self.net, seeds, **self._how(), show=show)
+        if self.average > 1:  # the way is that of the first sample
+            shown[-1] = show(self._mean(seeds).images).cpu()
+        return shown
 
     def classes(self, seeds: Sequence[int]) -> list[int] | None:
         """Returns the classes of the images of `seeds`; None where labels are no classes."""

@@ -17,6 +17,8 @@ from torch_utils import distributed
 
 _REMEDY = "name a data set, a folder or ZIP of images"
 CONDITIONS_WORD = "cond"  # as --init-image
+_LOOKED_AT = 8  # images, for their unit
+_LARGEST, _LEAST_SPAN = 50.0, 0.01  # of values as networks see them, usually from -1 to 1
 
 
 class UsageError(ValueError):
@@ -74,7 +76,31 @@ class SeedImages:
                               for s in (own, scaling))
             raise ValueError(f"{flag}={path}: images are {given}, but the network was trained on "
                              f"{allowed}; give such images in the same units")
-        return cls(dataset, scaling)
+        images = cls(dataset, scaling)
+        images.warn_of_unit(f"{flag}={path}")
+        return images
+
+    def warn_of_unit(self, where: str) -> None:
+        """Warns of values that are far too large or too even for the network's data.
+
+        A few images are looked at. HU where 0 to 1 is meant, or the other way round, shows.
+        """
+        if self._scaling.is_8bit:
+            return
+        step = max(len(self) // _LOOKED_AT, 1)
+        looked_at = range(0, len(self), step)[:_LOOKED_AT]
+        found = distributed.run_on_rank0(lambda: [
+            (float(image.abs().max()), float(image.max() - image.min()))
+            for image in (self([k]) for k in looked_at)])
+        largest, span = (max(numbers) for numbers in zip(*found, strict=True))
+        if largest <= _LARGEST and span >= _LEAST_SPAN:
+            return
+        center, spread = self._scaling.center[0], self._scaling.spread[0]
+        what = f"reach {largest:.3g}" if largest > _LARGEST else f"span only {span:.2g}"
+        distributed.warn0(
+            f"{where}: values {what} in the network's scale, where its data go from about -1 to 1 "
+            f"({center - spread:.6g} to {center + spread:.6g} in their own unit); are they in "
+            "another unit?")
 
     def __call__(self, seeds: Sequence[int]) -> torch.Tensor:
         """Returns the images of `seeds`, [B, C, H, W] float32 in about [-1, 1]."""

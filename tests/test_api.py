@@ -13,18 +13,19 @@ SECTIONS = re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", TEXT, re.M | re.S)
 @pytest.mark.long
 def test_the_examples_run_in_their_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert len(SECTIONS) == 7
+    assert len(SECTIONS) == 8
     values, printed = {}, {}
     small = str(write_dataset(tmp_path / "small.zip", num=200))  # 192 features instead of 3072
     faces = str(write_dataset(tmp_path / "faces.zip", num=3, side=16, classes=3))
     for title, code in SECTIONS:
         code = code.replace("examples/emoji-google-32.zip", small)
-        code = code.replace("datasets/emoji-faces-16.zip", faces)
+        code = code.replace("datasets/emoji-faces-16.zip", faces).replace('"noisy"', repr(faces))
         exec(compile(code, f"docs/api.md, {title}", "exec"), values)
         printed[title] = capsys.readouterr().out
     assert "EDMPrecond 128.0 3 torch.Size([4, 3, 16, 16])" in printed["Load a network"]
     assert "[8, 9, 10, 11, 12, 13, 14, 15] torch.Size([8, 3, 16, 16]) torch.uint8" in \
         printed["Sample"]
+    assert values["restored"].shape == (3, 3, 16, 16)
     assert (values["mean"] - values["data"][:8]).abs().max() < 1e-3
     assert float(printed["Compute a score"]) > 0
     assert len(values["bits"]) == 2 and min(values["bits"]) > 0

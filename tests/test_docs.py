@@ -27,12 +27,14 @@ from benchmarks.__main__ import main as benchmarks
 from sampling.sampling_options import sampling_options
 
 results, toy = load_script("docs/results.py"), load_script("docs/toy.py")
+phantoms = load_script("docs/phantoms.py")
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/README.md"]
 SCRIPTS = {f"{name}.py": importlib.import_module(name).main
            for name in ("train", "distill", "generate", "generate_alpha", "generate_steps",
                         "generate_quant", "fid", "likelihood", "dataset_tool", "checkpoint_tool",
                         "sweep", "report", "runs")}
-SCRIPTS |= {"docs/toy.py": toy.main, "docs/results.py": results.main, "benchmarks": benchmarks}
+SCRIPTS |= {"docs/toy.py": toy.main, "docs/results.py": results.main,
+            "docs/phantoms.py": phantoms.main, "benchmarks": benchmarks}
 PRESETS = {f"generate_{name}.py" for name in ("alpha", "steps", "quant")}  # of generate.py
 SAMPLING_FLAGS = {flag for option in sampling_options(lambda: None).__click_params__
                   for flag in option.opts}
@@ -211,6 +213,7 @@ SMALLER = {
     "fid.py gen": ["--seeds=0-3", "--steps=2", "--batch=4", "--detector=pixels", "--workers=0",
                    "--device=cpu"],
     "docs/toy.py": ["--train-steps=2", "--samples=20"],
+    "docs/phantoms.py": ["--num=4", "--side=36"],
     "likelihood.py": ["--steps=2", "--count=4", "--device=cpu"],
     "distill.py": ["--duration=0.000016", "--batch=8", "--workers=0", "--samples=0", "--seed=0",
                    "--device=cpu"],
@@ -245,7 +248,7 @@ def run_documented(script, documented):
                          *SMALLER["fid.py ref"]])
         output = run(script, [*args, *SMALLER.get(f"fid.py {args[0]}", ())])
         if args[0] == "pairs":
-            assert re.search(r"\npsnr 4\d\.\d\d \+- .*\(3 images\)\n", output)
+            assert re.search(r"\npsnr \d\d\.\d\d \+- .*\([34] images\)\n", output)
             return
         assert args[0] == "ref" or re.search(r"pixels Frechet distance: [\d.e+-]+\n", output)
     elif script in ("checkpoint_tool.py", "report.py", "runs.py"):
@@ -281,7 +284,8 @@ def run_commands(found, tmp_path, monkeypatch):
     monkeypatch.setattr("training.estimate.describe", lambda *args: "an estimate")
     make_world(tmp_path)
     commands = [script_and_args(words) for _, words in found]
-    commands.sort(key=lambda command: command[0] != "dataset_tool.py")  # else in their order
+    first = ["docs/phantoms.py", "dataset_tool.py"]  # else in their order
+    commands.sort(key=lambda command: first.index(command[0]) if command[0] in first else 2)
     for script, args in commands:
         run_documented(script, args)
 
@@ -379,7 +383,7 @@ def test_migration_names_every_flag_and_existing_imports():
     for script, command in SCRIPTS.items():
         if script in PRESETS | {"distill.py", "likelihood.py", "checkpoint_tool.py", "sweep.py",
                                 "report.py", "runs.py", "docs/toy.py", "docs/results.py",
-                                "benchmarks"}:
+                                "docs/phantoms.py", "benchmarks"}:
             continue  # the references have no counterpart; the flags are those of generate.py
         for each in (command, *getattr(command, "commands", {}).values()):
             flags = {flag for option in each.params for flag in option.opts if flag[0] == "-"}

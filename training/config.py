@@ -97,6 +97,7 @@ class TrainConfig:
     keep: int | None = None  # training states; None = all
     log: tuple[str, ...] = ()  # of LOG_SINKS
     samples: int | None = None  # None = 64 on a GPU, 16 on the CPU
+    window: tuple[float, ...] | None = None  # center and width of pictures; None = from -1 to 1
     eval: float | None = None  # kimg; None = never
     eval_ref: str | None = None
     eval_pairs: str | None = None
@@ -332,6 +333,7 @@ class TrainConfig:
         values = dataclasses.asdict(self)
         values["cres"] = list(self.cres) if self.cres else None
         values["ares"] = None if self.ares is None else list(self.ares)
+        values["window"] = None if self.window is None else list(self.window)
         values["log"] = list(self.log)
         return json_value(values)
 

@@ -58,6 +58,7 @@ RESUME_MAY_CHANGE = {
     "keep": "likewise",
     "log": "where else numbers and pictures go",
     "samples": "pictures are drawn from seeds of their own",
+    "window": "so is how they are shown",
     "eval": "so are scores, and training does not see them",
     "eval_ref": "likewise",
     "eval_pairs": "likewise",

@@ -9,6 +9,7 @@ from dnnlib.cli import (
     IntList,
     NameList,
     UserError,
+    Window,
     cache_dir_option,
     verbosity_options,
 )
@@ -102,6 +103,7 @@ OUTPUT = (
     click.option("--dump", metavar="TICKS", type=int, default=50, help="How often to write training-state-*.pt."),
     click.option("--keep", metavar="INT", type=int, help="Keep this many training states, the newest.  [default: all]"),
     click.option("--samples", metavar="INT", type=int, help="Images in a samples-*.png; 0 writes none.  [default: 64 on a GPU, 16 on the CPU]"),
+    click.option("--window", metavar="CENTER,WIDTH", type=Window(), help="Values that pictures of samples and data show from black to white, in the data's units, such as 40,400; for data that are not 8-bit.  [default: what networks see as -1 to 1]"),
     click.option("--log-to", "--log", "log", metavar="LIST", type=NameList(LOG_SINKS), help="Also log to tensorboard, wandb.  [default: files of the run alone]"),
     click.option("--eval", metavar="KIMG", type=float, help="How often to score samples, in thousands of images.  [default: never]"),
     click.option("--eval-ref", metavar="NPZ|URL|ZIP|DIR", help="Reference statistics or data set to score against."),

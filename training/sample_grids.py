@@ -9,9 +9,10 @@ import PIL.Image
 
 from images.dataset import ImageFolderDataset, order_at
 from images.grid import class_label, image_grid, save_png
+from images.scaling import Scaling, display_window
 from pfgmpp.few_steps import FewStep
 from pfgmpp.loss import LSUN_SIGMA_MAX
-from pfgmpp.samplers import SamplerConfig, generate_images, to_uint8
+from pfgmpp.samplers import SamplerConfig, generate_images
 from sampling.labels import GivenLabels, SeedLabels, classes_with_images
 from sampling.seed_images import SeedImages
 from torch_utils import distributed
@@ -32,7 +33,7 @@ def sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
     classes, rows, columns = _grid_layout(trainer)
     if rows == 0:
         return None
-    sampler = sampler_of(trainer.config)
+    sampler, shown = sampler_of(trainer.config), _shown(dataset.scaling, trainer.config)
     mine = {}
     for row in range(rows)[trainer.rank::trainer.world_size]:
         seeds = range(row * columns, (row + 1) * columns)
@@ -42,16 +43,22 @@ def sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
             given = _grid_condition(dataset, number)
         [batch] = generate_images(trainer.ema, [seeds], sampler=sampler, device=trainer.device,
                                   **given)
-        mine[row] = [*to_uint8(batch.images).cpu().numpy()]
+        made = dataset.scaling.to_data(batch.images).cpu().numpy()
+        mine[row] = [*shown.to_picture(made)]
         if dataset.cond_channels:
             images, _, conditions = dataset.get_batch([number])
-            mine[row] = [dataset.cond_scaling.to_picture(conditions)[0], *mine[row],
-                         dataset.scaling.to_picture(images)[0]]
+            condition = _shown(dataset.cond_scaling, trainer.config).to_picture(conditions)[0]
+            mine[row] = [condition, *mine[row], shown.to_picture(images)[0]]
     pictures = {row: images for part in distributed.gather_objects(mine, in_training=True)
                 for row, images in part.items()}
     if trainer.rank != 0:
         return None
     return image_grid([pictures[row] for row in range(rows)], _row_labels(trainer, classes))
+
+
+def _shown(scaling: Scaling, config: TrainConfig) -> Scaling:
+    """Returns what makes pictures of data of this scaling; 8-bit data are shown as they are."""
+    return scaling if config.window is None or scaling.is_8bit else display_window(*config.window)
 
 
 def sampler_of(config: TrainConfig) -> SamplerConfig:
@@ -97,7 +104,8 @@ def save_real_grid(trainer: Trainer, path: Path) -> None:
         groups = [order[labels == k][:columns] for k in classes]
     else:
         groups = np.array_split(order[:rows * columns], rows)
-    pictures = [dataset.scaling.to_picture(dataset.get_batch(group)[0]) for group in groups]
+    shown = _shown(dataset.scaling, trainer.config)
+    pictures = [shown.to_picture(dataset.get_batch(group)[0]) for group in groups]
     save_png(path, image_grid(pictures, _row_labels(trainer, classes)))
 
 

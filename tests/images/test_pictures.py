@@ -82,7 +82,7 @@ def test_a_folder_of_samples_is_a_source_without_its_pictures(tmp_path, suffix):
     images, labels = convert(path, tmp_path / "out.zip")
     assert [gray_value(pixels) for _, pixels in images] == [1, 2] and labels is None
     assert len(ImageFolderDataset(path)) == 2
-    assert "Left out: 2 pictures of generate.py under vis/" in run(
+    assert "Left out: 2 pictures and deviations of generate.py under vis/ and std/" in run(
         path, tmp_path / "out.zip").output
 
 

@@ -288,3 +288,27 @@ def test_a_level_in_units_that_channels_do_not_share_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--init-level=60: the channels .* by --init-sigma"):
         NetworkSampler.open(str(tmp_path / "net.pt"), CPU, init_level=60.0,
                             init_image=str(tmp_path))
+
+
+@pytest.mark.parametrize("factor, offset, words", [
+    (1 / SPREAD, -CENTER / SPREAD, "values span only 0.00"),  # -1 to 1 in place of HU
+    (1000, 0, "values reach "), (1, 0, None), (0.05, 0, None)])
+def test_inputs_of_another_unit_are_told(factor, offset, words, root, tmp_path, capsys):
+    for name, array in zip(NAMES, stored(root, "equal"), strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.save(tmp_path / name, (array * factor + offset).astype(np.float32))
+    NetworkSampler.open(str(root / "net.pt"), CPU, init_image=str(tmp_path), init_level=60.0)
+    told = capsys.readouterr().err
+    if words is None:
+        assert told == ""
+    else:
+        assert words in told and "(-1024 to 3071 in their own unit)" in told
+
+
+def test_the_picture_of_means_ends_with_the_means(root):
+    sampler = NetworkSampler.open(str(root / "net.pt"), CPU, init_image=str(root / "equal"),
+                                  init_level=2000.0, num_steps=2, average=4)
+    *way, last = sampler.trajectory([0, 1])
+    [mean] = sampler.images([[0, 1]])
+    expected = torch.clip(mean.images * 127.5 + 128, 0, 255).to(torch.uint8)
+    assert torch.equal(last, expected) and len(way) == 2

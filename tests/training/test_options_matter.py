@@ -42,6 +42,7 @@ ELSEWHERE = {
     "duration": "files_of_a_run_follow_its_options", "tick": "files_of_a_run_follow_its_options",
     "snap": "files_of_a_run_follow_its_options", "dump": "files_of_a_run_follow_its_options",
     "keep": "files_of_a_run_follow_its_options", "samples": "files_of_a_run_follow_its_options",
+    "window": "pictures_of_a_run_show_the_window",
     "batch_gpu": "the_gradient_is_that_of_the_loss_of_the_whole_batch",
     "max_bad_steps": "too_many_bad_steps_in_a_row_end_the_run_and_name_the_step",
     "bench": "kernels_are_chosen_as_asked", "deterministic": "kernels_are_chosen_as_asked",

@@ -17,7 +17,7 @@ from tiny import TINY_RUN, write_dataset
 import train
 from checkpoints.checkpoint import build_ema, digest, kimg_tag, load, save
 from images.dataset import ImageFolderDataset, order_at
-from pfgmpp.samplers import SamplerConfig
+from pfgmpp.samplers import SampleBatch, SamplerConfig
 from torch_utils import training_stats
 from torch_utils.misc import mix_seed
 from training import sample_grids
@@ -497,3 +497,32 @@ def test_grids_show_the_classes_that_have_images(tmp_path, monkeypatch):
     assert real_labels == sample_labels == ["40", "41"]
     assert [len(row) for row in reals] == [len(row) for row in samples] == [3, 3]
     assert reals[0].max() < 120 <= reals[1].min()  # brightness tells the class
+
+
+def test_pictures_of_a_run_show_the_window(tmp_path, monkeypatch):
+    """Data from -1000 to 1000 in a window from -160 to 240: black and white outside of it."""
+    values = np.linspace(-1000, 1000, 64, dtype=np.float32).reshape(1, 8, 8)
+    (tmp_path / "data/cond").mkdir(parents=True)
+    for k in range(4):
+        np.save(tmp_path / f"data/{k}.npy", values)
+        np.save(tmp_path / f"data/cond/{k}.npy", values)
+    scale = {"center": [0.0], "spread": [1000.0]}
+    (tmp_path / "data/dataset.json").write_text(json.dumps({"scale": scale, "cond_scale": scale}))
+    shown = []
+    monkeypatch.setattr(sample_grids, "image_grid", lambda rows, labels: shown.append(rows))
+    monkeypatch.setattr(sample_grids, "save_png", lambda path, picture: None)
+    made = torch.from_numpy(values)[None] / 1000  # as if the network had made the data
+    monkeypatch.setattr(sample_grids, "generate_images", lambda net, batches, **_: [
+        SampleBatch(list(seeds), made.expand(len(seeds), -1, -1, -1), None) for seeds in batches])
+    dataset = ImageFolderDataset(tmp_path / "data", use_conditions=True)
+    config = TrainConfig(data="x", cond_image=True, arch="ncsnpp", cbase=8, cres=(1, 2), nblock=1,
+                         batch=4, samples=4, window=(40, 400))
+    trainer = Trainer(config, dataset, CPU)
+    sample_grids.save_real_grid(trainer, tmp_path / "reals.png")
+    sample_grids.sample_grid(trainer)
+    expected = np.clip((values + 160) / 400 * 255, 0, 255)
+    pictures = [picture for rows in shown for row in rows for picture in row]
+    assert len(pictures) > 8
+    for picture in pictures:
+        np.testing.assert_allclose(picture, expected, atol=1)
+    assert TrainConfig.from_dict(config.to_dict()) == config
