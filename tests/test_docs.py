@@ -199,6 +199,7 @@ def stand_in(arg):
     arg = arg.replace("--metrics=fid,kid,pr,is", "--metrics=fid,kid,pr")  # pixels have no classes
     arg = re.sub(r"(?<=--eval=)\d+", "0.008", arg)
     arg = re.sub(r"(?<=--eval-num=)\d+", "4", arg)
+    arg = arg.replace("--lr-rampup=0.001", "--lr-rampup=0")  # which must be shorter than the run
     arg = re.sub(r"(?<=network-snapshot-)\d+", "000000", arg)
     arg = re.sub(r"(?<=--ckpt=)\d+", "0", arg)
     return re.sub(r"(?<=--ref=)https://nvlabs-fi-cdn.nvidia.com/edm/", "", arg)

@@ -1,13 +1,17 @@
 """Restoring images from the command line: names, sizes, units, means, measurements, tiles."""
 
 import json
+import math
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from pickle_assembler import zip_file
+from published_files import ForkDenoiser, fork_state
 from snapshots import write_snapshot
 
+import checkpoint_tool
 import fid
 import generate
 from images.scaling import Scaling
@@ -312,3 +316,46 @@ def test_the_picture_of_means_ends_with_the_means(root):
     [mean] = sampler.images([[0, 1]])
     expected = torch.clip(mean.images * 127.5 + 128, 0, 255).to(torch.uint8)
     assert torch.equal(last, expected) and len(way) == 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("D", [64, math.inf])
+@pytest.mark.parametrize("h, flags", [(1, []), (2, ["--solver=ppfm"])])
+def test_a_state_of_the_ct_forks_restores_images_as_their_code_does(h, flags, D, tmp_path, invoke):
+    """Their sampler written out: T = 8, w = 0.7, both halves of a step at its first level."""
+    torch.manual_seed(0)
+    nets = [ForkDenoiser("cSongUNet", 16, 1, model_channels=8, channel_mult=[1, 2], num_blocks=1)
+            for _ in range(2)]
+    (tmp_path / "training-state-003201.pt").write_bytes(zip_file(fork_state(*nets, D)))
+    done = invoke(checkpoint_tool.main, "convert", str(tmp_path / "training-state-003201.pt"),
+                  str(tmp_path / "net.pt"), "--scale=-1024,3071", "--cond-scale=-1024,3071",
+                  "--sigma-max=380")
+    assert done.exit_code == 0, done.output
+    rng = np.random.default_rng(0)
+    v = rng.uniform(-1024, 1500, (2, 1, 24, 24)).astype(np.float32)
+    (tmp_path / "slices").mkdir()
+    for k in (0, 1):
+        np.save(tmp_path / f"slices/{k}.npy", v[k])
+    make(invoke, tmp_path, tmp_path / "out", f"--cond-image={tmp_path / 'slices'}",
+         "--init-image=cond", "--init-noise=0", "--steps=8", f"--last={h}", "--blend=0.7", *flags)
+    t = torch.tensor([(380 ** (1 / 7) + i / 7 * (0.002 ** (1 / 7) - 380 ** (1 / 7))) ** 7
+                      for i in range(8)], dtype=torch.float64)
+    net, measured = nets[1].eval(), (torch.from_numpy(v).double() + 1024) / 4095 * 2 - 1
+
+    def denoised(x, sigma):
+        with torch.no_grad():
+            return net(torch.cat([measured, x], dim=1).float(), sigma.float()[None]).double()
+
+    x = measured
+    for i in range(h):
+        now, after = t[7 - h + i], t[8 - h + i]
+        d = (x - denoised(x, now)) / now
+        moved = x + (after - now) * d
+        if i < h - 1:
+            d_after = (moved - denoised(moved, now)) / after
+            moved = x + (after - now) * (d + d_after) / 2
+        x = 0.7 * moved + 0.3 * measured
+    expected = (x.numpy() + 1) / 2 * 4095 - 1024
+    found = np.stack([np.load(tmp_path / f"out/{k}.npy") for k in (0, 1)])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(found - v).max() > 50
