@@ -111,14 +111,19 @@ def guided(
         interval: noise levels (lo, hi] at which to guide; elsewhere `net` alone is evaluated.
 
     Raises:
-        ValueError: values out of range, a guide that does not fit, or no guide for a network
-            without labels.
+        ValueError: values out of range, a guide that does not fit, a few-step network, or no
+            guide for a network without labels.
     """
     low, high = interval
     if not 0 <= guidance < math.inf:
         raise ValueError(f"guidance={guidance:g}: must be a finite number from 0 on (1 is none)")
     if not 0 <= low < high:
         raise ValueError(f"guidance interval {low:g},{high:g}: must be LO,HI with 0 <= LO < HI")
+    for which, each in (("network", net), ("guide", gnet)):
+        few_step = getattr(each, "few_step", None)
+        if few_step is not None:
+            raise ValueError(f"the {which} is a few-step network ({few_step.method}), which is no "
+                             "denoiser; give the denoiser that it was made from")
     if gnet is not None:
         _check_guide(net, gnet)
     elif guidance != 1 and not net.label_dim:

@@ -109,7 +109,7 @@ class MeasuredDenoiser:
         sigma_data: deviation of the data; None is the network's, or 0.5.
 
     Raises:
-        ValueError: another method, or a noise level below 0.
+        ValueError: another method, a noise level below 0, or a few-step network.
     """
 
     def __init__(self, net: Any, operator: Operator, v: torch.Tensor, sigma_v: float,
@@ -118,6 +118,10 @@ class MeasuredDenoiser:
             raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
         if not 0 <= sigma_v < math.inf:
             raise ValueError(f"sigma_v={sigma_v:g}: must be 0 or more, and finite")
+        few_step = getattr(net, "few_step", None)
+        if few_step is not None:
+            raise ValueError(f"a few-step network ({few_step.method}) gives no mean for a "
+                             "measurement to correct; give the denoiser that it was made from")
         self.net, self.operator, self.v, self.sigma_v = net, operator, v, sigma_v
         self.method = method
         self.data_variance = (getattr(net, "sigma_data", 0.5) if sigma_data is None

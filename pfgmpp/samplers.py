@@ -403,12 +403,12 @@ class SamplerConfig:
 
     def check_encoding(self) -> None:
         """Raises ValueError where `encode` can't use these settings."""
-        if self.num_steps < 2:
-            raise ValueError(f"num_steps={self.num_steps}: must be 2 or more, for there is no "
-                             "encoding without a step between two levels")
         if self.solver == CONSISTENCY:
             raise ValueError(f"solver={self.solver}: few-step networks make images of latents, not "
                              "latents of images; use the network that they were made from")
+        if self.num_steps < 2:
+            raise ValueError(f"num_steps={self.num_steps}: must be 2 or more, for there is no "
+                             "encoding without a step between two levels")
         for name, unused in (("schedule", (None, "linear")), ("scaling", (None, "none")),
                              ("S_churn", (0,)), ("noise_alpha", (0,)), ("last", (None,)),
                            ("stop_sigma", (None,))):
@@ -437,7 +437,7 @@ class SamplerConfig:
         levels = self.levels(net)[:-1]
         boundary = getattr(net, "boundary", 0)
         if boundary and levels[-1] <= boundary:
-            raise ValueError(f"sigmas down to {levels[-1]:g}: the network returns its input at "
+            raise ValueError(f"levels down to {levels[-1]:g}: the network returns its input at "
                              f"{boundary:g}, its boundary; take levels above it")
         if self.solver in _OF_LOG_SIGMA and (levels.diff() == 0).any():
             raise ValueError(f"num_steps={self.num_steps}: some of these levels are equal once the "

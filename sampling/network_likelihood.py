@@ -275,7 +275,7 @@ class NetworkLikelihood:
         cond_scaling = recorded_scaling(content, source, "cond_scale", net.cond_channels) \
             if net.cond_channels else None
         return cls(net, device, tuple(rising), scaling, cond_scaling,
-                   recorded_label_kind(net, content),
+                   recorded_label_kind(content),
                    uses_labels=uses_labels, probes=None if exact else probes,
                    dequantize=is_uniform, seed=seed, settings=settings)
 

@@ -167,7 +167,14 @@ class NetworkSampler:
             raise
         except ValueError as error:
             raise UsageError(_in_flags(error)) from error
-        kind = recorded_label_kind(net, content)
+        for flag, value, reason in (
+                ("--encode", encode, "which makes images of latents, not latents of images"),
+                ("--measure", measure, "which gives no mean for a measurement to correct")):
+            if value is not None and net.few_step is not None:
+                raise UsageError(f"{flag}={value}: {source} is a few-step network "
+                                 f"({net.few_step.method}), {reason}; use the denoiser that it "
+                                 "was made from")
+        kind = recorded_label_kind(content)
         _check_begins({"--encode": encode, "--latents": latents, "--init-image": init_image})
         starts = None
         if latents is not None:
@@ -199,7 +206,7 @@ class NetworkSampler:
             settings["compile"] = True
         _warn_of_init_sigma(net, init_sigma, scaling)
         denoiser, extra = _with_guidance(net, source, guidance, gnet, guidance_interval,
-                                         open_one, scaling)
+                                         open_one, scaling, kind)
         try:
             sampler.check(denoiser)
         except ValueError as error:
@@ -255,7 +262,7 @@ class NetworkSampler:
         settings = json_value(settings | of_labels | extra)
         opened = cls(denoiser, sampler, device, class_idx, settings, conditions, inits, scaling,
                      one_size=compiled, labels=labels, label_kind=kind,
-                     class_names=tuple(_dataset_record(content).get("class_names") or ()),
+                     class_names=recorded_class_names(content),
                      latents=starts, encoded=encoded, inputs=inputs, measurement=measurement,
                      average=average or 1)
         if inputs is not None:
@@ -499,7 +506,8 @@ def _sampler_config(
                 raise UsageError(f"{level_flag} with --sigmas: these say where sampling starts; "
                                  f"leave {level_flag} out")
             options = options | {"sigmas": (init_sigma,)}
-        return _few_step_config(few_step, source, options)
+        return _few_step_config(few_step, source, options,
+                                "--sigmas" if init_sigma is None else level_flag)
     if options.get("solver") == CONSISTENCY and options.get("sigmas") is None:
         raise UsageError(f"--solver={CONSISTENCY}: {source} is not a few-step network; leave "
                          "--solver out, or give the levels to sample it at by --sigmas")
@@ -578,16 +586,30 @@ def _tell_sizes(net: Precond, sampler: "NetworkSampler") -> None:
             if padded else ""))
 
 
-def _few_step_config(few_step: FewStep, source: str, options: dict[str, Any]) -> SamplerConfig:
-    """Returns the settings of a few-step network: its own levels unless others are asked for."""
+def _few_step_config(few_step: FewStep, source: str, options: dict[str, Any], start_flag: str
+                     ) -> SamplerConfig:
+    """Returns the settings of a few-step network: its own levels unless others are asked for.
+
+    It warns, naming `start_flag`, of levels above those that the network was made for.
+    """
     solver = options.get("solver")
     if solver not in (None, CONSISTENCY):
         raise UsageError(f"--solver={solver}: {source} is a few-step network "
                          f"({few_step.method}), no denoiser that a solver could follow; leave "
                          "--solver out")
-    asked = SamplerConfig(**options | {"solver": CONSISTENCY})
-    asked.check_solver()
+    try:
+        asked = SamplerConfig(**options | {"solver": CONSISTENCY})
+        asked.check_solver()
+    except ValueError as error:
+        if solver is not None:
+            raise
+        text = str(error).replace(f"solver={CONSISTENCY}", "a few-step network")
+        raise ValueError(text) from error
     if asked.sigmas is not None:
+        if asked.sigmas[0] > few_step.levels[0]:
+            distributed.warn0(f"{start_flag}: sampling starts at sigma {asked.sigmas[0]:g}, above "
+                              f"{few_step.levels[0]:g}, the highest level of {source}, so images "
+                              "may be poor")
         return asked
     return SamplerConfig.of_few_steps(few_step, options.get("num_steps"))
 
@@ -600,11 +622,16 @@ def _in_flags(error: ValueError) -> str:
     return text
 
 
-def recorded_label_kind(net: Precond, content: dict[str, Any]) -> str | None:
+def recorded_label_kind(content: dict[str, Any]) -> str | None:
     """Returns 'classes' or 'vectors', as the file records; classes where it does not."""
-    if not net.label_dim:
+    if not content["network"].get("label_dim"):
         return None
     return "vectors" if _dataset_record(content).get("label_kind") == "vectors" else "classes"
+
+
+def recorded_class_names(content: dict[str, Any]) -> tuple[str, ...]:
+    """Returns what a file calls its classes, () where they have no names."""
+    return tuple(_dataset_record(content).get("class_names") or ())
 
 
 def _choose_labels(
@@ -693,6 +720,7 @@ def _class_counts(content: dict[str, Any], label_dim: int) -> list[int] | None:
 def _with_guidance(
     net: Precond, source: str, guidance: float, gnet: str | None,
     interval: tuple[float, float] | None, open_one: _OpenNetwork, scaling: Scaling,
+    kind: str | None,
 ) -> tuple[Precond | GuidedDenoiser, dict[str, Any]]:
     """Returns the network under guidance, and the settings that record it: none without."""
     if guidance == 1:
@@ -710,6 +738,10 @@ def _with_guidance(
         content, guide = open_one(gnet)
         if recorded_scaling(content, gnet, "scale", guide.img_channels) != scaling:
             raise ValueError(f"--gnet={gnet}: was trained on data of another scale than {source}")
+        if guide.label_dim and net.label_dim and recorded_label_kind(content) != kind:
+            raise ValueError(f"--gnet={gnet}: was trained on {recorded_label_kind(content)}, "
+                             f"{source} on {kind}; give a guide with labels of its kind, or "
+                             "without any")
         settings["gnet"] = checkpoint.digest(checkpoint.sampling_weights(content))
     elif not net.label_dim:
         raise UsageError(f"--guidance={guidance:g}: {source} has no labels to be guided by; give a "

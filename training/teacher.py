@@ -10,7 +10,12 @@ from images.dataset import ImageFolderDataset
 from images.scaling import Scaling
 from pfgmpp.loss import EDM_SIGMA_MAX, LSUN_SIGMA_MAX
 from pfgmpp.networks import Precond, image_size, network_D
-from sampling.network_sampler import load_network, recorded_scaling
+from sampling.network_sampler import (
+    load_network,
+    recorded_class_names,
+    recorded_label_kind,
+    recorded_scaling,
+)
 from torch_utils import distributed, misc
 
 
@@ -102,6 +107,25 @@ class Teacher:
                 ("condition images of {} channels", dataset.cond_channels,
                  network.get("cond_channels", 0))):
             if given != allowed:
+                choose = ", or choose its classes with dataset_tool.py --classes" if (
+                    dataset.has_onehot_labels and dataset.label_dim > allowed) else ""
                 raise ValueError(f"{where}: has {name.format(given)}, the teacher was trained on "
-                                 f"{allowed}; give the data of its kind")
+                                 f"{allowed}; give the data of its kind{choose}")
+        self._check_kind_of_labels(dataset)
+
+    def _check_kind_of_labels(self, dataset: ImageFolderDataset) -> None:
+        """Raises ValueError for vectors in place of classes; warns of classes of other names."""
+        if not dataset.has_labels:
+            return
+        where, kind = f"--data={dataset.path}", recorded_label_kind(self.content)
+        given = "classes" if dataset.has_onehot_labels else "vectors"
+        if given != kind:
+            raise ValueError(f"{where}: its labels are {given}, the teacher was trained on {kind} "
+                             f"of {dataset.label_dim} numbers; give the data of its kind")
+        names = zip(dataset.class_names or (), recorded_class_names(self.content), strict=False)
+        for number, (ours, theirs) in enumerate(names):
+            if ours != theirs:
+                distributed.warn0(f"{where}: class {number} is called {ours!r}, but {theirs!r} in "
+                                  f"the data of {self.source}; do its classes mean the same?")
+                return
 

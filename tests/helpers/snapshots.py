@@ -25,3 +25,12 @@ def write_snapshot(path, *, label_dim=2, shape=(3, 8, 8), cond_channels=0, seed=
         "ema": dict(net.state_dict()), "progress": {"cur_nimg": 0}, "options": config.to_dict(),
         **({"dataset": dataset} if dataset else {})})
     return path
+
+
+def write_few_step(path, method="cd", levels=(80.0, 0.821), **options):
+    """Writes a snapshot that records that it is a few-step network, see `write_snapshot`."""
+    content = checkpoint.load(write_snapshot(path, **options))
+    content["network"] |= {"few_step": {"method": method, "levels": list(levels)}}
+    checkpoint.save(path, {key: content[key] for key in (
+        "format", "network", "ema", "progress", "options", "dataset") if key in content})
+    return path

@@ -15,6 +15,7 @@ INF = math.inf
 SHORT = (1, 2, 128, INF)
 CLASSES = 3
 CPU = torch.device("cpu")
+CD = {"method": "cd", "levels": [80.0, 0.821]}
 
 
 def seeded(seed=0):
@@ -259,6 +260,7 @@ def test_a_guided_network_has_the_attributes_of_its_network_and_the_shared_range
     ({"guidance": 2, "gnet": network(128, side=16)}, "(3, 16, 16), the network (3, 8, 8)"),
     ({"guidance": 2, "gnet": network(128, label_dim=2)}, "label_dim 2, the network 3"),
     ({"guidance": 2, "gnet": network(128, cond_channels=1)}, "cond_channels 1, the network 0"),
+    ({"guidance": 2, "gnet": network(128, few_step=CD)}, "the guide is a few-step network (cd)"),
 ], ids=str)
 def test_what_does_not_fit_is_refused_in_one_line(arguments, words):
     with pytest.raises(ValueError) as error:
@@ -272,6 +274,11 @@ def test_an_unconditional_network_needs_a_second_one():
         guided(net, guidance=2)
     guided(net, guidance=2, gnet=network(label_dim=0, seed=1))
     guided(net, guidance=1)
+
+
+def test_a_few_step_network_is_not_guided():
+    with pytest.raises(ValueError, match="the network is a few-step network"):
+        guided(network(few_step=CD), guidance=2)
 
 
 def test_guidance_towards_no_label_is_refused():

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from pfgmpp.few_steps import FewStep
 from pfgmpp.kernel import PerturbationKernel
 from pfgmpp.measurement import (
     METHODS,
@@ -221,6 +222,10 @@ def test_wrong_settings_are_refused():
         MeasuredDenoiser(None, denoise(), torch.zeros(1), 1.0, "dps")
     with pytest.raises(ValueError, match="sigma_v=-1: must be 0 or more"):
         MeasuredDenoiser(None, denoise(), torch.zeros(1), -1.0)
+    few = Ideal(INF, torch.zeros(1, 1, 1, 1))
+    few.few_step = FewStep.of("cd")
+    with pytest.raises(ValueError, match=r"a few-step network \(cd\) gives no mean"):
+        MeasuredDenoiser(few, denoise(), torch.zeros(1), 1.0)
     for factor in (1, 0, 2.0):
         with pytest.raises(ValueError, match=f"downsample:{factor}: must be a whole number"):
             downsample(factor)

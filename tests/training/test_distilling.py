@@ -9,6 +9,7 @@ import math
 import shutil
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from click.testing import CliRunner
@@ -17,6 +18,7 @@ from snapshots import write_snapshot
 from tiny import TINY_NETWORK, write_dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+import dataset_tool
 import distill
 import generate
 import likelihood
@@ -579,6 +581,46 @@ def test_data_of_other_labels_are_refused(invoke, tmp_path, classes, words, code
     path = write_dataset(tmp_path / "data.zip", num=12, classes=classes)
     result = invoke(distill.main, *command(path, tmp_path, teacher, "ect"))
     assert words in error_of(result, code)
+
+
+def test_classes_beyond_the_teachers_can_be_chosen(invoke, tmp_path):
+    teacher = write_snapshot(tmp_path / "teacher.pt", label_dim=2, cond=True)
+    path = write_dataset(tmp_path / "data.zip", num=12, classes=3)
+    result = invoke(distill.main, *command(path, tmp_path, teacher, "ect"))
+    assert "choose its classes with dataset_tool.py --classes" in error_of(result, 1)
+
+
+@pytest.mark.parametrize("of_teacher, vectors, is_fine", [
+    ("classes", False, True), ("vectors", True, True), ("classes", True, False),
+    (None, False, True), (None, True, False), ("vectors", False, False)])
+def test_labels_of_the_teachers_width_must_be_of_its_kind_too(invoke, tmp_path, of_teacher, vectors,
+                                                              is_fine):
+    teacher = write_snapshot(tmp_path / "teacher.pt", label_dim=3, cond=True,
+                             dataset={"label_kind": of_teacher} if of_teacher else None)
+    path = write_dataset(tmp_path / "data.zip", num=12, classes=3, vectors=vectors)
+    result = invoke(distill.main, *command(path, tmp_path, teacher, "ect", "--dry-run"))
+    if is_fine:
+        assert result.exit_code == 0 and "Warning" not in result.output, result.output
+    else:
+        given = "vectors" if vectors else "classes"
+        assert f"its labels are {given}, the teacher was trained on" in error_of(result, 1)
+
+
+@pytest.mark.parametrize("of_teacher, is_warned", [
+    (None, False), (["cats", "dogs"], False), (["dogs", "cats"], True), (["cats"], False)])
+def test_classes_of_other_names_are_warned_of(invoke, tmp_path, of_teacher, is_warned):
+    names = {"class_names": of_teacher} if of_teacher else {}
+    teacher = write_snapshot(tmp_path / "teacher.pt", label_dim=2, cond=True,
+                             dataset={"label_kind": "classes", **names})
+    for kind in ("cats", "dogs"):
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        PIL.Image.new("RGB", (8, 8), "teal").save(tmp_path / "photos" / kind / "0.png")
+    assert invoke(dataset_tool.main, f"--source={tmp_path / 'photos'}", "--workers=1",
+                  f"--dest={tmp_path / 'data.zip'}").exit_code == 0
+    result = invoke(distill.main, *command(tmp_path / "data.zip", tmp_path, teacher, "ect",
+                                           "--dry-run", "--batch=2"))
+    assert result.exit_code == 0, result.output
+    assert ("class 0 is called 'cats', but 'dogs' in the data of" in result.output) == is_warned
 
 
 def test_a_state_is_resumed_by_the_command_that_wrote_it(dataset_zip, teachers, run_of, invoke,
