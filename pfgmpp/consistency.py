@@ -15,12 +15,14 @@ known of consistency functions f(x, t) for diffusion carries over once both ends
 
           so that the first stages denoise (r = 0, where f(x_0, 0) = y) and later ones are ever more
           consistent. The loss of an image is sqrt(L) / (t - r), L the squared distance, or
-          (sqrt(L + c^2) - c) / (t - r) with c > 0.
+          (sqrt(L + c^2) - c) / (t - r) with c > 0. Of a network with a boundary B, where
+          f(x_B, B) = x_B, paths end there: t is B plus what is drawn, and r at least B.
     cd    the distance of f(x_i, t_i) and f_target(x_(i+1), t_(i+1)) with x_i = y + t_i s z and
           x_(i+1) by one step of the teacher's ODE from it, of Heun's method, on a grid of levels
           (Song et al. 2023, arXiv 2303.01469; at finite D Hein et al. 2025, PFCM). The distance is
           L or, by default, the pseudo-Huber one sqrt(L + c^2) - c with c = 0.00054 sqrt(N) (Song
-          and Dhariwal 2023, arXiv 2310.14189).
+          and Dhariwal 2023, arXiv 2310.14189). At the lowest level f_target is the identity, for
+          there paths end; without that, f + 1 would be as consistent as f.
 
 The end at r carries no gradient. Both ends see the same dropout masks, labels and condition: what
 differs between them is the level alone, or the gradient's variance would not fall with t - r.
@@ -46,23 +48,26 @@ class ConsistencyTuningLoss(EDMLoss):
     """The loss of easy consistency tuning at the stage that `nimg` images have reached.
 
     Args (beyond EDMLoss's, whose defaults are others here): q, k, b: of r(t), see above.
-    stage_nimg: images of a stage. c: of the distance; 0 is the square root.
+    stage_nimg: images of a stage. c: of the distance; 0 is the square root. boundary: level at
+    which the network returns its input.
     """
 
     def __init__(self, P_mean: float = -1.1, P_std: float = 2.0, q: float = 2.0, k: float = 8.0,
-                 b: float = 1.0, c: float = 0.0, stage_nimg: float = 3.2e6, **kwargs):
+                 b: float = 1.0, c: float = 0.0, stage_nimg: float = 3.2e6, boundary: float = 0.0,
+                 **kwargs):
         super().__init__(P_mean=P_mean, P_std=P_std, **kwargs)
         self.q, self.k, self.b, self.c, self.stage_nimg = q, k, b, c, stage_nimg
+        self.boundary = boundary
 
     def stage(self, nimg: int) -> int:
         """Returns the stage S after `nimg` images."""
         return int(nimg // self.stage_nimg)
 
     def lower_level(self, t: torch.Tensor, nimg: int) -> torch.Tensor:
-        """Returns r, the level that is compared with t, of t's shape; 0 <= r < t."""
+        """Returns r, the level that is compared with t, of t's shape; boundary <= r < t."""
         decay = self.q ** -(self.stage(nimg) + 1)
         bend = 1 + self.k * torch.sigmoid(-self.b * t)
-        r = (t * (1 - decay * bend)).clamp(min=0)
+        r = (t * (1 - decay * bend)).clamp(min=self.boundary)
         return torch.minimum(r, t * (1 - _LEAST_GAP))
 
     def __call__(
@@ -84,9 +89,12 @@ class ConsistencyTuningLoss(EDMLoss):
         """
         if draws is None:
             draws = self.draw(images.shape, default_generator(images.device))
-        t = draws.sigma
+        t = draws.sigma + self.boundary
         r = self.lower_level(t, nimg)
         kwargs = {} if condition is None else {"condition": condition}
+        end = images  # of paths, where the network is the identity
+        if self.boundary:
+            end = images + scaled_noise(draws.z, self.boundary, draws.scale)
 
         def at(f: Callable, sigma: torch.Tensor) -> torch.Tensor:
             noisy = images + scaled_noise(draws.z, sigma, draws.scale)
@@ -95,10 +103,10 @@ class ConsistencyTuningLoss(EDMLoss):
         seed = dropout_seed()
         torch.manual_seed(seed)
         with torch.no_grad():
-            is_denoising = per_image(r, images.ndim) == 0
+            is_above = r > self.boundary
             # A network has no level 0, whose logarithm is infinite: there f(y, 0) = y.
-            target = torch.where(is_denoising, images,
-                                 at(frozen or net, torch.where(r > 0, r, t)))
+            target = torch.where(per_image(is_above, images.ndim),
+                                 at(frozen or net, torch.where(is_above, r, t)), end)
         torch.manual_seed(seed)
         return distance(at(net, t), target, self.c) / (t - r)
 
@@ -107,8 +115,8 @@ class ConsistencyDistillationLoss(DenoisingLoss):
     """The loss of consistency distillation along the teacher's Heun steps.
 
     Args (beyond the base's): teacher: a denoiser (x, sigma, labels), frozen. levels: noise levels
-    above 0, falling. target: the consistency function at the lower level; None is the network
-    itself. metric: 'huber' or 'l2'.
+    above 0, falling to the one at which paths end. target: the consistency function at the lower
+    level; None is the network itself. metric: 'huber' or 'l2'.
     """
 
     def __init__(self, teacher: Callable, levels: torch.Tensor, target: Callable | None = None,
@@ -149,6 +157,7 @@ class ConsistencyDistillationLoss(DenoisingLoss):
                               low)
             torch.manual_seed(seed)
             target = (self.target or frozen or net)(below, low, labels, **kwargs)
+            target = torch.where(low > self.levels[-1], target, below)
         torch.manual_seed(seed)
         given = net(x, high, labels, **kwargs)
         if self.metric == "l2":

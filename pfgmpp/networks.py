@@ -16,6 +16,7 @@ Names of classes, keywords and parameters are those of the published EDM and PFG
 runs in `compute_dtype`, everything around it in float32.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 
@@ -298,6 +299,18 @@ PRECONDS: dict[str, type[Precond]] = {
     "EDMPrecond": EDMPrecond, "VPPrecond": VPPrecond, "VEPrecond": VEPrecond,
     "iDDPMPrecond": iDDPMPrecond,
 }
+
+
+def known_levels(config: dict) -> tuple[float, float]:
+    """Returns the lowest and the highest noise level that a network of a configuration knows.
+
+    Not of iDDPM, whose levels are in its weights.
+    """
+    parameters = inspect.signature(PRECONDS[config["class_name"]]).parameters
+    values = {name: config.get(name, parameter.default) for name, parameter in parameters.items()}
+    if "beta_d" in values:
+        return vp_sigma_range(values["epsilon_t"], values["beta_d"], values["beta_min"])
+    return values["sigma_min"], values["sigma_max"]
 
 
 def network_D(config: dict) -> float:

@@ -18,13 +18,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from dnnlib.util import require
-from training.config import TrainConfig
+from training.config import PRECONDITIONERS, TrainConfig
 
 METHODS = ("ect", "cd", "ipfm")
 OPTIMIZERS = ("radam", "adam")
 METRICS = ("huber", "l2")
-_CD_BOUNDARY = 0.002  # the lowest level of the grid
-_LOWEST_INIT, _HIGHEST_LEVEL = 0.002, 1e6  # see few_steps.py and schedules.py
+_LOWEST_LEVEL, _HIGHEST_LEVEL = 0.002, 1e6  # see few_steps.py and schedules.py
 _MAX_SCALES, _MAX_STEPS = 10_000, 64
 
 # Mimg where the flags are; a half-life for the decay b of an average by steps of B images is
@@ -67,7 +66,7 @@ class DistillConfig(TrainConfig):
     teacher: str | None = None  # None = no teacher
     teacher_network: dict | None = None  # its configuration
     teacher_sha256: str | None = None  # of its weights
-    boundary: float | None = None  # level at which f(x) = x; None = 0, and 0.002 of cd
+    boundary: float | None = None  # level at which f(x) = x; None = 0, of cd its lowest level
     ect_q: float = 2.0
     ect_k: float = 8.0
     ect_b: float = 1.0
@@ -104,8 +103,8 @@ class DistillConfig(TrainConfig):
             require(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')}={value}",
                     "positive and finite")
         require(1 < self.ect_q < math.inf, f"--ect-q={self.ect_q:g}", "above 1, and finite")
-        require(self.sigma_init is None or _LOWEST_INIT < self.sigma_init <= _HIGHEST_LEVEL,
-                f"--sigma-init={self.sigma_init}", f"above {_LOWEST_INIT:g}, and at most "
+        require(self.sigma_init is None or _LOWEST_LEVEL < self.sigma_init <= _HIGHEST_LEVEL,
+                f"--sigma-init={self.sigma_init}", f"above {_LOWEST_LEVEL:g}, and at most "
                 f"{_HIGHEST_LEVEL:g}")
         require(self.eval_steps is None or self.eval_steps <= _MAX_STEPS,
                 f"--eval-steps={self.eval_steps}", f"at most {_MAX_STEPS}")
@@ -117,23 +116,47 @@ class DistillConfig(TrainConfig):
                 f"2 to {_MAX_SCALES}")
         require(0 <= self.cd_decay < 1, f"--cd-decay={self.cd_decay:g}", "0 or more, below 1; 0 is "
                 "the network itself")
-        is_edm = (self.teacher_network or {}).get("class_name", "EDMPrecond") == "EDMPrecond"
-        require(is_edm and self.precond == "edm" or not self.boundary, f"--boundary="
-                f"{self.boundary}", "left out: only EDM's preconditioner has a boundary")
-        require((self.teacher_network or {}).get("class_name") != "iDDPMPrecond",
-                f"--teacher={self.teacher}, a network of discrete noise levels,",
-                "one of EDM, PFGM++, VE or VP")
+        require(self._precond != "iDDPMPrecond", f"--teacher={self.teacher}, a network of discrete "
+                "noise levels,", "one of EDM, PFGM++, VE or VP")
+        require(self._precond == "EDMPrecond" or not self.boundary, f"--boundary={self.boundary}",
+                "left out: only EDM's preconditioner has a boundary")
         levels = FewStep.of(self.method, self.first_level).levels  # refuses levels that are none
-        limit = _CD_BOUNDARY if self.method == "cd" else levels[-1] / 2
-        require((self.boundary or 0) <= limit, f"--boundary={self.boundary}", f"at most {limit:g}, "
-                "so that every level that is trained and sampled lies above it")
+        if self.teacher is None or self.teacher_network:  # else the teacher has not been read yet
+            limit, reason = (levels[-1] / 2, "half of the lowest level that is sampled") \
+                if self.method != "cd" else (self._cd_end, "the lowest level of the grid")
+            require((self.boundary or 0) <= limit, f"--boundary={self.boundary}",
+                    f"at most {limit:g}, {reason}")
+
+    @property
+    def _precond(self) -> str:
+        """The class of the network."""
+        return self.teacher_network["class_name"] if self.teacher_network else (
+            PRECONDITIONERS[self.precond])
+
+    @property
+    def _known_levels(self) -> tuple[float, float]:
+        from pfgmpp.networks import known_levels
+        return known_levels({"class_name": self._precond, **(self.teacher_network or {})})
+
+    @property
+    def _cd_end(self) -> float:
+        """The lowest level of cd's grid, at which paths end."""
+        return max(_LOWEST_LEVEL, self._known_levels[0])
 
     @property
     def first_level(self) -> float:
         """The level from which the network samples."""
         from pfgmpp.loss import EDM_SIGMA_MAX, LSUN_SIGMA_MAX
-        sigma_max = LSUN_SIGMA_MAX if self.lsun else EDM_SIGMA_MAX
-        return self.sigma_init if self.method == "ipfm" and self.sigma_init else sigma_max
+        if self.method == "ipfm" and self.sigma_init:
+            return self.sigma_init
+        return min(LSUN_SIGMA_MAX if self.lsun else EDM_SIGMA_MAX, self._known_levels[1])
+
+    @property
+    def used_boundary(self) -> float:
+        """The level at which the network returns its input; 0 for a network that has none."""
+        if self.boundary is None and self.method == "cd" and self._precond == "EDMPrecond":
+            return self._cd_end
+        return self.boundary or 0.0
 
     def network(self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int,
                 cond_channels: int = 0) -> dict:
@@ -145,15 +168,11 @@ class DistillConfig(TrainConfig):
         from pfgmpp.few_steps import FewStep
         network = dict(self.teacher_network) if self.teacher_network else super().network(
             img_resolution, img_channels, label_dim, cond_channels)
-        is_edm = network["class_name"] == "EDMPrecond"
-        boundary = self.boundary
-        if boundary is None and is_edm and self.method == "cd":
-            boundary = _CD_BOUNDARY
         # Labels of augmentation are never given, and weights that nothing uses DDP does not accept.
         for name in ("boundary", "boundary_in_training", "label_dropout", "augment_dim"):
             network.pop(name, None)
-        if boundary:
-            network["boundary"] = boundary
+        if self.used_boundary:
+            network["boundary"] = self.used_boundary
         return network | {"dropout": self.dropout,
                           "few_step": FewStep.of(self.method, self.first_level).to_dict()}
 

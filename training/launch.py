@@ -141,6 +141,8 @@ def launch(
             if teacher:
                 teacher.check_data(dataset)
             net = _network(config, dataset)
+            if net.few_step:
+                _check_levels(config, net)
             agreement.check_data(dataset)
             if state:
                 state = resuming.settle_data(config, dataset, state, override=override)
@@ -253,6 +255,22 @@ def _network(config, dataset):
     with torch.device("meta"), error_prefix(f"--patch={config.patch}: " if config.patch else ""):
         return build_network(config.network(dataset.resolution, dataset.num_channels,
                                             dataset.label_dim, dataset.cond_channels))
+
+
+def _check_levels(config, net) -> None:
+    """Raises UserError where a few-step network could not be sampled at its levels."""
+    from pfgmpp.samplers import SamplerConfig
+    own = f"--teacher={config.teacher}" if config.sigma_init is None else (
+        f"--sigma-init={config.sigma_init:g}")
+    for steps, flag in ((None, own), (config.eval_steps, f"--eval-steps={config.eval_steps}")):
+        try:
+            SamplerConfig.of_few_steps(net.few_step, steps).check(net)
+        except ValueError as error:
+            levels = net.few_step.of_steps(steps or len(net.few_step.levels))
+            _, _, reason = str(error).partition(": ")  # from the levels
+            shown = " to ".join(f"{s:g}" for s in sorted({levels[0], levels[-1]}, reverse=True))
+            raise UserError(f"{flag}: samples are made at {shown}, but {reason}",
+                            BAD_USAGE) from error
 
 
 def _open_held_out(config, dataset):

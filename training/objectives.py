@@ -17,7 +17,7 @@ import torch
 
 from pfgmpp.consistency import ConsistencyDistillationLoss, ConsistencyTuningLoss
 from pfgmpp.distillation import GeneratorDraws, GeneratorLoss
-from pfgmpp.loss import EDM_SIGMA_MAX, LOSSES, LSUN_SIGMA_MAX, DenoisingLoss
+from pfgmpp.loss import LOSSES, DenoisingLoss
 from pfgmpp.networks import Precond, build_network
 from pfgmpp.schedules import edm_sigmas
 from training.config import TrainConfig
@@ -181,10 +181,9 @@ def build_objective(config: TrainConfig, net: Precond, teacher: Precond | None =
     if config.method == "ect":
         return Consistency(ConsistencyTuningLoss(
             **levels, q=config.ect_q, k=config.ect_k, b=config.ect_b, c=config.ect_c,
-            stage_nimg=config.ect_double * 1e6), net, teacher=None)
+            stage_nimg=config.ect_double * 1e6, boundary=getattr(net, "boundary", 0.0)), net)
     if config.method == "cd":
-        sigma_max = LSUN_SIGMA_MAX if config.lsun else EDM_SIGMA_MAX
-        grid = edm_sigmas(teacher, config.cd_scales, sigma_max=sigma_max)[:-1].to(
+        grid = edm_sigmas(teacher, config.cd_scales, sigma_max=net.few_step.levels[0])[:-1].to(
             next(teacher.parameters()).device)
         target = copy.deepcopy(net).requires_grad_(False) if config.cd_decay else None
         loss_fn = ConsistencyDistillationLoss(teacher, grid, target, config.cd_metric, **noise)

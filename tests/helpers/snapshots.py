@@ -29,8 +29,14 @@ def write_snapshot(path, *, label_dim=2, shape=(3, 8, 8), cond_channels=0, seed=
 
 def write_few_step(path, method="cd", levels=(80.0, 0.821), **options):
     """Writes a snapshot that records that it is a few-step network, see `write_snapshot`."""
-    content = checkpoint.load(write_snapshot(path, **options))
-    content["network"] |= {"few_step": {"method": method, "levels": list(levels)}}
+    return with_network(write_snapshot(path, **options),
+                        few_step={"method": method, "levels": list(levels)})
+
+
+def with_network(path, **changes):
+    """Changes the configuration of the network in a snapshot."""
+    content = checkpoint.load(path)
+    content["network"] |= changes
     checkpoint.save(path, {key: content[key] for key in (
         "format", "network", "ema", "progress", "options", "dataset") if key in content})
     return path

@@ -74,6 +74,24 @@ def test_cds_default_distance_is_pseudo_huber_with_the_published_constant(D):
                                (squared + c**2).sqrt() - c)
 
 
+@pytest.mark.parametrize("D", DIMS)
+def test_cd_holds_its_function_where_the_levels_end(D):
+    flow = IdealFlow(D, LINE, end=0.2)
+    levels = edm_grid(24, flow.end).float()
+    flow.end = levels[-1].item()
+    loss = ConsistencyDistillationLoss(flow.denoise, levels, metric="l2", **kernel_options(D))
+    y = LINE[torch.arange(300) % 3]
+
+    def error(shift, level):
+        draws = wide(loss.draw(y.shape, seeded(3)), torch.full([300], level))
+        return loss(lambda x, s, labels: flow.solve(x, s) + shift, y, draws=draws).mean().item()
+
+    above, last = levels[4].double().item(), levels[-2].double().item()
+    # f* and f* + 0.5 are both the same along a path; only f* is the identity at its end.
+    assert error(0.5, above) == pytest.approx(error(0.0, above)) and error(0.0, above) < 1e-4
+    assert error(0.0, last) < 1e-4 and error(0.5, last) == pytest.approx(0.25, abs=0.01)
+
+
 def test_heuns_step_by_hand():
     # T(x) = x/4: slopes 3x/(4 sigma). From 2 to 1 at x = 8: 3, guess 5, 3.75, so 8 - 3.375.
     x, high, low = (torch.tensor([[v]]).double() for v in (8.0, 2.0, 1.0))
@@ -97,7 +115,9 @@ def test_cd_by_hand_with_scale_labels_and_condition():
     found = loss(net, y, labels, draws=draws, condition=condition)
     # x = 5 + 2*1.5 = 8 becomes 4.625; x = 6 - 4*0.5 = 4 becomes 4 - 2(0.75 + 2.5*0.75/2)/2.
     x, below = [8.0, 4.0], [4.625, 4 - (0.75 + 2.5 * 0.375)]
-    assert found.tolist() == [(2 * a - 3 * b) ** 2 for a, b in zip(x, below, strict=True)]
+    # Of the first one the lower level is the last, at which the target is the state itself.
+    assert found.tolist() == [(2 * a - gain * b) ** 2
+                              for a, gain, b in zip(x, (1, 3), below, strict=True)]
     assert [(name, levels) for name, levels, *_ in seen] == [
         ("teacher", [2, 4]), ("teacher", [1, 2]), ("target", [1, 2]), ("net", [2, 4])]
     assert all(given[2] is labels and given[3] is condition for given in seen)
@@ -148,8 +168,10 @@ TESTERS = {  # bounded and falling, for at D = 2 states have no variance
 LINE = torch.tensor([-0.8, 0.1, 0.6], dtype=torch.float64).reshape(3, 1)
 
 
-def ect_gradient(D, h, stage, t, of_noise=None):
+def ect_gradient(D, h, stage, t, of_noise=None, boundary=0.0):
     """E[(f*(x_t) - f*(x_r)) h(x_t)]/(t - r), and the same of absolute values, as the loss has it.
+
+    `boundary` is what the loss takes for the end of paths, 0.3 if it is right.
 
     f* + theta h is the network, and the gradient in theta is asked for: with a large c the distance
     is |f_t - f_r|^2 / (2c). Images are all pairs of a point and a value of the noise, of a scale.
@@ -158,10 +180,11 @@ def ect_gradient(D, h, stage, t, of_noise=None):
     n, weights = noise_on_a_line(D if of_noise is None else of_noise)
     y = LINE.repeat_interleave(len(n), dim=0)
     scale = torch.linspace(0.5, 2, len(y), dtype=torch.float64)
-    draws = LossDraws(torch.full([len(y)], t, dtype=torch.float64),
+    draws = LossDraws(torch.full([len(y)], t - boundary, dtype=torch.float64),
                       n.repeat(3)[:, None] / scale[:, None], scale)
     c = 1e3
-    loss = ConsistencyTuningLoss(k=0.0, c=c, stage_nimg=1.0, **kernel_options(D))
+    loss = ConsistencyTuningLoss(k=0.0, c=c, stage_nimg=1.0, boundary=boundary,
+                                 **kernel_options(D))
     theta = torch.zeros(len(y), 1, dtype=torch.float64, requires_grad=True)
 
     def net(x, sigma, labels):
@@ -209,6 +232,38 @@ def test_ect_of_noise_that_is_not_shared_has_ever_more_gradient(D):
     shared = gradient(8, None)
     assert shared < 0.05  # five standard errors, as 3000 images have them
     assert gradient(8, other_noise) > 20 * gradient(3, other_noise) > 20 * shared
+
+
+@pytest.mark.parametrize("h", TESTERS.values(), ids=TESTERS)
+@pytest.mark.parametrize("D", DIMS)
+def test_ect_ends_at_the_boundary_with_the_state_there(D, h):
+    # In the first stage r would be t/2, below 0.3: the end of the path is the target.
+    far, near = (ect_gradient(D, h, 0, t, boundary=0.3) for t in (0.4, 0.3 + 0.1 / 32))
+    assert abs(near[0]) < 5e-3 * near[1] and abs(near[0]) < abs(far[0]) / 16 + 1e-4 * far[1]
+
+
+def test_ect_with_a_boundary_by_hand():
+    net, seen = edm(boundary=0.4), []
+    y = torch.randn(6, 3, 8, 8, generator=seeded(1))
+    loss = ConsistencyTuningLoss(boundary=0.4)
+    draws = LossDraws(torch.tensor([1e-4, 0.01, 0.3, 0.5, 2.0, 40.0]),
+                      torch.randn(y.shape, generator=seeded(2)),
+                      torch.tensor([0.5, 1.0, 1.5, 2.0, 1.0, 0.7]).double())
+
+    def watched(x, sigma, labels):
+        seen.append(sigma.flatten())
+        return net(x, sigma)
+
+    found = loss(watched, y, draws=draws, nimg=2 * 3_200_000)
+    assert min(levels.min() for levels in seen) > 0.4
+    t = (draws.sigma.double() + 0.4).reshape(-1, 1, 1, 1)
+    r = (t * (1 - (1 + 8 / (1 + t.exp())) / 8)).clamp(min=0.4)
+    noise = draws.z * draws.scale.reshape(-1, 1, 1, 1)
+    # At the boundary itself the network says what its input is.
+    gap = net(y + (t * noise).float(), t) - net(y + (r * noise).float(), r)
+    expected = gap.flatten(1).norm(dim=1) / (t - r).flatten()
+    torch.testing.assert_close(found, expected.float(), rtol=5e-3, atol=0)
+    assert (r == 0.4).sum() == 3
 
 
 def test_the_lower_level_is_the_published_one():

@@ -17,6 +17,7 @@ from pfgmpp.networks import (
     VPPrecond,
     build_network,
     iDDPMPrecond,
+    known_levels,
 )
 from pfgmpp.unets import (
     Conv2d,
@@ -230,6 +231,16 @@ def test_sigma_ranges_are_the_published_ones(cls, low, high):
     # abar, 6e-8, moves u_0^2 ~ 1/abar(1) by twice as much, and small levels by up to 1e-5.
     assert net.sigma_min == pytest.approx(low, rel=1e-5)
     assert net.sigma_max == pytest.approx(high, rel=1e-5)
+
+
+@pytest.mark.parametrize("cls, changes", [
+    (EDMPrecond, {}), (EDMPrecond, {"sigma_min": 0.05, "sigma_max": 50.0}), (VEPrecond, {}),
+    (VEPrecond, {"sigma_max": 50.0}), (VPPrecond, {}), (VPPrecond, {"beta_d": 9.0}),
+    (VPPrecond, {"beta_min": 0.2, "epsilon_t": 1e-3})], ids=str)
+def test_a_configuration_tells_the_levels_that_its_network_knows(cls, changes):
+    net = network(cls=cls, randomise=False, **changes)
+    for config in (net.config, {"class_name": cls.__name__, **changes}):
+        assert known_levels(config) == (net.sigma_min, net.sigma_max)
 
 
 def test_published_levels_do_not_depend_on_the_float32_functions_of_the_machine(monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from scripts import run_script
-from snapshots import write_snapshot
+from snapshots import with_network, write_snapshot
 from tiny import TINY_NETWORK, write_dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,7 +30,7 @@ from images.dataset import ImageFolderDataset, order_at
 from pfgmpp import few_steps, samplers, schedules
 from sampling import sweeps
 from torch_utils import distributed, misc
-from training import distill_config, estimate
+from training import distill_config, estimate, sample_grids
 from training.config import TrainConfig
 from training.distill_config import METHOD_DEFAULTS, DistillConfig
 from training.estimate import Estimate
@@ -525,8 +525,10 @@ def iddpm_snapshot(path):
     (["--ect-q=1"], "--ect-q=1: must be above 1"), (["--boundary=-1"], "--boundary=-1"),
     (["--method=cd", "--cd-scales=1"], "--cd-scales=1: must be 2 to 10000"),
     (["--method=cd", "--cd-scales=100000000000"], "must be 2 to 10000"),
-    (["--method=cd", "--boundary=0.01"], "--boundary=0.01: must be at most 0.002"),
-    (["--boundary=100"], "--boundary=100.0: must be at most 0.4105"),
+    (["--method=cd", "--boundary=0.01"], "must be at most 0.002, the lowest level of the grid"),
+    (["--boundary=100"], "must be at most 0.4105, half of the lowest level that is sampled"),
+    (["--method=ipfm", "--boundary=30", "--eval-steps=4"],
+     "--eval-steps=4: samples are made at 80 to 20.0015, but the network returns its input at 30"),
     (["--ect-q=inf"], "--ect-q=inf: must be above 1, and finite"),
     (["--eval-steps=65"], "--eval-steps=65: must be at most 64"), (["--teacher="], "--teacher=:"),
     (["--method=ipfm", "--sigma-init=0.002"], "--sigma-init=0.002: must be above 0.002"),
@@ -581,6 +583,62 @@ def test_data_of_other_labels_are_refused(invoke, tmp_path, classes, words, code
     path = write_dataset(tmp_path / "data.zip", num=12, classes=classes)
     result = invoke(distill.main, *command(path, tmp_path, teacher, "ect"))
     assert words in error_of(result, code)
+
+
+# A network as published is of 0 to inf (edm), 0.02 to 100 (ve), 0.00098 to 152.167 (vp).
+@pytest.mark.parametrize("precond, network, more, words", [
+    ("vp", {}, ["--method=ipfm", "--sigma-init=1000"],
+     "--sigma-init=1000: samples are made at 1000, but the network knows levels from 152.16"),
+    ("ve", {}, ["--method=ipfm", "--sigma-init=0.01"], "-init=0.01: samples are made at 0.01, but"),
+    ("ve", {"sigma_min": 0.9}, [], ".pt: samples are made at 80 to 0.821, but the network knows"),
+    ("edm", {"sigma_min": 0.05}, ["--eval-steps=64"], "-steps=64: samples are made at 80 to 0.009"),
+    ("edm", {"sigma_min": 0.05}, ["--method=cd", "--boundary=0.06"], "must be at most 0.05, the")],
+    ids=str)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_levels_that_could_not_be_sampled_are_refused_before_the_start(
+        dataset_zip, invoke, tmp_path, precond, network, more, words, dry_run):
+    teacher = with_network(write_snapshot(tmp_path / "teacher.pt", label_dim=0, augment=0.0,
+                                          precond=precond), **network)
+    result = invoke(distill.main, *command(dataset_zip, tmp_path, teacher, "ect", *more),
+                    *(["--dry-run"] if dry_run else []))
+    assert words in error_of(result, 2)
+    assert not (tmp_path / "run").exists() and "Parameters" not in result.output
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sampling_starts_at_the_highest_level_that_the_teacher_knows(dataset_zip, tmp_path, method):
+    teacher = with_network(write_snapshot(tmp_path / "teacher.pt", label_dim=0, augment=0.0,
+                                          precond="ve"), sigma_max=50.0)
+    trainer = started(dataset_zip, teacher, method, **OF_METHOD[method])
+    assert trainer.net.few_step.levels[0] == 50
+    sample_grids.sampler_of(trainer.config).check(trainer.net)
+    if method == "cd":
+        assert trainer.loss_fn.levels[0] == 50
+    if method == "ipfm":
+        assert trainer.loss_fn.sigma_init == 50
+    moved(trainer, 1)
+    assert trainer.counters["bad_total"] == 0
+
+
+@pytest.mark.parametrize("precond, network, low, boundary", [
+    ("edm", {"sigma_min": 0.05}, 0.05, 0.05), ("edm", {}, 0.002, 0.002), ("ve", {}, 0.02, 0)])
+def test_cds_function_is_the_identity_at_the_lowest_level_of_its_grid(
+        dataset_zip, tmp_path, precond, network, low, boundary):
+    teacher = with_network(write_snapshot(tmp_path / "teacher.pt", label_dim=0, augment=0.0,
+                                          precond=precond), **network)
+    trainer = started(dataset_zip, teacher, "cd", **OF_METHOD["cd"])
+    assert trainer.loss_fn.levels[-1].item() == pytest.approx(low, rel=1e-7)
+    assert getattr(trainer.net, "boundary", 0) == boundary == trainer.config.used_boundary
+    x = first_images(trainer)
+    if boundary:
+        assert torch.equal(trainer.net(x, trainer.loss_fn.levels[-1]), x)
+
+
+def test_ect_is_trained_from_the_boundary_of_its_network_on(dataset_zip, teachers):
+    trainer = started(dataset_zip, teachers[2], "ect", boundary=0.4)
+    assert trainer.loss_fn.boundary == trainer.net.boundary == 0.4
+    assert trainer.loss_fn.lower_level(torch.tensor([0.5, 80.0]), 0).tolist() == [
+        pytest.approx(0.4), 40]
 
 
 def test_classes_beyond_the_teachers_can_be_chosen(invoke, tmp_path):
@@ -723,7 +781,7 @@ def test_another_teacher_is_refused_on_resuming(dataset_zip, run_of, invoke, tmp
 def test_what_stands_in_two_places_for_want_of_pytorch_is_alike():
     assert distill_config.METHODS == few_steps.METHODS == tuple(METHOD_DEFAULTS)
     assert sweeps.CONSISTENCY == samplers.CONSISTENCY
-    assert (distill_config._LOWEST_INIT, distill_config._MAX_STEPS) == (
+    assert (distill_config._LOWEST_LEVEL, distill_config._MAX_STEPS) == (
         few_steps._LOWEST, few_steps._MAX_LEVELS)
     assert distill_config._HIGHEST_LEVEL == schedules._HIGHEST_GIVEN
 
