@@ -19,7 +19,7 @@ from dnnlib import signals
 from dnnlib.cli import BAD_USAGE, CONTEXT, IntList, NumberList, UserError, run, user_errors
 from dnnlib.util import is_url
 from sampling.sampling_options import check_alpha
-from sampling.sweeps import FULL_BITS, SOLVERS
+from sampling.sweeps import CONSISTENCY, FULL_BITS, MAX_FEW_STEPS, SOLVERS
 from training.launch import precision_of
 
 if TYPE_CHECKING:  # imported late: help is instant
@@ -56,7 +56,7 @@ class _Command(click.Command):
 @click.option("--seeds", metavar="LIST", type=IntList(), default="0-49999", help="Seeds of the images that are scored.")
 @click.option("--ranges", metavar="INT", type=click.IntRange(min=1), default=1, help="Seed ranges at the default point, see fid.py.")
 @click.option("--base-steps", metavar="INT", type=click.IntRange(min=1), help="Steps of the default point.  [default: 18; of few-step networks their own]")
-@click.option("--solver", type=click.Choice(SOLVERS), help="Method of all scores and images, see generate.py.  [default: heun]")
+@click.option("--solver", type=click.Choice(SOLVERS), help="Method of all scores and images, see generate.py.  [default: heun; consistency for few-step networks]")
 @click.option("--order", metavar="INT", type=click.IntRange(1, 4), help="Order of ipndm.  [default: 3]")
 @click.option("--alpha", metavar="LIST", type=NumberList(float, 0), help="Also score with noise of these strengths before each step.")
 @click.option("--steps", metavar="LIST", type=NumberList(int, 1), help="Also score with these numbers of steps.")
@@ -139,9 +139,10 @@ def _open_study(scoring: dict, runs: Sequence[Path], dry_run: bool) -> "Study":
     for folder in runs:
         if not has_network(folder):
             raise ValueError(f"--runs: {folder} holds no network-snapshot-*.pt or training-state-*.pt")
-        if scoring["alpha"] and is_few_step(folder):
-            raise UserError(f"--alpha: {folder} is a run of a few-step network, which solves no "
-                            "equation; leave --alpha out", BAD_USAGE)
+        if wrong := _wrong_sampling(scoring, is_few_step(folder)):
+            raise UserError(f"{wrong[0]}: {folder} is a run of {wrong[1]}", BAD_USAGE)
+    if not runs and (wrong := _wrong_sampling(scoring, False)):
+        raise UserError(f"{wrong[0]}: train.py makes {wrong[1]}", BAD_USAGE)
     if not is_url(scoring["ref"]) and not Path(scoring["ref"]).exists():
         raise ValueError(f"{scoring['ref']}: no such file or folder")
     for package in () if dry_run else ("matplotlib", "jinja2"):
@@ -150,6 +151,22 @@ def _open_study(scoring: dict, runs: Sequence[Path], dry_run: bool) -> "Study":
     study = Study(**scoring, detector_name=describe_detector(scoring["detector"])[0])
     fid.gen.make_context("fid.py gen", study.score_words(Path("none"), "0-1")[2:])
     return study
+
+
+def _wrong_sampling(scoring: dict, is_few_step: bool) -> tuple[str, str] | None:
+    """Returns a flag by which a network can't be sampled, and why; None if there is none."""
+    solver, steps = scoring["solver"], [*(scoring["steps"] or ()), scoring["base_steps"] or 1]
+    if not is_few_step:
+        return None if solver != CONSISTENCY else (
+            f"--solver={solver}", "a denoiser, which has no levels of few steps; leave --solver out")
+    if scoring["alpha"]:
+        return "--alpha", "a few-step network, which solves no equation; leave --alpha out"
+    if solver not in (None, CONSISTENCY):
+        return f"--solver={solver}", "a few-step network, which solves no equation; leave --solver out"
+    if max(steps) > MAX_FEW_STEPS:
+        flag = "--steps" if scoring["steps"] and max(steps) in scoring["steps"] else "--base-steps"
+        return f"{flag}={max(steps)}", f"a few-step network, which takes 1 to {MAX_FEW_STEPS} steps"
+    return None
 
 
 def _check_report(path: Path) -> None:

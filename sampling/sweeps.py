@@ -13,6 +13,7 @@ MULTISTEP = ("ipndm", "dpmpp2m", "unipc")  # see pfgmpp/solvers.py
 CONSISTENCY = "consistency"  # see pfgmpp/few_steps.py
 DENOISER_SOLVERS = ("heun", "euler", "ppfm", *MULTISTEP)
 SOLVERS = (*DENOISER_SOLVERS, CONSISTENCY)
+MAX_FEW_STEPS = 64  # evaluations of a few-step network, see pfgmpp/few_steps.py
 FULL_BITS = 32  # and above: the weights as they are
 
 

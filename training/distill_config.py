@@ -18,13 +18,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from dnnlib.util import require
+from sampling.sweeps import MAX_FEW_STEPS
 from training.config import PRECONDITIONERS, TrainConfig
 
 METHODS = ("ect", "cd", "ipfm")
 OPTIMIZERS = ("radam", "adam")
 METRICS = ("huber", "l2")
 _LOWEST_LEVEL, _HIGHEST_LEVEL = 0.002, 1e6  # see few_steps.py and schedules.py
-_MAX_SCALES, _MAX_STEPS = 10_000, 64
+_MAX_SCALES = 10_000
 
 # Mimg where the flags are; a half-life for the decay b of an average by steps of B images is
 # B ln 2 / (1 - b): 0.887 Mimg for 0.9999 at 128.
@@ -106,8 +107,8 @@ class DistillConfig(TrainConfig):
         require(self.sigma_init is None or _LOWEST_LEVEL < self.sigma_init <= _HIGHEST_LEVEL,
                 f"--sigma-init={self.sigma_init}", f"above {_LOWEST_LEVEL:g}, and at most "
                 f"{_HIGHEST_LEVEL:g}")
-        require(self.eval_steps is None or self.eval_steps <= _MAX_STEPS,
-                f"--eval-steps={self.eval_steps}", f"at most {_MAX_STEPS}")
+        require(self.eval_steps is None or self.eval_steps <= MAX_FEW_STEPS,
+                f"--eval-steps={self.eval_steps}", f"at most {MAX_FEW_STEPS}")
         for name in ("ect_k", "ect_b", "ect_c", "boundary", "ipfm_alpha"):
             value = getattr(self, name)
             require(value is None or 0 <= value < math.inf, f"--{name.replace('_', '-')}={value}",

@@ -187,6 +187,32 @@ def test_what_the_report_needs_is_asked_for_before_anything_starts(package, data
     assert invoke(sweep.main, *args, "--dry-run").exit_code == 0
 
 
+@pytest.mark.parametrize("of", ["few-step", "denoiser", "training"])
+@pytest.mark.parametrize("flags, of_few_step, of_denoiser", [
+    (["--solver=heun"], "--solver=heun: ", None), (["--solver=euler"], "--solver=euler: ", None),
+    (["--solver=ipndm", "--order=2"], "--solver=ipndm: ", None),
+    (["--solver=consistency"], None, "--solver=consistency: "), ([], None, None),
+    (["--alpha=0.1"], "--alpha: ", None), (["--steps=2,65"], "--steps=65: ", None),
+    (["--base-steps=65", "--steps=2"], "--base-steps=65: ", None)], ids=str)
+def test_what_can_not_sample_a_network_is_refused_before_anything_starts(
+        flags, of_few_step, of_denoiser, of, dataset_zip, tmp_path, invoke):
+    run = write_run(tmp_path / "run")
+    (run / "network-snapshot-000200.pt").touch()
+    if of == "few-step":
+        path = run / "training_options.json"
+        record = json.loads(path.read_text())
+        network = {"few_step": {"method": "cd", "levels": [80.0, 0.821]}}
+        path.write_text(json.dumps(record | {"network": network}))
+    what = [f"--data={dataset_zip}", "--aug_dims=2"] if of == "training" else [
+        f"--runs={run}", f"--ref={dataset_zip}"]
+    result = invoke(sweep.main, *what, f"--outdir={tmp_path}", "--detector=pixels", "--dry-run",
+                    *flags)
+    error = of_few_step if of == "few-step" else of_denoiser
+    assert result.exit_code == (2 if error else 0), result.output
+    lines = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert [line.startswith(f"Error: {error}") for line in lines] == [True] * bool(error)
+
+
 def test_the_first_failing_step_stops_the_study(dataset_zip, tmp_path, invoke, monkeypatch):
     calls = []
     monkeypatch.setattr(sweep, "_run_script", lambda command: calls.append(command) or 3)

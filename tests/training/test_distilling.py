@@ -781,7 +781,7 @@ def test_another_teacher_is_refused_on_resuming(dataset_zip, run_of, invoke, tmp
 def test_what_stands_in_two_places_for_want_of_pytorch_is_alike():
     assert distill_config.METHODS == few_steps.METHODS == tuple(METHOD_DEFAULTS)
     assert sweeps.CONSISTENCY == samplers.CONSISTENCY
-    assert (distill_config._LOWEST_LEVEL, distill_config._MAX_STEPS) == (
+    assert (distill_config._LOWEST_LEVEL, sweeps.MAX_FEW_STEPS) == (
         few_steps._LOWEST, few_steps._MAX_LEVELS)
     assert distill_config._HIGHEST_LEVEL == schedules._HIGHEST_GIVEN
 
