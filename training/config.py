@@ -114,6 +114,7 @@ class TrainConfig:
     method = None  # not a field here: training/distill_config.py has few-step methods
     optim = "adam"
     unused_options = frozenset()  # that other methods have
+    method_defaults: typing.ClassVar[dict] = {}  # that differ from those of the fields
 
     def __post_init__(self):
         require(self.arch in ARCHITECTURES, f"--arch={self.arch}", " or ".join(ARCHITECTURES))

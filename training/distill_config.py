@@ -178,6 +178,11 @@ class DistillConfig(TrainConfig):
                           "few_step": FewStep.of(self.method, self.first_level).to_dict()}
 
     @property
+    def method_defaults(self) -> dict[str, Any]:
+        """Defaults of the method, where fields may have others."""
+        return METHOD_DEFAULTS[self.method]
+
+    @property
     def unused_options(self) -> set[str]:
         """The options that belong to other methods."""
         return self.unused_by(self.method)

@@ -45,6 +45,13 @@ _OF_START = {"outdir", "name", "desc", "nosubdir", "device", "resume", "override
              "dry_run", "rate", "quiet", "verbose"}
 
 
+def _typed_options(ctx: click.Context) -> set[str]:
+    """Returns the names of the fields of `TrainConfig` that the command line sets."""
+    typed = {name for name in ctx.params
+             if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    return typed | ({"precision"} if "fp16" in typed else set())
+
+
 def config_values(ctx: click.Context) -> dict[str, Any]:
     """Returns the values of the fields of `TrainConfig` that the flags say."""
     flags = ctx.params
@@ -135,7 +142,8 @@ def launch(
         if fixed_dir and not dry_run:  # before another run's newest state is read
             distributed.run_on_rank0(_lock_if_there, stack, fixed_dir)
         state = resuming.open_state(resume, fixed_dir) if resume else None
-        config, state = resuming.settle_options(config, flags["seed"], state, override=override)
+        config, state = resuming.settle_options(config, flags["seed"], state, override=override,
+                                                typed=_typed_options(ctx))
         with console.timed("data"):
             dataset = _open_dataset(config)
             if teacher:

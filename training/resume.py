@@ -19,7 +19,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,10 +216,12 @@ def _with_neighbours(state: State) -> State:
 
 def settle_options(
     config: TrainConfig, seed: int | None, state: State | None, *, override: bool,
+    typed: Container[str] = (),
 ) -> tuple[TrainConfig, State | None]:
     """Returns the run's options with its seed, and the state with the options that differ.
 
     The seed is the one given, else that of the state, else a random one, the same on every rank.
+    `typed` are the options that are not as they are by default.
 
     Raises:
         ValueError: the seed given is not that of the state.
@@ -239,7 +241,8 @@ def settle_options(
     _check_command(config, state)
     if not state.is_ours:  # these do not record options
         return config, _with_loss_scale(config, state)
-    changed = [*changed_options(config, state.content["options"]), *_changed_draws(state)]
+    changed = [*changed_options(config, state.content["options"], typed),
+               *_changed_draws(state)]
     if changed and not override:
         raise UserError(
             f"{state.source}: the run to resume has other options: {', '.join(changed)}; give them "
@@ -255,15 +258,18 @@ def _check_command(config: TrainConfig, state: State) -> None:
         raise UserError(f"{state.source}: was written by {command}; go on with that", BAD_USAGE)
 
 
-def changed_options(now: TrainConfig, then: dict[str, Any]) -> list[str]:
+def changed_options(now: TrainConfig, then: dict[str, Any], typed: Container[str] = ()
+                    ) -> list[str]:
     """Returns '--lr=0.01 (0.001 in the state)' for each option that would change the run.
 
-    If the value now is train.py's default, which nobody may have typed, the text says so.
+    If the value now is the default and nobody has typed it, the text says so. Defaults of another
+    method than the state's are left out: the method is in the list.
 
     Args:
         now: the options of the run that is resumed.
         then: what `TrainConfig.to_dict` wrote to the state; an option that it lacks had its
             default.
+        typed: names of options that were typed.
     """
     changed, free = [], {*RESUME_MAY_CHANGE, *NETWORK_OPTIONS}
     if now.lr_decay == "cosine":
@@ -272,6 +278,8 @@ def changed_options(now: TrainConfig, then: dict[str, Any]) -> list[str]:
         {"lr_decay_start"} if now.lr_decay == "none" else set()) | now.unused_options
     defaults = {field.name: field.default for field in dataclasses.fields(now)}
     given, before = now.to_dict(), defaults | then
+    of_method = now.method_defaults if now.method != before.get("method") else {}
+    usual = defaults | now.method_defaults
     for name in defaults:
         if name not in free | unused and _in_effect(name, given) != _in_effect(name, before):
             if name == "ls" and given[name] is None and before[name] is None:
@@ -279,7 +287,10 @@ def changed_options(now: TrainConfig, then: dict[str, Any]) -> list[str]:
             if name == "teacher_sha256":
                 changed.append(f"--teacher={now.teacher or 'none'} (other weights in the state)")
                 continue
-            default = ", the default" if given[name] == defaults[name] is not None else ""
+            is_default = name not in typed and given[name] == usual[name]
+            if is_default and name in of_method:
+                continue
+            default = ", the default" if is_default and given[name] is not None else ""
             changed.append(f"--{flag_name(name)}={_shown(given[name])}{default} "
                            f"({_shown(before[name])} in the state)")
     return changed

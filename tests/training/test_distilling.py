@@ -706,6 +706,16 @@ def test_other_options_are_refused_on_resuming(dataset_zip, teachers, run_of, in
     assert words in line and "in the state" in line
 
 
+def test_a_default_that_was_typed_is_not_called_one(dataset_zip, teachers, run_of, invoke,
+                                                     tmp_path):
+    state = newest(run_of("ect"))  # made with --lr=1e-3
+    args = [arg for arg in command(dataset_zip, tmp_path, teachers[2], "ect", steps=6)
+            if not arg.startswith("--lr=")]
+    for typed, words in ((["--lr=1e-4"], "--lr=0.0001 (0.001"), ([], "--lr=0.0001, the default (")):
+        result = invoke(distill.main, *args, *typed, f"--resume={state}")
+        assert words in error_of(result, 2)
+
+
 def test_options_of_other_methods_may_differ_on_resuming():
     then = DistillConfig(data="a", method="ect")
     now = dataclasses.replace(then, cd_scales=9, aux_lr=1.0)
@@ -721,6 +731,20 @@ def test_flags_of_other_methods_are_refused(dataset_zip, invoke, tmp_path, metho
     args = [arg for arg in command(dataset_zip, tmp_path, "none", method) if "scales" not in arg]
     result = invoke(distill.main, *args, flag)
     assert f"{flag.split('=')[0]} with --method={method}: has no effect" in error_of(result, 2)
+
+
+def test_defaults_are_called_so_where_nobody_typed_them_and_left_out_where_the_method_is_to_blame():
+    then = DistillConfig(data="a", method="ipfm", teacher="t", **METHOD_DEFAULTS["ipfm"]).to_dict()
+    now = DistillConfig(data="a", method="ect", **METHOD_DEFAULTS["ect"])
+    assert changed_options(now, then) == ["--method=ect, the default (ipfm in the state)"]
+    assert changed_options(now, then, {"method", "lr"}) == [
+        "--lr=0.0001 (1e-05 in the state)", "--method=ect (ipfm in the state)"]
+    # Of one method they are named, whatever its name is.
+    other = then | {"lr": 0.5}
+    again = DistillConfig(data="a", method="ipfm", teacher="t", **METHOD_DEFAULTS["ipfm"])
+    assert changed_options(again, other) == ["--lr=1e-05, the default (0.5 in the state)"]
+    # What the method does not decide is named too.
+    assert "--clip-grad=none (1 in the state)" in changed_options(now, then | {"clip_grad": 1.0})
 
 
 @pytest.mark.parametrize("before, after", [("radam", "adam"), ("adam", "radam")])

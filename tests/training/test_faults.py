@@ -693,6 +693,7 @@ def test_changed_options_are_listed_with_both_values():
     back = dataclasses.replace(now, batch=64, lr=TrainConfig.lr)
     assert changed_options(back, then | {"lr": 0.5}) == [
         "--lr=0.001, the default (0.5 in the state)"]
+    assert changed_options(back, then | {"lr": 0.5}, {"lr"}) == ["--lr=0.001 (0.5 in the state)"]
     del then["xflip"]  # written before there was such an option
     then["gone"] = 1
     flipped = dataclasses.replace(now, batch=64, lr=1e-3, xflip=True)
