@@ -88,7 +88,7 @@ def _value_of(args: list[str], flag: str) -> str | None:
 @click.option("--cd-decay", metavar="FLOAT", type=float, default=0.95, help="cd: decay a step of the average that gives targets; 0 is the network itself.")
 @click.option("--ipfm-alpha", metavar="FLOAT", type=float, default=1, help="ipfm: weight of |T - S|^2; 0.5 is that of inverse Poisson flow matching.")
 @click.option("--ipfm-steps", metavar="INT", type=int, default=5, help="ipfm: steps of the auxiliary denoiser for each of the generator.")
-@click.option("--aux-lr", metavar="FLOAT", type=float, default=1e-3, help="ipfm: learning rate of the auxiliary denoiser.")
+@click.option("--aux-lr", metavar="FLOAT", type=float, default=1e-3, help="ipfm: learning rate of the auxiliary denoiser, which rises for 1/--ipfm-steps of --lr-rampup, and falls with --lr-decay.")
 @click.option("--sigma-init", metavar="FLOAT", type=float, help="ipfm: noise level that the generator starts from.  [default: 80 or 380, or the highest that the teacher knows]")
 @click.option("--boundary", metavar="FLOAT", type=float, help="Noise level at which the network returns its input.  [default: 0; for cd the lowest level of its grid, 0.002 or the teacher's]")
 @click.option("--P_mean", "P_mean", metavar="FLOAT", type=float, default=-1.2, help="ect, ipfm: mean of ln sigma.")

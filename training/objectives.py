@@ -46,6 +46,7 @@ class Part:
     net: Precond
     optimizer: torch.optim.Optimizer
     lr: float
+    lr_rampup: float  # Mimg
     ddp: torch.nn.Module  # what is evaluated: the network, or what couples ranks around it
 
 
@@ -201,7 +202,8 @@ def _auxiliary(config: TrainConfig, teacher: Precond) -> Part:
     net.compute_dtype = teacher.compute_dtype
     optimizer = torch.optim.Adam(net.parameters(), lr=config.aux_lr, betas=(0.9, 0.999), eps=1e-8,
                                  fused=True)
-    return Part(net, optimizer, config.aux_lr, net)
+    # It takes as many steps as the generator while its rate rises, in less time.
+    return Part(net, optimizer, config.aux_lr, config.lr_rampup / config.ipfm_steps, net)
 
 
 def build_optimizer(config: TrainConfig, net: Precond) -> torch.optim.Optimizer:

@@ -211,13 +211,12 @@ class Trainer:
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
-        return self.config.lr * self._lr_factor
+        return self._lr_of(self._sampled)
 
-    @property
-    def _lr_factor(self) -> float:
-        rampup_nimg = self.config.lr_rampup * 1e6
+    def _lr_of(self, part: Part) -> float:
+        rampup_nimg = part.lr_rampup * 1e6
         ramp = min(self.cur_nimg / rampup_nimg, 1.0) if rampup_nimg > 0 else 1.0
-        return ramp * self.config.lr_decay_at(self.cur_nimg)
+        return part.lr * ramp * self.config.lr_decay_at(self.cur_nimg)
 
     def train_step(self) -> None:
         """Trains on the next batch."""
@@ -236,7 +235,7 @@ class Trainer:
 
     @property
     def _sampled(self) -> Part:
-        return Part(self.net, self.optimizer, self.config.lr, self.ddp)
+        return Part(self.net, self.optimizer, self.config.lr, self.config.lr_rampup, self.ddp)
 
     def _move(self, part: Part, batches: Iterable[Batch], number: int = 0) -> torch.Tensor:
         """Moves one network by a step on the batches of all rounds.
@@ -249,7 +248,7 @@ class Trainer:
         """
         optimizer = part.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = part.lr * self._lr_factor
+            group["lr"] = self._lr_of(part)
         self._accumulate_gradients(part, batches, number)
         bad = self._finish_gradients(part.net)
         if optimizer.defaults.get("fused"):

@@ -297,13 +297,23 @@ def test_a_step_of_ipfm_moves_the_auxiliary_and_then_the_generator(dataset_zip, 
     assert not auxiliary.net.training and trainer.net.training
 
 
-def test_steps_of_the_auxiliary_follow_the_ramp_up_too(dataset_zip, teachers):
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_auxiliarys_rate_rises_in_as_many_steps_as_the_generators(dataset_zip, teachers, steps):
     trainer = started(dataset_zip, teachers[INF], "ipfm", optim="adam", lr=1e-5, aux_lr=1e-3,
-                      lr_rampup=32e-6)
-    moved(trainer, 2)  # the second one after 8 of 32 images
+                      lr_rampup=80e-6, ipfm_steps=steps)
+    moved(trainer, 2)  # the second one after 8 of 80 images, or of 80 / steps
     auxiliary = trainer.objective.auxiliary
-    assert auxiliary.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 4)
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5 / 4)
+    assert auxiliary.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * steps / 10)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5 / 10)
+
+
+def test_the_auxiliarys_rate_falls_with_the_generators(dataset_zip, teachers):
+    trainer = started(dataset_zip, teachers[INF], "ipfm", optim="adam", lr=1e-5, aux_lr=1e-3,
+                      lr_decay="cosine", duration=32e-6)
+    moved(trainer, 3)  # the third one at half of the run
+    auxiliary = trainer.objective.auxiliary
+    assert auxiliary.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 2)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5 / 2)
 
 
 def test_no_two_steps_of_the_auxiliary_draw_alike(dataset_zip, teachers):
