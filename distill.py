@@ -68,7 +68,7 @@ def _value_of(args: list[str], flag: str) -> str | None:
 
 
 @click.command(cls=_Command, context_settings=CONTEXT)
-@click.option("--teacher", metavar="PT|URL|none", required=True, help="Network to make it of, a snapshot or training state; none starts from scratch, with --method=ect.")
+@click.option("--teacher", metavar="PT|URL|DIR|none", required=True, help="Network to make it of: a snapshot, a training state, or a run directory for its newest network; none starts from scratch, with --method=ect.")
 @click.option("--data", metavar="ZIP|DIR", required=True, help="Data set of the teacher's kind, made by dataset_tool.py.")
 @click.option("--outdir", metavar="DIR", required=True, help="Where to make the run directory.")
 @click.option("--name", metavar="NAME", help="Run directory OUTDIR/NAME instead of a numbered one.")
@@ -110,12 +110,13 @@ def main(ctx, teacher, pfgmpp, aug_dim, **flags):
 
     \b
     # consistency tuning of a PFGM++ network on 8 GPUs
-    torchrun --standalone --nproc_per_node=8 distill.py --preset=cifar10-ect --outdir=runs \\
-        --teacher=runs/cifar10-2048/network-snapshot-200000.pt --data=datasets/cifar10-32x32.zip
+    torchrun --standalone --nproc_per_node=8 distill.py --preset=cifar10-ect \\
+        --outdir=runs --name=cifar10-2048-ect --teacher=runs/cifar10-2048 \\
+        --data=datasets/cifar10-32x32.zip
 
     \b
     # then two evaluations an image
-    python generate.py --network=runs/00000-cifar10-32x32-uncond-ect --steps=2 --outdir=out
+    python generate.py --network=runs/cifar10-2048-ect --steps=2 --outdir=out
     """  # noqa: D301 - \b is click's mark for lines to leave alone
     if teacher == "":
         raise UserError("--teacher=: must be a network, a file or run directory, or none", BAD_USAGE)

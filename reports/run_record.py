@@ -330,7 +330,9 @@ def _settings(record: dict, D: float | None, log: Path) -> dict[str, str]:
     shape = data["image_shape"]
     rows = {
         "D": None if D is None else f"{D:g}", "preset": options["preset"],
-        "architecture": options["arch"], "preconditioning": options["precond"],
+        "method": options["method"], "teacher": options["teacher"],
+        **({} if options["teacher"] else {"architecture": options["arch"],
+                                          "preconditioning": options["precond"]}),
         "parameters": _parameters(log),
         "channels": network["model_channels"], "channels per level": network["channel_mult"],
         "blocks per level": network["num_blocks"], "data": options["data"],

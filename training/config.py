@@ -113,7 +113,6 @@ class TrainConfig:
 
     method = None  # not a field here: training/distill_config.py has few-step methods
     optim = "adam"
-    unused_options = frozenset()  # that other methods have
     method_defaults: typing.ClassVar[dict] = {}  # that differ from those of the fields
 
     def __post_init__(self):
@@ -221,6 +220,19 @@ class TrainConfig:
             return math.sqrt(start / nimg)
         done = min((nimg - start) / (self.duration * 1e6 - start), 1.0)
         return (1 + math.cos(math.pi * done)) / 2
+
+    @property
+    def unused_options(self) -> set[str]:
+        """The options that decide nothing beside the others."""
+        used = {"rbatch": self.stf, "lr_decay_start": self.lr_decay != "none",
+                "aug_dim": self.pfgmpp, "patches": self.patch, "val_num": self.val_data,
+                **dict.fromkeys(("eval_ref", "eval_num", "eval_detector"), self.eval)}
+        return {name for name, user in used.items() if not user}
+
+    def in_use(self) -> dict:
+        """Returns what `to_dict` does, without options that decide nothing."""
+        unused = self.unused_options
+        return {name: value for name, value in self.to_dict().items() if name not in unused}
 
     @property
     def D(self) -> float:

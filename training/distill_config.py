@@ -41,6 +41,11 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 _OF_METHOD = {"ect": ("P_mean", "P_std", "ect_q", "ect_k", "ect_b", "ect_c", "ect_double"),
               "cd": ("cd_scales", "cd_metric", "cd_decay"),
               "ipfm": ("P_mean", "P_std", "ipfm_alpha", "ipfm_steps", "sigma_init", "aux_lr")}
+# Options of train.py that distill.py does not have.
+_OF_DENOISERS = {"stf", "rbatch", "augment", "label_dropout", "transfer", "eval_solver", "val_data",
+                 "val_num", "teacher_network"}
+# What a teacher decides.
+_OF_NETWORK = {"arch", "precond", "cbase", "cres", "nblock", "ares", "sigma_data"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +189,19 @@ class DistillConfig(TrainConfig):
 
     @property
     def unused_options(self) -> set[str]:
-        """The options that belong to other methods."""
-        return self.unused_by(self.method)
+        """The options that decide nothing, such as those of other methods."""
+        unused = super().unused_options | self.unused_by(self.method) | _OF_DENOISERS
+        if self._precond != "EDMPrecond":
+            unused |= {"boundary"}
+        return unused | (_OF_NETWORK if self.teacher else {"teacher_sha256"})
+
+    def in_use(self) -> dict:
+        from pfgmpp.few_steps import FewStep
+        values = {"boundary": self.used_boundary, "sigma_init": self.first_level,
+                  "eval_steps": self.eval_steps or len(
+                      FewStep.of(self.method, self.first_level).levels)}
+        used = super().in_use()
+        return used | {name: value for name, value in values.items() if name in used}
 
     @staticmethod
     def unused_by(method: str) -> set[str]:

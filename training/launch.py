@@ -366,6 +366,7 @@ def _train(config, dataset, run_dir, device, start, held_out, pairs, teacher) ->
 
 def _print_plan(config, dataset, rate: float | None, device) -> None:
     """Prints what --dry-run shows: options, data, what the run will take, and warnings."""
+    from dnnlib.util import json_value
     from torch_utils import distributed, misc
     from training.advice import Machine, advice
     from training.estimate import describe as describe_estimate
@@ -374,8 +375,9 @@ def _print_plan(config, dataset, rate: float | None, device) -> None:
     micro_batch, rounds = config.rounds(world_size)
     network = config.network(dataset.resolution, dataset.num_channels, dataset.label_dim,
                              dataset.cond_channels)
+    options = config.in_use() | ({"network": json_value(network)} if config.method else {})
     console.result("\n".join([
-        json.dumps(config.to_dict(), indent=2),
+        json.dumps(options, indent=2),
         f"{describe_data(config, dataset)}, "
         f"{dataset.label_dim} label dimensions; {micro_batch} images x {rounds} round(s) x "
         f"{world_size} process(es)",

@@ -274,8 +274,7 @@ def changed_options(now: TrainConfig, then: dict[str, Any], typed: Container[str
     changed, free = [], {*RESUME_MAY_CHANGE, *NETWORK_OPTIONS}
     if now.lr_decay == "cosine":
         free.remove("duration")  # which says how the learning rate falls
-    unused = ({"rbatch"} if not now.stf else set()) | (
-        {"lr_decay_start"} if now.lr_decay == "none" else set()) | now.unused_options
+    unused = now.unused_options - {"teacher_sha256"}
     defaults = {field.name: field.default for field in dataclasses.fields(now)}
     given, before = now.to_dict(), defaults | then
     of_method = now.method_defaults if now.method != before.get("method") else {}

@@ -28,6 +28,7 @@ from checkpoints import checkpoint
 from checkpoints.checkpoint import digest, load
 from images.dataset import ImageFolderDataset, order_at
 from pfgmpp import few_steps, samplers, schedules
+from reports.run_record import RunRecord
 from sampling import sweeps
 from torch_utils import distributed, misc
 from training import distill_config, estimate, sample_grids
@@ -474,11 +475,47 @@ def test_a_consistency_function_from_scratch_and_from_a_teacher_begin_where_they
                     "--dry-run", *(TINY_NETWORK if method == "none" else []))
     result = invoke(distill.main, *words)
     assert result.exit_code == 0, result.output
-    options = json.loads(result.output[result.output.index("{"):result.output.rindex("}") + 1])
-    assert DistillConfig.from_dict(options).to_dict() == options
-    assert options["aug_dim"] == (128 if method == "none" else 64)
+    options = options_of(result)
+    network = options.pop("network")
     assert options["teacher"] == (None if method == "none" else str(teachers[64]))
+    assert options.get("aug_dim") == (None if method == "none" else 64)
+    assert options.get("arch") == ("ncsnpp" if method == "none" else None)
+    assert network["embedding_type"] == "fourier" and network.get("D") == options.get("aug_dim")
     assert not (tmp_path / "run").exists()
+
+
+def options_of(result):
+    """Returns the options that a dry run prints."""
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output[result.output.index("{"):result.output.rindex("}") + 1])
+
+
+@pytest.mark.parametrize("precond", ["edm", "ve"])
+@pytest.mark.parametrize("method, own, levels", [
+    ("ect", {"boundary": 0.0, "eval_steps": 2, "P_std": 2.0, "ect_double": 3.2}, [80, 0.821]),
+    ("cd", {"boundary": 0.002, "eval_steps": 2, "cd_scales": 6}, [80, 0.821]),
+    ("ipfm", {"boundary": 0.0, "eval_steps": 1, "P_std": 1.2, "sigma_init": 80.0, "aux_lr": 1e-3},
+     [80])])
+def test_a_dry_run_prints_what_is_in_use_and_nothing_else(dataset_zip, invoke, tmp_path, method,
+                                                          own, levels, precond):
+    teacher = write_snapshot(tmp_path / "teacher.pt", label_dim=0, augment=0.0, precond=precond)
+    args = command(dataset_zip, tmp_path, teacher, method, "--dry-run")
+    options = options_of(invoke(distill.main, *args))
+    if precond == "ve":  # which has no boundary
+        own = {name: value for name, value in own.items() if name != "boundary"}
+    assert {name: options[name] for name in own} == own
+    network = options.pop("network")
+    assert network["few_step"] == {"method": method, "levels": levels}
+    assert network.get("boundary", 0) == own.get("boundary", 0)
+    of_methods = {"ect_q", "ect_k", "ect_b", "ect_c", "ect_double", "cd_scales", "cd_metric",
+                  "cd_decay", "ipfm_alpha", "ipfm_steps", "aux_lr", "sigma_init"}
+    assert {name.split("_")[0] for name in of_methods & options.keys()} == {
+        "ect": {"ect"}, "cd": {"cd"}, "ipfm": {"ipfm", "aux", "sigma"}}[method]
+    assert ("P_mean" in options) == (method != "cd") and ("boundary" in options) == (
+        precond == "edm")
+    assert not {"arch", "precond", "cbase", "sigma_data", "stf", "rbatch", "augment", "transfer",
+                "val_data", "eval_solver", "teacher_network", "eval_num"} & options.keys()
+    assert options.keys() <= {field.name for field in dataclasses.fields(DistillConfig)}
 
 
 @pytest.mark.parametrize("precond", ["edm", "vp", "ve"])
@@ -835,6 +872,9 @@ def test_scripts_of_denoisers_know_a_few_step_run(dataset_zip, run_of, invoke, t
     result = invoke(train.main, f"--config={run / 'training_options.json'}", "--data=x.zip",
                     f"--outdir={tmp_path}")
     assert "options of distill.py" in error_of(result, 2)
+    shown = RunRecord.read(run).settings
+    assert shown["method"] == "cd" and shown["teacher"].endswith(".pt")
+    assert not {"architecture", "preconditioning"} & shown.keys()  # which the teacher decides
     result = invoke(sweep.main, f"--runs={run}", f"--ref={dataset_zip}", "--detector=pixels",
                     f"--outdir={tmp_path}", "--alpha=0.1")
     assert "--alpha: " in error_of(result, 2) and not list(tmp_path.iterdir())

@@ -200,6 +200,13 @@ def test_dry_run_writes_nothing(dataset_zip, tmp_path, invoke):
                     *TINY_NETWORK)
     assert result.exit_code == 0 and '"batch": 512' in result.output
     assert not (tmp_path / "new").exists()
+    # Only what decides something is printed.
+    for name, flags in (("aug_dim", ["--pfgmpp=1"]), ("rbatch", ["--stf=1", "--augment=0"]),
+                        ("patches", ["--patch=8"]), ("lr_decay_start", ["--lr-decay=cosine"])):
+        assert f'"{name}"' not in result.output
+        more = invoke(train.main, f"--outdir={tmp_path / 'new'}", f"--data={dataset_zip}", "-n",
+                      *TINY_NETWORK, *flags)
+        assert f'"{name}"' in more.output, more.output
 
 
 @pytest.mark.long
