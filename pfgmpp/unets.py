@@ -288,8 +288,8 @@ class _UNet(torch.nn.Module):
     Attributes:
         num_halvings: how often the sides of the image are halved; images of any size that can be
             are taken.
-        checkpoint_blocks: in training, keep only the inputs of blocks for the backward pass, which
-            computes each block a second time. The results are the same, dropout included. It is a
+        checkpoint_blocks: keep only the inputs of blocks for the backward pass, which computes each
+            block a second time. The results are the same, dropout included. It is a
             setting of a run and no part of the network's configuration.
     """
 
@@ -335,7 +335,7 @@ class _UNet(torch.nn.Module):
         return image
 
     def _run_block(self, block: UNetBlock, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
+        if self.checkpoint_blocks and torch.is_grad_enabled():
             return checkpoint(block, x, emb, use_reentrant=False)
         return block(x, emb)
 

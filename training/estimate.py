@@ -8,7 +8,8 @@ multiply-add is two); the rest of a U-Net is about 1% of them. Memory is
     + tensors kept for backward       the network's, counted, x images at a time
 
 With --checkpoint-blocks the latter are the inputs of all blocks and what the largest block keeps.
-Few-step methods evaluate the network, its teacher and others more often, and keep them too.
+Few-step methods evaluate the network, its teacher and others more often, and keep them too. ipfm
+differentiates three networks, one behind the other: generator, teacher and auxiliary.
 
 This is a rough estimate: it leaves out what the device itself, the workspace of its convolutions
 and the batch take. `gpumem` in the line of a tick is the truth.
@@ -47,10 +48,11 @@ class Estimate:
 
     @classmethod
     def of_network(cls, network: dict[str, Any], precision: str = "fp32", *,
-                   checkpoint_blocks: bool = False) -> "Estimate":
+                   checkpoint_blocks: bool = False, differentiated: int = 1) -> "Estimate":
         """Returns the estimate for a network of `TrainConfig.network` at a precision.
 
-        `checkpoint_blocks` is the flag of that name.
+        `checkpoint_blocks` is the flag of that name. So many networks of this size are
+        `differentiated` together, which each keep their tensors until then.
         """
         dtype = misc.compute_dtype(precision)
         with torch.device("meta"):
@@ -71,7 +73,8 @@ class Estimate:
         parameters = misc.count_parameters(net)
         by_image, fixed = kept.sizes()
         return cls(parameters, forward / _BATCH, counter.get_total_flops() / _BATCH,
-                   _STATE_BYTES * parameters + fixed, (by_image + largest_block) / _BATCH)
+                   _STATE_BYTES * parameters + differentiated * fixed,
+                   (differentiated * by_image + largest_block) / _BATCH)
 
     def memory_bytes(self, micro_batch: int) -> float:
         """Returns roughly what a process needs for `micro_batch` images at a time."""
@@ -153,7 +156,8 @@ def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
     over all processes, if known.
     """
     found = Estimate.of_network(network, config.precision,
-                                checkpoint_blocks=config.checkpoint_blocks)
+                                checkpoint_blocks=config.checkpoint_blocks,
+                                differentiated=3 if config.method == "ipfm" else 1)
     micro_batch, _ = config.rounds(world_size)
     found = _with_method(found, config)
     steps = -(-config.total_nimg // config.batch)
@@ -183,7 +187,8 @@ def _with_method(found: Estimate, config: TrainConfig) -> Estimate:
     extra = {None: 0, "ect": forward, "cd": 3 * forward}  # the lower level; and the teacher's step
     if config.method == "ipfm":
         # The generator and the auxiliary's step; then T and S, back to their inputs only.
-        extra["ipfm"] = config.ipfm_steps * (forward + training) + 2 * 2 * forward
+        of_inputs = (3 if config.checkpoint_blocks else 2) * forward
+        extra["ipfm"] = config.ipfm_steps * (forward + training) + 2 * of_inputs
     return dataclasses.replace(
         found, training_flops=training + extra[config.method],
         state_bytes=found.state_bytes + _kept_bytes(config)[0] * found.parameters)

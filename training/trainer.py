@@ -91,6 +91,8 @@ class Trainer:
         self.augment_pipe = AugmentPipe.standard(config.augment) if config.augment > 0 else None
         self.optimizer = build_optimizer(config, self.net)
         self.objective: Objective = build_objective(config, self.net, teacher, self.augment_pipe)
+        for net in self.objective.other_networks.values():  # ipfm differentiates them too
+            net.model.checkpoint_blocks = config.checkpoint_blocks
         # Counters that live on the device: scale of a dynamic loss, good steps since its last
         # change, bad steps in all, bad steps in a row, the longest such row, its first step.
         self.dynamic_scale = config.has_dynamic_scale

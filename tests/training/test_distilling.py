@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_rounds_and_ranks_change_only_rounding(dataset_zip, teachers, monkeypatc
     assert_close({name: (of_ranks[0][name] + of_ranks[1][name]) / 2 for name in whole}, whole)
 
 
-@pytest.mark.parametrize("method", ["ect", "cd"])
+@pytest.mark.parametrize("method", METHODS)
 def test_blocks_that_are_computed_twice_keep_the_shared_masks(dataset_zip, teachers, method):
     plain, twice = (moved(started(dataset_zip, teachers[2], method, **OF_METHOD[method],
                                   checkpoint_blocks=value), 2) for value in (False, True))
@@ -857,14 +858,56 @@ def test_what_stands_in_two_places_for_want_of_pytorch_is_alike():
     assert distill_config._HIGHEST_LEVEL == schedules._HIGHEST_GIVEN
 
 
+@pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_dry_run_counts_the_operations_of_a_step(dataset_zip, teachers, method):
-    trainer = started(dataset_zip, teachers[64], method, **OF_METHOD[method])
+def test_a_dry_run_counts_the_operations_of_a_step(dataset_zip, teachers, method, twice):
+    trainer = started(dataset_zip, teachers[64], method, **OF_METHOD[method],
+                      checkpoint_blocks=twice)
     with FlopCounterMode(display=False) as counter:
         trainer.train_step()
-    network = trainer.net.config
-    expected = estimate._with_method(Estimate.of_network(network), trainer.config).training_flops
+    found = Estimate.of_network(trainer.net.config, checkpoint_blocks=twice)
+    expected = estimate._with_method(found, trainer.config).training_flops
     assert counter.get_total_flops() / BATCH == pytest.approx(expected, rel=0.03)
+
+
+def kept_bytes(trainer):
+    """The most bytes that autograd keeps at once in the generator's part of a step."""
+    known = {p.untyped_storage().data_ptr() for net in (
+        trainer.net, *trainer.objective.other_networks.values()) for p in net.parameters()}
+    kept = {}
+
+    def add(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    batches = list(trainer._next_batches())
+    with torch.autograd.graph.saved_tensors_hooks(add, lambda tensor: tensor):
+        trainer._accumulate_gradients(trainer._sampled, batches)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dry_run_counts_the_tensors_that_a_step_keeps(dataset_zip, teachers, invoke, tmp_path,
+                                                        method):
+    few, many = (kept_bytes(started(dataset_zip, teachers[64], method, batch=batch,
+                                    **OF_METHOD[method])) for batch in (8, 40))
+    args = command(dataset_zip, tmp_path, teachers[64], method, "--dry-run",
+                   f"--dropout={OF_METHOD[method].get('dropout', 0)}")
+    [told] = re.findall(r"8 x ([\d.]+) kB an image", invoke(distill.main, *args).output)
+    assert float(told) * 1e3 == pytest.approx((many - few) / 32, rel=0.05)
+
+
+def test_with_checkpoints_all_three_networks_of_ipfm_keep_the_inputs_of_blocks(dataset_zip,
+                                                                               teachers):
+    few, many = (kept_bytes(started(dataset_zip, teachers[64], "ipfm", **OF_METHOD["ipfm"],
+                                    batch=batch, checkpoint_blocks=True)) for batch in (8, 40))
+    network = started(dataset_zip, teachers[64], "ipfm").net.config
+    # The largest block, which it adds once, is computed later.
+    one, three = (Estimate.of_network(network, checkpoint_blocks=True, differentiated=number)
+                  for number in (1, 3))
+    assert 1.5 * (three.image_bytes - one.image_bytes) == pytest.approx((many - few) / 32, rel=0.1)
 
 
 def test_scripts_of_denoisers_know_a_few_step_run(dataset_zip, run_of, invoke, tmp_path):

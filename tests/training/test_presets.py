@@ -137,7 +137,7 @@ def test_a_config_gives_back_the_run_that_wrote_it(dataset_zip, tmp_path, invoke
     result = invoke(train.main, f"--outdir={tmp_path}", f"--config={written}", "-n")
     assert result.exit_code == 0, result.output
     again = json.JSONDecoder().raw_decode(result.output)[0]
-    assert again == first and again["data"] == str(dataset_zip)
+    assert TrainConfig.from_dict(again).to_dict() == first and again["data"] == str(dataset_zip)
     result = invoke(train.main, f"--outdir={tmp_path}", "--name=run", f"--config={written}",
                     "--resume=auto")
     assert "Nothing to do" in result.output, result.output
