@@ -29,7 +29,8 @@ def main(folder: str, as_json: bool) -> None:
     A run is running while its process holds the lock of its folder, finished once it has seen all
     its images, stopped if a signal ended it after it had saved, and failed if it ended otherwise.
     --resume=auto goes on with stopped and failed ones. The best score is the lowest FID (or other
-    Frechet distance) among those of the most images, or else the highest PSNR.
+    Frechet distance) of those that were made as the latest was: of as many images, by as many steps
+    of the same sampler, against the same reference. Without any it is the highest PSNR.
 
     \b
     python runs.py runs
@@ -52,11 +53,13 @@ def _row(run: "RunState") -> tuple[str, ...]:
     of_total = "" if run.total_kimg is None else f"/{run.total_kimg:.9g}"
     score = run.score
     kimg = f" @{score.kimg:.9g}" if score and score.kimg is not None else ""
-    steps = f", {score.num_steps} steps" if score and score.num_steps else ""
+    counts = [f", {count:,} {unit}{'s' if count > 1 else ''}" for count, unit in (
+        (score.num_steps, "step"), (score.num, "image")) if count] if score else []
     return (run.name, run.state, f"{run.kimg:.9g}{of_total}",
             "" if run.loss is None else f"{run.loss:.5f}",
             "" if run.images_per_sec is None else f"{run.images_per_sec:.4g}",
-            f"{title(score.metric, score.detector)} {score.value:.5g}{kimg}{steps}" if score else "",
+            f"{title(score.metric, score.detector)} {score.value:.5g}{kimg}{''.join(counts)}"
+            if score else "",
             "" if run.D is None else "inf" if math.isinf(run.D) else f"{run.D:g}",
             run.preset or "", f"{run.changed:%Y-%m-%d %H:%M}", run.note)
 

@@ -38,7 +38,7 @@ class RunState:
     total_kimg: float | None  # of the whole run
     loss: float | None  # of the last tick
     images_per_sec: float | None  # likewise
-    score: Score | None  # the best, of the largest number of images
+    score: Score | None  # the best of those that were made as the latest was
     D: float | None  # augmented dimensions
     preset: str | None
     changed: datetime.datetime  # when a file of the run was last written
@@ -123,13 +123,15 @@ def _total_kimg(options: dict[str, Any]) -> float | None:
 def _best(scores: list[Score]) -> Score | None:
     """Returns the lowest score of the first distance, else the highest PSNR.
 
-    It is the best among those of the most images.
+    It is the best among those that were made as the latest was.
     """
+    def how(score: Score) -> tuple:
+        return (score.num, score.num_steps, score.detector, score.reference, score.other)
+
     for metric, choose in (*((name, min) for name in DISTANCES), ("psnr", max)):
         found = [score for score in scores if score.metric == metric and score.is_plain]
         if found:
-            most = max(score.num or 0 for score in found)
-            return choose((score for score in found if (score.num or 0) == most),
+            return choose((score for score in found if how(score) == how(found[-1])),
                           key=lambda score: score.value)
     return None
 

@@ -63,7 +63,26 @@ def test_a_run_is_running_while_another_process_holds_its_lock(tmp_path):
     assert lock_holder(tmp_path) is None
 
 
-def test_the_best_score_is_the_lowest_of_the_most_images(tmp_path, invoke):
+@pytest.mark.parametrize("latest, best, shown", [
+    ({"value": 20.0, "num_steps": 2}, (20.0, 40), "FID 20 @40, 2 steps, 459 images"),
+    ({"value": 25.0, "num_steps": 1}, (25.0, 40), "FID 25 @40, 1 step, 459 images"),
+    ({"value": 30.0, "num_steps": 4}, (12.0, 30), "FID 12 @30, 4 steps, 459 images"),
+    ({"value": 9.0, "num_steps": 4, "num": 1000}, (9.0, 40), "FID 9 @40, 4 steps, 1,000 images"),
+    ({"value": 31.0, "num_steps": 4, "reference": "other"}, (31.0, 40), "FID 31 @40, 4 steps"),
+    ({"value": 32.0, "num_steps": 4, "solver": "ipndm"}, (32.0, 40), "FID 32 @40, 4 steps")],
+    ids=str)
+def test_the_best_score_is_of_those_made_as_the_latest_was(tmp_path, invoke, latest, best, shown):
+    def line(value, kimg, num_steps, num=459, reference="ref", solver="heun"):
+        return {"metric": "fid", "value": value, "kimg": kimg, "num": num, "reference": reference,
+                "sampler": {"num_steps": num_steps, "solver": solver}}
+    scores = [line(12.0, 30, 4), line(3.0, 20, 2, num=10), line(5.0, 30, 8), line(33.0, 35, 4)]
+    folder = write_run(tmp_path / "run", scores=[*scores, line(kimg=40, **latest)])
+    [found] = find_runs(folder)
+    assert (found.score.value, found.score.kimg) == best
+    assert f" {shown}" in invoke(runs.main, tmp_path).output
+
+
+def test_the_best_score_is_the_lowest_of_as_many_images_as_the_latest(tmp_path, invoke):
     scores = [{"metric": "fid", "value": value, "num": num, "kimg": kimg,
                "sampler": {"num_steps": 18}}
               for value, num, kimg in ((1.5, 100, 10), (3.0, 50000, 20), (2.5, 50000, 30),
@@ -75,7 +94,7 @@ def test_the_best_score_is_the_lowest_of_the_most_images(tmp_path, invoke):
     assert (found.score.value, found.score.kimg) == (2.5, 30)
     assert (found.D, found.preset, found.kimg, found.total_kimg) == (2048, "cifar10-cond", 50, 100)
     assert (found.loss, found.images_per_sec) == (0.5, 500)
-    assert " FID 2.5 @30, 18 steps " in invoke(runs.main, tmp_path).output
+    assert " FID 2.5 @30, 18 steps, 50,000 images " in invoke(runs.main, tmp_path).output
 
 
 def test_where_no_run_has_been_yet_is_one_line(tmp_path, invoke):
