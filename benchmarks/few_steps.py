@@ -27,7 +27,7 @@ from sampling.network_sampler import NetworkSampler
 from training.scoring import network_features, open_evaluator
 
 _STEPS = (1, 2, 4)  # of few-step networks
-_SOLVER_STEPS = {"heun": (18, 5, 4, 3), "ipndm": (9, 7, 5)}  # of denoisers
+_SOLVER_STEPS = {"heun": (18, 5, 4, 3), "ipndm": (35, 9, 7, 5)}  # of denoisers
 _SHOWN = 12  # seeds in a row of the picture
 
 

@@ -9,9 +9,9 @@ known of consistency functions f(x, t) for diffusion carries over once both ends
 
     ect   |f(y + t s z, t) - f(y + r s z, r)|^2 in expectation, with r close below t. Easy
           consistency tuning (Geng et al. 2024, arXiv 2406.14548) draws ln t ~ Normal(P_mean,
-          P_std) and takes r of stage S = floor(images / stage length) by
+          P_std) and takes r of stage j = floor(images / stage length) by
 
-              r = max(0, t (1 - q^-(S+1) (1 + k / (1 + e^(b t)))))
+              r = max(0, t (1 - q^-(j+1) (1 + k / (1 + e^(b t)))))
 
           so that the first stages denoise (r = 0, where f(x_0, 0) = y) and later ones are ever more
           consistent. The loss of an image is sqrt(L) / (t - r), L the squared distance, or
@@ -60,7 +60,7 @@ class ConsistencyTuningLoss(EDMLoss):
         self.boundary = boundary
 
     def stage(self, nimg: int) -> int:
-        """Returns the stage S after `nimg` images."""
+        """Returns the stage j after `nimg` images."""
         return int(nimg // self.stage_nimg)
 
     def lower_level(self, t: torch.Tensor, nimg: int) -> torch.Tensor:
