@@ -236,7 +236,7 @@ def test_generated_arrays_keep_the_scale_and_the_record_of_their_folder(tmp_path
     source = write_source(tmp_path / "src", files | {"generate.json": record,
                                                      "vis/grid.png": flat(0)})
     result = split(source, tmp_path)
-    assert "Left out: 1 pictures of generate.py" in result.output
+    assert "Left out: 1 pictures and deviations of generate.py" in result.output
     for name in ("train.zip", "val.zip"):
         path = tmp_path / "out" / name
         assert ImageFolderDataset(path).scaling == ImageFolderDataset(source).scaling
