@@ -1,9 +1,11 @@
 """Samples images from trained networks: checks the options, calls the sampler, writes files."""
 
+import contextlib
 import copy
 import inspect
 import itertools
 import math
+import os
 from pathlib import Path
 
 import click
@@ -171,10 +173,18 @@ def _seeds_of_latents(context: click.Context, points, seeds, interpolate):
     is_frames_typed = context.get_parameter_source("frames") is click.core.ParameterSource.COMMANDLINE
     if is_frames_typed and interpolate is None:
         raise UserError("--frames: used with --interpolate", BAD_USAGE)
+    if context.params["window"] is not None and not context.params["save_images"]:
+        raise UserError("--window: is that of the pictures of --save_images; give both", BAD_USAGE)
     default = seeds or tuple(range(_DEFAULT_SEEDS))
     if not given:
-        inputs = [context.params[name] for name in ("init_image", "cond_image")]
-        return seeds if any(inputs) else default
+        has_inputs = any(context.params[name] for name in ("init_image", "cond_image"))
+        if has_inputs and seeds is None and context.params["network"] and context.params["subdirs"]:
+            raise UserError("--subdirs: images are named after their inputs, in the same folders; "
+                            "leave --subdirs out, or number the images by --seeds", BAD_USAGE)
+        return seeds if has_inputs else default
+    if context.params["average"] is not None:
+        raise UserError(f"--average with {given[0]}: each latent makes one image; leave --average "
+                        "out", BAD_USAGE)
     typed = context.get_parameter_source("seeds") is click.core.ParameterSource.COMMANDLINE
     if context.params["network"] is None or len(points) > 1:
         raise UserError(f"{given[0]}: for one network with one setting; name it with --network and "
@@ -306,37 +316,27 @@ def _generate(sampler, folder, seeds, batch, subdirs, is_named: bool) -> int:
 
     Returns how many came out with values that are not finite, and were not written.
     """
-    import torch
-
-    from dnnlib.progress import Progress
     from dnnlib.util import format_ranges
-    from sampling.image_writer import ImageFolder, ImageWriter
+    from sampling.image_writer import ImageFolder
     from torch_utils import distributed
     stems = sampler.inputs.stems() if is_named and sampler.inputs is not None else None
+    _check_place_of_images(sampler, folder)
+    subdirs = subdirs and stems is None
     images = ImageFolder(folder, sampler.shape_of, subdirs, sampler.scaling.is_8bit, stems)
     names = {} if stems is None else {"names": "inputs"}
-    distributed.run_on_rank0(images.open, {**sampler.settings, "subdirs": subdirs, **names})
+    is_new = distributed.run_on_rank0(
+        images.open, {**sampler.settings, "subdirs": subdirs, **names})
     missing = distributed.run_on_rank0(
         lambda: images.missing(seeds, deviations=sampler.average > 1))
     if len(missing) < len(seeds):
         distributed.print0(f"{folder}: {len(seeds) - len(missing)} of {len(seeds)} images are there")
     batches = sampler.batches(missing, batch)
     labels, bad = {}, []
-    with console.timed(f"{folder.name}, files included"), ImageWriter(images) as writer, \
-            Progress(len(missing), folder.name) as progress:
-        for done in sampler.images(batches):
-            finite = done.images.isfinite().flatten(1).all(dim=1).tolist()
-            good = [i for i, is_good in enumerate(finite) if is_good]
-            bad += [seed for seed, is_good in zip(done.seeds, finite, strict=True) if not is_good]
-            if good:
-                kept = torch.tensor(good, device=done.images.device)
-                deviations = None if done.deviations is None else sampler.scaling.size_in_data(
-                    done.deviations[kept]).cpu().numpy()
-                writer.write([done.seeds[i] for i in good],
-                             sampler.scaling.to_data(done.images[kept]).cpu().numpy(), deviations)
-            if done.class_labels is not None:
-                labels |= zip(done.seeds, sampler.recorded_labels(done.class_labels), strict=True)
-            progress.update(len(done.seeds) * distributed.get_world_size())
+    with contextlib.ExitStack() as on_error:
+        if is_new and distributed.get_rank() == 0:
+            on_error.callback(images.withdraw)
+        _make(sampler, batches, images, len(missing), labels, bad)
+        on_error.pop_all()
     bad = sorted(seed for part in distributed.gather_objects(bad) for seed in part)
     parts = distributed.gather_objects(labels)
     if distributed.get_rank() == 0:
@@ -354,6 +354,43 @@ def _generate(sampler, folder, seeds, batch, subdirs, is_named: bool) -> int:
             f"{', ...' if len(bad) > _MAX_NAMED else ''}; the network may have diverged, or "
             f"--precision may be too low for it{of_latents}")
     return len(bad)
+
+
+def _make(sampler, batches, images, count: int, labels: dict, bad: list) -> None:
+    """Makes the images of batches and writes them; collects labels by seed, and seeds that failed.
+
+    `count` is the number of images of all ranks.
+    """
+    import torch
+
+    from dnnlib.progress import Progress
+    from sampling.image_writer import ImageWriter
+    from torch_utils import distributed
+    name = images.path.name
+    with console.timed(f"{name}, files included"), ImageWriter(images) as writer, \
+            Progress(count, name) as progress:
+        for done in sampler.images(batches):
+            finite = done.images.isfinite().flatten(1).all(dim=1).tolist()
+            good = [i for i, is_good in enumerate(finite) if is_good]
+            bad += [seed for seed, is_good in zip(done.seeds, finite, strict=True) if not is_good]
+            if good:
+                kept = torch.tensor(good, device=done.images.device)
+                deviations = None if done.deviations is None else sampler.scaling.size_in_data(
+                    done.deviations[kept]).cpu().numpy()
+                writer.write([done.seeds[i] for i in good],
+                             sampler.scaling.to_data(done.images[kept]).cpu().numpy(), deviations)
+            if done.class_labels is not None:
+                labels |= zip(done.seeds, sampler.recorded_labels(done.class_labels), strict=True)
+            progress.update(len(done.seeds) * distributed.get_world_size())
+
+
+def _check_place_of_images(sampler, folder: Path) -> None:
+    """Raises ValueError for a folder inside of the inputs, of which its images would become some."""
+    for images in filter(None, (sampler.inits, sampler.inputs)):
+        if os.path.isdir(images.path) and folder.resolve().is_relative_to(
+                Path(images.path).resolve()):
+            raise ValueError(f"--outdir={folder}: lies inside {images.path}, of which its images "
+                             "would become inputs; name a folder outside of it")
 
 
 def _encode(sampler, folder: Path, seeds, batch: int) -> None:

@@ -54,9 +54,11 @@ def _mirrored(size: int, padded: int, before: int, device: torch.device) -> torc
 def size_multiple(net: Any) -> int:
     """Returns what both sides of an image must be multiples of; 1 for a network without halvings.
 
-    Also for denoisers that wrap one, such as those of pfgmpp/guidance.py.
+    Also for denoisers that wrap one or two, such as those of pfgmpp/guidance.py.
     """
-    return 1 << getattr(getattr(net, "model", None), "num_halvings", 0)
+    multiple = 1 << getattr(getattr(net, "model", None), "num_halvings", 0)
+    gnet = getattr(net, "gnet", None)
+    return multiple if gnet is None else max(multiple, size_multiple(gnet))
 
 
 class TiledDenoiser:
@@ -110,10 +112,11 @@ class TiledDenoiser:
 
     def _slices(self, side: int) -> list[slice]:
         """Returns where tiles lie on a side."""
-        tile = min(self.tile, side)
-        step = tile - _overlap(self.tile)
-        count = 1 + max(math.ceil((side - tile) / step), 0)
-        starts = [round(i * (side - tile) / max(count - 1, 1)) for i in range(count)]
+        tile = self.tile
+        if side <= tile:
+            return [slice(0, side)]
+        count = 1 + math.ceil((side - tile) / (tile - _overlap(tile)))
+        starts = [round(i * (side - tile) / (count - 1)) for i in range(count)]
         return [slice(start, start + tile) for start in starts]
 
 

@@ -67,10 +67,10 @@ class ImageFolder:
         self._dtype = np.dtype("uint8" if is_8bit else "float32")
         self.has_arrays = not is_8bit or self._shape_of(0)[0] not in (1, 3)
 
-    def open(self, settings: dict[str, Any]) -> None:
-        """Makes the folder and records `settings`, plain JSON data.
+    def open(self, settings: dict[str, Any]) -> bool:
+        """Makes the folder and records `settings`, plain JSON data; returns whether it did.
 
-        Unfinished files of a killed run are removed.
+        They may be recorded already. Unfinished files of a killed run are removed.
 
         Raises:
             ValueError: the folder holds images made with other or unknown settings.
@@ -96,7 +96,7 @@ class ImageFolder:
         if not record.exists():
             with contextlib.suppress(FileExistsError):  # another run was faster
                 write_json(record, settings, replace=False)
-                return
+                return True
         there = parse_json(record.read_bytes(), str(record))
         if not isinstance(there, dict):
             raise ValueError(f"{record}: not a record of settings; remove it or name another "
@@ -113,6 +113,15 @@ class ImageFolder:
             if now != then:
                 raise ValueError(f"{self.path} holds images of another setting ({key}: {then} "
                                  f"there, {now} now); name another --outdir or remove it")
+        return False
+
+    def withdraw(self) -> None:
+        """Removes the record, and the folder, if no image has been made to which it belongs."""
+        if self._any_image() or self._any_of_stems():
+            return
+        (self.path / GENERATE_RECORD).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is something else in it
+            self.path.rmdir()
 
     def _any_image(self) -> str | None:
         """Returns the name of a file in the folder that has the form of an image's, if any."""

@@ -50,6 +50,7 @@ from sampling.seed_images import (
     CONDITIONS_WORD,
     SeedImages,
     UsageError,
+    check_pairs,
     open_conditions,
     open_inits,
 )
@@ -222,34 +223,29 @@ class NetworkSampler:
                 raise UsageError(f"--{error}") from error
             extra["tile"] = tile
         extra |= {} if scaling.is_8bit else {"scale": scaling.to_dict()}
-        conditions = None
-        if net.cond_channels:
-            cond_scaling = recorded_scaling(content, source, "cond_scale", net.cond_channels)
-            conditions = open_conditions(net.cond_channels, source, cond_image, cond_scaling)
-        elif cond_image is not None and init_image != CONDITIONS_WORD:
-            raise UsageError(f"--cond-image={cond_image}: {source} takes no condition image; "
-                             "leave --cond-image out")
-        inits = open_inits(net.img_channels, net.cond_channels, init_image, cond_image, scaling)
+        conditions, inits = _open_inputs(net, source, content, init_image, cond_image, scaling)
         for name, images in (("cond_image", conditions), ("init_image", inits)):
             extra |= {name: images.fingerprint} if images else {}
-        is_start_given = init_sigma is not None or sampler.last is not None or (
-            sampler.sigmas is not None)
+        if inits is not None and inits.are_conditions:
+            extra["init_of"] = "conditions"  # of the data set that the fingerprint is of
         measurement = open_measurement(measure, measure_sigma, measure_level, measure_by,
-                                       net.img_channels, scaling, starts=is_start_given)
+                                       net.img_channels, scaling, starts=init_sigma is not None
+                                       or sampler.last is not None or sampler.sigmas is not None)
         if measurement is not None:
-            measurement.check_sizes(inits, init_image)
+            measurement.check(inits, init_image, sampler.levels(net)[0].item(),
+                              _sigma_data(net))
             extra |= measurement.settings
+        check_pairs(inits, conditions, 1 if measurement is None else measurement.factor)
         if average is not None:
-            if inits is None and conditions is None:
-                raise UsageError(f"--average={average}: makes means of the images that are made of "
-                                 "one input; give inputs by --init-image or --cond-image")
+            _check_average(average, inits, conditions, sampler, measurement,
+                           is_from_latents=latents is not None or encode is not None)
             extra["average"] = average
         encoded = None
         if encode is not None:
             encoded = SeedImages.open("--encode", encode, net.img_channels, scaling,
                                       size=net.image_shape[1:])
             extra["encode"] = encoded.fingerprint
-        inputs = inits or conditions
+        inputs = max(filter(None, (inits, conditions)), key=len, default=None)
         if starts is not None or encode is not None:
             _check_size_of_latents(net, conditions, cond_image)
             inputs = None
@@ -330,7 +326,7 @@ class NetworkSampler:
 
     def _mean(self, seeds: Sequence[int]) -> SampleBatch:
         """Returns the means over `average` samples of the inputs of seeds, and the deviations."""
-        count = len(self.inputs)
+        count = len(self.inputs)  # seeds k, k + count, ... have the same inputs
         if max(seeds) >= count:
             raise ValueError(f"--seeds: names seed {max(seeds)}, but --average makes one mean for "
                              f"each of {count} images; name seeds below {count}, or leave --seeds "
@@ -550,12 +546,48 @@ def _check_starts(options: dict[str, Any], init_image: str | None, init_sigma: f
     if level_flag in starts and "--last" in starts:
         raise UsageError(f"{level_flag} with --last: both say where sampling starts; leave one of "
                          "them out")
-    if measure is not None and not starts:
-        for name in ("init_noise", "blend"):
-            if options.get(name, 1) != 1:
-                raise UsageError(f"{_FLAGS[name]} with --measure: sampling starts from noise; give "
-                                 "--init-sigma or --last to start from the measurement, or leave "
-                                 f"{_FLAGS[name]} out")
+    if measure is not None and options.get("blend", 1) != 1:
+        raise UsageError("--blend with --measure: every evaluation takes the measurement into "
+                         "account already; leave one of them out")
+    if measure is not None and not starts and options.get("init_noise", 1) != 1:
+        raise UsageError("--init-noise with --measure: sampling starts from noise; give "
+                         "--init-sigma or --last to start from the measurement, or leave "
+                         "--init-noise out")
+
+
+def _open_inputs(
+    net: Precond, source: str, content: dict[str, Any], init_image: str | None,
+    cond_image: str | None, scaling: Scaling,
+) -> tuple[SeedImages | None, SeedImages | None]:
+    """Returns the condition images and the images to start from, None for those there are not."""
+    conditions = None
+    if net.cond_channels:
+        cond_scaling = recorded_scaling(content, source, "cond_scale", net.cond_channels)
+        conditions = open_conditions(net.cond_channels, source, cond_image, cond_scaling)
+    elif cond_image is not None and init_image != CONDITIONS_WORD:
+        raise UsageError(f"--cond-image={cond_image}: {source} takes no condition image; leave "
+                         "--cond-image out")
+    return conditions, open_inits(net.img_channels, net.cond_channels, init_image, cond_image,
+                                  scaling)
+
+
+def _check_average(average: int, inits: SeedImages | None, conditions: SeedImages | None,
+                   sampler: SamplerConfig, measurement: Measurement | None, *,
+                   is_from_latents: bool) -> None:
+    """Raises UsageError where there is no mean to make, or only one of equal images."""
+    flag = f"--average={average}"
+    if is_from_latents:
+        raise UsageError(f"{flag}: each latent makes one image; leave --average out")
+    if inits is None and conditions is None:
+        raise UsageError(f"{flag}: makes means of the images that are made of one input; give "
+                         "inputs by --init-image or --cond-image")
+    starts_with_noise = inits is None or sampler.init_noise or (
+        measurement is not None and not measurement.starts)
+    steps_draw = sampler.S_churn or sampler.noise_alpha or (
+        sampler.solver == CONSISTENCY and sampler.num_steps > 1)
+    if not starts_with_noise and not steps_draw:
+        raise UsageError(f"{flag}: nothing is drawn with --init-noise=0, so all samples of an "
+                         "input are equal; leave --average out, or add some noise")
 
 
 def _check_size_of_latents(net: Precond, conditions: SeedImages | None, cond_image: str | None
@@ -765,10 +797,16 @@ def _of_numbers(conditions: ImagesOfSeeds, latents: Latents) -> ImagesOfSeeds:
 
 def _warn_of_init_sigma(net: Precond, init_sigma: float | None, scaling: Scaling) -> None:
     """Warns of a noise level in which nothing of an image is left."""
-    if init_sigma is None or init_sigma <= _LOST_SIGMAS * net.sigma_data:
+    sigma_data = _sigma_data(net)
+    if init_sigma is None or init_sigma <= _LOST_SIGMAS * sigma_data:
         return
     in_data = "" if scaling.is_8bit else \
         f", {init_sigma * scaling.spread[0]:.4g} in the units of the data"
-    distributed.warn0(f"--init-sigma={init_sigma:g}: is {init_sigma / net.sigma_data:.3g} times "
+    distributed.warn0(f"--init-sigma={init_sigma:g}: is {init_sigma / sigma_data:.3g} times "
                       f"sigma_data{in_data}, so little is left of the images; the level is in the "
-                      f"networks' scale, where the data have a deviation of {net.sigma_data:g}")
+                      f"networks' scale, where the data have a deviation of {sigma_data:g}")
+
+
+def _sigma_data(net: Precond) -> float:
+    """Returns the deviation of the data that a network assumes; only EDM's say it."""
+    return getattr(net, "sigma_data", 0.5)

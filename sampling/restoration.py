@@ -4,24 +4,26 @@ See pfgmpp/measurement.py for the mathematics of the latter.
 """
 
 import dataclasses
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dnnlib.cli import flag_errors
-from images.array_files import decode as decode_array
+from images.array_files import is_channels_last
 from images.image_files import is_array
-from images.pictures import decode as decode_picture
+from images.pictures import DEEP_MODES, read_picture
 from images.scaling import Scaling
 from pfgmpp.measurement import MeasuredDenoiser, Operator, denoise, downsample, inpaint
 from pfgmpp.sizes import Padding, size_multiple
 from sampling.seed_images import SeedImages, UsageError
 from torch_utils import distributed
 
-_WHITE = 128  # and above, in 8-bit masks, is measured
+_WHITE = 0.5  # of the range of a picture; from there on it is measured
 
 
 def sigma_of_level(flag: str, level: float, scaling: Scaling) -> float:
@@ -73,10 +75,19 @@ class Measurement:
         padding = Padding(self.mask.shape[1:], size_multiple(net))
         return inpaint(padding.pad(self.mask[None].to(device, torch.float32)))
 
-    def check_sizes(self, inits: SeedImages, source: str) -> None:
-        """Raises UsageError if the mask is not of the size of all images."""
+    def check(self, inits: SeedImages, source: str, first_level: float, sigma_data: float
+              ) -> None:
+        """Raises UsageError if the mask is not of the size of all images.
+
+        It warns of a start from which pixels that were not measured can't be restored.
+        """
         if self.mask is None:
             return
+        if self.starts and first_level < sigma_data:
+            distributed.warn0(
+                f"--measure=inpaint: sampling starts at sigma {first_level:.3g}, below sigma_data "
+                f"= {sigma_data:g}: too low for pixels that were not measured, which begin in the "
+                "middle of the data's range; start higher, or from noise")
         size = tuple(self.mask.shape[1:])
         others = [other for other in inits.sizes if other != size]
         if others:
@@ -157,14 +168,29 @@ def _read_mask(path: str, channels: int) -> torch.Tensor:
         OSError, ValueError: it can't be read, or has another number of channels, or one value.
     """
     content = Path(path).read_bytes()
-    try:
-        pixels = (decode_array if is_array(path) else decode_picture)(content)[0]
-    except (SyntaxError, EOFError) as error:
-        raise ValueError(f"{path}: can't be read: {error}") from error
-    if len(pixels) not in (1, channels):
-        raise ValueError(f"{path}: a mask of {len(pixels)} channels; must be of 1, or of the "
-                         f"images' {channels}")
-    mask = torch.from_numpy(pixels != 0 if is_array(path) else pixels >= _WHITE)
+    mask = torch.from_numpy((_mask_in_array if is_array(path) else _mask_in_picture)(content))
+    if mask.ndim != 3 or len(mask) not in (1, channels):
+        raise ValueError(f"{path}: a mask of shape {list(mask.shape)}; must be [H, W], or "
+                         f"[C, H, W] with C = 1 or the images' {channels}")
     if not mask.any():
         raise ValueError(f"{path}: nothing is measured; a mask is white where pixels are known")
     return mask
+
+
+def _mask_in_array(content: bytes) -> np.ndarray:
+    """Returns where an array [H, W], [C, H, W] or [H, W, C] of any numbers is not 0."""
+    array = np.load(io.BytesIO(content), allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+        raise ValueError("must be an array of numbers or of truth values")
+    if array.ndim == 3 and is_channels_last(array.shape):
+        array = array.transpose(2, 0, 1)
+    return (array if array.ndim > 2 else array[None]) != 0
+
+
+def _mask_in_picture(content: bytes) -> np.ndarray:
+    """Returns where a picture of any mode is white, or nearer to white than to black."""
+    image = read_picture(content)
+    if image.mode in DEEP_MODES:
+        values = np.asarray(image).astype(np.float64)
+        return (values >= _WHITE * max(values.max(), 1))[None]
+    return (np.asarray(image.convert("L")) >= _WHITE * 255)[None]

@@ -88,6 +88,16 @@ def _levels_in(path: str) -> tuple[float, ...] | None:
     return tuple(map(float, array)) if array.ndim == 1 and array.dtype.kind in "iuf" else None
 
 
+class _Finite(click.FloatRange):
+    """A number in a range, and not infinite."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r}: must be finite", param, ctx)
+        return number
+
+
 class _ClassChoice(click.ParamType):
     """A class number, 'uniform' or 'data'."""
 
@@ -129,15 +139,15 @@ _OPTIONS = (
     click.option("--guidance-interval", "guidance_interval", metavar="LO,HI", type=_Interval(), help="Noise levels LO < sigma <= HI at which to guide.  [default: all]"),
     click.option("--cond-image", metavar="DIR|ZIP", help="Condition images, for networks that take them; seed k has image k mod n of n."),
     click.option("--init-image", metavar="DIR|ZIP|cond", help="Start from these images plus noise instead of noise; seed k has image k mod n of n. 'cond' starts from the condition images in --cond-image."),
-    click.option("--init-sigma", metavar="S", type=click.FloatRange(min=0, min_open=True), help="Noise level at which to start from --init-image, in place of --sigma_max; in the networks' scale, where the data have a deviation of about 0.5."),
-    click.option("--init-level", metavar="L", type=click.FloatRange(min=0, min_open=True), help="The same in the data's own units, such as 60 for noise of 60 HU."),
+    click.option("--init-sigma", metavar="S", type=_Finite(min=0, min_open=True), help="Noise level at which to start from --init-image, in place of --sigma_max; in the networks' scale, where the data have a deviation of about 0.5."),
+    click.option("--init-level", metavar="L", type=_Finite(min=0, min_open=True), help="The same in the data's own units, such as 60 for noise of 60 HU."),
     click.option("--last", metavar="INT", type=click.IntRange(min=1), help="Start from --init-image so many steps before the lowest level of --steps, and stop there; the last step is first order."),
-    click.option("--stop-sigma", metavar="S", type=click.FloatRange(min=0), help="Where the last step ends.  [default: 0; with --last the lowest level of --steps]"),
-    click.option("--init-noise", metavar="FLOAT", type=click.FloatRange(min=0), default=1, help="Factor on the noise that is added to --init-image; 0 starts at the images themselves, which are noisy then."),
+    click.option("--stop-sigma", metavar="S", type=_Finite(min=0), help="Where the last step ends.  [default: 0; with --last the lowest level of --steps]"),
+    click.option("--init-noise", metavar="FLOAT", type=_Finite(min=0), default=1, help="Factor on the noise that is added to --init-image; 0 starts at the images themselves, which are noisy then."),
     click.option("--blend", metavar="W", type=click.FloatRange(0, 1), default=1, help="Draw the state back to --init-image after each step: x <- W x + (1-W) image."),
     click.option("--measure", metavar="denoise|inpaint:MASK|downsample:K", help="Sample images of which --init-image is a noisy measurement: of all pixels, of those that are white in a picture or not 0 in an array, or of means over squares of K pixels a side."),
-    click.option("--measure-sigma", metavar="S", type=click.FloatRange(min=0), help="Noise of that measurement, in the networks' scale."),
-    click.option("--measure-level", metavar="L", type=click.FloatRange(min=0), help="The same in the data's own units."),
+    click.option("--measure-sigma", metavar="S", type=_Finite(min=0), help="Noise of that measurement, in the networks' scale."),
+    click.option("--measure-level", metavar="L", type=_Finite(min=0), help="The same in the data's own units."),
     click.option("--measure-by", type=click.Choice(["guidance", "projection"]), help="How to use it: guidance differentiates the network, projection does not.  [default: guidance]"),
     click.option("--average", metavar="INT", type=click.IntRange(min=2), help="Make each image the mean of so many samples of one input. generate.py writes their standard deviation to std/."),
     click.option("--tile", metavar="SIDE", type=click.IntRange(min=1), help="Show the network overlapping squares of this side, to save memory with large images."),

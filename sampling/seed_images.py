@@ -130,6 +130,11 @@ class SeedImages:
         return self._dataset.has_conditions and not self._dataset.cond_shape
 
     @property
+    def are_conditions(self) -> bool:
+        """Whether these are the condition images of a data set that has other images too."""
+        return self._dataset.cond_shape is not None
+
+    @property
     def path(self) -> os.PathLike:
         """The folder or ZIP."""
         return self._dataset.path
@@ -156,6 +161,33 @@ class SeedImages:
                     f"{shown_name(names[number])} have the same name but for the extension, and so "
                     "would what is made of them; rename one, or number the images by --seeds")
         return stems
+
+
+def check_pairs(inits: SeedImages | None, conditions: SeedImages | None, factor: int) -> None:
+    """Checks that images to start from belong to the condition images, one by one.
+
+    One image goes with all of the others. `factor` is what the sides of `inits` are multiplied by.
+
+    Raises:
+        UsageError: other numbers, names of which only some agree, or other sizes.
+    """
+    if inits is None or conditions is None:
+        return
+    here, there = (images.stems() for images in (inits, conditions))
+    if len(here) != len(there) and min(len(here), len(there)) > 1:
+        raise UsageError(f"--init-image: has {len(here)} images, --cond-image {len(there)}; give "
+                         "as many, or one for all")
+    if len(here) == len(there) and here != there and set(here) & set(there):
+        other = next(a for a, b in zip(here, there, strict=True) if a != b)
+        raise UsageError(f"--init-image: {shown_name(other)} has no partner of its name among "
+                         "--cond-image, but others have; give pairs of equal names, or of names "
+                         "that have nothing in common, which go by order")
+    for k in range(max(len(here), len(there))):
+        (height, width), other = inits.sizes[k % len(here)], conditions.sizes[k % len(there)]
+        if (height * factor, width * factor) != other:
+            raise UsageError(f"--init-image: {shown_name(inits.names([k])[0])} makes an image of "
+                             f"{width * factor}x{height * factor}, but its condition image is "
+                             f"{other[1]}x{other[0]}; they must be of one size")
 
 
 def open_conditions(cond_channels: int, source: str, cond_image: str | None,

@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
+from pfgmpp.guidance import guided
 from pfgmpp.kernel import PerturbationKernel
 from pfgmpp.networks import build_network
 from pfgmpp.sizes import Padding, TiledDenoiser, size_multiple
@@ -43,6 +44,25 @@ def test_the_multiple_is_two_to_the_number_of_halvings():
 
 def pointwise(x, sigma, class_labels=None, condition=None):
     return x / (1 + sigma**2) + (0 if condition is None else 2 * condition)
+
+
+@pytest.mark.parametrize("size", [(3, 30), (8, 8), (2, 9), (40, 3)])
+def test_a_side_that_is_no_longer_than_a_tile_is_not_split(size):
+    x = torch.randn(1, 1, *size, generator=torch.Generator().manual_seed(0))
+    for tile in (4, 8, 12, 32):
+        torch.testing.assert_close(TiledDenoiser(pointwise, tile)(x, 0.7), pointwise(x, 0.7))
+
+
+def test_sizes_suit_the_guide_too():
+    def net(levels):
+        return build_network({"class_name": "EDMPrecond", "img_resolution": 16, "img_channels": 1,
+                              "label_dim": 0, "model_type": "SongUNet", "model_channels": 4,
+                              "num_blocks": 1, "channel_mult": [1] * levels})
+
+    both = guided(net(2), guidance=2.0, gnet=net(3))
+    assert size_multiple(both) == size_multiple(TiledDenoiser(both, 8)) == 4
+    with pytest.raises(ValueError, match="tile=6: must be a multiple of 4"):
+        TiledDenoiser(both, 6)
 
 
 @pytest.mark.parametrize("tile", [8, 12, 40])

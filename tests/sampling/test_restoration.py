@@ -250,12 +250,21 @@ def test_scores_are_of_images_of_one_size_only(root, tmp_path, invoke):
     (["INIT", "--measure=downsample:1", "--measure-sigma=1"], 2, "whole number K from 2 on"),
     (["INIT", "--measure=inpaint:none.png", "--measure-sigma=1"], 1, "No such file"),
     (["INIT", "--measure=inpaint:MASK", "--measure-sigma=1"], 2, "the mask is 8x8, but images"),
-    (["INIT", "--measure=denoise", "--measure-sigma=1", "--blend=0.5"], 2, "starts from noise"),
+    (["INIT", "--measure=denoise", "--measure-sigma=1", "--init-noise=0"], 2, "starts from noise"),
     (["--average=3"], 2, "--average=3: makes means"),
     (["INIT", "--last=1", "--average=3", "--seeds=4"], 1, "name seeds below 4"),
     (["--tile=3"], 2, "--tile=3: must be a multiple of 2"),
-    (["--window=40"], 2, "must be a center and a width"),
-    (["--window=40,0"], 2, "must be a center and a width"),
+    (["INIT", "--last=1", "--init-noise=0", "--average=3"], 2, "all samples of an input are equal"),
+    (["--average=3", "--radii=0.5"], 2, "--average with --radii: each latent makes one image"),
+    (["--average=3", "--interpolate=0,1"], 2, "--average with --interpolate"),
+    (["INIT", "--measure=denoise", "--measure-sigma=1", "--init-sigma=1", "--blend=0.5"], 2,
+     "--blend with --measure"),
+    (["INIT", "--measure=denoise", "--measure-level=nan"], 2, "'nan': must be finite"),
+    (["INIT", "--init-level=inf"], 2, "'inf': must be finite"),
+    (["INIT", "--last=1", "--subdirs"], 2, "images are named after their inputs"),
+    (["INIT", "--last=1", "--window=40,400"], 2, "--window: is that of the pictures"),
+    (["--save_images", "--window=40"], 2, "must be a center and a width"),
+    (["--save_images", "--window=40,0"], 2, "must be a center and a width"),
 ], ids=str)
 def test_what_does_not_fit_gets_one_line_and_leaves_nothing(flags, code, words, root, tmp_path,
                                                             invoke):
@@ -359,3 +368,97 @@ def test_a_state_of_the_ct_forks_restores_images_as_their_code_does(h, flags, D,
     found = np.stack([np.load(tmp_path / f"out/{k}.npy") for k in (0, 1)])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert np.abs(found - v).max() > 50
+
+
+@pytest.fixture
+def paired(root, tmp_path):
+    """A data set of pairs in HU: truths, and measurements under cond/."""
+    for k, (name, array) in enumerate(zip(NAMES, stored(root, "equal"), strict=True)):
+        for folder, values in (("pairs", array), ("pairs/cond", array + 100 * (k + 1))):
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            np.save(tmp_path / folder / name, values)
+    return tmp_path / "pairs"
+
+
+def test_restored_truths_do_not_pass_for_restored_measurements(paired, root, tmp_path, invoke):
+    make(invoke, root, tmp_path / "out", f"--init-image={paired}", *ONE_STEP)
+    text = make(invoke, root, tmp_path / "out", "--init-image=cond", f"--cond-image={paired}",
+                *ONE_STEP, code=1)
+    assert "images of another setting (init_of: None there, conditions now)" in text
+
+
+def test_images_to_start_from_are_partners_of_the_condition_images(root, tmp_path, invoke):
+    def folder(name, stems, size=(8, 8)):
+        (tmp_path / name).mkdir()
+        for k, stem in enumerate(stems):
+            np.save(tmp_path / name / f"{stem}.npy", np.full((1, *size), 100 * k, np.float32))
+        return tmp_path / name
+
+    three, four = folder("three", "abc"), folder("four", "abcd")
+    shifted, other = folder("shifted", "bcde"), folder("other", "wxyz")
+    one, large = folder("one", "q"), folder("large", "abcd", (8, 12))
+    for k, (inits, code, words) in enumerate([
+            (three, 2, "has 3 images, --cond-image 4"), (shifted, 2, "has no partner of its name"),
+            (large, 2, "image of 12x8, but its condition image is 8x8"),
+            (other, 0, "4 images made"), (four, 0, "4 images made"), (one, 0, "4 images made")]):
+        text = make(invoke, root, tmp_path / f"out{k}", f"--init-image={inits}",
+                    f"--cond-image={four}", "--init-level=60", "--steps=2", "--average=2",
+                    network="cond", code=code)
+        assert words in text
+        assert (tmp_path / f"out{k}").exists() == (code == 0)
+    assert sorted(p.name for p in (tmp_path / "out5").glob("*.npy")) == [
+        "a.npy", "b.npy", "c.npy", "d.npy"]
+
+
+def test_an_error_leaves_nothing_behind_that_refuses_the_next_command(root, tmp_path, invoke,
+                                                                      monkeypatch):
+    args = [f"--init-image={root / 'equal'}", *ONE_STEP]
+    monkeypatch.setattr(NetworkSampler, "images", lambda self, batches: 1 / 0)
+    result = invoke(generate.main, f"--network={root / 'net.pt'}", f"--outdir={tmp_path / 'o'}",
+                    *args)
+    assert isinstance(result.exception, ZeroDivisionError) and not (tmp_path / "o").exists()
+    monkeypatch.undo()
+    make(invoke, root, tmp_path / "o", *args)
+    monkeypatch.setattr(NetworkSampler, "images", lambda self, batches: 1 / 0)
+    (tmp_path / "o" / NAMES[0]).unlink()
+    invoke(generate.main, f"--network={root / 'net.pt'}", f"--outdir={tmp_path / 'o'}", *args)
+    assert (tmp_path / "o/generate.json").exists() and (tmp_path / "o" / NAMES[2]).exists()
+
+
+def test_images_do_not_go_into_the_folder_of_their_inputs(root, tmp_path, invoke):
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in/x.npy", np.zeros((1, 8, 8), np.float32))
+    for out in ("in", "in/out"):
+        text = make(invoke, root, tmp_path / out, f"--init-image={tmp_path / 'in'}", *ONE_STEP,
+                    code=1)
+        assert "lies inside" in text and not list(tmp_path.rglob("generate.json"))
+
+
+@pytest.mark.parametrize("kind", ["1", "P", "L", "LA", "RGB", "I;16", "bool", "uint8", "HWC"])
+def test_a_mask_may_be_any_picture_or_array(kind, root, tmp_path):
+    known = np.zeros((8, 8), bool)
+    known[:, :5] = True
+    white = PIL.Image.fromarray(np.uint8(known) * 255)
+    path = tmp_path / ("mask.npy" if kind in ("bool", "uint8", "HWC") else "mask.png")
+    if kind == "I;16":
+        PIL.Image.fromarray(np.uint16(known) * 4000).save(path)
+    elif kind == "P":  # whose first colour is white
+        picture = PIL.Image.fromarray(np.uint8(~known), "P")
+        picture.putpalette([255, 255, 255, 0, 0, 0])
+        picture.save(path)
+    elif path.suffix == ".png":
+        white.convert(kind).save(path)
+    else:
+        np.save(path, {"bool": known, "uint8": np.uint8(known), "HWC": known[..., None]}[kind])
+    sampler = NetworkSampler.open(str(root / "net.pt"), CPU, init_image=str(root / "equal"),
+                                  measure=f"inpaint:{path}", measure_sigma=0.1)
+    np.testing.assert_array_equal(sampler.measurement.mask, known[None])
+
+
+def test_a_low_start_with_pixels_that_were_not_measured_is_told(root, tmp_path, capsys):
+    np.save(tmp_path / "mask.npy", np.eye(8) > 0)
+    given = {"init_image": str(root / "equal"), "measure": f"inpaint:{tmp_path / 'mask.npy'}",
+             "measure_sigma": 0.0}
+    for start, is_told in (({}, False), ({"init_sigma": 2.0}, False), ({"init_sigma": 0.1}, True)):
+        NetworkSampler.open(str(root / "net.pt"), CPU, **given, **start)
+        assert ("too low for pixels" in capsys.readouterr().err) == is_told
