@@ -2,6 +2,7 @@
 
     value = slope * stored + intercept       (DICOM PS3.3, C.11.1.1: HU where the modality is CT)
 
+MONOCHROME1, in which the least value is white, is a matter of showing these values (C.7.6.3.1.2).
 A series is the files of one folder that share a SeriesInstanceUID. Its slices go by their position
 along the normal of the first one, the cross product of its row's and its column's direction
 (C.7.6.2.1.1). The package pydicom is imported when files are read.
@@ -24,7 +25,7 @@ from images.image_files import DICOM_SUFFIXES
 from images.pictures import DamagedImageError
 
 _MAGIC, _MAGIC_START = b"DICM", 128
-_INVERTED = "MONOCHROME1"  # in which the least value is white
+_INVERTED = "MONOCHROME1"
 _DECODERS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 _TAGS = ["SeriesInstanceUID", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient",
          "Rows", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames",
@@ -42,7 +43,7 @@ class Header(NamedTuple):
     number: int | None = None  # InstanceNumber
     position: tuple[float, ...] | None = None  # of the first pixel: x, y, z in mm
     directions: tuple[float, ...] | None = None  # of rows, x, y, z, then of columns
-    is_inverted: bool = False
+    is_shown_inverted: bool = False  # by viewers; its values are as those of others
     problem: str | None = None  # why the image isn't converted
 
 
@@ -92,8 +93,6 @@ def read_header(file: IO[bytes]) -> Header:
 def decode(content: bytes) -> np.ndarray:
     """Returns the values of the image in a file, float32 [1, H, W].
 
-    Of MONOCHROME1 the stored values are mirrored within their bits, so that the largest is white.
-
     Raises:
         DamagedImageError: it is not DICOM, damaged, or of a kind that isn't read.
     """
@@ -104,9 +103,6 @@ def decode(content: bytes) -> np.ndarray:
         if problem := _problem(dataset):  # of a file whose header was not read before
             raise ValueError(problem)
         values = dataset.pixel_array.astype(np.float64)
-        if dataset.PhotometricInterpretation == _INVERTED:
-            span = (1 << dataset.BitsStored) - 1
-            values = (-1 if dataset.PixelRepresentation else span) - values
         slope, intercept = (_number(dataset, f"Rescale{name}") for name in ("Slope", "Intercept"))
         values = values * (1 if slope is None else slope) + (intercept or 0)
         return array_files.to_stored(values[None])

@@ -331,10 +331,10 @@ def _add_slices(source: Source, path: Path, item: Callable[[str], Item],
     source.read = lambda numbers: (item(names[i])._replace(decode=dicom_files.decode)
                                    for i in numbers)
     source.facts = [how]
-    inverted = [name for name, header in headers.items() if header.is_inverted]
+    inverted = [name for name, header in headers.items() if header.is_shown_inverted]
     if inverted:
-        source.facts.append(f"{len(inverted)} slices are MONOCHROME1 and were inverted, the first "
-                            f"{inverted[0]}")
+        source.facts.append(f"{len(inverted)} slices are MONOCHROME1 (meant to be shown inverted), "
+                            f"the first {inverted[0]}; values are kept")
 
 
 def _dicom_header(path: Path, name: str,

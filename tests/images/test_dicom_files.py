@@ -80,16 +80,16 @@ def test_our_values_are_those_of_pydicom(tmp_path):
     np.testing.assert_allclose(dicom_files.decode(content)[0], expected, rtol=1e-7)
 
 
-@pytest.mark.parametrize("dtype, mirrored", [(np.uint16, [4095, 4094, 0]),
-                                             (np.int16, [-1, -2, 2047])])
-def test_monochrome1_is_mirrored_within_its_bits_and_told(tmp_path, dtype, mirrored):
-    pixels = np.array([[0, 1, 4095 if dtype == np.uint16 else -2048]], dtype)
-    files = {name: dicom(pixels, PhotometricInterpretation=kind, RescaleIntercept=-5)
+@pytest.mark.parametrize("dtype, low", [(np.uint16, 0), (np.int16, -2048)])
+def test_monochrome1_is_a_matter_of_showing_and_keeps_its_values(tmp_path, dtype, low):
+    pixels = np.array([[low, low + 24, low + 4095]], dtype)
+    files = {name: dicom(pixels, PhotometricInterpretation=kind, RescaleSlope=2,
+                         RescaleIntercept=-5)
              for name, kind in (("a", "MONOCHROME2"), ("b", "MONOCHROME1"))}
     output, images = made(write_source(tmp_path / "src", files), tmp_path / "a.zip")
-    assert images[0, 0, 0].tolist() == (pixels[0] - 5.0).tolist()
-    assert images[1, 0, 0].tolist() == [value - 5 for value in mirrored]
-    assert "Note: 1 slices are MONOCHROME1 and were inverted, the first b\n" in output
+    assert images[:, 0, 0].tolist() == [[2 * low - 5, 2 * low + 43, 2 * low + 8185]] * 2
+    assert ("Note: 1 slices are MONOCHROME1 (meant to be shown inverted), the first b; values are "
+            "kept\n") in output
 
 
 def test_values_outside_of_the_reconstruction_may_be_clipped(tmp_path):
