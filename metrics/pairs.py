@@ -27,7 +27,10 @@ from sampling.seed_images import CONDITIONS_WORD
 PAIRINGS = ("auto", "name", "order")
 _REMEDY = "name a folder or ZIP of images"
 _UNIT_FACTOR = 50  # spans that differ by more are of different units
-_OFFSET_SHARE = 0.9  # of the squared error, above which a constant offset explains it
+_SURE_CORRELATION = 0.8  # above which a line says how images follow from their truths
+_USUAL_SLOPES = 0.5, 2.0
+_OFFSET_SHARE = 0.1  # of the truths' span, above which the two may have other zeros ...
+_REST_SHARE = 0.1  # ... if so little of the squared error is left beside the line
 
 
 class Partners(NamedTuple):
@@ -202,22 +205,32 @@ def _channels(count: int) -> str:
 
 
 class _UnitCheck:
-    """Whether images that come one by one seem to be of the unit of their truths."""
+    """Whether images that come one by one seem to be of the unit of their truths.
+
+    A line is fitted to all pixels by least squares, image ~ slope * truth + offset.
+    """
 
     def __init__(self) -> None:
         self._ends = [math.inf, -math.inf], [math.inf, -math.inf]  # of the images, of the truths
-        self._count = self._num_equal = 0
-        self._offset = self._squares = 0.0  # sums of the means of d and d^2, d = image - truth
+        self._count = self._num_equal = self._num_pixels = 0
+        self._means = np.zeros(2)  # of the images, of the truths
+        self._scatter = np.zeros([2, 2])  # sums of products of what differs from the means
 
     def add(self, image: np.ndarray, truth: np.ndarray) -> None:
         """Takes an image and its truth."""
         for ends, values in zip(self._ends, (image, truth), strict=True):
             ends[:] = min(ends[0], float(values.min())), max(ends[1], float(values.max()))
-        difference = image - truth
         self._count += 1
-        self._num_equal += not difference.any()
-        self._offset += float(difference.mean())
-        self._squares += float(np.square(difference).mean())
+        self._num_equal += np.array_equal(image, truth)
+        values = np.stack([image.ravel(), truth.ravel()])
+        means = values.mean(axis=1)
+        shift, total = means - self._means, self._num_pixels + image.size
+        values -= means[:, None]
+        # Of two sets of pixels together, Chan et al. 1983: no large sums are subtracted.
+        self._scatter += values @ values.T + (
+            np.outer(shift, shift) * self._num_pixels * image.size / total)
+        self._means += shift * image.size / total
+        self._num_pixels = total
 
     def raise_if_other(self, where: str, truth: str) -> None:
         """Raises ValueError if one set spans far more than the other."""
@@ -233,11 +246,33 @@ class _UnitCheck:
         if self._num_equal:
             yield (f"{where}: {self._num_equal} of {self._count} images equal their truths of "
                    f"{truth} in every number; are they the truths themselves?")
-        offset = self._offset / self._count
-        if self._squares and self._count * offset**2 > _OFFSET_SHARE * self._squares:
-            yield (f"{where}: values are {abs(offset):.5g} {'above' if offset > 0 else 'below'} "
-                   f"those of {truth} on average, which is nearly all of the error; do they have "
-                   "another zero, as HU + 1024 has?")
+        slope, offset, correlation = self._line()
+        if self._is_other(slope, correlation):
+            yield (f"{where}: values are about {slope:.4g} times those of {truth} {offset:+.5g} "
+                   f"(correlation {correlation:.3f}); are they in the same unit?")
+
+    def _line(self) -> tuple[float, float, float]:
+        """Returns slope, offset and correlation of the line; 0 of the last where there is none."""
+        (of_images, of_both), (_, of_truths) = self._scatter
+        if not of_images or not of_truths:
+            return 1.0, 0.0, 0.0
+        slope = of_both / of_truths
+        return slope, self._means[0] - slope * self._means[1], (
+            of_both / math.sqrt(of_images * of_truths))
+
+    def _is_other(self, slope: float, correlation: float) -> bool:
+        """Whether a line of this slope and correlation tells of another unit or zero."""
+        if abs(correlation) <= _SURE_CORRELATION:
+            return False
+        if not _USUAL_SLOPES[0] <= slope <= _USUAL_SLOPES[1]:
+            return True
+        # Where the truths lie, and not at 0: less contrast is no other zero.
+        shift = self._means[0] - self._means[1]
+        (of_images, of_both), (_, of_truths) = self._scatter
+        squares = of_images - 2 * of_both + of_truths + self._num_pixels * shift**2
+        low, high = self._ends[1]
+        return (abs(shift) > _OFFSET_SHARE * (high - low)
+                and of_images * (1 - correlation**2) < _REST_SHARE * squares)
 
 
 def partners(images: _Source, others: _Source, by: str = "auto") -> Partners:

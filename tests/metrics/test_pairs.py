@@ -22,7 +22,7 @@ from scripts import ROOT, run_script
 import fid
 from images.scaling import Scaling
 from metrics.paired import PAIRED_METRICS, as_number, load_metric, ssim_problem
-from metrics.pairs import Pairs, Summary, value_range_of
+from metrics.pairs import Pairs, Summary, _UnitCheck, value_range_of
 from reports.comparison import ScoreGroup
 from reports.run_record import read_scores
 
@@ -306,14 +306,53 @@ def test_8_bits_are_not_compared_with_more(fails, run, ct):
     assert float(re.search("rmse (\\S+)", out)[1]) == pytest.approx(rounding, rel=0.02)
 
 
-def test_an_offset_that_is_nearly_all_of_the_error_is_named(run, ct):
+@pytest.mark.parametrize("slope, offset", [
+    (255 / 4095, 255 * 1024 / 4095),  # HU as 0 to 255, but floating-point
+    (1, 1024), (1, -1024), (0.1, 0), (10, 0), (-1, 0), (1.8, 320)])
+def test_images_that_follow_their_truths_by_a_line_of_another_unit_are_named(
+        run, ct, slope, offset):
     root, truths, noise = ct
-    args = f"--images={root}/out", f"--truth={root}/truth", "--metrics=mae"
-    assert run(*args).err == ""
+    images = [slope * (t + 20 * n) + offset for t, n in zip(truths, noise, strict=True)]
     shutil.rmtree(root / "out")
-    write(root / "out", [t + 20 * n + 1024 for t, n in zip(truths, noise, strict=True)])
-    assert re.search(r"Warning: .*values are 102\d\.?\d* above those of .*another zero",
-                     run(*args).err)
+    write(root / "out", [image.astype(np.float32) for image in images])
+    x, y = np.ravel(images), np.ravel(truths)
+    a, b = np.polyfit(y.astype(float), x, 1)
+    lines = run(f"--images={root}/out", f"--truth={root}/truth", "--metrics=mae",
+                "--input=cond").err.splitlines()
+    assert len(lines) == 1, "and not of the input, which has the unit of the truths"
+    found = re.search(rf"^Warning: --images={root}/out: values are about (\S+) times those of "
+                      rf"--truth={root}/truth ([-+]\S+) \(correlation (-?[\d.]+)\); are they in "
+                      "the same unit\\?$", lines[0])
+    assert [float(found[1]), float(found[2])] == pytest.approx([a, b], rel=1e-3, abs=0.02 * abs(a))
+    assert float(found[3]) == pytest.approx(np.corrcoef(x, y)[0, 1], abs=6e-4)
+
+
+def test_the_line_is_that_of_all_pixels_of_images_of_many_sizes():
+    check, rng, pairs = _UnitCheck(), RNG(0), []
+    for i, shape in enumerate([(1, 3, 40), (1, 24, 20), (1, 5, 5)]):
+        truth = 1e5 + 200 * i + 100 * rng.standard_normal(shape)
+        pairs.append((0.3 * truth + 7 + 20 * rng.standard_normal(shape), truth))
+        check.add(*pairs[-1])
+    x, y = (np.concatenate([values.ravel() for values in side])
+            for side in zip(*pairs, strict=True))
+    slope, offset = np.polyfit(y, x, 1)
+    assert check._line() == pytest.approx((slope, offset, np.corrcoef(x, y)[0, 1]), rel=1e-6)
+
+
+@pytest.mark.parametrize("make", [
+    lambda t, n: t + 60 * n, lambda t, n: 0.6 * t, lambda t, n: t + 150,
+    lambda t, n: 1500 * n,  # not of these truths
+    lambda t, n: t + 250 + 200 * n,  # an offset beside errors of its size
+    lambda t, n: np.full_like(t, 40) + n / 20 * (t > 999),
+], ids=["noisy", "smooth", "biased", "others", "noisy-biased", "nearly-even"])
+@pytest.mark.parametrize("zero", [0, 1e5], ids=["at-0", "far-from-0"])
+def test_poor_images_of_the_same_unit_are_not_doubted(tmp_path, make, zero):
+    truths = [smooth((1, 24, 20), seed) for seed in range(4)]
+    noise = [RNG(10 + seed).standard_normal((1, 24, 20)) for seed in range(4)]
+    check = _UnitCheck()
+    for t, n in zip(truths, noise, strict=True):
+        check.add(make(t, n) + zero, t.astype(float) + zero)
+    assert list(check.warnings("images", "truths")) == []
 
 
 def test_truths_among_the_images_and_the_inputs_are_named(run, ct):
