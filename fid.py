@@ -397,6 +397,8 @@ def pairs(images: str, truth: str, input_: str | None, metrics: tuple[str, ...] 
             counts += (f" with {len(set(paired.partners.numbers))} of the {len(paired.truth)} "
                        "truths")
         click.echo(f"Pairs      {counts}")
+        if warning := paired.warning_of_source():
+            click.echo(f"Warning: {warning}", err=True)
         low, high = value_range
         click.echo(f"Range      {low:.6g} to {high:.6g} ({source}){', clipped to it' * clip}")
         with console.timed("scores"):

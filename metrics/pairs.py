@@ -10,6 +10,7 @@ was made of can be scored beside it; it is called the input.
 
 import math
 import os
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
@@ -26,6 +27,7 @@ from sampling.seed_images import CONDITIONS_WORD
 
 PAIRINGS = ("auto", "name", "order")
 _REMEDY = "name a folder or ZIP of images"
+_NUMBERED = re.compile(r"img\d{8}")  # names that dataset_tool.py gives, which any data set has
 _UNIT_FACTOR = 50  # spans that differ by more are of different units
 _SURE_CORRELATION = 0.8  # above which a line says how images follow from their truths
 _USUAL_SLOPES = 0.5, 2.0
@@ -157,6 +159,27 @@ class Pairs:
             check.raise_if_other(source.where, self._truth.where)
             warnings += check.warnings(source.where, self._truth.where)
         return found, warnings
+
+    def warning_of_source(self) -> str | None:
+        """Returns a line if images seem to be made of another paired data set than the truths'.
+
+        generate.py records what it started from. A folder of measurements has no truths, so where
+        the record doesn't say that it was a paired data set, numbers as names have to.
+        """
+        if not self.truth.has_conditions:
+            return None
+        is_numbered = self.partners.found_by == "name" and all(
+            _NUMBERED.fullmatch(PurePosixPath(name).stem) for name in self.images.all_names)
+        for record in self.images.sample_records().values():
+            made_of = {record.get(key) for key in ("init_image", "cond_image")} - {None}
+            is_of_pairs = "init_of" in record and self.partners.found_by != "name"
+            if made_of and (is_numbered or is_of_pairs) and not any(
+                    source.dataset.fingerprint in made_of
+                    for source in filter(None, (self._truth, self._input))):
+                return (f"{self._images.where}: by generate.json they were made of another data "
+                        f"set than {self._truth.where}, and it is by numbers that they are paired; "
+                        "are these their truths?")
+        return None
 
     def _check_sizes(self, source: "_Source", numbers: Sequence[int]) -> None:
         for number, (own, other) in enumerate(zip(

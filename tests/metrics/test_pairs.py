@@ -20,6 +20,7 @@ import torch
 from scripts import ROOT, run_script
 
 import fid
+from images.dataset import ImageFolderDataset
 from images.scaling import Scaling
 from metrics.paired import PAIRED_METRICS, as_number, load_metric, ssim_problem
 from metrics.pairs import Pairs, Summary, _UnitCheck, value_range_of
@@ -226,6 +227,44 @@ def test_images_of_generate_belong_to_the_truths_of_their_seeds(tmp_path):
     assert found_partners(*args, is_generated=True, by="order") == ("seed", [3])
     # Names that are those of the inputs say it themselves.
     assert found_partners(*args, is_generated=True, record={"names": "inputs"}) == ("name", [2])
+
+
+NUMBERED = [f"00000/img{i:08d}" for i in range(3)]
+SEEDS = [f"{i:06d}" for i in range(3)]
+
+
+@pytest.mark.parametrize("names, made_of, more, args, is_doubted", [
+    (NUMBERED, "other", {"init_of": "conditions"}, [], True),
+    (NUMBERED, "other", {}, ["--input=cond"], True),
+    (NUMBERED, "truth", {"init_of": "conditions"}, [], False),
+    (NUMBERED, "noisy", {}, ["--input={}/noisy"], False),
+    (NUMBERED, "other", {}, ["--input={}/noisy"], True),
+    (SEEDS, "other", {"init_of": "conditions", "names": None}, [], True),
+    (SEEDS, "noisy", {"names": None}, [], False),  # a folder of measurements
+    (["a", "b", "c"], "other", {"init_of": "conditions"}, [], False),  # the same slices
+    (["a", "b", "c"], "noisy", {}, [], False),
+    (NUMBERED, None, {}, [], False)])
+@pytest.mark.parametrize("key", ["init_image", "cond_image"])
+def test_images_made_of_another_paired_data_set_are_doubted(
+        run, tmp_path, names, made_of, more, args, is_doubted, key):
+    own = NUMBERED if names is SEEDS else names
+    truths = [smooth((1, 8, 8), i) for i in range(3)]
+    for seed, folder in enumerate(("truth", "other")):
+        write(tmp_path / folder, [t + seed for t in truths], own, scale=scale(*HU),
+              cond_scale=scale(*HU))
+        write(tmp_path / folder / "cond", [t + 30 + seed for t in truths], own)
+    write(tmp_path / "noisy", [t + 30 for t in truths], own)
+    write(tmp_path / "out", [t + 5 for t in truths], names)
+    made = {key: ImageFolderDataset(tmp_path / made_of).fingerprint} if made_of else {}
+    (tmp_path / "out/generate.json").write_text(json.dumps({"names": "inputs", **made, **more}))
+    args = [arg.format(tmp_path) for arg in args]
+    paired = f"--images={tmp_path}/out", f"--truth={tmp_path}/truth", "--metrics=mae"
+    warned = run(*paired, *args).err
+    assert len(warned.splitlines()) == is_doubted and ("another data set" in warned) == is_doubted
+    # Truths by themselves may be those of any pairs.
+    shutil.rmtree(tmp_path / "truth/cond")
+    if "--input=cond" not in args:
+        assert run(*paired, *args).err == ""
 
 
 @pytest.mark.parametrize("names, others, by", [
