@@ -154,7 +154,7 @@ def launch(
             agreement.check_data(dataset)
             if state:
                 state = resuming.settle_data(config, dataset, state, override=override)
-            _check_reference(config)
+            _check_reference(config, dataset)
             held_out = _open_held_out(config, dataset)
             pairs = _open_pairs(config, dataset)
             for opened, flag in ((held_out, "--val-data"), (pairs, "--eval-pairs")):
@@ -293,18 +293,32 @@ def _open_pairs(config, dataset):
     return open_pairs(config, dataset) if config.eval_pairs else None
 
 
-def _check_reference(config) -> None:
-    """Raises ValueError on every rank if one of them does not find --eval-ref."""
+def _check_reference(config, dataset) -> None:
+    """Raises ValueError or OSError on every rank if networks can't be scored by --eval-ref.
+
+    A rank may not find it.
+    """
     from dnnlib.util import is_url
     from torch_utils import distributed
     ref = config.eval_ref
-    if ref is None or is_url(ref):
+    if ref is None:
         return
-    missing = [rank for rank, there in enumerate(distributed.gather_objects(os.path.exists(ref)))
-               if not there]
+    missing = [] if is_url(ref) else [
+        rank for rank, there in enumerate(distributed.gather_objects(os.path.exists(ref)))
+        if not there]
     if missing:
         where = f" (on rank {missing[0]})" if distributed.get_world_size() > 1 else ""
         raise ValueError(f"--eval-ref={ref}: no such file or folder{where}")
+    distributed.run_on_rank0(_check_scoring, config, dataset)
+
+
+def _check_scoring(config, dataset) -> None:
+    from training.scoring import check_scoring, scored_name
+    try:
+        check_scoring(config.eval_detector, config.eval_ref, ["fid"], dataset,
+                      scored_name("the data", config.patch))
+    except ValueError as error:  # in the words of fid.py and sweep.py
+        raise ValueError(str(error).replace("--detector=", "--eval-detector=")) from error
 
 
 def _check_unless_packed(dataset) -> None:
