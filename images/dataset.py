@@ -32,11 +32,12 @@ import torch.utils.data
 
 from dnnlib import console
 from dnnlib.atomic import remove_stale
-from dnnlib.cli import describe
+from dnnlib.cli import describe, shown_name
 from dnnlib.ordered_pool import num_cores
 from dnnlib.progress import FIRST_LINE_SEC, Progress, stage
 from dnnlib.util import EasyDict, cache_dir, shown_bytes
 from images import data_cache
+from images.dicom_files import is_dicom
 from images.image_files import (
     CONDITIONS,
     DAMAGE,
@@ -55,6 +56,7 @@ from images.image_files import (
     sort_names,
 )
 from images.scaling import Moments, Scaling, Spread, image_means, recorded_scaling
+from images.tensor_files import SUFFIXES as TENSOR_SUFFIXES
 from images.uniform_images import READER_VERSION, UniformImages
 from torch_utils import distributed
 from torch_utils.loading import read_in_processes
@@ -62,6 +64,7 @@ from torch_utils.loading import read_in_processes
 _DATA_TAG = int.from_bytes(b"data", "big")  # sets this stream apart from other uses of the seed
 _MEASURE_BYTES = 1 << 24  # data looked at at a time
 _MEASURE_ALONE = 2048  # fewer images are measured sooner than processes start
+_LOOKED_AT = 16  # files that are no images, where there are no images
 _MEASURE_SEED = int.from_bytes(b"measure", "big")  # of the images that are drawn
 
 
@@ -120,7 +123,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._files = open_files(self.path)
         self._names, self._cond_names, *_ = sort_names(self._files.names)
         if not self._names:
-            raise NoImagesError(f"{self.path}: no images found")
+            raise NoImagesError(f"{self.path}: no images found{self._way_to_images()}")
         self._kept = _subset(len(self._names), max_size, random_seed)  # raw indices, rising
         self._images = UniformImages(self.path, self._files, self._names, self._kept,
                                      self._any_size)
@@ -142,6 +145,13 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._labels = np.zeros([len(self._names), 0], np.float32) if labels is None else labels
         self._copies = 2 if xflip else 1
         self._subset_key = "" if max_size is None else f"-{len(self._kept)}-{random_seed}"
+
+    def _way_to_images(self) -> str:
+        """Returns what to do with files that are none, if the first show a source of them."""
+        for name in sort_names(self._files.names).others[:_LOOKED_AT]:
+            if name.lower().endswith(TENSOR_SUFFIXES) or is_dicom(name, self._files.open):
+                return f"; dataset_tool.py makes a data set of files such as {shown_name(name)}"
+        return ""
 
     def __len__(self) -> int:
         return len(self._kept) * self._copies

@@ -269,6 +269,18 @@ def test_decoders_that_all_fail_say_that_there_are_more():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["src", "src.zip"])
+@pytest.mark.parametrize("file, content", [("1.2.840.5", dicom()), ("a/b.IMA", b""),
+                                           ("x.pt", b"")])
+def test_a_source_that_is_no_data_set_is_sent_to_dataset_tool(tmp_path, name, file, content):
+    path = write_source(tmp_path / name, {"README": b"x", file: content})
+    with pytest.raises(ValueError, match="^[^;]*: no images found; dataset_tool.py makes a data "
+                       f"set of files such as {file}$"):
+        ImageFolderDataset(path)
+    with pytest.raises(ValueError, match="no images found$"):
+        ImageFolderDataset(write_source(tmp_path / f"other-{name}", {"README": b"x", "1.2": b""}))
+
+
 def test_slices_without_a_scale_and_beside_pictures_are_refused(tmp_path):
     path = write_source(tmp_path / "src", {"a/x": dicom()})
     assert_refused(run(path, tmp_path / "out/a.zip"), tmp_path, "a/x: holds float32: give --scale")
