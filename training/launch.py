@@ -169,6 +169,8 @@ def launch(
             settled = settle_sigma_data(config, dataset, state, may_measure=not dry_run)
         if settled is not config:
             config, net = settled, _network(settled, dataset)
+        if pairs:
+            _check_pairs(config, net, pairs, dataset)
         start = state
         if state and config.sigma_data is not None:
             resuming.check_network(net, state)
@@ -291,6 +293,12 @@ def _open_pairs(config, dataset):
     """Returns the pairs of --eval-pairs, checked against the data set; None without it."""
     from training.pair_scores import open_pairs
     return open_pairs(config, dataset) if config.eval_pairs else None
+
+
+def _check_pairs(config, net, pairs, dataset) -> None:
+    """Raises ValueError or OSError on every rank if the network can't restore --eval-pairs."""
+    from training.pair_scores import sampler_of_pairs
+    sampler_of_pairs(config, net, pairs, dataset.scaling)
 
 
 def _check_reference(config, dataset) -> None:

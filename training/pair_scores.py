@@ -31,9 +31,11 @@ from dnnlib.progress import Progress
 from dnnlib.util import json_value
 from images.dataset import ImageFolderDataset
 from images.image_files import error_prefix
+from images.scaling import Scaling
 from metrics.pair_files import summary_records
 from metrics.paired import PAIRED_METRICS
 from metrics.pairs import PairScore, value_range_of
+from pfgmpp.networks import Precond
 from pfgmpp.samplers import CONSISTENCY, SamplerConfig, generate_images
 from sampling.labels import GivenLabels
 from sampling.seed_images import SeedImages
@@ -88,6 +90,53 @@ def open_pairs(config: TrainConfig, dataset: ImageFolderDataset) -> ImageFolderD
     return pairs
 
 
+def sampler_of_pairs(config: TrainConfig, net: Precond, pairs: ImageFolderDataset,
+                     scaling: Scaling) -> SamplerConfig:
+    """Returns what makes images of the measurements of pairs, on every rank.
+
+    Args:
+        config: of the run.
+        net: its network, of which the levels are asked.
+        pairs: see `open_pairs`.
+        scaling: of the training data's images.
+
+    Raises:
+        ValueError: an image can't be read, measurements that are their truths, or noise at which
+            the network can't be evaluated.
+    """
+    if net.cond_channels:
+        sampler = sampler_of(config)
+    else:
+        sampler = SamplerConfig(sigmas=(_noise_of_measurements(pairs, scaling),), init_noise=0,
+                                solver=CONSISTENCY if config.method else None)
+    with error_prefix(f"--eval-pairs={pairs.path}: "):
+        sampler.check(net)
+    return sampler
+
+
+@functools.lru_cache(maxsize=1)  # asked for before the run directory is made, and then for scores
+def _noise_of_measurements(pairs: ImageFolderDataset, scaling: Scaling) -> float:
+    """Returns the root mean square of v - y over all pairs, in the network's scale."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+
+    def sums() -> list[tuple]:
+        found = []
+        for number in range(len(pairs))[rank::world_size]:
+            images, _, measured = pairs.get_batch([number])
+            v, y = (scaling.to_network(torch.from_numpy(values)).double()
+                    for values in (measured, images))
+            found.append((number, float((v - y).square().sum()), images.size))
+        return found
+
+    found = _from_all_ranks(sums)
+    sigma = math.sqrt(math.fsum(square for _, square, _ in found)
+                      / sum(count for *_, count in found))
+    if sigma == 0:
+        raise ValueError(f"--eval-pairs={pairs.path}: its condition images equal its images; they "
+                         "must be measurements of them")
+    return sigma
+
+
 class PairEvaluator:
     """PSNR and RMSE of the averaged weights on pairs; `path` gets a line for each and score.
 
@@ -101,20 +150,16 @@ class PairEvaluator:
         self._trainer, self._pairs, self._path = trainer, pairs, path
         self._scaling = trainer.dataset.scaling
         self._range = value_range_of(self._scaling)
+        self.sampler = sampler_of_pairs(trainer.config, trainer.ema, pairs, self._scaling)
         self._sizes = distributed.run_on_rank0(lambda: pairs.sizes)
         if trainer.net.cond_channels:
-            self.sampler = sampler_of(trainer.config)
             self._given: dict[str, Any] = {
                 "conditions": SeedImages(pairs, trainer.dataset.cond_scaling)}
             how = f"samples under the measurements, {self.sampler.nfe} evaluations each"
         else:
-            sigma = self._noise_of_measurements()
-            self.sampler = SamplerConfig(sigmas=(sigma,), init_noise=0,
-                                         solver=CONSISTENCY if trainer.config.method else None)
             self._given = {"inits": SeedImages(pairs, self._scaling)}
-            how = f"one evaluation at sigma {sigma:.4g}, the noise of the measurements"
-        with error_prefix(f"--eval-pairs={pairs.path}: "):
-            self.sampler.check(trainer.ema)
+            how = (f"one evaluation at sigma {self.sampler.sigmas[0]:.4g}, the noise of the "
+                   "measurements")
         if trainer.net.label_dim:
             missing = trainer.net.label_dim - pairs.label_dim  # classes that only training has
             labels = pairs.labels_of(pairs.locate(range(len(pairs)))[0])
@@ -157,25 +202,6 @@ class PairEvaluator:
             step = min(most, -(-len(numbers) // world))
             batches += [numbers[i:i + step] for i in range(0, len(numbers), step)]
         return batches[self._trainer.rank::world]
-
-    def _noise_of_measurements(self) -> float:
-        """Returns the root mean square of v - y over all pairs, in the network's scale."""
-        def sums() -> list[tuple]:
-            found = []
-            for number in range(len(self._pairs))[self._trainer.rank::self._trainer.world_size]:
-                images, _, measured = self._pairs.get_batch([number])
-                v, y = (self._scaling.to_network(torch.from_numpy(values)).double()
-                        for values in (measured, images))
-                found.append((number, float((v - y).square().sum()), images.size))
-            return found
-
-        found = _from_all_ranks(sums)
-        sigma = math.sqrt(math.fsum(square for _, square, _ in found)
-                          / sum(count for *_, count in found))
-        if sigma == 0:
-            raise ValueError(f"--eval-pairs={self._pairs.path}: its condition images equal its "
-                             "images; they must be measurements of them")
-        return sigma
 
     def _scores(self) -> list[tuple[int, dict[str, float] | None]]:
         """Returns the numbers and values of the pairs of this rank."""

@@ -336,6 +336,7 @@ def test_pairs_that_do_not_fit_are_one_line_before_the_run(data, tmp_path, invok
     [line] = [text for text in result.output.splitlines() if text.startswith("Error: ")]
     assert all(word in line for word in words), line
     assert "tick" not in result.output and "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_pairs_need_a_range_and_an_interval(data, tmp_path, invoke):
