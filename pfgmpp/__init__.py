@@ -9,6 +9,7 @@ likelihood   the density of images that a denoiser implies
 guidance     a denoiser pushed away from a worse one
 measurement  a denoiser of images of which a noisy measurement is known
 sizes        images of other sizes than the network was trained on
+wrapping     what denoisers around a network share
 loss         how noise levels are drawn and weighted; targets
 consistency  losses that make a consistency function: tuning and distillation
 distillation losses that make a generator by an auxiliary denoiser

@@ -23,26 +23,24 @@ from typing import Any
 
 import torch
 
+from pfgmpp.wrapping import Wrapper, evaluate
+
 EVERYWHERE = (0.0, math.inf)
 
 
-class GuidedDenoiser:
+class GuidedDenoiser(Wrapper):
     """What `guided` returns: a denoiser for samplers, with the attributes of its network.
 
     Its range of noise levels is that which network and guide share.
     """
 
     def __init__(self, net: Any, guidance: float, gnet: Any, interval: tuple[float, float]):
-        self.net, self.gnet = net, gnet
+        super().__init__(net)
+        self.gnet = gnet
         self.guidance, self.interval = guidance, interval
         both = [net] if gnet is None else [net, gnet]
         self.sigma_min = max(each.sigma_min for each in both)
         self.sigma_max = min(each.sigma_max for each in both)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "net":  # not there yet, while unpickling
-            raise AttributeError(name)
-        return getattr(self.net, name)
 
     def __call__(
         self, x: torch.Tensor, sigma: float | torch.Tensor,
@@ -60,7 +58,7 @@ class GuidedDenoiser:
             condition: [B, cond_channels, H, W], which the guide sees too if it takes one.
         """
         if self.guidance == 1:
-            return _denoise(self.net, x, sigma, class_labels, condition)
+            return evaluate(self.net, x, sigma, class_labels, condition)
         if self.interval == EVERYWHERE:
             return self._guided(x, sigma, class_labels, condition)
         sigma = torch.as_tensor(sigma, device=x.device)
@@ -68,7 +66,7 @@ class GuidedDenoiser:
         if inside.all():
             return self._guided(x, sigma, class_labels, condition)
         if not inside.any():
-            return _denoise(self.net, x, sigma, class_labels, condition)
+            return evaluate(self.net, x, sigma, class_labels, condition)
         denoised = torch.empty_like(x, dtype=torch.float32)
         for rows, denoise in ((inside, self._guided), (~inside, self._plain)):
             denoised[rows] = denoise(x[rows], sigma[rows], *(
@@ -76,14 +74,14 @@ class GuidedDenoiser:
         return denoised
 
     def _plain(self, x, sigma, class_labels, condition) -> torch.Tensor:
-        return _denoise(self.net, x, sigma, class_labels, condition)
+        return evaluate(self.net, x, sigma, class_labels, condition)
 
     def _guided(self, x, sigma, class_labels, condition) -> torch.Tensor:
         if self.gnet is None:
             guide, main = self._without_and_with_labels(x, sigma, class_labels, condition)
         else:
             main = self._plain(x, sigma, class_labels, condition)
-            guide = _denoise(self.gnet, x, sigma, class_labels if self.gnet.label_dim else None,
+            guide = evaluate(self.gnet, x, sigma, class_labels if self.gnet.label_dim else None,
                              condition if _cond_channels(self.gnet) else None)
         return guide + self.guidance * (main - guide)
 
@@ -93,7 +91,7 @@ class GuidedDenoiser:
             raise ValueError("guidance without class_labels: give the labels to be guided towards")
         sigma = torch.as_tensor(sigma)
         labels = torch.cat([torch.zeros_like(class_labels), class_labels])
-        return _denoise(
+        return evaluate(
             self.net, _twice(x), sigma if sigma.numel() == 1 else _twice(sigma), labels,
             None if condition is None else _twice(condition)).chunk(2)
 
@@ -147,11 +145,6 @@ def _check_guide(net: Any, gnet: Any) -> None:
 
 def _cond_channels(net: Any) -> int:
     return getattr(net, "cond_channels", 0)
-
-
-def _denoise(net, x, sigma, class_labels, condition) -> torch.Tensor:
-    condition_kwargs = {} if condition is None else {"condition": condition}
-    return net(x, sigma, class_labels, **condition_kwargs)
 
 
 def _twice(value: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pfgmpp.kernel import per_image
+from pfgmpp.wrapping import Wrapper, evaluate
 
 METHODS = ("guidance", "projection")
 
@@ -97,7 +98,7 @@ def noise_variance(
     return (square * D + per_image(distance, x.ndim)) / (x[0].numel() + D)
 
 
-class MeasuredDenoiser:
+class MeasuredDenoiser(Wrapper):
     """A denoiser of images that were measured, for any sampler, with the attributes of its network.
 
     Args:
@@ -122,15 +123,10 @@ class MeasuredDenoiser:
         if few_step is not None:
             raise ValueError(f"a few-step network ({few_step.method}) gives no mean for a "
                              "measurement to correct; give the denoiser that it was made from")
-        self.net, self.operator, self.v, self.sigma_v = net, operator, v, sigma_v
-        self.method = method
+        super().__init__(net)
+        self.operator, self.v, self.sigma_v, self.method = operator, v, sigma_v, method
         self.data_variance = (getattr(net, "sigma_data", 0.5) if sigma_data is None
                               else sigma_data) ** 2
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "net":  # not there yet, while unpickling
-            raise AttributeError(name)
-        return getattr(self.net, name)
 
     def __call__(
         self, x: torch.Tensor, sigma: float | torch.Tensor,
@@ -138,19 +134,19 @@ class MeasuredDenoiser:
     ) -> torch.Tensor:
         """Returns about E[y|x,v], [B, C, H, W]; arguments as for networks."""
         if self.method == "projection":
-            denoised = self._denoise(x, sigma, class_labels, condition).to(x.dtype)
-            c, weighted = self._innovation(x, denoised, sigma)
-            return denoised + c * weighted
+            denoised = evaluate(self.net, x, sigma, class_labels, condition).to(x.dtype)
+            c = self._variance(noise_variance(x, denoised, sigma, self._D))
+            return denoised + (c * self._innovation(denoised, c)).to(x.dtype)
         with torch.inference_mode(False), torch.enable_grad():
             # Copies, for what was made in inference mode is never differentiated.
             start, sigma, class_labels, condition = (
                 value.clone() if isinstance(value, torch.Tensor) else value
                 for value in (x.detach(), sigma, class_labels, condition))
             start.requires_grad_()
-            denoised = self._denoise(start, sigma, class_labels, condition).to(x.dtype)
+            denoised = evaluate(self.net, start, sigma, class_labels, condition).to(x.dtype)
             with torch.no_grad():
                 rho2 = noise_variance(start, denoised, sigma, self._D)
-                _, weighted = self._innovation(start, denoised, sigma)
+                weighted = self._innovation(denoised, self._variance(rho2))
             gradient, = torch.autograd.grad(denoised, start, weighted)
         return denoised.detach() + (rho2 * gradient).to(x.dtype)
 
@@ -158,14 +154,12 @@ class MeasuredDenoiser:
     def _D(self) -> float:
         return getattr(self.net, "D", math.inf)
 
-    def _innovation(self, x, denoised, sigma) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns c, and A^T (v - A D(x)) / (s_v^2 + a c)."""
-        rho2 = noise_variance(x, denoised, sigma, self._D)
-        c = rho2 * self.data_variance / (rho2 + self.data_variance)
+    def _variance(self, rho2: torch.Tensor) -> torch.Tensor:
+        """Returns c."""
+        return rho2 * self.data_variance / (rho2 + self.data_variance)
+
+    def _innovation(self, denoised: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """Returns A^T (v - A D(x)) / (s_v^2 + a c), of the type of `denoised`."""
         missing = self.v.to(denoised) - self.operator.apply(denoised)
         total = self.sigma_v**2 + self.operator.gain * c
-        return c.to(x.dtype), self.operator.adjoint(missing / total.to(x.dtype))
-
-    def _denoise(self, x, sigma, class_labels, condition) -> torch.Tensor:
-        condition_kwargs = {} if condition is None else {"condition": condition}
-        return self.net(x, sigma, class_labels, **condition_kwargs)
+        return self.operator.adjoint(missing / total.to(denoised.dtype))

@@ -46,6 +46,7 @@ from pfgmpp.solvers import (
     schedule_slope,
     watched,
 )
+from pfgmpp.wrapping import evaluate
 from torch_utils.misc import default_generator
 
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
@@ -182,13 +183,13 @@ def sampler(
         config.check_without_init()
     denoise = _float64_denoiser(net, class_labels, condition)
     grid = config.levels(net)
-    latents = init_noise * latents
     back = None if blend == 1 else _blend(init, blend)
     if solver == CONSISTENCY:
         levels = grid.to(latents.device)
         noise_like = _kernel_noise(net, randn_like, kernel_scale)
-        evaluate = denoise if back is None else lambda x, sigma: back(denoise(x, sigma))
-        return consistency(evaluate, _start(latents, levels[0], init), levels, noise_like, watch)
+        answer = denoise if back is None else lambda x, sigma: back(denoise(x, sigma))
+        start = _start(latents, init_noise * levels[0], init)
+        return consistency(answer, start, levels, noise_like, watch)
     # Without them the equation in sigma is solved as it is: a schedule's functions would round.
     path = None if (schedule, scaling) == ("linear", "none") else make_schedule(
         schedule, scaling, *config.grid_range(net))
@@ -210,7 +211,7 @@ def sampler(
     if back is not None:
         before_step = blended(before_step, times, back)
     first = times[0] if path is None else path.sigma(times[0])
-    start = _start(latents, first, init)
+    start = _start(latents, init_noise * first, init)
     if solver in MULTISTEP:
         options = {} if order is None else {"order": order}
         return MULTISTEP[solver](denoise, start, times, before_step, **options)
@@ -253,7 +254,7 @@ def encode(
 def _start(
     latents: torch.Tensor, sigma: torch.Tensor, init: torch.Tensor | None
 ) -> torch.Tensor:
-    """Returns the state at the highest level, around `init` where there is one.
+    """Returns noise of level `sigma`, around `init` where there is one: the state to start from.
 
     Noise beyond float32 saturates, as that of the kernel does.
     """
@@ -284,8 +285,7 @@ def _kernel_noise(net: Callable, randn_like: RandnLike, kernel_scale: KernelScal
 def _float64_denoiser(
     net: Callable, class_labels: torch.Tensor | None, condition: torch.Tensor | None
 ) -> Denoiser:
-    condition_kwargs = {} if condition is None else {"condition": condition}
-    return lambda x, sigma: net(x, sigma, class_labels, **condition_kwargs).to(torch.float64)
+    return lambda x, sigma: evaluate(net, x, sigma, class_labels, condition).to(torch.float64)
 
 
 def _scaled_churn(net: Callable, denoise: Denoiser, posterior_scale: PosteriorScale) -> dict:
@@ -633,16 +633,17 @@ def trajectory(
     the image; the last are the samples. `show` makes uint8 of what networks see. Other arguments
     as for `generate_images`.
     """
-    states = []
+    frames = []
 
     def watch(x: torch.Tensor, sigma: torch.Tensor) -> None:
-        states.append(x * _SHOWN_STD / (sigma**2 + _SHOWN_STD**2).sqrt())
+        frames.append(show(x * _SHOWN_STD / (sigma**2 + _SHOWN_STD**2).sqrt()).cpu())
 
     [batch] = generate_images(net, [seeds], sampler=sampler, device=device, class_idx=class_idx,
                               watch=watch, conditions=conditions, inits=inits, labels=labels,
                               latents=latents, measure=measure, factor=factor)
     height, width = batch.images.shape[2:]
-    top, left = ((state - side) // 2 for state, side in zip(states[0].shape[2:], (height, width),
-                                                            strict=True))
-    parts = [state[:, :, top:top + height, left:left + width] for state in states]
-    return [show(images).cpu() for images in (*parts, batch.images)]
+    # Their padding, which is half before the images, was still there.
+    top, left = ((padded - side) // factor // 2 * factor for padded, side in zip(
+        frames[0].shape[2:], (height, width), strict=True))
+    return [*(frame[:, :, top:top + height, left:left + width] for frame in frames),
+            show(batch.images).cpu()]

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from pfgmpp.wrapping import Wrapper, evaluate
+
 
 class Padding:
     """Mirrors images of a size at their edges until each side is a multiple of a number.
@@ -61,7 +63,7 @@ def size_multiple(net: Any) -> int:
     return multiple if gnet is None else max(multiple, size_multiple(gnet))
 
 
-class TiledDenoiser:
+class TiledDenoiser(Wrapper):
     """A denoiser that shows its network one tile of the images at a time, to save memory.
 
     Tiles are squares of side `tile`, cut off at small images. They lie at even distances, overlap
@@ -78,12 +80,8 @@ class TiledDenoiser:
             nearest = max(round(tile / multiple), 1) * multiple
             raise ValueError(f"tile={tile}: must be a multiple of {multiple}, which the network "
                              f"can halve; the nearest is {nearest}")
-        self.net, self.tile = net, tile
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "net":  # not there yet, while unpickling
-            raise AttributeError(name)
-        return getattr(self.net, name)
+        super().__init__(net)
+        self.tile = tile
 
     def __call__(
         self, x: torch.Tensor, sigma: float | torch.Tensor,
@@ -92,7 +90,7 @@ class TiledDenoiser:
         """Returns the denoised images [B, C, H, W] float32; arguments as for networks."""
         height, width = x.shape[2:]
         if max(height, width) <= self.tile:
-            return self._denoise(x, sigma, class_labels, condition)
+            return evaluate(self.net, x, sigma, class_labels, condition)
         total = torch.zeros_like(x, dtype=torch.float32)
         weights = total.new_zeros([height, width])
         for rows in self._slices(height):
@@ -100,15 +98,11 @@ class TiledDenoiser:
                 part = (..., rows, columns)
                 weight = _window(rows, self.tile, x.device)[:, None] * _window(
                     columns, self.tile, x.device)
-                denoised = self._denoise(x[part], sigma, class_labels,
-                                         None if condition is None else condition[part])
+                denoised = evaluate(self.net, x[part], sigma, class_labels,
+                                    None if condition is None else condition[part])
                 total[part] += weight * denoised
                 weights[rows, columns] += weight
         return total / weights
-
-    def _denoise(self, x, sigma, class_labels, condition) -> torch.Tensor:
-        condition_kwargs = {} if condition is None else {"condition": condition}
-        return self.net(x, sigma, class_labels, **condition_kwargs)
 
     def _slices(self, side: int) -> list[slice]:
         """Returns where tiles lie on a side."""

@@ -65,17 +65,29 @@ def euler(
     return x
 
 
+def heun_step(
+    denoise: Denoiser, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor,
+    slope: Slope = sigma_slope,
+) -> torch.Tensor:
+    """Returns the states at `sigma_next` > 0 that Heun's method finds from those at `sigma`.
+
+    Levels may also be each image's own, [B, 1, ...].
+    """
+    first = slope(denoise, x, sigma)
+    second = slope(denoise, x + (sigma_next - sigma) * first, sigma_next)
+    return x + (sigma_next - sigma) * (first + second) / 2
+
+
 def heun(
     denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor,
     before_step: BeforeStep | None = None, slope: Slope = sigma_slope,
-    step: Callable[..., torch.Tensor] | None = None,
+    step: Callable[..., torch.Tensor] = heun_step,
 ) -> torch.Tensor:
     """Returns the solution at the last of `sigmas`, by second-order steps: 2 evaluations each.
 
     Karras et al. 2022, Algorithm 2. A step to 0 is first order, for the slope there is 0/0, and
     takes 1. Arguments as for `euler`; `step` takes the place of `heun_step`.
     """
-    step = step or heun_step
     last = _step_to_zero(sigmas)
     for i in range(len(sigmas) - 1):
         x, sigma = before_step(x, i) if before_step else (x, sigmas[i])
@@ -100,19 +112,6 @@ def ppfm(
         return heun_step(lambda state, _: denoise(state, sigma), x, sigma, sigma_next, slope)
 
     return heun(denoise, x, sigmas, before_step, slope, step)
-
-
-def heun_step(
-    denoise: Denoiser, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor,
-    slope: Slope = sigma_slope,
-) -> torch.Tensor:
-    """Returns the states at `sigma_next` > 0 that Heun's method finds from those at `sigma`.
-
-    Levels may also be each image's own, [B, 1, ...].
-    """
-    first = slope(denoise, x, sigma)
-    second = slope(denoise, x + (sigma_next - sigma) * first, sigma_next)
-    return x + (sigma_next - sigma) * (first + second) / 2
 
 
 def ending_in_euler(solve: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -152,13 +152,7 @@ class NetworkSampler:
         content, net = open_one(source, key=key)
         quantise_(net, bits)
         scaling = recorded_scaling(content, source, "scale", net.img_channels)
-        level_flag = "--init-sigma"
-        if init_level is not None:
-            if init_sigma is not None:
-                raise UsageError(f"--init-level={init_level:g} with --init-sigma={init_sigma:g}: "
-                                 "both say where sampling starts; leave one of them out")
-            init_sigma = sigma_of_level("--init-level", init_level, scaling)
-            level_flag = "--init-level"
+        init_sigma, level_flag = _first_level(init_sigma, init_level, scaling)
         _check_starts(sampler_options, init_image, init_sigma, level_flag, measure)
         try:
             sampler = _sampler_config(content, source, sampler_options, init_image, init_sigma,
@@ -168,13 +162,7 @@ class NetworkSampler:
             raise
         except ValueError as error:
             raise UsageError(_in_flags(error)) from error
-        for flag, value, reason in (
-                ("--encode", encode, "which makes images of latents, not latents of images"),
-                ("--measure", measure, "which gives no mean for a measurement to correct")):
-            if value is not None and net.few_step is not None:
-                raise UsageError(f"{flag}={value}: {source} is a few-step network "
-                                 f"({net.few_step.method}), {reason}; use the denoiser that it "
-                                 "was made from")
+        _check_is_denoiser(net, source, encode, measure)
         kind = recorded_label_kind(content)
         _check_begins({"--encode": encode, "--latents": latents, "--init-image": init_image})
         starts = None
@@ -191,20 +179,9 @@ class NetworkSampler:
         class_idx = class_idx if isinstance(class_idx, int) else None
         settings = {"weights": checkpoint.digest(checkpoint.sampling_weights(content)),
                     "class": class_idx, "precision": precision, "device": device.type, "D": net.D,
-                    **dataclasses.asdict(sampler)}
-        for name, unused in _UNUSED.items():
-            if settings[name] == unused:
-                del settings[name]
-        if "sigmas" in settings:
-            settings["sigmas"] = list(settings["sigmas"])  # as JSON gives them back
-        settings["nfe"] = sampler.nfe
-        if net.few_step is not None:
-            settings |= {"few_step": net.few_step.method,
-                         "levels": sampler.levels(net)[:-1].tolist()}
-        if bits < FULL_BITS:
-            settings["bits"] = bits
-        if compiled:
-            settings["compile"] = True
+                    **_recorded_sampler(sampler, net),
+                    **({"bits": bits} if bits < FULL_BITS else {}),
+                    **({"compile": True} if compiled else {})}
         _warn_of_init_sigma(net, init_sigma, scaling)
         denoiser, extra = _with_guidance(net, source, guidance, gnet, guidance_interval,
                                          open_one, scaling, kind)
@@ -247,7 +224,7 @@ class NetworkSampler:
             extra["encode"] = encoded.fingerprint
         inputs = max(filter(None, (inits, conditions)), key=len, default=None)
         if starts is not None or encode is not None:
-            _check_size_of_latents(net, conditions, cond_image)
+            _check_size_of_latents(net, conditions)
             inputs = None
         if starts is not None:
             extra["latents"] = starts.digest
@@ -285,7 +262,7 @@ class NetworkSampler:
         """Returns channels, height and width of the image of a seed."""
         if self.inputs is None:
             return self.net.image_shape
-        sizes = self.inputs.sizes
+        sizes = (self.inits or self.inputs).sizes  # conditions have the size of the image itself
         height, width = (side * self._factor for side in sizes[seed % len(sizes)])
         return self.net.image_shape[0], height, width
 
@@ -333,14 +310,14 @@ class NetworkSampler:
                              "out")
         labels = self.labels_of(seeds)
         fixed = None if labels is None else lambda *_: labels
-        mean = squares = torch.zeros([], dtype=torch.float64)
+        how = self._how() | {"labels": fixed, "class_idx": None}
+        mean = squares = torch.zeros([], dtype=torch.float64, device=self.device)
         for number in range(self.average):
             own = [seed + number * count for seed in seeds]
-            how = self._how() | {"labels": fixed, "class_idx": None}
             [sample] = generate_images(self.net, [own], **how)
-            step = sample.images - mean.to(sample.images.device)
-            mean = mean.to(step.device) + step / (number + 1)
-            squares = squares.to(step.device) + step * (sample.images - mean)
+            step = sample.images - mean
+            mean = mean + step / (number + 1)
+            squares = squares + step * (sample.images - mean)
         return SampleBatch(list(seeds), mean, labels, (squares / (self.average - 1)).sqrt())
 
     def encode(self, seeds: Sequence[int]) -> Latents:
@@ -378,13 +355,18 @@ class NetworkSampler:
         """Returns this sampler with other latents, and their labels.
 
         Its seeds are their numbers; latent k has the condition image of seeds[k] of this one.
+
+        Raises:
+            ValueError: condition images are of another size than latents.
         """
+        if self.inputs is not None:
+            _check_size_of_latents(self.net, self.inputs)
         labels = self.labels if latents.labels is None else latents.labels_of
         conditions = self.conditions and (
             lambda own: self.conditions([seeds[k % len(seeds)] for k in own]))
         return dataclasses.replace(
             self, latents=latents, labels=labels, class_idx=None, conditions=conditions,
-            settings=self.settings | {"latents": latents.digest})
+            inputs=None, settings=self.settings | {"latents": latents.digest})
 
     def trajectory(self, seeds: Sequence[int], window: Scaling | None = None
                    ) -> list[torch.Tensor]:
@@ -524,6 +506,42 @@ def _sampler_config(
     return sampler
 
 
+def _first_level(init_sigma: float | None, init_level: float | None, scaling: Scaling
+                 ) -> tuple[float | None, str]:
+    """Returns the level at which to start from images, in the network's scale, and its flag."""
+    if init_level is None:
+        return init_sigma, "--init-sigma"
+    if init_sigma is not None:
+        raise UsageError(f"--init-level={init_level:g} with --init-sigma={init_sigma:g}: both say "
+                         "where sampling starts; leave one of them out")
+    return sigma_of_level("--init-level", init_level, scaling), "--init-level"
+
+
+def _recorded_sampler(sampler: SamplerConfig, net: Precond) -> dict[str, Any]:
+    """Returns what is recorded of the sampler's settings."""
+    settings = {name: value for name, value in dataclasses.asdict(sampler).items()
+                if name not in _UNUSED or value != _UNUSED[name]}
+    if "sigmas" in settings:
+        settings["sigmas"] = list(settings["sigmas"])  # as JSON gives them back
+    settings["nfe"] = sampler.nfe
+    if net.few_step is not None:
+        settings |= {"few_step": net.few_step.method, "levels": sampler.levels(net)[:-1].tolist()}
+    return settings
+
+
+def _check_is_denoiser(net: Precond, source: str, encode: str | None, measure: str | None) -> None:
+    """Raises UsageError where a few-step network can't do what is asked."""
+    if net.few_step is None:
+        return
+    for flag, value, reason in (
+            ("--encode", encode, "which makes images of latents, not latents of images"),
+            ("--measure", measure, "which gives no mean for a measurement to correct")):
+        if value is not None:
+            raise UsageError(f"{flag}={value}: {source} is a few-step network "
+                             f"({net.few_step.method}), {reason}; use the denoiser that it was "
+                             "made from")
+
+
 def _check_starts(options: dict[str, Any], init_image: str | None, init_sigma: float | None,
                   level_flag: str, measure: str | None) -> None:
     """Raises UsageError where the flags of a start from images do not go together."""
@@ -590,13 +608,12 @@ def _check_average(average: int, inits: SeedImages | None, conditions: SeedImage
                          "input are equal; leave --average out, or add some noise")
 
 
-def _check_size_of_latents(net: Precond, conditions: SeedImages | None, cond_image: str | None
-                           ) -> None:
+def _check_size_of_latents(net: Precond, conditions: SeedImages | None) -> None:
     """Raises ValueError where condition images are of another size than latents."""
     own = net.image_shape[1:]
     for size in conditions.sizes if conditions else ():
         if size != own:
-            raise ValueError(f"--cond-image={cond_image}: images are {size[1]}x{size[0]}, but "
+            raise ValueError(f"--cond-image={conditions.path}: images are {size[1]}x{size[0]}, but "
                              f"latents are of the network's {own[1]}x{own[0]}; give such images")
 
 

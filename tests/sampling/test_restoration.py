@@ -1,5 +1,6 @@
 """Restoring images from the command line: names, sizes, units, means, measurements, tiles."""
 
+import dataclasses
 import json
 import math
 
@@ -16,7 +17,7 @@ import fid
 import generate
 from images.scaling import Scaling
 from pfgmpp.measurement import MeasuredDenoiser, downsample, inpaint
-from pfgmpp.samplers import SamplerConfig, generate_images
+from pfgmpp.samplers import SamplerConfig, generate_images, trajectory
 from sampling.network_sampler import NetworkSampler
 from sampling.seed_images import SeedImages
 
@@ -462,3 +463,41 @@ def test_a_low_start_with_pixels_that_were_not_measured_is_told(root, tmp_path, 
     for start, is_told in (({}, False), ({"init_sigma": 2.0}, False), ({"init_sigma": 0.1}, True)):
         NetworkSampler.open(str(root / "net.pt"), CPU, **given, **start)
         assert ("too low for pixels" in capsys.readouterr().err) == is_told
+
+
+def test_interpolated_latents_need_conditions_of_their_size(root, tmp_path, invoke):
+    text = make(invoke, root, tmp_path / "out", "--interpolate=0,1", "--frames=3", "--steps=2",
+                f"--cond-image={root / 'noisy'}", network="cond", code=1)
+    assert "latents are of the network's 8x8; give such images" in text
+    assert not (tmp_path / "out").exists()
+    make(invoke, root, tmp_path / "out", "--interpolate=0,1", "--frames=3", "--steps=2",
+         f"--cond-image={root / 'equal'}", network="cond")
+
+
+def test_one_image_that_is_enlarged_goes_with_all_conditions(root, tmp_path):
+    for folder, count, size in (("one", 1, (4, 4)), ("conds", 3, (8, 8))):
+        (tmp_path / folder).mkdir()
+        for k in range(count):
+            np.save(tmp_path / folder / f"{k}.npy", np.full((1, *size), 90 * k, np.float32))
+    sampler = NetworkSampler.open(
+        str(root / "cond.pt"), CPU, cond_image=str(tmp_path / "conds"), num_steps=2,
+        init_image=str(tmp_path / "one"), measure="downsample:2", measure_sigma=0.1,
+        measure_by="projection")
+    assert sampler.image_shape == (1, 8, 8) and len(sampler.inputs) == 3
+    [batch] = sampler.images(sampler.batches(range(3), 3))
+    assert batch.images.shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize("factor, size", [(1, (7, 9)), (3, (3, 5)), (2, (4, 4))])
+def test_frames_of_the_way_lie_where_the_images_do(factor, size, root, tmp_path):
+    np.save(tmp_path / "x.npy", np.full((1, *size), 500, np.float32))
+    given = {"measure": f"downsample:{factor}", "measure_sigma": 0.0,
+             "measure_by": "projection"} if factor > 1 else {}
+    sampler = NetworkSampler.open(str(root / "net.pt"), CPU, init_image=str(tmp_path),
+                                  init_sigma=0.3, num_steps=2, init_noise=0.0, **given)
+    places = torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(0)) - 0.5
+    moved = dataclasses.replace(sampler, inits=lambda seeds: places)
+    first, *_ = trajectory(sampler.net, [0], **moved._how())
+    start = places.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    expected = start * 0.5 / (0.3**2 + 0.5**2) ** 0.5 * 127.5 + 128
+    assert torch.equal(first, expected.clip(0, 255).to(torch.uint8))
