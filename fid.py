@@ -2,14 +2,12 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 
@@ -36,7 +34,6 @@ from sampling.sampling_options import sampling_options
 _JSONL = "metrics.jsonl"
 _METRICS = ("fid", "kid", "pr", "is")
 _RUN_OPTIONS = "training_options.json"  # of a run directory
-_FEW_IMAGES = 2048  # the covariance of Inception's features is singular below
 _MAX_NAMED = 6  # folders in a message
 _MAX_WORKERS = 3  # by default; a GPU's Inception waits for no more
 _PAIR_DEFAULT = ("psnr", "ssim", "rmse", "mae")
@@ -124,14 +121,18 @@ def _score_options(command):
                           "(Inception score)"),
         click.option("--out", metavar="JSONL",
                      help="File that gets one line a score  [default: metrics.jsonl of the run]"),
+        click.option("--features", "kept_features", metavar="NPZ|DIR",
+                     help="Keep the features, for other metrics: in a file where there is one score, "
+                          "else in a folder"),
     )):
         command = option(command)
     return command
 
 
 @main.command(context_settings={"show_default": True, **HELP_NAMES})
-@click.option("--images",     metavar="DIR|ZIP", required=True,
-              help="Images to score, or a run directory with ckpt_* folders")
+@click.option("--images",     metavar="DIR|ZIP|NPZ", required=True,
+              help="Images to score, a run directory with ckpt_* folders, or features that --features "
+                   "has kept")
 @_score_options
 @click.option("--count", "--num", "num", metavar="INT", type=click.IntRange(min=2), default=50000,
               help="Number of images to use")
@@ -150,8 +151,8 @@ def _score_options(command):
 @_detector_options
 @cache_dir_option
 @verbosity_options
-def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str | None, num: int,
-         seed: int, ckpt: float, end_ckpt: float, gen_seed: tuple[int, ...], steps: bool,
+def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str | None,
+         kept_features: str | None, num: int, seed: int, ckpt: float, end_ckpt: float, gen_seed: tuple[int, ...], steps: bool,
          alpha: bool, quant: bool, prune: bool, batch: int, detector: str, device: str,
          workers: int) -> None:
     """Scores a folder or ZIP, or each ckpt_* folder of a run.
@@ -178,13 +179,19 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
 
         from images.dataset import ImageFolderDataset
         from images.image_files import NoImagesError
+        from metrics.feature_files import is_feature_file
         from metrics.metrics import dataset_features
+        from metrics.score_report import Job, ScoreReport
         from torch_utils import distributed as dist
 
         with dist.process_group(device) as chosen_device:
+            if dist.run_on_rank0(is_feature_file, images):
+                _score_kept(images, ref_path, metrics, out, kept_features, num, detector,
+                            chosen_device, batch, workers)
+                return
             folders = dist.run_on_rank0(_ckpt_folders, images, gen_seed, ckpt, end_ckpt, sweeps)
             with dist.rank0_first():
-                jobs = folders or [_Job(images, Path(images).name)]
+                jobs = folders or [Job(images, Path(images).name)]
                 enough, left_out = [], []
                 for job in jobs:
                     try:
@@ -201,15 +208,22 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                             raise
                         left_out.append(f"{job.label} ({getattr(error, 'short', 'no images')})")
             sets = {str(dataset.path): dataset for _, dataset in enough}
-            scores = _Scores(detector, ref_path, metrics, chosen_device, sets, num, batch=batch,
-                             workers=workers, path=Path(out) if out else _jsonl_of_images(images))
+            report = ScoreReport(detector, ref_path, metrics, chosen_device, sets, num, batch=batch,
+                                 workers=workers, is_single=not folders)
+            path = Path(out) if out else _jsonl_of_images(images)
+            kept_place = _place_of_features(kept_features, len(jobs))
             for job, dataset in enough:
                 with console.timed("features"):
-                    found = dataset_features(dataset, scores.detector, metrics=metrics, batch=batch,
-                                             workers=workers, title=Path(job.path).name)
+                    found = dataset_features(dataset, report.detector, metrics=metrics, batch=batch,
+                                             workers=workers, title=Path(job.path).name,
+                                             keeps_features=kept_place is not None)
                 facts = {"images": job.path, "num": num, **_facts_of_images(job.path, dataset, seed)}
-                scores.add(job, found, facts, is_only=not folders)
-            scores.print_table()
+                report.add(job, found, facts, path)
+                if kept_place is not None:
+                    dist.run_on_rank0(_keep_features, found, report.detector, dataset, facts,
+                                      kept_place if not folders else
+                                      kept_place / f"{Path(job.path).name}.npz")
+            report.print_table()
             if left_out:
                 more = ", ..." if len(left_out) > _MAX_NAMED else ""
                 raise ValueError(f"{len(left_out)} of {len(jobs)} folders were not scored by "
@@ -217,72 +231,76 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
 
 
 @main.command(context_settings={"show_default": True, **HELP_NAMES})
-@click.option("--network",    metavar="PT|URL", required=True,
-              help="Network snapshot or training state")
+@click.option("--network",    metavar="PT|URL|DIR|PATTERN", required=True, multiple=True,
+              help="Network snapshot, training state, run directory (its newest network) or a quoted "
+                   "pattern such as 'RUN/network-snapshot-*.pt'; may be given several times")
 @_score_options
 @click.option("--seeds",      metavar="LIST", type=IntList(), default="0-49999",
               help="Random seeds; one image each")
 @click.option("--ranges",     metavar="INT", type=click.IntRange(min=1), default=1,
               help="Number of seed ranges: --seeds, then as many seeds after them, and so on")
+@click.option("--again",      is_flag=True,
+              help="Compute scores again that are in metrics.jsonl")
 @sampling_options
 @_detector_options
 @cache_dir_option
 @verbosity_options
-def gen(network: str, ref_path: str | None, metrics: tuple[str, ...], out: str | None,
-        seeds: tuple[int, ...], ranges: int, batch: int, detector: str, device: str, workers: int,
-        steps: tuple[int, ...], alpha: tuple[float, ...] | None, bits: tuple[int, ...] | None,
-        **sampling) -> None:
-    """Scores the images of a network without writing them.
+def gen(network: tuple[str, ...], ref_path: str | None, metrics: tuple[str, ...], out: str | None,
+        kept_features: str | None, seeds: tuple[int, ...], ranges: int, again: bool, batch: int, detector: str, device: str,
+        workers: int, steps: tuple[int, ...], alpha: tuple[float, ...] | None,
+        bits: tuple[int, ...] | None, **sampling) -> None:
+    """Scores the images of networks without writing them.
 
     The scores are those of 'generate.py', then 'fid.py calc', for the same options. Papers report
     the lowest FID of three seed ranges: --ranges=3. Each score is appended to metrics.jsonl beside
-    the network.
+    its network.
+
+    A score that is there for the same weights, settings, seeds, detector and reference is taken
+    from there. What is known of an unfinished range is written every two minutes, so a command that
+    was stopped goes on when it is started again.
+
+    A network that can't be opened or scored is named, the others are scored, and the exit code
+    is 1.
     """
     _check_reference_given(ref_path, metrics)
     with user_errors():
-        from checkpoints.names import find_network
-        from dnnlib.util import format_ranges, is_url
-        from sampling.network_sampler import NetworkSampler, UsageError
+        from checkpoints.names import find_networks
+        from metrics.network_scores import score_networks, seed_ranges
+        from metrics.score_report import ScoreReport
+        from sampling.network_sampler import NetworkFile, NetworkSampler, UsageError
         from sampling.sweeps import sweep_points
         from torch_utils import distributed as dist
-        from torch_utils.misc import configure_backends
-        from training.scoring import network_features
 
         if len(seeds) < 2:
             raise ValueError(f"--seeds: {len(seeds)} image, at least 2 needed")
         with dist.process_group(device) as chosen_device:
-            given, network = network, dist.run_on_rank0(find_network, network)
-            if network != given:
-                dist.print0(f"Network    {network}, the newest of {given}")
+            sources = dist.run_on_rank0(find_networks, network)
+            if len(sources) > 1:
+                dist.print0(f"Networks   {len(sources)}, {sources[0]} to {sources[-1]}")
+            elif sources[0] not in network:
+                dist.print0(f"Network    {sources[0]}, the newest of {network[0]}")
+            points, seed_lists = sweep_points(steps, alpha, bits), seed_ranges(seeds, ranges)
+            num_scores = len(sources) * len(points) * len(seed_lists)
+            kept_place = _place_of_features(kept_features, num_scores)
+            key = sampling.pop("key")
+            if sampling["gnet"] is not None:
+                sampling["gnet"] = NetworkFile.read(sampling["gnet"])
 
-            def open_sampler(point):
-                try:
-                    return NetworkSampler.open(network, chosen_device, **point.settings, **sampling)
-                except UsageError as error:
-                    raise UserError(str(error), BAD_USAGE) from error
+            def open_sampler(file, point):
+                return NetworkSampler.open(file, chosen_device, **point.settings, **sampling)
 
-            points = sweep_points(steps, alpha, bits)
-            sampler = open_sampler(points[0])
-            default = None if is_url(network) else Path(network).parent / _JSONL
-            scores = _Scores(detector, ref_path, metrics, chosen_device, {network: sampler},
-                             len(seeds), batch=batch, workers=workers,
-                             path=Path(out) if out else default)
-            span = max(seeds) - min(seeds) + 1
-            for point, i in itertools.product(points, range(ranges)):
-                own = [seed + i * span for seed in seeds]
-                text = " ".join([*point.suffix.split("_")[1:], "seeds", format_ranges(own)])
-                job = _Job(network, text, network + point.suffix)
-                if i == 0 and point is not points[0]:
-                    sampler = open_sampler(point)
-                configure_backends(sampling["precision"])
-                with console.timed("samples and features"):
-                    found = network_features(sampler, own, scores.detector, metrics=metrics,
-                                             batch=batch, title=job.label)
-                configure_backends("fp32")
-                facts = {"network": network, "num": len(own), "seeds": format_ranges(own),
-                         "sampler": sampler.settings}
-                scores.add(job, found, facts, is_only=len(points) * ranges == 1)
-            scores.print_table()
+            def open_report(source, sampler):
+                return ScoreReport(
+                    detector, ref_path, metrics, chosen_device, {source: sampler}, len(seeds),
+                    batch=batch, workers=workers,
+                    is_single=num_scores == 1)
+
+            try:
+                score_networks(sources, points, seed_lists, open_sampler, open_report, batch=batch,
+                               out=Path(out) if out else None, key=key, again=again,
+                               features=kept_place)
+            except UsageError as error:
+                raise UserError(str(error), BAD_USAGE) from error
 
 
 @main.command(context_settings={"show_default": True, **HELP_NAMES})
@@ -302,6 +320,7 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
         from metrics.detectors import build_detector, describe_detector
         from metrics.evaluator import dataset_reference
         from metrics.references import save_reference
+        from metrics.score_report import warn_if_few
         from torch_utils import distributed as dist
         from torch_utils.misc import configure_backends
 
@@ -314,7 +333,7 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
                 built = build_detector(detector, chosen_device)
             dataset.share_fingerprint()
             configure_backends("fp32")
-            _warn_if_few(len(dataset), name, ("fid",))
+            warn_if_few(len(dataset), name, ("fid",))
             with console.timed("features"):
                 reference = dataset_reference(dataset, built, with_features=features, batch=batch,
                                               workers=workers)
@@ -456,108 +475,64 @@ def _report_pairs(paired, scores, values: tuple[float, float], clip: bool, image
         json.dumps(record | facts) for record in summary_records(scores)))
 
 
-class _Job(NamedTuple):
-    """A set of images to score; those of one `group` are the seed ranges of one network."""
-
-    path: str
-    label: str
-    group: str = ""
-
-
 def _check_reference_given(ref_path: str | None, metrics: tuple[str, ...]) -> None:
     if ref_path is None and metrics != ("is",):
         raise UserError("Missing option '--ref': reference statistics (.npz) or the data set, "
                         "needed by " + ", ".join(m for m in metrics if m != "is"), BAD_USAGE)
 
 
-class _Scores:
-    """The scores of one command, against one reference: computed, printed and recorded.
+def _place_of_features(kept: str | None, num_scores: int) -> Path | None:
+    """Returns where --features goes: a file for one score, a folder for several; None for none.
 
-    Args:
-        detector, ref_path, metrics, device, sets, batch, workers: see `open_evaluator`.
-        num: how many images each score is of.
-        path: the file that gets a JSON line a score; None for none.
+    Raises:
+        ValueError: it is the other of the two, or can't be written.
     """
+    from dnnlib.atomic import check_writable
 
-    def __init__(self, detector: str, ref_path: str | None, metrics: tuple[str, ...], device,
-                 sets: dict, num: int, *, batch: int, workers: int, path: Path | None):
-        from metrics.score_log import ScoreLog
-        from torch_utils.distributed import get_rank
-        from torch_utils.misc import configure_backends
-        from training.scoring import open_evaluator
-
-        configure_backends("fp32")
-        with console.timed("detector and reference"):
-            self._evaluator = open_evaluator(detector, ref_path, metrics, device, sets,
-                                             batch=batch, workers=workers)
-        self.detector = self._evaluator.detector
-        self._log, self._is_rank0 = ScoreLog(self._evaluator, path), get_rank() == 0
-        _warn_if_few(num, self.detector.name, metrics, self._evaluator.reference_count)
-        _warn_of_small_subsets(self._evaluator, num)
-
-    def add(self, job: _Job, found, facts: dict, *, is_only: bool) -> None:
-        """Scores the features of a job, prints its distance as the references do, and records all.
-
-        Args:
-            job: the images.
-            found: their features.
-            facts: what else the record says of them.
-            is_only: this is the command's only score.
-        """
-        from metrics.score_log import Score
-
-        with console.timed("distances"):
-            values = self._evaluator.evaluate(found)
-        if not self._is_rank0:
-            return
-        self._log.add(Score(job.label, job.group, values), facts)
-        if "fid" in values:
-            text = f"{values['fid']:g}"
-            if self._log.distance_name != "FID":
-                text = f"{self._log.distance_name}: {text}"
-            if not is_only:
-                text = (f"path:{job.path}, {text}" if os.path.isdir(job.path)
-                        else f"{job.label}: {text}")
-            console.result(text)
-
-    def print_table(self) -> None:
-        """Prints all scores where there are several values."""
-        if self._is_rank0 and self._log.has_more_than_one_value:
-            console.result("\n" + self._log.table())
+    if kept is None:
+        return None
+    path, is_file = Path(kept), kept.lower().endswith(".npz")
+    if num_scores == 1 and (not is_file or path.is_dir()):
+        raise ValueError(f"--features={kept}: must be a file called *.npz")
+    if num_scores > 1 and (is_file or path.is_file()):
+        raise ValueError(f"--features={kept}: must be a folder, because there are {num_scores} "
+                         "scores")
+    try:
+        check_writable(path if is_file else path / "features.npz")
+    except OSError as error:
+        raise OSError(f"--features={kept}: {describe(error)}; name another place") from error
+    return path
 
 
-def _warn_if_few(count: int, detector: str, metrics: tuple[str, ...],
-                 num_reference: int | None = None) -> None:
-    """Warns of images or, if their number is known, of references that are too few for an FID."""
-    from torch_utils.distributed import get_rank
+def _keep_features(found, detector, dataset, facts: dict, path: Path) -> None:
+    """Writes the features of a folder or ZIP of images."""
+    from metrics.feature_files import KeptFeatures
 
-    if "fid" not in metrics or get_rank() != 0:
-        return
-    is_reference_small = num_reference is not None and num_reference < _FEW_IMAGES
-    if count >= _FEW_IMAGES:
-        if is_reference_small:
-            click.echo(f"Warning: the reference is of {num_reference} images, fewer than "
-                       f"{_FEW_IMAGES}: the distance is biased upwards; compare with the same "
-                       "reference only", err=True)
-    else:
-        reason = f"are fewer than {_FEW_IMAGES}: the distance is biased upwards"
-        if detector == "inception":
-            reason = (f"are fewer than the {_FEW_IMAGES} features: their covariance is singular and "
-                      "FID is biased upwards")
-        more = f", and with this reference of {num_reference} images" if is_reference_small else ""
-        click.echo(f"Warning: {count} images {reason}; compare at equal numbers only{more}",
-                   err=True)
+    KeptFeatures(found.features, detector.name, facts, tuple(dataset.image_shape), dataset.scale,
+                 detector.weights_sha256).save(path)
 
 
-def _warn_of_small_subsets(evaluator, num: int) -> None:
-    """Warns where there are too few images for the subsets of KID."""
-    from metrics.distances import SUBSET_SIZE
+def _score_kept(path: str, ref_path: str | None, metrics: tuple[str, ...], out: str | None,
+                kept_features: str | None, num: int, detector: str, device, batch: int,
+                workers: int) -> None:
+    """Scores features that --features has kept."""
+    from metrics.feature_files import load_on_rank0, of_features
+    from metrics.score_report import Job, ScoreReport
 
-    kept = evaluator.num_reference_features
-    if kept is not None and "kid" in evaluator.metrics and min(kept, num) < SUBSET_SIZE:
-        click.echo(f"Warning: KID is computed on subsets of {min(kept, num)} images instead of "
-                   f"{SUBSET_SIZE}, because there are no more; compare at equal numbers only",
-                   err=True)
+    if kept_features is not None:
+        raise UserError(f"--features={kept_features}: {path} holds features already; leave --features "
+                        "out", BAD_USAGE)
+    kept, count = load_on_rank0(path)
+    if count != num:
+        raise ValueError(f"{path}: features of {count} images, but --count={num}; give "
+                         f"--count={count}")
+    report = ScoreReport(detector, ref_path, metrics, device, {path: kept}, count, batch=batch,
+                         workers=workers, is_single=True)
+    kept.check_made_by(report.detector, path)
+    found = of_features(kept, count, report.detector, metrics)
+    beside = Path(path).with_name(_JSONL)
+    report.add(Job(path, Path(path).name), found, kept.facts, Path(out) if out else beside)
+    report.print_table()
 
 
 def _jsonl_of_images(images: str) -> Path | None:
@@ -586,8 +561,10 @@ def _facts_of_images(path: str, dataset, seed: int) -> dict:
 
 
 def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: float,
-                  sweeps: set[str]) -> list[_Job]:
-    """Returns the folders of a run directory to score, in order; none if it isn't one."""
+                  sweeps: set[str]) -> list:
+    """Returns the folders of a run directory to score, jobs in order; none if it isn't one."""
+    from metrics.score_report import Job
+
     if not os.path.exists(images):
         raise FileNotFoundError(f"{images}: no such folder or ZIP")
     names = [entry.name for entry in os.scandir(images)
@@ -616,7 +593,7 @@ def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: f
                          f"and {first:.15g} to {last:.15g} kimg; there is "
                          f"{' and '.join(there) or 'none of generate.py'}")
     _warn_of_missing_ranges(chosen, gen_seeds)
-    return [_Job(os.path.join(images, folders[parts]), folders[parts], str(parts.point))
+    return [Job(os.path.join(images, folders[parts]), folders[parts], str(parts.point))
             for parts in sorted(chosen, key=lambda parts: (parts.point, parts.gen_seed))]
 
 

@@ -180,7 +180,7 @@ def _check_report(path: Path) -> None:
 def _check_scoring(study: "Study", data: str, train_options: Sequence[str]) -> None:
     """Raises ValueError if networks trained on the data could not be scored."""
     from images.dataset import ImageFolderDataset
-    from training.scoring import check_scoring, scored_name
+    from metrics.scoring import check_scoring, scored_name
     if len(study.seeds) < 2:
         raise ValueError(f"--seeds: {len(study.seeds)} image, at least 2 needed")
     asked = train.main.make_context("train.py", [

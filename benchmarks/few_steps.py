@@ -22,9 +22,9 @@ import torch
 from benchmarks.solvers import table
 from dnnlib.cli import user_errors
 from images.grid import image_grid, save_png
+from metrics.scoring import network_features, open_evaluator
 from pfgmpp.samplers import SampleBatch, draw_latents, to_uint8
 from sampling.network_sampler import NetworkSampler
-from training.scoring import network_features, open_evaluator
 
 _STEPS = (1, 2, 4)  # of few-step networks
 _SOLVER_STEPS = {"heun": (18, 5, 4, 3), "ipndm": (35, 9, 7, 5)}  # of denoisers

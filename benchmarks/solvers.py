@@ -19,10 +19,10 @@ import torch
 
 from dnnlib.cli import user_errors
 from dnnlib.util import format_ranges
+from metrics.scoring import network_features, open_evaluator
 from pfgmpp.kernel import PerturbationKernel
 from pfgmpp.solvers import MULTISTEP, SOLVERS, num_evaluations
 from sampling.network_sampler import NetworkSampler
-from training.scoring import network_features, open_evaluator
 
 _ROOT = Path(__file__).resolve().parent.parent
 # Steps of each solver: up to 35 evaluations, and where they differ most.

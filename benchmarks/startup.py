@@ -8,7 +8,7 @@ import sys
 from benchmarks.sides import ROOT
 from benchmarks.table import Options, Row, in_turn, with_ratios
 
-_PACKAGES = ("training.training_loop", "sampling.network_sampler", "training.scoring")
+_PACKAGES = ("training.training_loop", "sampling.network_sampler", "metrics.scoring")
 
 
 def rows(options: Options) -> list[Row]:

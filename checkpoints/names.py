@@ -7,8 +7,10 @@ The number may have three decimals. Files of EDM, PFGM++, ECT and IDMD may end i
 of ECT's files are ticks, and its last ones are called 'latest'.
 """
 
+import glob
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from dnnlib.util import is_url
@@ -55,6 +57,34 @@ def find_network(source: str | os.PathLike) -> str:
             "name a run directory, a network-snapshot-*.pt, a training-state-*.pt, or a published "
             "file or its address")
     raise FileNotFoundError(f"{source}: no such file; {hint}")
+
+
+def find_networks(sources: Iterable[str]) -> list[str]:
+    """Returns the files that are meant, in order and each once: of a pattern all that match it.
+
+    A pattern has *, ? or [ in it, such as 'RUN/network-snapshot-*.pt'; what it matches comes in the
+    order of the numbers in the names. Anything else is as for `find_network`.
+
+    Raises:
+        OSError: there is none; the message says what is there.
+    """
+    found: list[str] = []
+    for source in sources:
+        if is_url(source) or os.path.exists(source) or not glob.has_magic(source):
+            found.append(find_network(source))
+            continue
+        matches = [path for path in glob.glob(source, recursive=True) if os.path.isfile(path)]
+        if not matches:
+            raise FileNotFoundError(f"{source}: no file matches this pattern; name files of "
+                                    "networks, such as 'RUN/network-snapshot-*.pt'")
+        found += sorted(matches, key=_place)
+    return list(dict.fromkeys(found))
+
+
+def _place(path: str) -> tuple[str, float, str]:
+    """Returns what puts the files of a run in the order of their numbers."""
+    folder, name = os.path.split(path)
+    return folder, float(kimg_of_network(name) or 0), name
 
 
 def neighbouring_snapshot(state: str | os.PathLike) -> Path | None:

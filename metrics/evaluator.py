@@ -80,7 +80,7 @@ class Evaluator:
             self._digest = self._data.fingerprint
 
     def evaluate(self, images: FeatureSet) -> dict[str, float]:
-        """Returns the values of all metrics by their names, the same on every rank.
+        """Returns the values of the metrics that images were gathered for, the same on every rank.
 
         Raises:
             ValueError: too few images.
@@ -89,7 +89,7 @@ class Evaluator:
 
     def _evaluate(self, images: FeatureSet) -> dict[str, float]:
         values: dict[str, float] = {}
-        for metric in map(METRICS.__getitem__, self.metrics):
+        for metric in (METRICS[name] for name in self.metrics if name in images.metrics):
             values |= zip(metric.values, metric.compute(images, self._reference), strict=True)
         return values
 

@@ -20,7 +20,7 @@ from dnnlib.progress import Progress
 from metrics.detectors import Detector
 from metrics.distances import frechet_distance, kernel_distance, precision_recall
 from metrics.references import Reference
-from metrics.statistics import ClassStatistics, FeatureBank, FeatureStatistics
+from metrics.statistics import ClassStatistics, FeatureBank, FeatureStatistics, Sums
 from torch_utils import distributed as dist
 from torch_utils.loading import read_in_processes
 
@@ -43,19 +43,27 @@ class Images(Protocol):
 
 
 class FeatureSet:
-    """What the wanted metrics need of one set of `count` images over all ranks."""
+    """What the wanted metrics need of one set of `count` images over all ranks.
 
-    def __init__(self, count: int, detector: Detector, metrics: Iterable[str]):
-        needs = {METRICS[name].needs for name in metrics}
+    With `keeps_features` the features are kept whether a metric needs them or not.
+    """
+
+    def __init__(self, count: int, detector: Detector, metrics: Iterable[str], *,
+                 keeps_features: bool = False):
+        self.metrics = tuple(metrics)
+        needs = {METRICS[name].needs for name in self.metrics}
         self.count, self.detector = count, detector
         self.moments = FeatureStatistics() if "moments" in needs else None
-        self.bank = FeatureBank() if "bank" in needs else None
+        self.bank = FeatureBank() if "bank" in needs or keeps_features else None
         self.classes = ClassStatistics(count) if "classes" in needs else None
         self.features: torch.Tensor | None = None  # [n, d] on rank 0, after `finish`
 
     def append(self, images: torch.Tensor, numbers: Sequence[int]) -> None:
         """Adds images [B, C, H, W] of these numbers, uint8 or float32."""
-        features = self.detector(images)
+        self.append_features(self.detector(images), numbers)
+
+    def append_features(self, features: torch.Tensor, numbers: Sequence[int]) -> None:
+        """Adds features [B, d] of images of these numbers."""
         if self.moments:
             self.moments.append(features)
         if self.bank:
@@ -63,14 +71,38 @@ class FeatureSet:
         if self.classes:
             self.classes.append(self.detector.logits(features), numbers)
 
+    def add(self, batches: Iterable[tuple[torch.Tensor, Sequence[int]]],
+            progress: Progress) -> None:
+        """Adds this rank's batches of images, each with the numbers of its images.
+
+        Raises:
+            ValueError: an image can't be read. All ranks raise the same.
+            OSError: likewise.
+        """
+        error = None
+        try:
+            for images, numbers in batches:
+                self.append(images, numbers)
+                progress.update(len(images) * dist.get_world_size())
+        except (ValueError, OSError) as caught:
+            error = caught
+        for first in filter(None, dist.gather_objects(error)):  # else the other ranks would wait
+            raise first
+
     def finish(self) -> None:
         """Merges what the ranks have."""
         if self.moments:
             self.moments.all_reduce()
         if self.classes:
-            self.classes.all_reduce(self.detector.device)
+            self.classes.all_reduce()
         if self.bank:
             self.features = self.bank.gather()
+
+    @property
+    def sums(self) -> dict[str, Sums]:
+        """All that is kept of the images so far, by names."""
+        kept = {"moments": self.moments, "bank": self.bank, "classes": self.classes}
+        return {name: sums for name, sums in kept.items() if sums is not None}
 
 
 @dataclass(frozen=True)
@@ -110,7 +142,7 @@ METRICS: dict[str, Metric] = {
 
 def collect(batches: Iterable[tuple[torch.Tensor, Sequence[int]]], *, image_shape: Sequence[int],
             count: int, detector: Detector, metrics: Iterable[str], is_8bit: bool = True,
-            title: str | None = None) -> FeatureSet:
+            title: str | None = None, keeps_features: bool = False) -> FeatureSet:
     """Returns what `metrics` need of all images, split over ranks and merged again.
 
     `batches` are this rank's images [B, C, H, W], uint8 or, unless `is_8bit`, float32. Each batch
@@ -121,18 +153,11 @@ def collect(batches: Iterable[tuple[torch.Tensor, Sequence[int]]], *, image_shap
         ValueError: an image can't be read. All ranks raise the same.
         OSError: likewise.
     """
-    features, error = FeatureSet(count, detector, metrics), None
-    try:
-        # No image: fixes the number of features on a rank that gets none.
-        features.append(no_images(image_shape, is_8bit), [])
-        with Progress(count, title or "") as progress:
-            for images, numbers in batches:
-                features.append(images, numbers)
-                progress.update(len(images) * dist.get_world_size())
-    except (ValueError, OSError) as caught:
-        error = caught
-    for first in filter(None, dist.gather_objects(error)):  # else the other ranks would wait
-        raise first
+    features = FeatureSet(count, detector, metrics, keeps_features=keeps_features)
+    # No image: fixes the number of features on a rank that gets none.
+    features.append(no_images(image_shape, is_8bit), [])
+    with Progress(count, title or "") as progress:
+        features.add(batches, progress)
     features.finish()
     return features
 
@@ -143,7 +168,8 @@ def no_images(image_shape: Sequence[int], is_8bit: bool) -> torch.Tensor:
 
 
 def dataset_features(images: Images, detector: Detector, *, metrics: Iterable[str] = ("fid",),
-                     batch: int, workers: int, title: str | None = None) -> FeatureSet:
+                     batch: int, workers: int, title: str | None = None,
+                     keeps_features: bool = False) -> FeatureSet:
     """Returns what `metrics` need of a data set, by `collect`.
 
     One rank takes up to `batch` images at a time. `workers` processes read ahead; with 0, images
@@ -157,7 +183,7 @@ def dataset_features(images: Images, detector: Detector, *, metrics: Iterable[st
     pixels = (read[0] for read in read_in_processes(_PixelsOnly(images), own, workers=workers))
     return collect(zip(pixels, own, strict=True), image_shape=images.image_shape,
                    count=len(images), detector=detector, metrics=metrics,
-                   is_8bit=images.scale is None, title=title)
+                   is_8bit=images.scale is None, title=title, keeps_features=keeps_features)
 
 
 class _PixelsOnly:

@@ -7,7 +7,6 @@ Nothing is unpickled, and sizes are checked before memory is asked for.
 """
 
 import hashlib
-import math
 import os
 import zipfile
 import zlib
@@ -19,15 +18,14 @@ import torch
 
 import dnnlib.util
 from dnnlib.atomic import atomic_write
-from dnnlib.npy_header import read_npy_header
+from metrics.npz_arrays import MAX_FEATURES, read_npz_array
 
-MAX_FEATURES = 1 << 14  # a covariance of 2 GiB
 MAX_BANK = 50_000  # images whose features are kept: 410 MB of Inception's
 
 _REQUIRED = ("mu", "sigma")
 _ARRAYS = {"mu": "f", "sigma": "f", "detector": "U", "image_shape": "i", "count": "i",
            "features": "f", "scale": "f"}
-_KINDS = {"f": "floats", "i": "integers", "U": "text"}
+_MOST_ROWS = {"features": MAX_BANK}
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,8 @@ def load_reference(path: str) -> Reference:
     """
     try:
         with dnnlib.util.open_url(path) as file, zipfile.ZipFile(file) as archive:
-            arrays = {name: _read_array(archive, name, kind) for name, kind in _ARRAYS.items()
+            arrays = {name: read_npz_array(archive, name, kind, _MOST_ROWS.get(name, MAX_FEATURES))
+                      for name, kind in _ARRAYS.items()
                       if name in _REQUIRED or f"{name}.npy" in archive.namelist()}
             file.seek(0)
             digest = hashlib.sha256(file.read()).hexdigest()
@@ -78,22 +77,6 @@ def load_reference(path: str) -> Reference:
             RuntimeError) as error:
         reason = str(error).strip("'\"").split("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: not reference statistics: {reason}") from error
-
-
-def _read_array(archive: zipfile.ZipFile, name: str, kind: str) -> np.ndarray:
-    """Returns one array of an .npz after its header has been found plausible."""
-    info = archive.getinfo(f"{name}.npy")
-    with archive.open(info) as member:
-        shape, _, dtype = read_npy_header(member)
-        if dtype.kind != kind:
-            raise ValueError(f"{name} has type {dtype}, expected {_KINDS[kind]}")
-        most = MAX_BANK if name == "features" else MAX_FEATURES
-        if len(shape) > 2 or max(*shape, dtype.itemsize, 0) > most:
-            raise ValueError(f"{name} has shape {list(shape)}, at most {MAX_FEATURES} features")
-        if member.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
-            raise ValueError(f"{name} has shape {list(shape)}, but not the bytes of it")
-    with archive.open(info) as member:
-        return np.lib.format.read_array(member, allow_pickle=False)
 
 
 def _checked_reference(arrays: dict[str, np.ndarray], digest: str) -> Reference:

@@ -2,13 +2,14 @@
 
     {"metric": "fid", "value": 1.91, "images": ..., "num": 50000, "detector": "inception", ...}
 
-Names are those of metrics/score_names.py.
+Names are those of metrics/score_names.py. What a file has already need not be computed again.
 """
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from dnnlib.atomic import append_line
 from dnnlib.util import format_table, json_value
 from metrics.evaluator import Evaluator
 from metrics.score_names import LOWER_IS_BETTER, recorded_name, title
+
+_IDENTITY = ("metric", "num", "seeds", "sampler", "detector", "detector_sha256",
+             "reference_sha256")
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,12 @@ class Score:
 
 
 class ScoreLog:
-    """The scores of one evaluator, with JSON lines appended to the file `path` if there is one."""
+    """The scores of one evaluator, and the files that have a JSON line for each."""
 
-    def __init__(self, evaluator: Evaluator, path: Path | None):
-        self._detector, self._reference, self._path = evaluator.detector, evaluator.record, path
+    def __init__(self, evaluator: Evaluator):
+        self._detector, self._reference = evaluator.detector, evaluator.record
         self._scores: list[Score] = []
+        self._recorded: dict[Path, dict[str, float]] = {}  # what files had, by `_identity`
 
     @property
     def distance_name(self) -> str:
@@ -45,22 +50,46 @@ class ScoreLog:
         """Whether a table would say more than the one Frechet distance."""
         return len(self._scores) > 1 or any(set(s.values) != {"fid"} for s in self._scores)
 
-    def add(self, score: Score, details: dict[str, Any]) -> None:
-        """Takes the scores of one set of images; `details` go into its JSON lines."""
+    def add(self, score: Score) -> None:
+        """Takes the scores of one set of images into the table."""
         self._scores.append(score)
-        facts = {**details, "detector": self._detector.name,
-                 "detector_sha256": self._detector.weights_sha256, **self._reference,
-                 "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        lines = [json.dumps(json_value({"metric": recorded_name(name, self._detector.name),
-                                        "value": value, **facts}))
-                 for name, value in score.values.items()]
-        if self._path is None:
+
+    def record(self, path: Path | None, values: dict[str, float], details: dict[str, Any]) -> None:
+        """Appends a JSON line a value to a file, if there is one; `details` go into each."""
+        if path is None:
             return
+        date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        lines = [json.dumps(json_value({"metric": self._name(name), "value": value,
+                                        **self._facts(details), "date": date}))
+                 for name, value in values.items()]
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            append_line(self._path, "\n".join(lines))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            append_line(path, "\n".join(lines))
         except OSError as error:
-            print(f"Warning: {self._path} not written: {error}", file=sys.stderr)
+            print(f"Warning: {path} not written: {error}", file=sys.stderr)
+
+    def recorded(self, path: Path | None, names: Sequence[str], details: dict[str, Any]
+                 ) -> dict[str, float]:
+        """Returns those of the values that a file has for the same images, detector and reference.
+
+        The images are the same if `details` have the same number, seeds and settings of the
+        sampler, of which the hash of the weights is one.
+        """
+        if path is None:
+            return {}
+        if path not in self._recorded:
+            self._recorded[path] = dict(_read_identities(path))
+        there, facts = self._recorded[path], json_value(self._facts(details))
+        found = {name: there.get(_identity({"metric": self._name(name), **facts}))
+                 for name in names}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _facts(self, details: dict[str, Any]) -> dict[str, Any]:
+        return {**details, "detector": self._detector.name,
+                "detector_sha256": self._detector.weights_sha256, **self._reference}
+
+    def _name(self, value: str) -> str:
+        return recorded_name(value, self._detector.name)
 
     def table(self) -> str:
         """Returns all scores as text, with the lowest and the mean of each group of several."""
@@ -77,7 +106,25 @@ class ScoreLog:
         return format_table(rows)
 
     def _title(self, name: str) -> str:
-        return title(recorded_name(name, self._detector.name), self._detector.name)
+        return title(self._name(name), self._detector.name)
+
+
+def _read_identities(path: Path) -> Iterator[tuple[str, float]]:
+    """Yields the identity and the value of each line of a file that holds a score."""
+    try:
+        text = path.read_bytes()
+    except OSError:
+        return
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):  # damaged: the score is not known
+            record = json.loads(line)
+            if isinstance(record, dict) and type(record.get("value")) in (int, float):
+                yield _identity(record), float(record["value"])
+
+
+def _identity(record: dict[str, Any]) -> str:
+    """Returns what two records have in common that are of the same images and the same measure."""
+    return json.dumps([record.get(key) for key in _IDENTITY], sort_keys=True)
 
 
 def _cell(values: dict[str, float], name: str) -> str:

@@ -17,10 +17,14 @@ mean^2/variance and can give a constant feature a variance below zero.
 `FeatureBank` keeps the features themselves, for metrics that compare images one by one.
 `ClassStatistics` sum class probabilities for the Inception score. Both put images in the order of
 their numbers, so that neither the batches nor the number of ranks changes a result.
+
+Each can be given away as `arrays`, and go on from such: then rank 0 has all that was appended so
+far, and the other ranks begin anew.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,6 +33,33 @@ from torch_utils import distributed as dist
 
 NUM_SPLITS = 10  # Salimans et al. 2016
 SPLIT_SEED = 2020  # that of torch-fidelity, so that scores agree
+
+
+class Sums(Protocol):
+    """What is kept of the features of images."""
+
+    def merge_to_rank0(self) -> None:
+        """Gives rank 0 what all ranks have; the others begin anew. Every rank calls it."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns what was appended so far, on rank 0 after `merge_to_rank0`."""
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes what `arrays` returned, after an append of no images has fixed all lengths.
+
+        Raises:
+            ValueError: the arrays are not of this form.
+        """
+
+
+def _checked(arrays: Mapping[str, np.ndarray], name: str, shape: Sequence[int | None]
+             ) -> torch.Tensor:
+    """Returns an array as a tensor; raises ValueError unless it has this shape, None for any."""
+    array = arrays.get(name)
+    if array is None or len(array.shape) != len(shape) or any(
+            length not in (None, given) for length, given in zip(shape, array.shape, strict=True)):
+        raise ValueError(f"{name}: not of shape {list(shape)}")
+    return torch.from_numpy(array)
 
 
 class FeatureStatistics:
@@ -71,6 +102,23 @@ class FeatureStatistics:
         dist.all_reduce_sum_(self._scatter)
         self.count, self._mean = count, mean
 
+    def merge_to_rank0(self) -> None:
+        self.all_reduce()
+        if dist.get_rank() != 0:
+            self.count = 0
+            self._mean.zero_()
+            self._scatter.zero_()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"count": np.array(self.count), "mean": self._mean.cpu().numpy(),
+                "scatter": self._scatter.cpu().numpy()}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        d = len(self._mean)
+        self.count = int(_checked(arrays, "count", []))
+        self._mean.copy_(_checked(arrays, "mean", [d]))
+        self._scatter.copy_(_checked(arrays, "scatter", [d, d]))
+
     def mean(self) -> torch.Tensor:
         """Returns mu [d] in float64."""
         self._require(1)
@@ -110,6 +158,23 @@ class FeatureBank:
         order = np.argsort([number for part in numbers for number in part], kind="stable")
         return torch.cat(features)[torch.from_numpy(order)]
 
+    def merge_to_rank0(self) -> None:
+        features = self.gather()
+        numbers = dist.gather_objects(self._numbers)
+        if features is None:
+            self._features, self._numbers = [self._features[0][:0]], []
+        else:
+            self._features = [features]
+            self._numbers = sorted(number for part in numbers for number in part)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"features": torch.cat(self._features).numpy(), "numbers": np.array(self._numbers)}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        numbers = _checked(arrays, "numbers", [None]).tolist()
+        features = _checked(arrays, "features", [len(numbers), self._features[0].shape[1]])
+        self._features, self._numbers = [features], numbers
+
 
 class ClassStatistics:
     """Sums over class probabilities p(c|i) of the images of each of `NUM_SPLITS` random splits.
@@ -139,10 +204,26 @@ class ClassStatistics:
         self._sum.index_add_(0, split, p)
         self._negative_entropy.index_add_(0, split, (p * log_p).sum(1))
 
-    def all_reduce(self, device: torch.device) -> None:
+    def all_reduce(self) -> None:
         """Adds up the sums of all ranks, each of which must call this once, at the end."""
         for tensor in (self._num, self._sum, self._negative_entropy):
-            tensor.copy_(dist.all_reduce_sum_(tensor.to(device)))
+            tensor.copy_(sum(dist.gather_objects(tensor)))
+
+    def merge_to_rank0(self) -> None:
+        self.all_reduce()
+        if dist.get_rank() != 0:
+            for tensor in (self._num, self._sum, self._negative_entropy):
+                tensor.zero_()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"num": self._num.numpy(), "sum": self._sum.numpy(),
+                "negative_entropy": self._negative_entropy.numpy()}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._num.copy_(_checked(arrays, "num", self._num.shape))
+        self._sum.copy_(_checked(arrays, "sum", self._sum.shape))
+        self._negative_entropy.copy_(
+            _checked(arrays, "negative_entropy", self._negative_entropy.shape))
 
     def score(self) -> tuple[float, float]:
         """Returns exp(E_i KL(p(.|i) | p(.))), its mean and standard deviation over the splits."""

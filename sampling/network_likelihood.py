@@ -38,6 +38,7 @@ from pfgmpp.networks import Precond
 from pfgmpp.samplers import StackedRandomGenerator
 from pfgmpp.schedules import sigma_grid
 from sampling.network_sampler import (
+    NetworkFile,
     UsageError,
     open_network,
     recorded_label_kind,
@@ -246,8 +247,9 @@ class NetworkLikelihood:
             raise UsageError(f"--dequantize={dequantize}: must be uniform or none; leave "
                              "--dequantize out for uniform noise where data are 8-bit")
         configure_backends(precision)
-        content, net = open_network(source, device=device, pfgmpp=pfgmpp, aug_dim=aug_dim,
-                                    precision=precision, compiled=False, key=key)
+        file = NetworkFile.read(source, key)
+        content, net = open_network(file, device=device, pfgmpp=pfgmpp, aug_dim=aug_dim,
+                                    precision=precision, compiled=False)
         if net.few_step is not None:
             raise UsageError(f"--network={source}: a few-step network ({net.few_step.method}) is "
                              "no denoiser, and no density follows from it; give the network that "
@@ -266,7 +268,7 @@ class NetworkLikelihood:
         is_uniform = scaling.is_8bit and dequantize != "none"
         uses_labels = cond and net.label_dim > 0
         settings = {
-            "weights": checkpoint.digest(checkpoint.sampling_weights(content)), "D": net.D,
+            "weights": file.digest, "D": net.D,
             "num_steps": steps, "probes": None if exact else probes, "cond": uses_labels,
             "dequantize": "uniform" if is_uniform else "none", "seed": seed,
             **{name: float(f"{level:.9g}") for name, level in (

@@ -72,6 +72,35 @@ _OpenNetwork = Callable[..., tuple[dict[str, Any], Precond]]
 
 
 @dataclasses.dataclass(frozen=True)
+class NetworkFile:
+    """A file of a network as it was read, once for any number of samplers.
+
+    Under torchrun every rank has it.
+    """
+
+    source: str  # its path or address
+    content: dict[str, Any]  # what sampling needs of it
+    digest: str  # hash of the weights that are sampled
+
+    @classmethod
+    def read(cls, source: "str | NetworkFile", key: str | None = None) -> "NetworkFile":
+        """Returns the file; one that was read already is returned as it is.
+
+        Args:
+            source: a path or address; of a run directory the newest network is taken.
+            key: which network of a file that holds several, see `checkpoint.load`.
+
+        Raises:
+            OSError: it can't be read.
+            ValueError: it holds no network.
+        """
+        if isinstance(source, NetworkFile):
+            return source
+        content = distributed.run_on_rank0(load_network, source, key)
+        return cls(source, content, checkpoint.digest(checkpoint.sampling_weights(content)))
+
+
+@dataclasses.dataclass(frozen=True)
 class NetworkSampler:
     """A network with settings that have been checked against it."""
 
@@ -94,10 +123,11 @@ class NetworkSampler:
     average: int = 1  # images that are means of so many samples, of an input each
 
     @classmethod
-    def open(cls, source: str, device: torch.device, *, class_idx: int | str | None = None,
+    def open(cls, source: str | NetworkFile, device: torch.device, *,
+             class_idx: int | str | None = None,
              label_source: str | None = None,
              pfgmpp: bool | None = None, aug_dim: float | None = None, precision: str = "fp32",
-             bits: int = FULL_BITS, guidance: float = 1.0, gnet: str | None = None,
+             bits: int = FULL_BITS, guidance: float = 1.0, gnet: str | NetworkFile | None = None,
              guidance_interval: tuple[float, float] | None = None, cond_image: str | None = None,
              init_image: str | None = None, init_sigma: float | None = None,
              init_level: float | None = None, average: int | None = None, tile: int | None = None,
@@ -108,7 +138,8 @@ class NetworkSampler:
         """Returns the network of a snapshot or state, ready to sample.
 
         Args:
-            source: a path or address; of a run directory the newest network is taken.
+            source: a path, an address or a file that was read; of a run directory the newest
+                network is taken.
             device: where to sample.
             class_idx: the class to sample; 'data' for classes as often as the data have them; None
                 or 'uniform' for all classes that have images, equally often.
@@ -119,7 +150,7 @@ class NetworkSampler:
                 precision are made to match, for the whole process.
             bits: what the network's weights are rounded to, see sampling/quantization.py.
             guidance: strength of guidance, see pfgmpp/guidance.py; 1 is none.
-            gnet: a path or address of the guide; None is the network without its labels.
+            gnet: the guide, like `source`; None is the network without its labels.
             guidance_interval: noise levels (lo, hi] at which to guide; None is everywhere.
             cond_image: folder or ZIP of condition images, see `SeedImages`.
             init_image: folder or ZIP of images to start from, see `SeedImages`.
@@ -149,7 +180,9 @@ class NetworkSampler:
         configure_backends(precision)
         open_one = functools.partial(open_network, device=device, pfgmpp=pfgmpp, aug_dim=aug_dim,
                                      precision=precision, compiled=compiled)
-        content, net = open_one(source, key=key)
+        file = NetworkFile.read(source, key)
+        source = file.source
+        content, net = open_one(file)
         quantise_(net, bits)
         scaling = recorded_scaling(content, source, "scale", net.img_channels)
         init_sigma, level_flag = _first_level(init_sigma, init_level, scaling)
@@ -177,7 +210,7 @@ class NetworkSampler:
         labels, of_labels = _choose_labels(net, source, content, kind, class_idx, label_source,
                                            starts)
         class_idx = class_idx if isinstance(class_idx, int) else None
-        settings = {"weights": checkpoint.digest(checkpoint.sampling_weights(content)),
+        settings = {"weights": file.digest,
                     "class": class_idx, "precision": precision, "device": device.type, "D": net.D,
                     **_recorded_sampler(sampler, net),
                     **({"bits": bits} if bits < FULL_BITS else {}),
@@ -403,26 +436,23 @@ class NetworkSampler:
 
 
 def open_network(
-    source: str, *, device: torch.device, pfgmpp: bool | None, aug_dim: float | None,
-    precision: str, compiled: bool, key: str | None = None,
+    file: NetworkFile, *, device: torch.device, pfgmpp: bool | None, aug_dim: float | None,
+    precision: str, compiled: bool,
 ) -> tuple[dict[str, Any], Precond]:
     """Returns the content of a file and its network, ready to be evaluated.
 
     Args:
-        source: a path or address; of a run directory the newest network is taken.
+        file: where the network comes from.
         device: where to evaluate it.
         pfgmpp: for files that do not record D, see `checkpoint.resolve_D`.
         aug_dim: likewise.
         precision: arithmetic inside the network.
         compiled: compile the network.
-        key: which network of a file that holds several, see `checkpoint.load`.
 
     Raises:
-        OSError: the file can't be read.
-        ValueError: it does not fit.
+        ValueError: the file does not fit.
     """
-    content = distributed.run_on_rank0(load_network, source, key)
-    content = checkpoint.resolve_D(content, source, pfgmpp, aug_dim)
+    content = checkpoint.resolve_D(file.content, file.source, pfgmpp, aug_dim)
     net = checkpoint.build_ema(content).to(device)
     net.compute_dtype = compute_dtype(precision)
     if compiled:
@@ -767,7 +797,7 @@ def _class_counts(content: dict[str, Any], label_dim: int) -> list[int] | None:
 
 
 def _with_guidance(
-    net: Precond, source: str, guidance: float, gnet: str | None,
+    net: Precond, source: str, guidance: float, gnet: str | NetworkFile | None,
     interval: tuple[float, float] | None, open_one: _OpenNetwork, scaling: Scaling,
     kind: str | None,
 ) -> tuple[Precond | GuidedDenoiser, dict[str, Any]]:
@@ -784,14 +814,16 @@ def _with_guidance(
     settings: dict[str, Any] = {"guidance": guidance}
     guide = None
     if gnet is not None:
-        content, guide = open_one(gnet)
+        file = NetworkFile.read(gnet)
+        gnet = file.source
+        content, guide = open_one(file)
         if recorded_scaling(content, gnet, "scale", guide.img_channels) != scaling:
             raise ValueError(f"--gnet={gnet}: was trained on data of another scale than {source}")
         if guide.label_dim and net.label_dim and recorded_label_kind(content) != kind:
             raise ValueError(f"--gnet={gnet}: was trained on {recorded_label_kind(content)}, "
                              f"{source} on {kind}; give a guide with labels of its kind, or "
                              "without any")
-        settings["gnet"] = checkpoint.digest(checkpoint.sampling_weights(content))
+        settings["gnet"] = file.digest
     elif not net.label_dim:
         raise UsageError(f"--guidance={guidance:g}: {source} has no labels to be guided by; give a "
                          "second network with --gnet")

@@ -541,7 +541,7 @@ def test_class_statistics_take_logits_from_there(gpu):
     for device in (CPU, DEVICE):
         classes = ClassStatistics(20)
         classes.append(images(20, 5, device=device), range(20))
-        classes.all_reduce(device)
+        classes.all_reduce()
         scores.append(classes.score())
     assert scores[0] == scores[1]
 

@@ -63,7 +63,7 @@ def test_rank_0_alone_writes_a_run_and_scores_it(files, two_ranks):
     assert called["checkpoints.checkpoint:save"] == len(
         [name for name in made if re.fullmatch(r".*/(training-state|network-snapshot)-[^/]*\.pt",
                                                name)])
-    assert called["metrics.score_log:ScoreLog.add"] == 1
+    assert called["metrics.score_log:ScoreLog.record"] == 1
     assert called["metrics.evaluator:Evaluator._evaluate"] == 1
     assert len((files / "runs/run/metrics.jsonl").read_text().splitlines()) == 1
     assert set(other[1]) == set()

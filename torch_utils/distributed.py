@@ -525,9 +525,13 @@ def split_for_rank(items: Sequence[T], batch: int) -> list[list[T]]:
     The number of batches is a multiple of the world size, so that ranks stay in step; some may
     be empty.
     """
+    return split_for_all_ranks(items, batch)[get_rank()::get_world_size()]
+
+
+def split_for_all_ranks(items: Sequence[T], batch: int) -> list[list[T]]:
+    """Returns the batches of `split_for_rank` of all ranks, in order: the first one is rank 0's."""
     world = get_world_size()
     count = max(-(-len(items) // (batch * world)), 1) * world
     base, extra = divmod(len(items), count)
     starts = [i * base + min(i, extra) for i in range(count + 1)]
-    batches = [list(items[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
-    return batches[get_rank()::world]
+    return [list(items[a:b]) for a, b in zip(starts, starts[1:], strict=False)]

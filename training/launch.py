@@ -321,7 +321,7 @@ def _check_reference(config, dataset) -> None:
 
 
 def _check_scoring(config, dataset) -> None:
-    from training.scoring import check_scoring, scored_name
+    from metrics.scoring import check_scoring, scored_name
     try:
         check_scoring(config.eval_detector, config.eval_ref, ["fid"], dataset,
                       scored_name("the data", config.patch))

@@ -35,6 +35,7 @@ from images.scaling import Scaling
 from metrics.pair_files import summary_records
 from metrics.paired import PAIRED_METRICS
 from metrics.pairs import PairScore, value_range_of
+from metrics.scoring import NonFiniteSamplesError
 from pfgmpp.networks import Precond
 from pfgmpp.samplers import CONSISTENCY, SamplerConfig, generate_images
 from sampling.labels import GivenLabels
@@ -42,7 +43,6 @@ from sampling.seed_images import SeedImages
 from torch_utils import distributed
 from training.config import TrainConfig
 from training.sample_grids import sampler_of
-from training.scoring import NonFiniteSamplesError
 from training.trainer import Trainer
 from training.validation import check_labels
 

@@ -29,8 +29,9 @@ from dnnlib.progress import Progress, stage
 from dnnlib.util import format_ranges, format_time, json_value
 from images.dataset import ImageFolderDataset
 from images.grid import save_png
-from metrics.score_log import Score, ScoreLog
+from metrics.score_log import ScoreLog
 from metrics.score_names import recorded_name
+from metrics.scoring import NonFiniteSamplesError, network_features, open_evaluator, scored_name
 from pfgmpp.samplers import SamplerConfig
 from sampling.network_sampler import NetworkSampler
 from sampling.seed_images import SeedImages
@@ -43,7 +44,6 @@ from training.pair_scores import PairEvaluator
 from training.resume import LOSS_SCALE_KEY, State, Weights, restore_
 from training.run_files import RunFiles
 from training.sample_grids import labels_of_seeds, sample_grid, sampler_of, save_real_grid
-from training.scoring import NonFiniteSamplesError, network_features, open_evaluator, scored_name
 from training.teacher import Teacher
 from training.trainer import HEAVY_TAILED_D, Trainer, dataset_record, describe_data
 from training.validation import VALIDATION_LOSS, Validation
@@ -164,7 +164,7 @@ class Evaluator:
             config.eval_detector, config.eval_ref, ["fid"], trainer.device,
             {scored_name("the data", config.patch): trainer.dataset}, batch=_EVAL_BATCH,
             workers=config.workers)
-        self._score_log = ScoreLog(self._evaluator, path)
+        self._score_log, self._path = ScoreLog(self._evaluator), path
         sampler = sampler_of(config)
         conditions = SeedImages.of_conditions(trainer.dataset) if net.cond_channels else None
         self._sampler = NetworkSampler(net, sampler, trainer.device, None, {}, conditions,
@@ -195,7 +195,7 @@ class Evaluator:
         values = self._evaluator.evaluate(found)
         if trainer.rank == 0:
             kimg = trainer.cur_nimg / 1e3
-            self._score_log.add(Score(f"{kimg:g} kimg", "", values), {
+            self._score_log.record(self._path, values, {
                 "kimg": kimg, "num": self._num, "seeds": format_ranges(seeds),
                 "sampler": json_value({**dataclasses.asdict(self._sampler.sampler),
                                        "nfe": self._sampler.sampler.nfe,

@@ -16,7 +16,7 @@ from pathlib import Path
 # What is computed or written once, whatever the number of processes: a module, and what is in it.
 CALLS = (
     "metrics.references:load_reference", "metrics.references:save_reference",
-    "metrics.evaluator:Evaluator._evaluate", "metrics.score_log:ScoreLog.add",
+    "metrics.evaluator:Evaluator._evaluate", "metrics.score_log:ScoreLog.record",
     "images.dataset:ImageFolderDataset.measure", "checkpoints.checkpoint:save",
     "training.resume:read_state", "training.sample_grids:save_real_grid",
     "sampling.image_writer:ImageFolder.open", "sampling.image_writer:ImageFolder.missing",

@@ -345,7 +345,7 @@ GOOD = {"mu": np.zeros(2), "sigma": np.eye(2)}
     ({"mu": np.array([None, 1], dtype=object)}, "mu has type object, expected floats"),
     ({"mu": np.array([0, 1])}, "mu has type int64, expected floats"),
     ({"detector": np.array(3)}, "detector has type int64, expected text"),
-    ({"detector": np.array("x" * 10**5)}, "detector has shape"),
+    ({"detector": np.array("x" * 10**5)}, "detector has type <U100000, at most 16384 bytes"),
     ({"detector": np.array(["a", "b"])}, r"detector has shape \[2\], expected \[\]"),
     ({"features": np.zeros([4, 3], np.float32)}, r"features has shape \[4, 3\]"),
     ({"features": np.full([4, 2], np.nan)}, "not finite"),

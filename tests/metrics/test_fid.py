@@ -14,7 +14,7 @@ import scipy.linalg
 from scripts import ROOT, run_script
 
 import fid
-from metrics import detectors
+from metrics import detectors, score_report
 
 PIXELS = ("--detector=pixels", "--device=cpu")
 
@@ -339,7 +339,7 @@ def test_small_references_are_told_and_recorded(data, tmp_path, invoke, monkeypa
     assert "Warning: KID is computed on subsets of 10 images instead of 1000" in done.stderr
     assert {json.loads(line)["reference_num"]
             for line in (tmp_path / "m.jsonl").read_text().splitlines()} == {count}
-    monkeypatch.setattr(fid, "_FEW_IMAGES", count + 1)
+    monkeypatch.setattr(score_report, "_FEW_IMAGES", count + 1)
     done = invoke(fid.main, "calc", f"--images={root / 'more'}", f"--num={count + 1}",
                   f"--ref={root / 'images'}", f"--out={tmp_path / 'm.jsonl'}", *PIXELS)
     assert f"Warning: the reference is of {count} images, fewer than {count + 1}" in done.stderr

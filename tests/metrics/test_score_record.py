@@ -85,8 +85,9 @@ def calc(folder, tmp_path, *args):
 
 
 def gen(folder, tmp_path, *args):
-    return score(folder, tmp_path, "gen", "--network=net.pt", "--ref=ref.zip", "--seeds=0-7",
-                 "--steps=2", "--detector=pixels", *args)
+    network = [] if args and args[0].startswith("--network") else ["--network=net.pt"]
+    return score(folder, tmp_path, "gen", *network, "--ref=ref.zip", "--seeds=0-7", "--steps=2",
+                 "--detector=pixels", *args)
 
 
 def assert_changes(before, after, key, others):

@@ -196,7 +196,7 @@ def test_class_conditional_networks_are_told_the_labels_of_pairs(tmp_path):
 
 
 def test_restored_images_that_are_not_finite_have_no_score(data, tmp_path):
-    from training.scoring import NonFiniteSamplesError
+    from metrics.scoring import NonFiniteSamplesError
     trainer = make_trainer(data / "train", eval_pairs=str(data / "same"))
     with torch.no_grad():
         next(trainer.ema.parameters()).fill_(math.nan)

@@ -1,18 +1,22 @@
 """Scores of a network: from seeds to features, without writing images."""
 
+import itertools
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
+from dnnlib.progress import Progress
 from dnnlib.util import format_ranges, is_url
 from images.dataset import ImageFolderDataset
 from images.scaling import Scaling
 from metrics.detectors import Detector, Inception, build_detector, detector_class
 from metrics.evaluator import Evaluator, check_alike, check_made_for
-from metrics.metrics import FeatureSet, collect, no_images
+from metrics.metrics import FeatureSet, no_images
 from metrics.references import Reference, load_reference
+from metrics.unfinished import SAVE_SEC, UnfinishedSums
 from pfgmpp.samplers import SampleBatch
 from torch_utils import distributed as dist
 
@@ -111,35 +115,89 @@ def _is_data(reference: str) -> bool:
     return os.path.isdir(reference) or reference.endswith(".zip")
 
 
-def network_features(sampler: Sampler, seeds: Sequence[int], detector: Detector, *,
-                     metrics: Iterable[str], batch: int, title: str | None = None) -> FeatureSet:
+def network_features(
+    sampler: Sampler, seeds: Sequence[int], detector: Detector, *, metrics: Iterable[str],
+    batch: int, title: str | None = None, unfinished: UnfinishedSums | None = None,
+    keeps_features: bool = False,
+) -> FeatureSet:
     """Returns what `metrics` need of the images of `seeds`, as they would be written and read.
 
-    `batch` is the most images at a time on one rank, `title` the text before the progress bar.
+    Args:
+        sampler: where the images come from.
+        seeds: one for each image.
+        detector: what makes features of them.
+        metrics: names of the metrics.
+        batch: the most images at a time on one rank.
+        title: the text before the progress bar.
+        unfinished: where sums are kept every few minutes, and from which this goes on.
+        keeps_features: keep the features whether a metric needs them or not.
 
     Raises:
         NonFiniteSamplesError: images have values that are not finite. All ranks raise it.
     """
-    scaling, is_finite = sampler.scaling, []
-    numbers = [own for own in dist.split_for_rank(range(len(seeds)), batch) if own]
+    scaling, lost = sampler.scaling, []
+    unfinished = unfinished or UnfinishedSums(None, {})
 
-    def data() -> Iterator[torch.Tensor]:
-        for sample in sampler.images([seeds[i] for i in own] for own in numbers):
-            is_finite.append(sample.images.isfinite().flatten(1).all(dim=1))
-            yield scaling.to_data(sample.images)
+    def empty() -> FeatureSet:
+        features = FeatureSet(len(seeds), detector, metrics, keeps_features=keeps_features)
+        # No image: fixes the number of features on a rank that gets none.
+        features.append(no_images(sampler.image_shape, scaling.is_8bit), [])
+        return features
 
-    images = data() if scaling.is_8bit else map(scaling.to_network, data())
-    found = collect(zip(images, numbers, strict=True), image_shape=sampler.image_shape,
-                    count=len(seeds), detector=detector, metrics=metrics, is_8bit=scaling.is_8bit,
-                    title=title)
-    own = [seeds[i] for part in numbers for i in part]
-    finite = torch.cat(is_finite).tolist() if is_finite else []
-    lost = [seed for seed, is_good in zip(own, finite, strict=True) if not is_good]
-    lost = sorted(seed for part in dist.gather_objects(lost) for seed in part)
-    if lost:
-        more = ", ..." if len(lost) > _MAX_NAMED else ""
+    features, done = unfinished.restored(empty)
+    rounds = _rounds(len(seeds), done, batch)
+    own = [part[dist.get_rank()] for part in rounds]
+
+    def batches() -> Iterator[tuple[torch.Tensor, Sequence[int]]]:
+        numbers = [part for part in own if part]
+        samples = sampler.images([seeds[i] for i in part] for part in numbers)
+        for part, sample in zip(numbers, samples, strict=True):
+            finite = sample.images.isfinite().flatten(1).all(dim=1).tolist()
+            lost.extend(seeds[i] for i, is_good in zip(part, finite, strict=True) if not is_good)
+            images = scaling.to_data(sample.images)
+            yield images if scaling.is_8bit else scaling.to_network(images), part
+
+    stream = batches()
+    with Progress(len(seeds), title or "", initial=done) as progress:
+        at_once = 1 if unfinished.is_kept else len(rounds)
+        while rounds:
+            start = time.monotonic()
+            part, rounds = rounds[:at_once], rounds[at_once:]
+            count = sum(bool(ranks[dist.get_rank()]) for ranks in part)
+            features.add(itertools.islice(stream, count), progress)
+            _refuse_lost(lost, len(seeds))
+            seconds = dist.broadcast_object(time.monotonic() - start)
+            at_once = max(1, round(SAVE_SEC * len(part) / seconds))
+            if rounds and seconds >= SAVE_SEC / 2:
+                unfinished.save(features, rounds[0][0][0])
+    features.finish()
+    return features
+
+
+def _rounds(count: int, done: int, batch: int) -> list[list[list[int]]]:
+    """Returns the batches of all ranks, round by round, of images from number `done` to `count`.
+
+    They are those of a command that begins at 0, if one of its rounds begins at `done`: images of
+    batches of another size are not equal to the last digit.
+    """
+    if done == count:
+        return []
+    world = dist.get_world_size()
+    for first in (0, done):
+        batches = dist.split_for_all_ranks(range(first, count), batch)
+        starts = [own[0] for own in batches[::world]]  # of the rounds
+        if done in starts:
+            return [batches[i:i + world]
+                    for i in range(starts.index(done) * world, len(batches), world)]
+    raise AssertionError("a range begins with its own first round")
+
+
+def _refuse_lost(lost: Sequence[int], count: int) -> None:
+    """Raises NonFiniteSamplesError on all ranks if one of them has lost images, given by seeds."""
+    seeds = sorted(seed for part in dist.gather_objects(list(lost)) for seed in part)
+    if seeds:
+        more = ", ..." if len(seeds) > _MAX_NAMED else ""
         raise NonFiniteSamplesError(
-            f"{len(lost)} of {len(seeds)} images have values that are not finite, so there is no "
-            f"score: seeds {format_ranges(lost[:_MAX_NAMED])}{more}; the network may have "
+            f"{len(seeds)} of {count} images have values that are not finite, so there is no "
+            f"score: seeds {format_ranges(seeds[:_MAX_NAMED])}{more}; the network may have "
             "diverged, or --precision may be too low for it")
-    return found

@@ -1,0 +1,133 @@
+"""Features of images in a file, so that another metric needs no new images.
+
+An .npz holds `features` [n, d] float32 in the order of the images, the name of the `detector`,
+and `facts`, which are JSON: what records say of the images, their shape and scale, and the hash of
+the detector's weights. Nothing is unpickled, and sizes are checked before memory is asked for.
+"""
+
+import dataclasses
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dnnlib.atomic import atomic_write
+from dnnlib.util import json_value
+from metrics.detectors import Detector
+from metrics.metrics import FeatureSet
+from metrics.npz_arrays import read_npz_array
+from torch_utils import distributed as dist
+
+_MAX_IMAGES = 10_000_000
+_MAX_TEXT_BYTES = 1 << 24
+_ARRAYS = {"features": "f", "detector": "U", "facts": "U"}
+_OF_FILE = ("image_shape", "scale", "detector_sha256")  # facts that records don't have
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptFeatures:
+    """The features of a set of images, all that is needed to score it."""
+
+    features: torch.Tensor  # [n, d] float32
+    detector: str  # name of what made them
+    facts: dict[str, Any]  # what records say of the images, as plain JSON data
+    image_shape: tuple[int, int, int]  # channels, height, width
+    scale: dict[str, Any] | None = None  # of images that are not 8-bit
+    detector_sha256: str | None = None  # of the detector's weights
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the .npz, into a folder that is made if needed.
+
+        Raises:
+            OSError: it can't be written; what was there is still there.
+        """
+        facts = {"image_shape": list(self.image_shape), "scale": self.scale,
+                 "detector_sha256": self.detector_sha256, "facts": self.facts}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            np.savez(file, features=self.features.numpy(), detector=np.array(self.detector),
+                     facts=np.array(json.dumps(json_value(facts))))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "KeptFeatures":
+        """Reads a file of `save`.
+
+        Raises:
+            OSError: it can't be read.
+            ValueError: it holds something else.
+        """
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                    raise ValueError("compressed")
+                features, detector, facts = (
+                    read_npz_array(archive, name, kind, _MAX_IMAGES, _MAX_TEXT_BYTES)
+                    for name, kind in _ARRAYS.items())
+            if features.ndim != 2 or min(features.shape) < 1 or not np.isfinite(features).all():
+                raise ValueError(f"features has shape {list(features.shape)}, or values that are "
+                                 "not finite")
+            known = json.loads(str(facts))
+            shape, scale, digest = (known[name] for name in _OF_FILE)
+            if not isinstance(known["facts"], dict) or len(shape) != 3:
+                raise ValueError("facts are not those of features")
+        # The last two: an unknown compression method, an encrypted member.
+        except (ValueError, TypeError, KeyError, EOFError, RecursionError, zipfile.BadZipFile,
+                zlib.error, NotImplementedError, RuntimeError) as error:
+            reason = str(error).strip("'\"").split("\n")[0] or type(error).__name__
+            raise ValueError(f"{path}: not features that --features has kept: {reason}") from error
+        return cls(torch.from_numpy(features.astype(np.float32)), str(detector), known["facts"],
+                   tuple(map(int, shape)), scale, digest)
+
+    def check_made_by(self, detector: Detector, path: str | os.PathLike) -> None:
+        """Raises ValueError if another detector has made the features in the file `path`."""
+        if (self.detector, self.detector_sha256) != (detector.name, detector.weights_sha256):
+            raise ValueError(f"{path}: features of detector {self.detector}, but --detector is "
+                             f"{detector.name}; give the detector that made them")
+
+
+def is_feature_file(path: str | os.PathLike) -> bool:
+    """Whether a path is that of an .npz of features and of nothing else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+    return str(path).endswith(".npz") and {"features.npy", "facts.npy"} <= names
+
+
+def load_on_rank0(path: str | os.PathLike) -> tuple[KeptFeatures, int]:
+    """Returns what a file holds, and of how many images: only rank 0 has their features.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it holds something else.
+    """
+    own: list[KeptFeatures] = []
+
+    def load() -> tuple[KeptFeatures, int]:
+        own.append(KeptFeatures.load(path))
+        return dataclasses.replace(own[0], features=own[0].features[:0]), len(own[0])
+
+    without, count = dist.run_on_rank0(load)
+    return (own[0] if own else without), count
+
+
+def of_features(kept: KeptFeatures, count: int, detector: Detector, metrics: Iterable[str]
+                ) -> FeatureSet:
+    """Returns what `metrics` need of `count` images, of which this rank has these features.
+
+    Under torchrun every rank calls it.
+    """
+    found = FeatureSet(count, detector, metrics)
+    found.append_features(kept.features.to(detector.device), range(len(kept)))
+    found.finish()
+    return found

@@ -1,0 +1,185 @@
+"""Scores of many networks, settings and ranges of seeds, of which none is computed twice."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dnnlib import console
+from dnnlib.util import format_ranges, is_url
+from metrics.detectors import FEATURES_VERSION, Detector
+from metrics.feature_files import KeptFeatures, load_on_rank0, of_features
+from metrics.metrics import METRICS
+from metrics.score_report import Job, ScoreReport
+from metrics.scoring import network_features
+from metrics.unfinished import UnfinishedSums
+from sampling.network_sampler import NetworkFile, NetworkSampler, UsageError
+from sampling.sweeps import SweepPoint
+from torch_utils import distributed as dist
+from torch_utils.misc import configure_backends
+
+SCORES_FILE = "metrics.jsonl"
+_MAX_NAMED = 4  # networks in a message
+
+
+def seed_ranges(seeds: Sequence[int], count: int) -> list[list[int]]:
+    """Returns `seeds`, then as many seeds after them in the same pattern, and so on."""
+    span = max(seeds) - min(seeds) + 1
+    return [[seed + i * span for seed in seeds] for i in range(count)]
+
+
+def score_networks(
+    sources: Sequence[str], points: Sequence[SweepPoint], ranges: Sequence[Sequence[int]],
+    open_sampler: Callable[[NetworkFile, SweepPoint], NetworkSampler],
+    open_report: Callable[[str, NetworkSampler], ScoreReport], *, batch: int,
+    out: Path | None = None, key: str | None = None, again: bool = False,
+    features: Path | None = None,
+) -> None:
+    """Scores every network at every point and range; each file is read once.
+
+    A network that can't be opened or scored is warned of, and the others are scored.
+
+    Args:
+        sources: paths or addresses of networks.
+        points: settings of the sampler.
+        ranges: seeds, one for each image of a score.
+        open_sampler: makes a sampler of a file and a setting.
+        open_report: makes the report, given the first sampler and its name.
+        batch: the most images at a time on one rank.
+        out: the file of scores; None is metrics.jsonl beside each network.
+        key: which network of files that hold several.
+        again: compute scores that are in the file, too.
+        features: where the features are kept: a file .npz for a single score, else a folder.
+
+    Raises:
+        ValueError: at the end if networks were not scored; UsageError at once.
+        OSError: if the only network can't be read.
+    """
+    report, failed = None, {}
+    is_single = len(sources) * len(points) * len(ranges) == 1
+    labels = dict(zip(sources, _labels(sources), strict=True))
+    for source in sources:
+        try:
+            file = NetworkFile.read(source, key)
+            for point in points:
+                sampler = open_sampler(file, point)
+                if report is None:
+                    report = open_report(source, sampler)
+                else:
+                    report.check(sampler, source)
+                for seeds in ranges:
+                    job = _Job.of(file, point, sampler, seeds, labels[source], out)
+                    kept = features and (features if is_single else features / job.feature_name)
+                    _score(job, sampler, seeds, report, batch, again, kept)
+        except UsageError:
+            raise
+        except (ValueError, OSError) as error:
+            if len(sources) == 1 or report is None:
+                raise
+            failed[source] = error
+            dist.warn0(f"{source} is not scored: {error}")
+    report.print_table()
+    if failed:
+        named = ", ".join(labels[source] for source in list(failed)[:_MAX_NAMED])
+        more = ", ..." if len(failed) > _MAX_NAMED else ""
+        raise ValueError(f"{len(failed)} of {len(sources)} networks were not scored, see the "
+                         f"warnings above: {named}{more}")
+
+
+class _Job(NamedTuple):
+    """One range of seeds of one network at one setting."""
+
+    name: Job
+    facts: dict[str, Any]  # what its record says
+    path: Path | None  # the file of its scores
+    feature_name: str  # of its file in a folder of features
+
+    @classmethod
+    def of(cls, file: NetworkFile, point: SweepPoint, sampler: NetworkSampler,
+           seeds: Sequence[int], label: str, out: Path | None) -> "_Job":
+        """Returns the job; `out` is the file of all scores, None for one beside the network."""
+        facts = {"network": file.source, "num": len(seeds), "seeds": format_ranges(seeds),
+                 "sampler": sampler.settings}
+        shown = [label, *point.suffix.split("_")[1:], "seeds", facts["seeds"]]
+        beside = None if is_url(file.source) else Path(file.source).parent / SCORES_FILE
+        stem = Path(file.source).stem
+        name = f"{stem}{point.suffix}_{min(seeds)}-{max(seeds)}_{_digest(facts)[:8]}.npz"
+        return cls(Job(file.source, " ".join(filter(None, shown)), file.source + point.suffix),
+                   facts, out or beside, name)
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    """Returns a hash of what decides the images."""
+    known = [facts.get("sampler"), facts.get("seeds")]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _score(job: _Job, sampler: NetworkSampler, seeds: Sequence[int], report: ScoreReport,
+           batch: int, again: bool, kept_at: Path | None) -> None:
+    """Scores one range of one sampler, unless that is recorded.
+
+    `kept_at` is the file of its features, which are not computed if they are there; None for none.
+    """
+    kept = None if again or kept_at is None else _load_features(kept_at, job, report.detector)
+    missing = report.missing(job.name, job.facts, job.path, again=again)
+    if kept is not None and missing:
+        dist.print0(f"Features   {job.name.label}: from {kept_at}")
+        found = of_features(kept, len(seeds), report.detector, missing)
+    elif missing or (kept_at is not None and kept is None):
+        keeps = kept_at is not None
+        unfinished = UnfinishedSums(job.path and job.path.parent,
+                                    _key(job.facts, report, missing, keeps))
+        configure_backends(sampler.settings["precision"])
+        with console.timed("samples and features"):
+            found = network_features(sampler, seeds, report.detector, metrics=missing, batch=batch,
+                                     title=job.name.label, unfinished=unfinished,
+                                     keeps_features=keeps)
+        configure_backends("fp32")
+        if keeps:
+            dist.run_on_rank0(lambda: KeptFeatures(
+                found.features, report.detector.name, job.facts, sampler.image_shape, sampler.scale,
+                report.detector.weights_sha256).save(kept_at))
+        unfinished.remove()
+    if missing:
+        report.add(job.name, found, job.facts, job.path)
+
+
+def _load_features(path: Path, job: _Job, detector: Detector) -> KeptFeatures | None:
+    """Returns the features of a job, if there is such a file.
+
+    Raises:
+        ValueError: they are of other images or of another detector.
+    """
+    if not dist.run_on_rank0(path.exists):
+        return None
+    kept, _ = load_on_rank0(path)
+    kept.check_made_by(detector, path)
+    if _digest(kept.facts) != _digest(job.facts):
+        raise ValueError(f"--features={path}: holds features of other images, by its seeds or "
+                         "settings; name another file, or give --again to replace it")
+    return kept
+
+
+def _key(facts: dict[str, Any], report: ScoreReport, metrics: Iterable[str], keeps: bool
+         ) -> dict[str, Any]:
+    """Returns what decides the sums of a range."""
+    needs = {METRICS[name].needs for name in metrics} | ({"bank"} if keeps else set())
+    return {"images": _digest(facts), "needs": sorted(needs),
+            "detector": [report.detector.name, report.detector.weights_sha256, FEATURES_VERSION]}
+
+
+def _labels(sources: Sequence[str]) -> list[str]:
+    """Returns what distinguishes the paths: what follows the folder that they share.
+
+    A single one needs no name.
+    """
+    if len(sources) == 1:
+        return [""]
+    paths = [source if is_url(source) else os.path.abspath(source) for source in sources]
+    folders = {os.path.dirname(path) for path in paths}
+    if any(map(is_url, paths)):
+        return list(sources)
+    shared = os.path.commonpath(folders)
+    return [os.path.relpath(path, shared) for path in paths]

@@ -1,0 +1,148 @@
+"""What a command of scores says as they come, and at its end; and what it warns of before."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dnnlib import console
+from metrics.detectors import Detector
+from metrics.distances import SUBSET_SIZE
+from metrics.evaluator import Evaluator
+from metrics.metrics import METRICS, FeatureSet
+from metrics.score_log import Score, ScoreLog
+from metrics.scoring import Scored, open_evaluator
+from torch_utils import distributed as dist
+from torch_utils.misc import configure_backends
+
+_FEW_IMAGES = 2048  # the covariance of Inception's features is singular below
+
+
+class Job(NamedTuple):
+    """A set of images to score; those of one `group` are the seed ranges of one network."""
+
+    path: str
+    label: str
+    group: str = ""
+
+
+class ScoreReport:
+    """The scores of one command, against one reference: computed, printed and recorded.
+
+    Under torchrun every method is called on all ranks.
+
+    Args:
+        detector, reference, metrics, device, sets, batch, workers: see `open_evaluator`.
+        num: how many images each score is of.
+        is_single: there is only one score to print.
+    """
+
+    def __init__(self, detector: str, reference: str | None, metrics: tuple[str, ...],
+                 device: torch.device, sets: dict[str, Scored], num: int, *, batch: int,
+                 workers: int, is_single: bool):
+        configure_backends("fp32")
+        with console.timed("detector and reference"):
+            self._evaluator = open_evaluator(detector, reference, metrics, device, sets,
+                                             batch=batch, workers=workers)
+        self._metrics, self._is_single = metrics, is_single
+        self._log = ScoreLog(self._evaluator)
+        warn_if_few(num, self.detector.name, metrics, self._evaluator.reference_count)
+        _warn_of_small_subsets(self._evaluator, num)
+
+    @property
+    def detector(self) -> Detector:
+        """What makes the features."""
+        return self._evaluator.detector
+
+    def check(self, images: Scored, name: str) -> None:
+        """Raises ValueError if images, called `name`, can't be scored."""
+        self._evaluator.check(images.image_shape, name, images.scale)
+
+    def missing(self, job: Job, facts: dict[str, Any], path: Path | None, *,
+                again: bool) -> tuple[str, ...]:
+        """Returns the metrics whose values for a job a file does not have.
+
+        If it has them all they are printed, and the job is done.
+
+        Args:
+            job: the images.
+            facts: what the record says of them.
+            path: the file; None for none.
+            again: take nothing from it.
+        """
+        return dist.run_on_rank0(self._missing, job, facts, path, again)
+
+    def _missing(self, job: Job, facts: dict[str, Any], path: Path | None, again: bool
+                 ) -> tuple[str, ...]:
+        names = [name for metric in self._metrics for name in METRICS[metric].values]
+        there = {} if again else self._log.recorded(path, names, facts)
+        missing = tuple(metric for metric in self._metrics
+                        if not there.keys() >= set(METRICS[metric].values))
+        if not missing:
+            console.say(f"Recorded   {job.label}: in {path}; --again computes it anew")
+            self._tell(job, {name: there[name] for name in names})
+        return missing
+
+    def add(self, job: Job, found: FeatureSet, facts: dict[str, Any], path: Path | None) -> None:
+        """Scores the features of a job, prints its distance as the references do, and records all.
+
+        Args:
+            job: the images.
+            found: their features, as all metrics need them or just those that were missing.
+            facts: what else the record says of them.
+            path: the file that gets a JSON line a value; None for none.
+        """
+        with console.timed("distances"):
+            values = self._evaluator.evaluate(found)
+        if dist.get_rank() != 0:
+            return
+        names = [name for metric in self._metrics for name in METRICS[metric].values]
+        rest = [name for name in names if name not in values]
+        there = self._log.recorded(path, rest, facts) if rest else {}
+        self._log.record(path, values, facts)
+        self._tell(job, {name: (values | there)[name] for name in names})
+
+    def _tell(self, job: Job, values: dict[str, float]) -> None:
+        self._log.add(Score(job.label, job.group, values))
+        if "fid" in values:
+            text = f"{values['fid']:g}"
+            if self._log.distance_name != "FID":
+                text = f"{self._log.distance_name}: {text}"
+            if not self._is_single:
+                text = (f"path:{job.path}, {text}" if os.path.isdir(job.path)
+                        else f"{job.label}: {text}")
+            console.result(text)
+
+    def print_table(self) -> None:
+        """Prints all scores where there are several values."""
+        if dist.get_rank() == 0 and self._log.has_more_than_one_value:
+            console.result("\n" + self._log.table())
+
+
+def warn_if_few(count: int, detector: str, metrics: Sequence[str],
+                num_reference: int | None = None) -> None:
+    """Warns of images or, if their number is known, of references that are too few for an FID."""
+    if "fid" not in metrics:
+        return
+    is_reference_small = num_reference is not None and num_reference < _FEW_IMAGES
+    if count >= _FEW_IMAGES:
+        if is_reference_small:
+            dist.warn0(f"the reference is of {num_reference} images, fewer than {_FEW_IMAGES}: the "
+                       "distance is biased upwards; compare with the same reference only")
+    else:
+        reason = f"are fewer than {_FEW_IMAGES}: the distance is biased upwards"
+        if detector == "inception":
+            reason = (f"are fewer than the {_FEW_IMAGES} features: their covariance is singular "
+                      "and FID is biased upwards")
+        more = f", and with this reference of {num_reference} images" if is_reference_small else ""
+        dist.warn0(f"{count} images {reason}; compare at equal numbers only{more}")
+
+
+def _warn_of_small_subsets(evaluator: Evaluator, num: int) -> None:
+    """Warns where there are too few images for the subsets of KID."""
+    kept = evaluator.num_reference_features
+    if kept is not None and "kid" in evaluator.metrics and min(kept, num) < SUBSET_SIZE:
+        dist.warn0(f"KID is computed on subsets of {min(kept, num)} images instead of "
+                   f"{SUBSET_SIZE}, because there are no more; compare at equal numbers only")

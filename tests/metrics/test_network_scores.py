@@ -1,0 +1,488 @@
+"""Scores of many networks in one start: what is computed, what is taken from where it stands."""
+
+import json
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+from scripts import ROOT, run_ranks
+from snapshots import write_snapshot
+from tiny import write_dataset
+
+import fid
+from checkpoints import checkpoint
+from checkpoints.names import find_networks
+from metrics import scoring
+from metrics.metrics import FeatureSet
+from metrics.network_scores import seed_ranges
+from metrics.unfinished import UnfinishedSums
+from sampling.network_sampler import NetworkSampler
+
+FAST = ["--detector=pixels", "--steps=2", "--device=cpu", "--workers=0"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "real.zip", num=30)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with three snapshots, whose numbers are not in the order of their letters."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for seed, kimg in enumerate(("000010", "000200", "1000000")):
+        write_snapshot(folder / f"network-snapshot-{kimg}.pt", seed=seed)
+    return folder
+
+
+def gen(run, data, *args, pattern="network-snapshot-*.pt"):
+    fid.main(["gen", f"--network={run / pattern}", f"--ref={data}", "--seeds=0-8", "--batch=2",
+              *FAST, *args], standalone_mode=False)
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def values(run):
+    return {(line["network"], line["seeds"], line["metric"]): line["value"] for line in lines(run)}
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """The seeds that are sampled, in order."""
+    seeds, original = [], NetworkSampler.images
+
+    def noted(self, batches):
+        for sample in original(self, batches):
+            seeds.extend(sample.seeds)
+            yield sample
+
+    monkeypatch.setattr(NetworkSampler, "images", noted)
+    return seeds
+
+
+# ----------------------------------------------------------------------------------- which networks
+
+
+def test_a_pattern_names_networks_in_the_order_of_their_numbers(run):
+    found = find_networks([str(run / "network-snapshot-*.pt")])
+    assert [re.search(r"\d{6,}", path)[0] for path in found] == ["000010", "000200", "1000000"]
+    assert find_networks([found[2], str(run), *found]) == [found[2], found[0], found[1]]
+    with pytest.raises(FileNotFoundError, match=r"other-\*\.pt: no file matches this pattern"):
+        find_networks([str(run / "other-*.pt")])
+
+
+def test_a_name_with_brackets_is_the_file_of_that_name(tmp_path):
+    path = tmp_path / "net[1].pt"
+    path.write_bytes(b"")
+    (tmp_path / "net1.pt").write_bytes(b"")
+    assert find_networks([str(path)]) == [str(path)]
+
+
+def test_ranges_follow_each_other_in_the_pattern_of_the_first():
+    assert seed_ranges([0, 2, 5], 3) == [[0, 2, 5], [6, 8, 11], [12, 14, 17]]
+
+
+# ----------------------------------------------------------------------------------- once and again
+
+
+@pytest.mark.long
+def test_each_network_point_and_range_is_scored_and_each_file_is_read_once(
+        run, data, capsys, monkeypatch):
+    read, original = [], checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda path, key=None: (
+        read.append(path), original(path, key))[1])
+    gen(run, data, "--steps=1,2", "--ranges=2", "--metrics=fid,kid")
+    assert sorted(read) == sorted(map(str, run.glob("*.pt")))
+    table = capsys.readouterr().out
+    assert len(lines(run)) == 3 * 2 * 2 * 3  # kid has a deviation
+    assert re.search(r"network-snapshot-1000000\.pt steps 2 seeds 9-17 +\S+", table)
+    assert table.count("lowest of 2") == 3 * 2
+
+
+def test_a_score_of_many_is_that_of_one(run, data):
+    gen(run, data, "--ranges=2")
+    together = values(run)
+    (run / "metrics.jsonl").unlink()
+    for network in sorted(run.glob("*.pt")):
+        for seeds in ("0-8", "9-17"):
+            gen(run, data, f"--seeds={seeds}", pattern=network.name)
+    assert values(run) == together
+
+
+def test_what_is_recorded_is_not_computed_again(run, data, capsys, sampled):
+    gen(run, data)
+    first, count = capsys.readouterr().out, len(sampled)
+    gen(run, data, "--ranges=2")
+    assert len(sampled) == count + 3 * 9  # the second range alone
+    again = capsys.readouterr().out
+    scores = re.findall(r"^(\S+ seeds 0-8: .*)$", first, re.M)
+    assert len(scores) == 3 and re.findall(r"^(\S+ seeds 0-8: .*)$", again, re.M) == scores
+    assert again.count("Recorded ") == 3
+    gen(run, data, "--again")
+    assert len(sampled) == count + 6 * 9
+    assert len(lines(run)) == 9 and len(values(run)) == 6
+
+
+@pytest.mark.parametrize("args", [
+    ["--steps=3"], ["--seeds=1-9"], ["--seeds=0-9"], ["--class=1"], ["--detector=pixels:2"],
+    ["--S_churn=1"], ["--metrics=kid"]])
+def test_another_setting_is_another_score(run, data, sampled, args):
+    one = {"pattern": "network-snapshot-000010.pt"}
+    gen(run, data, **one)
+    count = len(sampled)
+    gen(run, data, *args, **one)
+    assert len(sampled) > count
+
+
+def test_other_weights_and_another_reference_are_another_score(run, data, sampled, tmp_path):
+    one = {"pattern": "network-snapshot-000010.pt"}
+    gen(run, data, **one)
+    other = write_dataset(tmp_path / "other.zip", num=31)
+    gen(run, other, **one)
+    assert len(sampled) == 18
+    write_snapshot(run / "network-snapshot-000010.pt", seed=7)
+    gen(run, data, **one)
+    assert len(sampled) == 27
+    (tmp_path / "copy.zip").write_bytes(data.read_bytes())  # the same images
+    gen(run, tmp_path / "copy.zip", **one)
+    assert len(sampled) == 27
+
+
+def test_a_metric_that_is_missing_is_computed_alone(run, data, capsys):
+    one = {"pattern": "network-snapshot-000010.pt"}
+    gen(run, data, "--metrics=pr,fid", "--again", **one)
+    both = {line["metric"]: line["value"] for line in lines(run)}
+    (run / "metrics.jsonl").unlink()
+    gen(run, data, "--metrics=fid", **one)
+    capsys.readouterr()
+    gen(run, data, "--metrics=pr,fid", **one)
+    assert [line["metric"] for line in lines(run)] == ["frechet_distance", "precision", "recall"]
+    assert {line["metric"]: line["value"] for line in lines(run)} == both
+    assert "pixels Frechet distance" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [b"{\n", b"[]\n", b'{"metric": "fid"}\n', b"\xff\n",
+                                  b'"' + b"[" * 9, b"[" * 100_000 + b"\n"])
+def test_damaged_lines_hide_no_score(run, data, sampled, line):
+    one = {"pattern": "network-snapshot-000010.pt"}
+    gen(run, data, **one)
+    path = run / "metrics.jsonl"
+    path.write_bytes(line + path.read_bytes())
+    gen(run, data, **one)
+    assert len(sampled) == (18 if b"\n" not in line else 9)  # what it is joined to is lost
+
+
+# ---------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_damaged_network_does_not_keep_others_from_being_scored(run, data, capsys):
+    path = run / "network-snapshot-000200.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SystemExit) as caught:
+        fid.main(["gen", f"--network={run / '*.pt'}", f"--ref={data}", "--seeds=0-8", *FAST])
+    err = capsys.readouterr().err
+    assert caught.value.code == 1
+    assert f"Warning: {path} is not scored: " in err
+    assert err.rstrip().splitlines()[-1].endswith(
+        "1 of 3 networks were not scored, see the warnings above: network-snapshot-000200.pt")
+    assert len(values(run)) == 2
+
+
+def test_a_diverged_network_has_no_score_and_the_others_have(run, data, capsys):
+    path = run / "network-snapshot-000200.pt"
+    content = checkpoint.load(path)
+    for weight in content["ema"].values():
+        weight.fill_(torch.nan)
+    checkpoint.save(path, content)
+    with pytest.raises(SystemExit):
+        fid.main(["gen", f"--network={run / '*.pt'}", f"--ref={data}", "--seeds=0-8", *FAST])
+    assert "9 of 9 images have values that are not finite" in capsys.readouterr().err
+    assert len(values(run)) == 2
+    assert not list(run.glob("fid-unfinished*"))
+
+
+def test_a_flag_that_fits_no_network_is_refused_at_once(run, data, capsys, sampled):
+    with pytest.raises(SystemExit) as caught:
+        fid.main(["gen", f"--network={run / '*.pt'}", f"--ref={data}", "--class=7", *FAST])
+    assert caught.value.code == 2 and not sampled
+    assert "--class=7: must be between 0 and 1" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------- killed and continued
+
+
+class Stopped(BaseException):
+    """Ends a command without a word, as a kill does."""
+
+
+@pytest.fixture
+def stopping(monkeypatch, sampled):
+    """Ends a command after so many batches; sums are written after every round."""
+    monkeypatch.setattr(scoring, "SAVE_SEC", 0.0)
+    original = NetworkSampler.images
+
+    def stop_after(count):
+        def counted(self, batches):
+            for number, sample in enumerate(original(self, batches)):
+                if number == count:
+                    raise Stopped
+                yield sample
+
+        monkeypatch.setattr(NetworkSampler, "images", counted)
+
+    return stop_after
+
+
+@pytest.mark.parametrize("metrics", ["fid", "kid,pr", "fid,kid,pr"])
+def test_an_unfinished_range_goes_on_where_it_was_stopped(run, data, stopping, sampled, metrics):
+    one = {"pattern": "network-snapshot-000010.pt"}
+    gen(run, data, f"--metrics={metrics}", **one)
+    whole = values(run)
+    (run / "metrics.jsonl").unlink()
+    for _ in range(3):  # of five batches
+        sampled.clear()
+        stopping(1)
+        with pytest.raises(Stopped):
+            gen(run, data, f"--metrics={metrics}", **one)
+    assert len(list(run.glob("fid-unfinished-*.npz"))) == 1
+    stopping(99)
+    sampled.clear()
+    gen(run, data, f"--metrics={metrics}", **one)
+    assert sampled == [6, 7, 8]
+    assert values(run) == whole  # to the bit: the batches are the same
+    assert not list(run.glob("fid-unfinished-*"))
+
+
+def test_another_batch_size_goes_on_too(run, data, stopping, sampled):
+    one = {"pattern": "network-snapshot-000010.pt"}
+    gen(run, data, **one)
+    [whole] = values(run).values()
+    (run / "metrics.jsonl").unlink()
+    stopping(2)
+    with pytest.raises(Stopped):
+        gen(run, data, **one)
+    stopping(99)
+    sampled.clear()
+    gen(run, data, "--batch=3", **one)
+    assert sampled == [4, 5, 6, 7, 8]
+    [value] = values(run).values()
+    assert value == pytest.approx(whole, rel=0.01)  # pixels round to other gray levels
+
+
+def test_damaged_sums_are_not_used(run, data, stopping, sampled, capsys):
+    one = {"pattern": "network-snapshot-000010.pt"}
+    stopping(2)
+    with pytest.raises(Stopped):
+        gen(run, data, **one)
+    [path] = run.glob("fid-unfinished-*")
+    path.write_bytes(path.read_bytes()[:-60])
+    stopping(99)
+    sampled.clear()
+    gen(run, data, **one)
+    assert sampled == list(range(9))
+    assert re.search(r"Warning: \S+npz: can't be read \(.*\), so this range begins anew",
+                     capsys.readouterr().err)
+
+
+def test_sums_of_another_form_are_not_used(tmp_path, capsys):
+    class Two:
+        name, device, feature_dim = "two", torch.device("cpu"), 2
+
+    def make():
+        features = FeatureSet(9, Two(), ["fid", "kid"])
+        features.append_features(torch.zeros(0, 2), [])
+        return features
+
+    kept = UnfinishedSums(tmp_path, {})
+    features = make()
+    features.append_features(torch.arange(6.0).reshape(3, 2), range(3))
+    kept.save(features, 3)
+    [path] = tmp_path.iterdir()
+    arrays = dict(np.load(path))
+    for name, other in {"bank.features": np.zeros([3, 5], np.float32), "done": np.array(10),
+                        "moments.scatter": np.zeros([2])}.items():
+        np.savez(path, **{**arrays, name: other})
+        found, done = kept.restored(make)
+        assert done == 0 and found.moments.count == 0 and "begins anew" in capsys.readouterr().err
+    np.savez(path, **arrays)
+    found, done = kept.restored(make)
+    assert done == 3 and torch.equal(found.moments.mean(), torch.tensor([2.0, 3.0]).double())
+    assert torch.equal(found.bank.gather(), torch.arange(6.0).reshape(3, 2))
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from metrics import scoring
+from sampling.network_sampler import NetworkSampler
+
+scoring.SAVE_SEC, original = 0.0, NetworkSampler.images
+
+def images(self, batches):
+    for number, sample in enumerate(original(self, batches)):
+        if number == {count}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield sample
+
+NetworkSampler.images = images
+import fid
+fid.main()
+"""
+
+
+@pytest.mark.scripts
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_study_survives_kills_and_repeats_no_range(run, data, tmp_path, processes):
+    """Killed three times, at each start after two batches of a range; then it runs to its end."""
+    args = ["gen", f"--network={run / '*.pt'}", f"--ref={data}", "--seeds=0-8", "--batch=2",
+            "--metrics=fid,kid", "--ranges=2", *FAST]
+    script = tmp_path / "killed.py"
+    for count in (2, 1, 2):
+        script.write_text(KILLED.format(root=str(ROOT), count=count))
+        codes = [rank.returncode for rank in run_ranks(script, *args, processes=processes)]
+        assert -signal.SIGKILL in codes
+    script.write_text(KILLED.format(root=str(ROOT), count=-1))
+    for rank in run_ranks(script, *args, processes=processes):
+        assert rank.returncode == 0, rank.stderr
+    found = [(line["network"], line["seeds"], line["metric"]) for line in lines(run)]
+    assert len(found) == len(set(found)) == 3 * 2 * 3
+    survived = values(run)
+    (run / "metrics.jsonl").unlink()
+    for rank in run_ranks(ROOT / "fid.py", *args, processes=processes):
+        assert rank.returncode == 0, rank.stderr
+    assert survived.keys() == values(run).keys()
+    assert list(survived.values()) == pytest.approx(list(values(run).values()), rel=1e-9)
+    assert not list(run.glob("fid-unfinished-*"))
+
+
+# ------------------------------------------------------------------------------------ kept features
+
+
+ONE = {"pattern": "network-snapshot-000010.pt"}
+
+
+def by_metric(path):
+    return {line["metric"]: line["value"]
+            for line in map(json.loads, path.read_text().splitlines())}
+
+
+def refused(capsys, *args):
+    with pytest.raises(SystemExit) as caught:
+        fid.main(list(map(str, args)))
+    assert caught.value.code
+    [line] = [line for line in capsys.readouterr().err.splitlines()
+              if not line.startswith("Warning:")]
+    return line
+
+
+def test_another_metric_of_kept_features_needs_no_new_samples(run, data, sampled, tmp_path, capsys):
+    gen(run, data, "--metrics=fid,kid,pr", **ONE)
+    direct = by_metric(run / "metrics.jsonl")
+    (run / "metrics.jsonl").unlink()
+    file = f"--features={tmp_path / 'f.npz'}"
+    gen(run, data, "--metrics=fid", file, **ONE)
+    count = len(sampled)
+    gen(run, data, "--metrics=fid,kid", file, **ONE)
+    fid.main(["calc", f"--images={tmp_path / 'f.npz'}", f"--ref={data}", "--count=9",
+              "--metrics=fid,pr", "--device=cpu", "--detector=pixels",
+              f"--out={tmp_path / 'calc.jsonl'}"], standalone_mode=False)
+    assert len(sampled) == count
+    found = by_metric(run / "metrics.jsonl") | by_metric(tmp_path / "calc.jsonl")
+    assert found == pytest.approx(direct, rel=1e-9)
+    [first, *_] = lines(run)
+    [calculated, *_] = map(json.loads, (tmp_path / "calc.jsonl").read_text().splitlines())
+    assert {**calculated, "date": 0, "value": 0} == {**first, "date": 0, "value": 0}
+
+
+def test_a_recorded_score_without_its_features_is_sampled_and_not_recorded_again(
+        run, data, sampled, tmp_path):
+    gen(run, data, **ONE)
+    gen(run, data, f"--features={tmp_path / 'f.npz'}", **ONE)
+    assert len(sampled) == 18 and len(lines(run)) == 1
+    kept = np.load(tmp_path / "f.npz")["features"]
+    assert kept.shape == (9, 3 * 8 * 8) and np.abs(kept).max() <= 1
+
+
+def test_features_of_other_images_are_refused_and_replaced_when_asked(run, data, tmp_path, capsys):
+    file = f"--features={tmp_path / 'f.npz'}"
+    gen(run, data, file, **ONE)
+    before = (tmp_path / "f.npz").read_bytes()
+    capsys.readouterr()
+    args = ["gen", f"--network={run / 'network-snapshot-000010.pt'}", f"--ref={data}", file]
+    for other in (["--seeds=1-9"], ["--seeds=0-8", "--steps=3"]):
+        assert re.search("f.npz: holds features of other images.*--again",
+                         refused(capsys, *args, *FAST, *other))
+    assert (tmp_path / "f.npz").read_bytes() == before
+    gen(run, data, file, "--seeds=1-9", "--again", **ONE)
+    assert (tmp_path / "f.npz").read_bytes() != before
+
+
+def test_features_of_several_scores_go_to_a_folder(run, data, sampled, tmp_path, capsys):
+    folder = tmp_path / "features"
+    gen(run, data, "--ranges=2", f"--features={folder}")
+    names = sorted(path.name for path in folder.iterdir())
+    assert len(names) == 6 and re.fullmatch(
+        "network-snapshot-000010_0-8_[0-9a-f]{8}.npz", names[0])
+    count = len(sampled)
+    gen(run, data, "--ranges=2", f"--features={folder}", "--metrics=kid")
+    assert len(sampled) == count
+    capsys.readouterr()
+    common = ["gen", f"--network={run / '*.pt'}", f"--ref={data}", "--seeds=0-8", *FAST]
+    assert "must be a folder, because there are 3 scores" in refused(
+        capsys, *common, f"--features={tmp_path / 'f.npz'}")
+    [*_, one] = sorted(map(str, run.glob("*.pt")))
+    assert "must be a file called *.npz" in refused(
+        capsys, "gen", f"--network={one}", *common[2:], f"--features={folder}")
+
+
+def test_features_of_images_are_kept_too(data, tmp_path):
+    args = ["calc", f"--ref={data}", "--device=cpu", "--workers=0", "--detector=pixels",
+            "--metrics=fid,kid"]
+    images = write_dataset(tmp_path / "images.zip", num=20)
+    fid.main([*args, f"--images={images}", "--count=20", f"--out={tmp_path / 'a.jsonl'}",
+              f"--features={tmp_path / 'f.npz'}"], standalone_mode=False)
+    fid.main([*args, f"--images={tmp_path / 'f.npz'}", "--count=20",
+              f"--out={tmp_path / 'b.jsonl'}"], standalone_mode=False)
+    assert by_metric(tmp_path / "a.jsonl") == pytest.approx(by_metric(tmp_path / "b.jsonl"),
+                                                            rel=1e-12)
+
+
+def damaged_features(path, **changes):
+    arrays = dict(np.load(path)) | changes
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda path: path.write_bytes(path.read_bytes()[:3000]), "truncated or damaged|not an .npz"),
+    (lambda path: damaged_features(path, features=np.zeros([9, 2, 2], np.float32)), "has shape"),
+    (lambda path: damaged_features(path, features=np.zeros([9, 192])), None),
+    (lambda path: damaged_features(path, features=np.full([9, 192], np.nan)), "not finite"),
+    (lambda path: damaged_features(path, features=np.array([None])), "not features"),
+    (lambda path: damaged_features(path, facts=np.array("{}")), "not features"),
+    (lambda path: damaged_features(path, facts=np.array("[" * 100_000)), "not features"),
+    (lambda path: damaged_features(path, detector=np.array("other")), "features of detector other"),
+    (lambda path: np.savez_compressed(path, **np.load(path)), "compressed"),
+])
+def test_damaged_features_are_refused(run, data, tmp_path, capsys, damage, words):
+    gen(run, data, f"--features={tmp_path / 'f.npz'}", **ONE)
+    damage(tmp_path / "f.npz")
+    capsys.readouterr()
+    args = ["calc", f"--images={tmp_path / 'f.npz'}", f"--ref={data}", "--count=9", "--device=cpu",
+            "--detector=pixels"]
+    if words is None:
+        fid.main(args, standalone_mode=False)
+    else:
+        assert re.search(words, refused(capsys, *args))
+
+
+def test_kept_features_are_of_a_number(run, data, tmp_path, capsys):
+    gen(run, data, f"--features={tmp_path / 'f.npz'}", **ONE)
+    capsys.readouterr()
+    args = ["calc", f"--images={tmp_path / 'f.npz'}", f"--ref={data}", "--detector=pixels"]
+    assert "features of 9 images, but --count=50000; give --count=9" in refused(capsys, *args)
+    assert "leave --features out" in refused(capsys, *args, f"--features={tmp_path / 'g.npz'}")
