@@ -32,7 +32,7 @@ from sampling.folders import CKPT_PREFIX, SWEPT, FolderName, strays
 from sampling.sampling_options import sampling_options
 
 _JSONL = "metrics.jsonl"
-_METRICS = ("fid", "kid", "pr", "is")
+_METRICS = ("fid", "kid", "pr", "dc", "is")
 _RUN_OPTIONS = "training_options.json"  # of a run directory
 _MAX_NAMED = 6  # folders in a message
 _MAX_WORKERS = 3  # by default; a GPU's Inception waits for no more
@@ -117,8 +117,8 @@ def _score_options(command):
         click.option("--ref", "ref_path", metavar="NPZ|URL|ZIP|DIR",
                      help="Reference statistics, or the data set; needed for all but is"),
         click.option("--metrics", metavar="LIST", default="fid", callback=_parse_metrics,
-                     help="What to compute, of fid, kid, pr (precision and recall), is "
-                          "(Inception score)"),
+                     help="What to compute, of fid, kid, pr (precision and recall), dc (density "
+                          "and coverage), is (Inception score)"),
         click.option("--out", metavar="JSONL",
                      help="File that gets one line a score  [default: metrics.jsonl of the run]"),
         click.option("--features", "kept_features", metavar="NPZ|DIR",
@@ -308,7 +308,7 @@ def gen(network: tuple[str, ...], ref_path: str | None, metrics: tuple[str, ...]
               help="Images of the data set")
 @click.option("--dest",       metavar="NPZ", required=True,
               help="File to write")
-@_switch("--features",        help="Also keep the features, which kid and pr need")
+@_switch("--features",        help="Also keep the features, which kid, pr and dc need")
 @_detector_options
 @cache_dir_option
 @verbosity_options

@@ -28,6 +28,18 @@ averaged over random subsets of both. It can be below 0.
 Precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991): a set covers a point that lies
 within the distance from one of its members to that member's k-th nearest neighbour in the set.
 Precision is the share of generated images that the real ones cover, recall the other way round.
+
+An outlier among the real ones reaches far, and so covers generated images that resemble none.
+Density and coverage (Naeem et al. 2020, arXiv 2002.09797) count how many real images cover a
+generated one, and how many cover any, where r_j is the distance of y_j to its k-th neighbour:
+
+    density = 1/(k m) sum_ij [|x_i - y_j| <= r_j]    coverage = 1/n sum_j [min_i |x_i - y_j| <= r_j]
+
+If x and y are of one law, whatever it is, they are on average
+
+    1    and    1 - C(n - 1, k)/C(m + n - 1, k), about 1 - (n/(m + n))^k,
+
+as y_j covers no x_i where its k nearest images of all others are real. Density can exceed 1.
 """
 
 import numpy as np
@@ -40,7 +52,8 @@ _WELL_CONDITIONED = 1e-7
 NUM_SUBSETS = 100  # this and the next two: as torch-fidelity, so that scores agree
 SUBSET_SIZE = 1000
 SUBSET_SEED = 2020
-NUM_NEIGHBOURS = 3
+NUM_NEIGHBOURS = 3  # of precision and recall
+NUM_DENSITY_NEIGHBOURS = 5  # of density and coverage
 _CHUNK_ROWS = 1024  # rows of a distance matrix at a time: 200 MB against 50,000 columns
 
 
@@ -126,10 +139,37 @@ def precision_recall(x: torch.Tensor, y: torch.Tensor, *, k: int = NUM_NEIGHBOUR
         ValueError: fewer than k neighbours on a side, or features of different lengths.
     """
     _check_features(x, y, least=k + 1)
-    # Distances are differences of squares: centred features lose fewer digits.
-    centre = y.to(torch.float64).mean(0).to(torch.float32)
-    x, y = (features.to(device) - centre.to(device) for features in (x, y))
+    x, y = _centred(x, y, device)
     return _covered(x, y, _neighbour_radii(y, k)), _covered(y, x, _neighbour_radii(x, k))
+
+
+def density_coverage(x: torch.Tensor, y: torch.Tensor, *, k: int = NUM_DENSITY_NEIGHBOURS,
+                     device: torch.device | str = "cpu") -> tuple[float, float]:
+    """Returns density, at least 0 and perhaps above 1, and coverage in [0, 1].
+
+    Arguments and errors are those of `precision_recall`, but there may be any number of x.
+    """
+    _check_features(x, y, least=1)
+    if len(y) <= k:
+        raise ValueError(f"{len(y)} real images: at least {k + 1} needed")
+    x, y = _centred(x, y, device)
+    radii, count = _neighbour_radii(y, k), 0
+    is_reached = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    for part in x.split(_CHUNK_ROWS):
+        inside = _squared_distances(part, y) <= radii
+        count += inside.sum()
+        is_reached |= inside.any(0)
+    return count.item() / (k * len(x)), is_reached.sum().item() / len(y)
+
+
+def _centred(x: torch.Tensor, y: torch.Tensor,
+             device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns both on a device, less the mean of y.
+
+    Distances are differences of squares, in which centred features lose fewer digits.
+    """
+    centre = y.to(torch.float64).mean(0).to(torch.float32)
+    return x.to(device) - centre.to(device), y.to(device) - centre.to(device)
 
 
 def _neighbour_radii(x: torch.Tensor, k: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
     fid    Frechet distance of mean and covariance             Heusel et al. 2017
     kid    kernel distance, mean and deviation over subsets    Binkowski et al. 2018
     pr     precision and recall                                Kynkaanniemi et al. 2019
+    dc     density and coverage                                Naeem et al. 2020
     is     Inception score, mean and deviation over splits     Salimans et al. 2016
 
 docs/metrics.md has the definitions. Under torchrun every function here is called on all ranks, and
@@ -18,7 +19,12 @@ import torch
 
 from dnnlib.progress import Progress
 from metrics.detectors import Detector
-from metrics.distances import frechet_distance, kernel_distance, precision_recall
+from metrics.distances import (
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
 from metrics.references import Reference
 from metrics.statistics import ClassStatistics, FeatureBank, FeatureStatistics, Sums
 from torch_utils import distributed as dist
@@ -128,6 +134,10 @@ def _precision_recall(images: FeatureSet, reference: Reference) -> tuple[float, 
     return precision_recall(images.features, reference.features, device=images.detector.device)
 
 
+def _density_coverage(images: FeatureSet, reference: Reference) -> tuple[float, float]:
+    return density_coverage(images.features, reference.features, device=images.detector.device)
+
+
 def _inception_score(images: FeatureSet, reference: Reference) -> tuple[float, float]:
     return images.classes.score()
 
@@ -136,6 +146,7 @@ METRICS: dict[str, Metric] = {
     "fid": Metric("moments", ("fid",), False, _frechet),
     "kid": Metric("bank", ("kid", "kid_std"), True, _kernel),
     "pr": Metric("bank", ("precision", "recall"), True, _precision_recall),
+    "dc": Metric("bank", ("density", "coverage"), True, _density_coverage),
     "is": Metric("classes", ("is", "is_std"), False, _inception_score),
 }
 

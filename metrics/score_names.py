@@ -2,7 +2,7 @@
 
 Files have recorded names, `metric` in metrics.jsonl and `Metrics/NAME` in stats.jsonl:
 
-    fid, kid, kid_std, precision, recall, is, is_std
+    fid, kid, kid_std, precision, recall, density, coverage, is, is_std
     frechet_distance, kernel_distance, kernel_distance_std    fid and kid of other features
     bits_per_dim, nats_per_dim                                of images, by likelihood.py
     psnr, ssim, ssim_uniform, rmse, mae                       of images and their truths
@@ -21,7 +21,8 @@ _TITLES_OF_FEATURES = {"frechet_distance": "Frechet distance", "kernel_distance"
 LIKELIHOODS = ("bits_per_dim", "nats_per_dim")
 OF_PAIRS = ("psnr", "ssim", "ssim_uniform", "rmse", "mae")
 LOWER_IS_BETTER = ("fid", "kid", *_TITLES_OF_FEATURES, *LIKELIHOODS, "rmse", "mae")
-HIGHER_IS_BETTER = ("is", "precision", "recall", "psnr", "ssim", "ssim_uniform")
+HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage", "psnr", "ssim",
+                    "ssim_uniform")
 DISTANCES = ("fid", "frechet_distance")  # by which networks are compared first
 
 

@@ -25,7 +25,7 @@ _NO_TAG = "NNNNNN"
 _FREE = RESUME_MAY_CHANGE.keys() - {"data", "seed", "transfer"}
 # What --metrics are recorded as, by the published Inception weights or by other features.
 _RECORDED = {"fid": {"fid", "frechet_distance"}, "kid": {"kid", "kernel_distance"},
-             "pr": {"precision"}, "is": {"is"}}
+             "pr": {"precision"}, "dc": {"density"}, "is": {"is"}}
 _BASE_STEPS = 18
 _LSUN_START = (("sigma_max", "380.0"),)
 _FIELDS = {"alpha": "noise_alpha", "steps": "num_steps", "bits": "bits"}

@@ -271,7 +271,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(data, capsys, 
         capsys, *args, f"--ref={ref}", "--metrics=kid")
     assert "detector pixels: has no classes" in refused(
         capsys, *args, f"--ref={ref}", "--metrics=is")
-    assert "'lpips': must be a list of fid, kid, pr, is" in refused(
+    assert "'lpips': must be a list of fid, kid, pr, dc, is" in refused(
         capsys, *args, f"--ref={ref}", "--metrics=lpips", code=2)
     assert "Missing option '--ref'" in refused(capsys, *args, code=2)
     assert "must be 1, 2, 3 or a list" in refused(
