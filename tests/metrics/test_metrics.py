@@ -20,7 +20,7 @@ from checkpoints import checkpoint
 from metrics import detectors, distances
 from metrics import evaluator as evaluator_module
 from metrics.detectors import Pixels, build_detector
-from metrics.distances import kernel_distance, precision_recall
+from metrics.distances import density_coverage, kernel_distance, precision_recall
 from metrics.evaluator import Evaluator, cached_reference
 from metrics.inception import InceptionV3, state_shapes
 from metrics.metrics import METRICS, dataset_features
@@ -111,9 +111,60 @@ def test_precision_falls_with_bad_images_and_recall_with_missing_modes():
     assert precision_recall(with_junk, modes) == (0.5, 1.0)
 
 
+# ---------------------------------------------------------------------------- density and coverage
+
+
+def density_coverage_by_sklearn(x, y, k):
+    """The definitions of Naeem et al. 2020, pair by pair."""
+    from sklearn.neighbors import NearestNeighbors
+    radii = NearestNeighbors(n_neighbors=k + 1).fit(y).kneighbors(y)[0][:, k]
+    inside = [[np.linalg.norm(p - q) <= r for q, r in zip(y, radii, strict=True)] for p in x]
+    return np.sum(inside) / (k * len(x)), np.mean(np.any(inside, axis=0))
+
+
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_density_and_coverage_agree_with_their_definitions(monkeypatch, k, chunk):
+    monkeypatch.setattr(distances, "_CHUNK_ROWS", chunk)
+    x, y = features(60, 4, 0, shift=6), features(80, 4, 1, shift=5)
+    expected = density_coverage_by_sklearn(x.double().numpy(), y.double().numpy(), k)
+    assert 0.1 < expected[1] < 0.9
+    assert density_coverage(x, y, k=k) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("m, n", [(400, 400), (200, 500)])
+def test_sets_of_one_law_have_density_one_and_the_coverage_of_a_closed_form(m, n):
+    """Over 40 pairs of sets, within 4 standard errors; the law must not matter."""
+    expected = 1, 1 - math.comb(n - 1, 5) / math.comb(m + n - 1, 5)
+    for shape in (torch.clone, torch.exp):
+        found = np.array([density_coverage(shape(features(m, 3, 2 * i)),
+                                           shape(features(n, 3, 2 * i + 1))) for i in range(40)])
+        error = found.std(0, ddof=1) / math.sqrt(len(found))
+        assert np.all(np.abs(found.mean(0) - expected) < 4 * error)
+        assert np.all(error < 0.02)
+
+
+def test_an_outlier_of_the_real_images_gives_no_density_to_bad_ones():
+    """A failure of precision: one far real image covers whatever lies about it."""
+    real = torch.cat([features(200, 2, 0), torch.tensor([[50.0, 0]])])
+    bad = features(100, 2, 1) + torch.tensor([45.0, 0])
+    assert precision_recall(bad, real)[0] == 1
+    density, coverage = density_coverage(bad, real)
+    assert density == pytest.approx(1 / 5) and coverage == pytest.approx(1 / 201)
+
+
+def test_density_rises_above_one_and_coverage_falls_where_modes_are_missing():
+    real = torch.cat([features(100, 4, 0), features(100, 4, 1, shift=30)])
+    density, coverage = density_coverage(real[:100] * 0.1, real)
+    assert density > 1.2 and coverage <= 0.5
+
+
 def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match="3 and 9 images: at least 4 needed"):
         precision_recall(features(3, 2, 0), features(9, 2, 1))
+    with pytest.raises(ValueError, match="5 real images: at least 6 needed"):
+        density_coverage(features(9, 2, 0), features(5, 2, 1))
+    assert density_coverage(features(1, 2, 0), features(6, 2, 1))[1] <= 1
     with pytest.raises(ValueError, match="5 features can't be compared with 6"):
         kernel_distance(features(9, 5, 0), features(9, 6, 0))
 
@@ -207,15 +258,18 @@ def call(capsys, *args):
 
 def test_all_metrics_come_in_one_pass_with_table_and_lines(data, capsys, fake_inception, tmp_path):
     out = call(capsys, "calc", f"--images={data / 'fake.zip'}", f"--ref={data / 'real.zip'}",
-               "--num=50", "--metrics=fid,kid,pr,is", f"--out={tmp_path / 'm.jsonl'}",
+               "--num=50", "--metrics=fid,kid,pr,dc,is", f"--out={tmp_path / 'm.jsonl'}",
                "--device=cpu", "--workers=0")
-    assert re.search(r"images +FID +KID +precision +recall +IS\nfake.zip +[\d.]+ +\S+ ± \S+ ", out)
+    assert re.search(r"images +FID +KID +precision +recall +density +coverage +IS\n"
+                     r"fake.zip +[\d.]+ +\S+ ± \S+ ", out)
     found = {line["metric"]: line for line in lines_of(tmp_path / "m.jsonl")}
-    assert list(found) == ["fid", "kid", "kid_std", "precision", "recall", "is", "is_std"]
+    assert list(found) == ["fid", "kid", "kid_std", "precision", "recall", "density", "coverage",
+                           "is", "is_std"]
     x, y = (dataset_features(open_data(data / name), Pixels(), metrics=["kid"], batch=64,
                              workers=0).features for name in ("fake.zip", "real.zip"))
     assert found["kid"]["value"] == pytest.approx(kernel_distance(x, y)[0], rel=1e-9)
     assert [found[k]["value"] for k in ("precision", "recall")] == list(precision_recall(x, y))
+    assert [found[k]["value"] for k in ("density", "coverage")] == list(density_coverage(x, y))
     assert found["is"]["value"] == pytest.approx(
         score_directly(x[:, :12].double().numpy() * 3, 50)[0], rel=1e-6)  # logits in float32
     fact = found["fid"]
