@@ -43,6 +43,8 @@ _PAIR_DEFAULT = ("psnr", "ssim", "rmse", "mae")
 def main() -> None:
     """Scores generated images: FID, KID, precision and recall, Inception score; PSNR and SSIM.
 
+    Also finds their nearest training images.
+
     \b
     # 50,000 images against published statistics, on 8 GPUs
     torchrun --standalone --nproc_per_node=8 fid.py calc --images=fid-tmp \\
@@ -64,6 +66,10 @@ def main() -> None:
     \b
     # restored images against their truths, and the measurements beside them
     python fid.py pairs --images=runs/ct/restored --truth=datasets/ct-test.zip --input=cond
+
+    \b
+    # whether the network repeats training images
+    python fid.py nearest --images=fid-tmp --data=datasets/cifar10-32x32.zip
     """  # noqa: D301 - \b is click's mark for lines to leave alone
 
 
@@ -391,7 +397,7 @@ def pairs(images: str, truth: str, input_: str | None, metrics: tuple[str, ...] 
         from metrics.pairs import Pairs, value_range_of
 
         own_metrics = dict(map(load_metric, metric_files))
-        folder = _folder_of_pairs(images, truth, out)
+        folder = _folder_of_files("pairs", out, images, truth)
         paired = Pairs(images, truth, input_, pair_by)
         for record in paired.images.sample_records().values():
             _refuse_not_finite(paired.images, record)
@@ -427,8 +433,113 @@ def pairs(images: str, truth: str, input_: str | None, metrics: tuple[str, ...] 
         _report_pairs(paired, scores, value_range, clip, images, folder, bool(out), window)
 
 
-def _folder_of_pairs(images: str, truth: str, out: str | None) -> Path | None:
-    """Returns where the files of paired scores go; None for a ZIP without --out.
+@main.command(context_settings={"show_default": True, **HELP_NAMES})
+@click.option("--images",     metavar="DIR|ZIP", required=True,
+              help="Generated images")
+@click.option("--data",       metavar="DIR|ZIP", required=True,
+              help="Images that the network was trained on")
+@click.option("--held-out",   metavar="DIR|ZIP",
+              help="Images of the same kind that it was not trained on, which show what distances "
+                   "are usual")
+@click.option("--rows",       metavar="INT", type=click.IntRange(min=1), default=16,
+              help="Images in the picture: those that are nearest of all")
+@click.option("--window",     metavar="CENTER,WIDTH", type=Window(),
+              help="Values that the picture shows, from black to white, where the data are not 8-bit  "
+                   "[default: the recorded scale]")
+@click.option("--out",        metavar="DIR",
+              help="Folder of nearest.csv, nearest.png, and of metrics.jsonl  [default: nearest_NAME "
+                   "beside the images; metrics.jsonl of the run]")
+@_detector_options
+@cache_dir_option
+@verbosity_options
+def nearest(images: str, data: str, held_out: str | None, rows: int,
+            window: tuple[float, float] | None, out: str | None, batch: int, detector: str,
+            device: str, workers: int) -> None:
+    """Finds the nearest training images of generated ones: copies, memorisation.
+
+    Distances are between features. Printed are the median distance, the number of exact copies, and
+    the share of images that are over three times nearer to one training image than to any other.
+
+    With --held-out also the median distance of held-out images, and the share of generated ones that
+    are nearer than 5% of these are: more than 5% is memorisation. C_T, by Meehan et al. 2020,
+    compares all distances: below -3, generated images are nearer than held-out ones as a whole.
+    """
+    with user_errors():
+        from images.dataset import ImageFolderDataset
+        from metrics.detectors import build_detector
+        from metrics.metrics import dataset_features
+        from metrics.nearest import check_comparable
+        from torch_utils import distributed as dist
+        from torch_utils.misc import configure_backends
+
+        with dist.process_group(device) as chosen_device:
+            folder = dist.run_on_rank0(_folder_of_files, "nearest", out, images, data, held_out)
+            with dist.rank0_first():
+                sets = [ImageFolderDataset(path) for path in (images, data, held_out) if path]
+                _refuse_strays(sets[0])
+                if len(sets[1]) < 2:
+                    raise ValueError(f"--data={data}: {len(sets[1])} image, at least 2 needed")
+                built = build_detector(detector, chosen_device)
+            check_comparable(built, sets[1], data, {str(s.path): s for s in (sets[0], *sets[2:])})
+            configure_backends("fp32")
+            sets[1].share_fingerprint()
+            with console.timed("features"):
+                features = [dataset_features(
+                    part, built, metrics=["kid"], batch=batch, workers=workers,
+                    title=part.name).features for part in sets]
+            dist.run_on_rank0(_report_nearest, sets, features, built, rows, window, folder,
+                              bool(out))
+
+
+def _report_nearest(sets: list, features: list, detector, rows: int,
+                    window: tuple[float, float] | None, folder: Path | None,
+                    is_folder_given: bool) -> None:
+    """Finds nearest training images, prints a summary, and writes it, a table and a picture.
+
+    Args:
+        sets: generated images, training images and, if given, held-out images.
+        features: theirs.
+        detector: what has computed them.
+        rows: how many the picture has.
+        window: of values that it shows.
+        folder: where files go; None for none.
+        is_folder_given: it is --out.
+    """
+    from dnnlib.atomic import append_line
+    from metrics.nearest import copy_distance, nearest_neighbours, nearness
+    from metrics.nearest_files import (
+        SHOWN,
+        summary_lines,
+        summary_records,
+        warnings,
+        write_nearest,
+    )
+
+    images, data, *_ = sets
+    own, training, *held_out = features
+    with console.timed("distances"):
+        found = nearest_neighbours(own, training, min(SHOWN, len(training)), device=detector.device)
+        usual = [nearest_neighbours(part, training, 1, device=detector.device) for part in held_out]
+    summary = nearness(found, copy_distance(training), *usual)
+    for text in warnings(summary):
+        click.echo(f"Warning: {text}", err=True)
+    for line in summary_lines(summary):
+        console.result(line)
+    if folder is None:
+        click.echo("Files      none, because --images is a ZIP; --out=DIR keeps them")
+        return
+    click.echo(f"Files      {write_nearest(folder, images, data, found, rows, window)}")
+    path = str(images.path)
+    facts = {"images": path, "num": len(images), **_facts_of_images(path, images, 0),
+             "detector": detector.name, "detector_sha256": detector.weights_sha256,
+             "reference": str(data.path), "reference_sha256": data.fingerprint,
+             "reference_num": len(data), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    append_line(folder / _JSONL if is_folder_given else _jsonl_of_images(path), "\n".join(
+        json.dumps(record | facts) for record in summary_records(summary)))
+
+
+def _folder_of_files(kind: str, out: str | None, images: str, *others: str | None) -> Path | None:
+    """Returns where files about images go: --out, or KIND_NAME beside them; None for a ZIP.
 
     Raises:
         ValueError: inside of images, among which the picture would be one more.
@@ -439,10 +550,10 @@ def _folder_of_pairs(images: str, truth: str, out: str | None) -> Path | None:
     source = Path(os.path.abspath(images))
     if out is None and not source.is_dir():
         return None
-    folder = Path(out) if out is not None else source.with_name(f"pairs_{source.name}")
+    folder = Path(out) if out is not None else source.with_name(f"{kind}_{source.name}")
     if out == "" or (folder.exists() and not folder.is_dir()):
         raise ValueError(f"--out={out}: must be a folder, which is made if need be")
-    for path in filter(os.path.isdir, (images, truth)):
+    for path in filter(os.path.isdir, filter(None, (images, *others))):
         if folder.resolve().is_relative_to(Path(path).resolve()):
             raise ValueError(f"--out={folder}: lies inside {path}, of which the picture would become "
                              "an image; name a folder outside of it")

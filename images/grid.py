@@ -22,14 +22,15 @@ _LINE = 1.25  # height of a line of text over the size of the font
 
 def image_grid(
     rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), split: int | None = None,
-    titles: Sequence[str] = (), min_side: int = _MIN_SIDE,
+    titles: Sequence[str] = (), min_side: int = _MIN_SIDE, captions: Sequence[Sequence[str]] = (),
 ) -> PIL.Image.Image:
     """Returns one picture of the rows, on white.
 
     Images are uint8 [C, H, W], of which only the first channel is shown unless C is 3. Smaller ones
     stand in the middle of the place that the largest need. Labels stand at the left of the rows,
-    titles above the columns; these may have several lines. There is a wider gap before the column
-    `split`. Small images are enlarged by a whole factor to a height of at least `min_side`.
+    titles above the columns; these may have several lines. `captions` are rows of lines that stand
+    under the images. There is a wider gap before the column `split`. Small images are enlarged by a
+    whole factor to a height of at least `min_side`.
     """
     shapes = [image.shape[1:] for row in rows for image in row]
     highest = max(height for height, _ in shapes)
@@ -41,6 +42,9 @@ def image_grid(
     columns = max(len(row) for row in rows)
     extra = width // 2 if split is not None else 0
     title_size = _fitting_size(titles, width)
+    caption_size = _fitting_size([text for row in captions for text in row], width)
+    foot = round(caption_size * _LINE) if captions else 0
+    height += foot
     top = round(max((title.count("\n") + 1 for title in titles), default=0) * title_size * _LINE)
     size = margin + columns * width + extra + _GAP, top + len(rows) * height + _GAP
     canvas = PIL.Image.new("RGB", size, "white")
@@ -55,13 +59,16 @@ def image_grid(
                   align="center", font_size=title_size)
     for i, row in enumerate(rows):
         if margin:
-            draw.text((margin - font_size // 3, top + i * height + height // 2), labels[i],
+            draw.text((margin - font_size // 3, top + i * height + (height - foot) // 2), labels[i],
                       fill="black", anchor="rm", font_size=font_size)
         for j, image in enumerate(row):
             shown = _enlarged(image, zoom)
             x, y = left(j), top + i * height + _GAP
             canvas.paste(shown, (x + (width - _GAP - shown.width) // 2,
-                                 y + (height - _GAP - shown.height) // 2))
+                                 y + (height - _GAP - foot - shown.height) // 2))
+            if captions:
+                draw.text((x + (width - _GAP) // 2, top + (i + 1) * height), captions[i][j],
+                          fill="black", anchor="md", font_size=caption_size)
     return canvas
 
 

@@ -80,7 +80,7 @@ def _trace_of_root(sigma1: torch.Tensor, sigma2: torch.Tensor) -> torch.Tensor:
     factors = [_quick_factor(sigma) for sigma in (sigma1, sigma2)]
     if all(factor is not None for factor in factors):
         return torch.linalg.eigvalsh(factors[0].T @ sigma2 @ factors[0]).clamp(min=0).sqrt().sum()
-    return torch.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
+    return torch.linalg.svdvals(covariance_factor(sigma1).T @ covariance_factor(sigma2)).sum()
 
 
 def _quick_factor(sigma: torch.Tensor) -> torch.Tensor | None:
@@ -90,7 +90,7 @@ def _quick_factor(sigma: torch.Tensor) -> torch.Tensor | None:
     return None if failed or pivots.min() <= _WELL_CONDITIONED * pivots.max() else factor
 
 
-def _factor(sigma: torch.Tensor) -> torch.Tensor:
+def covariance_factor(sigma: torch.Tensor) -> torch.Tensor:
     """Returns A [d, rank] with A A^T = sigma; eigenvalues that are rounding errors are left out."""
     values, vectors = torch.linalg.eigh(sigma)
     keep = values > values[-1].abs() * len(values) * torch.finfo(values.dtype).eps
@@ -156,7 +156,7 @@ def density_coverage(x: torch.Tensor, y: torch.Tensor, *, k: int = NUM_DENSITY_N
     radii, count = _neighbour_radii(y, k), 0
     is_reached = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     for part in x.split(_CHUNK_ROWS):
-        inside = _squared_distances(part, y) <= radii
+        inside = squared_distances(part, y) <= radii
         count += inside.sum()
         is_reached |= inside.any(0)
     return count.item() / (k * len(x)), is_reached.sum().item() / len(y)
@@ -176,7 +176,7 @@ def _neighbour_radii(x: torch.Tensor, k: int) -> torch.Tensor:
     """Returns the squared distance [n] of each row of x to its k-th nearest other row."""
     radii = []
     for start in range(0, len(x), _CHUNK_ROWS):
-        distances = _squared_distances(x[start:start + _CHUNK_ROWS], x)
+        distances = squared_distances(x[start:start + _CHUNK_ROWS], x)
         rows = torch.arange(len(distances), device=x.device)
         distances[rows, start + rows] = torch.inf
         radii.append(distances.topk(k, largest=False).values[:, -1])
@@ -185,12 +185,12 @@ def _neighbour_radii(x: torch.Tensor, k: int) -> torch.Tensor:
 
 def _covered(points: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor) -> float:
     """Returns the share of points that lie within the radius of a centre."""
-    count = sum((_squared_distances(part, centres) <= radii).any(1).sum()
+    count = sum((squared_distances(part, centres) <= radii).any(1).sum()
                 for part in points.split(_CHUNK_ROWS))
     return count.item() / len(points)
 
 
-def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Returns |a_i - b_j|^2 [n, m]."""
     squares = (a * a).sum(1)[:, None] + (b * b).sum(1)
     return squares.addmm_(a, b.T, alpha=-2)

@@ -283,7 +283,7 @@ def _score(line: dict, D: float | None) -> Score | None:
         weights=str(sampler.get("weights") or ""),
         nfe=_whole(line.get("nfe") or sampler.get("nfe")),
         network=source if line.get("network") else "",
-        other=_other_settings(sampler) + _pair_settings(line), **text)
+        other=_other_settings(sampler) + _pair_settings(line) + _class_setting(line), **text)
 
 
 def _kimg_of(source: str) -> float | None:
@@ -314,6 +314,12 @@ def _pair_settings(line: dict) -> tuple[tuple[str, str], ...]:
     if isinstance(ends, list) and len(ends) == 2 and None not in map(_number, ends):
         found.append(("range", f"{ends[0]:g} to {ends[1]:g}"))
     return tuple(found + [("clip", "True")] * (line.get("clip") is True))
+
+
+def _class_setting(line: dict) -> tuple[tuple[str, str], ...]:
+    """Returns the class whose images alone were scored, as a setting of its own."""
+    of_class = line.get("of_class")
+    return () if of_class is None else (("of class", str(of_class)),)
 
 
 def _D_of(options: dict) -> float | None:

@@ -1,0 +1,98 @@
+"""Scores of each class by itself, from kept features and the classes of the images.
+
+A score of class c compares generated images of c with real ones of c. The mean of the distances
+over classes is the intra-FID of Miyato and Koyama 2018 (arXiv 1802.05637): unlike the FID of all
+images it rises where images are of another class than they should be. Each is of fewer images than
+the FID of all, and so is biased further upwards: compare at equal numbers in each class.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from metrics.detectors import Detector
+from metrics.distances import NUM_DENSITY_NEIGHBOURS, NUM_NEIGHBOURS
+from metrics.metrics import METRICS, FeatureSet
+from metrics.references import Reference
+
+# Images that a metric needs on each side.
+_LEAST = {"fid": 2, "kid": 2, "pr": NUM_NEIGHBOURS + 1, "dc": NUM_DENSITY_NEIGHBOURS + 1, "is": 2}
+
+
+def classes_to_score(classes: Sequence[int], reference_classes: Sequence[int],
+                     metrics: Iterable[str]) -> tuple[list[int], list[int]]:
+    """Returns the classes that have enough images on both sides, and the others; both rising.
+
+    Args:
+        classes: of the generated images, [m].
+        reference_classes: of the real ones, [n].
+        metrics: which need the images.
+
+    Raises:
+        ValueError: no class has enough.
+    """
+    least = max(_LEAST[name] for name in metrics)
+    own, real = (Counter(np.asarray(side).tolist()) for side in (classes, reference_classes))
+    everywhere = sorted(own | real)
+    enough = [k for k in everywhere if min(own[k], real[k]) >= least]
+    if not enough:
+        raise ValueError(f"no class has {least} generated and {least} real images, which "
+                         f"{','.join(metrics)} need")
+    return enough, [k for k in everywhere if k not in enough]
+
+
+def scores_by_class(features: torch.Tensor, classes: Sequence[int],
+                    reference_features: torch.Tensor, reference_classes: Sequence[int],
+                    detector: Detector, metrics: Sequence[str]) -> dict[int, dict[str, float]]:
+    """Returns the values of all metrics by their names, for each class of `classes_to_score`.
+
+    Args:
+        features: of the generated images, [m, d].
+        classes: theirs, [m].
+        reference_features: of the real images, [n, d].
+        reference_classes: theirs, [n].
+        detector: what has computed the features.
+        metrics: names of metrics.
+
+    Raises:
+        ValueError: no class has enough images, or the lengths differ.
+    """
+    sides = (features, np.asarray(classes)), (reference_features, np.asarray(reference_classes))
+    for part, numbers in sides:
+        if len(part) != len(numbers):
+            raise ValueError(f"{len(numbers)} classes of {len(part)} images")
+    scores: dict[int, dict[str, float]] = {}
+    for k in classes_to_score(classes, reference_classes, metrics)[0]:
+        own, real = (part[torch.from_numpy(numbers == k)] for part, numbers in sides)
+        images = feature_set(own, detector, metrics)
+        of_class = _reference(real, detector)
+        scores[k] = {}
+        for metric in map(METRICS.__getitem__, metrics):
+            scores[k] |= zip(metric.values, metric.compute(images, of_class), strict=True)
+    return scores
+
+
+def mean_over_classes(scores: dict[int, dict[str, float]]) -> dict[str, float]:
+    """Returns the mean of each value over the classes, each counted once."""
+    names = next(iter(scores.values()))
+    return {name: float(np.mean([values[name] for values in scores.values()])) for name in names}
+
+
+def feature_set(features: torch.Tensor, detector: Detector, metrics: Iterable[str]) -> FeatureSet:
+    """Returns what metrics need of images whose features [n, d] are at hand, on this rank alone."""
+    found = FeatureSet(len(features), detector, metrics)
+    found.features = features
+    on_device = features.to(detector.device)
+    if found.moments:
+        found.moments.append(on_device)
+    if found.classes:
+        found.classes.append(detector.logits(on_device), range(len(features)))
+    return found
+
+
+def _reference(features: torch.Tensor, detector: Detector) -> Reference:
+    moments = feature_set(features, detector, ["fid"]).moments
+    return Reference(moments.mean().cpu().numpy(), moments.cov().cpu().numpy(), detector.name,
+                     features, count=len(features))
