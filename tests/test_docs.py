@@ -202,6 +202,7 @@ def stand_in(arg):
     arg = arg.replace("--lr-rampup=0.001", "--lr-rampup=0")  # which must be shorter than the run
     arg = re.sub(r"(?<=network-snapshot-)\d+", "000000", arg)
     arg = re.sub(r"(?<=--ckpt=)\d+", "0", arg)
+    arg = re.sub(r"(?<=/ckpt_)\d+", "000000", arg)
     return re.sub(r"(?<=--ref=)https://nvlabs-fi-cdn.nvidia.com/edm/", "", arg)
 
 
@@ -218,6 +219,7 @@ SMALLER = {
     "likelihood.py": ["--steps=2", "--count=4", "--device=cpu"],
     "distill.py": ["--duration=0.000016", "--batch=8", "--workers=0", "--samples=0", "--seed=0",
                    "--device=cpu"],
+    "fid.py nearest": ["--detector=pixels", "--workers=0", "--device=cpu"],
     "fid.py ref": ["--detector=pixels", "--workers=0", "--device=cpu"],
 }
 PRESET_SMALLER = ["--batch=4", "--device=cpu"]  # with the published lists
@@ -250,6 +252,9 @@ def run_documented(script, documented):
         output = run(script, [*args, *SMALLER.get(f"fid.py {args[0]}", ())])
         if args[0] == "pairs":
             assert re.search(r"\npsnr \d\d\.\d\d \+- .*\([34] images\)\n", output)
+            return
+        if args[0] == "nearest":
+            assert re.search(r"^nearest: median distance [\d.]+ \(\d+ images\), 0 exact", output)
             return
         assert args[0] == "ref" or re.search(r"pixels Frechet distance: [\d.e+-]+\n", output)
     elif script in ("checkpoint_tool.py", "report.py", "runs.py"):
