@@ -254,7 +254,8 @@ def run_documented(script, documented):
             assert re.search(r"\npsnr \d\d\.\d\d \+- .*\([34] images\)\n", output)
             return
         if args[0] == "nearest":
-            assert re.search(r"^nearest: median distance [\d.]+ \(\d+ images\), 0 exact", output)
+            assert re.search(r"^nearest: median distance [\d.]+ \(\d+ images\), 0 exact", output,
+                             re.M)
             return
         assert args[0] == "ref" or re.search(r"pixels Frechet distance: [\d.e+-]+\n", output)
     elif script in ("checkpoint_tool.py", "report.py", "runs.py"):
