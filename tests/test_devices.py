@@ -20,9 +20,12 @@ from checkpoints import checkpoint
 from images import scaling
 from images.dataset import ImageFolderDataset
 from metrics import inception
+from metrics.bootstrap import bootstrap_frechet
 from metrics.detectors import Pixels
-from metrics.distances import frechet_distance, kernel_distance, precision_recall
+from metrics.distances import density_coverage, frechet_distance, kernel_distance, precision_recall
 from metrics.metrics import collect
+from metrics.nearest import nearest_neighbours
+from metrics.per_class import scores_by_class
 from metrics.statistics import ClassStatistics, FeatureStatistics
 from pfgmpp import augment
 from pfgmpp.augment import AugmentPipe
@@ -551,6 +554,20 @@ def test_distances_of_features_that_are_there_are_the_same(gpu):
     assert kernel_distance(x.cpu(), y.cpu(), subsets=3, size=9) == kernel_distance(
         x, y, subsets=3, size=9)
     assert precision_recall(x.cpu(), y.cpu()) == precision_recall(x.cpu(), y.cpu(), device=DEVICE)
+    assert density_coverage(x.cpu(), y.cpu()) == density_coverage(x.cpu(), y.cpu(), device=DEVICE)
+    here, there = (nearest_neighbours(x.cpu(), y.cpu(), 2, device=device)
+                   for device in (CPU, DEVICE))
+    assert (here.numbers == there.numbers).all() and (here.distances == there.distances).all()
+
+
+def test_intervals_and_scores_of_classes_are_the_same(gpu):
+    x, y, classes = images(30, 6).cpu(), images(30, 6).cpu() * 1.1, [0, 1, 1] * 10
+    here, there = (bootstrap_frechet(x, y.mean(0), torch.cov(y.T), draws=40, device=device)
+                   for device in (CPU, DEVICE))
+    assert here == there
+    scores = [scores_by_class(x, classes, y, classes, Pixels(device), ["fid", "kid", "pr", "dc"])
+              for device in (CPU, DEVICE)]
+    assert scores[0] == scores[1]
 
 
 def test_scored_images_are_collected_there(gpu):

@@ -52,14 +52,14 @@ def test_neighbours_are_those_of_scikit_learn(monkeypatch, rows, columns, differ
     np.testing.assert_allclose(found.distances, distances, rtol=1e-12)
 
 
-def test_copies_are_at_distance_zero_and_near_copies_in_order_far_from_the_origin():
+@pytest.mark.parametrize("k", [1, 3])
+def test_copies_are_at_distance_zero_and_near_copies_in_order_far_from_the_origin(k):
     """In float32 |a|^2 + |b|^2 - 2 ab of such features would be off by more than the distances."""
-    y = draw(0, 40, 64) * 100
-    x = y[[3, 9]].clone()
-    y[20], y[21] = y[3] + 1e-4, y[3] - 2e-4
-    found = nearest_neighbours(x, y, 3)
-    assert found.distances[:, 0].tolist() == [0, 0]
-    assert found.numbers[0].tolist() == [3, 20, 21] and found.numbers[1, 0] == 9
+    x = draw(0, 40, 64) * 100
+    found = nearest_neighbours(x, torch.cat([x - 2e-4, x, x + 1e-4]), k)
+    assert (found.distances[:, 0] == 0).all()
+    np.testing.assert_array_equal(
+        found.numbers, np.arange(40)[:, None] + np.array([40, 80, 0])[:k])
 
 
 def test_of_equal_training_images_the_first_is_the_nearest():
