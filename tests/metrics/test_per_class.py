@@ -1,5 +1,7 @@
 """Scores of each class, against scores of the images of that class alone."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,8 @@ from metrics.per_class import (
     scores_by_class,
 )
 from metrics.statistics import ClassStatistics
+from reports.comparison import ScoreGroup
+from reports.run_record import read_scores
 
 CLASSES, REAL = np.array([2, 0, 2, 5] * 12), np.array([5, 2, 0, 0, 7] * 14)
 
@@ -86,3 +90,9 @@ def test_classes_of_another_number_of_images_are_refused():
     with pytest.raises(ValueError, match="47 classes of 48 images"):
         scores_by_class(features(CLASSES, 0), CLASSES[1:], features(REAL, 1), REAL, Pixels(),
                         ["fid"])
+
+
+def test_reports_never_compare_the_score_of_a_class_with_another(tmp_path):
+    lines = [{"metric": "fid", "value": 2.0, "num": 50, "of_class": k} for k in (None, 0, 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert len({ScoreGroup.of(score) for score in read_scores(tmp_path)}) == 3
