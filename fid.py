@@ -130,6 +130,13 @@ def _score_options(command):
         click.option("--features", "kept_features", metavar="NPZ|DIR",
                      help="Keep the features, for other metrics: in a file where there is one score, "
                           "else in a folder"),
+        click.option("--bootstrap", metavar="DRAWS", type=click.IntRange(min=40),
+                     is_flag=False, flag_value=1000,
+                     help="Also find the 95% interval of the Frechet distance from so many draws of "
+                          "the images  [1000 where no number is given]"),
+        click.option("--per-class", is_flag=True,
+                     help="Also score the images of each class by themselves; --ref must be a data "
+                          "set with classes"),
     )):
         command = option(command)
     return command
@@ -158,7 +165,8 @@ def _score_options(command):
 @cache_dir_option
 @verbosity_options
 def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str | None,
-         kept_features: str | None, num: int, seed: int, ckpt: float, end_ckpt: float, gen_seed: tuple[int, ...], steps: bool,
+         kept_features: str | None, bootstrap: int | None, per_class: bool, num: int, seed: int,
+         ckpt: float, end_ckpt: float, gen_seed: tuple[int, ...], steps: bool,
          alpha: bool, quant: bool, prune: bool, batch: int, detector: str, device: str,
          workers: int) -> None:
     """Scores a folder or ZIP, or each ckpt_* folder of a run.
@@ -179,7 +187,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
     if prune:
         raise UserError("--prune: pruned networks are not supported; --quant, --alpha and --steps "
                         "are", BAD_USAGE)
-    _check_reference_given(ref_path, metrics)
+    _check_metrics(ref_path, metrics, bootstrap, per_class)
     with user_errors():
         sweeps = {name for name, on in zip(SWEPT, (alpha, steps, quant), strict=True) if on}
 
@@ -192,8 +200,12 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
 
         with dist.process_group(device) as chosen_device:
             if dist.run_on_rank0(is_feature_file, images):
-                _score_kept(images, ref_path, metrics, out, kept_features, num, detector,
-                            chosen_device, batch, workers)
+                if per_class or kept_features is not None:
+                    flag = "--per-class" if per_class else "--features"
+                    raise UserError(f"{flag}: --images={images} holds features, without classes; "
+                                    f"leave {flag} out", BAD_USAGE)
+                _score_kept(images, ref_path, metrics, out, num, bootstrap, detector, chosen_device,
+                            batch, workers)
                 return
             folders = dist.run_on_rank0(_ckpt_folders, images, gen_seed, ckpt, end_ckpt, sweeps)
             with dist.rank0_first():
@@ -201,7 +213,11 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                 enough, left_out = [], []
                 for job in jobs:
                     try:
-                        dataset = ImageFolderDataset(job.path, max_size=num, random_seed=seed)
+                        dataset = ImageFolderDataset(job.path, max_size=num, random_seed=seed,
+                                                     use_labels=per_class)
+                        if per_class and not dataset.has_onehot_labels:
+                            raise ValueError(f"--per-class: {job.path} has no classes; leave "
+                                             "--per-class out")
                         _refuse_strays(dataset)
                         if len(dataset) < num:
                             raise UnscorableError(
@@ -215,16 +231,19 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                         left_out.append(f"{job.label} ({getattr(error, 'short', 'no images')})")
             sets = {str(dataset.path): dataset for _, dataset in enough}
             report = ScoreReport(detector, ref_path, metrics, chosen_device, sets, num, batch=batch,
-                                 workers=workers, is_single=not folders)
+                                 workers=workers, is_single=not folders, bootstrap=bootstrap,
+                                 per_class=per_class)
             path = Path(out) if out else _jsonl_of_images(images)
             kept_place = _place_of_features(kept_features, len(jobs))
             for job, dataset in enough:
                 with console.timed("features"):
                     found = dataset_features(dataset, report.detector, metrics=metrics, batch=batch,
                                              workers=workers, title=Path(job.path).name,
-                                             keeps_features=kept_place is not None)
+                                             keeps_features=kept_place is not None
+                                             or report.keeps_features)
                 facts = {"images": job.path, "num": num, **_facts_of_images(job.path, dataset, seed)}
-                report.add(job, found, facts, path)
+                report.add(job, found, facts, path,
+                           dataset.class_numbers if per_class else None)
                 if kept_place is not None:
                     dist.run_on_rank0(_keep_features, found, report.detector, dataset, facts,
                                       kept_place if not folders else
@@ -252,7 +271,8 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
 @cache_dir_option
 @verbosity_options
 def gen(network: tuple[str, ...], ref_path: str | None, metrics: tuple[str, ...], out: str | None,
-        kept_features: str | None, seeds: tuple[int, ...], ranges: int, again: bool, batch: int, detector: str, device: str,
+        kept_features: str | None, bootstrap: int | None, per_class: bool, seeds: tuple[int, ...],
+        ranges: int, again: bool, batch: int, detector: str, device: str,
         workers: int, steps: tuple[int, ...], alpha: tuple[float, ...] | None,
         bits: tuple[int, ...] | None, **sampling) -> None:
     """Scores the images of networks without writing them.
@@ -268,7 +288,7 @@ def gen(network: tuple[str, ...], ref_path: str | None, metrics: tuple[str, ...]
     A network that can't be opened or scored is named, the others are scored, and the exit code
     is 1.
     """
-    _check_reference_given(ref_path, metrics)
+    _check_metrics(ref_path, metrics, bootstrap, per_class)
     with user_errors():
         from checkpoints.names import find_networks
         from metrics.network_scores import score_networks, seed_ranges
@@ -299,12 +319,12 @@ def gen(network: tuple[str, ...], ref_path: str | None, metrics: tuple[str, ...]
                 return ScoreReport(
                     detector, ref_path, metrics, chosen_device, {source: sampler}, len(seeds),
                     batch=batch, workers=workers,
-                    is_single=num_scores == 1)
+                    is_single=num_scores == 1, bootstrap=bootstrap, per_class=per_class)
 
             try:
                 score_networks(sources, points, seed_lists, open_sampler, open_report, batch=batch,
                                out=Path(out) if out else None, key=key, again=again,
-                               features=kept_place)
+                               features=kept_place, is_per_class=per_class)
             except UsageError as error:
                 raise UserError(str(error), BAD_USAGE) from error
 
@@ -586,10 +606,15 @@ def _report_pairs(paired, scores, values: tuple[float, float], clip: bool, image
         json.dumps(record | facts) for record in summary_records(scores)))
 
 
-def _check_reference_given(ref_path: str | None, metrics: tuple[str, ...]) -> None:
-    if ref_path is None and metrics != ("is",):
+def _check_metrics(ref_path: str | None, metrics: tuple[str, ...], bootstrap: int | None,
+                   per_class: bool) -> None:
+    if ref_path is None and (metrics != ("is",) or per_class):
         raise UserError("Missing option '--ref': reference statistics (.npz) or the data set, "
-                        "needed by " + ", ".join(m for m in metrics if m != "is"), BAD_USAGE)
+                        "needed by " + ", ".join(m for m in metrics if m != "is" or per_class),
+                        BAD_USAGE)
+    if bootstrap is not None and "fid" not in metrics:
+        raise UserError(f"--bootstrap with --metrics={','.join(metrics)}: finds the interval of fid; "
+                        "name fid too, or leave --bootstrap out", BAD_USAGE)
 
 
 def _place_of_features(kept: str | None, num_scores: int) -> Path | None:
@@ -624,23 +649,21 @@ def _keep_features(found, detector, dataset, facts: dict, path: Path) -> None:
 
 
 def _score_kept(path: str, ref_path: str | None, metrics: tuple[str, ...], out: str | None,
-                kept_features: str | None, num: int, detector: str, device, batch: int,
+                num: int, bootstrap: int | None, detector: str, device, batch: int,
                 workers: int) -> None:
     """Scores features that --features has kept."""
     from metrics.feature_files import load_on_rank0, of_features
     from metrics.score_report import Job, ScoreReport
 
-    if kept_features is not None:
-        raise UserError(f"--features={kept_features}: {path} holds features already; leave --features "
-                        "out", BAD_USAGE)
     kept, count = load_on_rank0(path)
     if count != num:
         raise ValueError(f"{path}: features of {count} images, but --count={num}; give "
                          f"--count={count}")
     report = ScoreReport(detector, ref_path, metrics, device, {path: kept}, count, batch=batch,
-                         workers=workers, is_single=True)
+                         workers=workers, is_single=True, bootstrap=bootstrap)
     kept.check_made_by(report.detector, path)
-    found = of_features(kept, count, report.detector, metrics)
+    found = of_features(kept, count, report.detector, metrics,
+                        keeps_features=report.keeps_features)
     beside = Path(path).with_name(_JSONL)
     report.add(Job(path, Path(path).name), found, kept.facts, Path(out) if out else beside)
     report.print_table()

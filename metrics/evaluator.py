@@ -8,11 +8,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from dnnlib.util import cache_dir
+from dnnlib.util import cache_dir, format_ranges
+from metrics.bootstrap import FrechetInterval, bootstrap_frechet
 from metrics.detectors import FEATURES_VERSION, Detector, build_detector, describe_detector
 from metrics.metrics import METRICS, FeatureSet, Images, dataset_features, no_images
+from metrics.per_class import classes_to_score, scores_by_class
 from metrics.references import MAX_BANK, Reference, load_reference, save_reference
 from torch_utils import distributed as dist
 
@@ -21,7 +24,7 @@ class Evaluator:
     """Scores sets of images by `metrics` against one reference, by a detector of `build_detector`.
 
     The reference is a file or address of statistics, a data set, or None where no metric needs one.
-    Errors call it `name`.
+    Errors call it `name`. With `by_class` it must be a data set with classes.
 
     Raises:
         ValueError: detector, reference and metrics do not fit.
@@ -29,8 +32,8 @@ class Evaluator:
     """
 
     def __init__(self, detector: str, reference: str | Images | None, metrics: Iterable[str],
-                 device: torch.device, name: str | None = None):
-        self.metrics = tuple(metrics)
+                 device: torch.device, name: str | None = None, *, by_class: bool = False):
+        self.metrics, self._by_class = tuple(metrics), by_class
         self._name = name or str(reference)
         self._data: Images | None = None
         self._reference: Reference | None = None
@@ -39,6 +42,9 @@ class Evaluator:
             self._load(reference, detector)
         else:
             self._data = reference
+        if by_class and not (self._data and self._data.has_onehot_labels):
+            raise ValueError(f"--per-class: --ref={self._name} has no classes; give a data set "
+                             "whose labels are class numbers")
         with dist.rank0_first():  # one download for all
             self.detector = build_detector(detector, device)
         if "is" in self.metrics:
@@ -74,7 +80,8 @@ class Evaluator:
         """
         if self._data is not None:
             self._data.share_fingerprint()
-            needed = any(METRICS[name].needs_reference_features for name in self.metrics)
+            needed = self._by_class or any(METRICS[name].needs_reference_features
+                                           for name in self.metrics)
             self._reference = cached_reference(self._data, self.detector, with_features=needed,
                                                batch=batch, workers=workers)
             self._digest = self._data.fingerprint
@@ -92,6 +99,43 @@ class Evaluator:
         for metric in (METRICS[name] for name in self.metrics if name in images.metrics):
             values |= zip(metric.values, metric.compute(images, self._reference), strict=True)
         return values
+
+    def interval(self, images: FeatureSet, draws: int) -> FrechetInterval:
+        """Returns how sure the Frechet distance is of images whose features are kept.
+
+        Raises:
+            ValueError: too few images or draws.
+        """
+        return dist.run_on_rank0(lambda: bootstrap_frechet(
+            images.features, self._reference.mu, self._reference.sigma, draws=draws,
+            device=self.detector.device))
+
+    def evaluate_classes(self, images: FeatureSet, classes: Sequence[int]
+                         ) -> dict[int, dict[str, float]]:
+        """Returns the values of each class by itself, of images whose features are kept.
+
+        Args:
+            images: what was gathered of all classes.
+            classes: that of each image.
+
+        Raises:
+            ValueError: no class has enough images on both sides.
+        """
+        def evaluate() -> dict[int, dict[str, float]]:
+            real = self._data.class_numbers[kept_numbers(len(self._data))]
+            _, left_out = classes_to_score(classes, real, images.metrics)
+            if left_out:
+                dist.warn0(f"classes {format_ranges(left_out)} have too few images on a side and "
+                           "are left out")
+            return scores_by_class(images.features, classes, self._reference.features, real,
+                                   self.detector, images.metrics)
+
+        return dist.run_on_rank0(evaluate)
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """What the classes of a reference that is a data set are called, if they have names."""
+        return self._data and self._data.class_names
 
     @property
     def reference_count(self) -> int | None:
@@ -161,11 +205,18 @@ def dataset_reference(images: Images, detector: Detector, *, with_features: bool
     found = dataset_features(images, detector, metrics=metrics, batch=batch, workers=workers,
                              title="Reference")
     features = found.features
-    if features is not None and len(features) > MAX_BANK:
-        features = features[torch.linspace(0, len(features) - 1, MAX_BANK).long()]
+    if features is not None:
+        features = features[kept_numbers(len(features))]
     return Reference(
         found.moments.mean().cpu().numpy(), found.moments.cov().cpu().numpy(), detector.name,
         features, tuple(images.image_shape), len(images), images.fingerprint, images.scale)
+
+
+def kept_numbers(count: int) -> np.ndarray:
+    """Returns the numbers of the images of a reference whose features are kept, of `count`."""
+    if count <= MAX_BANK:
+        return np.arange(count)
+    return torch.linspace(0, count - 1, MAX_BANK).long().numpy()
 
 
 def cached_reference(images: Images, detector: Detector, *, with_features: bool, batch: int,

@@ -121,13 +121,13 @@ def load_on_rank0(path: str | os.PathLike) -> tuple[KeptFeatures, int]:
     return (own[0] if own else without), count
 
 
-def of_features(kept: KeptFeatures, count: int, detector: Detector, metrics: Iterable[str]
-                ) -> FeatureSet:
+def of_features(kept: KeptFeatures, count: int, detector: Detector, metrics: Iterable[str], *,
+                keeps_features: bool = False) -> FeatureSet:
     """Returns what `metrics` need of `count` images, of which this rank has these features.
 
     Under torchrun every rank calls it.
     """
-    found = FeatureSet(count, detector, metrics)
+    found = FeatureSet(count, detector, metrics, keeps_features=keeps_features)
     found.append_features(kept.features.to(detector.device), range(len(kept)))
     found.finish()
     return found

@@ -38,6 +38,9 @@ class Images(Protocol):
     fingerprint: str
     content_key: str  # also of a subset, of mirrored copies and of how files are read
     scale: dict[str, Any] | None  # of images that are not 8-bit
+    has_onehot_labels: bool  # whether images have classes
+    class_numbers: np.ndarray  # theirs, [n]
+    class_names: Sequence[str] | None  # what classes are called
 
     def __len__(self) -> int: ...
 

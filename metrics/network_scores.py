@@ -21,6 +21,7 @@ from torch_utils import distributed as dist
 from torch_utils.misc import configure_backends
 
 SCORES_FILE = "metrics.jsonl"
+_SEEDS_AT_ONCE = 256  # whose classes are drawn together
 _MAX_NAMED = 4  # networks in a message
 
 
@@ -35,7 +36,7 @@ def score_networks(
     open_sampler: Callable[[NetworkFile, SweepPoint], NetworkSampler],
     open_report: Callable[[str, NetworkSampler], ScoreReport], *, batch: int,
     out: Path | None = None, key: str | None = None, again: bool = False,
-    features: Path | None = None,
+    features: Path | None = None, is_per_class: bool = False,
 ) -> None:
     """Scores every network at every point and range; each file is read once.
 
@@ -51,6 +52,7 @@ def score_networks(
         out: the file of scores; None is metrics.jsonl beside each network.
         key: which network of files that hold several.
         again: compute scores that are in the file, too.
+        is_per_class: whether the classes are scored by themselves, too.
         features: where the features are kept: a file .npz for a single score, else a folder.
 
     Raises:
@@ -65,6 +67,8 @@ def score_networks(
             file = NetworkFile.read(source, key)
             for point in points:
                 sampler = open_sampler(file, point)
+                if is_per_class and sampler.label_kind != "classes":
+                    raise UsageError(f"--per-class: {source} has no classes; leave --per-class out")
                 if report is None:
                     report = open_report(source, sampler)
                 else:
@@ -126,9 +130,10 @@ def _score(job: _Job, sampler: NetworkSampler, seeds: Sequence[int], report: Sco
     missing = report.missing(job.name, job.facts, job.path, again=again)
     if kept is not None and missing:
         dist.print0(f"Features   {job.name.label}: from {kept_at}")
-        found = of_features(kept, len(seeds), report.detector, missing)
+        found = of_features(kept, len(seeds), report.detector, missing,
+                            keeps_features=report.keeps_features)
     elif missing or (kept_at is not None and kept is None):
-        keeps = kept_at is not None
+        keeps = kept_at is not None or report.keeps_features
         unfinished = UnfinishedSums(job.path and job.path.parent,
                                     _key(job.facts, report, missing, keeps))
         configure_backends(sampler.settings["precision"])
@@ -137,13 +142,20 @@ def _score(job: _Job, sampler: NetworkSampler, seeds: Sequence[int], report: Sco
                                      title=job.name.label, unfinished=unfinished,
                                      keeps_features=keeps)
         configure_backends("fp32")
-        if keeps:
+        if kept_at is not None:
             dist.run_on_rank0(lambda: KeptFeatures(
                 found.features, report.detector.name, job.facts, sampler.image_shape, sampler.scale,
                 report.detector.weights_sha256).save(kept_at))
         unfinished.remove()
     if missing:
-        report.add(job.name, found, job.facts, job.path)
+        classes = dist.run_on_rank0(_classes, sampler, seeds) if report.is_per_class else None
+        report.add(job.name, found, job.facts, job.path, classes)
+
+
+def _classes(sampler: NetworkSampler, seeds: Sequence[int]) -> list[int]:
+    """Returns the class of the image of each seed."""
+    return [number for start in range(0, len(seeds), _SEEDS_AT_ONCE)
+            for number in sampler.classes(seeds[start:start + _SEEDS_AT_ONCE])]
 
 
 def _load_features(path: Path, job: _Job, detector: Detector) -> KeptFeatures | None:

@@ -20,7 +20,7 @@ from metrics.evaluator import Evaluator
 from metrics.score_names import LOWER_IS_BETTER, recorded_name, title
 
 _IDENTITY = ("metric", "num", "seeds", "sampler", "detector", "detector_sha256",
-             "reference_sha256")
+             "reference_sha256", "of_class")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ScoreLog:
     def __init__(self, evaluator: Evaluator):
         self._detector, self._reference = evaluator.detector, evaluator.record
         self._scores: list[Score] = []
-        self._recorded: dict[Path, dict[str, float]] = {}  # what files had, by `_identity`
+        self._recorded: dict[Path, dict[str, dict]] = {}  # what files had, by `_identity`
 
     @property
     def distance_name(self) -> str:
@@ -54,13 +54,18 @@ class ScoreLog:
         """Takes the scores of one set of images into the table."""
         self._scores.append(score)
 
-    def record(self, path: Path | None, values: dict[str, float], details: dict[str, Any]) -> None:
-        """Appends a JSON line a value to a file, if there is one; `details` go into each."""
+    def record(self, path: Path | None, values: dict[str, float], details: dict[str, Any],
+               **of_value: dict[str, Any]) -> None:
+        """Appends a JSON line a value to a file, if there is one.
+
+        `details` go into each, and `of_value` into those of some values, by their names.
+        """
         if path is None:
             return
         date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         lines = [json.dumps(json_value({"metric": self._name(name), "value": value,
-                                        **self._facts(details), "date": date}))
+                                        **of_value.get(name, {}), **self._facts(details),
+                                        "date": date}))
                  for name, value in values.items()]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,8 +74,8 @@ class ScoreLog:
             print(f"Warning: {path} not written: {error}", file=sys.stderr)
 
     def recorded(self, path: Path | None, names: Sequence[str], details: dict[str, Any]
-                 ) -> dict[str, float]:
-        """Returns those of the values that a file has for the same images, detector and reference.
+                 ) -> dict[str, dict[str, Any]]:
+        """Returns the records of those values that a file has, of the same images and reference.
 
         The images are the same if `details` have the same number, seeds and settings of the
         sampler, of which the hash of the weights is one.
@@ -82,7 +87,7 @@ class ScoreLog:
         there, facts = self._recorded[path], json_value(self._facts(details))
         found = {name: there.get(_identity({"metric": self._name(name), **facts}))
                  for name in names}
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: record for name, record in found.items() if record is not None}
 
     def _facts(self, details: dict[str, Any]) -> dict[str, Any]:
         return {**details, "detector": self._detector.name,
@@ -94,7 +99,7 @@ class ScoreLog:
     def table(self) -> str:
         """Returns all scores as text, with the lowest and the mean of each group of several."""
         columns = [name for name in self._scores[0].values if not name.endswith("_std")]
-        rows = [["images", *map(self._title, columns)]]
+        rows = [["images", *map(self.title, columns)]]
         groups: dict[str, list[Score]] = {}
         for score in self._scores:
             groups.setdefault(score.group, []).append(score)
@@ -105,12 +110,13 @@ class ScoreLog:
                 rows += _summaries(scores, columns)
         return format_table(rows)
 
-    def _title(self, name: str) -> str:
+    def title(self, name: str) -> str:
+        """Returns what readers see for a value of a metric."""
         return title(self._name(name), self._detector.name)
 
 
-def _read_identities(path: Path) -> Iterator[tuple[str, float]]:
-    """Yields the identity and the value of each line of a file that holds a score."""
+def _read_identities(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the identity and the content of each line of a file that holds a score."""
     try:
         text = path.read_bytes()
     except OSError:
@@ -119,7 +125,7 @@ def _read_identities(path: Path) -> Iterator[tuple[str, float]]:
         with contextlib.suppress(ValueError, RecursionError):  # damaged: the score is not known
             record = json.loads(line)
             if isinstance(record, dict) and type(record.get("value")) in (int, float):
-                yield _identity(record), float(record["value"])
+                yield _identity(record), record
 
 
 def _identity(record: dict[str, Any]) -> str:

@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 import torch
 
 from dnnlib import console
+from dnnlib.util import format_table
 from metrics.detectors import Detector
 from metrics.distances import SUBSET_SIZE
 from metrics.evaluator import Evaluator
 from metrics.metrics import METRICS, FeatureSet
+from metrics.per_class import mean_over_classes
 from metrics.score_log import Score, ScoreLog
 from metrics.scoring import Scored, open_evaluator
 from torch_utils import distributed as dist
 from torch_utils.misc import configure_backends
 
 _FEW_IMAGES = 2048  # the covariance of Inception's features is singular below
+_MEAN = "mean"  # over classes, in place of the number of one
 
 
 class Job(NamedTuple):
@@ -37,16 +40,20 @@ class ScoreReport:
         detector, reference, metrics, device, sets, batch, workers: see `open_evaluator`.
         num: how many images each score is of.
         is_single: there is only one score to print.
+        bootstrap: draws for the interval of a Frechet distance; None for no interval.
+        per_class: score the images of each class by themselves, too.
     """
 
     def __init__(self, detector: str, reference: str | None, metrics: tuple[str, ...],
                  device: torch.device, sets: dict[str, Scored], num: int, *, batch: int,
-                 workers: int, is_single: bool):
+                 workers: int, is_single: bool, bootstrap: int | None = None,
+                 per_class: bool = False):
         configure_backends("fp32")
         with console.timed("detector and reference"):
             self._evaluator = open_evaluator(detector, reference, metrics, device, sets,
-                                             batch=batch, workers=workers)
+                                             batch=batch, workers=workers, by_class=per_class)
         self._metrics, self._is_single = metrics, is_single
+        self._bootstrap, self._per_class = bootstrap, per_class
         self._log = ScoreLog(self._evaluator)
         warn_if_few(num, self.detector.name, metrics, self._evaluator.reference_count)
         _warn_of_small_subsets(self._evaluator, num)
@@ -55,6 +62,16 @@ class ScoreReport:
     def detector(self) -> Detector:
         """What makes the features."""
         return self._evaluator.detector
+
+    @property
+    def is_per_class(self) -> bool:
+        """Whether classes are scored by themselves, too."""
+        return self._per_class
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether the features themselves are needed, beside what metrics need."""
+        return self._bootstrap is not None or self._per_class
 
     def check(self, images: Scored, name: str) -> None:
         """Raises ValueError if images, called `name`, can't be scored."""
@@ -76,16 +93,24 @@ class ScoreReport:
 
     def _missing(self, job: Job, facts: dict[str, Any], path: Path | None, again: bool
                  ) -> tuple[str, ...]:
-        names = [name for metric in self._metrics for name in METRICS[metric].values]
+        names = _value_names(self._metrics)
         there = {} if again else self._log.recorded(path, names, facts)
+        if self._bootstrap and there.get("fid", {}).get("bootstrap") != self._bootstrap:
+            there.pop("fid", None)
+        if self._per_class:
+            means = self._log.recorded(path, names, {**facts, "of_class": _MEAN})
+            there = {name: record for name, record in there.items() if name in means}
         missing = tuple(metric for metric in self._metrics
                         if not there.keys() >= set(METRICS[metric].values))
         if not missing:
             console.say(f"Recorded   {job.label}: in {path}; --again computes it anew")
-            self._tell(job, {name: there[name] for name in names})
+            self._tell(job, there)
+            if self._per_class:
+                self._tell_classes(job, {_MEAN: {name: means[name]["value"] for name in names}})
         return missing
 
-    def add(self, job: Job, found: FeatureSet, facts: dict[str, Any], path: Path | None) -> None:
+    def add(self, job: Job, found: FeatureSet, facts: dict[str, Any], path: Path | None,
+            classes: Sequence[int] | None = None) -> None:
         """Scores the features of a job, prints its distance as the references do, and records all.
 
         Args:
@@ -93,32 +118,70 @@ class ScoreReport:
             found: their features, as all metrics need them or just those that were missing.
             facts: what else the record says of them.
             path: the file that gets a JSON line a value; None for none.
+            classes: the class of each image, where classes are scored by themselves.
         """
         with console.timed("distances"):
             values = self._evaluator.evaluate(found)
+        extra: dict[str, Any] = {}
+        if self._bootstrap and "fid" in values:
+            with console.timed("interval"):
+                interval = self._evaluator.interval(found, self._bootstrap)
+            extra = {"std_error": interval.std_error, "interval": [interval.low, interval.high],
+                     "bootstrap": self._bootstrap}
+        by_class = self._evaluator.evaluate_classes(found, classes) if self._per_class else {}
         if dist.get_rank() != 0:
             return
-        names = [name for metric in self._metrics for name in METRICS[metric].values]
+        names = _value_names(self._metrics)
         rest = [name for name in names if name not in values]
-        there = self._log.recorded(path, rest, facts) if rest else {}
-        self._log.record(path, values, facts)
-        self._tell(job, {name: (values | there)[name] for name in names})
+        records = self._log.recorded(path, rest, facts) if rest else {}
+        records |= {name: {"value": value} for name, value in values.items()}
+        if extra:
+            records["fid"] |= extra
+        self._log.record(path, values, facts, fid=extra)
+        self._tell(job, {name: records[name] for name in names})
+        if by_class:
+            shown = {**by_class, _MEAN: mean_over_classes(by_class)}
+            for number, of_class in shown.items():
+                self._log.record(path, of_class, {**facts, "of_class": number})
+            self._tell_classes(job, shown)
 
-    def _tell(self, job: Job, values: dict[str, float]) -> None:
+    def _tell(self, job: Job, records: dict[str, dict[str, Any]]) -> None:
+        values = {name: record["value"] for name, record in records.items()}
+        if "fid" not in values:
+            self._log.add(Score(job.label, job.group, values))
+            return
+        text = f"{values['fid']:g}"
+        if self._log.distance_name != "FID":
+            text = f"{self._log.distance_name}: {text}"
+        if not self._is_single:
+            text = f"path:{job.path}, {text}" if os.path.isdir(job.path) else f"{job.label}: {text}"
+        console.result(text)
+        if self._bootstrap:
+            low, high = records["fid"]["interval"]
+            values["fid_std"] = records["fid"]["std_error"]
+            console.result(f"95% interval {low:g} to {high:g}, standard error "
+                           f"{values['fid_std']:.2g}")
         self._log.add(Score(job.label, job.group, values))
-        if "fid" in values:
-            text = f"{values['fid']:g}"
-            if self._log.distance_name != "FID":
-                text = f"{self._log.distance_name}: {text}"
-            if not self._is_single:
-                text = (f"path:{job.path}, {text}" if os.path.isdir(job.path)
-                        else f"{job.label}: {text}")
-            console.result(text)
+
+    def _tell_classes(self, job: Job, values: dict[int | str, dict[str, float]]) -> None:
+        """Prints the scores of classes and their mean as a table."""
+        names, called = list(values[_MEAN]), self._evaluator.class_names or ()
+        rows = [["class", *map(self._log.title, names)]]
+        for number, of_class in values.items():
+            known = isinstance(number, int) and number < len(called)
+            text = f"{number} {called[number]}" if known else str(number)
+            rows.append([text, *(f"{of_class[name]:.5g}" for name in names)])
+        heading = "" if self._is_single else f"{job.label}\n"
+        console.result(f"\n{heading}{format_table(rows)}\n")
 
     def print_table(self) -> None:
         """Prints all scores where there are several values."""
         if dist.get_rank() == 0 and self._log.has_more_than_one_value:
             console.result("\n" + self._log.table())
+
+
+def _value_names(metrics: Sequence[str]) -> list[str]:
+    return [name for metric in metrics for name in METRICS[metric].values]
 
 
 def warn_if_few(count: int, detector: str, metrics: Sequence[str],

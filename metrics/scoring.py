@@ -46,7 +46,7 @@ class Sampler(Protocol):
 
 def open_evaluator(
     detector: str, reference: str | None, metrics: Iterable[str], device: torch.device,
-    sets: dict[str, Scored], *, batch: int, workers: int,
+    sets: dict[str, Scored], *, batch: int, workers: int, by_class: bool = False,
 ) -> Evaluator:
     """Returns the evaluator for images of these sets; what can't be scored is refused at once.
 
@@ -58,6 +58,8 @@ def open_evaluator(
         sets: the images to score, by what errors call them.
         batch: the most images of a reference data set at a time.
         workers: processes that read them ahead.
+        by_class: whether classes are scored by themselves, for which the reference must be a data
+            set that has such.
 
     Raises:
         ValueError: detector, reference, metrics and images do not fit.
@@ -70,8 +72,9 @@ def open_evaluator(
             raise ValueError(f"{name}: {error}") from error
     is_data = reference is not None and dist.broadcast_object(
         _is_data(reference))
-    evaluator = Evaluator(detector, ImageFolderDataset(reference) if is_data else reference,
-                          metrics, device, name=reference)
+    evaluator = Evaluator(
+        detector, ImageFolderDataset(reference, use_labels=by_class) if is_data else reference,
+        metrics, device, name=reference, by_class=by_class)
     for name, images in sets.items():
         evaluator.check(images.image_shape, name, images.scale)
     evaluator.prepare(batch, workers)

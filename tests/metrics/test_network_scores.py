@@ -486,3 +486,129 @@ def test_kept_features_are_of_a_number(run, data, tmp_path, capsys):
     args = ["calc", f"--images={tmp_path / 'f.npz'}", f"--ref={data}", "--detector=pixels"]
     assert "features of 9 images, but --count=50000; give --count=9" in refused(capsys, *args)
     assert "leave --features out" in refused(capsys, *args, f"--features={tmp_path / 'g.npz'}")
+
+
+# ------------------------------------------------------------------------- intervals and classes
+
+
+def test_an_interval_is_printed_recorded_and_found_again(run, data, sampled, capsys):
+    gen(run, data, **ONE)
+    capsys.readouterr()
+    gen(run, data, "--bootstrap=50", **ONE)
+    first = capsys.readouterr().out
+    count = len(sampled)
+    gen(run, data, "--bootstrap=50", **ONE)
+    gen(run, data, **ONE)
+    assert len(sampled) == count == 18
+    shown = re.search(r"95% interval (\S+) to (\S+), standard error (\S+)", first)
+    assert shown[0] in capsys.readouterr().out
+    plain, line = lines(run)
+    assert "interval" not in plain and line["value"] == pytest.approx(plain["value"], rel=1e-9)
+    low, high = line["interval"]
+    assert low < line["value"] < high and 0 < line["std_error"] < high - low
+    assert (line["bootstrap"], float(shown[1])) == (50, pytest.approx(low, rel=1e-5))
+    gen(run, data, "--bootstrap", **ONE)
+    assert len(sampled) == 27 and lines(run)[-1]["bootstrap"] == 1000
+
+
+def test_the_interval_is_that_of_the_features(run, data, tmp_path):
+    from metrics.bootstrap import bootstrap_frechet
+    gen(run, data, "--bootstrap=50", f"--features={tmp_path / 'f.npz'}", **ONE)
+    fid.main(["ref", f"--data={data}", f"--dest={tmp_path / 'r.npz'}", "--detector=pixels",
+              "--device=cpu", "--workers=0"], standalone_mode=False)
+    reference = np.load(tmp_path / "r.npz")
+    expected = bootstrap_frechet(torch.from_numpy(np.load(tmp_path / "f.npz")["features"]),
+                                 reference["mu"], reference["sigma"], draws=50)
+    [line] = lines(run)
+    assert line["interval"] == pytest.approx([expected.low, expected.high], rel=1e-6)
+    assert line["std_error"] == pytest.approx(expected.std_error, rel=1e-6)
+
+
+def only_class(source, dest, number):
+    """Writes the images of one class of a ZIP."""
+    import zipfile
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(dest, "w") as other:
+        for name, label in json.loads(archive.read("dataset.json"))["labels"]:
+            if label == number:
+                other.writestr(name, archive.read(name))
+    return dest
+
+
+@pytest.mark.long
+def test_a_class_is_scored_as_a_data_set_of_it_alone(data, tmp_path, capsys):
+    images = write_dataset(tmp_path / "images.zip", num=21)
+    out = tmp_path / "m.jsonl"
+    args = ["--device=cpu", "--workers=0", "--detector=pixels", "--metrics=fid,pr", f"--out={out}"]
+    fid.main(["calc", f"--images={images}", f"--ref={data}", "--count=21", "--per-class", *args],
+             standalone_mode=False)
+    table = capsys.readouterr().out
+    records = list(map(json.loads, out.read_text().splitlines()))
+    found = {(line["of_class"], line["metric"]): line["value"]
+             for line in records if "of_class" in line}
+    assert {k for k, _ in found} == {0, 1, "mean"} and len(records) == 12
+    for number in (0, 1):
+        out.unlink()
+        fid.main(["calc", f"--images={only_class(images, tmp_path / 'a.zip', number)}",
+                  f"--ref={only_class(data, tmp_path / 'b.zip', number)}",
+                  f"--count={11 - number}", *args], standalone_mode=False)
+        for metric, value in by_metric(out).items():
+            assert found[number, metric] == pytest.approx(value, rel=1e-6, abs=1e-9)
+    for metric in by_metric(out):
+        assert found["mean", metric] == pytest.approx(
+            (found[0, metric] + found[1, metric]) / 2, rel=1e-12)
+    assert re.search(r"^class +pixels Frechet distance +precision +recall$", table, re.M)
+    mean = re.escape(f"{found['mean', 'frechet_distance']:.5g}")
+    assert re.search(f"^mean +{mean}", table, re.M)
+
+
+@pytest.mark.long
+def test_classes_of_samples_are_those_that_are_written(run, data, sampled, tmp_path, capsys):
+    network = run / "network-snapshot-000010.pt"
+    gen(run, data, "--seeds=0-299", "--batch=64", "--per-class", **ONE)  # classes in two pieces
+    before, count = capsys.readouterr().out, len(sampled)
+    gen(run, data, "--seeds=0-299", "--batch=64", "--per-class", **ONE)
+    assert len(sampled) == count
+    mean = re.search(r"^mean .*$", before, re.M)[0]
+    assert mean.split() == re.search(r"^mean .*$", capsys.readouterr().out, re.M)[0].split()
+    import generate
+    generate.main([f"--network={network}", f"--outdir={tmp_path / 'out'}", "--seeds=0-299",
+                   "--batch=64", "--steps=2", "--device=cpu"], standalone_mode=False)
+    out = tmp_path / "m.jsonl"
+    fid.main(["calc", f"--images={tmp_path / 'out'}", f"--ref={data}", "--count=300",
+              "--batch=64", "--per-class", "--device=cpu", "--workers=0", "--detector=pixels",
+              f"--out={out}"], standalone_mode=False)
+    calculated = {line.get("of_class"): line["value"]
+                  for line in map(json.loads, out.read_text().splitlines())}
+    direct = {line.get("of_class"): line["value"] for line in lines(run)}
+    assert calculated == pytest.approx(direct, rel=1e-9)
+
+
+def test_scores_of_classes_are_not_taken_for_those_of_all(run, data, sampled):
+    gen(run, data, "--seeds=0-19", "--per-class", **ONE)
+    whole = [line["value"] for line in lines(run) if "of_class" not in line]
+    count = len(sampled)
+    (run / "metrics.jsonl").write_text("".join(
+        json.dumps(line) + "\n" for line in lines(run) if "of_class" in line))
+    gen(run, data, "--seeds=0-19", **ONE)
+    assert len(sampled) == count + 20
+    assert [line["value"] for line in lines(run) if "of_class" not in line] == pytest.approx(
+        whole, rel=1e-9)
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--per-class", "--ref=plain.zip"], "--ref=.*plain.zip has no classes"),
+    (["--per-class", "--network=plain.pt"], "plain.pt has no classes; leave --per-class out"),
+    (["--bootstrap=39"], "39 is not in the range x>=40"),
+    (["--bootstrap", "--metrics=kid"], "--bootstrap with --metrics=kid: finds the interval of fid"),
+])
+def test_what_has_no_classes_or_interval_is_refused(run, data, tmp_path, capsys, args, words):
+    write_dataset(tmp_path / "plain.zip", classes=0)
+    write_snapshot(tmp_path / "plain.pt", label_dim=0)
+    given = {"--network": f"--network={run / 'network-snapshot-000010.pt'}",
+             "--ref": f"--ref={data}"}
+    for arg in args:
+        name, _, value = arg.partition("=")
+        given[name] = f"{name}={tmp_path / value}" if name in given else arg
+    with pytest.raises(SystemExit) as caught:
+        fid.main(["gen", *given.values(), "--seeds=0-9", *FAST])
+    assert caught.value.code and re.search(words, capsys.readouterr().err)
