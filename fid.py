@@ -103,9 +103,11 @@ def _detector_options(command):
     for option in reversed((
         click.option("--batch",    metavar="INT", type=click.IntRange(min=1), default=64,
                      help="Images at a time on each device"),
-        click.option("--detector", metavar="inception|pixels[:K]|FILE", default="inception",
-                     help="Features to compare; pixels:K makes images smaller by K, FILE is a local "
-                          "copy of the Inception weights"),
+        click.option("--detector", metavar="inception|dinov2[:PLACE]|pixels[:K]|FILE",
+                     default="inception",
+                     help="Features to compare; PLACE is a folder or hub name of other DINOv2 weights, "
+                          "pixels:K makes images smaller by K, FILE is a local copy of the Inception "
+                          "weights"),
         click.option("--device",   type=click.Choice(["auto", "cuda", "cpu"]), default="auto",
                      help="Where to compute"),
         click.option("--workers",  metavar="INT", type=click.IntRange(min=0),
@@ -343,14 +345,14 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
     """Writes the reference statistics of a data set that 'calc' and 'gen' need."""
     with user_errors():
         from images.dataset import ImageFolderDataset
-        from metrics.detectors import build_detector, describe_detector
+        from metrics.detectors import build_detector, detector_class
         from metrics.evaluator import dataset_reference
         from metrics.references import save_reference
         from metrics.score_report import warn_if_few
         from torch_utils import distributed as dist
         from torch_utils.misc import configure_backends
 
-        name, _ = describe_detector(detector)
+        detector_class(detector)  # refuses what is none before the data are read
         with dist.process_group(device) as chosen_device:
             with dist.rank0_first():
                 dataset = ImageFolderDataset(data)
@@ -359,13 +361,13 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
                 built = build_detector(detector, chosen_device)
             dataset.share_fingerprint()
             configure_backends("fp32")
-            warn_if_few(len(dataset), name, ("fid",))
+            warn_if_few(len(dataset), built.name, ("fid",))
             with console.timed("features"):
                 reference = dataset_reference(dataset, built, with_features=features, batch=batch,
                                               workers=workers)
             dist.run_on_rank0(save_reference, dest, reference)
             if dist.get_rank() == 0:
-                console.result(f"{dest}: statistics of {len(dataset)} images by {name}"
+                console.result(f"{dest}: statistics of {len(dataset)} images by {built.name}"
                                f"{', with features' if features else ''}")
 
 

@@ -52,7 +52,7 @@ class _Command(click.Command):
 @click.option("--runs", metavar="DIR,DIR", help="Score these runs instead of training.")
 @click.option("--ref", metavar="NPZ|URL|ZIP|DIR", help="Reference of the scores.  [default: --data]")
 @click.option("--metrics", metavar="LIST", default="fid", help="What to score, see fid.py.")
-@click.option("--detector", metavar="inception|pixels[:K]|FILE", default="inception", help="Features to score by, see fid.py.")
+@click.option("--detector", metavar="inception|dinov2[:PLACE]|pixels[:K]|FILE", default="inception", help="Features to score by, see fid.py.")
 @click.option("--seeds", metavar="LIST", type=IntList(), default="0-49999", help="Seeds of the images that are scored.")
 @click.option("--ranges", metavar="INT", type=click.IntRange(min=1), default=1, help="Seed ranges at the default point, see fid.py.")
 @click.option("--base-steps", metavar="INT", type=click.IntRange(min=1), help="Steps of the default point.  [default: 18; of few-step networks their own]")

@@ -210,6 +210,15 @@ def is_url(text: str) -> bool:
     return urlparse(str(text)).scheme in ("http", "https")
 
 
+def file_sha256(path: str | os.PathLike) -> str:
+    """Returns the sha256 of a file, which is read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def open_url(url: str, sha256: str | None = None, *, verbose: bool = True) -> IO[bytes]:
     """Opens a local file or an http(s) address for reading in binary.
 

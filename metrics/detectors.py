@@ -6,14 +6,14 @@ A detector also knows what a Frechet distance between its features is called. On
 an FID.
 """
 
-import hashlib
 import math
 import re
 
 import torch
 
-from metrics import inception
-from metrics.score_names import INCEPTION, title
+from dnnlib.util import file_sha256
+from metrics import dinov2, inception
+from metrics.score_names import DINOV2, INCEPTION, title
 
 FEATURES_VERSION = 1  # of what detectors make of the same images; part of the names of kept files
 # A covariance of this many features takes 1.2 GB: 64x64 RGB images.
@@ -51,7 +51,15 @@ class Detector:
         Raises:
             ValueError: the detector has no classes.
         """
-        raise ValueError(f"detector {self.name}: has no classes, which the Inception score needs")
+        self.check_classes()
+        raise NotImplementedError
+
+    @classmethod
+    def check_classes(cls) -> None:
+        """Raises ValueError if the detector has no classes, which the Inception score needs."""
+        if cls.logits is Detector.logits:
+            raise ValueError(f"detector {cls.name}: has no classes, which the Inception score "
+                             "needs")
 
 
 class Inception(Detector):
@@ -70,7 +78,7 @@ class Inception(Detector):
         self.weights_sha256 = inception.WEIGHTS_SHA256
         if path is not None:
             self.name, self.distance_name = describe_detector(path)
-            self.weights_sha256 = _file_sha256(path)
+            self.weights_sha256 = file_sha256(path)
         weights = inception.load_weights(path)
         try:
             self._network = inception.InceptionV3(weights, self.device)
@@ -83,15 +91,47 @@ class Inception(Detector):
 
     @classmethod
     def check_kind(cls, channels: int, is_8bit: bool) -> None:
-        if not is_8bit or channels not in (1, 3):
-            kind = "8-bit" if is_8bit else "floating-point or 16-bit"
-            raise ValueError(f"detector {cls.name}: takes 8-bit images of 1 or 3 channels, these "
-                             f"are {kind} of {channels}; use --detector=pixels (pixels:K makes "
-                             "large ones smaller by K), or 'fid.py pairs', which compares each "
-                             "image with its truth")
+        _check_photographs(cls.name, channels, is_8bit)
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         return self._network.logits(features)
+
+
+class DinoV2(Detector):
+    """The class token of DINOv2, 1024 numbers, which FD-DINOv2 is defined by.
+
+    The weights are those of `dinov2.find_weights(place)`. By others than the published ones,
+    neither the features nor the distance have these names.
+    """
+
+    name = DINOV2
+    distance_name = title("frechet_distance", DINOV2)
+
+    def __init__(self, device: torch.device | str = "cpu", place: str | None = None):
+        super().__init__(device)
+        weights = dinov2.find_weights(place)
+        self.name, self.weights_sha256 = weights.name, weights.sha256
+        self.distance_name = title("frechet_distance", self.name)
+        self._network = dinov2.DinoV2(weights, self.device)
+        self.feature_dim = self._network.feature_dim
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.check_kind(images.shape[1], images.dtype == torch.uint8)
+        return self._network(images)
+
+    @classmethod
+    def check_kind(cls, channels: int, is_8bit: bool) -> None:
+        _check_photographs(cls.name, channels, is_8bit)
+
+
+def _check_photographs(detector: str, channels: int, is_8bit: bool) -> None:
+    """Raises ValueError for images that networks trained on photographs don't take."""
+    if not is_8bit or channels not in (1, 3):
+        kind = "8-bit" if is_8bit else "floating-point or 16-bit"
+        raise ValueError(f"detector {detector}: takes 8-bit images of 1 or 3 channels, these are "
+                         f"{kind} of {channels}; use --detector=pixels (pixels:K makes large ones "
+                         "smaller by K), or 'fid.py pairs', which compares each image with its "
+                         "truth")
 
 
 class Pixels(Detector):
@@ -144,6 +184,7 @@ def _way_out(shape: torch.Size, is_8bit: bool) -> str:
 
 DETECTORS: dict[str, type[Detector]] = {
     "inception": Inception,
+    "dinov2": DinoV2,
     "pixels": Pixels,
 }
 
@@ -152,22 +193,34 @@ def detector_class(spec: str) -> type[Detector]:
     """Returns the class of what `build_detector(spec)` makes; a weight file is Inception's.
 
     Raises:
-        ValueError: `spec` is neither a name nor that of a weight file.
+        ValueError: `spec` is none of what `build_detector` takes.
     """
     if _POOLED.fullmatch(spec):
         return Pixels
+    if place := _dinov2_place(spec):
+        dinov2.check_place(place)
+        return DinoV2
     if spec not in DETECTORS and not spec.endswith(".pth"):
-        raise ValueError(f"detector {spec!r}: must be {', '.join(DETECTORS)}, pixels:K with a "
-                         f"whole number K, or a copy of {inception.WEIGHTS_FILE}")
+        raise ValueError(f"detector {spec!r}: must be {', '.join(DETECTORS)}, dinov2:FOLDER or "
+                         "dinov2:HUB_NAME with other weights, pixels:K with a whole number K, or a "
+                         f"copy of {inception.WEIGHTS_FILE}")
     return DETECTORS.get(spec, Inception)
+
+
+def _dinov2_place(spec: str) -> str:
+    """Returns the folder or name of 'dinov2:PLACE'; '' of all else."""
+    name, _, place = spec.partition(":")
+    return place if name == DINOV2 else ""
 
 
 def describe_detector(spec: str) -> tuple[str, str]:
     """Returns (name, distance_name) of what `build_detector(spec)` makes, without making it.
 
+    Weights of DINOv2 that are named on the hub are downloaded.
+
     Raises:
-        ValueError: `spec` is neither a name nor a weight file.
-        OSError: the weight file can't be read.
+        ValueError: `spec` is none of what `build_detector` takes.
+        OSError: the weight file can't be read or downloaded.
     """
     kind = detector_class(spec)
     if spec in DETECTORS:
@@ -175,27 +228,28 @@ def describe_detector(spec: str) -> tuple[str, str]:
     if kind is Pixels:
         pooled = build_detector(spec)
         return pooled.name, pooled.distance_name
-    digest = _file_sha256(spec)
+    if kind is DinoV2:
+        name = dinov2.find_weights(_dinov2_place(spec)).name
+        return name, title("frechet_distance", name)
+    digest = file_sha256(spec)
     if digest == inception.WEIGHTS_SHA256:
         return Inception.name, Inception.distance_name
     name = f"{INCEPTION}:{digest[:16]}"
     return name, title("frechet_distance", name)
 
 
-def _file_sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
-
-
 def build_detector(spec: str, device: torch.device | str = "cpu") -> Detector:
-    """Returns the detector called `spec`: a name in `DETECTORS`, 'pixels:K', or Inception's.
+    """Returns the detector called `spec`.
 
-    K is the factor of `Pixels`. A path is that of weights for Inception.
+    That is a name in `DETECTORS`; 'pixels:K' with the factor of `Pixels`; 'dinov2:PLACE' with a
+    folder or a name on the Hugging Face hub; or the path of weights for Inception.
 
     Raises:
         ValueError: there is no such detector, or the file holds something other than its weights.
-        OSError: the weights can't be read or downloaded.
+        OSError: the weights can't be read or downloaded, or a package is missing.
     """
     if pooled := _POOLED.fullmatch(spec):
         return Pixels(device, factor=int(pooled[1]))
+    if place := _dinov2_place(spec):
+        return DinoV2(device, place)
     return DETECTORS[spec](device) if spec in DETECTORS else Inception(device, path=spec)

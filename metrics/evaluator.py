@@ -4,6 +4,7 @@ Under torchrun every method is called on all ranks; the reference is on rank 0.
 """
 
 import contextlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,13 @@ import torch
 
 from dnnlib.util import cache_dir, format_ranges
 from metrics.bootstrap import FrechetInterval, bootstrap_frechet
-from metrics.detectors import FEATURES_VERSION, Detector, build_detector, describe_detector
+from metrics.detectors import (
+    FEATURES_VERSION,
+    Detector,
+    build_detector,
+    describe_detector,
+    detector_class,
+)
 from metrics.metrics import METRICS, FeatureSet, Images, dataset_features, no_images
 from metrics.per_class import classes_to_score, scores_by_class
 from metrics.references import MAX_BANK, Reference, load_reference, save_reference
@@ -38,6 +45,8 @@ class Evaluator:
         self._data: Images | None = None
         self._reference: Reference | None = None
         self._digest: str | None = None
+        if "is" in self.metrics:
+            detector_class(detector).check_classes()
         if isinstance(reference, str):
             self._load(reference, detector)
         else:
@@ -47,13 +56,12 @@ class Evaluator:
                              "whose labels are class numbers")
         with dist.rank0_first():  # one download for all
             self.detector = build_detector(detector, device)
-        if "is" in self.metrics:
-            self.detector.logits(torch.empty([0, self.detector.feature_dim or 0], device=device))
 
     def _load(self, path: str, detector: str) -> None:
         self._reference = dist.run_on_rank0(load_reference, path)
         self._digest = self._reference.digest
-        check_made_for(self._reference, path, detector, self.metrics)
+        with dist.rank0_first():  # weights are downloaded if their hash is needed
+            check_made_for(self._reference, path, detector, self.metrics)
 
     def check(self, image_shape: Sequence[int], images: str,
               scale: dict[str, Any] | None = None) -> None:
@@ -159,8 +167,11 @@ def check_made_for(reference: Reference, path: str, detector: str, metrics: Iter
     """Raises ValueError if statistics are of another detector, or lack what metrics need."""
     name, _ = describe_detector(detector)
     if reference.detector != name:
+        is_of_hash = re.fullmatch(r"\w+:[0-9a-f]{16}", reference.detector)
+        advice = ("the weights that have this hash" if is_of_hash
+                  else f"--detector={reference.detector}")
         raise ValueError(f"{path}: made with detector {reference.detector}, but "
-                         f"--detector={detector} is {name}; give --detector={reference.detector}")
+                         f"--detector={detector} is {name}; give {advice}")
     for metric in metrics:
         if METRICS[metric].needs_reference_features and reference.features is None:
             raise ValueError(

@@ -8,10 +8,11 @@ Files have recorded names, `metric` in metrics.jsonl and `Metrics/NAME` in stats
     psnr, ssim, ssim_uniform, rmse, mae                       of images and their truths
 
 For readers there are titles, such as FID and pixels Frechet distance. Only the features of the
-published Inception weights make an FID or KID.
+published Inception weights make an FID or KID, and only those of the published DINOv2 an FD-DINOv2.
 """
 
-INCEPTION = "inception"  # the detector with the published weights
+INCEPTION, DINOV2 = "inception", "dinov2"  # the detectors with the published weights
+_NETWORKS = {INCEPTION: "Inception", DINOV2: "DINOv2"}
 _GENERAL = {"fid": "frechet_distance", "kid": "kernel_distance", "kid_std": "kernel_distance_std"}
 _TITLES = {"fid": "FID", "kid": "KID", "is": "IS", "precision": "precision",
            "recall": "recall", "bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim",
@@ -36,6 +37,9 @@ def title(metric: str, detector: str) -> str:
     name = _TITLES_OF_FEATURES.get(metric)
     if name is None:
         return _TITLES.get(metric, metric.replace("_", " "))
-    if detector.startswith(f"{INCEPTION}:"):
-        return f"{name} by other Inception weights"
-    return f"{detector} {name}".strip()
+    if (metric, detector) == ("frechet_distance", DINOV2):
+        return "FD-DINOv2"
+    network, colon, _ = detector.partition(":")
+    if colon and network in _NETWORKS:
+        return f"{name} by other {_NETWORKS[network]} weights"
+    return f"{_NETWORKS.get(detector, detector)} {name}".strip()

@@ -12,7 +12,8 @@ from dnnlib.progress import Progress
 from dnnlib.util import format_ranges, is_url
 from images.dataset import ImageFolderDataset
 from images.scaling import Scaling
-from metrics.detectors import Detector, Inception, build_detector, detector_class
+from metrics import dinov2
+from metrics.detectors import Detector, DinoV2, Inception, build_detector, detector_class
 from metrics.evaluator import Evaluator, check_alike, check_made_for
 from metrics.metrics import FeatureSet, no_images
 from metrics.references import Reference, load_reference
@@ -90,19 +91,21 @@ def check_scoring(detector: str, reference: str, metrics: Iterable[str],
                   dataset: ImageFolderDataset, name: str) -> None:
     """Refuses what `open_evaluator` would refuse for networks trained on a data set called `name`.
 
-    Nothing is downloaded, and no weights of detectors are read.
+    No weights of detectors are loaded, but by a reference file some are read for their hash.
 
     Raises:
         ValueError: detector, reference, metrics and images do not fit.
         OSError: a file can't be read.
     """
     try:
-        detector_class(detector).check_kind(dataset.num_channels, dataset.scale is None)
-        if not issubclass(detector_class(detector), Inception):  # which has weights
-            built = build_detector(detector, "cpu")
-            features = built(no_images(dataset.image_shape, dataset.scale is None))
-            if "is" in metrics:
-                built.logits(features)
+        kind = detector_class(detector)
+        kind.check_kind(dataset.num_channels, dataset.scale is None)
+        if "is" in metrics:
+            kind.check_classes()
+        if kind is DinoV2:
+            dinov2.require_package()
+        elif kind is not Inception:  # which has weights
+            build_detector(detector, "cpu")(no_images(dataset.image_shape, dataset.scale is None))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     if is_url(reference):

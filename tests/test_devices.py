@@ -21,7 +21,7 @@ from images import scaling
 from images.dataset import ImageFolderDataset
 from metrics import inception
 from metrics.bootstrap import bootstrap_frechet
-from metrics.detectors import Pixels
+from metrics.detectors import Pixels, build_detector
 from metrics.distances import density_coverage, frechet_distance, kernel_distance, precision_recall
 from metrics.metrics import collect
 from metrics.nearest import nearest_neighbours
@@ -520,6 +520,22 @@ def test_inception_gives_the_same_features_there(gpu):
     expected = here(pixels)
     assert torch.equal(features.cpu(), expected)
     assert torch.equal(logits.cpu(), here.logits(expected))
+    assert there(pixels[:0]).device == DEVICE
+
+
+@pytest.mark.long
+def test_dinov2_gives_the_same_features_there(gpu, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    transformers.Dinov2Model(transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=518, patch_size=14,
+    )).save_pretrained(tmp_path)
+    pixels = torch.randint(256, [1, 3, SIDE, SIDE], dtype=torch.uint8)
+    here, there = (build_detector(f"dinov2:{tmp_path}", device) for device in (CPU, DEVICE))
+    gpu.waits.clear()
+    features = there(pixels)
+    assert features.device == DEVICE and gpu.waits == ["copy to the device"]
+    torch.testing.assert_close(features.cpu(), here(pixels))
     assert there(pixels[:0]).device == DEVICE
 
 

@@ -292,7 +292,7 @@ def test_only_the_published_inception_is_called_fid(tmp_path, monkeypatch):
 
 
 def test_an_unknown_detector_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'clip': must be inception, pixels, pixels:K .* or a "):
+    with pytest.raises(ValueError, match="'clip': must be inception, dinov2, .*pixels:K .* or a "):
         build_detector("clip")
 
 
