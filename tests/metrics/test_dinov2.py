@@ -4,6 +4,7 @@ The network is a small one with random weights, saved by transformers as the pub
 """
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -27,9 +28,9 @@ from metrics.evaluator import Evaluator
 from metrics.score_names import title
 from training.scoring import check_scoring
 
-transformers = pytest.importorskip("transformers")
-from huggingface_hub import constants  # noqa: E402 - comes with transformers
-from safetensors.torch import load_file, save_file  # noqa: E402
+if importlib.util.find_spec("transformers") is None:
+    pytest.skip("needs transformers", allow_module_level=True)
+from safetensors.torch import load_file, save_file  # noqa: E402 - comes with transformers
 
 CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
           "image_size": 518, "patch_size": 14}
@@ -37,7 +38,8 @@ CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
 
 def write_network(folder, seed=0, **changes):
     """Saves a network whose every part matters to its output; returns the folder."""
-    network = transformers.Dinov2Model(transformers.Dinov2Config(**CONFIG | changes))
+    from transformers import Dinov2Config, Dinov2Model  # late: it takes seconds
+    network = Dinov2Model(Dinov2Config(**CONFIG | changes))
     rng = torch.Generator().manual_seed(seed)
     for name, value in network.named_parameters():
         spread = 1 / math.sqrt(value[0].numel()) if value.ndim > 1 else 0.3
@@ -60,8 +62,8 @@ def copy(folder, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _no_cache_of_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv(dnnlib.util.CACHE_DIR_ENV, str(tmp_path / "cache"))
 
 
@@ -156,7 +158,8 @@ def test_features_are_those_of_the_network_written_out(folder, shape):
     detector = build_detector(f"dinov2:{folder}")
     assert relative_error(detector(images), expected) < 1e-5
     # transformers' own positions are another network.
-    theirs = transformers.Dinov2Model.from_pretrained(folder).eval()
+    from transformers import Dinov2Model
+    theirs = Dinov2Model.from_pretrained(folder).eval()
     mean, deviation = (torch.tensor(values)[:, None, None]
                        for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     x = torch.from_numpy(resized(images)).float().expand(-1, 3, -1, -1)
@@ -269,10 +272,12 @@ def test_the_published_weights_are_known_wherever_they_lie(copy, monkeypatch):
     assert torch.equal(detector(images), usual(images))
 
 
+@pytest.mark.long
 def test_the_settings_of_the_published_network_are_those_of_a_vit_l():
-    config = transformers.Dinov2Config(**dinov2._CONFIG)
+    from transformers import Dinov2Config, Dinov2Model
+    config = Dinov2Config(**dinov2._CONFIG)
     with torch.device("meta"):
-        network = transformers.Dinov2Model(config)
+        network = Dinov2Model(config)
     # The file's 1,217,522,888 bytes are float32 numbers, and names and shapes before them.
     numbers = sum(value.numel() for value in network.state_dict().values())
     assert 0 < 1_217_522_888 - 4 * numbers < 200 * len(network.state_dict())
@@ -446,7 +451,7 @@ def test_without_a_network_an_error_says_what_to_put_where(refused, monkeypatch,
         raise OSError(f"{url}: {'asked all the same' if offline else 'no network'}")
 
     monkeypatch.setattr(dnnlib.util, "open_url", open_url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     reason = "not downloaded, because HF_HUB_OFFLINE is set" if offline else "no network"
     line = refused("dinov2")
     assert f"DINOv2 weights: {PUBLISHED_URL}: {reason}; fetch model.safetensors of " \
