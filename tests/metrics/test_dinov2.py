@@ -26,7 +26,7 @@ from metrics import dinov2
 from metrics.detectors import build_detector, describe_detector, detector_class
 from metrics.evaluator import Evaluator
 from metrics.score_names import title
-from training.scoring import check_scoring
+from metrics.scoring import check_scoring
 
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("needs transformers", allow_module_level=True)
