@@ -277,6 +277,8 @@ def _require(**given: str | None) -> None:
               help="As --clip, for the condition images; needs --cond-scale  [default: --clip]")
 @click.option("--classes",      metavar="LIST", callback=_parse_classes,
               help="Keep these classes only and number them from 0 in this order, such as 6,1,3")
+@click.option("--label-set",    type=click.Choice(["fine", "coarse"]),
+              help="Which labels of CIFAR-100, of 100 or of 20 classes  [default: fine]")
 @click.option("--channels",     metavar="rgb|gray|cond:I,image:J", callback=_parse_channels,
               help="Make all pictures RGB or gray; or divide the channels of arrays, numbered from 0, into condition images and images, such as cond:0,image:1 or cond:0+1,image:2, or take some, image:1  [default: as they are]")
 @click.option("--layout",       type=click.Choice(["chw", "hwc"]),
@@ -297,7 +299,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
          scale: str | tuple[float, float] | None, cond_source: str | None,
          cond_scale: str | tuple[float, float] | None, pair: str | re.Pattern[str] | None,
          clip: tuple[float, float] | None, cond_clip: tuple[float, float] | None,
-         classes: list[int] | None,
+         classes: list[int] | None, label_set: str | None,
          channels: str | dict[str, tuple[int, ...]] | None, layout: str | None,
          keep_names: bool, skip_damaged: bool, background: tuple[int, int, int], first_frame: bool,
          workers: int | None) -> None:
@@ -306,11 +308,14 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
     --source is recognised by its name:
 
     \b
-    cifar-10-python.tar.gz       CIFAR-10, 50,000 training images with labels
-    train-images-idx3-ubyte.gz   MNIST, 32x32; the file of the labels must lie beside it
+    cifar-10-python.tar.gz       CIFAR-10 or CIFAR-100, 50,000 training images with labels, or
+                                 their folder cifar-10-batches-py
+    train-images-idx3-ubyte.gz   MNIST, Fashion-MNIST or EMNIST, 32x32, or a folder with the file;
+                                 the file of the labels must lie beside it
     NAME_lmdb/                   LSUN (needs pip install lmdb)
     NAME.zip                     all images in a ZIP
     NAME.npy, NAME.pt            an array of images, [n, H, W], [n, C, H, W] or [n, H, W, C]
+    NAME.npz                     such an array called arr_0, and labels called arr_1
     any other folder             all images below it; or slices, if its files are DICOM
                                  (needs pip install pydicom), which a ZIP may hold too
 
@@ -349,7 +354,12 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
             open_dest,
             select_images,
         )
-        from images.sources import condition_numbers, open_source, pair_by_pattern
+        from images.sources import (
+            choose_labels,
+            condition_numbers,
+            open_source,
+            pair_by_pattern,
+        )
 
         settings = Settings(transform, resolution, background, first_frame, scale, clip=clip,
                             channels=None if picked else channels, picked=picked.get("image"),
@@ -364,6 +374,8 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
             raise ValueError(f"--cond-source={cond_source}: is the source itself, so the images "
                              "would be their own conditions")
         images = stack.enter_context(open_source(Path(source), layout=layout))
+        if label_set:
+            choose_labels(images, label_set)
         others, partners = images, range(images.num_images)
         if cond_flag == "--pair":
             images, others = pair_by_pattern(images, pair)

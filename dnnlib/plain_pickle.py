@@ -1,4 +1,4 @@
-"""Pickles of plain values and of NumPy arrays of bytes, as data sets are published in them.
+"""Pickles of plain values and of NumPy arrays of numbers, as data sets are published in them.
 
 CIFAR-10 was written by Python 2, whose texts are bytes: they are read as Latin-1, which keeps every
 byte, and an array's content may be such a text. Nothing in a file is run, see
@@ -15,7 +15,8 @@ from dnnlib.util import require
 
 MAX_OPCODES = 1_000_000  # a batch of CIFAR-10 has about 60,000
 
-_BYTE_DTYPES = ("u1", "uint8")
+_DTYPES = ("u1", "uint8", "i4", "i8", "f2", "f4", "f8")  # names of types of numbers
+_ORDERS = "<>|="  # of bytes
 _MAX_DIMS = 8
 
 
@@ -23,7 +24,7 @@ def loads(data: bytes) -> Any:
     """Returns the object in a pickle; texts of Python 2 are read as Latin-1.
 
     Raises:
-        ValueError: damaged, or anything but plain values and arrays of bytes; one line.
+        ValueError: damaged, or anything but plain values and arrays of numbers; one line.
     """
     budget = Budget(MAX_OPCODES, f"has more than {MAX_OPCODES} instructions")
     reader = _Reader(memoryview(data), _NAMES, budget)
@@ -33,8 +34,8 @@ def loads(data: bytes) -> Any:
     return value
 
 
-class ByteArray(Stateful):
-    """A uint8 array of the file, empty until its state is known."""
+class Array(Stateful):
+    """An array of the file, empty until its state is known."""
 
     _state: Any = None
 
@@ -45,29 +46,38 @@ class ByteArray(Stateful):
         """Returns the array, which can't be written to.
 
         Raises:
-            ValueError: it isn't of bytes, or its shape doesn't fit them.
+            ValueError: it isn't of numbers, or its shape doesn't fit its bytes.
         """
         require(type(self._state) is tuple and len(self._state) == 5,
                 "has an array without content")
         _, shape, dtype, is_fortran, data = self._state
-        require(isinstance(dtype, _DType) and dtype.name in _BYTE_DTYPES,
-                "has an array that isn't of bytes")
-        data = data.encode("latin-1") if isinstance(data, str) else data
+        require(isinstance(dtype, _DType), "has an array without a type")
+        number, data = dtype.numpy(), data.encode("latin-1") if isinstance(data, str) else data
         require(isinstance(data, bytes) and type(shape) is tuple and len(shape) <= _MAX_DIMS
                 and all(type(size) is int and size >= 0 for size in shape)
-                and math.prod(shape) == len(data), "has an array whose shape doesn't fit")
+                and math.prod(shape) * number.itemsize == len(data),
+                "has an array whose shape doesn't fit")
         order = "F" if is_fortran else "C"
-        return np.frombuffer(data, np.uint8).reshape(shape, order=order)
+        return np.frombuffer(data, number).reshape(shape, order=order)
 
 
 class _DType(Stateful):
-    """A NumPy type of the file: its name."""
+    """A NumPy type of the file: its name, and the order of bytes."""
+
+    _order = "="
 
     def __init__(self, name: Any):
         self.name = name
 
     def set_state(self, state: Any) -> None:
-        pass  # byte order and alignment, which bytes don't have
+        require(type(state) is tuple and len(state) > 1 and type(state[1]) is str
+                and len(state[1]) == 1 and state[1] in _ORDERS, "has a type that isn't read")
+        self._order = state[1]
+
+    def numpy(self) -> np.dtype:
+        """Returns it as NumPy's own; raises ValueError if it isn't one of numbers."""
+        require(self.name in _DTYPES, "has an array that isn't of numbers")
+        return np.dtype(self.name).newbyteorder(self._order)
 
 
 class _Reader(Reader):
@@ -78,6 +88,7 @@ class _Reader(Reader):
         ord("T"): lambda r: r.push(str(r.take(r.number(4)), "latin-1")),
         ord("B"): lambda r: r.push(bytes(r.take(r.number(4)))),
         ord("C"): lambda r: r.push(bytes(r.take(r.byte()))),
+        0x96: lambda r: r.push(bytes(r.take(r.number(8)))),  # a bytearray, of protocol 5
     }
     key_types = (str, bytes)
 
@@ -95,8 +106,16 @@ class _Reader(Reader):
         super().reduce()
 
 
-def _array(reader: Reader, args: tuple) -> ByteArray:
-    return ByteArray()  # what is known of it follows as its state
+def _array(reader: Reader, args: tuple) -> Array:
+    return Array()  # what is known of it follows as its state
+
+
+def _array_of_buffer(reader: Reader, args: tuple) -> Array:
+    """Returns an array of protocol 5, of which all is known."""
+    data, dtype, shape, order = args
+    array = Array()
+    array.set_state((1, shape, dtype, order == "F", data))
+    return array
 
 
 def _dtype(reader: Reader, args: tuple) -> _DType:
@@ -113,6 +132,8 @@ def _encode(reader: Reader, args: tuple) -> str:
 _NAMES = {
     ("numpy.core.multiarray", "_reconstruct"): _array,
     ("numpy._core.multiarray", "_reconstruct"): _array,
+    ("numpy.core.numeric", "_frombuffer"): _array_of_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _array_of_buffer,
     ("numpy", "dtype"): _dtype,
     ("_codecs", "encode"): _encode,
 }

@@ -1,34 +1,31 @@
-"""Images and labels out of the archives in which CIFAR-10, MNIST and LSUN are published.
+"""Images and labels out of the files in which CIFAR-10, CIFAR-100 and LSUN are published.
 
-CIFAR-10 is a tar of pickles, MNIST a pair of IDX files, both compressed with gzip; LSUN is an LMDB
-database of encoded images. The files are downloads and not trusted: nothing in them is run or
-extracted, and what they unpack to is bounded.
+CIFAR is a few files of pickles or of records of bytes, in a .tar.gz or in the folder that it
+unpacks to; LSUN is an LMDB database of encoded images. The files are downloads and not trusted:
+nothing in them is run or extracted, and what they unpack to is bounded.
 """
 
 import contextlib
 import functools
 import gzip
+import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from dnnlib import plain_pickle
-from images.image_files import DAMAGE, error_prefix, name_problem
+from images.image_files import DAMAGE, error_prefix, name_problem, read_regular
 
-CIFAR10_SIZE, MNIST_SIZE = 50_000, 60_000  # training images
-MNIST_IMAGES, MNIST_LABELS = "-images-idx3-ubyte.gz", "-labels-idx1-ubyte.gz"
-
-_CIFAR10_FOLDER = "cifar-10-batches-py"
-_CIFAR10_BATCHES = [f"{_CIFAR10_FOLDER}/data_batch_{i}" for i in range(1, 6)]
-_CIFAR10_NAMES = f"{_CIFAR10_FOLDER}/batches.meta"
-_NUM_CLASSES = 10
-_MAX_MEMBER_BYTES = 64 << 20  # a batch has 31 MB
-_MAX_BYTES = 512 << 20  # CIFAR-10 has 186 MB, MNIST 47 MB
+_NUM_IMAGES = 50_000  # to train on, of CIFAR
+_PIXELS = 3 * 32 * 32
+_MAX_MEMBER_BYTES = 192 << 20  # CIFAR-100's images have 155 MB
+_MAX_BYTES = 512 << 20  # an archive of CIFAR has 186 MB
 _MAX_MEMBERS = 100  # CIFAR-10 has 9
 _MAX_READ = 64 << 10  # at a time: tarfile reads headers of headers whole, and takes them apart
+_FINE, _COARSE = "fine", "coarse"  # names of sets of labels; only CIFAR-100 has the second
 
 _DAMAGE = (*DAMAGE, tarfile.TarError)
 
@@ -38,48 +35,95 @@ class Arrays(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
-    class_names: list[str] | None = None
+    class_names: list[str] | None
+    title: str  # what the data set is called
+    expected: int | None = None  # images that it is published with; None if that is not known
+    facts: tuple[str, ...] = ()  # what a user may want to know
+    padding: int = 0  # zeros that each image gets on each side
+    label_sets: dict[str, tuple[np.ndarray, list[str] | None]] = {}  # other labels and names
 
 
-def read_cifar10(path: Path) -> Arrays:
-    """Returns the training images of CIFAR-10, `data_batch_1` to `data_batch_5` in this order.
+class _Labels(NamedTuple):
+    """Where a layout has one set of labels: in which place, and the names of its classes."""
+
+    place: str | int  # the key in a pickle, or the byte of a record
+    num_classes: int
+    names: str  # the file that has them
+    key: str | None = None  # where, if it is a pickle; else there is one in each line
+
+
+class _Layout(NamedTuple):
+    """A form in which CIFAR is published."""
+
+    title: str
+    folder: str
+    batches: tuple[str, ...]  # files of training images, in order
+    label_sets: dict[str, _Labels]  # of which the first is the usual one
+
+    @property
+    def files(self) -> list[str]:
+        """All that is read."""
+        return [*self.batches, *(labels.names for labels in self.label_sets.values())]
+
+
+_LAYOUTS = (
+    _Layout("CIFAR-10", "cifar-10-batches-py", tuple(f"data_batch_{i}" for i in range(1, 6)),
+            {_FINE: _Labels("labels", 10, "batches.meta", "label_names")}),
+    _Layout("CIFAR-10", "cifar-10-batches-bin", tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+            {_FINE: _Labels(0, 10, "batches.meta.txt")}),
+    _Layout("CIFAR-100", "cifar-100-python", ("train",),
+            {_FINE: _Labels("fine_labels", 100, "meta", "fine_label_names"),
+             _COARSE: _Labels("coarse_labels", 20, "meta", "coarse_label_names")}),
+    _Layout("CIFAR-100", "cifar-100-binary", ("train.bin",),
+            {_FINE: _Labels(1, 100, "fine_label_names.txt"),
+             _COARSE: _Labels(0, 20, "coarse_label_names.txt")}),
+)
+
+
+def read_cifar(path: Path) -> Arrays:
+    """Returns the training images of CIFAR-10 or CIFAR-100 out of a .tar.gz, in published order.
 
     Raises:
         OSError: it can't be read.
-        ValueError: damaged, not an archive of this layout, or one that asks for anything unusual.
+        ValueError: damaged, not an archive of such a layout, or one that asks for anything unusual.
     """
-    with _described(path):
-        members = _read_members(path, {*_CIFAR10_BATCHES, _CIFAR10_NAMES})
-        for name in _CIFAR10_BATCHES:
-            if name not in members:
-                raise ValueError(f"has no {name}; of .tar.gz files only CIFAR-10's "
-                                 "cifar-10-python.tar.gz is supported")
-        batches = [_cifar10_batch(name, members.pop(name)) for name in _CIFAR10_BATCHES]
-        names = members.get(_CIFAR10_NAMES)
-        class_names = None if names is None else _cifar10_names(names)
-    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    return Arrays(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels, class_names)
+    with described(path):
+        members = _read_members(path, {f"{layout.folder}/{name}" for layout in _LAYOUTS
+                                       for name in layout.files})
+        layout = max(_LAYOUTS, key=lambda one: sum(
+            f"{one.folder}/{name}" in members for name in one.batches))
+        for name in layout.batches:
+            if f"{layout.folder}/{name}" not in members:
+                raise ValueError(f"has no {layout.folder}/{name}; of .tar.gz files only those of "
+                                 "CIFAR-10 and CIFAR-100 are supported")
+        return _of_layout(layout, {name: members.pop(f"{layout.folder}/{name}", None)
+                                   for name in dict.fromkeys(layout.files)})
 
 
-def read_mnist(path: Path) -> Arrays:
-    """Returns images padded with zeros from 28x28 to 32x32, and the labels of the file beside.
+def find_cifar(names: Iterable[str]) -> list[str]:
+    """Returns the folders, '' or ending in '/', that hold the files of CIFAR, sorted."""
+    there = set(names)
+    folders = {name.rpartition("/")[0] for name in there
+               if name.rpartition("/")[2] in {layout.batches[0] for layout in _LAYOUTS}}
+    tops = {f"{folder}/" if folder else "" for folder in folders}
+    return sorted(top for top in tops if _layouts_of(top, there))
 
-    Raises:
-        OSError: one of the two files can't be read.
-        ValueError: damaged, or not files of this kind.
-    """
-    labels_path = path.with_name(path.name.replace(MNIST_IMAGES, MNIST_LABELS))
-    if not labels_path.exists():
-        raise FileNotFoundError(f"{labels_path}: no such file; the labels must lie beside "
-                                f"{path.name}")
-    with _described(path):
-        images = _read_idx(path, 3)
-        if images.shape[1:] != (28, 28):
-            raise ValueError("has images of {1}x{0}, expected 28x28".format(*images.shape[1:]))
-    with _described(labels_path):
-        labels = _read_idx(labels_path, 1).astype(np.int64)
-        _check_labels(labels, len(images))
-    return Arrays(np.pad(images, [(0, 0), (2, 2), (2, 2)]), labels)
+
+def _layouts_of(top: str, names: set[str]) -> list[_Layout]:
+    """Returns the layouts of which a folder has all files; CIFAR-100's `train` is no rare name."""
+    return [layout for layout in _LAYOUTS if {top + name for name in layout.files} <= names]
+
+
+def read_cifar_folder(path: Path) -> Arrays:
+    """Returns what `read_cifar` does, of a folder that `find_cifar` has found."""
+    [layout, *_] = _layouts_of("", set(os.listdir(path)))
+    found = {}
+    for name in layout.files:
+        with error_prefix(f"{path / name}: "):
+            found[name] = read_regular(path / name)
+            _check_size(len(found[name]))
+    with described(path):
+        return _of_layout(layout, found)
 
 
 @contextlib.contextmanager
@@ -104,7 +148,7 @@ def open_lmdb(path: Path) -> Iterator[tuple[int, Iterator[tuple[str, bytes]]]]:
 
 
 @contextlib.contextmanager
-def _described(path: Path) -> Iterator[None]:
+def described(path: Path) -> Iterator[None]:
     """Puts the file's name before what is wrong with it."""
     try:
         yield
@@ -168,64 +212,102 @@ def _check_member(member: tarfile.TarInfo) -> None:
         raise ValueError(f"{_shown(member)} {problem}")
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
         raise ValueError(f"{_shown(member)} is a link or special file")
-    if not 0 <= member.size <= _MAX_MEMBER_BYTES:
-        raise ValueError(f"{_shown(member)}: {member.size} bytes are more than the "
-                         f"{_MAX_MEMBER_BYTES} allowed")
+    with error_prefix(f"{_shown(member)}: "):
+        _check_size(member.size)
 
 
-def _plain_dict(name: str, data: bytes) -> dict[str, Any]:
-    with error_prefix(f"{name}: "):
-        content = plain_pickle.loads(data)
-        if not isinstance(content, dict):
-            raise ValueError("not a dict")
+def _check_size(size: int) -> None:
+    if not 0 <= size <= _MAX_MEMBER_BYTES:
+        raise ValueError(f"{size} bytes are more than the {_MAX_MEMBER_BYTES} allowed")
+
+
+def _of_layout(layout: _Layout, files: dict[str, bytes | None]) -> Arrays:
+    """Returns the data set of these files; those of names may be missing."""
+    batches = []
+    for name in layout.batches:
+        with error_prefix(f"{name}: "):
+            batches.append(_read_batch(layout, files.pop(name)))
+    images = np.concatenate([pixels for pixels, _ in batches])
+    label_sets = {}
+    for key, labels in layout.label_sets.items():
+        with error_prefix(f"{labels.names}: "):
+            names = _read_names(labels, files[labels.names])
+        label_sets[key] = np.concatenate([found[key] for _, found in batches]), names
+    facts = ()
+    if _COARSE in label_sets:
+        facts = ("labels are the 100 fine classes unless --label-set=coarse takes the 20 coarse "
+                 "ones",)
+    return Arrays(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), *label_sets[_FINE],
+                  layout.title, _NUM_IMAGES, facts, label_sets=label_sets)
+
+
+def _read_batch(layout: _Layout, data: bytes) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns images [n, 3072] and the labels [n] of each set."""
+    is_pickle = isinstance(layout.label_sets[_FINE].place, str)
+    pixels, found = (_read_pickle if is_pickle else _read_records)(data, layout.label_sets)
+    for key, labels in layout.label_sets.items():
+        check_labels(found[key], len(pixels), range(labels.num_classes))
+    return pixels, {key: np.array(numbers, np.int64) for key, numbers in found.items()}
+
+
+def _read_pickle(data: bytes,
+                 label_sets: dict[str, _Labels]) -> tuple[np.ndarray, dict[str, list[int]]]:
+    content = _plain_dict(data)
+    pixels = content.get("data")
+    found = {key: content.get(labels.place) for key, labels in label_sets.items()}
+    for key, labels in label_sets.items():
+        if not (isinstance(pixels, plain_pickle.Array) and isinstance(found[key], list)
+                and all(type(label) is int for label in found[key])):
+            raise ValueError(f'has no "data" that is an array and "{labels.place}" that are '
+                             "integers")
+    images = pixels.numpy()
+    if images.dtype != np.uint8:
+        raise ValueError("has an array that isn't of bytes")
+    if images.ndim != 2 or images.shape[1] != _PIXELS:
+        raise ValueError(f"has data of shape {list(images.shape)}, expected [n, {_PIXELS}]")
+    return images, found
+
+
+def _read_records(data: bytes,
+                  label_sets: dict[str, _Labels]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns images and labels of records: a byte for each set of labels, then the pixels."""
+    size = len(label_sets) + _PIXELS
+    if not data or len(data) % size:
+        raise ValueError(f"has {len(data)} bytes, which are no records of {size}")
+    records = np.frombuffer(data, np.uint8).reshape(-1, size)
+    return records[:, len(label_sets):], {key: records[:, labels.place]
+                                          for key, labels in label_sets.items()}
+
+
+def _read_names(labels: _Labels, data: bytes | None) -> list[str] | None:
+    """Returns the names of classes; None where there is no file of them."""
+    if data is None:
+        return None
+    if labels.key is None:
+        found = data.decode("latin-1").split("\n")
+        names = [line.strip() for line in found if line.strip()]
+    else:
+        found = _plain_dict(data).get(labels.key)
+        names = [name.decode("latin-1") if isinstance(name, bytes) else name
+                 for name in (found if isinstance(found, list) else [])]
+    if len(names) != labels.num_classes or not all(isinstance(name, str) for name in names):
+        where = f'"{labels.key}"' if labels.key else "names in lines"
+        raise ValueError(f"has no {labels.num_classes} {where}")
+    return [ascii(name)[1:-1] for name in names]
+
+
+def _plain_dict(data: bytes) -> dict[str, Any]:
+    content = plain_pickle.loads(data)
+    if not isinstance(content, dict):
+        raise ValueError("not a dict")
     return {key.decode("latin-1") if isinstance(key, bytes) else key: value
             for key, value in content.items()}
 
 
-def _cifar10_batch(name: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images [n, 3072] and labels [n]."""
-    content = _plain_dict(name, data)
-    pixels, labels = content.get("data"), content.get("labels")
-    with error_prefix(f"{name}: "):
-        if not (isinstance(pixels, plain_pickle.ByteArray) and isinstance(labels, list)
-                and all(type(label) is int for label in labels)):
-            raise ValueError('has no "data" that is an array and "labels" that are integers')
-        images = pixels.numpy()
-        _check_labels(labels, len(images) if images.ndim else 0)
-        if images.ndim != 2 or images.shape[1] != 3 * 32 * 32:
-            raise ValueError(f"has data of shape {list(images.shape)}, expected [n, 3072]")
-    return images, np.array(labels, np.int64)
-
-
-def _cifar10_names(data: bytes) -> list[str]:
-    found = _plain_dict(_CIFAR10_NAMES, data).get("label_names")
-    names = [name.decode("latin-1") if isinstance(name, bytes) else name
-             for name in (found if isinstance(found, list) else [])]
-    if len(names) != _NUM_CLASSES or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'{_CIFAR10_NAMES}: has no {_NUM_CLASSES} "label_names"')
-    return [ascii(name)[1:-1] for name in names]
-
-
-def _check_labels(labels: Any, num_images: int) -> None:
+def check_labels(labels: Collection[int], num_images: int, allowed: range) -> None:
+    """Raises ValueError unless there is an allowed label for each image."""
     if len(labels) != num_images:
         raise ValueError(f"has {len(labels)} labels for {num_images} images")
     for i, label in enumerate(labels):
-        if not 0 <= label < _NUM_CLASSES:
-            raise ValueError(f"label {label} of image {i} must be in 0..{_NUM_CLASSES - 1}")
-
-
-def _read_idx(path: Path, num_dims: int) -> np.ndarray:
-    """Returns the uint8 array of an IDX file compressed with gzip."""
-    with gzip.open(path) as file:
-        header = np.frombuffer(file.read(4 + 4 * num_dims), ">u4").tolist()
-        if len(header) != 1 + num_dims or header[0] != 0x800 + num_dims:
-            raise ValueError(f"not an IDX file of bytes in {num_dims} dimensions")
-        shape = header[1:]
-        size = np.prod(shape, dtype=object)
-        if size > _MAX_BYTES:
-            raise ValueError(f"unpacks to more than the {_MAX_BYTES} bytes allowed")
-        data = file.read(size + 1)  # one beyond: the end is where gzip compares its checksum
-        if len(data) != size:
-            raise ValueError(f"has {'more' if len(data) > size else 'fewer'} than the {size} bytes "
-                             f"that its header promises")
-    return np.frombuffer(data, np.uint8).reshape(shape)
+        if label not in allowed:
+            raise ValueError(f"label {label} of image {i} must be in {allowed[0]}..{allowed[-1]}")

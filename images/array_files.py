@@ -129,7 +129,7 @@ def open_stack(path: Path, layout: str | None = None) -> np.ndarray:
     """
     with open(path, "rb") as file:
         shape, _, dtype = read_npy_header(file)
-    _check_stack(shape, dtype, layout)  # before NumPy maps it, whose errors say less
+    check_stack(shape, dtype, layout)  # before NumPy maps it, whose errors say less
     return as_stack(np.load(path, mmap_mode="r", allow_pickle=False), layout)
 
 
@@ -139,13 +139,14 @@ def as_stack(values: np.ndarray, layout: str | None = None) -> np.ndarray:
     Raises:
         ValueError: they are no images, or their shape has two readings.
     """
-    _check_stack(values.shape, values.dtype, layout)
+    check_stack(values.shape, values.dtype, layout)
     if values.ndim == 3:
         return values[:, None]
     return values.transpose(0, 3, 1, 2) if _is_last(values.shape[1:], layout) else values
 
 
-def _check_stack(shape: tuple[int, ...], dtype: np.dtype, layout: str | None) -> None:
+def check_stack(shape: tuple[int, ...], dtype: np.dtype, layout: str | None) -> None:
+    """Raises ValueError if arrays of this shape and type are no images, or have two readings."""
     if len(shape) not in (3, 4):
         raise ValueError(f"an array of shape {list(shape)}; images are [n, H, W], [n, C, H, W] or "
                          "[n, H, W, C]")

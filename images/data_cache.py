@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from dnnlib.atomic import remove_stale, write_json
 from dnnlib.progress import FIRST_LINE_SEC, Progress, stage
 from dnnlib.util import cache_dir, shown_bytes
-from images.image_files import Folder, Zip
+from images.image_files import Files, Folder
 
 PACKED = "packed"
 _NOTES = "notes"
@@ -117,7 +117,7 @@ def known_fingerprint(listing: Listing) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def fingerprint(files: Folder | Zip, names: Sequence[str], listing: Listing | None,
+def fingerprint(files: Files, names: Sequence[str], listing: Listing | None,
                 title: str) -> str:
     """Returns a sha256 over names, sizes and CRCs, which a copy of the files shares.
 

@@ -1,10 +1,10 @@
 """Images as arrays from a folder or ZIP, with labels and conditions, and the order of training.
 
 A data set is a folder or a ZIP of images of one size: pictures that Pillow reads, gray ('L') or
-RGB, or arrays (.npy) of any channels. Images are numbered by their sorted names. Labels are in
-`dataset.json` and condition images in cond/, as images/image_files.py says; class numbers become
-one-hot vectors. "scale" and "cond_scale" in `dataset.json` say how arrays become what networks see
-(images/scaling.py).
+RGB, or arrays (.npy) of any channels; or it is an .npz, see images/npz_files.py. Images are
+numbered by their sorted names. Labels are in `dataset.json` and condition images in cond/, as
+images/image_files.py says; class numbers become one-hot vectors. "scale" and "cond_scale" in
+`dataset.json` say how arrays become what networks see (images/scaling.py).
 
 Training sees one endless stream of images. Position p of the stream is image
 
@@ -49,12 +49,12 @@ from images.image_files import (
     collector_paused,
     label_array,
     match_names,
-    open_files,
     parse_class_names,
     parse_json,
     parse_labels,
     sort_names,
 )
+from images.npz_files import open_files
 from images.scaling import Moments, Scaling, Spread, image_means, recorded_scaling
 from images.tensor_files import SUFFIXES as TENSOR_SUFFIXES
 from images.uniform_images import READER_VERSION, UniformImages
@@ -69,7 +69,7 @@ _MEASURE_SEED = int.from_bytes(b"measure", "big")  # of the images that are draw
 
 
 class ImageFolderDataset(torch.utils.data.Dataset):
-    """The images of a folder or ZIP as (image [C, H, W], float32 label [label_dim]) pairs.
+    """The images of a folder, ZIP or .npz as (image [C, H, W], float32 label [label_dim]) pairs.
 
     Images are uint8, uint16 or float32, as they are stored; `scaling` makes of them what networks
     see. With `use_conditions` a third item is the condition image, with `cond_scaling`.
@@ -78,7 +78,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     must be of its format, which is verified when it is read (see `check_uniform`).
 
     Args:
-        path: a folder or a ZIP.
+        path: a folder, a ZIP or an .npz.
         resolution: the size that the images must have, a side or [height, width]; None takes any.
         use_pyspng: unused; accepted because configurations of EDM carry it.
         max_size: keep a random subset of this size, chosen by `random_seed`.

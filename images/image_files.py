@@ -23,7 +23,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -339,18 +339,19 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def open_files(path: Path) -> "Folder | Zip":
-    """Opens a folder or ZIP.
+class Files(Protocol):
+    """The files of a data set by their '/'-separated names, wherever they are."""
 
-    Raises:
-        OSError: there is none, or it can't be read.
-        ValueError: not a ZIP, or one with two members of one name.
-    """
-    if path.is_dir():
-        return Folder(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such folder or ZIP")
-    return Zip(path)
+    names: list[str]
+
+    def open(self, name: str) -> IO[bytes]:
+        """Opens a file."""
+
+    def stamp(self, name: str) -> str:
+        """Returns what changes with the content of a file."""
+
+    def close(self) -> None:
+        """Closes what is open."""
 
 
 class Folder:

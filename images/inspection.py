@@ -29,6 +29,7 @@ from images.image_files import (
     LABELS_NAME,
     Folder,
     ImageFormat,
+    Zip,
     check_file_size,
     error_prefix,
     is_array,
@@ -37,13 +38,13 @@ from images.image_files import (
     match_names,
     member_problem,
     name_problem,
-    open_files,
     parse_class_names,
     parse_json,
     parse_labels,
     shown_label,
     sort_names,
 )
+from images.npz_files import open_files
 from images.scaling import Moments, Scaling, display_window, recorded_scaling
 from images.sources import Item
 
@@ -77,7 +78,7 @@ class Report:
 
 
 class DataSet:
-    """The images and conditions of a folder or ZIP in the reader's order, and the labels.
+    """The images and conditions of a folder, ZIP or .npz in the reader's order, and the labels.
 
     Raises:
         OSError: there is none, or it can't be read.
@@ -94,19 +95,20 @@ class DataSet:
 
     def name_problem(self, name: str) -> str | None:
         """Says what is wrong with the name or kind of a file; None if it is fine."""
-        if isinstance(self.files, Folder):
-            return name_problem(name)
-        return member_problem(self.files.info(name))
+        if isinstance(self.files, Zip):
+            return member_problem(self.files.info(name))
+        return name_problem(name)
 
     def item(self, name: str) -> Item:
-        """Returns a file, or its content out of a ZIP, which only the main process reads.
+        """Returns a file, or its content out of a ZIP or .npz, which only the main process reads.
 
         Raises ValueError, without the name, if it can't be read.
         """
         if isinstance(self.files, Folder):
             return Item(name, self.path / name)
         try:
-            check_file_size(self.files.info(name).file_size)
+            if isinstance(self.files, Zip):
+                check_file_size(self.files.info(name).file_size)
             with self.files.open(name) as file:
                 return Item(name, file.read())
         except DAMAGE as error:

@@ -18,9 +18,8 @@ from images.image_files import (
     DAMAGE,
     GENERATE_RECORD,
     LABELS_NAME,
-    Folder,
+    Files,
     ImageFormat,
-    Zip,
     error_prefix,
     parse_json,
 )
@@ -152,7 +151,7 @@ def default_scaling(dtype: Any) -> Scaling:
 
 
 def recorded_scaling(
-    files: Folder | Zip, image_format: ImageFormat, key: str, path: Any
+    files: Files, image_format: ImageFormat, key: str, path: Any
 ) -> Scaling:
     """Returns the scaling of the images of a data set, or of a folder that generate.py filled.
 

@@ -2,18 +2,19 @@
 
 | source | recognised by | labels |
 |---|---|---|
-| CIFAR-10 | a file *.tar.gz or *.tgz | its own |
-| MNIST | a file *-images-idx3-ubyte.gz | the file *-labels-idx1-ubyte.gz beside it |
+| CIFAR-10, CIFAR-100 | a file *.tar.gz or *.tgz, or the folder that it unpacks to | its own |
+| MNIST and its like | a file *images-idx3-ubyte or .gz, or a folder with it | a file beside it |
 | LSUN | a folder *_lmdb | none |
 | ZIP | a file *.zip | dataset.json, else the folders at its top |
 | array | a file *.npy of [n, H, W], [n, C, H, W] or [n, H, W, C] | none |
+| images of samplers | a file *.npz with `arr_0`, such an array | `arr_1` |
 | tensor | a file *.pt or *.pth of such an array | none |
 | DICOM | a folder or ZIP of DICOM files | dataset.json |
 | folder | any other folder | dataset.json, else the folders at its top |
 
 The top is the folder that all images lie in, or one above it that has a dataset.json. Images are
 named and counted here, and read one after the other when they are needed. Only those of
-CIFAR-10 and MNIST, whose size is fixed, are kept in memory.
+CIFAR and MNIST, whose size is fixed, are kept in memory.
 """
 
 import collections
@@ -23,14 +24,14 @@ import itertools
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from dnnlib.progress import Progress
-from images import archives, array_files, dicom_files, tensor_files
+from images import archives, array_files, dicom_files, idx_files, tensor_files
 from images.image_files import (
     CONDITIONS,
     DAMAGE,
@@ -49,6 +50,7 @@ from images.image_files import (
     read_regular,
     sort_names,
 )
+from images.npz_files import Npz, is_npz
 from images.pictures import DamagedImageError
 
 _ENCRYPTED = 1  # a flag of a member of a ZIP
@@ -104,6 +106,9 @@ class Source:
     unmatched: Sequence[str] = ()  # files that are neither images nor conditions by a pattern
     note: str = ""  # what a user may not expect
     facts: Sequence[str] = ()  # what a user may want to know
+    # Other labels that `choose_labels` may take, and the names of their classes.
+    label_sets: Mapping[str, tuple[np.ndarray, Sequence[str] | None]] = dataclasses.field(
+        default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -121,14 +126,16 @@ def open_source(path: Path, flag: str = "--source",
         raise FileNotFoundError(f"{flag}={path}: no such file or folder")
     opener = _opener(path)
     if opener is None:
-        raise ValueError(f"{flag}={path}: not supported; allowed: folder, .zip, .npy, .pt, *_lmdb, "
-                         f"cifar-10-python.tar.gz, *{archives.MNIST_IMAGES}")
+        raise ValueError(f"{flag}={path}: not supported; allowed: folder, .zip, .npy, .npz, .pt, "
+                         "*_lmdb, cifar-10-python.tar.gz, *-images-idx3-ubyte.gz")
     with opener(path, layout) as source:
         if not source.num_images:
             hidden = f"; {source.num_hidden} hidden or system files are left out" \
                 if source.num_hidden else ""
             others = f"; {len(source.others)} files aren't images: {shown_some(source.others)}" \
                 if source.others else ""
+            if idx_files.find_images(source.others):
+                others += "; unpack the ZIP and name one of its files"
             raise ValueError(f"{flag}={path}: no images found{others}{hidden}")
         yield source
 
@@ -246,11 +253,13 @@ def _opener(path: Path) -> Callable[..., contextlib.AbstractContextManager[Sourc
     if path.is_dir():
         return _open_lmdb if name.endswith("_lmdb") else _open_folder
     if name.endswith((".tar.gz", ".tgz")):
-        return _open_cifar10
-    if path.name.endswith(archives.MNIST_IMAGES):
-        return _open_mnist
+        return _open_cifar
+    if idx_files.is_images(path.name):
+        return _open_idx
     if is_array(name):
         return _open_array
+    if is_npz(name):
+        return _open_npz
     if name.endswith(tensor_files.SUFFIXES):
         return _open_tensor
     return _open_zip if name.endswith(".zip") else None
@@ -262,7 +271,9 @@ def _open_folder(path: Path, layout: str | None) -> Iterator[Source]:
                        lambda name: (path / name).open("rb"),
                        # By path component: "a/x" before "a-1/x". No name has a zero byte.
                        order=lambda name: name.replace("/", "\0"))
-    if source.labels is None and not source.is_dicom:  # even if there is a dataset.json
+    if not source.num_images:
+        source = _published(path, source.others) or source
+    elif source.labels is None and not source.is_dicom:  # even if there is a dataset.json
         _label_by_folder(source)
     yield source
 
@@ -449,6 +460,19 @@ def _open_tensor(path: Path, layout: str | None) -> Iterator[Source]:
     yield _of_stack(num, read)
 
 
+@contextlib.contextmanager
+def _open_npz(path: Path, layout: str | None) -> Iterator[Source]:
+    def read(number):
+        with error_prefix(f"{path}: "):
+            return images.read(number)
+
+    with contextlib.closing(Npz(path, layout)) as images:
+        source = _of_stack(len(images), read)
+        if images.labels is not None:
+            source.labels = lambda own: images.labels[np.asarray(own)].tolist()
+        yield source
+
+
 def _of_stack(num: int, read: Callable[[int], np.ndarray]) -> Source:
     """Returns a source of images [C, H, W] that are read by their numbers."""
     names = [f"image {i}" for i in range(num)]
@@ -456,24 +480,60 @@ def _of_stack(num: int, read: Callable[[int], np.ndarray]) -> Source:
         Item(names[i], array_files.encode(read(i)), "chw") for i in numbers))
 
 
-def _of_arrays(arrays: archives.Arrays, name: str, expected: int) -> Source:
+def _of_arrays(arrays: archives.Arrays) -> Source:
     """Returns a source of images in memory."""
-    num = len(arrays.images)
-    note = "" if num == expected else f"{name} has {expected} training images, this file {num}"
+    num, expected = len(arrays.images), arrays.expected
+    note = "" if expected in (None, num) else \
+        f"{arrays.title} is published with {expected} such images, here are {num}"
     names = [f"image {i}" for i in range(num)]
-    return Source(num, names, lambda numbers: (Item(names[i], arrays.images[i]) for i in numbers),
+
+    def pixels(number):
+        image, padding = arrays.images[number], arrays.padding
+        return np.pad(image, padding) if padding else image
+
+    return Source(num, names, lambda numbers: (Item(names[i], pixels(i)) for i in numbers),
                   lambda own: arrays.labels[np.asarray(own)].tolist(), arrays.class_names,
-                  note=note)
+                  note=note, facts=arrays.facts, label_sets=arrays.label_sets)
+
+
+def choose_labels(source: Source, name: str) -> None:
+    """Makes a source's labels those of this name in `label_sets`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if name not in source.label_sets:
+        raise ValueError(f"--label-set={name}: the source has no such labels; CIFAR-100 has fine "
+                         "and coarse ones")
+    labels, source.class_names = source.label_sets[name]
+    source.facts = ()  # which say that there is a choice
+    source.labels = lambda own: labels[np.asarray(own)].tolist()
 
 
 @contextlib.contextmanager
-def _open_cifar10(path: Path, layout: str | None) -> Iterator[Source]:
-    yield _of_arrays(archives.read_cifar10(path), "CIFAR-10", archives.CIFAR10_SIZE)
+def _open_cifar(path: Path, layout: str | None) -> Iterator[Source]:
+    yield _of_arrays(archives.read_cifar(path))
 
 
 @contextlib.contextmanager
-def _open_mnist(path: Path, layout: str | None) -> Iterator[Source]:
-    yield _of_arrays(archives.read_mnist(path), "MNIST", archives.MNIST_SIZE)
+def _open_idx(path: Path, layout: str | None) -> Iterator[Source]:
+    yield _of_arrays(idx_files.read(path))
+
+
+def _published(path: Path, files: Sequence[str]) -> Source | None:
+    """Returns the data set whose files a folder holds as they are published; None for none.
+
+    Raises:
+        ValueError: it holds several.
+    """
+    folders, sets = archives.find_cifar(files), idx_files.find_images(files)
+    if len(folders) + len(sets) > 1:
+        there = ", ".join([*(folder.rstrip("/") or "." for folder in folders), *sets])
+        raise ValueError(f"{path}: holds {len(folders) + len(sets)} sets of images: {there}; name "
+                         f"one of them, such as {path / (sets or folders)[-1]}")
+    if folders:
+        return _of_arrays(archives.read_cifar_folder(path / folders[0]))
+    return _of_arrays(idx_files.read(path / sets[0])) if sets else None
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from dnnlib.npy_header import read_npy_header
 from dnnlib.ordered_pool import num_cores
 from dnnlib.progress import FIRST_LINE_SEC, Progress
 from images import array_files, pictures
-from images.image_files import DAMAGE, Folder, ImageFormat, Zip, is_array
+from images.image_files import DAMAGE, Files, ImageFormat, is_array
 from torch_utils.loading import read_in_processes
 
 READER_VERSION = 2  # of how files become pixels: 2 turns pictures as their EXIF data say
@@ -40,7 +40,7 @@ class UniformImages:
         ValueError: the first image can't be read, or is of a format that networks don't take.
     """
 
-    def __init__(self, path: Path, files: Folder | Zip, names: Sequence[str], kept: np.ndarray,
+    def __init__(self, path: Path, files: Files, names: Sequence[str], kept: np.ndarray,
                  any_size: bool = False):
         self._path, self._files, self.names, self._kept = path, files, names, kept
         self._any_size = any_size

@@ -58,7 +58,7 @@ class Evaluator:
             self.detector = build_detector(detector, device)
 
     def _load(self, path: str, detector: str) -> None:
-        self._reference = dist.run_on_rank0(load_reference, path)
+        self._reference = dist.run_on_rank0(load_reference, path, describe_detector(detector)[0])
         self._digest = self._reference.digest
         with dist.rank0_first():  # weights are downloaded if their hash is needed
             check_made_for(self._reference, path, detector, self.metrics)

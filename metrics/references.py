@@ -3,20 +3,24 @@
 An .npz holds float64 `mu` [d] and `sigma` [d, d], and optionally the name of the `detector`
 (absent: inception), the `image_shape` [3] and `count` of the images, their `features` [n, d], and
 of images that are not 8-bit the `scale` [2, C or 1]: what became 0, and what became 1 after that.
-Nothing is unpickled, and sizes are checked before memory is asked for.
+A .pkl is one of EDM2: {"num_images": n, "fid": {"mu": ..., "sigma": ...}, "fd_dinov2": {...}}.
+Nothing in a file is run, and sizes are checked before memory is asked for.
 """
 
+import functools
 import hashlib
 import os
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 
 import dnnlib.util
+from dnnlib import plain_pickle
 from dnnlib.atomic import atomic_write
 from metrics.npz_arrays import MAX_FEATURES, read_npz_array
 
@@ -26,6 +30,10 @@ _REQUIRED = ("mu", "sigma")
 _ARRAYS = {"mu": "f", "sigma": "f", "detector": "U", "image_shape": "i", "count": "i",
            "features": "f", "scale": "f"}
 _MOST_ROWS = {"features": MAX_BANK}
+_PICKLED = {"fid": "inception", "fd_dinov2": "dinov2"}  # entries of EDM2's files, and detectors
+_PICKLE_MAGIC = b"\x80"
+_MAX_PICKLE_BYTES = 1 << 30  # EDM2's have 42 MB
+_READ_BYTES = 1 << 20  # at a time, for the hash
 
 
 @dataclass(frozen=True)
@@ -57,26 +65,74 @@ def save_reference(path: str | os.PathLike, reference: Reference) -> None:
         np.savez(file, **arrays)
 
 
-def load_reference(path: str) -> Reference:
-    """Reads a file or http(s) address: of `save_reference`, or of EDM or PFGM++, which hold less.
+def load_reference(path: str, detector: str = "inception") -> Reference:
+    """Reads a file or http(s) address: of `save_reference`, EDM or PFGM++, or a .pkl of EDM2.
+
+    Of an .npz all is taken that it holds; of a .pkl, which may hold the statistics of several
+    detectors, those of the one called `detector`.
 
     Raises:
         OSError: it can't be read or downloaded.
         ValueError: it holds something else.
     """
     try:
-        with dnnlib.util.open_url(path) as file, zipfile.ZipFile(file) as archive:
-            arrays = {name: read_npz_array(archive, name, kind, _MOST_ROWS.get(name, MAX_FEATURES))
-                      for name, kind in _ARRAYS.items()
-                      if name in _REQUIRED or f"{name}.npy" in archive.namelist()}
+        with dnnlib.util.open_url(path) as file:
+            is_pickle = file.read(1) == _PICKLE_MAGIC
+            found = _read_pickle(file) if is_pickle else {detector: _read_npz(file)}
             file.seek(0)
-            digest = hashlib.sha256(file.read()).hexdigest()
-        return _checked_reference(arrays, digest)
+            digest = hashlib.sha256()
+            for block in iter(functools.partial(file.read, _READ_BYTES), b""):
+                digest.update(block)
+        if detector in found:
+            return _checked_reference(found[detector], digest.hexdigest())
     # The last two: an unknown compression method, an encrypted member.
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError,
             RuntimeError) as error:
         reason = str(error).strip("'\"").split("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: not reference statistics: {reason}") from error
+    raise ValueError(f"{path}: holds statistics of {' and '.join(found)}, but none of detector "
+                     f"{detector}; give --detector={' or --detector='.join(found)}")
+
+
+def _read_npz(file: IO[bytes]) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz that make a reference."""
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        if "arr_0.npy" in names and "mu.npy" not in names:  # local ones are data sets
+            raise ValueError("images (arr_0); download the file and name it as --ref")
+        return {name: read_npz_array(archive, name, kind, _MOST_ROWS.get(name, MAX_FEATURES))
+                for name, kind in _ARRAYS.items() if name in _REQUIRED or f"{name}.npy" in names}
+
+
+def _read_pickle(file: IO[bytes]) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the arrays that make a reference, by the names of the detectors; at least one."""
+    size = file.seek(0, os.SEEK_END)
+    if size > _MAX_PICKLE_BYTES:
+        raise ValueError(f"a pickle of {size} bytes, at most {_MAX_PICKLE_BYTES}")
+    file.seek(0)
+    content = plain_pickle.loads(file.read())
+    entries = {key: content[key] for key in _PICKLED if key in content} if isinstance(
+        content, dict) else {}
+    if not entries:
+        raise ValueError(f"a pickle without statistics called {' or '.join(_PICKLED)}")
+    count = content.get("num_images")
+    if not (count is None or type(count) is int and count > 0):
+        raise ValueError("num_images is not a positive number")
+    counted = {} if count is None else {"count": np.array(count)}
+    return {_PICKLED[key]: {"detector": np.array(_PICKLED[key]), **counted,
+                            **_pickled_statistics(key, entry)} for key, entry in entries.items()}
+
+
+def _pickled_statistics(key: str, entry: object) -> dict[str, np.ndarray]:
+    """Returns mu and sigma of one entry of a pickle."""
+    if not isinstance(entry, dict) or not all(
+            isinstance(entry.get(name), plain_pickle.Array) for name in _REQUIRED):
+        raise ValueError(f"{key} has no arrays {' and '.join(_REQUIRED)}")
+    arrays = {name: entry[name].numpy() for name in _REQUIRED}
+    for name, values in arrays.items():
+        if values.dtype.kind != "f":
+            raise ValueError(f"{key}: {name} has type {values.dtype}, expected floats")
+    return arrays
 
 
 def _checked_reference(arrays: dict[str, np.ndarray], digest: str) -> Reference:

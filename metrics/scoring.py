@@ -1,5 +1,6 @@
 """Scores of a network: from seeds to features, without writing images."""
 
+import contextlib
 import itertools
 import os
 import time
@@ -11,9 +12,17 @@ import torch
 from dnnlib.progress import Progress
 from dnnlib.util import format_ranges, is_url
 from images.dataset import ImageFolderDataset
+from images.npz_files import is_npz, npz_contents
 from images.scaling import Scaling
 from metrics import dinov2
-from metrics.detectors import Detector, DinoV2, Inception, build_detector, detector_class
+from metrics.detectors import (
+    Detector,
+    DinoV2,
+    Inception,
+    build_detector,
+    describe_detector,
+    detector_class,
+)
 from metrics.evaluator import Evaluator, check_alike, check_made_for
 from metrics.metrics import FeatureSet, no_images
 from metrics.references import Reference, load_reference
@@ -53,7 +62,8 @@ def open_evaluator(
 
     Args:
         detector: see `metrics.detectors.build_detector`.
-        reference: statistics (.npz, or their address), a data set (folder or .zip), or None.
+        reference: statistics (.npz or .pkl, or their address), a data set (folder, .zip or .npz
+            of images), or None.
         metrics: names of the metrics.
         device: where to compute.
         sets: the images to score, by what errors call them.
@@ -111,13 +121,18 @@ def check_scoring(detector: str, reference: str, metrics: Iterable[str],
     if is_url(reference):
         return
     compared: Reference | ImageFolderDataset = ImageFolderDataset(reference) if _is_data(
-        reference) else load_reference(reference)
+        reference) else load_reference(reference, describe_detector(detector)[0])
     if isinstance(compared, Reference):
         check_made_for(compared, reference, detector, metrics)
     check_alike(compared, reference, dataset.image_shape, name, dataset.scale)
 
 
 def _is_data(reference: str) -> bool:
+    """Whether a reference is a data set; an .npz of images that has statistics too is not."""
+    if os.path.isfile(reference) and is_npz(reference):
+        with contextlib.suppress(OSError, ValueError):  # reading statistics says what is wrong
+            contents = npz_contents(reference)
+            return "images" in contents and "statistics" not in contents
     return os.path.isdir(reference) or reference.endswith(".zip")
 
 

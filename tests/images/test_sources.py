@@ -80,7 +80,7 @@ def test_cifar10_summary_names_classes_and_tells_a_short_archive(tmp_path):
     result = run(write_cifar10(tmp_path / CIFAR10, IMAGES, LABELS), tmp_path / "out.zip")
     assert f"{NUM} images, 32x32, 3 channels, 10 classes" in result.output
     assert "class 3 (cat): 3" in result.output and "class 9 (truck): 2" in result.output
-    assert f"Warning: CIFAR-10 has 50000 training images, this file {NUM}" in result.output
+    assert f"Warning: CIFAR-10 is published with 50000 such images, here are {NUM}" in result.output
 
 
 def test_flags_work_on_arrays_as_on_files(tmp_path):

@@ -1,0 +1,276 @@
+"""Images in one .npz, as guided-diffusion and consistency models write them, and what opens data.
+
+| member | holds |
+|---|---|
+| `arr_0` | images [n, H, W, C], [n, C, H, W] or [n, H, W], of a type of images/array_files.py |
+| `arr_1` | their class numbers [n], if there are any |
+
+Nothing is unpickled, and one image is in memory at a time: of an uncompressed member any can be
+read, a compressed one is unpacked from its beginning on and again for what lies further back.
+"""
+
+import io
+import json
+import math
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from dnnlib.npy_header import read_npy_header
+from images import array_files
+from images.image_files import (
+    ARRAY_SUFFIX,
+    DAMAGE,
+    LABELS_NAME,
+    MAX_CLASSES,
+    Files,
+    Folder,
+    Zip,
+    check_file_size,
+    error_prefix,
+)
+
+_IMAGES, _LABELS = "arr_0", "arr_1"
+_LOCAL_HEADER = 30  # bytes before the name of a member, the last four of which are lengths
+_MAX_SHOWN = 5  # members in a message
+
+
+def open_files(path: Path) -> Files:
+    """Opens a folder, a ZIP or the images of an .npz.
+
+    Raises:
+        OSError: there is none, or it can't be read.
+        ValueError: not a ZIP, one with two members of one name, or an .npz without images.
+    """
+    if path.is_dir():
+        return Folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such folder or ZIP")
+    return Npz(path) if is_npz(path) else Zip(path)
+
+
+def is_npz(path: str | os.PathLike) -> bool:
+    """Whether the extension is that of several arrays in one file."""
+    return os.fspath(path).lower().endswith(".npz")
+
+
+def npz_contents(path: str | os.PathLike) -> frozenset[str]:
+    """Returns what an .npz holds, by its members: of 'images', 'statistics' and 'features'.
+
+    Images are `arr_0`, statistics `mu` and `sigma`, features `features`. Reference batches of
+    guided-diffusion hold images and statistics, references of `fid.py ref --features` the others.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: not an .npz.
+    """
+    with _open_zip(Path(path)) as archive:
+        names = {name.removesuffix(ARRAY_SUFFIX) for name in archive.namelist()}
+    kinds = {"images": {_IMAGES}, "statistics": {"mu", "sigma"}, "features": {"features"}}
+    return frozenset(kind for kind, members in kinds.items() if members <= names)
+
+
+class Npz:
+    """The images of an .npz by number, and by name as if each were a .npy file of a folder.
+
+    `labels` are the class numbers [n], None where there are none. `layout` is that of images, see
+    `array_files.first_channels`. The checksum of all images is compared where they are read in
+    order by one process.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it holds no images or is damaged, or their shape has two readings.
+    """
+
+    def __init__(self, path: Path, layout: str | None = None):
+        self._path, self._layout = path, layout
+        self._file, self._pid = None, None
+        with _open_zip(path) as archive, error_prefix(f"{path}: "):
+            self._images = _find_member(archive, _IMAGES)
+            with error_prefix(f"{_IMAGES}: "):
+                array_files.check_stack(self._images.shape, self._images.dtype, layout)
+                check_file_size(self._images.item_bytes)
+            self.labels: np.ndarray | None = None
+            if _has(archive, _LABELS):
+                self.labels = _read_labels(archive, len(self))
+                self._labels_info = archive.getinfo(_member(_LABELS))
+            self._start = self._images.header_bytes
+            if self._images.is_stored:  # and so its bytes are those of the file
+                self._start += _data_start(path, self._images.info)
+            with archive.open(self._images.info) as member:
+                self._header_crc = zlib.crc32(member.read(self._images.header_bytes))
+        self._crc, self._summed = self._header_crc, 0
+        self.names = [f"img{i:08d}{ARRAY_SUFFIX}" for i in range(len(self))]
+        if self.labels is not None:
+            self.names.append(LABELS_NAME)
+
+    def __len__(self) -> int:
+        return self._images.shape[0]
+
+    def read(self, number: int) -> np.ndarray:
+        """Returns one image [C, H, W], of the type that is stored.
+
+        Raises:
+            ValueError: it can't be read; without saying of which file.
+        """
+        size = self._images.item_bytes
+        try:
+            file = self._open_member()
+            file.seek(self._start + number * size)
+            data = file.read(size)
+        except DAMAGE as error:
+            raise ValueError(f"{_IMAGES}: can't be read: {error or 'damaged'}") from error
+        if len(data) != size:
+            raise ValueError(f"{_IMAGES}: the file ends in image {number}")
+        self._compare_checksum(number, data)
+        image = np.frombuffer(data, self._images.dtype).reshape(1, *self._images.shape[1:])
+        return array_files.as_stack(image, self._layout)[0]
+
+    def open(self, name: str) -> IO[bytes]:
+        """Returns the content of the file of this name, an image or dataset.json."""
+        if name != LABELS_NAME:
+            return io.BytesIO(array_files.encode(self.read(self._number(name))))
+        labels = [[image, label] for image, label in
+                  zip(self.names, self.labels.tolist(), strict=False)]
+        return io.BytesIO(json.dumps({"labels": labels}).encode())
+
+    def stamp(self, name: str) -> str:
+        """Returns what changes with the content: size and checksum of the member."""
+        info = self._labels_info if name == LABELS_NAME else self._images.info
+        return f"{info.file_size} {info.CRC}"
+
+    def close(self) -> None:
+        """Closes the file; reading opens it again."""
+        if self._file is not None and self._pid == os.getpid():
+            self._file.close()
+        self._file, self._pid = None, None
+
+    @staticmethod
+    def _number(name: str) -> int:
+        return int(name.removeprefix("img").removesuffix(ARRAY_SUFFIX))
+
+    def _open_member(self) -> IO[bytes]:
+        """Returns the file of uncompressed images, else a reader of the member; one a process."""
+        if self._file is None or self._pid != os.getpid():
+            if self._images.is_stored:
+                self._file = open(self._path, "rb")  # noqa: SIM115 - by close()
+            else:
+                self._file = zipfile.ZipFile(  # noqa: SIM115 - likewise
+                    self._path).open(self._images.info)
+            self._pid = os.getpid()
+        return self._file
+
+    def _compare_checksum(self, number: int, data: bytes) -> None:
+        if number == 0:
+            self._crc, self._summed = self._header_crc, 0
+        if number != self._summed:
+            return
+        self._crc, self._summed = zlib.crc32(data, self._crc), self._summed + 1
+        if self._summed == len(self) and self._crc != self._images.info.CRC:
+            raise ValueError(f"{_IMAGES}: damaged: its checksum does not match")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None, "_pid": None}
+
+
+class _Member(NamedTuple):
+    """An array of an .npz, of which the header has been read and found plausible."""
+
+    info: zipfile.ZipInfo
+    header_bytes: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether it is uncompressed."""
+        return self.info.compress_type == zipfile.ZIP_STORED
+
+    @property
+    def item_bytes(self) -> int:
+        """Of what one number of the first axis selects."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    """Opens an .npz; raises ValueError where it is none, or a damaged one."""
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: not an .npz, or a damaged one ({error})") from error
+
+
+def _member(name: str) -> str:
+    return name + ARRAY_SUFFIX
+
+
+def _has(archive: zipfile.ZipFile, name: str) -> bool:
+    return _member(name) in archive.NameToInfo
+
+
+def _find_member(archive: zipfile.ZipFile, name: str) -> _Member:
+    """Returns an array of an .npz, whose size must be the one that its header claims.
+
+    Raises:
+        ValueError: it isn't there, or damaged.
+    """
+    if not _has(archive, name):
+        there = [other.removesuffix(ARRAY_SUFFIX) for other in archive.namelist()]
+        more = f" and {len(there) - _MAX_SHOWN} more" if len(there) > _MAX_SHOWN else ""
+        raise ValueError(f"holds {', '.join(there[:_MAX_SHOWN]) or 'nothing'}{more}, but no "
+                         f"images, which np.savez(FILE, images) calls {_IMAGES}")
+    info = archive.getinfo(_member(name))
+    with error_prefix(f"{name}: "):
+        try:
+            with archive.open(info) as file:
+                shape, is_fortran, dtype = read_npy_header(file)
+                header_bytes = file.tell()
+        except ValueError:
+            raise
+        except DAMAGE as error:  # beside it: encrypted, or compressed by a method of none
+            raise ValueError(f"can't be read: {error or 'damaged'}") from error
+        if is_fortran and len(shape) > 1:
+            raise ValueError("columns come first; save np.ascontiguousarray of it")
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or header_bytes + size != info.file_size:
+            raise ValueError(f"an array of shape {list(shape)}, but not the bytes of it")
+    return _Member(info, header_bytes, shape, dtype)
+
+
+def _read_labels(archive: zipfile.ZipFile, num_images: int) -> np.ndarray:
+    """Returns the class numbers; raises ValueError for anything else."""
+    member = _find_member(archive, _LABELS)
+    if member.shape != (num_images,) or member.dtype.kind not in "iu":
+        raise ValueError(f"{_LABELS}: a {member.dtype.name} array of shape {list(member.shape)}; "
+                         f"labels are {num_images} class numbers, [n] integers")
+    with error_prefix(f"{_LABELS}: "):
+        try:
+            with archive.open(member.info) as file:
+                labels = np.lib.format.read_array(file, allow_pickle=False)
+        except DAMAGE as error:
+            raise ValueError(f"can't be read: {error or 'damaged'}") from error
+        wrong = np.flatnonzero((labels < 0) | (labels >= MAX_CLASSES))
+        if len(wrong):
+            raise ValueError(f"label {labels[wrong[0]]} of image {wrong[0]} must be in "
+                             f"0..{MAX_CLASSES - 1}")
+    return labels
+
+
+def _data_start(path: Path, info: zipfile.ZipInfo) -> int:
+    """Returns where in the file the bytes of an uncompressed member begin.
+
+    Raises ValueError if they are not all there.
+    """
+    with open(path, "rb") as file:
+        file.seek(info.header_offset)
+        header = file.read(_LOCAL_HEADER)
+        lengths = np.frombuffer(header[-4:], "<u2") if len(header) == _LOCAL_HEADER else [0]
+        start = info.header_offset + _LOCAL_HEADER + int(sum(lengths))
+        file.seek(0, os.SEEK_END)
+        if not header.startswith(b"PK\3\4") or start + info.file_size > file.tell():
+            raise ValueError(f"{_IMAGES}: damaged: the file ends before it")
+    return start
