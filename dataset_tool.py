@@ -157,6 +157,8 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
     if outcome.misnamed.count:
         click.echo(f"Note: {outcome.misnamed.count} images are of another format than their name "
                    f"says, the first {outcome.misnamed.first}")
+    for images in filter(None, (outcome, outcome.conditions)):
+        _tell_profiles(images)
     for fact in source.facts:
         click.echo(f"Note: {fact}")
     if source.note:
@@ -164,6 +166,18 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
     if outcome.cmyk.count:
         click.echo(f"Warning: {outcome.cmyk.count} CMYK images were converted without a colour "
                    f"profile, the first {outcome.cmyk.first}", err=True)
+
+
+def _tell_profiles(outcome: "Outcome") -> None:
+    """Prints how many images had a colour profile that changed them, or one of no use."""
+    if outcome.recolored.count:
+        click.echo(f"Note: {outcome.recolored.count} images had a colour profile other than sRGB "
+                   f"and were converted to sRGB, the first {outcome.recolored.first}; --icc=keep "
+                   "takes pixels as they are")
+    if outcome.bad_profiles.count:
+        click.echo(f"Warning: {outcome.bad_profiles.count} images have a colour profile that can't "
+                   "be used, and their pixels are taken as they are, the first "
+                   f"{outcome.bad_profiles.first}", err=True)
 
 
 def _print_counts(path: str, num_images: int, image_format: "ImageFormat", label_dim: int | None,
@@ -289,6 +303,8 @@ def _require(**given: str | None) -> None:
               help="Leave images out that can't be read, and list them, instead of stopping")
 @click.option("--background",   metavar="COLOR", default="white", callback=_parse_color,
               help="What shows through transparent images: a name or #rrggbb")
+@click.option("--icc",          type=click.Choice(["srgb", "keep"]), default="srgb",
+              help="Convert pictures that have another colour profile to sRGB, or keep their pixels")
 @click.option("--first-frame",  is_flag=True,
               help="Take the first frame of animations instead of refusing them")
 @click.option("--workers",      metavar="INT", type=click.IntRange(min=1),
@@ -301,8 +317,8 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
          clip: tuple[float, float] | None, cond_clip: tuple[float, float] | None,
          classes: list[int] | None, label_set: str | None,
          channels: str | dict[str, tuple[int, ...]] | None, layout: str | None,
-         keep_names: bool, skip_damaged: bool, background: tuple[int, int, int], first_frame: bool,
-         workers: int | None) -> None:
+         keep_names: bool, skip_damaged: bool, background: tuple[int, int, int], icc: str,
+         first_frame: bool, workers: int | None) -> None:
     """Converts images into a data set for train.py; the commands verify, show and split data sets.
 
     --source is recognised by its name:
@@ -330,10 +346,10 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
     Condition images come from --cond-source, from other files of --source by --pair, or from other
     channels by --channels.
 
-    Images are turned as their EXIF data says, palettes and CMYK become RGB, transparency shows
-    --background, and without --scale of 16 bits the upper 8 are kept. Images may also be arrays,
-    NAME.npy of [H, W], [C, H, W] or [H, W, C] with any number of channels. All must come out of one
-    size and kind.
+    Images are turned as their EXIF data says and converted to sRGB by their colour profiles,
+    palettes and CMYK become RGB, transparency shows --background, and without --scale of 16 bits
+    the upper 8 are kept. Images may also be arrays, NAME.npy of [H, W], [C, H, W] or [H, W, C] with
+    any number of channels. All must come out of one size and kind.
     """  # noqa: D301 - \b is click's mark for lines to leave alone
     if context.invoked_subcommand is not None:
         _refuse_flags(context)
@@ -363,7 +379,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
 
         settings = Settings(transform, resolution, background, first_frame, scale, clip=clip,
                             channels=None if picked else channels, picked=picked.get("image"),
-                            layout=layout, skip_damaged=skip_damaged)
+                            layout=layout, to_srgb=icc == "srgb", skip_damaged=skip_damaged)
         cond_settings = dataclasses.replace(
             settings, scale=cond_scale, clip=cond_scale and (cond_clip or clip),
             flag="--cond-scale", picked=picked.get("cond"))

@@ -1,13 +1,13 @@
 """From any source of images to a data set: PNGs or arrays of one size, with labels and conditions.
 
-Each image is turned upright, made 8-bit gray or RGB, cropped and resized as asked, and stored as
-an uncompressed PNG under its number or name; `dataset.json` with the labels comes last. With a
-rule of scaling, floating-point and 16-bit images keep their values, within limits if asked, and
-become .npy files. What the rule needs to know of all of them is measured on the way; the scaling
-and the limits go into `dataset.json`. 8-bit arrays of other than 1 or 3 channels become .npy files
-too, because no PNG holds them. Condition images are converted beside their images. Damaged images
-end the conversion or, if asked, are left out. What becomes of an image depends only on that image,
-not on the number of worker processes. No PyTorch is needed.
+Each image is turned upright, made 8-bit gray or RGB in sRGB, cropped and resized as asked, and
+stored as an uncompressed PNG under its number or name; `dataset.json` with the labels comes last.
+With a rule of scaling, floating-point and 16-bit images keep their values, within limits if asked,
+and become .npy files. What the rule needs to know of all of them is measured on the way; the
+scaling and the limits go into `dataset.json`. 8-bit arrays of other than 1 or 3 channels become
+.npy files too, because no PNG holds them. Condition images are converted beside their images.
+Damaged images end the conversion or, if asked, are left out. What becomes of an image depends only
+on that image, not on the number of worker processes. No PyTorch is needed.
 """
 
 import collections
@@ -34,7 +34,7 @@ from dnnlib.ordered_pool import ordered_map
 from dnnlib.progress import Progress
 from dnnlib.stored_zip import StoredZip
 from dnnlib.util import format_ranges
-from images import array_files, pictures
+from images import array_files, color_profiles, pictures
 from images.image_files import (
     ARRAY_SUFFIX,
     CONDITIONS,
@@ -69,6 +69,7 @@ class Settings:
     channels: str | None = None  # 'gray' or 'rgb', to make all pictures alike; None keeps them
     picked: tuple[int, ...] | None = None  # channels of arrays to take; None takes all
     layout: str | None = None  # of arrays, see `array_files.first_channels`
+    to_srgb: bool = True  # whether colour profiles are followed, in pictures that become 8-bit
     skip_damaged: bool = False  # whether damaged images are left out, instead of an error
 
 
@@ -78,7 +79,9 @@ class Converted(NamedTuple):
     name: str  # in the source
     data: bytes | None
     format: ImageFormat | None
-    was_cmyk: bool = False
+    was_cmyk: bool = False  # without a colour profile
+    has_new_colors: bool = False  # by its colour profile
+    profile_problem: str | None = None  # why its colour profile was not followed
     file_format: str | None = None  # Pillow's name of the file's format; None for bare pixels
     moments: Moments | None = None  # of images that are to be scaled
     clipped: tuple[int, int] = (0, 0)  # values that `clip` has changed, and all
@@ -171,16 +174,31 @@ def _convert_picture(name: str, decoded: PIL.Image.Image, settings: Settings,
         return _convert_values(name, values[None], settings)._replace(file_format=decoded.format)
     _refuse_scale(name, settings)
     with error_prefix(f"{name}: "):
-        image = _to_8bit(decoded, settings.background)
+        own = _to_8bit(decoded, settings.background) if decoded.mode in pictures.DEEP_MODES \
+            else decoded
+        matched, problem = _match_colors(own, decoded.info.get("icc_profile"), settings)
+        image = _to_8bit(matched, settings.background)
     if settings.channels:
         image = image.convert({"gray": "L", "rgb": "RGB"}[settings.channels])
     image = _TRANSFORMS[settings.transform](image, settings.size)
-    was_cmyk = decoded.mode == "CMYK"
     if image is None:
-        return Converted(name, None, None, was_cmyk, decoded.format)
-    image_format = picture_format(image.mode, image.size)
-    return Converted(name, _encode_png(image), image_format, was_cmyk, decoded.format,
-                     deep_top=_top_value(decoded) if is_deep else None)
+        return Converted(name, None, None, file_format=decoded.format)
+    return Converted(
+        name, _encode_png(image), picture_format(image.mode, image.size),
+        was_cmyk=decoded.mode == "CMYK" and matched is own, has_new_colors=matched is not own,
+        profile_problem=problem, file_format=decoded.format,
+        deep_top=_top_value(decoded) if is_deep else None)
+
+
+def _match_colors(image: PIL.Image.Image, profile: bytes | None,
+                  settings: Settings) -> tuple[PIL.Image.Image, str | None]:
+    """Returns a picture in sRGB, itself if nothing changes, and why its profile is of no use."""
+    if not profile or not settings.to_srgb:
+        return image, None
+    try:
+        return color_profiles.to_srgb(image, profile), None
+    except color_profiles.ProfileError as error:
+        return image, str(error)
 
 
 def _top_value(image: PIL.Image.Image) -> int:
@@ -432,6 +450,8 @@ class Outcome:
     classes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     too_small: Tally = dataclasses.field(default_factory=Tally)
     cmyk: Tally = dataclasses.field(default_factory=Tally)
+    recolored: Tally = dataclasses.field(default_factory=Tally)  # by their colour profiles
+    bad_profiles: Tally = dataclasses.field(default_factory=Tally)  # names and reasons
     misnamed: Tally = dataclasses.field(default_factory=Tally)  # of another format
     damaged: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # names and reasons
     deep: Tally = dataclasses.field(default_factory=Tally)  # of 16 bits, made 8-bit
@@ -465,12 +485,16 @@ class Outcome:
             self.classes[label] += 1
 
     def note_oddities(self, result: Converted) -> None:
-        """Counts an image of CMYK, of 16 bits, or of another format than its name says."""
+        """Counts an image of CMYK, with a colour profile, of 16 bits, or of a misleading name."""
         if result.deep_top is not None:
             self.deep.add(result.name)
             self.deep_top = max(self.deep_top, result.deep_top)
         if result.was_cmyk:
             self.cmyk.add(result.name)
+        if result.has_new_colors:
+            self.recolored.add(result.name)
+        if result.profile_problem:
+            self.bad_profiles.add(f"{result.name} ({result.profile_problem})")
         if result.file_format is None:
             return
         extension = os.path.splitext(result.name)[1].lower()

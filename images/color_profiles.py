@@ -1,0 +1,98 @@
+"""Colour profiles (ICC) of pictures: what their pixels are in sRGB, which all else here assumes.
+
+Colours are matched by the relative colorimetric intent with black point compensation, as image
+editors do by default: white stays white, black stays black. A profile by which no colour changes by
+more than two levels of 255 is one of sRGB, of which there are many, and leaves pixels as they are.
+"""
+
+import functools
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL.Image
+
+if TYPE_CHECKING:
+    from PIL.ImageCms import ImageCmsTransform
+
+_SAME = 2  # levels by which one profile of sRGB may differ from another
+_STEPS = 17  # levels of each channel that are tried
+_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # of profiles, by Pillow's modes
+_PLAIN = {"P": "RGB", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB", "YCbCr": "RGB"}
+_WITH_ALPHA = {"P": "RGBA", "L": "LA", "RGB": "RGBA"}  # modes that a colour key turns into
+
+
+class ProfileError(ValueError):
+    """A profile that can't be used; the message says why."""
+
+
+def to_srgb(image: PIL.Image.Image, profile: bytes) -> PIL.Image.Image:
+    """Returns a picture with its colours in sRGB, gray ones as gray; itself if they are already.
+
+    Args:
+        image: of any mode; of those that no profile is of, itself comes back.
+        profile: the content of its ICC profile.
+
+    Raises:
+        ProfileError: the profile is damaged, or not of such pictures.
+    """
+    mode = _WITH_ALPHA.get(image.mode) if "transparency" in image.info else None
+    mode = mode or _PLAIN.get(image.mode, image.mode)
+    if mode.rstrip("A") not in _SPACES:
+        return image
+    pixels = image if mode == image.mode else image.convert(mode)
+    alpha = pixels.getchannel("A") if mode.endswith("A") else None
+    color = pixels.convert(mode[:-1]) if alpha else pixels
+    transform = _transform(profile, color.mode)
+    if transform is None:
+        return image
+    converted = _apply(transform, color)
+    if alpha:
+        converted.putalpha(alpha)
+    return converted
+
+
+def _apply(transform: "ImageCmsTransform", color: PIL.Image.Image) -> PIL.Image.Image:
+    """Returns L as L, and RGB and CMYK as RGB."""
+    converted = transform.apply(color if color.mode == transform.input_mode
+                                else color.convert(transform.input_mode))
+    # Gray is red, green and blue alike in any profile.
+    return converted.getchannel("G") if color.mode == "L" else converted
+
+
+@functools.lru_cache(maxsize=16)
+def _transform(profile: bytes, mode: str) -> "ImageCmsTransform | None":
+    """Returns what makes RGB of pixels of this mode, or L as RGB; None for a profile of sRGB."""
+    try:
+        from PIL import ImageCms
+
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = own.profile.xcolor_space.strip()
+        # Gray pictures often have the profile of the colours that they were made of.
+        mode_read = "RGB" if mode == "L" and space == "RGB" else mode
+        if space != _SPACES[mode_read]:
+            raise ProfileError(f"is of {space}, not of {_SPACES[mode]}")
+        flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+        if mode == "L":  # in whose short tables dark values are up to 9 levels off
+            flags |= ImageCms.Flags.NOOPTIMIZE
+        transform = ImageCms.ImageCmsTransform(
+            own, ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")), mode_read, "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC, flags=flags)
+    except ImportError as error:
+        raise ProfileError("Pillow was built without LittleCMS, which reads profiles") from error
+    except (OSError, TypeError, ValueError) as error:
+        if isinstance(error, ProfileError):
+            raise
+        raise ProfileError(f"{error or 'damaged'}") from error
+    return None if mode != "CMYK" and _is_identity(transform, mode) else transform
+
+
+def _is_identity(transform: "ImageCmsTransform", mode: str) -> bool:
+    """Whether colours of mode L or RGB stay what they are, but for two levels."""
+    levels = np.linspace(0, 255, _STEPS).round().astype(np.uint8)
+    if mode == "L":
+        colors = np.arange(256, dtype=np.uint8)[None]
+    else:
+        colors = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+    found = np.asarray(_apply(transform, PIL.Image.fromarray(colors)))
+    return bool(np.abs(found.astype(int) - colors).max() <= _SAME)
