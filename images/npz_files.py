@@ -36,6 +36,7 @@ from images.image_files import (
 
 _IMAGES, _LABELS = "arr_0", "arr_1"
 _LOCAL_HEADER = 30  # bytes before the name of a member, the last four of which are lengths
+_MAX_IMAGES = 1 << 24  # compressed zeros could claim any number, and each has a name
 _MAX_SHOWN = 5  # members in a message
 
 
@@ -94,6 +95,8 @@ class Npz:
             with error_prefix(f"{_IMAGES}: "):
                 array_files.check_stack(self._images.shape, self._images.dtype, layout)
                 check_file_size(self._images.item_bytes)
+                if len(self) > _MAX_IMAGES:
+                    raise ValueError(f"{len(self)} images are more than the {_MAX_IMAGES} allowed")
             self.labels: np.ndarray | None = None
             if _has(archive, _LABELS):
                 self.labels = _read_labels(archive, len(self))

@@ -15,6 +15,7 @@ from scripts import ROOT
 
 import dataset_tool
 import fid
+from images import npz_files
 from images.dataset import ImageFolderDataset
 from images.image_files import NoImagesError
 from images.npz_files import Npz, npz_contents
@@ -224,19 +225,33 @@ def npy(shape, data=b"", dtype="|u1"):
     return b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + data
 
 
-@pytest.mark.parametrize("member", [
-    b"", b"\x93NUMPY", npy("(2, 6, 6, 3)", bytes(215)), npy("(2, 6, 6, 3)", bytes(217)),
-    npy("(2**50, 6, 6, 3)"), npy("(1125899906842624, 6, 6, 3)", bytes(9)), npy("oops"),
-    npy("(-2, -6, 6, 3)", bytes(216)), npy("(2, 6, 6, 3)", bytes(216), "|O"),
+@pytest.mark.parametrize("member, text", [
+    (b"", "not a NumPy array"), (b"\x93NUMPY", "not a NumPy array"), (npy("oops"), "not a NumPy"),
+    (npy("(2, 6, 6, 3)", bytes(215)), "but not the bytes of it"),
+    (npy("(2, 6, 6, 3)", bytes(217)), "but not the bytes of it"),
+    (npy("(1125899906842624, 6, 6, 3)", bytes(9)), "but not the bytes of it"),
+    (npy("(-2, -6, 6, 3)", bytes(216)), "but not the bytes of it"),
+    (npy("(2, 6, 6, 3)", bytes(1728), "|O"), "a object array"),
 ])
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_headers_that_claim_what_is_not_there_are_refused_at_once(tmp_path, member, method):
+def test_headers_that_claim_what_is_not_there_are_refused_at_once(tmp_path, member, text, method):
     with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as archive:
         archive.writestr("arr_0.npy", member)
     tracemalloc.start()
     try:
-        refuse(tmp_path, tmp_path / "a.npz", "arr_0")
+        refuse(tmp_path, tmp_path / "a.npz", "arr_0", text)
         assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_small_file_that_unpacks_to_any_number_of_images_is_refused(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "a.npz", np.zeros([1 << 20, 5, 5], np.uint8))
+    monkeypatch.setattr(npz_files, "_MAX_IMAGES", (1 << 20) - 1)
+    tracemalloc.start()
+    try:
+        refuse(tmp_path, tmp_path / "a.npz", "1048576 images are more than the 1048575 allowed")
+        assert tracemalloc.get_traced_memory()[1] < 2**23
     finally:
         tracemalloc.stop()
 
