@@ -50,6 +50,27 @@ def _parse_classes(ctx, param, value: str | None) -> list[int] | None:
     return classes
 
 
+def _parse_columns(ctx, param, value: str | None) -> tuple[str, ...] | None:
+    """Returns names of columns, () for none."""
+    if value in (None, "none"):
+        return None if value is None else ()
+    columns = tuple(name.strip() for name in value.split(","))
+    if not all(columns) or len(set(columns)) != len(columns):
+        raise click.BadParameter(f"{value}: must be the name of a column, several with commas "
+                                 "between them and none twice, or none")
+    return columns
+
+
+def _parse_labels(ctx, param, value: str | None) -> Path | None:
+    if value is None:
+        return None
+    from images.label_tables import SUFFIXES
+
+    if not value.lower().endswith(SUFFIXES):
+        raise click.BadParameter(f"{value}: must end in {', '.join(SUFFIXES)}")
+    return Path(value)
+
+
 def _parse_color(ctx, param, value: str) -> tuple[int, int, int]:
     from PIL import ImageColor
 
@@ -132,7 +153,7 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
     """Prints what was written, and what a user may not expect."""
     def origin(label):
         if names:
-            return f" ({names[label]})"
+            return f" ({_shown_name(names[label])})"
         return f" (was {classes[label]})" if classes else ""
 
     _print_counts(dest, outcome.num_images, outcome.format, outcome.label_dim, outcome.classes, origin)
@@ -191,6 +212,11 @@ def _print_counts(path: str, num_images: int, image_format: "ImageFormat", label
         return
     for label, count in sorted(classes.items()):
         click.echo(f"  class {label}{origin(label)}: {count}")
+
+
+def _shown_name(name: str) -> str:
+    """Returns the name of a class on one line, of letters that can be printed."""
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def _shown_format(image_format: "ImageFormat") -> str:
@@ -289,6 +315,12 @@ def _require(**given: str | None) -> None:
               help="Limit values to LO..HI, in the data's units, before anything else; needs --scale")
 @click.option("--cond-clip",    metavar="LO,HI", type=Range(),
               help="As --clip, for the condition images; needs --cond-scale  [default: --clip]")
+@click.option("--labels",       metavar="FILE.csv|.jsonl", callback=_parse_labels,
+              help="Labels of the files of --source: a table with a column file_name, filename, image, path or name and a column label, class or category")
+@click.option("--label-column", metavar="NAMES", callback=_parse_columns,
+              help="Column of labels in --labels, metadata.csv, Parquet or hf://; several, such as x,y,z, make label vectors, and none takes no labels  [default: by names or types]")
+@click.option("--image-column", metavar="NAME",
+              help="Column of images in Parquet or hf://, or of names of files in --labels  [default: by types or names]")
 @click.option("--classes",      metavar="LIST", callback=_parse_classes,
               help="Keep these classes only and number them from 0 in this order, such as 6,1,3")
 @click.option("--label-set",    type=click.Choice(["fine", "coarse"]),
@@ -315,6 +347,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
          scale: str | tuple[float, float] | None, cond_source: str | None,
          cond_scale: str | tuple[float, float] | None, pair: str | re.Pattern[str] | None,
          clip: tuple[float, float] | None, cond_clip: tuple[float, float] | None,
+         labels: Path | None, label_column: tuple[str, ...] | None, image_column: str | None,
          classes: list[int] | None, label_set: str | None,
          channels: str | dict[str, tuple[int, ...]] | None, layout: str | None,
          keep_names: bool, skip_damaged: bool, background: tuple[int, int, int], icc: str,
@@ -332,12 +365,17 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
     NAME.zip                     all images in a ZIP
     NAME.npy, NAME.pt            an array of images, [n, H, W], [n, C, H, W] or [n, H, W, C]
     NAME.npz                     such an array called arr_0, and labels called arr_1
+    NAME.parquet, or a folder    tables with a column of images, and one of labels
+    of such files                (needs pip install pyarrow)
+    hf://NAME[:SPLIT]            a data set of Hugging Face's hub, or a folder of save_to_disk
+                                 (needs pip install datasets)
     any other folder             all images below it; or slices, if its files are DICOM
                                  (needs pip install pydicom), which a ZIP may hold too
 
-    Labels of folders and ZIPs come from dataset.json, {"labels": [["NAME", 6], ...]} with class
-    numbers or vectors, or else from the folders at the top, numbered in the order of their names.
-    A folder that holds all the rest is passed over.
+    Labels of folders and ZIPs come from --labels, else from dataset.json, {"labels": [["NAME", 6],
+    ...]} with class numbers or vectors, else from metadata.csv or metadata.jsonl, or else from the
+    folders at the top, numbered in the order of their names. A folder that holds all the rest is
+    passed over.
 
     Without --transform, --resolution ignores the aspect. center-crop takes the central square;
     center-crop-wide crops rows to W:H, puts them on a black WxW square, and leaves out images
@@ -356,6 +394,9 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
         return
     _require(source=source, dest=dest)
     _check_geometry(transform, resolution)
+    if labels and label_column == ():
+        raise click.UsageError(f"--labels={labels}: --label-column=none takes no labels; leave one "
+                               "of the two out")
     picked = channels if isinstance(channels, dict) else {}
     cond_flag = _conditions_flag(cond_source, pair, picked)
     _check_needs(scale, clip, cond_scale, cond_clip, cond_flag)
@@ -370,6 +411,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
             open_dest,
             select_images,
         )
+        from images.label_tables import Columns
         from images.sources import (
             choose_labels,
             condition_numbers,
@@ -377,6 +419,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
             pair_by_pattern,
         )
 
+        columns = Columns(image_column, label_column, labels)
         settings = Settings(transform, resolution, background, first_frame, scale, clip=clip,
                             channels=None if picked else channels, picked=picked.get("image"),
                             layout=layout, to_srgb=icc == "srgb", skip_damaged=skip_damaged)
@@ -389,7 +432,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
         if cond_source and _is_same(Path(source), Path(cond_source)):
             raise ValueError(f"--cond-source={cond_source}: is the source itself, so the images "
                              "would be their own conditions")
-        images = stack.enter_context(open_source(Path(source), layout=layout))
+        images = stack.enter_context(open_source(source, layout=layout, columns=columns))
         if label_set:
             choose_labels(images, label_set)
         others, partners = images, range(images.num_images)
@@ -397,15 +440,16 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
             images, others = pair_by_pattern(images, pair)
             partners = range(images.num_images)
         elif cond_source:
-            others = stack.enter_context(open_source(Path(cond_source), cond_flag, layout))
+            others = stack.enter_context(open_source(cond_source, cond_flag, layout,
+                                                     Columns(labels=())))
             partners = condition_numbers(images, others, by_order=pair == "order")
-        numbers, labels = select_images(images, max_images, classes)
+        numbers, label_list = select_images(images, max_images, classes)
         conditions = Conditions(others, [partners[i] for i in numbers], cond_settings,
                                 cond_flag) if cond_flag else None
-        class_names = new_class_names(images, labels, classes)
+        class_names = new_class_names(images, label_list, classes)
         names = kept_names(images, numbers) if keep_names else None
         with open_dest(Path(dest)) as write:
-            outcome = convert_all(images, numbers, labels, settings, write,
+            outcome = convert_all(images, numbers, label_list, settings, write,
                                   workers or num_cores(), conditions, class_names, names)
         _summarise(dest, images, outcome, classes, class_names)
         _tell_unused(images, max_images, len(numbers))
@@ -476,7 +520,7 @@ def check(data: str, workers: int | None) -> None:
 
         names = report.class_names or []
         _print_counts(data, report.num_images, report.format, report.label_dim, report.classes,
-                      lambda label: f" ({names[label]})" if label < len(names) else "")
+                      lambda label: f" ({_shown_name(names[label])})" if label < len(names) else "")
         if report.cond_format:
             _print_conditions(report.cond_format, report.num_images)
         _tell_empty_classes(report.classes)
@@ -599,7 +643,7 @@ def _summarise_split(paths: dict[str, Path], plan: "Split") -> None:
     names, missing = plan.class_names or [], sorted(set(train.classes) - set(held_out.classes))
     if len(train.classes) <= _MAX_CLASS_LINES:
         for label in sorted(train.classes):
-            name = f" ({names[label]})" if label < len(names) else ""
+            name = f" ({_shown_name(names[label])})" if label < len(names) else ""
             click.echo(f"  class {label}{name}: {train.classes[label]} to train on, "
                        f"{held_out.classes[label]} held out")
     if missing:

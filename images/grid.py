@@ -1,6 +1,8 @@
 """Grids of images as PNG files, rows labelled, and as animations."""
 
+import functools
 import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +20,9 @@ _MAX_LABEL = 16  # characters
 _MIN_SIDE = 64  # pixels
 _MAX_FONT = 32  # pixels
 _LINE = 1.25  # height of a line of text over the size of the font
+# Files of fonts that systems have, for letters that Pillow's own font lacks: all but ASCII.
+_SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")
+_NO_LETTER = "\uffff"  # which no font has
 
 
 def image_grid(
@@ -37,8 +42,10 @@ def image_grid(
     zoom = max(-(-min_side // highest), 1)
     height, width = (max(sides) * zoom + _GAP for sides in zip(*shapes, strict=True))
     font_size = min(max(height // 4, 10), _MAX_FONT)
-    margin = max((len(label) for label in labels), default=0) * font_size * 2 // 3
-    margin += font_size // 2 if margin else 0
+    fonts = [_font_for(label, font_size) or PIL.ImageFont.load_default(font_size)
+             for label in labels]
+    margin = math.ceil(max(map(PIL.ImageFont.FreeTypeFont.getlength, fonts, labels), default=0))
+    margin += font_size * 2 // 3 if margin else 0
     columns = max(len(row) for row in rows)
     extra = width // 2 if split is not None else 0
     title_size = _fitting_size(titles, width)
@@ -60,7 +67,7 @@ def image_grid(
     for i, row in enumerate(rows):
         if margin:
             draw.text((margin - font_size // 3, top + i * height + (height - foot) // 2), labels[i],
-                      fill="black", anchor="rm", font_size=font_size)
+                      fill="black", anchor="rm", font=fonts[i])
         for j, image in enumerate(row):
             shown = _enlarged(image, zoom)
             x, y = left(j), top + i * height + _GAP
@@ -126,13 +133,46 @@ def _num_columns(count: int) -> int:
 def class_label(number: int, names: Sequence[str] | None) -> str:
     """Returns what a row of a class is labelled: its name, cut short, or its number.
 
-    It is the number too where the font lacks letters of the name.
+    It is the number too where no font has all letters of the name.
     """
-    if not names or number >= len(names) or not (names[number].isascii()
-                                                 and names[number].isprintable()):
+    # A name of a folder may have its accents apart from their letters.
+    name = unicodedata.normalize("NFC", names[number]) if names and number < len(names) else ""
+    if not name or _font_for(name, _MAX_FONT) is None:
         return str(number)
-    name = names[number]
     return name if len(name) <= _MAX_LABEL else f"{name[:_MAX_LABEL - 3]}..."
+
+
+def _font_for(text: str, size: int) -> PIL.ImageFont.FreeTypeFont | None:
+    """Returns Pillow's own font or else one of the system that has all letters of a text, or None.
+
+    Texts that aren't written from left to right would need more than letters.
+    """
+    if not text.isprintable() or any(unicodedata.bidirectional(letter) in ("R", "AL")
+                                     for letter in text):
+        return None
+    fonts = (_font(name, size) for name in (None, *_SYSTEM_FONTS))
+    return next((font for font in fonts if font and _has_letters(font, text)), None)
+
+
+@functools.cache
+def _font(name: str | None, size: int) -> PIL.ImageFont.FreeTypeFont | None:
+    """Returns a font of the system, or Pillow's own; None where there isn't such a one."""
+    if name is None:
+        return PIL.ImageFont.load_default(size)
+    try:
+        return PIL.ImageFont.truetype(name, size)
+    except OSError:
+        return None
+
+
+def _has_letters(font: PIL.ImageFont.FreeTypeFont, text: str) -> bool:
+    """Whether a font has letters of its own for a text, and not the sign for letters it lacks."""
+    def shape(letter):
+        mask = font.getmask(letter)
+        return mask.size, bytes(mask)
+
+    missing = shape(_NO_LETTER)
+    return all(shape(letter) != missing for letter in set(text))
 
 
 def save_gif(path: str | Path, pictures: Sequence[PIL.Image.Image]) -> None:

@@ -10,7 +10,12 @@
 | images of samplers | a file *.npz with `arr_0`, such an array | `arr_1` |
 | tensor | a file *.pt or *.pth of such an array | none |
 | DICOM | a folder or ZIP of DICOM files | dataset.json |
+| Parquet | a file *.parquet, or a folder of such files | a column of its own |
+| Hugging Face | hf://NAME[:SPLIT], see `table_files.open_hf` | a column of its own |
 | folder | any other folder | dataset.json, else the folders at its top |
+
+A table of labels may take the place of dataset.json for files: one that is named, or metadata.csv
+or metadata.jsonl among them, see `label_tables`.
 
 The top is the folder that all images lie in, or one above it that has a dataset.json. Images are
 named and counted here, and read one after the other when they are needed. Only those of
@@ -20,6 +25,7 @@ CIFAR and MNIST, whose size is fixed, are kept in memory.
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -31,7 +37,15 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from dnnlib.progress import Progress
-from images import archives, array_files, dicom_files, idx_files, tensor_files
+from images import (
+    archives,
+    array_files,
+    dicom_files,
+    idx_files,
+    label_tables,
+    table_files,
+    tensor_files,
+)
 from images.image_files import (
     CONDITIONS,
     DAMAGE,
@@ -50,13 +64,13 @@ from images.image_files import (
     read_regular,
     sort_names,
 )
+from images.label_tables import BY_DEFAULT, Columns
 from images.npz_files import Npz, is_npz
 from images.pictures import DamagedImageError
 
 _ENCRYPTED = 1  # a flag of a member of a ZIP
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 _MAX_SHOWN = 3  # names in a message
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 
 
 class Item(NamedTuple):
@@ -112,22 +126,26 @@ class Source:
 
 
 @contextlib.contextmanager
-def open_source(path: Path, flag: str = "--source",
-                layout: str | None = None) -> Iterator[Source]:
+def open_source(path: str | Path, flag: str = "--source", layout: str | None = None,
+                columns: Columns = BY_DEFAULT) -> Iterator[Source]:
     """Opens what `--source` or another flag names.
 
-    `layout` is that of arrays, see `array_files.first_channels`.
+    `layout` is that of arrays, see `array_files.first_channels`; `columns` are those of tables.
 
     Raises:
         OSError: it isn't there or can't be read.
         ValueError: it is of no supported kind, or malformed.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{flag}={path}: no such file or folder")
-    opener = _opener(path)
+    if not str(path).startswith(table_files.HF_PREFIX):
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"{flag}={path}: no such file or folder")
+    opener = _opener(path, columns)
     if opener is None:
         raise ValueError(f"{flag}={path}: not supported; allowed: folder, .zip, .npy, .npz, .pt, "
-                         "*_lmdb, cifar-10-python.tar.gz, *-images-idx3-ubyte.gz")
+                         ".parquet, *_lmdb, cifar-10-python.tar.gz, *-images-idx3-ubyte.gz, "
+                         f"{table_files.HF_PREFIX}NAME")
+    _check_columns(path, flag, columns, opener)
     with opener(path, layout) as source:
         if not source.num_images:
             hidden = f"; {source.num_hidden} hidden or system files are left out" \
@@ -136,7 +154,12 @@ def open_source(path: Path, flag: str = "--source",
                 if source.others else ""
             if idx_files.find_images(source.others):
                 others += "; unpack the ZIP and name one of its files"
-            raise ValueError(f"{flag}={path}: no images found{others}{hidden}")
+            saved = f"; {flag}={table_files.HF_PREFIX}{path} reads a data set of save_to_disk" \
+                if any(name.endswith(".arrow") for name in source.others) else ""
+            raise ValueError(f"{flag}={path}: no images found{others}{hidden}{saved}")
+        if columns.labels == ():
+            source.labels, source.class_names, source.note = None, None, ""
+            source.has_folder_classes = False
         yield source
 
 
@@ -248,10 +271,16 @@ def _part(source: Source, numbers: Sequence[int]) -> Source:
     return part
 
 
-def _opener(path: Path) -> Callable[..., contextlib.AbstractContextManager[Source]] | None:
+def _opener(path: str | Path, columns: Columns) -> (
+        Callable[..., contextlib.AbstractContextManager[Source]] | None):
+    if isinstance(path, str):
+        return functools.partial(_open_hf, columns=columns)
     name = os.path.basename(os.path.abspath(path)).lower()
     if path.is_dir():
-        return _open_lmdb if name.endswith("_lmdb") else _open_folder
+        return _open_lmdb if name.endswith("_lmdb") else \
+            functools.partial(_open_folder, columns=columns)
+    if name.endswith(table_files.SUFFIX):
+        return functools.partial(_open_parquet, columns=columns)
     if name.endswith((".tar.gz", ".tgz")):
         return _open_cifar
     if idx_files.is_images(path.name):
@@ -262,15 +291,34 @@ def _opener(path: Path) -> Callable[..., contextlib.AbstractContextManager[Sourc
         return _open_npz
     if name.endswith(tensor_files.SUFFIXES):
         return _open_tensor
-    return _open_zip if name.endswith(".zip") else None
+    return functools.partial(_open_zip, columns=columns) if name.endswith(".zip") else None
+
+
+def _check_columns(path: str | Path, flag: str, columns: Columns, opener: Callable) -> None:
+    """Raises ValueError for choices of columns that mean nothing for the source."""
+    of_files = (_open_folder, _open_zip)
+    function = opener.func if isinstance(opener, functools.partial) else opener
+    if columns.file and function not in of_files:
+        raise ValueError(f"--labels={columns.file}: {flag}={path} has no names of files to go by; "
+                         "it goes with folders and ZIPs")
+    if (columns.image or columns.labels) and function not in (*of_files, _open_parquet, _open_hf):
+        raise ValueError(f"{'--image-column' if columns.image else '--label-column'}: "
+                         f"{flag}={path} has no columns; leave it out")
 
 
 @contextlib.contextmanager
-def _open_folder(path: Path, layout: str | None) -> Iterator[Source]:
-    source = _of_files(path, list_files(path), lambda name: Item(name, path / name),
-                       lambda name: (path / name).open("rb"),
-                       # By path component: "a/x" before "a-1/x". No name has a zero byte.
-                       order=lambda name: name.replace("/", "\0"))
+def _open_folder(path: Path, layout: str | None, columns: Columns) -> Iterator[Source]:
+    # By path component: "a/x" before "a-1/x". No name has a zero byte.
+    files, order = list_files(path), lambda name: name.replace("/", "\0")
+    if tables := _only_tables(files, columns):
+        source = _of_table(table_files.open_parquet(path, sorted(tables, key=order), columns))
+        found = sort_names(files)
+        source.others = [name for name in found.others if name not in tables]
+        source.num_hidden = found.num_hidden
+        yield source
+        return
+    source = _of_files(path, files, lambda name: Item(name, path / name),
+                       lambda name: (path / name).open("rb"), columns, order)
     if not source.num_images:
         source = _published(path, source.others) or source
     elif source.labels is None and not source.is_dicom:  # even if there is a dataset.json
@@ -279,9 +327,9 @@ def _open_folder(path: Path, layout: str | None) -> Iterator[Source]:
 
 
 def _of_files(path: Path, files: list[str], item: Callable[[str], Item],
-              open_file: Callable[[str], IO[bytes]],
+              open_file: Callable[[str], IO[bytes]], columns: Columns,
               order: Callable[[str], str] | None = None) -> Source:
-    """Returns the images among the files of a folder or ZIP, with the labels of dataset.json."""
+    """Returns the images among the files of a folder or ZIP, with labels of a table or JSON."""
     top = _top(files)
     below = [name[len(top):] for name in files if name.startswith(top)]
     outside = sort_names(name for name in files if not name.startswith(top))
@@ -296,13 +344,26 @@ def _of_files(path: Path, files: list[str], item: Callable[[str], Item],
         num_pictures=found.num_pictures + outside.num_pictures,
         num_conditions=len(found.conditions))
     _add_slices(source, path, item, open_file, order)
-    if LABELS_NAME in found.others:
+    tables = [name for name in source.others
+              if name.rpartition("/")[2] in label_tables.METADATA_NAMES]
+    if not names and not source.is_dicom:
+        return source
+    if columns.file:
+        _label_by_file(source, path, columns)
+    elif LABELS_NAME not in found.others and tables and columns.labels != ():
+        _label_by_metadata(source, path, tables, item, columns)
+    elif columns.image or columns.labels:
+        raise ValueError(f"{'--image-column' if columns.image else '--label-column'}: {path} has "
+                         "no table; --labels=FILE.csv names one")
+    elif LABELS_NAME in found.others:
         where = f"{path}: {top}{LABELS_NAME}"
         try:
             text = item(top + LABELS_NAME).content()
         except DamagedImageError as error:
             raise ValueError(f"{where}: {error}") from error
-        source.labels = _json_labels([name[len(top):] for name in source.names], text, where)
+        labels = parse_labels(text, where)
+        source.labels = labels and _look_up([name[len(top):] for name in source.names], labels,
+                                            where)
         source.class_names = parse_class_names(text, where)
     return source
 
@@ -386,18 +447,14 @@ def _label_by_folder(source: Source) -> None:
     source.labels = lambda own: [numbers[top(source.names[i])] for i in own]
     source.class_names = [name or "top folder" for name in class_names]
     source.has_folder_classes = True
-    if {name.lower() for name in class_names} <= _SPLITS:
+    if {name.lower() for name in class_names} <= table_files.SPLITS:
         source.note = (f"the folders {' and '.join(class_names)} became classes; to convert one of "
                        "them, name it as --source")
 
 
-def _json_labels(names: list[str], text: bytes,
-                 where: str) -> Callable[[Sequence[int]], list[Any]] | None:
-    """Returns what looks up labels in a dataset.json; None where it holds none."""
-    labels = parse_labels(text, where)
-    if labels is None:
-        return None
-
+def _look_up(names: Sequence[str], labels: dict[str, Any],
+             where: str) -> Callable[[Sequence[int]], list[Any]]:
+    """Returns what looks up the labels of images, which have these names, and checks them."""
     def look_up(numbers):
         own = [names[i] for i in numbers]
         label_array(own, labels, where)
@@ -405,8 +462,112 @@ def _json_labels(names: list[str], text: bytes,
     return look_up
 
 
+def _label_by_file(source: Source, path: Path, columns: Columns) -> None:
+    """Labels images by the table of `columns`."""
+    where = f"--labels={columns.file}"
+    if not columns.file.exists():
+        raise FileNotFoundError(f"{where}: no such file")
+    try:
+        text = read_regular(columns.file)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    rows = label_tables.read_rows(text, columns, where, is_json=_is_json(columns.file.name))
+    _label_by_rows(source, rows, where)
+    if path.is_dir():
+        own = os.path.realpath(columns.file)
+        source.others = [name for name in source.others if os.path.realpath(path / name) != own]
+
+
+def _label_by_metadata(source: Source, path: Path, tables: list[str], item: Callable[[str], Item],
+                       columns: Columns) -> None:
+    """Labels images by the tables among the files, where these hold labels.
+
+    Each is for the files of its folder and those below, as in Hugging Face's imagefolder.
+    """
+    where = f"{path}: {shown_some(tables)}"
+    try:
+        parts = [_metadata_rows(path, table, item, columns) for table in tables]
+        if any(part.cells.keys() != parts[0].cells.keys() for part in parts):
+            raise ValueError(f"{where}: must have the same columns of labels")
+        if not parts[0].cells:
+            source.facts = [*source.facts, f"{shown_some(tables)}: no labels come from it, because "
+                            "it has no columns file_name and label, class or category; "
+                            "--label-column and --image-column choose others"]
+            return
+        cells = {name: [cell for part in parts for cell in part.cells[name]]
+                 for name in parts[0].cells}
+        names = [name for part in parts for name in part.names]
+        _label_by_rows(source, label_tables.Rows(names, cells), where)
+    except ValueError as error:
+        raise ValueError(f"{error}; --label-column=none passes the table over") from error
+    source.others = [name for name in source.others if name not in tables]
+
+
+def _metadata_rows(path: Path, table: str, item: Callable[[str], Item],
+                   columns: Columns) -> label_tables.Rows:
+    """Returns the rows of a table among the files, with the paths of images in the source."""
+    where, folder = f"{path}: {table}", table[:table.rfind("/") + 1]
+    try:
+        text = item(table).content()
+    except DamagedImageError as error:
+        raise ValueError(f"{where}: {error}") from error
+    rows = label_tables.read_rows(text, columns, where, is_json=_is_json(table), is_metadata=True)
+    return rows._replace(names=[folder + name for name in rows.names])
+
+
+def _is_json(name: str) -> bool:
+    return name.lower().endswith(label_tables.JSON_SUFFIXES)
+
+
+def _label_by_rows(source: Source, rows: label_tables.Rows, where: str) -> None:
+    """Labels images by the rows of a table that errors call `where`, and says how."""
+    labels = label_tables.labels_of(rows.cells, where)
+    matched = label_tables.match_rows(source.names, source.top, rows.names, where)
+    found = {name: labels.values[row] for name, row in matched.rows.items()}
+    source.labels, source.class_names = _look_up(source.names, found, where), labels.class_names
+    texts = ", whose texts are numbered in sorted order" if labels.class_names else ""
+    source.facts = [*source.facts, f"labels are column{'s' if len(rows.cells) > 1 else ''} "
+                    f"{', '.join(rows.cells)} of {where.removeprefix('--labels=')}{texts}"]
+    if matched.extra:
+        source.facts.append(f"{len(matched.extra)} of {len(rows.names)} rows name no image, the "
+                            f"first {matched.extra[0]}")
+
+
+def _only_tables(files: list[str], columns: Columns) -> list[str]:
+    """Returns the names of Parquet files; [] where there are images too."""
+    tables = [name for name in files if name.lower().endswith(table_files.SUFFIX)]
+    if not tables or columns.file or sort_names(files).images:
+        return []
+    return [name for name in sort_names(tables).others if name in set(tables)]
+
+
 @contextlib.contextmanager
-def _open_zip(path: Path, layout: str | None) -> Iterator[Source]:
+def _open_parquet(path: Path, layout: str | None, columns: Columns) -> Iterator[Source]:
+    yield _of_table(table_files.open_parquet(path, [""], columns))
+
+
+@contextlib.contextmanager
+def _open_hf(source: str, layout: str | None, columns: Columns) -> Iterator[Source]:
+    yield _of_table(table_files.open_hf(source, columns))
+
+
+def _of_table(table: table_files.Table) -> Source:
+    """Returns the rows of a table as images."""
+    def read(numbers):
+        numbers = list(numbers)
+        for number, content in zip(numbers, table.read(numbers), strict=True):
+            yield Item(table.names[number], content)
+
+    source = Source(len(table.names), table.names, read, facts=[table.fact], note=table.note)
+    if table.labels:
+        labels = dict(zip(table.names, table.labels.values, strict=True))
+        source.labels = _look_up(table.names, labels, table.where)
+        source.class_names = table.labels.class_names
+    return source
+
+
+@contextlib.contextmanager
+def _open_zip(path: Path, layout: str | None, columns: Columns) -> Iterator[Source]:
     def item(name):
         if members[name].flag_bits & _ENCRYPTED:
             raise ValueError(f"{path}: {name} is encrypted; unpack the ZIP first")
@@ -428,9 +589,10 @@ def _open_zip(path: Path, layout: str | None) -> Iterator[Source]:
         # Some programs of Windows write backslashes.
         members = {info.filename.replace("\\", "/"): info
                    for info in archive.infolist() if not info.is_dir()}
-        source = _of_files(path, list(members), item, lambda name: archive.open(members[name]))
+        source = _of_files(path, list(members), item, lambda name: archive.open(members[name]),
+                           columns)
         has_record = any(name.rpartition("/")[2] == LABELS_NAME for name in members)
-        if not has_record and not source.is_dicom:
+        if source.labels is None and not has_record and not source.is_dicom:
             _label_by_folder(source)
         yield source
 
