@@ -203,14 +203,11 @@ def _labels_of_one(values: list[Any], where: str) -> Labels:
         return Labels(numbers if is_whole else
                       [None if value is None else [value] for value in numbers])
     there = [value for value in values if value is not None]
-    for kind in (str, list):
-        other = next((value for value in there if not isinstance(value, kind)), None)
-        if other is None:
-            break
-    else:
-        raise ValueError(f"{where} holds {_shown(there[0])} and {_shown(other)}; labels are "
-                         "numbers, text, or lists of numbers, all alike")
-    if kind is list:
+    examples = {type(value): value for value in reversed(there)}
+    if set(examples) not in ({str}, {list}):
+        raise ValueError(f"{where} holds {' and '.join(map(_shown, examples.values()))}; labels "
+                         "are numbers, text, or lists of numbers, all alike")
+    if list in examples:
         return Labels(values)  # which are checked where all labels are
     class_names = sorted(set(there))
     classes = {name: number for number, name in enumerate(class_names)}

@@ -338,7 +338,7 @@ def _of_files(path: Path, files: list[str], item: Callable[[str], Item],
     source = Source(
         len(names), names, lambda numbers: (item(names[i]) for i in numbers), top=top,
         has_file_names=True,
-        others=[name for name in (*found.others, *outside.others)
+        others=[name for name in (*(top + name for name in found.others), *outside.others)
                 if name.rpartition("/")[2] not in (LABELS_NAME, GENERATE_RECORD)],
         num_hidden=found.num_hidden + outside.num_hidden,
         num_pictures=found.num_pictures + outside.num_pictures,
@@ -378,7 +378,8 @@ def _add_slices(source: Source, path: Path, item: Callable[[str], Item],
         ValueError: there are pictures or arrays beside them, or one is of a kind that isn't read.
     """
     files = {name for name in source.others
-             if not name.startswith(CONDITIONS) and dicom_files.is_dicom(name, open_file)}
+             if not name.removeprefix(source.top).startswith(CONDITIONS)
+             and dicom_files.is_dicom(name, open_file)}
     if not files:
         return
     dicom_files.require_package(path)
@@ -523,14 +524,17 @@ def _label_by_rows(source: Source, rows: label_tables.Rows, where: str) -> None:
     """Labels images by the rows of a table that errors call `where`, and says how."""
     labels = label_tables.labels_of(rows.cells, where)
     matched = label_tables.match_rows(source.names, source.top, rows.names, where)
-    found = {name: labels.values[row] for name, row in matched.rows.items()}
-    source.labels, source.class_names = _look_up(source.names, found, where), labels.class_names
+    found = {name: labels.values[row] for name, row in matched.rows.items()
+             if labels.values[row] is not None}
     texts = ", whose texts are numbered in sorted order" if labels.class_names else ""
     source.facts = [*source.facts, f"labels are column{'s' if len(rows.cells) > 1 else ''} "
                     f"{', '.join(rows.cells)} of {where.removeprefix('--labels=')}{texts}"]
     if matched.extra:
-        source.facts.append(f"{len(matched.extra)} of {len(rows.names)} rows name no image, the "
-                            f"first {matched.extra[0]}")
+        extra = f"{len(matched.extra)} of {len(rows.names)} rows name no image, the first " \
+                f"{matched.extra[0]}"
+        source.facts.append(extra)
+        where += f" ({extra})"
+    source.labels, source.class_names = _look_up(source.names, found, where), labels.class_names
 
 
 def _only_tables(files: list[str], columns: Columns) -> list[str]:
@@ -560,7 +564,8 @@ def _of_table(table: table_files.Table) -> Source:
 
     source = Source(len(table.names), table.names, read, facts=[table.fact], note=table.note)
     if table.labels:
-        labels = dict(zip(table.names, table.labels.values, strict=True))
+        labels = {name: label for name, label in zip(table.names, table.labels.values, strict=True)
+                  if label is not None}
         source.labels = _look_up(table.names, labels, table.where)
         source.class_names = table.labels.class_names
     return source

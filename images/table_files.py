@@ -66,6 +66,7 @@ class _Opened(NamedTuple):
     names: Sequence[str]  # of rows
     values: Callable[[str, Iterable[int]], Iterator["pa.Scalar"]]  # of a column, in some rows
     column: Callable[[str], list[Any]]  # all values of one
+    others: Sequence[tuple[Path, "pa.Schema"]] = ()  # of more files, unlike the first one's
 
 
 def open_parquet(path: Path, files: Sequence[str], columns: Columns) -> Table:
@@ -114,14 +115,14 @@ def _open_files(path: Path, files: Sequence[str]) -> _Opened:
     """Returns what Parquet files tell, of which only the ends are read."""
     import pyarrow.parquet as pq
 
-    schema, groups, names = None, [], []
+    groups, names, others = [], [], []
+    with _reading(path / files[0]):
+        schema = pq.read_schema(path / files[0])
     for name in files:
         with _reading(path / name), pq.ParquetFile(path / name) as file:
             own, record = file.schema_arrow, file.metadata
-            schema = schema or own
-            if not own.equals(schema):
-                raise ValueError(f"its columns ({_shown_types(own)}) are not those of {files[0]} "
-                                 f"({_shown_types(schema)})")
+            if record.num_rows and not own.equals(schema):
+                others.append((path / name, own))
             sizes = [record.row_group(i).num_rows for i in range(record.num_row_groups)]
         for number, first in enumerate(itertools.accumulate([len(names), *sizes[:-1]])):
             groups.append(_Group(name, number, first, sizes[number]))
@@ -143,7 +144,7 @@ def _open_files(path: Path, files: Sequence[str]) -> _Opened:
     def column(wanted):
         return [value for name in files for array in _arrays(path / name, wanted)
                 for value in array.to_pylist()]
-    return _Opened(schema, _features(schema), names, values, column)
+    return _Opened(schema, _features(schema), names, values, column, others)
 
 
 def _arrays(path: Path, column: str, groups: Sequence[int] | None = None) -> Iterator["pa.Array"]:
@@ -347,6 +348,7 @@ def _table(opened: _Opened, columns: Columns, where: str, *, reads_paths: bool) 
     image = _image_column(kinds, columns.image, where)
     del kinds[image]
     names = _label_columns(kinds, columns.labels, where)
+    _check_others(opened, (image, *names))
     fact, note, labels = f"images are column {image}", "", None
     if names:
         labels = labels_of({name: opened.column(name) for name in names}, where)
@@ -360,6 +362,18 @@ def _table(opened: _Opened, columns: Columns, where: str, *, reads_paths: bool) 
             labels = labels._replace(class_names=_class_names(opened.features[names[0]]))
     return Table(where, opened.names, lambda rows: (
         _content(value, reads_paths) for value in opened.values(image, rows)), labels, fact, note)
+
+
+def _check_others(opened: _Opened, names: Sequence[str]) -> None:
+    """Raises ValueError for a file in which columns are missing or of another kind."""
+    for path, schema in opened.others:
+        for name in names:
+            kinds = [_kind(own.field(name).type, opened.features.get(name))
+                     for own in (opened.schema, schema) if name in own.names]
+            if len(set(kinds)) != 1 or len(kinds) != 2:
+                what = f"holds {kinds[1]}" if len(kinds) == 2 else "is missing"
+                raise ValueError(f"{path}: column {name} {what}, but in the first file it holds "
+                                 f"{kinds[0]}")
 
 
 def _class_names(feature: Mapping[str, Any]) -> list[str] | None:
@@ -445,10 +459,6 @@ def _first_found(kinds: Mapping[str, str], groups: Sequence[tuple[str, ...]]) ->
 
 def _shown_kinds(kinds: Mapping[str, str]) -> str:
     return shown_columns([f"{name} ({kind})" for name, kind in kinds.items()])
-
-
-def _shown_types(schema: "pa.Schema") -> str:
-    return shown_columns([f"{field.name} {field.type}" for field in schema])[:200]
 
 
 def _content(value: "pa.Scalar", reads_paths: bool) -> Content:
