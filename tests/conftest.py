@@ -43,6 +43,7 @@ def _own_folders(tmp_path_factory):
     The latter's path is short, as those of sockets in it must be.
     """
     os.environ["PFGMPP_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
     with tempfile.TemporaryDirectory(prefix="pfgmpp-", ignore_cleanup_errors=True) as folder:
         os.environ["TMPDIR"] = folder
         yield

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
@@ -153,12 +155,27 @@ def make_world(root):
     write_snapshot(folder / "training-state.pt", pfgmpp=True, aug_dim=2048)
     make_ct_world(root / "downloads")
     write_images(root / "photos", ["cats", "dogs"], 8, 36, 40)
+    write_tables(root / "downloads")
     (root / "examples").mkdir()
     for network in (ROOT / "examples").glob("*.pt"):
         (root / "examples" / network.name).symlink_to(network)
     write_dataset(root / "examples/emoji-google-32.zip", side=32, classes=9)
     write_restored(root)
     run_own_data([0, 2])
+
+
+def write_tables(downloads):
+    """Writes a folder of images with a table of labels, and tables of images."""
+    write_images(downloads / "pets", ["one"], 4, 8, 8)
+    rows = [f"one/{i}.png,{('cat', 'dog')[i % 2]},{i / 4},{i}\n" for i in range(4)]
+    (downloads / "pets.csv").write_text("file_name,label,x,y\n" + "".join(rows))
+    images = [{"bytes": (downloads / f"pets/one/{i}.png").read_bytes()} for i in range(4)]
+    pq.write_table(pa.table({"image": images, "label": ["cat", "dog"] * 2}),
+                   downloads / "pets.parquet")
+    (downloads / "cifar100/data").mkdir(parents=True)
+    pq.write_table(pa.table({"img": images, "fine_label": [0, 1, 2, 3],
+                             "coarse_label": [0, 0, 1, 1]}),
+                   downloads / "cifar100/data/train-00000-of-00001.parquet")
 
 
 def make_ct_world(downloads):
@@ -196,6 +213,7 @@ def stand_in(arg):
     if match := re.fullmatch(r"--seeds=(\d+)-\d+", arg):
         return f"--seeds={match[1]}-{int(match[1]) + 3}"
     arg = re.sub("(?<=--resolution=)(64x64|32x32)", "8x8", arg)
+    arg = arg.replace("hf://uoft-cs/", "hf://downloads/")
     arg = arg.replace("--metrics=fid,kid,pr,is", "--metrics=fid,kid,pr")  # pixels have no classes
     arg = re.sub(r"(?<=--eval=)\d+", "0.008", arg)
     arg = re.sub(r"(?<=--eval-num=)\d+", "4", arg)

@@ -340,11 +340,10 @@ def test_damaged_parquet_is_refused_in_one_line_or_read(tmp_path, table):
 # --------------------------------------------------------------------------------- Hugging Face
 
 @pytest.fixture
-def hf(tmp_path, monkeypatch):
-    """Returns the package, whose cache is a folder of the test."""
+def hf():
+    """Returns the package, which takes seconds to import; its cache is a folder of the tests."""
     import datasets
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return datasets
 
 
