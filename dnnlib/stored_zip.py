@@ -5,10 +5,16 @@
 anybody may have made: members are views of the bytes that are there, each byte belongs to one
 member at most, and nothing stands around the ZIP.
 
+`Place` says where one member lies in a file, so that any process can read it. `places` finds them
+in a ZIP, `written_places` in one that has no directory yet, as it is left by a writer that was
+killed: whole members in a row, and perhaps a part of one.
+
 Format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.
 """
 
+import os
 import struct
+import zipfile
 import zlib
 from typing import IO, NamedTuple
 
@@ -155,3 +161,78 @@ def _local_data(data: memoryview, offset: int, name: bytes) -> int:
     require(magic == ZIP_MAGIC and method == 0 and not flags & 1
             and data[at:at + name_len] == name, "damaged (ZIP member without its header)")
     return at + name_len + extra_len
+
+
+class Place(NamedTuple):
+    """Where a member lies in the file of a ZIP that does not compress it."""
+
+    path: str
+    offset: int  # of its header
+    size: int  # of its content
+    crc: int
+
+    def read(self) -> bytes:
+        """Returns the content.
+
+        Raises:
+            OSError: the file can't be read.
+            ValueError: the content is not what the checksum is of.
+        """
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            header = file.read(_LOCAL.size)
+            require(len(header) == _LOCAL.size and header.startswith(ZIP_MAGIC),
+                    "damaged (ZIP member without its header)")
+            file.seek(sum(_LOCAL.unpack(header)[-2:]), os.SEEK_CUR)  # its name, and what is extra
+            data = file.read(self.size)
+        require(len(data) == self.size and zlib.crc32(data) == self.crc,
+                "damaged (the checksum does not match)")
+        return data
+
+
+def places(path: str | os.PathLike) -> dict[str, Place]:
+    """Returns where each member of a ZIP lies, by name; their content is not looked at.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: no ZIP, or one with a member that is compressed, encrypted or there twice.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = [info for info in archive.infolist() if not info.is_dir()]
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"no ZIP, or damaged ({error})") from error
+    found: dict[str, Place] = {}
+    for info in infos:
+        name = info.filename
+        require(info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1,
+                f"compresses or encrypts the ZIP member {shown(name)}")
+        require(name not in found, f"holds the ZIP member {shown(name)} twice")
+        found[name] = Place(os.fspath(path), info.header_offset, info.file_size, info.CRC)
+    return found
+
+
+def written_places(path: str | os.PathLike) -> dict[str, Place]:
+    """Returns where the members lie that `StoredZip` has written whole, with no directory yet.
+
+    Members after the first that is not whole are not found. Content is not looked at.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    found: dict[str, Place] = {}
+    with open(path, "rb") as file:
+        total, start = os.fstat(file.fileno()).st_size, 0
+        while len(header := file.read(_LOCAL.size)) == _LOCAL.size:
+            magic, _, flags, method, _, _, crc, packed, size, name_len, extra_len = \
+                _LOCAL.unpack(header)
+            end = start + _LOCAL.size + name_len + extra_len + size
+            if magic != ZIP_MAGIC or method or flags & ~_UTF8 or packed != size or end > total:
+                break
+            try:
+                name = file.read(name_len).decode()
+            except UnicodeDecodeError:
+                break
+            found[name] = Place(os.fspath(path), start, size, crc)
+            start = file.seek(end)
+    return found

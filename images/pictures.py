@@ -8,6 +8,7 @@ Pillow refuses it, for being long or damaged.
 import io
 import struct
 import warnings
+import zlib
 from typing import IO
 
 import numpy as np
@@ -19,6 +20,8 @@ from images.image_files import DAMAGE, PICTURE_FORMATS, ImageFormat, picture_for
 DEEP_MODES = {"I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16", "I": "float32",
               "F": "float32"}  # Pillow's of more than 8 bits, with the types that hold them
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_HEADER = struct.Struct(">2I5B")  # its first chunk: width, height, depth, colour type, ...
+_PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type; a palette, 3, holds none
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # the last is a colour profile
 _HEAD_BYTES = 32  # of a file, in which a PNG says how deep it is
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap the sides
@@ -176,6 +179,35 @@ def _without_text(content: bytes) -> bytes:
             kept.append(content[start:end])
         start = end
     return b"".join(kept)
+
+
+def png_shape(content: bytes) -> tuple[int, int, int]:
+    """Returns channels, height and width of a whole PNG of 8 bits, without decoding it.
+
+    All checksums are compared, so that what was cut short or changed on the disk is found, in less
+    than a tenth of the time that decoding takes.
+
+    Raises:
+        ValueError: cut short, damaged, not of 8 bits, or of a palette.
+    """
+    start, kinds, header = len(_PNG), set(), b""
+    while b"IEND" not in kinds:
+        if not content.startswith(_PNG) or len(content) < start + 12:
+            raise ValueError("no PNG, or cut short")
+        [length] = struct.unpack_from(">I", content, start)
+        kind, end = content[start + 4:start + 8], start + 8 + length
+        if content[end:end + 4] != struct.pack(">I", zlib.crc32(
+                memoryview(content)[start + 4:end])):
+            raise ValueError("damaged (a checksum does not match)")
+        header = header or content[start + 8:end]
+        kinds.add(kind)
+        start = end + 4
+    if b"IDAT" not in kinds or len(header) != _PNG_HEADER.size:
+        raise ValueError("damaged (without header or pixels)")
+    width, height, depth, color, *_ = _PNG_HEADER.unpack(header)
+    if depth != 8 or color not in _PNG_CHANNELS:
+        raise ValueError(f"of {depth} bits and colour type {color}")
+    return _PNG_CHANNELS[color], height, width
 
 
 def is_deep(image: PIL.Image.Image, content: bytes) -> bool:

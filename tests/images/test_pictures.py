@@ -26,7 +26,7 @@ import fid
 from images import array_files
 from images.dataset import ImageFolderDataset
 from images.image_files import sort_names
-from images.pictures import DamagedImageError, read_picture
+from images.pictures import DamagedImageError, png_shape, read_picture
 
 RED = np.zeros([4, 6, 3], np.uint8) + np.array([200, 10, 10], np.uint8)
 
@@ -404,3 +404,36 @@ def test_one_number_is_the_side_of_a_square(tmp_path, text, size):
     images, _ = convert(path, tmp_path / "out.zip", f"--resolution={text}")
     assert images[0][1].shape == (*size[::-1], 3)
     assert run(path, tmp_path / "out.zip", "--resolution=0").exit_code == 2
+
+
+# ------------------------------------------------------------------ whether a PNG is whole
+
+@pytest.mark.parametrize("mode, channels", [("L", 1), ("LA", 2), ("RGB", 3), ("RGBA", 4)])
+def test_a_whole_png_has_its_shape_and_no_changed_or_missing_byte_goes_unnoticed(mode, channels):
+    rng = np.random.default_rng(channels)
+    pixels = rng.integers(0, 256, [6, 5, channels], np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels.squeeze(), mode).save(file, "PNG")
+    content = file.getvalue()
+    assert png_shape(content) == (channels, 6, 5)
+    for size in range(len(content)):
+        with pytest.raises(ValueError):
+            png_shape(content[:size])
+        with pytest.raises(ValueError):
+            png_shape(content[:size] + bytes([content[size] ^ 16]) + content[size + 1:])
+
+
+@pytest.mark.parametrize("mode", ["P", "1", "I;16"])
+def test_a_png_of_a_palette_or_of_other_than_8_bits_has_no_shape(mode):
+    file = io.BytesIO()
+    PIL.Image.new(mode, (5, 6)).save(file, "PNG")
+    with pytest.raises(ValueError, match="colour type"):
+        png_shape(file.getvalue())
+
+
+def test_a_png_without_pixels_has_no_shape():
+    def chunk(kind, data=b""):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(
+            ">I", zlib.crc32(kind + data))
+    with pytest.raises(ValueError, match="without header or pixels"):
+        png_shape(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes(13)) + chunk(b"IEND"))
