@@ -1,6 +1,5 @@
 """Scores of images: FID, KID, precision and recall, Inception score; PSNR and SSIM of pairs."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -243,7 +242,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                                              workers=workers, title=Path(job.path).name,
                                              keeps_features=kept_place is not None
                                              or report.keeps_features)
-                facts = {"images": job.path, "num": num, **_facts_of_images(job.path, dataset, seed)}
+                facts = {"images": job.path, "num": num, **_facts_of_images(dataset, seed)}
                 report.add(job, found, facts, path,
                            dataset.class_numbers if per_class else None)
                 if kept_place is not None:
@@ -552,7 +551,7 @@ def _report_nearest(sets: list, features: list, detector, rows: int,
         return
     click.echo(f"Files      {write_nearest(folder, images, data, found, rows, window)}")
     path = str(images.path)
-    facts = {"images": path, "num": len(images), **_facts_of_images(path, images, 0),
+    facts = {"images": path, "num": len(images), **_facts_of_images(images, 0),
              "detector": detector.name, "detector_sha256": detector.weights_sha256,
              "reference": str(data.path), "reference_sha256": data.fingerprint,
              "reference_num": len(data), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -600,7 +599,7 @@ def _report_pairs(paired, scores, values: tuple[float, float], clip: bool, image
         return
     window = window or (sum(values) / 2, values[1] - values[0])
     click.echo(f"Files      {write_scores(folder, paired, scores, values, window)}")
-    facts = {"images": images, "num": len(scores), **_facts_of_images(images, paired.images, 0),
+    facts = {"images": images, "num": len(scores), **_facts_of_images(paired.images, 0),
              "range": list(values), "clip": clip, "paired_by": paired.partners.found_by,
              "reference": str(paired.truth.path), "reference_sha256": paired.truth.fingerprint,
              "reference_num": len(paired.truth), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -680,19 +679,16 @@ def _jsonl_of_images(images: str) -> Path | None:
     return (path.parent if is_of_run else path) / _JSONL
 
 
-def _facts_of_images(path: str, dataset, seed: int) -> dict:
+def _facts_of_images(dataset, seed: int) -> dict:
     """Returns what is recorded of the images in a folder or ZIP: seeds, sampler, the choice."""
     from dnnlib.util import format_ranges
-    from images.image_files import GENERATE_RECORD
 
     stems = [Path(name).stem for name in dataset.all_names]
-    facts = {"seeds": None, "sampler": None}
+    facts = {"seeds": None, "sampler": dataset.sample_records().get("")}
     if all(stem.isdigit() for stem in stems):
         facts["seeds"] = format_ranges(map(int, stems))
     if len(dataset) < len(stems):
         facts["chosen_from"], facts["choice_seed"] = len(stems), seed
-    with contextlib.suppress(OSError, ValueError, RecursionError):  # not a folder of generate.py
-        facts["sampler"] = json.loads(Path(path, GENERATE_RECORD).read_text(encoding="utf-8"))
     return facts
 
 

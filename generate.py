@@ -1,6 +1,5 @@
 """Samples images from trained networks: checks the options, calls the sampler, writes files."""
 
-import contextlib
 import copy
 import inspect
 import itertools
@@ -24,7 +23,7 @@ from dnnlib.cli import (
     user_errors,
     verbosity_options,
 )
-from sampling.folders import FolderName, gen_seed_of
+from sampling.folders import FolderName, gen_seed_of, is_zip
 from sampling.sampling_options import check_given, sampling_options
 from sampling.sweeps import sweep_points
 
@@ -60,7 +59,7 @@ def _parse_quantiles(ctx, param, value: str | None) -> tuple[float, ...] | None:
 
 @click.command(context_settings=CONTEXT)
 @click.option("--network", metavar="PT|URL", help="Network snapshot or training state; without it, every training state of OUTDIR.")
-@click.option("--outdir", metavar="DIR", required=True, help="Where the images go; without --network, the run directory.")
+@click.option("--outdir", metavar="DIR|ZIP", required=True, help="Where the images go, a folder or one NAME.zip; without --network, the run directory.")
 @click.option("--ckpt", metavar="KIMG", type=int, default=0, help="First training state, in thousands of images.")
 @click.option("--end_ckpt", metavar="KIMG", type=int, default=100_000_000, help="Last training state, in thousands of images.")
 @click.option("--seeds", metavar="LIST", type=IntList(), help="Random seeds, e.g. 1,2,5-10; one image each.  [default: 0-63; with --init-image or --cond-image one for each of these, under its name]")
@@ -121,6 +120,7 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
     with user_errors():
         points = sweep_points(steps, alpha, bits, is_steps_sweep=name_steps)
         seeds = _seeds_of_latents(click.get_current_context(), points, seeds, interpolate)
+        _check_zip(click.get_current_context(), points)
         subdirs = subdirs or network is None
 
         from sampling.network_sampler import NetworkSampler, UsageError
@@ -206,6 +206,25 @@ def _seeds_of_latents(context: click.Context, points, seeds, interpolate):
         return default
     is_one_each = {"--encode", "--latents"} & set(given)
     return None if is_one_each and not typed else default
+
+
+def _check_zip(context: click.Context, points) -> None:
+    """Raises UserError for what one ZIP of images can't hold."""
+    given = context.params
+    if not is_zip(given["outdir"]):
+        return
+    problems = {
+        "without --network": given["network"] is None and "makes images of each training state",
+        "with lists of --steps, --alpha or --bits": points[0].suffix and "makes each combination",
+        "with --encode": given["encode"] and "writes latents.npz",
+        "with --save_images": given["save_images"] and "writes pictures to vis/",
+        "with --interpolate": given["interpolate"] and "writes pictures to vis/",
+        "with --radii": given["radii"] and "writes a picture to vis/",
+    }
+    for flags, what in problems.items():
+        if what:
+            raise UserError(f"--outdir={given['outdir']} {flags}: {what}, for which one ZIP has no "
+                            "place; name a folder", BAD_USAGE)
 
 
 def _with_latents(sampler, seeds, interpolate, frames, radii):
@@ -318,35 +337,33 @@ def _generate(sampler, folder, seeds, batch, subdirs, is_named: bool) -> int:
     """
     from dnnlib.util import format_ranges
     from sampling.image_writer import ImageFolder
+    from sampling.image_zip import ImageZip
     from torch_utils import distributed
     stems = sampler.inputs.stems() if is_named and sampler.inputs is not None else None
     _check_place_of_images(sampler, folder)
     subdirs = subdirs and stems is None
-    images = ImageFolder(folder, sampler.shape_of, subdirs, sampler.scaling.is_8bit, stems)
+    kind = ImageZip if is_zip(folder) else ImageFolder
+    images = kind(folder, sampler.shape_of, subdirs, sampler.scaling.is_8bit, stems)
     names = {} if stems is None else {"names": "inputs"}
-    is_new = distributed.run_on_rank0(
-        images.open, {**sampler.settings, "subdirs": subdirs, **names})
-    missing = distributed.run_on_rank0(
-        lambda: images.missing(seeds, deviations=sampler.average > 1))
-    if len(missing) < len(seeds):
-        distributed.print0(f"{folder}: {len(seeds) - len(missing)} of {len(seeds)} images are there")
-    batches = sampler.batches(missing, batch)
     labels, bad = {}, []
-    with contextlib.ExitStack() as on_error:
-        if is_new and distributed.get_rank() == 0:
-            on_error.callback(images.withdraw)
-        _make(sampler, batches, images, len(missing), labels, bad)
-        on_error.pop_all()
-    bad = sorted(seed for part in distributed.gather_objects(bad) for seed in part)
-    parts = distributed.gather_objects(labels)
-    if distributed.get_rank() == 0:
-        if sampler.label_kind is not None:
+    with images.being_filled({**sampler.settings, "subdirs": subdirs, **names}):
+        missing = images.missing(seeds, deviations=sampler.average > 1)
+        if len(missing) < len(seeds):
+            distributed.print0(f"{folder}: {len(seeds) - len(missing)} of {len(seeds)} images are "
+                               "there")
+        _make(sampler, sampler.batches(missing, batch), images, len(missing), labels, bad)
+        bad = sorted(seed for part in distributed.gather_objects(bad) for seed in part)
+        parts = distributed.gather_objects(labels)
+        if distributed.get_rank() == 0 and sampler.label_kind is not None:
             images.record_labels({seed: label for part in parts for seed, label in part.items()},
                                  lambda seeds: sampler.recorded_labels(sampler.labels_of(seeds)),
                                  sampler.class_names)
+        if bad:
+            distributed.run_on_rank0(images.record_not_finite, bad)
+        distributed.run_on_rank0(images.finish, sorted({*missing} - {*bad}))
+    if distributed.get_rank() == 0:
         console.result(f"{folder}: {len(missing) - len(bad)} images made")
     if bad:
-        distributed.run_on_rank0(images.record_not_finite, bad)
         of_latents = "" if sampler.latents is None else ", or these latents may be too large"
         distributed.warn0(
             f"{folder}: {len(bad)} of {len(missing)} images have values that are not finite and "

@@ -69,6 +69,11 @@ def gen_seed_of(seeds: Iterable[int]) -> int:
     return 1 + sum(max(seeds) > end for end in _RANGE_ENDS)
 
 
+def is_zip(outdir: str | os.PathLike) -> bool:
+    """Whether images are to go into one ZIP of this name instead of a folder."""
+    return os.fspath(outdir).lower().endswith(".zip")
+
+
 def image_name(seed: int, *, subdirs: bool, extension: str) -> str:
     """Returns the name of the image of a seed in its folder."""
     folder = f"{seed - seed % 1000:06d}/" if subdirs else ""

@@ -82,7 +82,7 @@ def test_each_rank_writes_its_own_images_and_rank_0_all_else(files, two_ranks):
     assert rest == set()
     assert {"out/generate.json", "out/vis/grid.png", "out/vis/movie.gif"} <= changed
     assert called["images.grid:save_png"] == called["images.grid:save_gif"] == 1
-    assert called["sampling.image_writer:ImageFolder.missing"] == 1
+    assert called["sampling.image_writer:ImageFolder.open"] == 1
     assert called["checkpoints.checkpoint:load"] == 1
     assert printed and other[2] == [] and set(other[1]) == set()
 

@@ -64,7 +64,7 @@ def init(device: str = "auto") -> torch.device:
         torch.cuda.set_device(chosen)
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and chosen.type == "cpu":
         # torchrun sets OMP_NUM_THREADS=1 for several processes, whatever the number of cores.
-        torch.set_num_threads(max(num_cores() // int(os.environ["LOCAL_WORLD_SIZE"]), 1))
+        torch.set_num_threads(own_cores())
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         kwargs = {"device_id": chosen} if chosen.type == "cuda" else {}
@@ -258,6 +258,11 @@ def get_rank() -> int:
 def get_world_size() -> int:
     """Returns the number of processes, 1 without a process group."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def own_cores() -> int:
+    """Returns this process's share of the cores of its machine, at least 1."""
+    return max(num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
 def print0(*values, **options) -> None:

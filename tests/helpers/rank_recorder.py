@@ -19,9 +19,8 @@ CALLS = (
     "metrics.evaluator:Evaluator._evaluate", "metrics.score_log:ScoreLog.record",
     "images.dataset:ImageFolderDataset.measure", "checkpoints.checkpoint:save",
     "training.resume:read_state", "training.sample_grids:save_real_grid",
-    "sampling.image_writer:ImageFolder.open", "sampling.image_writer:ImageFolder.missing",
-    "checkpoints.checkpoint:load", "images.grid:save_png", "images.grid:save_gif",
-    "dnnlib.run_lock:run_lock",
+    "sampling.image_writer:ImageFolder.open", "checkpoints.checkpoint:load",
+    "images.grid:save_png", "images.grid:save_gif", "dnnlib.run_lock:run_lock",
 )
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
