@@ -12,7 +12,7 @@ from dnnlib.util import json_value
 _key_option = click.option(
     "--key", metavar="NAME",
     help="Network of an IDMD file: ema_0_9900, ema_0_9950, ema_0_9990, ema_0_9999, generator or "
-         "student.  [default: ema_0_9990]")
+         "student.  [default: ema_0_9990]  With --config the name of the weights.")
 
 
 @click.group(context_settings=CONTEXT)
@@ -83,6 +83,9 @@ def _plain(value):
 @main.command(context_settings=HELP_NAMES)
 @click.argument("source", metavar="FILE|URL")
 @click.argument("dest", metavar="DEST")
+@click.option("--config", metavar="JSON",
+              help="For a FILE of weights alone: training_options.json of their run, of this "
+                   "project, EDM or PFGM++.")
 @click.option("--pfgmpp", type=click.BOOL, help="Whether it was trained as PFGM++, if unrecorded.")
 @click.option("--aug_dim", metavar="D", type=float, help="Augmented dimensions, if unrecorded.")
 @click.option("--scale", metavar="LO,HI", type=Range(),
@@ -94,10 +97,12 @@ def _plain(value):
 @click.option("--half", is_flag=True, help="Keep the weights as float16, in half the space.")
 @_key_option
 @click.option("--overwrite", is_flag=True, help="Replace DEST if it is there.")
-def convert(source, dest, pfgmpp, aug_dim, scale, cond_scale, sigma_max, half, key, overwrite):
+def convert(source, dest, config, pfgmpp, aug_dim, scale, cond_scale, sigma_max, half, key,
+            overwrite):
     """Writes the averaged network of FILE as a snapshot: DEST.pt, or DEST.safetensors.
 
-    FILE may be a run directory, whose newest network is then converted.
+    FILE may be a run directory, whose newest network is then converted. With --config it may hold
+    weights alone: a state_dict of torch.save, safetensors, or a checkpoint of Lightning.
 
     Weights of published checkpoints keep their licence when they are converted.
     """
@@ -114,7 +119,9 @@ def convert(source, dest, pfgmpp, aug_dim, scale, cond_scale, sigma_max, half, k
                                  "another DEST")
             if not overwrite:
                 raise ValueError(f"{dest}: is there already; --overwrite replaces it")
-        content = checkpoint.with_average(checkpoint.load(source, key), source)
+        content = checkpoint.with_average(checkpoint.load(source, key, config), source)
+        for note in content.get("notes", ()):
+            click.echo(f"Note: {source}: {note}", err=True)
         content = checkpoint.resolve_D(content, source, pfgmpp, aug_dim)
         content = checkpoint.with_records(
             content, source, scale=scale and Scaling.of_range(*scale),

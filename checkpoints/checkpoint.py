@@ -32,7 +32,7 @@ from typing import IO, Any
 
 import torch
 
-from checkpoints import published
+from checkpoints import bare, published
 from checkpoints.names import find_network, neighbouring_snapshot
 from dnnlib.atomic import atomic_write
 from dnnlib.pickle_reader import Budget, Global, Reader
@@ -151,37 +151,55 @@ def _save_torch(content: dict[str, Any], file: IO[bytes]) -> None:
         raise keeper.error
 
 
-def load(source: str | Path, key: str | None = None) -> dict[str, Any]:
+def load(source: str | Path, key: str | None = None, config: str | Path | None = None
+         ) -> dict[str, Any]:
     """Reads and verifies a state or snapshot from a path or URL; tensors are on the CPU.
 
     Of a run directory it reads the newest network. It also reads checkpoints of EDM, PFGM++, ECT
-    and IDMD; published.py says what they hold.
+    and IDMD; published.py says what they hold. Weights without their network's configuration are
+    read with that of `config`, see bare.py.
 
     Args:
         source: a path, a URL or a run directory.
         key: which network to read of a file of IDMD, one of `published.KEYS`; None is
-            `published.DEFAULT_KEY`.
+            `published.DEFAULT_KEY`. Of weights without their configuration see `bare.read`.
+        config: a training_options.json with the configuration, for a file that has weights alone.
 
     Returns:
-        The content, see the head of this module and `published.read`.
+        The content, see the head of this module, `published.read` and `bare.read`.
 
     Raises:
         OSError: it can't be opened.
         ValueError: not such a file, damaged, or of a newer version; or it has no network `key`, or
-            just one, which needs no key.
+            just one, which needs no key; or it has weights alone, and `config` is not that of
+            their network, or needless.
     """
+    options = None if config is None else bare.read_options(config)
     with _open_source(source) as file:
         head = file.read(published.HEAD_BYTES)
         file.seek(0)
-        if published.is_published(head):
-            return published.read(file, str(source), key)
-        if head[8:9] == b"{":  # safetensors: the header's length, then the header in JSON
-            content = _read_safetensors(source, file.read())
-        else:
-            content = _read_torch(source, file)
+        try:
+            content = _load(source, file, head, key)
+        except published.UnreadableError as error:
+            return _load_bare(source, file, head, key, options, error)
+    if options is not None:
+        raise ValueError(f"{options.name}: {source} describes its network itself; leave --config "
+                         "out")
+    return content
+
+
+def _load(source: str | Path, file: IO[bytes], head: bytes, key: str | None) -> dict[str, Any]:
+    """Returns the content of a file that describes its network."""
+    if published.is_published(head):
+        return published.read(file, str(source), key)
+    if head[8:9] == b"{":  # safetensors: the header's length, then the header in JSON
+        content = _read_safetensors(source, file.read())
+    else:
+        content = _read_torch(source, file)
     kind = content.get("format") if isinstance(content, dict) else None
     if kind not in (STATE_FORMAT, SNAPSHOT_FORMAT):
-        raise ValueError(f"{source}: not a training state or network snapshot of this project")
+        raise published.UnreadableError(f"{source}: not a training state or network snapshot of "
+                                        "this project")
     if content.get("version") != VERSION:
         raise ValueError(f"{source}: written in format version {content.get('version')}; this code "
                          f"reads version {VERSION}: update the code")
@@ -190,6 +208,26 @@ def load(source: str | Path, key: str | None = None) -> dict[str, Any]:
         raise ValueError(f"{source}: damaged (its checksum does not match)")
     published.check_key(content, key, str(source))
     return content
+
+
+def _load_bare(
+    source: str | Path, file: IO[bytes], head: bytes, key: str | None,
+    options: bare.RunOptions | None, error: ValueError,
+) -> dict[str, Any]:
+    """Returns the content of a file of weights, or raises ValueError that says what is in it.
+
+    Where it is no file of weights either, that is `error`.
+    """
+    try:
+        found = bare.load(file, head)
+        what = bare.description(found)
+    except ValueError:
+        raise error from None
+    if what is None:
+        raise error
+    if options is None:
+        raise ValueError(f"{source}: {what}") from None
+    return bare.read(found, str(source), options, key)
 
 
 def _read_torch(source: str | Path, file: IO[bytes]) -> Any:
@@ -333,14 +371,14 @@ def save_safetensors(path: str | Path, snapshot: dict[str, Any]) -> None:
     content["checksum"] = digest(content)
     metadata = {key: value for key, value in content.items() if key != "ema"}
     tensors = {name: tensor.contiguous() for name, tensor in content["ema"].items()}
-    data = _safetensors().save(tensors, {SNAPSHOT_FORMAT: json.dumps(metadata)})
+    data = bare.safetensors().save(tensors, {SNAPSHOT_FORMAT: json.dumps(metadata)})
     with atomic_write(path) as file:
         file.write(data)
 
 
 def _read_safetensors(source: str | Path, data: bytes) -> dict[str, Any]:
     """Returns the content of a file of `save_safetensors`, not verified yet."""
-    library = _safetensors()
+    library = bare.safetensors()
     from safetensors import SafetensorError
     try:
         header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
@@ -348,17 +386,8 @@ def _read_safetensors(source: str | Path, data: bytes) -> dict[str, Any]:
         return {**content, "ema": library.load(data)}
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError,
             SafetensorError) as error:
-        raise ValueError(f"{source}: damaged, or not a network snapshot of this project"
-                         ) from error
-
-
-def _safetensors():
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ValueError("safetensors files need an extra package: pip install safetensors"
-                         ) from None
-    return safetensors.torch
+        raise published.UnreadableError(
+            f"{source}: damaged, or not a network snapshot of this project") from error
 
 
 def load_state(source: str | Path) -> dict[str, Any]:

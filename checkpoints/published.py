@@ -79,6 +79,10 @@ def is_published(first_bytes: bytes) -> bool:
     return head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
 
 
+class UnreadableError(ValueError):
+    """A file that is none of those that are read here; it may hold weights all the same."""
+
+
 class _UnsupportedError(ValueError):
     """A file of a known kind that has no network of ours."""
 
@@ -108,8 +112,9 @@ def read(file: IO[bytes], name: str, key: str | None = None) -> dict[str, Any]:
 
     Raises:
         OSError: it can't be read.
-        ValueError: damaged, of another kind, or asks for something unknown; or it has no network
-            `key`. One line with `name`.
+        UnreadableError: damaged, of another kind, or asks for something unknown. One line with
+            `name`.
+        ValueError: recognised and refused, or it has no network `key`.
     """
     wanted = DEFAULT_KEY if key is None else key
     others = {*KEYS, *_IDMD_OPTIMIZERS} - {wanted}
@@ -118,7 +123,7 @@ def read(file: IO[bytes], name: str, key: str | None = None) -> dict[str, Any]:
         top = safe_pickle.load(file, leave_out=others)
         require(type(top) is dict, f"holds {shown(top)}, not a dictionary of networks")
     keys = [] if {"ema", "net"} & top.keys() else [
-        one for one in KEYS if top.get(one) is not None]
+        one for one in KEYS if type(top.get(one)) is Record]
     if keys and wanted not in keys:
         problem = f"{name} has no network {DEFAULT_KEY}" if key is None else \
             f"--key={key}: {name} has no network of this name"
@@ -147,8 +152,8 @@ def _calling_it(name: str) -> Iterator[None]:
     except _UnsupportedError as error:
         raise ValueError(f"{name}: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{name}: not a training state or network snapshot that can be read: "
-                         f"{error}") from None
+        raise UnreadableError(f"{name}: not a training state or network snapshot that can be "
+                              f"read: {error}") from None
 
 
 def _refuse_known(file: IO[bytes]) -> None:
@@ -171,7 +176,7 @@ def _chosen(top: dict[str, Any], key: str, keys: list[str]) -> dict[str, Any]:
         "format": IDMD_FORMAT, "network": network.config | few_step, "ema": network.tensors,
         "progress": {"cur_nimg": None if cur_nimg is None
                      else _checked("cur_nimg", cur_nimg, _STEP_RULE)},
-        "options": _options(network.config, recorded), "D_recorded": recorded, "key": key,
+        "options": known_options(network.config, recorded), "D_recorded": recorded, "key": key,
         "keys": keys}
 
 
@@ -197,12 +202,12 @@ def _content(top: dict[str, Any]) -> dict[str, Any]:
         content["optimizer"] = _optimizer(top["optimizer_state"], records.get("net", first))
     content["progress"] = {"cur_nimg": _checked("step", top["step"], _STEP_RULE)
                            if "step" in has else None}
-    content["options"] = _options(first.config, recorded)
+    content["options"] = known_options(first.config, recorded)
     content["D_recorded"] = recorded
     return content
 
 
-def _options(config: dict, recorded: bool) -> dict:
+def known_options(config: dict, recorded: bool) -> dict:
     """Returns what a network's configuration says about the run, named as in TrainConfig."""
     options = {"cond": config["label_dim"] > 0}
     if config.get("cond_c_in"):
@@ -309,6 +314,15 @@ def check_network(config: Any, tensors: dict[str, torch.Tensor]) -> None:
     Raises:
         ValueError: a keyword or value that is not allowed, or tensors of another network.
     """
+    _compare(checked_skeleton(config).state_dict(), tensors)
+
+
+def checked_skeleton(config: Any) -> Precond:
+    """Returns the network that a file describes, without memory for its tensors.
+
+    Raises:
+        ValueError: a keyword or value that is not allowed.
+    """
     require(type(config) is dict, f"describes its network by {shown(config)}")
     for key, known in (("class_name", PRECONDS), ("model_type", MODELS)):
         require(type(config.get(key)) is str and config[key] in known,
@@ -321,7 +335,7 @@ def check_network(config: Any, tensors: dict[str, torch.Tensor]) -> None:
             _checked(key, value, rules[key])
         else:
             require(key == "class_name" or not published, f"unknown argument {shown(key)}")
-    _compare(_skeleton(config).state_dict(), tensors)
+    return _skeleton(config)
 
 
 class _Network(NamedTuple):
@@ -347,14 +361,19 @@ def _read_network(record: Any, key: str) -> _Network:
     own = [name for name, _ in skeleton.named_parameters()]
     _compare(skeleton.state_dict(), {name: tensor for name, (tensor, _) in stored.items()})
     require(set(parameters) == set(own), "takes a buffer for a parameter")
-    swapped = frozenset(f"model.{name}" for name in skeleton.model.image_weights) \
-        if skeleton.cond_c_in else frozenset()
-    tensors = {name: _in_our_order(stored[name][0].float(), name in swapped)
+    swapped = swapped_weights(skeleton)
+    tensors = {name: in_our_order(stored[name][0].float(), name in swapped)
                for name in skeleton.state_dict()}
     return _Network(skeleton.config, tensors, parameters, own, swapped, recorded)
 
 
-def _in_our_order(weight: torch.Tensor, is_swapped: bool) -> torch.Tensor:
+def swapped_weights(net: Precond) -> frozenset[str]:
+    """Returns which weights of a network of the CT forks are for [condition, x]."""
+    names = net.model.image_weights if net.cond_c_in else ()
+    return frozenset(f"model.{name}" for name in names)
+
+
+def in_our_order(weight: torch.Tensor, is_swapped: bool) -> torch.Tensor:
     """Returns a weight [O, 2 C, k, k] for [x, condition] that was for [condition, x]."""
     return weight.roll(weight.shape[1] // 2, dims=1) if is_swapped else weight
 
@@ -362,34 +381,54 @@ def _in_our_order(weight: torch.Tensor, is_swapped: bool) -> torch.Tensor:
 def _configuration(record: Record) -> tuple[dict, bool | None]:
     """Returns checked keywords for `build_network`, and whether D is recorded."""
     model = _dict(record.state, "_modules").get("model")
-    known = [*_MODEL_RULES, *_CONDITIONAL]
-    require(type(model) is Record and model.class_name in known,
-            f"asks for the model class {shown(getattr(model, 'class_name', model))}; "
-            f"known are {', '.join(known)}")
-    model_type = _CONDITIONAL.get(model.class_name, model.class_name)
+    require(type(model) is Record, f"has {shown(model)} for a model")
     given = _arguments(record) or _arguments(model, skip=("in_channels", "out_channels"))
     own_rules = _BASE_RULES | _PRECOND_RULES[record.class_name]
     # An attribute is what the network computes with, whatever it was constructed with.
     given |= {key: record.state[key] for key in own_rules if key in record.state}
-    rules = own_rules | _MODEL_RULES[model_type]
+    return configuration(record.class_name, model.class_name, given)
+
+
+def configuration(class_name: str, model_class: str, given: dict[str, Any]
+                  ) -> tuple[dict, bool | None]:
+    """Returns keywords for `build_network` of a network of EDM, PFGM++, ECT or the CT forks.
+
+    Args:
+        class_name: of the network.
+        model_class: of the model in it.
+        given: keywords, as those projects name them.
+
+    Returns:
+        The keywords, and whether they record D: None if they mention neither pfgmpp nor D.
+
+    Raises:
+        ValueError: a class, a keyword or a value that is not allowed, or too few keywords.
+    """
+    known = [*_MODEL_RULES, *_CONDITIONAL]
+    for kind, name, names in (("network", class_name, _PRECOND_RULES),
+                              ("model", model_class, known)):
+        require(type(name) is str and name in names, f"asks for the {kind} class {shown(name)}; "
+                f"known are {', '.join(names)}")
+    model_type = _CONDITIONAL.get(model_class, model_class)
+    rules = _BASE_RULES | _PRECOND_RULES[class_name] | _MODEL_RULES[model_type]
     for key in given:
-        require(key in rules, f"{record.class_name}: unknown argument {shown(key)}")
+        require(key in rules, f"{class_name}: unknown argument {shown(key)}")
     config = {key: _checked(key, value, rules[key]) for key, value in given.items()}
-    require(config.setdefault("model_type", model.class_name) == model.class_name,
-            f"model_type={shown(config['model_type'])}, but the model is {model.class_name}")
+    require(config.setdefault("model_type", model_class) == model_class,
+            f"model_type={shown(config['model_type'])}, but the model is {model_class}")
     for key in ("img_resolution", "img_channels"):
         require(key in config, f"does not record {key}")
     recorded = (not config["pfgmpp"] or "D" in config) if "pfgmpp" in config else None
     if recorded is not True or not config["pfgmpp"]:
         config.pop("D", None)  # the PFGM++ code stores a D in plain EDM networks too
         config["pfgmpp"] = False
-    config = {"class_name": record.class_name, **config}
-    if model_type != model.class_name:
-        require(record.class_name == "EDMPrecond",
-                f"has a conditional network in {record.class_name}, must be in EDMPrecond")
+    config = {"class_name": class_name, **config}
+    if model_type != model_class:
+        require(class_name == "EDMPrecond",
+                f"has a conditional network in {class_name}, must be in EDMPrecond")
         config |= {"model_type": model_type, "cond_channels": config["img_channels"],
                    "cond_c_in": True}
-    return _consistency(config) if record.class_name == "ECMPrecond" else config, recorded
+    return _consistency(config) if class_name == "ECMPrecond" else config, recorded
 
 
 def _consistency(config: dict) -> dict:
@@ -525,5 +564,5 @@ def _moments(stored: Any, name: str, shape: torch.Size, is_swapped: bool
                 and moment.dtype.is_floating_point,
                 f"the optimizer's {key} of {name} does not fit")
     return {"step": torch.tensor(float(step)),
-            **{key: _in_our_order(stored[key].float(), is_swapped)
+            **{key: in_our_order(stored[key].float(), is_swapped)
                for key in ("exp_avg", "exp_avg_sq")}}

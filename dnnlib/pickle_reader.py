@@ -209,11 +209,15 @@ class Reader:
             raise ValueError(f"sets items of {shown(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Hashes of large numbers can be made to collide, those of tuples in tuples to recurse.
-            if type(key) not in self.key_types and not (type(key) is int and 0 <= key < _MAX_KEY):
+            if not self.is_key(key):
                 raise ValueError(self.strange_key.format(key=shown(key)))
             if key in target:
                 raise ValueError(f"has the key {shown(key)} twice")
             target[key] = value
+
+    def is_key(self, value: Any) -> bool:
+        """Says whether a value may be a key: a text, or a whole number as indices are."""
+        return type(value) in self.key_types or (type(value) is int and 0 <= value < _MAX_KEY)
 
     # --------------------------------------------------------------------------- names and objects
 

@@ -16,8 +16,15 @@ Two containers are read: a raw pickle (protocol 2 to 5), whose tensors are neste
 storage each, and the ZIP of torch.save, whose tensors are members. What a file can make this reader
 do is bounded by the file's size: every length is checked against the bytes that are there, the
 tensors and texts together are no larger than the file, and the number of instructions is limited.
+
+`load_loosely` is for files that anyone's program wrote around weights, such as Lightning's: it also
+reads the files that torch.save wrote before 1.6, takes any name, and has two more stand-ins:
+
+    tensor                                                a StoredTensor, read when it is asked for
+    any other object                                      an Opaque: the name of its class
 """
 
+import functools
 import io
 import math
 import mmap
@@ -31,7 +38,7 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from dnnlib.pickle_reader import Budget, Global, Reader, Stateful, reporting_damage, shown_target
-from dnnlib.stored_zip import ZIP_MAGIC, stored_members
+from dnnlib.stored_zip import ZIP_MAGIC, Member, stored_members
 from dnnlib.util import require, shown
 
 MAX_OPCODES = 2_000_000  # the largest published training states have about 400,000
@@ -42,6 +49,15 @@ _PENDING = 3  # on the stack while a value is read: its key, a class, its argume
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # opens a torch.save file of before 1.6
 _LEGACY_VERSION = 1001
+# What no program writes beside weights. Nothing would be run in any case, but a file that asks for
+# it was made to do harm, which its owner should know.
+_HARMFUL_MODULES = frozenset((
+    "os", "posix", "nt", "subprocess", "sys", "shutil", "socket", "pty", "runpy", "importlib",
+    "ctypes", "webbrowser", "code", "codeop", "timeit", "commands", "multiprocessing", "asyncio",
+    "pip", "pdb", "bdb", "cProfile", "profile", "trace"))
+_HARMFUL_BUILTINS = frozenset((
+    "eval", "exec", "execfile", "compile", "open", "__import__", "input", "breakpoint", "globals",
+    "setattr", "delattr", "vars"))
 
 
 class Record(Stateful):
@@ -86,6 +102,80 @@ def load(source: str | os.PathLike | IO[bytes], leave_out: Collection[str] = ())
         return read(data, leave_out)
 
 
+class StoredTensor:
+    """A tensor of a file that is not read yet: its type, its shape and where its numbers are."""
+
+    __slots__ = ("storage", "offset", "shape", "stride")
+
+    def __init__(self, storage: "_Storage | _LaterStorage", offset: int, shape: tuple[int, ...],
+                 stride: tuple[int, ...]):
+        self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its numbers."""
+        return self.storage.dtype
+
+    @property
+    def span(self) -> int:
+        """How many elements of its storage lie between its first and its last, both included."""
+        steps = zip(self.shape, self.stride, strict=True)
+        return 1 + sum((n - 1) * step for n, step in steps) if math.prod(self.shape) else 0
+
+    def is_at_place_of(self, other: "StoredTensor") -> bool:
+        """Says whether the other has the same numbers because it is the same part of the file."""
+        return self.storage is other.storage and (self.offset, self.shape, self.stride) == (
+            other.offset, other.shape, other.stride)
+
+    def read(self) -> torch.Tensor:
+        """Returns a contiguous copy, which may be larger than the file if a stride is 0.
+
+        Raises:
+            ValueError: the file is damaged there.
+        """
+        if not math.prod(self.shape):
+            return torch.empty(self.shape, dtype=self.dtype)
+        width = self.dtype.itemsize
+        raw = self.storage.data[self.offset * width:(self.offset + self.span) * width]
+        # A copy, because in the file numbers need not stand where their type's alignment wants
+        # them.
+        flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        if self.dtype == torch.bool:
+            flat = (flat != 0).view(torch.uint8)
+        return flat.view(self.dtype).as_strided(self.shape, self.stride).contiguous()
+
+
+class Opaque(Stateful):
+    """An object of which only the name of its class is kept, and whether it is a module."""
+
+    __slots__ = ("class_name", "is_module")
+
+    def __init__(self, class_name: str):
+        self.class_name, self.is_module = class_name, False
+
+    def set_state(self, state: Any) -> None:
+        self.is_module = type(state) is dict and "_modules" in state
+
+
+def load_loosely(source: str | os.PathLike | IO[bytes]) -> Any:
+    """Returns the object in any file of torch.save or pickle, with `StoredTensor`s and `Opaque`s.
+
+    Entries of dictionaries whose key is neither a text nor a small whole number are left out.
+
+    Args:
+        source: a path, or a binary file that can seek; it is read from its start.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: damaged, or it asks for something that is only there to do harm; one line.
+    """
+    data = _contents(source)
+    require(len(data) > 0, "empty")
+    with reporting_damage():
+        read = _load_zip_loosely if data[:4] == ZIP_MAGIC else _load_pickle_loosely
+        return read(data)
+
+
 def _contents(source: str | os.PathLike | IO[bytes]) -> memoryview:
     """Returns the bytes of a file; mapped privately where that is possible, and so writable."""
     if isinstance(source, str | os.PathLike):
@@ -111,35 +201,83 @@ def _load_pickle(data: memoryview, leave_out: Collection[str]) -> Any:
     return value
 
 
-def _load_zip(data: memoryview, leave_out: Collection[str]) -> Any:
+def _torch_members(data: memoryview) -> dict[str, Member]:
+    """Returns {name below the root folder: member} of a ZIP of torch.save."""
     members = stored_members(data)
     root = next(iter(members)).partition("/")[0]
     for name in members:
-        require(re.fullmatch(r"data\.pkl|data/\d{1,9}|version|byteorder|\.[\w./]{1,60}",
+        require(re.fullmatch(r"data\.pkl|data/\d{1,20}|version|byteorder|\.[\w./]{1,60}",
                              name.removeprefix(f"{root}/"))
                 and name.startswith(f"{root}/") and ".." not in name,
                 f"holds the ZIP member {shown(name)}, which torch.save does not write")
-    if f"{root}/byteorder" in members:
-        require(bytes(members[f"{root}/byteorder"].read()) == b"little",
+    members = {name.removeprefix(f"{root}/"): member for name, member in members.items()}
+    if "byteorder" in members:
+        require(bytes(members["byteorder"].read()) == b"little",
                 "was written on a big-endian machine")
-    require(f"{root}/data.pkl" in members, "lacks the ZIP member data.pkl")
+    require("data.pkl" in members, "lacks the ZIP member data.pkl")
+    return members
+
+
+def _load_zip(data: memoryview, leave_out: Collection[str]) -> Any:
+    members = _torch_members(data)
     stored: dict[str, _Storage] = {}
 
     def storage(pid: Any) -> _Storage:
         dtype, key, numel = _persistent_id(pid, 5)
-        require(f"{root}/data/{key}" in members, f"lacks the ZIP member data/{key}")
+        require(f"data/{key}" in members, f"lacks the ZIP member data/{key}")
         if key not in stored:
-            stored[key] = _Storage(dtype, members[f"{root}/data/{key}"].read(), numel)
+            stored[key] = _Storage(dtype, members[f"data/{key}"].read(), numel)
         known = stored[key]
         require(known.dtype == dtype and known.numel == numel
                 and len(known.data) == numel * dtype.itemsize,
                 f"storage {key} has {len(known.data)} bytes, not {numel} x {dtype}")
         return known
 
-    reader = _Reader(members[f"{root}/data.pkl"].read(), _NAMES, _Budgets(len(data)), storage,
-                     leave_out)
+    reader = _Reader(members["data.pkl"].read(), _NAMES, _Budgets(len(data)), storage, leave_out)
     value = reader.read()
     require(reader.pos == len(reader.data), "has bytes after the end of data.pkl")
+    return value
+
+
+def _load_zip_loosely(data: memoryview) -> Any:
+    members = _torch_members(data)
+    # A storage's checksum is compared when its first tensor is read.
+    contents = {name.removeprefix("data/"): functools.cache(member.read)
+                for name, member in members.items() if name.startswith("data/")}
+    reader = _LooseReader(members["data.pkl"].read(), _Budgets(len(data)), 5, contents)
+    value = reader.read()
+    require(reader.pos == len(reader.data), "has bytes after the end of data.pkl")
+    return value
+
+
+def _load_pickle_loosely(data: memoryview) -> Any:
+    contents: dict[str, Callable[[], memoryview]] = {}
+    reader = _LooseReader(data, _Budgets(len(data)), 6, contents)
+    value = reader.read()
+    if type(value) is int and value == _LEGACY_MAGIC:
+        value = _rest_of_legacy_file(reader, contents)
+    require(reader.pos == len(data), f"has {len(data) - reader.pos} bytes after its end")
+    return value
+
+
+def _rest_of_legacy_file(reader: "_LooseReader", contents: dict[str, Callable[[], memoryview]]
+                         ) -> Any:
+    """Returns the object of a torch.save file of before 1.6, whose storages go to `contents`.
+
+    It is five pickles (magic number, version, system, object, keys of the storages), and then each
+    storage's number of elements and its bytes.
+    """
+    version, system = reader.read(), reader.read()
+    require(type(version) is int and version == _LEGACY_VERSION and type(system) is dict
+            and system.get("little_endian") is True, "is a torch.save file of an unknown format")
+    value, keys = reader.read(), reader.read()
+    require(type(keys) is list and all(type(key) is str for key in keys)
+            and set(keys) == reader.storages.keys(), "does not list its storages")
+    for key in keys:
+        storage = reader.storages[key]
+        require(reader.number(8) == storage.numel, f"has a storage {shown(key)} of two sizes")
+        content = reader.take(storage.numel * storage.dtype.itemsize)
+        contents[key] = functools.partial(memoryview, content)
     return value
 
 
@@ -150,6 +288,23 @@ class _Storage(NamedTuple):
     dtype: torch.dtype
     data: memoryview
     numel: int
+
+
+class _LaterStorage:
+    """A storage whose bytes are looked up when they are needed."""
+
+    def __init__(self, dtype: torch.dtype, key: str, numel: int,
+                 contents: dict[str, Callable[[], memoryview]]):
+        self.dtype, self.numel, self._key, self._contents = dtype, numel, key, contents
+
+    @property
+    def data(self) -> memoryview:
+        """Its bytes; raises ValueError where the file has others."""
+        require(self._key in self._contents, f"lacks the storage {shown(self._key)}")
+        data = self._contents[self._key]()
+        require(len(data) == self.numel * self.dtype.itemsize,
+                f"storage {self._key} has {len(data)} bytes, not {self.numel} x {self.dtype}")
+        return data
 
 
 class _Budgets:
@@ -206,6 +361,84 @@ class _Reader(Reader):
     def persistent(self) -> None:
         require(self.storage is not None, "refers to a storage outside itself")
         self.push(self.storage(self.stack.pop()))
+
+
+class _LooseReader(_Reader):
+    """The machine that takes any name, keeps no object but plain data, and reads tensors later.
+
+    Args:
+        pid_length: how many parts a reference to a storage has.
+        contents: where the bytes of storages will be found, by key.
+    """
+
+    opcodes = _Reader.opcodes | {
+        ord("0"): lambda r: r.stack.pop(), ord("1"): lambda r: r.pop_mark(),
+        ord("\x8f"): lambda r: r.push(Opaque("builtins.set")),
+        ord("\x90"): lambda r: r.pop_mark(),
+        ord("\x91"): lambda r: r.frozen_set(), ord("\x92"): lambda r: r.new_object_of_keywords(),
+    }
+    strange_name = Reader.strange_name + ", which has no place beside weights; nothing was run"
+
+    def __init__(self, data: memoryview, budgets: _Budgets, pid_length: int,
+                 contents: dict[str, Callable[[], memoryview]]):
+        super().__init__(data, _LOOSE_NAMES, budgets)
+        self._pid_length, self._contents = pid_length, contents
+        self.storages: dict[str, _LaterStorage] = {}
+
+    def check_name(self, name: Global) -> None:
+        root = name.module.partition(".")[0]
+        if root in _HARMFUL_MODULES or (root in ("builtins", "__builtin__")
+                                        and name.name in _HARMFUL_BUILTINS):
+            raise ValueError(self.strange_name.format(name=shown(".".join(name))))
+
+    def reduce(self) -> None:
+        called, args = self.pop_pair()
+        function = self.names.get(called) if type(called) is Global else None
+        if function is None or type(args) is not tuple:
+            self.push(Opaque(_class_name(called)))
+        else:
+            self.push(function(self, args))
+
+    def new_object(self) -> None:
+        cls, _ = self.pop_pair()
+        self.push({} if cls in _DICTS else Opaque(_class_name(cls)))
+
+    def new_object_of_keywords(self) -> None:
+        self.stack.pop()
+        self.new_object()
+
+    def frozen_set(self) -> None:
+        self.pop_mark()
+        self.push(Opaque("builtins.frozenset"))
+
+    def build(self) -> None:
+        if type(self.stack[-2]) is dict:
+            self.stack.pop()  # attributes of an OrderedDict, such as those of a state_dict
+        else:
+            super().build()
+
+    def append(self, items: list) -> None:
+        if type(self.stack[-1]) is not Opaque:
+            super().append(items)
+
+    def set_items(self, items: list) -> None:
+        if type(self.stack[-1]) is Opaque:
+            return
+        if len(items) % 2 == 0:
+            items = [item for key, value in zip(items[::2], items[1::2], strict=True)
+                     if self.is_key(key) for item in (key, value)]
+        super().set_items(items)
+
+    def persistent(self) -> None:
+        pid = self.stack.pop()
+        if type(pid) is tuple and len(pid) > 1 and type(pid[1]) is Global \
+                and pid[1] not in _DTYPES:  # a module's class, or a type that is not known here
+            self.push(pid[1] if pid[0] == "module" else Opaque(_class_name(pid[1])))
+            return
+        dtype, key, numel = _persistent_id(pid, self._pid_length)
+        known = self.storages.setdefault(key, _LaterStorage(dtype, key, numel, self._contents))
+        require(known.dtype == dtype and known.numel == numel, f"storage {key} has two types")
+        self.push(known)
 
 
 # ------------------------------------------------------------- what stands in for the known names
@@ -329,33 +562,47 @@ def _nested_reference(pid: Any) -> _NestedReference:
     return _NestedReference(*_persistent_id(pid, 6))
 
 
-def _tensor(reader: _Reader, args: tuple) -> torch.Tensor:
-    """Returns a contiguous copy of what a tensor sees of its storage."""
+def _stored_tensor(args: tuple) -> StoredTensor:
     require(len(args) == 6, "has a tensor in an unknown form")
     storage, offset, size, stride, requires_grad, hooks = args
-    require(type(storage) is _Storage and type(offset) is int and type(requires_grad) is bool
-            and type(hooks) is dict and not hooks
+    require(type(storage) in (_Storage, _LaterStorage) and type(offset) is int
+            and type(requires_grad) is bool and type(hooks) is dict and not hooks
             and type(size) is tuple and type(stride) is tuple
             and len(size) == len(stride) <= _MAX_DIMS
             and all(type(n) is int and 0 <= n < 1 << 48 for n in (*size, *stride, offset)),
             "has a tensor in an unknown form")
-    count = math.prod(size)
-    span = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else 0
-    require(offset + span <= storage.numel,
-            f"has a tensor that ends at element {offset + span} of a storage of {storage.numel}")
+    tensor = StoredTensor(storage, offset, size, stride)
+    require(offset + tensor.span <= storage.numel,
+            f"has a tensor that ends at element {offset + tensor.span} of a storage of "
+            f"{storage.numel}")
+    return tensor
+
+
+def _tensor(reader: _Reader, args: tuple) -> torch.Tensor:
+    """Returns a contiguous copy of what a tensor sees of its storage."""
+    stored = _stored_tensor(args)
     reader.budgets.instructions.spend(_TENSOR_COST)
-    reader.budgets.tensors.spend(max(span, count) * storage.dtype.itemsize)
+    reader.budgets.tensors.spend(
+        max(stored.span, math.prod(stored.shape)) * stored.dtype.itemsize)
     if reader.is_left_out():
-        return torch.empty(size, dtype=storage.dtype, device="meta")
-    if not count:
-        return torch.empty(size, dtype=storage.dtype)
-    width = storage.dtype.itemsize
-    raw = storage.data[offset * width:(offset + span) * width]
-    # A copy, because in the file numbers need not stand where their type's alignment wants them.
-    flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    if storage.dtype == torch.bool:
-        flat = (flat != 0).view(torch.uint8)
-    return flat.view(storage.dtype).as_strided(size, stride).contiguous()
+        return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+    return stored.read()
+
+
+def _unread_tensor(reader: _LooseReader, args: tuple) -> StoredTensor | Opaque:
+    if args and type(args[0]) is Opaque:  # a storage of a type that is not known here
+        return args[0]
+    reader.budgets.instructions.spend(_TENSOR_COST)
+    return _stored_tensor(args)
+
+
+def _unread_parameter(reader: _LooseReader, args: tuple) -> StoredTensor | Opaque:
+    require(args and type(args[0]) in (StoredTensor, Opaque), "has a parameter of no tensor")
+    return args[0]
+
+
+def _class_name(cls: Any) -> str:
+    return ".".join(cls) if type(cls) is Global else getattr(cls, "class_name", "unknown")
 
 
 _DTYPES = {
@@ -384,4 +631,13 @@ _NAMES = _STORAGES | dict.fromkeys(_CLASSES) | {
     ("__builtin__", "getattr"): _bound_method,
     ("builtins", "set"): _set,
     ("__builtin__", "set"): _set,
+}
+_DICTS = (("dnnlib.util", "EasyDict"), ("collections", "OrderedDict"))
+_LOOSE_NAMES = _STORAGES | {
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("torch._utils", "_rebuild_parameter"): _unread_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _unread_parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): _unread_tensor,
+    ("torch.storage", "_load_from_bytes"): _nested_storage,
+    ("_codecs", "encode"): _encode,
 }

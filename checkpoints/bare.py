@@ -1,0 +1,517 @@
+"""Weights without the configuration of their network, as the content of our own snapshots.
+
+    {name: tensor}                              a state_dict by torch.save, or safetensors
+    {'model': ..., 'ema': ..., ...}             several of them by name, nested or not
+    {'state_dict': ..., 'hyper_parameters': ...}  a checkpoint of Lightning
+    {..., 'shadow_params': [tensor, ...]}       an average of the parameters in their order
+
+The configuration comes from the training_options.json of a run of ours, or of EDM, PFGM++ or ECT.
+That network is built without memory, and the weights in the file are found by its names: whatever
+stands before them (`net.`, `model.`) is a prefix, and the parts that wrappers put in (`module`,
+`_orig_mod`) are taken out. So may be the `model.` of our preconditioners. Then every tensor must
+fit. Files are read by `torch_utils.safe_pickle`, which runs nothing in them, and only the tensors
+that are taken are read into memory.
+
+Of several weights, those are taken whose name says that they are averaged. An average of parameters
+takes the buffers from the plain weights beside it.
+"""
+
+import functools
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+
+from checkpoints import published
+from dnnlib.cli import flag_errors
+from dnnlib.util import require, shown
+from images.image_files import error_prefix
+from pfgmpp.networks import MODELS, PRECONDS, Precond, build_network
+from torch_utils import safe_pickle
+from torch_utils.safe_pickle import Opaque, StoredTensor
+
+FORMAT = "bare-weights"
+CONVERT = ("make a snapshot of it: checkpoint_tool.py convert FILE DEST.pt "
+           "--config=training_options.json")
+
+_MODEL = "model."  # of the model in a preconditioner
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_COUNTERS = {"n_averaged", "num_updates", "decay", "step", "initted"}  # that averages keep
+_AVERAGED = re.compile(r"(?:^|[^a-z])(?:ema|avg|swa|polyak)(?:[^a-z]|$)|averag|shadow", re.I)
+_ONLINE = re.compile(r"online", re.I)  # the plain weights that ema-pytorch keeps with the average
+_OPTIMIZER = re.compile(r"optim", re.I)  # whose moments have the shapes of weights
+_DETERMINED = {"u", "resample_filter"}  # buffers that follow from the configuration
+_SIDE = re.compile(r"(?:^|\.)(enc\.(\d{1,5})x(\d{1,5})_conv\.weight)$")
+_MAX_DEPTH = 6  # of dictionaries in dictionaries
+_MAX_NAMED = 5  # in a message
+_STRANGERS = {  # by a name that no other network has
+    "time_embed.0.weight": "a guided-diffusion UNet",
+    "time_embedding.linear_1.weight": "a UNet of diffusers",
+    "all_modules.0.weight": "a network of score_sde",
+    "logvar_fourier.freqs": "a network of EDM2",
+    "x_embedder.proj.weight": "a diffusion transformer",
+    "patch_embed.proj.weight": "a vision transformer",
+    "time_text_embed.timestep_embedder.linear_1.weight": "a transformer of diffusers",
+}
+
+_Tensor = torch.Tensor | StoredTensor
+_Groups = dict[tuple[str, ...], dict[str, Any] | list]  # what is below keys: by name, or in order
+
+
+class RunOptions(NamedTuple):
+    """A training_options.json: what errors call it, and what is in it."""
+
+    name: str
+    values: dict[str, Any]
+
+
+class _Weights(NamedTuple):
+    """Weights of the file that may be those of the network."""
+
+    name: str  # where they are: keys and prefix, with dots
+    tensors: dict[str, Any]  # under the network's names
+    extra: list[str]  # names among them that the network has not
+    is_averaged: bool
+
+
+def load(file: IO[bytes], head: bytes) -> Any:
+    """Returns what a file with weights holds, which begins with `head`.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no file of torch.save, pickle or safetensors, or is damaged or harmful.
+    """
+    if head[8:9] != b"{":
+        return safe_pickle.load_loosely(file)
+    library = safetensors()
+    from safetensors import SafetensorError
+    file.seek(0)
+    try:
+        return library.load(file.read())
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(f"damaged ({' '.join(str(error).split())})") from None
+
+
+def safetensors():
+    """Returns the module of the package safetensors; raises ValueError if it is missing."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("safetensors files need an extra package: pip install safetensors"
+                         ) from None
+    return safetensors.torch
+
+
+def description(content: Any) -> str | None:
+    """Returns what a file that `load` has read is, and what to do; None if it holds no weights."""
+    groups = _groups(content)
+    if not groups:
+        values = content.values() if isinstance(content, dict) else [content]
+        module = next((one for one in values if type(one) is Opaque and one.is_module), None)
+        return module and (f"holds a pickled module of the class {shown(module.class_name)}, whose "
+                           "code is not in the file; save its state_dict() by torch.save")
+    if stranger := _stranger(groups):
+        return stranger
+    if list(groups) == [()]:
+        what = f"a plain state_dict of {len(groups[()])} tensors"
+    else:
+        most = max(map(len, groups.values()))
+        large = [f"{shown('.'.join(path))} of {len(group)} tensors"
+                 for path, group in groups.items() if 2 * len(group) >= most]
+        is_lightning = "pytorch-lightning_version" in content
+        what = (f"{'a checkpoint of Lightning: ' if is_lightning else ''}state_dicts by name "
+                f"({', '.join(large[:_MAX_NAMED])})")
+    return f"{what}, without the network's configuration; {CONVERT}"
+
+
+def read_options(path: str | Path) -> RunOptions:
+    """Returns what is in the training_options.json that --config names.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no JSON object.
+    """
+    name = f"--config={path}"
+    with flag_errors("--config", path):
+        text = Path(path).read_bytes()
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not a JSON file ({error})") from None
+    require(isinstance(values, dict), f"{name}: not a JSON object, as training_options.json is")
+    return RunOptions(name, values)
+
+
+def read(content: Any, name: str, options: RunOptions, key: str | None = None) -> dict[str, Any]:
+    """Returns weights in the shape of our own content, see checkpoints/checkpoint.py.
+
+    Args:
+        content: what `load` returned.
+        name: what errors call its file.
+        options: of the run that the weights are from.
+        key: the name of the weights to take, or one of its parts; None to take those that are
+            averaged, or the only ones.
+
+    Returns:
+        What `published.read` does, with the weights as `ema`, and `notes`: texts that say which
+        weights these are. Of a run of ours also its `dataset`.
+
+    Raises:
+        ValueError: the weights don't fit the network, there are several of them, or the options
+            don't say enough.
+    """
+    with error_prefix(f"{name}: "):
+        groups = _groups(content)
+        if not groups or _stranger(groups):
+            raise ValueError(description(content) or "holds no weights by the names of a network")
+    described = _ours if isinstance(options.values.get("network"), dict) else _theirs
+    net, told = described(options, _facts(groups))
+    swapped = published.swapped_weights(net) if described is _theirs else ()
+    with error_prefix(f"{name}: "):
+        found = _weights(groups, net)
+        chosen = _chosen(found, key)
+        tensors = _with_buffers(chosen, found, net)
+        _check_fit(chosen, tensors, net, [one.name for one in found if one is not chosen])
+        weights = {one: published.in_our_order(_read(tensors[one]).float(), one in swapped)
+                   for one in net.state_dict()}
+    return {"format": FORMAT, "network": net.config, "ema": weights,
+            "progress": {"cur_nimg": None}, **told,
+            "notes": [_choice_in_words(chosen, found), *_left_out(groups, found)]}
+
+
+# ------------------------------------------------------------------------------- what a file holds
+
+
+def _groups(content: Any) -> _Groups:
+    """Returns the tensors of each dictionary that has names such as modules give them."""
+    groups: _Groups = {}
+    waiting, seen = [((), content)], set()
+    for path, value in waiting:  # grows meanwhile
+        if id(value) in seen or len(path) > _MAX_DEPTH:
+            continue
+        seen.add(id(value))
+        if isinstance(value, list):
+            if value and path and _AVERAGED.search(path[-1]) and all(map(_is_tensor, value)):
+                groups[path] = value
+        elif isinstance(value, dict):
+            named = {name: one for name, one in value.items()
+                     if type(name) is str and (_is_tensor(one) or type(one) is Opaque)}
+            if any("." in name and _is_tensor(one) for name, one in named.items()):
+                groups[path] = _dotted(_unwrapped(named))
+            waiting += [((*path, name), one) for name, one in value.items()
+                        if type(name) is str and isinstance(one, dict | list)
+                        and not _OPTIMIZER.search(name)]
+    if {("state_dict",), ("current_model_state",)} <= groups.keys() \
+            and "averaging_state" in content:  # of Lightning's WeightAveraging
+        groups[("state_dict", "averaged")] = groups.pop(("state_dict",))
+    return groups
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor | StoredTensor)
+
+
+def _read(tensor: _Tensor) -> torch.Tensor:
+    return tensor.read() if isinstance(tensor, StoredTensor) else tensor
+
+
+def _unwrapped(named: dict[str, Any]) -> dict[str, Any]:
+    """Returns tensors under names without the parts of wrappers, where they stay different."""
+    names = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+             for name in named}
+    if len(set(names.values())) < len(names):
+        return named
+    return {names[name]: one for name, one in named.items()}
+
+
+def _dotted(named: dict[str, Any]) -> dict[str, Any]:
+    """Returns tensors with the dots in their names that CompVis's LitEma takes out.
+
+    It keeps `decay` and `num_updates` beside the average, and is itself beside the averaged model.
+    """
+    roots = tuple(name.removesuffix("num_updates") for name in named
+                  if f".{name}".endswith(".num_updates")
+                  and name.removesuffix("num_updates") + "decay" in named)
+    if not roots:
+        return named
+    dotted = {}
+    for name in named:
+        parts = () if name.startswith(roots) else name.split(".")
+        for i in range(len(parts)):
+            dotted.setdefault("".join(parts[i:]), ".".join(parts[i:]))
+
+    def renamed(name: str) -> str:
+        root = next((root for root in roots if name.startswith(root)), None)
+        tail = name.removeprefix(root or "")
+        return name if root is None else root + dotted.get(tail, tail)
+
+    renames = {name: renamed(name) for name in named}
+    if len(set(renames.values())) < len(renames):
+        return named
+    return {renames[name]: one for name, one in named.items()}
+
+
+def _by_name(groups: _Groups) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Returns (path, tensors) of those that are not lists."""
+    return [(path, group) for path, group in groups.items() if isinstance(group, dict)]
+
+
+def _stranger(groups: _Groups) -> str | None:
+    """Says whose weights these are, if it is a network that is known and not among those here."""
+    for _, group in _by_name(groups):
+        for name in group:
+            for known, whose in _STRANGERS.items():
+                if f".{name}".endswith(f".{known}"):
+                    return (f"weights of {whose}, which is not among the networks here "
+                            f"({', '.join(MODELS)})")
+    return None
+
+
+# ------------------------------------------------------------------------ which network they are of
+
+
+class _Facts(NamedTuple):
+    """What the names and shapes of tensors tell of a network."""
+
+    size: tuple[int, int]  # height and width of its images
+    out_channels: int
+    label_dim: int
+
+
+def _facts(groups: _Groups) -> _Facts | None:
+    """Returns what all networks in a file have in common; None if that is not certain."""
+    found = set()
+    for _, group in _by_name(groups):
+        for name in group:
+            if match := _SIDE.search(name):
+                prefix = name.removesuffix(match[1])
+                size = f"{match[2]}x{match[3]}"
+                last = (_shape(group, f"{prefix}out_conv.weight")
+                        or _shape(group, f"{prefix}dec.{size}_aux_conv.weight"))
+                label = _shape(group, f"{prefix}map_label.weight")
+                found.add(((int(match[2]), int(match[3])), last[:1], label[1:] or (0,)))
+    if len(found) != 1:
+        return None
+    [(size, out, label)] = found
+    return _Facts(size, *out, *label) if len(out) == len(label) == 1 else None
+
+
+def _shape(group: dict[str, Any], name: str) -> tuple[int, ...]:
+    return tuple(group[name].shape) if _is_tensor(group.get(name)) else ()
+
+
+def _ours(options: RunOptions, facts: _Facts | None) -> tuple[Precond, dict[str, Any]]:
+    """Returns the network of one of our runs, without memory, and what else is known of it."""
+    config = {key: math.inf if value == "inf" else value  # as JSON holds it
+              for key, value in options.values["network"].items()}
+    with error_prefix(f"{options.name}: 'network' "):
+        net = published.checked_skeleton(config)
+    _check_size(net, options, facts)
+    run, dataset = options.values.get("options"), options.values.get("dataset")
+    told = {"options": run if isinstance(run, dict) else {}}
+    return net, told | ({"dataset": dataset} if isinstance(dataset, dict) else {})
+
+
+def _theirs(options: RunOptions, facts: _Facts | None) -> tuple[Precond, dict[str, Any]]:
+    """Returns the network of a run of EDM, PFGM++ or ECT, as `_ours` does."""
+    values, given = options.values, options.values.get("network_kwargs")
+    require(isinstance(given, dict), f"{options.name}: not the training_options.json of a run of "
+            "this project, EDM or PFGM++: it has neither 'network' nor 'network_kwargs'")
+    given = dict(given)
+    class_name = str(given.pop("class_name", "")).rpartition(".")[2]
+    known = PRECONDS.get(class_name, Precond)
+    for key in ("pfgmpp", "D"):  # PFGM++ keeps them beside the network's
+        if key in values:
+            given.setdefault(key, values[key])
+    data = values.get("dataset_kwargs")
+    if isinstance(data, dict) and data.get("resolution") is not None:
+        given.setdefault("img_resolution", data["resolution"])
+    if facts is not None:
+        height, width = facts.size
+        for key, value in (("img_resolution", height if height == width else [height, width]),
+                           ("img_channels", facts.out_channels // known.out_mult),
+                           ("label_dim", facts.label_dim)):
+            given.setdefault(key, value)
+    for key in ("img_resolution", "img_channels", "label_dim"):
+        require(key in given, f"{options.name}: has no {key}, and the tensors don't tell it for "
+                "certain; add it to 'network_kwargs'")
+    model = given.get("model_type", known.default_model_type)
+    with error_prefix(f"{options.name}: 'network_kwargs' "):
+        config, recorded = published.configuration(class_name, model, given)
+        net = published.checked_skeleton(config)
+    _check_size(net, options, facts)
+    if recorded is None:  # EDM's have no such keys; early ones of PFGM++ had others
+        recorded = not any(key == "D" or key.startswith("pfgm") for key in values)
+    run = values.get("opts")
+    lsun = {"lsun": True} if isinstance(run, dict) and run.get("lsun") is True else {}
+    return net, {"options": published.known_options(config, recorded) | lsun,
+                 "D_recorded": recorded}
+
+
+def _check_size(net: Precond, options: RunOptions, facts: _Facts | None) -> None:
+    """Raises ValueError where the tensors are named for images of another size."""
+    if facts is not None and facts.size != net.image_shape[1:]:
+        ours, theirs = ("{}x{}".format(*size) for size in (net.image_shape[1:], facts.size))
+        raise ValueError(f"{options.name}: describes a network of images {ours}, but the tensors "
+                         f"are named for {theirs}; give the file of the run that they are from")
+
+
+# -------------------------------------------------------------------------- which weights are taken
+
+
+def _weights(groups: _Groups, net: Precond) -> list[_Weights]:
+    """Returns the weights in a file that have most names of a network, or else the nearest."""
+    own, parameters = list(net.state_dict()), [name for name, _ in net.named_parameters()]
+    inner = {name.removeprefix(_MODEL) for name in own if name.startswith(_MODEL)}
+    found, fewer = [], []
+    for path, group in groups.items():
+        if isinstance(group, list):
+            surplus = [f"number {i}" for i in range(len(parameters), len(group))]
+            found.append(_Weights(".".join(path), dict(zip(parameters, group, strict=False)),
+                                  surplus, is_averaged=True))
+            continue
+        counts = _prefixes(group, inner)
+        most = sorted(prefix for prefix, count in counts.items() if 2 * count >= len(inner))
+        found += [_under(path, group, prefix, most, own) for prefix in most]
+        fewer += [_under(path, group, prefix, [], own) for prefix in counts]
+    if not found and not fewer:
+        name = next(name for _, group in _by_name(groups) for name in group)
+        raise ValueError(f"holds weights of another network than those here: they have names such "
+                         f"as {shown(name)}, and the network of --config such as {shown(own[-1])}")
+    return _without_copies(found or [max(fewer, key=lambda one: len(one.tensors))])
+
+
+def _prefixes(names: Collection[str], inner: Collection[str]) -> Counter[str]:
+    """Returns what stands before a network's own names, and before how many of them."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in inner:
+                counts["".join(f"{part}." for part in parts[:i])] += 1
+    return counts
+
+
+def _under(path: tuple[str, ...], group: dict[str, Any], prefix: str, prefixes: list[str],
+           own: list[str]) -> _Weights:
+    """Returns the weights below a prefix, one of several."""
+    outer = prefix.removesuffix(_MODEL) if f".{prefix}".endswith(f".{_MODEL}") else prefix
+    keys = {name: prefix + name.removeprefix(_MODEL) if name.startswith(_MODEL) else outer + name
+            for name in own}
+    used = set(keys.values())
+    below = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
+    extra = [name for name in group
+             if name.startswith(prefix) and name not in used and not _is_counter(name)
+             and not (below and name.startswith(below))]
+    name = ".".join((*path, *filter(None, outer.split("."))))
+    is_averaged = f"{outer}n_averaged" in group or (
+        _AVERAGED.search(name) and not _ONLINE.search(name.rpartition(".")[2]))
+    return _Weights(name, {one: group[key] for one, key in keys.items() if key in group}, extra,
+                    bool(is_averaged))
+
+
+def _is_counter(name: str) -> bool:
+    return name.rpartition(".")[2] in _COUNTERS
+
+
+def _without_copies(found: list[_Weights]) -> list[_Weights]:
+    """Returns weights without those whose tensors are the very same parts of the file."""
+    kept: list[_Weights] = []
+    for one in found:
+        if not any(_are_same(one.tensors, other.tensors) for other in kept):
+            kept.append(one)
+    return kept
+
+
+def _are_same(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    return one.keys() == two.keys() and all(
+        type(a) is type(two[name]) is StoredTensor and a.is_at_place_of(two[name])
+        for name, a in one.items())
+
+
+def _chosen(found: list[_Weights], key: str | None) -> _Weights:
+    """Returns the weights that a key names; without one those that are averaged, or the only."""
+    if key is None:
+        several = [one for one in found if one.is_averaged] or found
+        problem, what = "holds several networks", several
+    else:
+        several = [one for one in found if one.name == key] or [
+            one for one in found if key in one.name.split(".")]
+        problem = f"--key={key}: " + ("several weights are" if several else "no weights are")
+        problem, what = f"{problem} called so", several or found
+    if len(several) == 1:
+        return several[0]
+    names = ", ".join(shown(one.name) for one in what[:_MAX_NAMED])
+    raise ValueError(f"{problem}; give --key=NAME with one of {names}")
+
+
+def _with_buffers(chosen: _Weights, found: list[_Weights], net: Precond) -> dict[str, Any]:
+    """Returns tensors with the buffers that averages of parameters lack."""
+    tensors, rebuilt = dict(chosen.tensors), functools.cache(
+        lambda: build_network(net.config).state_dict())
+    for name, _ in net.named_buffers():
+        if name in tensors:
+            continue
+        plain = next((one.tensors[name] for one in found
+                      if not one.is_averaged and name in one.tensors), None)
+        if plain is not None:
+            tensors[name] = plain
+        elif name.rpartition(".")[2] in _DETERMINED:
+            tensors[name] = rebuilt()[name]
+    return tensors
+
+
+def _check_fit(chosen: _Weights, tensors: dict[str, Any], net: Precond, others: list[str]) -> None:
+    """Raises ValueError, with the first of each kind and how many, unless all tensors fit."""
+    own = net.state_dict()
+    missing = [shown(name) for name in own if name not in tensors]
+    wrong = [f"{name}, which is {problem}" for name, one in tensors.items()
+             if name in own and (problem := _misfit(one, own[name]))]
+    problems = [f"{what}: {len(names)}{of}, the first {names[0]}" for what, names, of in (
+        ("missing", missing, f" of {len(own)} tensors"),
+        ("unknown to it", list(map(shown, chosen.extra)), ""),
+        ("of another shape or type", wrong, "")) if names]
+    if problems:
+        what = f"the weights {shown(chosen.name)}" if chosen.name else "its weights"
+        hint = f"; --key=NAME takes other weights: {', '.join(map(shown, others[:_MAX_NAMED]))}" \
+            if others else ""
+        raise ValueError(f"{what} don't fit the network of --config; {'; '.join(problems)}{hint}")
+
+
+def _misfit(one: Any, own: torch.Tensor) -> str | None:
+    """Says what is wrong with a tensor, if anything is."""
+    if type(one) is Opaque:
+        return f"an object of {shown(one.class_name)}"
+    if tuple(one.shape) != tuple(own.shape):
+        return f"{list(one.shape)}, must be {list(own.shape)}"
+    return None if one.dtype.is_floating_point else f"of {one.dtype}, must be of real numbers"
+
+
+# ----------------------------------------------------------------------------- what is said of them
+
+
+def _choice_in_words(chosen: _Weights, found: list[_Weights]) -> str:
+    others = ", ".join([_named(one) for one in found if one is not chosen][:_MAX_NAMED])
+    taken = f"takes {_named(chosen)}" + (f", not {others}" if others else "")
+    if chosen.is_averaged:
+        return f"{taken}: averaged weights"
+    return f"{taken}; nothing says that these weights are averaged, and plain ones sample worse"
+
+
+def _named(one: _Weights) -> str:
+    return shown(one.name) if one.name else "the weights that have no name"
+
+
+def _left_out(groups: _Groups, found: list[_Weights]) -> Iterator[str]:
+    """Yields a text where tensors lie beside the weights that belong to none."""
+    used = {id(tensor) for one in found for tensor in one.tensors.values()}
+    left = [".".join((*path, name)) for path, group in _by_name(groups)
+            if any(id(tensor) in used for tensor in group.values())
+            for name, tensor in group.items() if id(tensor) not in used and not _is_counter(name)]
+    if left:
+        yield f"leaves out tensors beside them: {len(left)}, the first {shown(left[0])}"
