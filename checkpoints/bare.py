@@ -49,14 +49,13 @@ _DETERMINED = {"u", "resample_filter"}  # buffers that follow from the configura
 _SIDE = re.compile(r"(?:^|\.)(enc\.(\d{1,5})x(\d{1,5})_conv\.weight)$")
 _MAX_DEPTH = 6  # of dictionaries in dictionaries
 _MAX_NAMED = 5  # in a message
-_STRANGERS = {  # by a name that no other network has
-    "time_embed.0.weight": "a guided-diffusion UNet",
-    "time_embedding.linear_1.weight": "a UNet of diffusers",
-    "all_modules.0.weight": "a network of score_sde",
-    "logvar_fourier.freqs": "a network of EDM2",
-    "x_embedder.proj.weight": "a diffusion transformer",
-    "patch_embed.proj.weight": "a vision transformer",
-    "time_text_embed.timestep_embedder.linear_1.weight": "a transformer of diffusers",
+_STRANGERS = {  # by names that no other network has
+    ("time_embed.0.weight", "input_blocks.0.0.weight"): "a guided-diffusion UNet",
+    ("time_embedding.linear_1.weight", "conv_in.weight"): "a UNet of diffusers",
+    ("all_modules.0.weight",): "a network of score_sde",
+    ("unet.emb_fourier.freqs",): "a network of EDM2",
+    ("x_embedder.proj.weight", "t_embedder.mlp.0.weight"): "a diffusion transformer (DiT)",
+    ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"): "a vision transformer of timm",
 }
 
 _Tensor = torch.Tensor | StoredTensor
@@ -264,11 +263,10 @@ def _by_name(groups: _Groups) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
 def _stranger(groups: _Groups) -> str | None:
     """Says whose weights these are, if it is a network that is known and not among those here."""
     for _, group in _by_name(groups):
-        for name in group:
-            for known, whose in _STRANGERS.items():
-                if f".{name}".endswith(f".{known}"):
-                    return (f"weights of {whose}, which is not among the networks here "
-                            f"({', '.join(MODELS)})")
+        for names, whose in _STRANGERS.items():
+            if all(any(f".{name}".endswith(f".{known}") for name in group) for known in names):
+                return (f"weights of {whose}, which is not among the networks here "
+                        f"({', '.join(MODELS)})")
     return None
 
 
@@ -383,7 +381,7 @@ def _weights(groups: _Groups, net: Precond) -> list[_Weights]:
         name = next(name for _, group in _by_name(groups) for name in group)
         raise ValueError(f"holds weights of another network than those here: they have names such "
                          f"as {shown(name)}, and the network of --config such as {shown(own[-1])}")
-    return _without_copies(found or [max(fewer, key=lambda one: len(one.tensors))])
+    return found or [max(fewer, key=lambda one: len(one.tensors))]
 
 
 def _prefixes(names: Collection[str], inner: Collection[str]) -> Counter[str]:
@@ -437,7 +435,7 @@ def _are_same(one: dict[str, Any], two: dict[str, Any]) -> bool:
 def _chosen(found: list[_Weights], key: str | None) -> _Weights:
     """Returns the weights that a key names; without one those that are averaged, or the only."""
     if key is None:
-        several = [one for one in found if one.is_averaged] or found
+        several = _without_copies([one for one in found if one.is_averaged] or found)
         problem, what = "holds several networks", several
     else:
         several = [one for one in found if one.name == key] or [

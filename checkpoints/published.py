@@ -123,7 +123,7 @@ def read(file: IO[bytes], name: str, key: str | None = None) -> dict[str, Any]:
         top = safe_pickle.load(file, leave_out=others)
         require(type(top) is dict, f"holds {shown(top)}, not a dictionary of networks")
     keys = [] if {"ema", "net"} & top.keys() else [
-        one for one in KEYS if type(top.get(one)) is Record]
+        one for one in KEYS if type(top.get(one)) not in (dict, type(None))]
     if keys and wanted not in keys:
         problem = f"{name} has no network {DEFAULT_KEY}" if key is None else \
             f"--key={key}: {name} has no network of this name"

@@ -26,6 +26,8 @@ from tiny import write_dataset
 from torch.distributed.run import get_args_parser
 
 from benchmarks.__main__ import main as benchmarks
+from checkpoints import checkpoint
+from dnnlib.util import json_value
 from sampling.sampling_options import sampling_options
 
 results, toy = load_script("docs/results.py"), load_script("docs/toy.py")
@@ -154,6 +156,7 @@ def make_world(root):
     folder.mkdir(parents=True)
     write_snapshot(folder / "training-state.pt", pfgmpp=True, aug_dim=2048)
     make_ct_world(root / "downloads")
+    write_bare_weights(root / "downloads")
     write_images(root / "photos", ["cats", "dogs"], 8, 36, 40)
     write_tables(root / "downloads")
     (root / "examples").mkdir()
@@ -176,6 +179,15 @@ def write_tables(downloads):
     pq.write_table(pa.table({"img": images, "fine_label": [0, 1, 2, 3],
                              "coarse_label": [0, 0, 1, 1]}),
                    downloads / "cifar100/data/train-00000-of-00001.parquet")
+
+
+def write_bare_weights(downloads):
+    """Writes a checkpoint of Lightning, and the options of the run that it is from."""
+    content = checkpoint.load(write_snapshot(downloads / "whole.pt", pfgmpp=True))
+    tensors = {f"net.{name}": tensor for name, tensor in content["ema"].items()}
+    torch.save({"state_dict": tensors, "pytorch-lightning_version": "2.5"}, downloads / "last.ckpt")
+    (downloads / "training_options.json").write_text(json.dumps(
+        {"network": json_value(content["network"]), "options": content["options"]}))
 
 
 def make_ct_world(downloads):

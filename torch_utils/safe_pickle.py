@@ -55,6 +55,7 @@ _HARMFUL_MODULES = frozenset((
     "os", "posix", "nt", "subprocess", "sys", "shutil", "socket", "pty", "runpy", "importlib",
     "ctypes", "webbrowser", "code", "codeop", "timeit", "commands", "multiprocessing", "asyncio",
     "pip", "pdb", "bdb", "cProfile", "profile", "trace"))
+_BUILTINS = ("builtins", "__builtin__", "io", "_io")
 _HARMFUL_BUILTINS = frozenset((
     "eval", "exec", "execfile", "compile", "open", "__import__", "input", "breakpoint", "globals",
     "setattr", "delattr", "vars"))
@@ -387,8 +388,8 @@ class _LooseReader(_Reader):
 
     def check_name(self, name: Global) -> None:
         root = name.module.partition(".")[0]
-        if root in _HARMFUL_MODULES or (root in ("builtins", "__builtin__")
-                                        and name.name in _HARMFUL_BUILTINS):
+        if root in _HARMFUL_MODULES or (
+                root in _BUILTINS and name.name in _HARMFUL_BUILTINS):
             raise ValueError(self.strange_name.format(name=shown(".".join(name))))
 
     def reduce(self) -> None:
