@@ -300,6 +300,8 @@ def gen(network: tuple[str, ...], ref_path: str | None, metrics: tuple[str, ...]
 
         if len(seeds) < 2:
             raise ValueError(f"--seeds: {len(seeds)} image, at least 2 needed")
+        is_seeds_typed = click.get_current_context().get_parameter_source(
+            "seeds") is click.core.ParameterSource.COMMANDLINE
         with dist.process_group(device) as chosen_device:
             sources = dist.run_on_rank0(find_networks, network)
             if len(sources) > 1:
@@ -325,7 +327,8 @@ def gen(network: tuple[str, ...], ref_path: str | None, metrics: tuple[str, ...]
             try:
                 score_networks(sources, points, seed_lists, open_sampler, open_report, batch=batch,
                                out=Path(out) if out else None, key=key, again=again,
-                               features=kept_place, is_per_class=per_class)
+                               features=kept_place, is_per_class=per_class,
+                               are_seeds_default=not is_seeds_typed)
             except UsageError as error:
                 raise UserError(str(error), BAD_USAGE) from error
 

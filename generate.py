@@ -351,7 +351,8 @@ def _generate(sampler, folder, seeds, batch, subdirs, is_named: bool) -> int:
         if len(missing) < len(seeds):
             distributed.print0(f"{folder}: {len(seeds) - len(missing)} of {len(seeds)} images are "
                                "there")
-        _make(sampler, sampler.batches(missing, batch), images, len(missing), labels, bad)
+        samples = sampler.images(sampler.batches(missing, batch), most=batch)
+        _make(sampler, samples, images, len(missing), labels, bad)
         bad = sorted(seed for part in distributed.gather_objects(bad) for seed in part)
         parts = distributed.gather_objects(labels)
         if distributed.get_rank() == 0 and sampler.label_kind is not None:
@@ -373,8 +374,8 @@ def _generate(sampler, folder, seeds, batch, subdirs, is_named: bool) -> int:
     return len(bad)
 
 
-def _make(sampler, batches, images, count: int, labels: dict, bad: list) -> None:
-    """Makes the images of batches and writes them; collects labels by seed, and seeds that failed.
+def _make(sampler, samples, images, count: int, labels: dict, bad: list) -> None:
+    """Writes samples as they are made; collects labels by seed, and seeds that failed.
 
     `count` is the number of images of all ranks.
     """
@@ -386,7 +387,7 @@ def _make(sampler, batches, images, count: int, labels: dict, bad: list) -> None
     name = images.path.name
     with console.timed(f"{name}, files included"), ImageWriter(images) as writer, \
             Progress(count, name) as progress:
-        for done in sampler.images(batches):
+        for done in samples:
             finite = done.images.isfinite().flatten(1).all(dim=1).tolist()
             good = [i for i, is_good in enumerate(finite) if is_good]
             bad += [seed for seed, is_good in zip(done.seeds, finite, strict=True) if not is_good]

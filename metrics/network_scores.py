@@ -36,7 +36,7 @@ def score_networks(
     open_sampler: Callable[[NetworkFile, SweepPoint], NetworkSampler],
     open_report: Callable[[str, NetworkSampler], ScoreReport], *, batch: int,
     out: Path | None = None, key: str | None = None, again: bool = False,
-    features: Path | None = None, is_per_class: bool = False,
+    features: Path | None = None, is_per_class: bool = False, are_seeds_default: bool = False,
 ) -> None:
     """Scores every network at every point and range; each file is read once.
 
@@ -53,6 +53,7 @@ def score_networks(
         key: which network of files that hold several.
         again: compute scores that are in the file, too.
         is_per_class: whether the classes are scored by themselves, too.
+        are_seeds_default: nobody has asked for these seeds; means are then made of all inputs.
         features: where the features are kept: a file .npz for a single score, else a folder.
 
     Raises:
@@ -69,27 +70,45 @@ def score_networks(
                 sampler = open_sampler(file, point)
                 if is_per_class and sampler.label_kind != "classes":
                     raise UsageError(f"--per-class: {source} has no classes; leave --per-class out")
+                if are_seeds_default and sampler.average > 1:
+                    ranges = seed_ranges(range(len(sampler.inputs)), len(ranges))
+                for seeds in ranges:
+                    sampler.check_seeds(seeds)
                 if report is None:
-                    report = open_report(source, sampler)
+                    report = _opened(open_report, source, sampler)
                 else:
                     report.check(sampler, source)
                 for seeds in ranges:
                     job = _Job.of(file, point, sampler, seeds, labels[source], out)
                     kept = features and (features if is_single else features / job.feature_name)
                     _score(job, sampler, seeds, report, batch, again, kept)
-        except UsageError:
+        except (UsageError, _NoReportError):
             raise
         except (ValueError, OSError) as error:
-            if len(sources) == 1 or report is None:
+            if len(sources) == 1:
                 raise
             failed[source] = error
             dist.warn0(f"{source} is not scored: {error}")
-    report.print_table()
+    if report is not None:
+        report.print_table()
     if failed:
         named = ", ".join(labels[source] for source in list(failed)[:_MAX_NAMED])
         more = ", ..." if len(failed) > _MAX_NAMED else ""
         raise ValueError(f"{len(failed)} of {len(sources)} networks were not scored, see the "
                          f"warnings above: {named}{more}")
+
+
+class _NoReportError(ValueError):
+    """What keeps all networks from being scored."""
+
+
+def _opened(open_report: Callable[[str, NetworkSampler], ScoreReport], source: str,
+            sampler: NetworkSampler) -> ScoreReport:
+    """Returns the report; raises _NoReportError for detectors and references that don't do."""
+    try:
+        return open_report(source, sampler)
+    except (ValueError, OSError) as error:
+        raise _NoReportError(str(error)) from error
 
 
 class _Job(NamedTuple):

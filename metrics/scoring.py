@@ -198,19 +198,14 @@ def network_features(
 def _rounds(count: int, done: int, batch: int) -> list[list[list[int]]]:
     """Returns the batches of all ranks, round by round, of images from number `done` to `count`.
 
-    They are those of a command that begins at 0, if one of its rounds begins at `done`: images of
-    batches of another size are not equal to the last digit.
+    After whole rounds they are those of a command that begins at 0, for batches are as even as can
+    be: images of batches of another size are not equal to the last digit.
     """
     if done == count:
         return []
     world = dist.get_world_size()
-    for first in (0, done):
-        batches = dist.split_for_all_ranks(range(first, count), batch)
-        starts = [own[0] for own in batches[::world]]  # of the rounds
-        if done in starts:
-            return [batches[i:i + world]
-                    for i in range(starts.index(done) * world, len(batches), world)]
-    raise AssertionError("a range begins with its own first round")
+    batches = dist.split_for_all_ranks(range(done, count), batch)
+    return [batches[i:i + world] for i in range(0, len(batches), world)]
 
 
 def _refuse_lost(lost: Sequence[int], count: int) -> None:

@@ -26,7 +26,10 @@ guided diffusion models, ICLR),
     projection    E[y|x,v] = D(x) + c A^T (v - A D(x)) / (s_v^2 + a c)
 
 Guidance differentiates the network (Chung et al. 2023, DPS, arXiv 2209.14687), at two to three
-times the time and memory, and moves what the measurement tells along what the network knows.
+times the time and memory, and moves what the measurement tells along what the network knows. At
+high levels J of a trained network may be hundreds of times larger than it should be. For Gaussian
+data the correction has the length of projection's; a step beyond its double would overshoot by more
+than was missing, and the next one by more again. So each image's is shortened to at most that.
 Projection does without (Wang et al. 2023, DDNM, arXiv 2212.00490): it sets what is measured and
 leaves the rest to later steps. Both are approximations at every D.
 """
@@ -41,6 +44,7 @@ from pfgmpp.kernel import per_image
 from pfgmpp.wrapping import Wrapper, evaluate
 
 METHODS = ("guidance", "projection")
+_MOST_STEPS = 2.0  # length of a correction by guidance over that of projection
 
 
 class Operator(NamedTuple):
@@ -98,6 +102,12 @@ def noise_variance(
     return (square * D + per_image(distance, x.ndim)) / (x[0].numel() + D)
 
 
+def shortened(x: torch.Tensor, longest: torch.Tensor) -> torch.Tensor:
+    """Returns vectors x [B, ...], each no longer than that of `longest`, [B, ...]."""
+    own, most = (v.flatten(1).norm(dim=1, dtype=torch.float64) for v in (x, longest))
+    return x * per_image(torch.where(own > most, most / own, 1.0), x.ndim)
+
+
 class MeasuredDenoiser(Wrapper):
     """A denoiser of images that were measured, for any sampler, with the attributes of its network.
 
@@ -146,9 +156,11 @@ class MeasuredDenoiser(Wrapper):
             denoised = evaluate(self.net, start, sigma, class_labels, condition).to(x.dtype)
             with torch.no_grad():
                 rho2 = noise_variance(start, denoised, sigma, self._D)
-                weighted = self._innovation(denoised, self._variance(rho2))
+                c = self._variance(rho2)
+                weighted = self._innovation(denoised, c)
             gradient, = torch.autograd.grad(denoised, start, weighted)
-        return denoised.detach() + (rho2 * gradient).to(x.dtype)
+        correction = shortened(rho2 * gradient, _MOST_STEPS * c * weighted)
+        return denoised.detach() + correction.to(x.dtype)
 
     @property
     def _D(self) -> float:

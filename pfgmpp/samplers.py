@@ -377,7 +377,7 @@ class SamplerConfig:
             if not 0 <= self.stop_sigma < levels[-2]:
                 raise ValueError(f"stop_sigma={self.stop_sigma:g}: must be 0 or more and below "
                                  f"{levels[-2]:.4g}, the level from which the last step starts; "
-                                 "give a smaller one, or a higher sigma_min")
+                                 "give a smaller one")
             levels = torch.cat([levels[:-1], levels.new_tensor([self.stop_sigma])])
         return levels
 

@@ -90,7 +90,7 @@ class ImageFolder:
         if image and not record.exists():
             raise ValueError(f"{self.path} holds {image} but no {GENERATE_RECORD}, which says how "
                              "images were made; name another --outdir")
-        for folder in (self.path, *self.path.glob("*/")) if self._subdirs else (self.path,):
+        for folder in (self.path, *self.path.glob("**/*/")):
             remove_stale(folder)
         if not record.exists():
             with contextlib.suppress(FileExistsError):  # another run was faster

@@ -30,6 +30,7 @@ from pfgmpp.samplers import (
     generate_images,
     trajectory,
 )
+from pfgmpp.schedules import default_range
 from pfgmpp.sizes import TiledDenoiser, size_multiple
 from sampling.labels import (
     DrawnClasses,
@@ -218,6 +219,7 @@ class NetworkSampler:
         _warn_of_init_sigma(net, init_sigma, scaling)
         denoiser, extra = _with_guidance(net, source, guidance, gnet, guidance_interval,
                                          open_one, scaling, kind)
+        _check_lowest(sampler, init_sigma, level_flag, scaling)
         try:
             sampler.check(denoiser)
         except ValueError as error:
@@ -240,7 +242,7 @@ class NetworkSampler:
             extra["init_of"] = "conditions"  # of the data set that the fingerprint is of
         measurement = open_measurement(measure, measure_sigma, measure_level, measure_by,
                                        net.img_channels, scaling, starts=init_sigma is not None
-                                       or sampler.last is not None or sampler.sigmas is not None)
+                                       or sampler.last is not None)
         if measurement is not None:
             measurement.check(inits, init_image, sampler.levels(net)[0].item(),
                               _sigma_data(net))
@@ -304,22 +306,38 @@ class NetworkSampler:
         return 1 if self.measurement is None else self.measurement.factor
 
     def batches(self, seeds: Sequence[int], size: int) -> list[list[int]]:
-        """Returns this rank's batches of at most `size` of these seeds, of one image size each."""
+        """Returns this rank's batches of these seeds, of one image size each.
+
+        A batch is of at most `size` samples, and so of fewer means.
+        """
         groups: dict[tuple, list[int]] = {}
         for seed in seeds:
             groups.setdefault(self.shape_of(seed), []).append(seed)
-        return [batch for group in groups.values()
-                for batch in distributed.split_for_rank(group, size)]
+        size = max(size // self.average, 1)
+        batches = [batch for group in groups.values()
+                   for batch in distributed.split_for_all_ranks(group, size) if batch]
+        return batches[distributed.get_rank()::distributed.get_world_size()]
+
+    def check_seeds(self, seeds: Sequence[int]) -> None:
+        """Raises UsageError for means of seeds beyond the inputs, which would be of others'."""
+        if self.average > 1 and max(seeds) >= len(self.inputs):
+            raise UsageError(f"--seeds: names seed {max(seeds)}, but --average makes one mean for "
+                             f"each of {len(self.inputs)} images; name seeds below "
+                             f"{len(self.inputs)}, or leave --seeds out")
 
     @property
     def scale(self) -> dict[str, Any] | None:
         """`scaling` as plain data; None for 8-bit images."""
         return None if self.scaling.is_8bit else self.scaling.to_dict()
 
-    def images(self, batches: Iterable[Sequence[int]]) -> Iterator[SampleBatch]:
+    def images(self, batches: Iterable[Sequence[int]], most: int = 0) -> Iterator[SampleBatch]:
         """Yields the images of each batch of seeds, which must be of one image size.
 
         Means of several samples are of the label that the seed itself has.
+
+        Args:
+            batches: seeds.
+            most: how many samples of means may be made together; one of each mean in any case.
 
         Raises:
             ValueError: means for seeds beyond the inputs, whose samples would be those of others.
@@ -332,25 +350,25 @@ class NetworkSampler:
                 [full] = generate_images(self.net, [filled], **self._how())
                 yield full[:len(seeds)]
             else:
-                yield self._mean(filled)[:len(seeds)]
+                yield self._mean(filled, most)[:len(seeds)]
 
-    def _mean(self, seeds: Sequence[int]) -> SampleBatch:
+    def _mean(self, seeds: Sequence[int], most: int = 0) -> SampleBatch:
         """Returns the means over `average` samples of the inputs of seeds, and the deviations."""
+        self.check_seeds(seeds)
         count = len(self.inputs)  # seeds k, k + count, ... have the same inputs
-        if max(seeds) >= count:
-            raise ValueError(f"--seeds: names seed {max(seeds)}, but --average makes one mean for "
-                             f"each of {count} images; name seeds below {count}, or leave --seeds "
-                             "out")
         labels = self.labels_of(seeds)
-        fixed = None if labels is None else lambda *_: labels
+        together = _divisor(self.average, most // len(seeds))  # samples of each at a time
+        fixed = None if labels is None else lambda *_: labels.repeat(together, 1)
         how = self._how() | {"labels": fixed, "class_idx": None}
         mean = squares = torch.zeros([], dtype=torch.float64, device=self.device)
-        for number in range(self.average):
-            own = [seed + number * count for seed in seeds]
-            [sample] = generate_images(self.net, [own], **how)
-            step = sample.images - mean
-            mean = mean + step / (number + 1)
-            squares = squares + step * (sample.images - mean)
+        for first in range(0, self.average, together):
+            numbers = range(first, first + together)
+            own = [seed + number * count for number in numbers for seed in seeds]
+            [samples] = generate_images(self.net, [own], **how)
+            for number, images in zip(numbers, samples.images.split(len(seeds)), strict=True):
+                step = images - mean
+                mean = mean + step / (number + 1)
+                squares = squares + step * (images - mean)
         return SampleBatch(list(seeds), mean, labels, (squares / (self.average - 1)).sqrt())
 
     def encode(self, seeds: Sequence[int]) -> Latents:
@@ -433,6 +451,11 @@ class NetworkSampler:
         return {"sampler": self.sampler, "device": self.device, "class_idx": self.class_idx,
                 "conditions": self.conditions, "inits": self.inits, "labels": self.labels,
                 "latents": self.latents, "measure": self.measurement, "factor": self._factor}
+
+
+def _divisor(number: int, most: int) -> int:
+    """Returns the largest divisor of a number that is at most `most`, and 1 at least."""
+    return max(k for k in range(1, number + 1) if number % k == 0 and k <= max(most, 1))
 
 
 def open_network(
@@ -529,11 +552,30 @@ def _sampler_config(
         if sampler.sigma_max is not None:
             raise UsageError(f"--sigma_max={sampler.sigma_max:g} with {level_flag}: both say where "
                              "sampling starts; leave --sigma_max out")
-        return dataclasses.replace(sampler, sigma_max=init_sigma)
+        lowest = {"sigma_min": init_sigma} if sampler.num_steps == 1 and init_sigma < _lowest(
+            sampler) else {}  # which a single level is
+        return dataclasses.replace(sampler, sigma_max=init_sigma, **lowest)
     is_edm_grid = sampler.discretization in (None, "edm")
     if is_edm_grid and sampler.sigma_max is None:
         return dataclasses.replace(sampler, sigma_max=highest_level(content))
     return sampler
+
+
+def _lowest(sampler: SamplerConfig) -> float:
+    """Returns the lowest level of a grid."""
+    if sampler.sigma_min is not None:
+        return sampler.sigma_min
+    return default_range(sampler.discretization or "edm")[0]
+
+
+def _check_lowest(sampler: SamplerConfig, init_sigma: float | None, level_flag: str,
+                  scaling: Scaling) -> None:
+    """Raises UsageError where sampling would start below the lowest level."""
+    if init_sigma is None or sampler.sigmas is not None or init_sigma >= _lowest(sampler):
+        return
+    raise UsageError(f"{level_flag}: starts at {shown_level(init_sigma, scaling)}, below the "
+                     f"lowest level, {shown_level(_lowest(sampler), scaling)}; give a smaller "
+                     "--sigma_min, or --steps=1")
 
 
 def _first_level(init_sigma: float | None, init_level: float | None, scaling: Scaling
@@ -587,7 +629,8 @@ def _check_starts(options: dict[str, Any], init_image: str | None, init_sigma: f
                                  f"give some by --init-image=DIR|ZIP, or leave {flag} out")
         return
     starts = [flag for flag, value in ((level_flag, init_sigma), ("--last", last),
-                                       ("--sigmas", options.get("sigmas"))) if value is not None]
+                                       ("--sigmas", None if measure else options.get("sigmas")))
+              if value is not None]
     if not starts and measure is None:
         raise UsageError("--init-image: needs the level at which to start; give --init-sigma, "
                          "--init-level, --sigmas or --last")
@@ -658,8 +701,10 @@ def _tell_sizes(net: Precond, sampler: "NetworkSampler") -> None:
         f"{len(shapes)} sizes from {shown(min(shapes))} to {shown(max(shapes))}"
     multiple = size_multiple(net)
     padded = any(side % multiple for size in shapes for side in size)
+    relation = "as the inputs" if sampler.shape_of(0)[1:] in sampler.inputs.sizes[:1] else \
+        f"{sampler.measurement.factor} times the sides of the inputs"
     distributed.print0(
-        f"Size       {of_sizes}, as the inputs; the network was trained on "
+        f"Size       {of_sizes}, {relation}; the network was trained on "
         f"{shown(net.image_shape[1:])}" + (
             f". Sides that are no multiples of {multiple} are mirrored at the edges and cropped"
             if padded else ""))
@@ -697,7 +742,7 @@ def _in_flags(error: ValueError) -> str:
     """Returns what is wrong with a setting of the sampler, in the words of the command line."""
     text = str(error)
     for name, flag in _FLAGS.items():
-        text = re.sub(rf"\b{name}(=|\b out)", rf"{flag}\1", text)
+        text = re.sub(rf"(?<!-)\b{name}(=|\b out|$)", rf"{flag}\1", text)
     return text
 
 

@@ -182,6 +182,8 @@ def _mask_in_array(content: bytes) -> np.ndarray:
     array = np.load(io.BytesIO(content), allow_pickle=False)
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
         raise ValueError("must be an array of numbers or of truth values")
+    if not np.isfinite(array).all():
+        raise ValueError("has values that are not finite; give 0 where nothing is measured")
     if array.ndim == 3 and is_channels_last(array.shape):
         array = array.transpose(2, 0, 1)
     return (array if array.ndim > 2 else array[None]) != 0

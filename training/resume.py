@@ -164,6 +164,9 @@ def open_state(resume: str, run_dir: Path | None) -> State | None:
         distributed.warn0(f"skipped {problem}")
     if found is None and problems:
         raise ValueError(f"--resume=auto: no training state in {run_dir} verifies")
+    if found is None and distributed.run_on_rank0((run_dir / OPTIONS_FILE).exists):
+        distributed.print0(f"Resume     {run_dir} has no training state yet, so the run begins "
+                           "anew; --dump says how often states are written")
     return found
 
 

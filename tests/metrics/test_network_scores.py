@@ -33,7 +33,7 @@ def run(tmp_path):
     """A run with three snapshots, whose numbers are not in the order of their letters."""
     folder = tmp_path / "run"
     folder.mkdir()
-    for seed, kimg in enumerate(("000010", "000200", "1000000")):
+    for seed, kimg in enumerate(("000010", "999000", "1000000")):
         write_snapshot(folder / f"network-snapshot-{kimg}.pt", seed=seed)
     return folder
 
@@ -56,8 +56,8 @@ def sampled(monkeypatch):
     """The seeds that are sampled, in order."""
     seeds, original = [], NetworkSampler.images
 
-    def noted(self, batches):
-        for sample in original(self, batches):
+    def noted(self, batches, **how):
+        for sample in original(self, batches, **how):
             seeds.extend(sample.seeds)
             yield sample
 
@@ -70,7 +70,7 @@ def sampled(monkeypatch):
 
 def test_a_pattern_names_networks_in_the_order_of_their_numbers(run):
     found = find_networks([str(run / "network-snapshot-*.pt")])
-    assert [re.search(r"\d{6,}", path)[0] for path in found] == ["000010", "000200", "1000000"]
+    assert [re.search(r"\d{6,}", path)[0] for path in found] == ["000010", "999000", "1000000"]
     assert find_networks([found[2], str(run), *found]) == [found[2], found[0], found[1]]
     with pytest.raises(FileNotFoundError, match=r"other-\*\.pt: no file matches this pattern"):
         find_networks([str(run / "other-*.pt")])
@@ -181,7 +181,7 @@ def test_damaged_lines_hide_no_score(run, data, sampled, line):
 
 
 def test_a_damaged_network_does_not_keep_others_from_being_scored(run, data, capsys):
-    path = run / "network-snapshot-000200.pt"
+    path = run / "network-snapshot-999000.pt"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(SystemExit) as caught:
         fid.main(["gen", f"--network={run / '*.pt'}", f"--ref={data}", "--seeds=0-8", *FAST])
@@ -189,12 +189,12 @@ def test_a_damaged_network_does_not_keep_others_from_being_scored(run, data, cap
     assert caught.value.code == 1
     assert f"Warning: {path} is not scored: " in err
     assert err.rstrip().splitlines()[-1].endswith(
-        "1 of 3 networks were not scored, see the warnings above: network-snapshot-000200.pt")
+        "1 of 3 networks were not scored, see the warnings above: network-snapshot-999000.pt")
     assert len(values(run)) == 2
 
 
 def test_a_diverged_network_has_no_score_and_the_others_have(run, data, capsys):
-    path = run / "network-snapshot-000200.pt"
+    path = run / "network-snapshot-999000.pt"
     content = checkpoint.load(path)
     for weight in content["ema"].values():
         weight.fill_(torch.nan)
@@ -612,3 +612,21 @@ def test_what_has_no_classes_or_interval_is_refused(run, data, tmp_path, capsys,
     with pytest.raises(SystemExit) as caught:
         fid.main(["gen", *given.values(), "--seeds=0-9", *FAST])
     assert caught.value.code and re.search(words, capsys.readouterr().err)
+
+
+def test_the_first_network_may_be_the_damaged_one(run, data, capsys):
+    path = run / "network-snapshot-000010.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SystemExit) as caught:
+        fid.main(["gen", f"--network={run / '*.pt'}", f"--ref={data}", "--seeds=0-8", *FAST])
+    assert caught.value.code == 1 and len(values(run)) == 2
+    assert "1 of 3 networks were not scored" in capsys.readouterr().err
+
+
+def test_a_reference_that_does_not_do_is_told_once(run, tmp_path, capsys):
+    (tmp_path / "bad.npz").write_bytes(b"no reference")
+    with pytest.raises(SystemExit):
+        fid.main(["gen", f"--network={run / '*.pt'}", f"--ref={tmp_path / 'bad.npz'}",
+                  "--seeds=0-8", *FAST])
+    [line] = capsys.readouterr().err.splitlines()
+    assert "bad.npz" in line

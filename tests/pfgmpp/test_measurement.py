@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from scripts import ROOT
 
 from pfgmpp.few_steps import FewStep
 from pfgmpp.kernel import PerturbationKernel
@@ -20,6 +21,7 @@ from pfgmpp.measurement import (
 )
 from pfgmpp.networks import build_network
 from pfgmpp.samplers import SamplerConfig, generate_images
+from sampling.network_sampler import NetworkSampler
 
 INF = math.inf
 MASK = torch.zeros(4, 6, dtype=torch.float64)
@@ -215,6 +217,45 @@ def test_it_denoises_each_image_by_its_own_measurement_also_in_inference_mode(me
     plain = net(x, 0.6, labels, condition=condition)
     closer = (together - v).flatten(1).norm(dim=1) < (plain - v).flatten(1).norm(dim=1)
     assert closer.all()
+
+
+@pytest.mark.parametrize("D", [2.0, 128.0, INF])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_correction_by_guidance_is_at_most_twice_that_of_projection(D, name):
+    """Whatever the derivative of the network; below that, guidance is the gradient itself."""
+    operator, sigma = OPERATORS[name], 3.0
+    x, v = normal(2, 1, 4, 6), operator.apply(normal(2, 1, 4, 6, seed=1))
+    for slope in (1e-3, 1e3):
+        class Steep:
+            sigma_data = 0.5
+
+            def __call__(self, x, sigma, class_labels=None, slope=slope, **_):
+                return slope * (x - x.detach()) + x.detach() / 2
+
+        Steep.D = D
+        found, step = (MeasuredDenoiser(Steep(), operator, v, 0.1, method)(x, sigma) - x / 2
+                       for method in ("guidance", "projection"))
+        rho2 = noise_variance(x, x / 2, sigma, D)
+        gradient = slope * rho2 * step / (rho2 * 0.25 / (rho2 + 0.25))
+        short = gradient.flatten(1).norm(dim=1) <= 2 * step.flatten(1).norm(dim=1)
+        assert short.all() == (slope < 1)
+        if slope < 1:
+            torch.testing.assert_close(found, gradient)
+        else:
+            torch.testing.assert_close(found, 2 * step)
+
+
+@pytest.mark.parametrize("name", ["emoji16-128.pt", "emoji16-inf.pt"])
+def test_guidance_by_a_trained_network_brings_images_nearer_to_the_truth(name):
+    """In few steps from the highest level, where its derivative is far too large."""
+    net = NetworkSampler.open(str(ROOT / "examples" / name), CPU).net
+    how = {"sampler": SamplerConfig(num_steps=9), "device": CPU, "class_idx": 1}
+    [truth] = generate_images(net, [[3, 4]], **how)
+    truth = truth.images.to(torch.float64)
+    v = truth + 0.3 * normal(*truth.shape)
+    measured = MeasuredDenoiser(net, denoise(), v, 0.3)
+    [sample] = generate_images(measured, [[0, 1]], **how)
+    assert (sample.images - truth).square().mean().sqrt() < 0.29  # the measurement is 0.3 off
 
 
 def test_wrong_settings_are_refused():

@@ -13,8 +13,10 @@ from published_files import ForkDenoiser, fork_state
 from snapshots import write_snapshot
 
 import checkpoint_tool
+import dataset_tool
 import fid
 import generate
+from dnnlib.atomic import temporary_name
 from images.scaling import Scaling
 from pfgmpp.measurement import MeasuredDenoiser, downsample, inpaint
 from pfgmpp.samplers import SamplerConfig, generate_images, trajectory
@@ -414,13 +416,13 @@ def test_images_to_start_from_are_partners_of_the_condition_images(root, tmp_pat
 def test_an_error_leaves_nothing_behind_that_refuses_the_next_command(root, tmp_path, invoke,
                                                                       monkeypatch):
     args = [f"--init-image={root / 'equal'}", *ONE_STEP]
-    monkeypatch.setattr(NetworkSampler, "images", lambda self, batches: 1 / 0)
+    monkeypatch.setattr(NetworkSampler, "images", lambda *args, **how: 1 / 0)
     result = invoke(generate.main, f"--network={root / 'net.pt'}", f"--outdir={tmp_path / 'o'}",
                     *args)
     assert isinstance(result.exception, ZeroDivisionError) and not (tmp_path / "o").exists()
     monkeypatch.undo()
     make(invoke, root, tmp_path / "o", *args)
-    monkeypatch.setattr(NetworkSampler, "images", lambda self, batches: 1 / 0)
+    monkeypatch.setattr(NetworkSampler, "images", lambda *args, **how: 1 / 0)
     (tmp_path / "o" / NAMES[0]).unlink()
     invoke(generate.main, f"--network={root / 'net.pt'}", f"--outdir={tmp_path / 'o'}", *args)
     assert (tmp_path / "o/generate.json").exists() and (tmp_path / "o" / NAMES[2]).exists()
@@ -501,3 +503,106 @@ def test_frames_of_the_way_lie_where_the_images_do(factor, size, root, tmp_path)
     start = places.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     expected = start * 0.5 / (0.3**2 + 0.5**2) ** 0.5 * 127.5 + 128
     assert torch.equal(first, expected.clip(0, 255).to(torch.uint8))
+
+
+def test_a_mask_of_numbers_that_are_not_finite_is_refused(root, tmp_path, invoke):
+    np.save(tmp_path / "mask.npy", np.where(np.eye(8) > 0, 1, np.nan))
+    text = make(invoke, root, tmp_path / "out", f"--init-image={root / 'equal'}",
+                f"--measure=inpaint:{tmp_path / 'mask.npy'}", "--measure-sigma=0", code=1)
+    assert "mask.npy" in text and "give 0 where nothing is measured" in text
+
+
+def test_samples_of_a_mean_are_made_in_batches_of_samples(root, monkeypatch):
+    """A batch of 6 samples is of two means of three; one mean of four is made in two parts."""
+    sizes = []
+
+    def opened(average):
+        sampler = NetworkSampler.open(str(root / "net.pt"), CPU, init_image=str(root / "equal"),
+                                      init_level=2000.0, num_steps=1, average=average)
+        forward = sampler.net.forward
+        monkeypatch.setattr(sampler.net, "forward", lambda x, *args, **how: (
+            sizes.append(len(x)), forward(x, *args, **how))[1])
+        return sampler
+
+    three = opened(3)
+    assert three.batches(range(4), 6) == [[0, 1], [2, 3]]
+    found = torch.cat([batch.images for batch in three.images(three.batches(range(4), 6), 6)])
+    assert sizes == [6, 6]
+    sizes.clear()
+    one_by_one = torch.cat([batch.images for batch in three.images([[k] for k in range(4)])])
+    assert sizes == [1] * 12
+    torch.testing.assert_close(found, one_by_one, rtol=0, atol=1e-5)
+    sizes.clear()
+    four = opened(4)
+    assert four.batches(range(2), 2) == [[0], [1]]
+    list(four.images([[0]], 2))
+    assert sizes == [2, 2]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_images_of_several_sizes_are_dealt_to_all_processes(root, monkeypatch, world):
+    from torch_utils import distributed
+    sampler = NetworkSampler.open(str(root / "net.pt"), CPU, init_image=str(root / "noisy"),
+                                  init_level=60.0)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: world)
+    found = []
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        found.append(sampler.batches(range(12), 64))
+    counts = [sum(map(len, own)) for own in found]
+    assert sorted(k for own in found for batch in own for k in batch) == list(range(12))
+    assert max(counts) - min(counts) <= 3
+    for batch in (batch for own in found for batch in own):
+        assert len({sampler.shape_of(k) for k in batch}) == 1
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--init-level=3"], "--init-level: starts at sigma 0.001465, which is 3 in the data's units, "
+     "below the lowest level, sigma 0.002, which is 4.095 in the data's units; give a smaller "
+     "--sigma_min, or --steps=1"),
+    (["--init-sigma=0.001"], "--init-sigma: starts at sigma 0.001, "),
+])
+def test_a_start_below_the_lowest_level_is_refused_with_a_way_out(args, words, root, tmp_path,
+                                                                  invoke):
+    given = [f"--init-image={root / 'equal'}", *args]
+    assert words in make(invoke, root, tmp_path / "out", *given, "--steps=3", code=2)
+    for more in ("--steps=1", "--sigma_min=0.0001"):
+        make(invoke, root, tmp_path / more, *given, "--steps=1", more)
+
+
+@pytest.mark.parametrize("start, is_at_measurement", [
+    ({"sigmas": (10.0, 1.0, 0.1)}, False), ({}, False), ({"init_sigma": 10.0}, True),
+    ({"last": 2}, True)])
+def test_sampling_begins_at_a_measurement_only_where_a_flag_says_so(start, is_at_measurement, root):
+    given = {"measure": "denoise", "measure_sigma": 0.01, "measure_by": "projection",
+             "num_steps": 3, **start}
+    sampler = NetworkSampler.open(str(root / "net.pt"), CPU, init_image=str(root / "equal"),
+                                  **given)
+    assert sampler.measurement.starts == is_at_measurement
+
+
+def test_what_a_killed_run_has_left_in_subfolders_is_removed(root, tmp_path, invoke):
+    args = [f"--init-image={root / 'noisy'}", "--init-level=60", "--steps=1", "--average=2"]
+    make(invoke, root, tmp_path / "out", *args)
+    left = [temporary_name(tmp_path / "out" / place / "x.npy")
+            for place in ("", "a", "std", "std/a")]
+    for path in left:
+        path.write_bytes(b"")
+    make(invoke, root, tmp_path / "out", *args)
+    assert not [path for path in left if path.exists()]
+
+
+def test_a_network_whose_images_are_means_is_scored_over_its_inputs(root, tmp_path, invoke):
+    (tmp_path / "reference").mkdir()
+    for k in range(12):
+        np.save(tmp_path / "reference" / f"{k}.npy", np.full((1, 8, 8), 90 * k, np.float32))
+    assert invoke(dataset_tool.main, f"--source={tmp_path / 'reference'}",
+                  f"--dest={tmp_path / 'ref.zip'}", "--scale=-1024,3071").exit_code == 0
+    args = ["gen", f"--network={root / 'net.pt'}", f"--init-image={root / 'equal'}",
+            "--init-level=60", "--steps=1", "--average=2", f"--ref={tmp_path / 'ref.zip'}",
+            "--detector=pixels", f"--out={tmp_path / 'm.jsonl'}", "--device=cpu", "--workers=0"]
+    result = invoke(fid.main, *args)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "m.jsonl").read_text().splitlines()[0])["seeds"] == "0-3"
+    result = invoke(fid.main, *args, "--seeds=0-9")
+    assert result.exit_code == 2 and "name seeds below 4" in result.output
