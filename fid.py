@@ -27,7 +27,7 @@ from dnnlib.cli import (
     verbosity_options,
 )
 from metrics.score_names import OF_PAIRS
-from sampling.folders import CKPT_PREFIX, SWEPT, FolderName, strays
+from sampling.folders import CKPT_PREFIX, SWEPT, FolderName, seed_of, strays
 from sampling.sampling_options import sampling_options
 
 _JSONL = "metrics.jsonl"
@@ -446,7 +446,7 @@ def pairs(images: str, truth: str, input_: str | None, metrics: tuple[str, ...] 
             counts += (f" with {len(set(paired.partners.numbers))} of the {len(paired.truth)} "
                        "truths")
         click.echo(f"Pairs      {counts}")
-        if warning := paired.warning_of_source():
+        for warning in paired.warnings_of_partners():
             click.echo(f"Warning: {warning}", err=True)
         low, high = value_range
         click.echo(f"Range      {low:.6g} to {high:.6g} ({source}){', clipped to it' * clip}")
@@ -686,12 +686,14 @@ def _facts_of_images(dataset, seed: int) -> dict:
     """Returns what is recorded of the images in a folder or ZIP: seeds, sampler, the choice."""
     from dnnlib.util import format_ranges
 
-    stems = [Path(name).stem for name in dataset.all_names]
-    facts = {"seeds": None, "sampler": dataset.sample_records().get("")}
-    if all(stem.isdigit() for stem in stems):
-        facts["seeds"] = format_ranges(map(int, stems))
-    if len(dataset) < len(stems):
-        facts["chosen_from"], facts["choice_seed"] = len(stems), seed
+    names, records = dataset.all_names, dataset.sample_records()
+    seeds = [seed_of(name, records) for name in names]
+    facts = {"seeds": None, "sampler": None}
+    if len(records) == 1:
+        [facts["sampler"]] = records.values()
+        facts["seeds"] = None if None in seeds else format_ranges(seeds)
+    if len(dataset) < len(names):
+        facts["chosen_from"], facts["choice_seed"] = len(names), seed
     return facts
 
 

@@ -19,6 +19,7 @@ import os
 import re
 import stat
 import struct
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -105,6 +106,14 @@ def stem(name: str) -> str:
     return root if is_image(name) or suffix.lower() in DICOM_SUFFIXES else name
 
 
+def composed(name: str) -> str:
+    """Returns a name with composed letters (NFC); macOS decomposes them, as in e and an accent.
+
+    Names are compared as these. Files are opened by the name that they have.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
 class Names(NamedTuple):
     """The names of files, sorted out; `images` and `conditions` are in order."""
 
@@ -163,12 +172,12 @@ def list_files(path: Path) -> list[str]:
 def match_names(names: Sequence[str], others: Sequence[str]) -> tuple[list[str | None], list[str]]:
     """Returns the partner of each name among `others`, or None, and the others left over.
 
-    Partners have the same name except for the extension.
+    Partners have the same name except for the extension, whether letters are composed or not.
     """
     by_stem = {}
     extra = [other for other in others
-             if by_stem.setdefault(stem(other), other) != other]
-    stems = [stem(name) for name in names]
+             if by_stem.setdefault(composed(stem(other)), other) != other]
+    stems = [composed(stem(name)) for name in names]
     found = [by_stem.get(own) for own in stems]
     return found, sorted([*extra, *map(by_stem.get, by_stem.keys() - set(stems))])
 

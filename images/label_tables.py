@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from images.image_files import stem
+from images.image_files import composed, stem
 
 NAME_COLUMNS = ("file_name", "filename", "image", "path", "name")
 LABEL_COLUMNS = ("label", "class", "category")
@@ -266,8 +266,8 @@ def match_rows(images: Sequence[str], top: str, rows: Sequence[str], where: str)
     common = "".join(f"{folder}/" for folder in folders)
     ambiguous = None
     for image_key, row_key in _ways(top, common):
-        numbers, twice = _numbered(map(row_key, rows))
-        names, also_twice = _numbered(map(image_key, images))
+        numbers, twice = _numbered(composed(row_key(row)) for row in rows)
+        names, also_twice = _numbered(composed(image_key(image)) for image in images)
         shared = numbers.keys() & names.keys()
         if unclear := shared & (twice | also_twice):
             ambiguous = ambiguous or min(unclear)

@@ -1,8 +1,8 @@
 """Images beside their truths: which belong together, and their scores.
 
 Pairs are found by name, without extension and, if that is enough, without folder; or by order. If
-generate.py has named images by their seeds and not after their inputs, seed k belongs to truth
-k mod n of n, as with --init-image and --cond-image.
+generate.py has named images by their seeds and not after their inputs, as generate.json in their
+folder says, seed k belongs to truth k mod n of n, as with --init-image and --cond-image.
 
 Values are compared in the units of the data, as they are stored. The measurement that each image
 was made of can be scored beside it; it is called the input.
@@ -21,8 +21,11 @@ import numpy as np
 from dnnlib.cli import flag_errors
 from dnnlib.progress import Progress
 from images.dataset import ImageFolderDataset
+from images.image_files import composed
+from images.pairing import numbers_of, words_of
 from images.scaling import Scaling, default_scaling
 from metrics.paired import PairedMetric, as_number
+from sampling.folders import image_name, seed_of
 from sampling.seed_images import CONDITIONS_WORD
 
 PAIRINGS = ("auto", "name", "order")
@@ -31,6 +34,9 @@ _NUMBERED = re.compile(r"img\d{8}")  # names that dataset_tool.py gives, which a
 _UNIT_FACTOR = 50  # spans that differ by more are of different units
 _SURE_CORRELATION = 0.8  # above which a line says how images follow from their truths
 _USUAL_SLOPES = 0.5, 2.0
+_LIKE_SIDE = 16  # to which images are reduced that are compared with other truths
+_BLOCK, _NUM_BLOCKS = 32, 8  # of images in a row that are, and of such blocks
+_LEAST_GAIN = 1e-3  # of correlation, beside half of what is missing
 _OFFSET_SHARE = 0.1  # of the truths' span, above which the two may have other zeros ...
 _REST_SHARE = 0.1  # ... if so little of the squared error is left beside the line
 
@@ -40,6 +46,7 @@ class Partners(NamedTuple):
 
     numbers: list[int]
     found_by: str  # 'name', 'order' or 'seed'
+    doubt: str | None = None  # what speaks against it, a line
 
 
 class PairScore(NamedTuple):
@@ -88,13 +95,16 @@ class Pairs:
         self._images, self._truth = _Source("--images", images), _Source("--truth", truth)
         self.partners = partners(self._images, self._truth, by)
         self._sources = {self._images: range(len(self)), self._truth: self.partners.numbers}
+        self._doubts = [self.partners.doubt]
         self._input: _Source | None = None
         if input == CONDITIONS_WORD:
             self._input = _Source("--truth", truth, conditions=True)
             self._sources[self._input] = self.partners.numbers
         elif input is not None:
             self._input = _Source("--input", input)
-            self._sources[self._input] = partners(self._images, self._input, by).numbers
+            found = partners(self._images, self._input, by)
+            self._sources[self._input] = found.numbers
+            self._doubts.append(found.doubt)
         for source in self._sources:
             source.check_kind(self._truth)
         self.sizes = self._images.dataset.sizes
@@ -139,12 +149,16 @@ class Pairs:
         Raises:
             ValueError: an image can't be read, is of another unit, or a metric gives no number.
         """
-        found, checks = [], [_UnitCheck() for source in self._sources if source != self._truth]
+        compared = [source for source in self._sources if source != self._truth]
+        found, checks = [], [_UnitCheck() for _ in compared]
+        likenesses = [_Likeness(len(self)) for _ in compared]
         with Progress(len(self), "Scoring") as progress:
             for number in progress.over(range(len(self))):
                 image, truth, *inputs = self.read(number)
-                for check, values in zip(checks, (image, *inputs), strict=True):
+                for check, likeness, values in zip(checks, likenesses, (image, *inputs),
+                                                   strict=True):
                     check.add(values, truth)
+                    likeness.add(number, values, truth)
                 if clip:
                     image, truth, *inputs = (np.clip(values, *value_range)
                                              for values in (image, truth, *inputs))
@@ -155,12 +169,17 @@ class Pairs:
                      for metric, function in metrics.items()} for values in (image, *inputs))
                 found.append(PairScore(name, name_of_truth, own, of_inputs[0] if inputs else None))
         warnings = []
-        for check, source in zip(checks, filter(None, (self._images, self._input)), strict=True):
+        for check, likeness, source in zip(checks, likenesses, compared, strict=True):
             check.raise_if_other(source.where, self._truth.where)
             warnings += check.warnings(source.where, self._truth.where)
+            warnings += self._warnings_of_likeness(source, likeness)
         return found, warnings
 
-    def warning_of_source(self) -> str | None:
+    def warnings_of_partners(self) -> list[str]:
+        """Returns what speaks against how partners were found, a line each."""
+        return list(filter(None, (*self._doubts, self._warning_of_source())))
+
+    def _warning_of_source(self) -> str | None:
         """Returns a line if images seem to be made of another paired data set than the truths'.
 
         generate.py records what it started from. A folder of measurements has no truths, so where
@@ -180,6 +199,16 @@ class Pairs:
                         f"set than {self._truth.where}, and it is by numbers that they are paired; "
                         "are these their truths?")
         return None
+
+    def _warnings_of_likeness(self, source: "_Source", likeness: "_Likeness") -> Iterator[str]:
+        if better := likeness.better():
+            number, other, own_value, value = better[0]
+            name = source.dataset.all_names[self._sources[source][number]]
+            truth = self.truth.all_names[self.partners.numbers[other]]
+            yield (f"{source.where}: {len(better)} of {likeness.count} images are clearly more "
+                   f"like another image's truth than their own, such as {name} like {truth} "
+                   f"(correlation {value:.3f}, with its own {own_value:.3f}); are they paired "
+                   "rightly?")
 
     def _check_sizes(self, source: "_Source", numbers: Sequence[int]) -> None:
         for number, (own, other) in enumerate(zip(
@@ -298,14 +327,71 @@ class _UnitCheck:
                 and of_images * (1 - correlation**2) < _REST_SHARE * squares)
 
 
+class _Likeness:
+    """Whether images that come one by one are more like the truths of others than like their own.
+
+    Reduced images of one shape are correlated with all truths; of many images, blocks in a row.
+
+    Args:
+        num: how many images there will be.
+    """
+
+    def __init__(self, num: int):
+        self._stride = max(-(-num // _NUM_BLOCKS), _BLOCK)
+        self._found: dict[tuple, list[tuple[int, np.ndarray, np.ndarray]]] = {}
+        self.count = 0
+
+    def add(self, number: int, image: np.ndarray, truth: np.ndarray) -> None:
+        """Takes the image of a number and its truth, both [C, H, W]."""
+        if number % self._stride >= _BLOCK:
+            return
+        self.count += 1
+        reduced = _reduced(image), _reduced(truth)
+        if all(values.any() for values in reduced):
+            self._found.setdefault(image.shape, []).append((number, *reduced))
+
+    def better(self) -> list[tuple[int, int, float, float]]:
+        """Returns the images that are more like another truth, in their order.
+
+        Each is (its number, that of the image whose truth it is, the correlation with its own
+        truth, that with the other one). At least half of what was missing to 1 is gained, and the
+        image of the other truth is not like it either: alike truths prove nothing.
+        """
+        found = []
+        for group in self._found.values():
+            numbers, images, truths = zip(*group, strict=True)
+            values = np.array(images) @ np.array(truths).T
+            own = values.diagonal()
+            for i, j in enumerate(values.argmax(axis=1)):
+                limit = min((1 - own[i]) / 2, (1 - own[j]) / 2, 1 - own[i] - _LEAST_GAIN)
+                if values[i, j] > _SURE_CORRELATION and 1 - values[i, j] < limit:
+                    found.append((numbers[i], numbers[j], own[i], values[i, j]))
+        return sorted(found)
+
+
+def _reduced(values: np.ndarray) -> np.ndarray:
+    """Returns means over blocks of [C, H, W] as a vector of mean 0 and length 1; 0 for even ones.
+
+    Noise averages out in them.
+    """
+    for axis in (1, 2):
+        side = values.shape[axis]
+        edges = np.arange(min(side, _LIKE_SIDE)) * side // min(side, _LIKE_SIDE)
+        counts = np.diff([*edges, side])
+        values = np.add.reduceat(values, edges, axis) / (counts[:, None] if axis == 1 else counts)
+    vector = values.ravel() - values.mean()
+    length = np.linalg.norm(vector)
+    return vector / length if length > 1e-9 * np.abs(values).max() else np.zeros_like(vector)
+
+
 def partners(images: _Source, others: _Source, by: str = "auto") -> Partners:
     """Returns the partners of images among others.
 
     With 'auto' they go by name where every image has a partner of its name, and by order where none
-    has one.
+    has one and nothing shows that the order is another one.
 
     Raises:
-        ValueError: an image has no partner, or names and seeds give different ones.
+        ValueError: an image has no partner, or there is more than one way to find it.
     """
     names, there = images.dataset.all_names, others.dataset.all_names
     by_name, num_named = _by_name(names, there)
@@ -321,6 +407,9 @@ def partners(images: _Source, others: _Source, by: str = "auto") -> Partners:
         return by_name
     if by_order and (by == "order" or (by == "auto" and (
             by_order.found_by == "seed" or not num_named))):
+        if by == "auto" and by_order.found_by == "order":
+            _refuse_lost_seeds(images)
+            return by_order._replace(doubt=_doubt_of_order(images, others))
         return by_order
     raise ValueError(f"{counts}; give each one of its name, without regard to the extension, or as "
                      "many with --pair-by=order")
@@ -329,7 +418,8 @@ def partners(images: _Source, others: _Source, by: str = "auto") -> Partners:
 def _by_name(names: Sequence[str], others: Sequence[str]) -> tuple[Partners | None, int]:
     """Returns partners by name if every image has one, and how many have one."""
     keys: tuple[Callable[[str], str], ...] = (
-        lambda name: os.path.splitext(name)[0], lambda name: PurePosixPath(name).stem)
+        lambda name: composed(os.path.splitext(name)[0]),
+        lambda name: composed(PurePosixPath(name).stem))
     most = 0
     for key in keys:
         numbers = {key(name): number for number, name in enumerate(others)}
@@ -344,12 +434,58 @@ def _by_name(names: Sequence[str], others: Sequence[str]) -> tuple[Partners | No
 
 
 def _by_order(images: ImageFolderDataset, num_others: int) -> Partners | None:
-    """Returns partners by seed where seeds are names, else by order if there are as many."""
-    stems = [PurePosixPath(name).stem for name in images.all_names]
-    record = images.sample_records().get("", {"names": "inputs"})
-    if record.get("names") != "inputs" and all(map(str.isdecimal, stems)):
-        return Partners([int(stem) % num_others for stem in stems], "seed")
-    return Partners(list(range(num_others)), "order") if len(stems) == num_others else None
+    """Returns partners by seed where all images are named by one, else by order; None for none.
+
+    By order there must be as many.
+    """
+    records = images.sample_records()
+    seeds = [seed_of(name, records) for name in images.all_names]
+    if None not in seeds:
+        return Partners([seed % num_others for seed in seeds], "seed")
+    return Partners(list(range(num_others)), "order") if len(seeds) == num_others else None
+
+
+def _refuse_lost_seeds(images: _Source) -> None:
+    """Raises ValueError for images that seem to be named by seeds, but for what says so.
+
+    In the order of seeds 0 to n - 1 they have the partners of their seeds anyway.
+    """
+    records, names = images.dataset.sample_records(), images.dataset.all_names
+    if named := [name for name in names if seed_of(name, records) is not None]:
+        raise ValueError(f"{images.where}: {len(named)} of {len(names)} images are named by seeds, "
+                         f"such as {named[0]}, and the others are not; score them by themselves, "
+                         "or give --pair-by=order")
+    files = [name.rpartition("/")[2] for name in names]
+    stems = [os.path.splitext(file)[0] for file in files]
+    is_seed = [stem.isascii() and stem.isdecimal()
+               and stem == image_name(int(stem), subdirs=False, extension="") for stem in stems]
+    if not all(is_seed) or list(map(int, stems)) == list(range(len(stems))):
+        return
+    is_named = any(record.get("names") == "inputs" for record in records.values())
+    if not is_named:
+        raise ValueError(
+            f"{images.where}: {names[0]} and the others seem to be named by seeds that are not 0 "
+            f"to {len(names) - 1}, but there is no generate.json, which says so; keep it beside "
+            "them, or give --pair-by=order or --pair-by=name")
+
+
+def _doubt_of_order(images: _Source, others: _Source) -> str | None:
+    """Returns a line where names, of several, are not numbers that rise alike on both sides."""
+    sides = [[os.path.splitext(name)[0] for name in source.dataset.all_names]
+             for source in (images, others)]
+    if len(sides[0]) == 1:
+        return None
+    example = f"{images.dataset.all_names[0]} with {others.dataset.all_names[0]}"
+    remedy = f"such as {example}; is this right? --pair-by=order says yes"
+    if any(len(set(map(words_of, side))) > 1 or not numbers_of(side[0]) for side in sides):
+        return (f"{images.where}: no image has a partner of its name in {others.where}, so they "
+                f"are paired in the order of their names, {remedy}")
+    own, other = ([numbers_of(name) for name in side] for side in sides)
+    steps = {a[-1] - b[-1] for a, b in zip(own, other, strict=True)}
+    if len(steps) > 1 or own != sorted(own) or other != sorted(other):
+        return (f"{images.where}: the numbers in its names do not run as those of {others.where}, "
+                f"and images are paired in the order of their names, {remedy}")
+    return None
 
 
 def value_range_of(scaling: Scaling) -> tuple[float, float]:

@@ -10,8 +10,9 @@ The image of seed 3021 is 003021.png or .npy; with --subdirs it lies in a folder
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from checkpoints.names import KIMG
 
@@ -78,6 +79,25 @@ def image_name(seed: int, *, subdirs: bool, extension: str) -> str:
     """Returns the name of the image of a seed in its folder."""
     folder = f"{seed - seed % 1000:06d}/" if subdirs else ""
     return f"{folder}{seed:06d}{extension}"
+
+
+def seed_of(name: str, records: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """Returns the seed by which generate.py has named an image; None for any other image.
+
+    Args:
+        name: of the image in a data set, with its folders.
+        records: what generate.json says, by folder: '' or ending in '/'. The one in the innermost
+            folder that holds the image tells of it.
+    """
+    folders = [folder for folder in records if name.startswith(folder)]
+    if not folders:
+        return None
+    folder = max(folders, key=len)
+    subdirs, below = records[folder].get("subdirs"), name[len(folder):]
+    if records[folder].get("names") == "inputs" or strays(
+            [below], subdirs if isinstance(subdirs, bool) else None):
+        return None
+    return int(os.path.splitext(below.rpartition("/")[2])[0])
 
 
 def strays(names: Iterable[str], subdirs: bool | None) -> list[str]:

@@ -260,9 +260,10 @@ class ImageFolder:
             seeds = {seed: name for seed in range(len(self._stems)) if (
                 name := self.image_path(seed).relative_to(self.path).as_posix()) in there}
         else:
-            seeds = {int(Path(name).stem): name for name in names if Path(name).stem.isdigit()}
-            seeds = {seed: name for seed, name in seeds.items()
-                     if self.path / name == self.image_path(seed)}
+            numbered = [(Path(name).stem, name) for name in names]
+            seeds = {int(stem): name for stem, name in numbered
+                     if stem.isascii() and stem.isdecimal()
+                     and self.path / name == self.image_path(int(stem))}
         there = {}
         with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged
             there = parse_labels(path.read_bytes(), str(path)) or {}

@@ -12,6 +12,7 @@ import torch
 
 from dnnlib.cli import flag_errors, shown_name
 from images.dataset import ImageFolderDataset
+from images.image_files import composed
 from images.scaling import Scaling
 from torch_utils import distributed
 
@@ -173,7 +174,7 @@ def check_pairs(inits: SeedImages | None, conditions: SeedImages | None, factor:
     """
     if inits is None or conditions is None:
         return
-    here, there = (images.stems() for images in (inits, conditions))
+    here, there = (list(map(composed, images.stems())) for images in (inits, conditions))
     if len(here) != len(there) and min(len(here), len(there)) > 1:
         raise UsageError(f"--init-image: has {len(here)} images, --cond-image {len(there)}; give "
                          "as many, or one for all")

@@ -219,6 +219,8 @@ def test_vectors_arrive_in_the_data_set(tmp_path, images):
     (["1.png", "2.png"], "", ["2.png", "3.png"], [None, 0]),
     # The strictest way that finds any image counts for all.
     (["1.png", "a/2.png"], "", ["1.png", "2.png"], [0, None]),
+    # A letter with an accent may be two.
+    (["e\u0301.png", "\u00fc.png"], "", ["u\u0308.png", "\u00e9.png"], [1, 0]),
 ])
 def test_rows_find_their_images_by_paths_or_else_by_less(names, top, rows, expected):
     found, extra = match_rows(names, top, rows, "t")

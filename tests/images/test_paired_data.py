@@ -2,6 +2,7 @@
 
 import json
 import os
+import unicodedata
 import zipfile
 
 import numpy as np
@@ -386,6 +387,21 @@ def test_order_pairs_sources_of_other_names(tmp_path):
     (conditions / "e.png").write_bytes((conditions / "d.png").read_bytes())
     assert_refused(run(images, tmp_path / "out/a.zip", *args), tmp_path,
                    "--source has 4 images, but --cond-source 5")
+
+
+@pytest.mark.parametrize("form, other", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_fit_whether_accents_are_letters_of_their_own_or_not(tmp_path, form, other):
+    names = ["Évora.png", "Eza.png", "Zürich.png", "Zug.png"]
+    images, conditions = (pattern_source(tmp_path / folder, *(
+        unicodedata.normalize(own, name) for name in names))
+        for folder, own in (("src", form), ("cond", other)))
+    _, dataset = made(images, tmp_path / "a.zip", f"--cond-source={conditions}")
+    assert [image for image, condition in pairs_of(dataset) if image == condition] == sorted(
+        range(4), key=lambda i: unicodedata.normalize(form, names[i]))
+    # So does a data set whose conditions were copied from elsewhere.
+    os.rename(conditions, images / "cond")
+    dataset = ImageFolderDataset(images, use_conditions=True)
+    assert all(image == condition for image, condition in pairs_of(dataset))
 
 
 def test_images_are_not_their_own_conditions(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tracemalloc
 import types
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import fid
 from images.dataset import ImageFolderDataset
 from images.scaling import Scaling
 from metrics.paired import PAIRED_METRICS, as_number, load_metric, ssim_problem
-from metrics.pairs import Pairs, Summary, _UnitCheck, value_range_of
+from metrics.pairs import Pairs, Summary, _Likeness, _UnitCheck, value_range_of
 from reports.comparison import ScoreGroup
 from reports.run_record import read_scores
 
@@ -275,6 +276,162 @@ def test_images_without_partners_are_refused(tmp_path, names, others, by):
     with pytest.raises(ValueError, match=rf"--images=.* has {len(names)} images and --truth=.*"
                        rf" {len(others)}, and {named} have a partner of their name; give each"):
         found_partners(tmp_path, names, others, by=by)
+
+
+def zipped(folder, path, prefix=""):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, prefix + file.relative_to(folder).as_posix())
+    return path
+
+
+@pytest.fixture
+def seeds_2_to_7(tmp_path):
+    """Six truths, and a folder of images of the seeds 2 to 7, each of the truth of its seed."""
+    truths = [smooth((1, 16, 16), i) for i in range(6)]
+    write(tmp_path / "truth", truths)
+    write(tmp_path / "runs/sd", [truths[seed % 6] + 5 for seed in range(2, 8)],
+          [f"{seed:06d}" for seed in range(2, 8)])
+    (tmp_path / "runs/sd/generate.json").write_text(json.dumps({"subdirs": False}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("place", ["runs/sd", "runs", "deep.zip", "flat.zip"])
+def test_seeds_are_those_of_the_record_in_the_folder_of_the_images(run, seeds_2_to_7, place):
+    root = seeds_2_to_7
+    zipped(root / "runs", root / "deep.zip")
+    zipped(root / "runs/sd", root / "flat.zip")
+    done = run(f"--images={root / place}", f"--truth={root}/truth", "--range=-1000,1000",
+               "--metrics=mae", f"--out={root}/scores")
+    assert "6 images, paired by seed\n" in done.out and "\nmae 5 +- " in done.out
+    assert done.err == ""
+    [record] = map(json.loads, (root / "scores/metrics.jsonl").read_text().splitlines())
+    assert record["seeds"] == "2-7" and record["sampler"] == {"subdirs": False}
+
+
+@pytest.mark.parametrize("folder", ["", "sd/", "000000/"])
+def test_numbers_that_may_be_seeds_are_refused_without_a_record(tmp_path, folder):
+    names = [f"{folder}{seed:06d}" for seed in range(2, 8)]
+    with pytest.raises(ValueError, match="000002.npy and the others seem to be named by seeds "
+                       "that are not 0 to 5, but .*--pair-by=order or --pair-by=name"):
+        found_partners(tmp_path, names, "abcdef")
+    assert found_partners(tmp_path, names, "abcdef", by="order") == ("order", [0, 1, 2, 3, 4, 5])
+    # From 0 on both rules agree. Names of inputs are no seeds, and neither are other numbers.
+    numbered = [f"{folder}{seed:06d}" for seed in range(6)]
+    assert found_partners(tmp_path, numbered, "abcdef") == ("order", [0, 1, 2, 3, 4, 5])
+    assert found_partners(tmp_path, names, "abcdef", is_generated=True,
+                          record={"names": "inputs"})[0] == "order"
+    assert found_partners(tmp_path, ["02", "03"], "ab") == ("order", [0, 1])
+
+
+def test_seeds_beside_other_names_are_refused(tmp_path):
+    names = ["000001", "000000", "mean"]
+    with pytest.raises(ValueError, match="2 of 3 images are named by seeds, such as 000000.npy"):
+        found_partners(tmp_path, names, "abc", is_generated=True)
+    assert found_partners(tmp_path, names, "abc", is_generated=True, by="order")[0] == "order"
+
+
+ACCENTS = ["Évora", "Eza", "Zürich", "Zug"]  # sorted by letters in one form, not in the other
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_fit_whether_accents_are_letters_of_their_own_or_not(tmp_path, forms):
+    own, other = ([unicodedata.normalize(form, name) for name in ACCENTS] for form in forms)
+    assert sorted(own) != [unicodedata.normalize(forms[0], name) for name in sorted(other)]
+    found_by, numbers = found_partners(tmp_path, own, other)
+    assert found_by == "name"
+    for name, number in zip(sorted(own), numbers, strict=True):
+        assert unicodedata.normalize(forms[1], name) == sorted(other)[number]
+
+
+@pytest.mark.parametrize("names, others, doubt", [
+    ("pqr", "abc", "no image has a partner of its name"),
+    (["a1", "b2"], ["x1", "x2"], "no image has a partner of its name"),
+    ([f"x{i}" for i in range(1, 12)], [f"y{i:02d}" for i in range(1, 12)], "do not run as those"),
+    (["x1", "x2", "x4"], ["y1", "y2", "y3"], "do not run as those"),
+    (["x0", "x1", "x2"], ["y1", "y2", "y3"], None), (["s/x007"], ["y"], None),
+    (["x7", "x8"], ["000000", "000001"], None), (["a/01", "a/02"], ["1", "2"], None)])
+def test_an_order_that_names_do_not_show_is_doubted(run, tmp_path, names, others, doubt):
+    truths = [smooth((1, 8, 8), i) for i in range(len(names))]
+    write(tmp_path / "truth", truths, sorted(others))
+    write(tmp_path / "out", [t + 5 for t in truths], sorted(names))
+    args = [f"--images={tmp_path}/out", f"--truth={tmp_path}/truth", "--range=-1000,1000",
+            "--metrics=mae"]
+    done = run(*args)
+    assert "paired by order\n" in done.out and len(done.err.splitlines()) == bool(doubt)
+    assert (doubt or "") in done.err and ("--pair-by=order says yes" in done.err) == bool(doubt)
+    assert run(*args, "--pair-by=order").err == ""
+    assert (doubt or "") in run(*args, f"--input={tmp_path}/truth").err
+
+
+def swapped(n, *pairs):
+    numbers = list(range(n))
+    for a, b in pairs:
+        numbers[a], numbers[b] = b, a
+    return numbers
+
+
+@pytest.mark.parametrize("order, num_better", [
+    (swapped(9), 0), (swapped(9, (2, 5)), 2), (swapped(9, (0, 8), (3, 4)), 4),
+    ([*range(1, 9), 0], 9), (swapped(400, (1, 30)), 2), (swapped(400, (35, 90)), 0)])
+@pytest.mark.parametrize("noise", [0, 300])
+def test_images_that_are_more_like_the_truths_of_others_are_named(order, num_better, noise):
+    # Beyond 256 only blocks of 32 are looked at, here from 0, 50, 100 on.
+    truths = [smooth((1, 40, 36), seed) for seed in range(len(order))]
+    likeness = _Likeness(len(order))
+    for number, of in enumerate(order):
+        image = truths[of] + noise * RNG(of).standard_normal((1, 40, 36))
+        likeness.add(number, image, truths[number])
+    found = likeness.better()
+    assert len(found) == num_better and likeness.count == min(len(order), 256)
+    if len(order) == 9:
+        assert [(a, b) for a, b, *_ in found] == [
+            (i, of) for i, of in enumerate(order) if i != of]
+
+
+@pytest.mark.parametrize("make", [
+    lambda t, k: t[k] + 900 * RNG(k).standard_normal(t[k].shape),  # noisier than structure
+    lambda t, k: scipy.ndimage.gaussian_filter(t[k], (0, 8, 8)), lambda t, k: 0 * t[k] + 7,
+    lambda t, k: np.mean(t, 0), lambda t, k: 1000 * RNG(k).standard_normal(t[k].shape),
+    lambda t, k: t[0] + (t[k] - t[0]) * 0.2,  # all like the first
+], ids=["noisy", "smooth", "even", "mean", "others", "collapsed"])
+def test_bad_images_are_not_taken_for_those_of_others(make):
+    truths = [smooth((1, 40, 36), seed) for seed in range(20)]
+    likeness = _Likeness(20)
+    for k, truth in enumerate(truths):
+        likeness.add(k, make(truths, k), truth)
+    assert likeness.better() == []
+
+
+def test_a_swap_is_warned_of_with_both_names(run, ct):
+    root, *_ = ct
+    (root / "out/000001.npy").rename(root / "out/x")
+    (root / "out/000002.npy").rename(root / "out/000001.npy")
+    (root / "out/x").rename(root / "out/000002.npy")
+    [line] = run(f"--images={root}/out", f"--truth={root}/truth", "--metrics=mae").err.splitlines()
+    assert re.search(rf"^Warning: --images={root}/out: 2 of 4 images are clearly more like another "
+                     r"image's truth than their own, such as 000001.npy like img002.npy "
+                     r"\(correlation 0\.9\d+, with its own -?0\.\d+\); are they paired rightly\?$",
+                     line)
+
+
+def test_seeds_are_recorded_only_if_a_record_says_so(run, tmp_path):
+    image = smooth((1, 8, 8))
+    names = ["A/001", "A/002", "B/001", "B/002"]
+    superscript = ["1", "2", "\u00b2", "\u00b3"]
+    inputs = [f"{i:06d}" for i in range(4)]
+    for own, record in ((names, None), (superscript, None), (inputs, None),
+                        (inputs, {"names": "inputs"}), (inputs, {})):
+        for folder in ("truth", "out", "pairs_out"):
+            shutil.rmtree(tmp_path / folder, ignore_errors=True)
+        write(tmp_path / "truth", [image] * 4, own)
+        write(tmp_path / "out", [image + 5] * 4, own)
+        if record is not None:
+            (tmp_path / "out/generate.json").write_text(json.dumps(record))
+        run(f"--images={tmp_path}/out", f"--truth={tmp_path}/truth", "--range=-1000,1000",
+            "--metrics=mae")
+        [line] = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+        assert json.loads(line)["seeds"] == ("0-3" if record == {} else None)
 
 
 # Ranges, kinds, units

@@ -28,7 +28,7 @@ CALC = {
     "metric": (["--metrics=kid"], {"value"}),
     "images": (["--images=copy.zip"], set()),
     "num": (["--num=20"], {"value"}),
-    "seeds": (["--images=numbered"], {"images", "value", "chosen_from"}),
+    "seeds": (["--images=generated"], {"images", "value", "chosen_from", "sampler"}),
     "sampler": (["--images=generated"], {"images", "value", "chosen_from", "seeds"}),
     "chosen_from": (["--images=longer.zip"], {"images", "value"}),
     "choice_seed": (["--seed=1"], {"value"}),
@@ -59,10 +59,8 @@ def folder(tmp_path_factory):
         write_dataset(root / name, num=40)
     network = write_snapshot(root / "net.pt")
     (root / "copy.pt").write_bytes(network.read_bytes())
-    for name in ("numbered", "generated"):
-        generate.main([f"--network={network}", f"--outdir={root / name}", "--steps=2",
-                       "--seeds=0-25", "--device=cpu"], standalone_mode=False)
-    (root / "numbered/generate.json").unlink()
+    generate.main([f"--network={network}", f"--outdir={root / 'generated'}", "--steps=2",
+                   "--seeds=0-25", "--device=cpu"], standalone_mode=False)
     return root
 
 

@@ -18,6 +18,7 @@ from checkpoints import checkpoint
 from checkpoints.names import find_network
 from images.dataset import ImageFolderDataset
 from pfgmpp.samplers import draw_latents
+from sampling.image_writer import ImageFolder
 from sampling.labels import DrawnClasses, classes_with_images, read_labels
 from sampling.network_sampler import NetworkSampler
 
@@ -212,6 +213,15 @@ def test_a_folder_of_samples_is_a_labelled_data_set(unbalanced, tmp_path, invoke
     dataset = ImageFolderDataset(out, use_labels=True)
     assert len(dataset) == 11 and set(dataset.class_numbers) == {1, 3}
     assert "class 1 (b)" in invoke(dataset_tool.main, "check", str(out)).stdout
+
+
+@pytest.mark.parametrize("stray", ["3", "\u00b3", "\u0663" * 6, "0003"])
+def test_numbers_in_other_words_are_no_images_of_seeds(tmp_path, stray):
+    folder = ImageFolder(tmp_path, (1, 4, 4), subdirs=False)
+    for stem in ("000003", stray):
+        (tmp_path / f"{stem}.png").touch()
+    folder.record_labels({3: 1}, lambda seeds: [0] * len(seeds))
+    assert json.loads((tmp_path / "dataset.json").read_text())["labels"] == [["000003.png", 1]]
 
 
 def test_label_vectors_of_samples_are_recorded(vectors, tmp_path, invoke):
