@@ -149,7 +149,7 @@ def _check_geometry(transform: str | None, size: tuple[int, int] | None) -> None
 
 
 def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[int] | None,
-               names: Sequence[str] | None) -> None:
+               names: Sequence[str] | None, are_names_kept: bool) -> None:
     """Prints what was written, and what a user may not expect."""
     def origin(label):
         if names:
@@ -180,13 +180,23 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
                    f"says, the first {outcome.misnamed.first}")
     for images in filter(None, (outcome, outcome.conditions)):
         _tell_profiles(images)
-    for fact in source.facts:
+    for fact in _facts_of(source, are_names_kept):
         click.echo(f"Note: {fact}")
+    for doubt in source.doubts:
+        click.echo(f"Warning: {doubt}", err=True)
     if source.note:
         click.echo(f"Warning: {source.note}", err=True)
     if outcome.cmyk.count:
         click.echo(f"Warning: {outcome.cmyk.count} CMYK images were converted without a colour "
                    f"profile, the first {outcome.cmyk.first}", err=True)
+
+
+def _facts_of(source: "Source", are_names_kept: bool) -> list[str]:
+    """Returns what a user may want to know of a source, and of the order of its slices."""
+    if not source.is_dicom:
+        return list(source.facts)
+    order = "their names" if are_names_kept else source.order  # a data set is read by sorted names
+    return [f"{source.facts[0]}, in the order of {order}", *source.facts[1:]]
 
 
 def _tell_profiles(outcome: "Outcome") -> None:
@@ -451,7 +461,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
         with open_dest(Path(dest)) as write:
             outcome = convert_all(images, numbers, label_list, settings, write,
                                   workers or num_cores(), conditions, class_names, names)
-        _summarise(dest, images, outcome, classes, class_names)
+        _summarise(dest, images, outcome, classes, class_names, names is not None)
         _tell_unused(images, max_images, len(numbers))
 
 

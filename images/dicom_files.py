@@ -176,8 +176,8 @@ def _numbers(dataset: Any, keyword: str, count: int) -> tuple[float, ...] | None
     return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
 
 
-def in_order(headers: Mapping[str, Header]) -> tuple[list[str], str]:
-    """Returns the names of files series by series, slice by slice, and a line that says how.
+def in_order(headers: Mapping[str, Header]) -> tuple[list[str], str, str]:
+    """Returns the names of files series by series, slice by slice, how many, and by what they go.
 
     `headers` are in the order of their names, which series keep.
     """
@@ -189,8 +189,8 @@ def in_order(headers: Mapping[str, Header]) -> tuple[list[str], str]:
         rule, key = _slice_order([headers[name] for name in names])
         ordered += sorted(names, key=lambda name, key=key: key(headers[name]))  # else as they are
         rules[rule] = None
-    return ordered, (f"{len(headers)} slices of {len(series)} DICOM series, in the order of "
-                     f"{' or '.join(rules)}")
+    return (ordered, f"{len(headers)} slices of {len(series)} DICOM series",
+            " or ".join(rules))
 
 
 def _slice_order(headers: list[Header]) -> tuple[str, Callable[[Header], Any]]:

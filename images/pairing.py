@@ -27,22 +27,30 @@ def words_of(text: str) -> tuple[str, ...]:
 
 def common_numbers(own: Sequence[tuple[int, ...]], others: Sequence[tuple[int, ...]]
                    ) -> tuple[list, list] | None:
-    """Returns numbers by which things and others, as many, may belong together; None for none.
+    """Returns keys by which things and others, as many, may belong together; None for none.
 
-    They are unique on either side, and at least half of them are on both. All numbers of a name are
-    taken before a single one, and single ones from the last to the first; those that are the same
-    on both sides are taken before others.
+    Keys are unique on either side, and at least half of them are on both. Keys that are the same on
+    both sides are taken before others, all numbers of a name before a single one, and single ones
+    from the last to the first, counted from the end and then from the beginning.
 
     Args:
         own: the numbers in the name of each thing.
         others: likewise.
     """
-    columns = range(-1, -1 - min(map(len, (*own, *others))), -1)
+    least = min(map(len, (*own, *others)))
+    columns = [*range(-1, -1 - least, -1), *range(least)]
     ways = [(list(own), list(others)), *(
         ([numbers[i] for numbers in own], [numbers[i] for numbers in others]) for i in columns)]
-    ways = [way for way in ways if all(len(set(side)) == len(side) for side in way)
-            and 2 * len(set(way[0]) & set(way[1])) >= len(way[0])]
+    ways = [way for way in ways if _may_be_keys(*map(set, way), len(own))]
     return next((way for way in ways if set(way[0]) == set(way[1])), ways[0] if ways else None)
+
+
+def _may_be_keys(own: set, others: set, count: int) -> bool:
+    if len(own) < count or len(others) < count or 2 * len(own & others) < count:
+        return False
+    from_0, from_1 = set(range(count)), set(range(1, count + 1))
+    sides = [{key[-1] if isinstance(key, tuple) else key for key in side} for side in (own, others)]
+    return sides not in ([from_0, from_1], [from_1, from_0])
 
 
 def distance_mm(image: Header | None, other: Header | None) -> float | None:

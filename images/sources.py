@@ -43,6 +43,7 @@ from images import (
     dicom_files,
     idx_files,
     label_tables,
+    pairing,
     table_files,
     tensor_files,
 )
@@ -63,6 +64,7 @@ from images.image_files import (
     parse_labels,
     read_regular,
     sort_names,
+    stem,
 )
 from images.label_tables import BY_DEFAULT, Columns
 from images.npz_files import Npz, is_npz
@@ -111,6 +113,8 @@ class Source:
     class_names: Sequence[str] | None = None  # as the source calls them
     has_folder_classes: bool = False  # whether the labels are the folders at the top
     is_dicom: bool = False  # whether they are slices, whose folders are no classes
+    headers: Mapping[str, dicom_files.Header] = dataclasses.field(default_factory=dict)  # of slices
+    order: str = ""  # what slices go by
     has_file_names: bool = False  # whether the names are those of files
     others: Sequence[str] = ()  # files that aren't images
     num_hidden: int = 0  # hidden files, and those of the system
@@ -120,6 +124,7 @@ class Source:
     unmatched: Sequence[str] = ()  # files that are neither images nor conditions by a pattern
     note: str = ""  # what a user may not expect
     facts: Sequence[str] = ()  # what a user may want to know
+    doubts: Sequence[str] = ()  # what speaks against the pairs that were made
     # Other labels that `choose_labels` may take, and the names of their classes.
     label_sets: Mapping[str, tuple[np.ndarray, Sequence[str] | None]] = dataclasses.field(
         default_factory=dict)
@@ -167,31 +172,90 @@ def condition_numbers(source: Source, conditions: Source, *,
                       by_order: bool = False) -> Sequence[int]:
     """Returns for each image of a source the number of its condition image, by name or order.
 
+    What speaks against an order or against names goes to the source's `doubts`.
+
     Raises:
-        ValueError: an image without a condition image or the other way round, or sources without
-            names.
+        ValueError: an image without a condition image or the other way round, sources without
+            names, or slices at other positions by order.
     """
     if by_order:
         if source.num_images != conditions.num_images:
             raise ValueError(f"--pair=order: --source has {source.num_images} images, but "
                              f"--cond-source {conditions.num_images}; there must be as many")
-        return range(source.num_images)
+        numbers = range(source.num_images)
+        if source.names is None or conditions.names is None:
+            return numbers
+        if not _check_positions(source, conditions, numbers, "--pair=order"):
+            _doubt_order(source, conditions)
+        return numbers
     if source.names is None or conditions.names is None:
         raise ValueError("--cond-source: LMDB has no file names to find condition images by; "
                          "--pair=order goes by their order")
     found, extra = match_names(source.names, conditions.names)
     check_matched(source.names, found, extra, "--cond-source")
-    numbers = {name: number for number, name in enumerate(conditions.names)}
-    return [numbers[name] for name in found]
+    of_names = {name: number for number, name in enumerate(conditions.names)}
+    numbers = [of_names[name] for name in found]
+    _check_positions(source, conditions, numbers, "--cond-source", is_certain=True)
+    return numbers
+
+
+def _check_positions(source: Source, conditions: Source, numbers: Sequence[int], flag: str, *,
+                     is_certain: bool = False) -> bool:
+    """Returns whether all slices are known to lie where their condition images lie.
+
+    Slices at other positions are an error or, where their names alone make them pairs, a doubt.
+
+    Args:
+        source: the images; doubts go to it.
+        conditions: their condition images.
+        numbers: which of them belongs to each image.
+        flag: what errors begin with.
+        is_certain: whether names alone have made the pairs.
+
+    Raises:
+        ValueError: two lie apart along the normal.
+    """
+    pairs = [(name, conditions.names[number])
+             for name, number in zip(source.names, numbers, strict=True)]
+    gaps = [pairing.distance_mm(source.headers.get(own), conditions.headers.get(other))
+            for own, other in pairs]
+    apart = [(pair, gap) for pair, gap in zip(pairs, gaps, strict=True)
+             if gap is not None and gap > pairing.SAME_POSITION_MM]
+    if apart:
+        (own, other), gap = apart[0]
+        problem = (f"{flag}: {len(apart)} of {len(pairs)} condition images are slices at other "
+                   f"positions than their images, the first {other}, {gap:.6g} mm from {own}")
+        if not is_certain:
+            raise ValueError(f"{problem}; leave out slices that only one side has, or give "
+                             "--pair=PATTERN whose groups tell each pair from all others")
+        source.doubts = [*source.doubts, problem]
+    return None not in gaps
+
+
+def _doubt_order(source: Source, conditions: Source) -> None:
+    """Adds to a source's doubts if numbers in names make other pairs than the order does."""
+    sides = [[pairing.numbers_of(stem(name)) for name in part.names]
+             for part in (source, conditions)]
+    found = pairing.common_numbers(*sides)
+    if found is None:
+        return
+    unlike = [i for i, (own, other) in enumerate(zip(*found, strict=True)) if own != other]
+    if unlike:
+        i = unlike[0]
+        source.doubts = [*source.doubts, (
+            f"--pair=order: by the numbers in their names {len(unlike)} of {len(found[0])} images "
+            f"have other condition images than by order, which makes {conditions.names[i]} that of "
+            f"{source.names[i]}")]
 
 
 def pair_by_pattern(source: Source, pattern: re.Pattern[str]) -> tuple[Source, Source]:
     """Returns the images of a source, and in their order the condition image of each.
 
     The first half of the groups of the pattern match in names of conditions, the second half in
-    those of images. Names in which the groups hold the same text belong together; of several the
-    first condition belongs to the first image, in the order of the source. A pattern with a '/'
-    sees paths, another one the names of files without their folders.
+    those of images. Names in which the groups hold the same text belong together. Of several the
+    condition at the same position or of the same numbers in the rest of its name belongs to an
+    image, and where nothing tells, the first condition to the first image, in the order of the
+    source. A pattern with a '/' sees paths, another one the names of files without their folders.
 
     Raises:
         ValueError: a partner is missing or not certain, or the source has no files.
@@ -204,11 +268,60 @@ def pair_by_pattern(source: Source, pattern: re.Pattern[str]) -> tuple[Source, S
         raise ValueError(f"--pair: none of {len(unmatched)} names matches, such as "
                          f"{shown_some(unmatched)}")
     _check_halves(source.names, conditions, images, "/" in pattern.pattern)
-    pairs = sorted(pair for text, numbers in images.items()
-                   for pair in zip(numbers, conditions[text], strict=True))
-    found = _part(source, [image for image, _ in pairs])
+    pairs, num_by_order, are_certain = [], 0, True
+    for text, numbers in images.items():
+        others, how = _pairs_in_group(source, pattern, numbers, conditions[text])
+        pairs += zip(numbers, others, strict=True)
+        num_by_order += len(numbers) if how == "order" else 0
+        are_certain = are_certain and how == "groups"
+    pairs.sort()
+    found, partners = (_part(source, list(side)) for side in zip(*pairs, strict=True))
     found.unmatched = unmatched
-    return found, _part(source, [condition for _, condition in pairs])
+    is_known = _check_positions(found, partners, range(len(pairs)), "--pair",
+                                is_certain=are_certain)
+    if num_by_order and not is_known:
+        found.doubts = [*found.doubts, (
+            f"--pair: {num_by_order} of {len(pairs)} images have their condition image by order "
+            "among several of the same text, because no numbers in the rest of their names are the "
+            f"same; is {partners.names[0]} that of {found.names[0]}?")]
+    return found, partners
+
+
+def _pairs_in_group(source: Source, pattern: re.Pattern[str], images: list[int],
+                    conditions: list[int]) -> tuple[list[int], str]:
+    """Returns the conditions of images of one text, as many, and by what: groups, numbers, order.
+
+    Raises:
+        ValueError: some have the same numbers, and others have no partner of theirs.
+    """
+    if len(images) == 1:
+        return conditions, "groups"
+    headers = [source.headers.get(source.names[i]) for i in (*images, *conditions)]
+    if all(header and header.position and header.directions for header in headers):
+        return conditions, "order"  # that of positions, which are compared later
+    sides = [[pairing.numbers_of(_rest(pattern, source.names[i])) for i in side]
+             for side in (images, conditions)]
+    if all(header and header.number is not None for header in headers):
+        sides = [[(header.number,) for header in part] for part in (
+            headers[:len(images)], headers[len(images):])]
+    found = pairing.common_numbers(*sides)
+    if found is None:
+        return conditions, "order"
+    by_number = dict(zip(found[1], conditions, strict=True))
+    if missing := [i for i, key in zip(images, found[0], strict=True) if key not in by_number]:
+        raise ValueError(
+            f"--pair: {len(missing)} of {len(images)} images have no condition image of their "
+            f"number, the first {source.names[missing[0]]}, though others have; leave out those "
+            "that only one side has, or give two sources and --pair=order")
+    return [by_number[key] for key in found[0]], "numbers"
+
+
+def _rest(pattern: re.Pattern[str], name: str) -> str:
+    """Returns what of a name the groups of a pattern don't hold, without the extension."""
+    text = name if "/" in pattern.pattern else name.rpartition("/")[2]
+    match = pattern.search(text)
+    held = {i for group in range(1, pattern.groups + 1) for i in range(*match.span(group))}
+    return "".join(" " if i in held else text[i] for i in range(len(stem(text))))
 
 
 _Half = dict[tuple[str | None, ...], list[int]]  # the numbers of files by what the groups hold
@@ -397,13 +510,13 @@ def _add_slices(source: Source, path: Path, item: Callable[[str], Item],
                 headers[name] = header
             else:
                 others.add(name)
-    names, how = dicom_files.in_order(headers)
+    names, count, source.order = dicom_files.in_order(headers)
     names += damaged  # which say why when they are converted
     source.names, source.num_images, source.is_dicom = names, len(names), True
     source.others = [name for name in source.others if name not in files or name in others]
     source.read = lambda numbers: (item(names[i])._replace(decode=dicom_files.decode)
                                    for i in numbers)
-    source.facts = [how]
+    source.headers, source.facts = headers, [count]
     inverted = [name for name, header in headers.items() if header.is_shown_inverted]
     if inverted:
         source.facts.append(f"{len(inverted)} slices are MONOCHROME1 (meant to be shown inverted), "

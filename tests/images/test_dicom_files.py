@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pydicom
 import pytest
-from dicom_slices import dicom, stored
+from dicom_slices import AXIAL, dicom, stored
 from image_sources import assert_refused, encode, flat, run, write_source
 from pydicom.dataset import Dataset
 from pydicom.pixels.decoders.base import Decoder
@@ -209,6 +209,98 @@ def test_doses_of_patients_are_paired_as_they_are_published(tmp_path):
     assert run(tmp_path / "full", tmp_path / "b.zip", f"--cond-source={tmp_path / 'quarter'}",
                "--pair=order", *args[1:]).exit_code == 0
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def doses(heights, other_heights, **each):
+    """Returns flat slices L067_FD_0, ... at these heights and L067_QD_0, ... at others."""
+    return {f"L067_{dose}_{i}.IMA": dicom(
+        np.full([8, 12], value + i, np.uint16), RescaleIntercept=0, SeriesInstanceUID=uid,
+        **{"ImagePositionPatient": [shift, 0, z], "InstanceNumber": i + 1, **each})
+        for dose, uid, shift, value, own in (("FD", "1.7", 0, 0, heights),
+                                             ("QD", "1.8", 30, 100, other_heights))
+        for i, z in enumerate(own)}
+
+
+def both_ways(tmp_path, files):
+    """Yields what a conversion of two doses prints, by a pattern and by order, and its pairs."""
+    write_source(tmp_path / "src", files)
+    for dose in ("FD", "QD"):
+        write_source(tmp_path / dose, {name: data for name, data in files.items() if dose in name})
+    for source, *args in ((tmp_path / "src", "--pair=(.*)_QD_|(.*)_FD_"),
+                          (tmp_path / "FD", f"--cond-source={tmp_path / 'QD'}", "--pair=order")):
+        (tmp_path / "a.zip").unlink(missing_ok=True)
+        done = run(source, tmp_path / "a.zip", SCALE, "--cond-scale=-1024,3071", *args)
+        if done.exit_code:
+            yield done.output, None
+            continue
+        images, _, conditions = ImageFolderDataset(
+            tmp_path / "a.zip", use_conditions=True).get_batch(range(len(files) // 2))
+        yield done.output, list(zip(levels(images), levels(conditions), strict=True))
+
+
+@pytest.mark.parametrize("heights, others, num_apart, gap", [
+    ([0, 1, 2], [1, 2, 3], 3, 1), ([0, 2.5, 7.5], [0, 5, 7.5], 1, 2.5), ([0, 1], [0, 1.1], 1, 0.1)])
+def test_slices_at_other_positions_are_no_pairs(tmp_path, heights, others, num_apart, gap):
+    for output, pairs in both_ways(tmp_path, doses(heights, others)):
+        assert pairs is None and not (tmp_path / "a.zip").exists()
+        assert (f"{num_apart} of {len(heights)} condition images are slices at other positions "
+                f"than their images, the first ") in output
+        assert f", {gap} mm from " in output and len(output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("directions", [AXIAL, [0, 1, 0, 0, 0, 1], [1, 0, 0, 0, 0.6, 0.8]])
+def test_the_place_in_the_plane_is_no_other_position(tmp_path, directions):
+    normal = np.cross(directions[:3], directions[3:])
+    files = {}
+    for name, i, z in (("FD", 0, 0), ("FD", 1, 5), ("QD", 0, 5.004), ("QD", 1, 0)):
+        shift = 9 * (name == "QD")
+        place = z * normal + shift * np.array(directions[:3]) - 3 * shift * np.array(directions[3:])
+        files[f"p_{name}_{i}.IMA"] = dicom(
+            np.full([8, 12], i + 100 * (name == "QD"), np.uint16), RescaleIntercept=0,
+            ImagePositionPatient=place.round(6).tolist(), ImageOrientationPatient=directions,
+            SeriesInstanceUID=f"1.{len(name) + shift}")
+    for output, pairs in both_ways(tmp_path, files):
+        assert pairs == [(0, 101), (1, 100)] and "Warning" not in output
+
+
+def test_slices_without_positions_go_by_instance_number(tmp_path):
+    files = doses([0] * 3, [0] * 3, ImagePositionPatient=None)
+    for output, pairs in both_ways(tmp_path, files):
+        assert pairs == [(0, 100), (1, 101), (2, 102)] and "Warning" not in output
+    lost = doses([0] * 3, [0] * 3, ImagePositionPatient=None, InstanceNumber=None)
+    lost["L067_QD_7.IMA"] = lost.pop("L067_QD_1.IMA")
+    (tmp_path / "b").mkdir()
+    outputs = list(both_ways(tmp_path / "b", lost))
+    assert "1 of 3 images have no condition image of their number, the first L067_FD_1.IMA" in \
+        outputs[0][0] and outputs[0][1] is None
+    assert "Warning: --pair=order: by the numbers in their names 2 of 3 images" in outputs[1][0]
+
+
+@pytest.mark.parametrize("args", [["--pair=(.*)_QD_(.*)|(.*)_FD_(.*)"], None])
+def test_names_that_tell_all_pairs_come_before_positions_with_a_warning(tmp_path, args):
+    files = doses([0, 1, 2], [1, 2, 3])
+    if args is None:
+        for dose in ("FD", "QD"):
+            write_source(tmp_path / dose, {name.replace(dose, ""): data
+                                           for name, data in files.items() if dose in name})
+        args, source = [f"--cond-source={tmp_path / 'QD'}"], tmp_path / "FD"
+    else:
+        source = write_source(tmp_path / "src", files)
+    done = run(source, tmp_path / "a.zip", SCALE, "--cond-scale=-1024,3071", *args)
+    assert done.exit_code == 0
+    assert "Warning: --" in done.output and ": 3 of 3 condition images are slices at other " in \
+        done.output
+    assert len(ImageFolderDataset(tmp_path / "a.zip", use_conditions=True)) == 3
+
+
+def test_with_names_that_are_kept_the_order_is_theirs(tmp_path):
+    source = write_source(tmp_path / "src", dict(zip(["a.dcm", "b.dcm", "c.dcm"], slices(
+        ImagePositionPatient=[[0, 0, z] for z in (20, 10, 30)]), strict=True)))
+    for args, order, expected in (([], "positions", [1, 0, 2]),
+                                  (["--keep-names"], "names", [0, 1, 2])):
+        output, images = made(source, tmp_path / "a.zip", *args)
+        assert levels(images) == expected
+        assert f"Note: 3 slices of 1 DICOM series, in the order of their {order}\n" in output
 
 
 def test_conditions_of_names_that_are_uids_are_found(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import unicodedata
 import zipfile
 
@@ -387,6 +388,69 @@ def test_order_pairs_sources_of_other_names(tmp_path):
     (conditions / "e.png").write_bytes((conditions / "d.png").read_bytes())
     assert_refused(run(images, tmp_path / "out/a.zip", *args), tmp_path,
                    "--source has 4 images, but --cond-source 5")
+
+
+def named_pairs(output_dataset, names):
+    """Returns the names of each image and its condition, of files that hold their numbers."""
+    _, dataset = output_dataset
+    return [(names[image], names[condition]) for image, condition in pairs_of(dataset)]
+
+
+@pytest.mark.parametrize("pair", [MAYO, "--pair=(.*)_QD.*|(.*)_FD.*"])
+@pytest.mark.parametrize("condition, image", [
+    ("{}_QD_{}", "{}_FD_{:02}"), ("{}_QD_{:03}", "{}_FD_{}"),  # 10 comes before 2, or not
+    ("{}_QD_{}", "{}_FD_n{:02}_512"), ("{}_QD_8_{}", "{}_FD_4_{:02}"),
+    ("{}_QD_{}_x7", "{}_FD_{:02}_x7")])
+def test_files_of_one_text_are_paired_by_the_numbers_in_the_rest_of_their_names(
+        tmp_path, pair, condition, image):
+    pairs = [(f"{image.format(patient, k)}.png", f"{condition.format(patient, k)}.png")
+             for patient in ("L1", "L2") for k in range(1, 12)]
+    names = [name for both in pairs for name in both]
+    done = made(pattern_source(tmp_path / "src", *names), tmp_path / "a.zip", pair)
+    assert named_pairs(done, names) == sorted(pairs) and "Warning" not in done[0]
+
+
+@pytest.mark.parametrize("conditions, images, doubt", [
+    ("abc", "xyz", True), ([4, 5, 6], [1, 2, 3], True), ([0, 1, 2], [1, 2, 3], True),
+    (["3_3", "5_3", "7_3"], ["1_1", "1_2", "1_4"], True), (["2_", "3_"], ["a2_", "b3_"], False)])
+def test_order_among_files_of_one_text_is_told(tmp_path, conditions, images, doubt):
+    names = [f"p_{dose}_{text}.png" for dose, texts in (("QD", conditions), ("FD", images))
+             for text in texts]
+    output, dataset = made(pattern_source(tmp_path / "src", "q_FD_.png", "q_QD_.png", *names),
+                           tmp_path / "a.zip", MAYO)
+    n = len(images)
+    assert pairs_of(dataset) == [(n + 2 + i, i + 2) for i in range(n)] + [(0, 1)]
+    expected = (f"Warning: --pair: {n} of {n + 1} images have their condition image by order among "
+                "several of the same text, because no numbers in the rest of their names are the "
+                f"same; is {names[0]} that of {names[n]}?\n")
+    assert (expected in output) == doubt and ("Warning" in output) == doubt
+
+
+def test_files_of_one_text_without_a_partner_of_their_number_are_refused(tmp_path):
+    names = [f"p_{dose}_{k}.png" for dose, lost in (("QD", 4), ("FD", 2)) for k in range(6)
+             if k != lost]
+    assert_refused(run(pattern_source(tmp_path / "src", *names), tmp_path / "out/a.zip", MAYO),
+                   tmp_path, "--pair: 1 of 5 images have no condition image of their number, the "
+                   "first p_FD_4.png")
+
+
+@pytest.mark.parametrize("conditions, images, num_doubted", [
+    ([f"q{i}" for i in range(1, 12)], [f"f{i:02}" for i in range(1, 12)], 10),
+    (["q1", "q2", "q4"], ["f1", "f3", "f4"], 1), (["q0", "q1"], ["f1", "f2"], 0),
+    (["q3", "q4"], ["f1", "f2"], 0), (["q1", "q2"], ["1_f1", "1_f2"], 0), ("ab", "xy", 0)])
+def test_numbers_that_speak_against_an_order_are_told(tmp_path, conditions, images, num_doubted):
+    source = pattern_source(tmp_path / "src", *(f"{name}.png" for name in sorted(images)))
+    others = pattern_source(tmp_path / "cond", *(f"{name}.png" for name in sorted(conditions)))
+    output, dataset = made(source, tmp_path / "a.zip", f"--cond-source={others}", "--pair=order")
+    assert pairs_of(dataset) == [(i, i) for i in range(len(images))]
+    n, first = len(images), next((pair for pair in zip(sorted(conditions), sorted(images),
+                                                       strict=True) if pair[0][1:] !=
+                                  pair[1][1:].lstrip("0")), None)
+    warned = re.findall(r"^Warning: .*$", output, re.M)
+    assert warned == ([] if not num_doubted else [
+        f"Warning: --pair=order: by the numbers in their names {num_doubted} of {n} images have "
+        f"other condition images than by order, which makes {first[0]}.png that of "
+        f"{first[1]}.png"])
 
 
 @pytest.mark.parametrize("form, other", [("NFC", "NFD"), ("NFD", "NFC")])
