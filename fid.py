@@ -420,7 +420,13 @@ def pairs(images: str, truth: str, input_: str | None, metrics: tuple[str, ...] 
         from metrics.paired import PAIRED_METRICS, SSIM_WINDOWS, load_metric, ssim_problem
         from metrics.pairs import Pairs, value_range_of
 
-        own_metrics = dict(map(load_metric, metric_files))
+        own_metrics: dict = {}
+        for spec in dict.fromkeys(metric_files):
+            name, function = load_metric(spec)
+            if name in own_metrics:
+                raise ValueError(f"--metric-file={spec}: another file has given a {name}; give one "
+                                 "of the functions another name")
+            own_metrics[name] = function
         folder = _folder_of_files("pairs", out, images, truth)
         paired = Pairs(images, truth, input_, pair_by)
         for record in paired.images.sample_records().values():

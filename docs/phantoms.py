@@ -2,9 +2,9 @@
 
     python docs/phantoms.py --dest=phantoms.npy --num=400 --seed=0
 
-An array [n, 2, S, S] float32 in HU is written: channel 0 is the noisy measurement, channel 1 the
-truth. A slice is air (-1000) around a body of about 40 HU, with up to seven organs, cavities and
-bones in it. The noise is that of counting photons: with k of them in water,
+An array [n, 2, S, S] float32 in HU is written, slice by slice: channel 0 is the noisy measurement,
+channel 1 the truth. A slice is air (-1000) around a body of about 40 HU, with up to seven organs,
+cavities and bones in it. The noise is that of counting photons: with k of them in water,
 
     v = 1000 (m / k - 1),    m ~ Poisson(k (y + 1000) / 1000)
 
@@ -12,6 +12,7 @@ so its deviation is 1000 sqrt((y + 1000) / 1000 / k), which is the --noise in wa
 and air none. It is unbiased, and independent from pixel to pixel, which that of a scanner is not.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -22,13 +23,15 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402 - the path above
 
-from dnnlib.atomic import atomic_write  # noqa: E402
-from dnnlib.cli import run, user_errors  # noqa: E402
+from dnnlib.atomic import atomic_write, check_writable  # noqa: E402
+from dnnlib.cli import flag_errors, run, user_errors  # noqa: E402
+from dnnlib.progress import FIRST_LINE_SEC, Progress  # noqa: E402
 
 AIR, BODY = -1000.0, 40.0
 # Range of values and of half axes (as a share of the body's), and how often they are drawn.
 TISSUES = {"organ": ((-20, 120), (0.1, 0.4), 5), "fat": ((-110, -70), (0.1, 0.3), 2),
            "lung": ((-850, -700), (0.15, 0.35), 1), "bone": ((300, 900), (0.04, 0.12), 2)}
+_NOISE = 1e-3, 1e5  # HU: of 10^12 photons a pixel, and of one in 10^4 pixels
 _FINE = 4  # pixels a side over which the edges of ellipses are averaged
 
 
@@ -64,30 +67,42 @@ def measure(image: np.ndarray, noise: float, rng: np.random.Generator) -> np.nda
     return 1000 * (rng.poisson(photons * (image + 1000) / 1000) / photons - 1)
 
 
+def _parse_noise(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if not _NOISE[0] <= value <= _NOISE[1]:  # nor NaN
+        raise click.BadParameter("{:g}: must be from {:g} to {:g} HU".format(value, *_NOISE))
+    return value
+
+
 @click.command()
 @click.option("--dest", metavar="NPY", type=click.Path(path_type=Path), required=True,
               help="Array to write.")
-@click.option("--num", metavar="INT", type=click.IntRange(min=1), default=400, show_default=True,
+@click.option("--num", metavar="INT", type=click.IntRange(1, 10**6), default=400, show_default=True,
               help="Number of slices.")
-@click.option("--side", metavar="INT", type=click.IntRange(min=8), default=64, show_default=True,
+@click.option("--side", metavar="INT", type=click.IntRange(8, 2048), default=64, show_default=True,
               help="Their height and width in pixels.")
-@click.option("--noise", metavar="HU", type=click.FloatRange(min=0, min_open=True), default=60,
+@click.option("--noise", metavar="HU", type=float, callback=_parse_noise, default=60,
               show_default=True, help="Deviation of the noise in water.")
 @click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True,
               help="Seed of all draws.")
 def main(dest: Path, num: int, side: int, noise: float, seed: int) -> None:
     """Writes slices of ellipses in Hounsfield units, each with a noisy copy."""
     with user_errors():
-        pairs = np.empty([num, 2, side, side], np.float32)
-        for k in range(num):
-            rng = np.random.default_rng([seed, k])
-            truth = phantom(side, rng)
-            pairs[k] = measure(truth, noise, rng), truth
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(dest) as file:
-            np.save(file, pairs)
-        error = np.sqrt(np.mean(np.square(pairs[:, 0] - pairs[:, 1])))
-        click.echo(f"{dest}: {num} pairs of {side}x{side}; noise of {error:.1f} HU over all pixels")
+        with flag_errors("--dest", dest, "name a file"):
+            check_writable(dest)
+            dest.parent.mkdir(parents=True, exist_ok=True)
+        squares = 0.0
+        with atomic_write(dest) as file, \
+                Progress(num, "Drawing", delay=1, first_line_sec=FIRST_LINE_SEC) as progress:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "<f4", "fortran_order": False, "shape": (num, 2, side, side)})
+            for k in progress.over(range(num)):
+                rng = np.random.default_rng([seed, k])
+                truth = phantom(side, rng)
+                pair = np.stack([measure(truth, noise, rng), truth]).astype("<f4")
+                file.write(pair.tobytes())
+                squares += float(np.mean(np.square(pair[0] - pair[1], dtype=np.float64)))
+        error = math.sqrt(squares / num)
+        click.echo(f"{dest}: {num} pairs of {side}x{side}; noise of {error:.4g} HU over all pixels")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,20 @@ difference: it is taken of v - lo, so that data in Hounsfield units give that of
 [0, 1]. docs/metrics.md has both kinds of SSIM written out.
 """
 
+import contextlib
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+import os
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from dnnlib import console, signals
 from dnnlib.cli import describe
 from dnnlib.util import shown
 
@@ -78,12 +84,53 @@ def ssim_problem(metric: str, sizes: Sequence[tuple[int, int]]) -> str | None:
     return None
 
 
+class MetricOfFile:
+    """A function of the user's own; an error of its code becomes one line.
+
+    It gets copies of image and truth, because it may write into them.
+    """
+
+    def __init__(self, where: str, file: str, function: PairedMetric):
+        self._where, self._file, self._function = where, file, function
+
+    def __call__(self, image: np.ndarray, truth: np.ndarray,
+                 value_range: tuple[float, float]) -> float:
+        """Returns what the function does.
+
+        Raises:
+            ValueError: it has raised an error.
+        """
+        with _errors_of_user(self._where, self._file):
+            return self._function(image.copy(), truth.copy(), value_range)
+
+
+@contextlib.contextmanager
+def _errors_of_user(where: str, file: str) -> Iterator[None]:
+    """Turns any error of the user's code into a ValueError that says where in the file it was.
+
+    With --verbose its traceback is printed.
+    """
+    try:
+        yield
+    except signals.Stopped:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the user's code may raise
+        if console.is_verbose():
+            traceback.print_exc()
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == file]
+        line = f" (line {lines[-1]})" if lines else ""
+        text = describe(error).removeprefix(f"{file}: ")
+        kind = "" if isinstance(error, OSError | SyntaxError) and text else \
+            f"{type(error).__name__}{': ' if text else ''}"
+        raise ValueError(f"{where}: {kind}{text}{line}") from error
+
+
 def load_metric(spec: str) -> tuple[str, PairedMetric]:
     """Returns the name and the function of FILE.py:FUNCTION, of which the file is run.
 
     Raises:
-        OSError: the file can't be read.
-        ValueError: it can't be run, has no such function, or the name is one of ours.
+        ValueError: it can't be read or run, has no such function, or the name is one of ours.
     """
     path, colon, name = spec.rpartition(":")
     if not colon or not path.endswith(".py") or not name.isidentifier():
@@ -92,27 +139,25 @@ def load_metric(spec: str) -> tuple[str, PairedMetric]:
     if name in PAIRED_METRICS:
         raise ValueError(f"--metric-file={spec}: {name} is a metric of --metrics already; give the "
                          "function another name")
-    module_spec = importlib.util.spec_from_file_location(f"_metric_file_{Path(path).stem}", path)
+    module_name = f"_metric_file_{Path(path).stem}_{zlib.crc32(os.path.abspath(path).encode())}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(module_spec)
-    try:
+    sys.modules[module_name] = module  # where dataclasses and pickle look for it
+    with _errors_of_user(f"--metric-file={path}", module_spec.origin):
         module_spec.loader.exec_module(module)
-    except (OSError, ValueError, ImportError, SyntaxError, NameError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
-        text = describe(error).removeprefix(f"{path}: ")
-        raise kind(f"--metric-file={path}: {text}") from error
     function = getattr(module, name, None)
     if not callable(function):
         there = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         raise ValueError(f"--metric-file={spec}: no function {name} there"
                          f"{'; there is ' + ', '.join(there[:6]) if there else ''}")
-    return name, function
+    return name, MetricOfFile(f"--metric-file={spec}", module_spec.origin, function)
 
 
 def as_number(value: object, metric: str) -> float:
     """Returns what a metric has given as a float; raises ValueError where it is no number."""
     try:
         number = float(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError, RuntimeError):  # the latter two of several numbers
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # the middle two of several
         number = math.nan
     if math.isnan(number):
         raise ValueError(f"{metric} gave {shown(value)}; must be a number")

@@ -21,7 +21,7 @@ import numpy as np
 from dnnlib.cli import flag_errors
 from dnnlib.progress import Progress
 from images.dataset import ImageFolderDataset
-from images.image_files import composed
+from images.image_files import composed, error_prefix
 from images.pairing import numbers_of, words_of
 from images.scaling import Scaling, default_scaling
 from metrics.paired import PairedMetric, as_number
@@ -164,9 +164,10 @@ class Pairs:
                                              for values in (image, truth, *inputs))
                 name, name_of_truth = (source.dataset.all_names[self._sources[source][number]]
                                        for source in (self._images, self._truth))
-                own, *of_inputs = (
-                    {metric: as_number(function(values, truth, value_range), f"{metric} of {name}")
-                     for metric, function in metrics.items()} for values in (image, *inputs))
+                with error_prefix(f"{name}: "):
+                    own, *of_inputs = (
+                        {metric: as_number(function(values, truth, value_range), metric)
+                         for metric, function in metrics.items()} for values in (image, *inputs))
                 found.append(PairScore(name, name_of_truth, own, of_inputs[0] if inputs else None))
         warnings = []
         for check, likeness, source in zip(checks, likenesses, compared, strict=True):

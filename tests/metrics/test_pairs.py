@@ -803,7 +803,68 @@ def test_a_function_of_a_file_is_a_metric(run, fails, ct, metric_file):
         out = run(*args, chosen, own).out
         assert f"\nworst {expected:.4g} +- " in out and out.count("(4 images)") == lines
     error = fails(*args, f"--metric-file={metric_file}:nothing")
-    assert error == "Error: nothing of 000000.npy gave None; must be a number"
+    assert error == "Error: 000000.npy: nothing gave None; must be a number"
+
+
+HASTY = """
+from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Box:
+    side: int = 2
+def sneaky(image, truth, value_range):
+    image -= truth
+    truth[:] = 7
+    return Box().side
+def halves(image, truth, value_range):
+    return 1 / 0
+def opens(image, truth, value_range):
+    open("gone.txt")
+def leaves(image, truth, value_range):
+    raise SystemExit(3)
+def quiet(image, truth, value_range):
+    raise KeyError
+"""
+
+
+def test_a_function_that_writes_into_images_spoils_no_other_score(run, ct):
+    root, truths, noise = ct
+    (root / "hasty.py").write_text(HASTY)
+    args = f"--images={root}/out", f"--truth={root}/truth", "--input=cond"
+    own = f"--metric-file={root}/hasty.py:sneaky"
+    (root / "last.py").write_text("def last(image, truth, value_range):\n"
+                                  "    return abs(image - truth).mean()\n")
+    out = run(*args, "--metrics=", own, f"--metric-file={root}/last.py:last").out
+    mean = np.mean([np.abs((t + 20 * n).astype(float) - t) for t, n in zip(
+        truths, noise, strict=True)])
+    assert f"\nlast {mean:.4g} +- " in out and "\nsneaky 2 +- 0" in out
+
+
+@pytest.mark.parametrize("name, what", [
+    ("halves", "ZeroDivisionError: division by zero (line 12)"),
+    ("opens", "gone.txt: No such file or directory (line 14)"),
+    ("leaves", "SystemExit: 3 (line 16)"), ("quiet", "KeyError (line 18)")])
+@pytest.mark.parametrize("place", ["", "."])
+def test_an_error_in_a_function_is_one_line_with_the_image(fails, ct, monkeypatch, capsys, name,
+                                                           what, place):
+    root, *_ = ct
+    (root / "hasty.py").write_text(HASTY)
+    monkeypatch.chdir(root)
+    spec = f"{place}/hasty.py:{name}" if place else f"{root}/hasty.py:{name}"
+    args = f"--images={root}/out", f"--truth={root}/truth", f"--metric-file={spec}"
+    assert fails(*args) == f"Error: 000000.npy: --metric-file={spec}: {what}"
+    assert not (root / "pairs_out").exists()
+    with pytest.raises(SystemExit):
+        fid.main(["pairs", *args, "--verbose"])
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_two_functions_of_one_name_are_refused(fails, ct, metric_file):
+    root, *_ = ct
+    shutil.copy(metric_file, root / "copy.py")
+    error = fails(f"--images={root}/out", f"--truth={root}/truth",
+                  f"--metric-file={metric_file}:worst", f"--metric-file={root}/copy.py:worst")
+    assert f"--metric-file={root}/copy.py:worst: another file has given a worst" in error
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -839,6 +900,8 @@ def test_the_example_of_the_page_gives_lpips_what_it_wants(run, tmp_path, monkey
     ("", "m.py:psnr", "give the function another name"),
     ("import not_there\n", "m.py:f", "No module named 'not_there'"),
     ("def f(:\n", "m.py:f", "invalid syntax"), (None, "m.py:f", "No such file"),
+    ("\n{}['x']\n", "m.py:f", "KeyError: 'x' (line 2)"), ("1 / 0", "m.py:f", "ZeroDivisionError"),
+    ("import sys\nsys.exit()\n", "m.py:f", "SystemExit (line 2)"),
 ])
 def test_files_without_a_metric_are_refused(tmp_path, content, spec, expected):
     if content is not None:
@@ -848,7 +911,7 @@ def test_files_without_a_metric_are_refused(tmp_path, content, spec, expected):
     assert expected in str(caught.value) and str(caught.value).count(str(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("value", [None, "x", math.nan, np.ones(2)])
+@pytest.mark.parametrize("value", [None, "x", math.nan, np.ones(2), 10**400])
 def test_what_is_no_number_is_no_score(value):
     with pytest.raises(ValueError, match="^a gave .*must be a number$"):
         as_number(value, "a")
