@@ -65,10 +65,20 @@ class Evaluator:
 
     def check(self, image_shape: Sequence[int], images: str,
               scale: dict[str, Any] | None = None) -> None:
-        """Raises ValueError if images of this shape, called `images`, can't be scored.
+        """Raises ValueError on all ranks if images of this shape, called `images`, can't be scored.
 
         `scale` is that of images that are not 8-bit. It must be the reference's.
         """
+        error = None
+        try:
+            self._check(image_shape, images, scale)
+        except ValueError as caught:  # rank 0 alone may have the reference
+            error = caught
+        for first in filter(None, dist.gather_objects(error)):
+            raise first
+
+    def _check(self, image_shape: Sequence[int], images: str, scale: dict[str, Any] | None
+               ) -> None:
         try:
             dim = self.detector(no_images(image_shape, scale is None)).shape[1]
         except ValueError as error:
@@ -129,16 +139,29 @@ class Evaluator:
         Raises:
             ValueError: no class has enough images on both sides.
         """
-        def evaluate() -> dict[int, dict[str, float]]:
-            real = self._data.class_numbers[kept_numbers(len(self._data))]
-            _, left_out = classes_to_score(classes, real, images.metrics)
-            if left_out:
-                dist.warn0(f"classes {format_ranges(left_out)} have too few images on a side and "
-                           "are left out")
-            return scores_by_class(images.features, classes, self._reference.features, real,
-                                   self.detector, images.metrics)
+        return dist.run_on_rank0(lambda: scores_by_class(
+            images.features, classes, self._reference.features, self._real_classes, self.detector,
+            images.metrics))
 
-        return dist.run_on_rank0(evaluate)
+    def check_classes(self, classes: Sequence[int], metrics: Iterable[str]) -> None:
+        """Warns of classes that have too few images to be scored by themselves.
+
+        Raises:
+            ValueError: that is all of them.
+        """
+        dist.run_on_rank0(self._check_classes, classes, metrics)
+
+    def _check_classes(self, classes: Sequence[int], metrics: Iterable[str]) -> None:
+        for name in metrics:
+            _, left_out = classes_to_score(classes, self._real_classes, name)
+            if left_out:
+                dist.warn0(f"classes {format_ranges(left_out)} have too few images on a side for "
+                           f"{name} and are left out of it")
+
+    @property
+    def _real_classes(self) -> np.ndarray:
+        """The classes of the images of the reference whose features are kept."""
+        return self._data.class_numbers[kept_numbers(len(self._data))]
 
     @property
     def class_names(self) -> Sequence[str] | None:

@@ -52,10 +52,14 @@ class KeptFeatures:
         """
         facts = {"image_shape": list(self.image_shape), "scale": self.scale,
                  "detector_sha256": self.detector_sha256, "facts": self.facts}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            np.savez(file, features=self.features.numpy(), detector=np.array(self.detector),
-                     facts=np.array(json.dumps(json_value(facts))))
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                np.savez(file, features=self.features.numpy(), detector=np.array(self.detector),
+                         facts=np.array(json.dumps(json_value(facts))))
+        except OSError as error:
+            raise OSError(f"--features={path}: can't be written ({error.strerror or error}), "
+                          "though the score is there; name another place and run again") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "KeptFeatures":

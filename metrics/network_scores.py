@@ -3,15 +3,17 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dnnlib import console
+from dnnlib.atomic import check_writable
+from dnnlib.cli import describe
 from dnnlib.util import format_ranges, is_url
 from metrics.detectors import FEATURES_VERSION, Detector
 from metrics.feature_files import KeptFeatures, load_on_rank0, of_features
-from metrics.metrics import METRICS
+from metrics.recorded_scores import settings_of_images
 from metrics.score_report import Job, ScoreReport
 from metrics.scoring import network_features
 from metrics.unfinished import UnfinishedSums
@@ -57,12 +59,14 @@ def score_networks(
         features: where the features are kept: a file .npz for a single score, else a folder.
 
     Raises:
-        ValueError: at the end if networks were not scored; UsageError at once.
-        OSError: if the only network can't be read.
+        ValueError: at the end if networks were not scored; UsageError at once for the first.
+        OSError: the only network can't be read, or scores can't be recorded: at once where that is
+            known, else at the end.
     """
     report, failed = None, {}
     is_single = len(sources) * len(points) * len(ranges) == 1
     labels = dict(zip(sources, _labels(sources), strict=True))
+    dist.run_on_rank0(_check_places, sources, out)
     for source in sources:
         try:
             file = NetworkFile.read(source, key)
@@ -82,10 +86,11 @@ def score_networks(
                     job = _Job.of(file, point, sampler, seeds, labels[source], out)
                     kept = features and (features if is_single else features / job.feature_name)
                     _score(job, sampler, seeds, report, batch, again, kept)
-        except (UsageError, _NoReportError):
+        except _NoReportError:
             raise
         except (ValueError, OSError) as error:
-            if len(sources) == 1:
+            is_of_all = isinstance(error, UsageError) and report is None
+            if len(sources) == 1 or is_of_all:
                 raise
             failed[source] = error
             dist.warn0(f"{source} is not scored: {error}")
@@ -96,6 +101,29 @@ def score_networks(
         more = ", ..." if len(failed) > _MAX_NAMED else ""
         raise ValueError(f"{len(failed)} of {len(sources)} networks were not scored, see the "
                          f"warnings above: {named}{more}")
+    if report is not None and report.has_lost_scores:
+        raise OSError("not all scores could be recorded, see the warnings above")
+
+
+def _check_places(sources: Sequence[str], out: Path | None) -> None:
+    """Raises OSError where scores can't be recorded; warns where there is no place for them."""
+    if out is None and any(map(is_url, sources)):
+        dist.warn0("the scores of networks at addresses are not recorded, and their unfinished "
+                   "ranges not kept; --out=FILE.jsonl does both")
+    for path in dict.fromkeys(_scores_file(source, out) for source in sources):
+        try:
+            if path is not None:
+                check_writable(path)
+        except OSError as error:
+            raise OSError(f"{path}: {describe(error)}, so scores can't be recorded; name another "
+                          "file by --out") from error
+
+
+def _scores_file(source: str, out: Path | None) -> Path | None:
+    """Returns the file that gets the scores of a network; None for one at an address."""
+    if out is not None:
+        return out
+    return None if is_url(source) else Path(source).parent / SCORES_FILE
 
 
 class _NoReportError(ValueError):
@@ -126,16 +154,15 @@ class _Job(NamedTuple):
         facts = {"network": file.source, "num": len(seeds), "seeds": format_ranges(seeds),
                  "sampler": sampler.settings}
         shown = [label, *point.suffix.split("_")[1:], "seeds", facts["seeds"]]
-        beside = None if is_url(file.source) else Path(file.source).parent / SCORES_FILE
         stem = Path(file.source).stem
         name = f"{stem}{point.suffix}_{min(seeds)}-{max(seeds)}_{_digest(facts)[:8]}.npz"
         return cls(Job(file.source, " ".join(filter(None, shown)), file.source + point.suffix),
-                   facts, out or beside, name)
+                   facts, _scores_file(file.source, out), name)
 
 
 def _digest(facts: dict[str, Any]) -> str:
     """Returns a hash of what decides the images."""
-    known = [facts.get("sampler"), facts.get("seeds")]
+    known = [settings_of_images(facts.get("sampler")), facts.get("seeds"), facts.get("num")]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
@@ -147,6 +174,10 @@ def _score(job: _Job, sampler: NetworkSampler, seeds: Sequence[int], report: Sco
     """
     kept = None if again or kept_at is None else _load_features(kept_at, job, report.detector)
     missing = report.missing(job.name, job.facts, job.path, again=again)
+    classes, unfinished = None, None
+    if missing and report.is_per_class:
+        classes = dist.run_on_rank0(_classes, sampler, seeds)
+        report.check_classes(classes)
     if kept is not None and missing:
         dist.print0(f"Features   {job.name.label}: from {kept_at}")
         found = of_features(kept, len(seeds), report.detector, missing,
@@ -154,21 +185,22 @@ def _score(job: _Job, sampler: NetworkSampler, seeds: Sequence[int], report: Sco
     elif missing or (kept_at is not None and kept is None):
         keeps = kept_at is not None or report.keeps_features
         unfinished = UnfinishedSums(job.path and job.path.parent,
-                                    _key(job.facts, report, missing, keeps))
+                                    _key(job.facts, report))
         configure_backends(sampler.settings["precision"])
         with console.timed("samples and features"):
             found = network_features(sampler, seeds, report.detector, metrics=missing, batch=batch,
                                      title=job.name.label, unfinished=unfinished,
                                      keeps_features=keeps)
         configure_backends("fp32")
+    if missing:
+        report.add(job.name, found, job.facts, job.path, classes)
+    if unfinished is not None:
         if kept_at is not None:
             dist.run_on_rank0(lambda: KeptFeatures(
                 found.features, report.detector.name, job.facts, sampler.image_shape, sampler.scale,
                 report.detector.weights_sha256).save(kept_at))
-        unfinished.remove()
-    if missing:
-        classes = dist.run_on_rank0(_classes, sampler, seeds) if report.is_per_class else None
-        report.add(job.name, found, job.facts, job.path, classes)
+        if not report.has_lost_scores:
+            unfinished.remove()
 
 
 def _classes(sampler: NetworkSampler, seeds: Sequence[int]) -> list[int]:
@@ -193,11 +225,9 @@ def _load_features(path: Path, job: _Job, detector: Detector) -> KeptFeatures | 
     return kept
 
 
-def _key(facts: dict[str, Any], report: ScoreReport, metrics: Iterable[str], keeps: bool
-         ) -> dict[str, Any]:
-    """Returns what decides the sums of a range."""
-    needs = {METRICS[name].needs for name in metrics} | ({"bank"} if keeps else set())
-    return {"images": _digest(facts), "needs": sorted(needs),
+def _key(facts: dict[str, Any], report: ScoreReport) -> dict[str, Any]:
+    """Returns what decides the features of a range."""
+    return {"images": _digest(facts),
             "detector": [report.detector.name, report.detector.weights_sha256, FEATURES_VERSION]}
 
 

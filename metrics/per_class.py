@@ -22,31 +22,33 @@ _LEAST = {"fid": 2, "kid": 2, "pr": NUM_NEIGHBOURS + 1, "dc": NUM_DENSITY_NEIGHB
 
 
 def classes_to_score(classes: Sequence[int], reference_classes: Sequence[int],
-                     metrics: Iterable[str]) -> tuple[list[int], list[int]]:
+                     metric: str) -> tuple[list[int], list[int]]:
     """Returns the classes that have enough images on both sides, and the others; both rising.
 
     Args:
         classes: of the generated images, [m].
         reference_classes: of the real ones, [n].
-        metrics: which need the images.
+        metric: which needs the images.
 
     Raises:
         ValueError: no class has enough.
     """
-    least = max(_LEAST[name] for name in metrics)
+    least = _LEAST[metric]
     own, real = (Counter(np.asarray(side).tolist()) for side in (classes, reference_classes))
     everywhere = sorted(own | real)
     enough = [k for k in everywhere if min(own[k], real[k]) >= least]
     if not enough:
-        raise ValueError(f"no class has {least} generated and {least} real images, which "
-                         f"{','.join(metrics)} need")
+        raise ValueError(f"--per-class: no class has {least} generated and {least} real images, "
+                         f"which {metric} needs")
     return enough, [k for k in everywhere if k not in enough]
 
 
 def scores_by_class(features: torch.Tensor, classes: Sequence[int],
                     reference_features: torch.Tensor, reference_classes: Sequence[int],
                     detector: Detector, metrics: Sequence[str]) -> dict[int, dict[str, float]]:
-    """Returns the values of all metrics by their names, for each class of `classes_to_score`.
+    """Returns the values of metrics by their names, for each class that has images for one.
+
+    Which classes these are depends on the metric, see `classes_to_score`.
 
     Args:
         features: of the generated images, [m, d].
@@ -57,27 +59,29 @@ def scores_by_class(features: torch.Tensor, classes: Sequence[int],
         metrics: names of metrics.
 
     Raises:
-        ValueError: no class has enough images, or the lengths differ.
+        ValueError: a metric for which no class has enough images, or lengths differ.
     """
     sides = (features, np.asarray(classes)), (reference_features, np.asarray(reference_classes))
     for part, numbers in sides:
         if len(part) != len(numbers):
             raise ValueError(f"{len(numbers)} classes of {len(part)} images")
+    enough = {name: classes_to_score(classes, reference_classes, name)[0] for name in metrics}
     scores: dict[int, dict[str, float]] = {}
-    for k in classes_to_score(classes, reference_classes, metrics)[0]:
+    for k in sorted(set().union(*enough.values())):
         own, real = (part[torch.from_numpy(numbers == k)] for part, numbers in sides)
-        images = feature_set(own, detector, metrics)
-        of_class = _reference(real, detector)
+        names = [name for name in metrics if k in enough[name]]
+        images, of_class = feature_set(own, detector, names), _reference(real, detector)
         scores[k] = {}
-        for metric in map(METRICS.__getitem__, metrics):
+        for metric in map(METRICS.__getitem__, names):
             scores[k] |= zip(metric.values, metric.compute(images, of_class), strict=True)
     return scores
 
 
 def mean_over_classes(scores: dict[int, dict[str, float]]) -> dict[str, float]:
-    """Returns the mean of each value over the classes, each counted once."""
-    names = next(iter(scores.values()))
-    return {name: float(np.mean([values[name] for values in scores.values()])) for name in names}
+    """Returns the mean of each value over the classes that have it, each counted once."""
+    names = dict.fromkeys(name for values in scores.values() for name in values)
+    return {name: float(np.mean([values[name] for values in scores.values() if name in values]))
+            for name in names}
 
 
 def feature_set(features: torch.Tensor, detector: Detector, metrics: Iterable[str]) -> FeatureSet:

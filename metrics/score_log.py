@@ -5,11 +5,10 @@
 Names are those of metrics/score_names.py. What a file has already need not be computed again.
 """
 
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,8 @@ from typing import Any
 from dnnlib.atomic import append_line
 from dnnlib.util import format_table, json_value
 from metrics.evaluator import Evaluator
+from metrics.recorded_scores import RecordedScores
 from metrics.score_names import LOWER_IS_BETTER, recorded_name, title
-
-_IDENTITY = ("metric", "num", "seeds", "sampler", "detector", "detector_sha256",
-             "reference_sha256", "of_class")
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class ScoreLog:
     def __init__(self, evaluator: Evaluator):
         self._detector, self._reference = evaluator.detector, evaluator.record
         self._scores: list[Score] = []
-        self._recorded: dict[Path, dict[str, dict]] = {}  # what files had, by `_identity`
+        self._recorded: dict[Path, RecordedScores] = {}  # what is in files that were looked at
 
     @property
     def distance_name(self) -> str:
@@ -55,39 +52,62 @@ class ScoreLog:
         self._scores.append(score)
 
     def record(self, path: Path | None, values: dict[str, float], details: dict[str, Any],
-               **of_value: dict[str, Any]) -> None:
-        """Appends a JSON line a value to a file, if there is one.
+               **of_value: dict[str, Any]) -> bool:
+        """Appends a JSON line a value to a file, if there is one; returns False where it can't.
 
         `details` go into each, and `of_value` into those of some values, by their names.
         """
-        if path is None:
-            return
+        if path is None or not values:
+            return True
         date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        lines = [json.dumps(json_value({"metric": self._name(name), "value": value,
-                                        **of_value.get(name, {}), **self._facts(details),
-                                        "date": date}))
-                 for name, value in values.items()]
+        records = [json_value({"metric": self._name(name), "value": value,
+                               **of_value.get(name, {}), **self._facts(details), "date": date})
+                   for name, value in values.items()]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            append_line(path, "\n".join(lines))
+            append_line(path, "\n".join(map(json.dumps, records)))
         except OSError as error:
             print(f"Warning: {path} not written: {error}", file=sys.stderr)
+            return False
+        if path in self._recorded:
+            for record in records:
+                self._recorded[path].add(record)
+        return True
 
-    def recorded(self, path: Path | None, names: Sequence[str], details: dict[str, Any]
-                 ) -> dict[str, dict[str, Any]]:
+    def recorded(self, path: Path | None, names: Sequence[str], details: dict[str, Any],
+                 bootstrap: int | None = None) -> dict[str, dict[str, Any]]:
         """Returns the records of those values that a file has, of the same images and reference.
 
-        The images are the same if `details` have the same number, seeds and settings of the
-        sampler, of which the hash of the weights is one.
+        Args:
+            path: the file; None for none.
+            names: of values.
+            details: what the record says of the images.
+            bootstrap: the draws for the interval that a record of fid must have; None for none.
         """
         if path is None:
             return {}
-        if path not in self._recorded:
-            self._recorded[path] = dict(_read_identities(path))
-        there, facts = self._recorded[path], json_value(self._facts(details))
-        found = {name: there.get(_identity({"metric": self._name(name), **facts}))
+        found = {name: self._in_file(path).find(self._plain(name, details),
+                                                bootstrap if name == "fid" else None)
                  for name in names}
         return {name: record for name, record in found.items() if record is not None}
+
+    def recorded_classes(self, path: Path | None, names: Sequence[str], details: dict[str, Any]
+                         ) -> dict[int | str, dict[str, float]]:
+        """Returns those values of classes by themselves, and their means, that a file has."""
+        found: dict[int | str, dict[str, float]] = {}
+        for name in names if path is not None else ():
+            records = self._in_file(path).of_classes(self._plain(name, details))
+            for number, record in records.items():
+                found.setdefault(number, {})[name] = record["value"]
+        return found
+
+    def _in_file(self, path: Path) -> RecordedScores:
+        if path not in self._recorded:
+            self._recorded[path] = RecordedScores(path)
+        return self._recorded[path]
+
+    def _plain(self, name: str, details: dict[str, Any]) -> dict[str, Any]:
+        return json_value({"metric": self._name(name), **self._facts(details)})
 
     def _facts(self, details: dict[str, Any]) -> dict[str, Any]:
         return {**details, "detector": self._detector.name,
@@ -113,24 +133,6 @@ class ScoreLog:
     def title(self, name: str) -> str:
         """Returns what readers see for a value of a metric."""
         return title(self._name(name), self._detector.name)
-
-
-def _read_identities(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the identity and the content of each line of a file that holds a score."""
-    try:
-        text = path.read_bytes()
-    except OSError:
-        return
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):  # damaged: the score is not known
-            record = json.loads(line)
-            if isinstance(record, dict) and type(record.get("value")) in (int, float):
-                yield _identity(record), record
-
-
-def _identity(record: dict[str, Any]) -> str:
-    """Returns what two records have in common that are of the same images and the same measure."""
-    return json.dumps([record.get(key) for key in _IDENTITY], sort_keys=True)
 
 
 def _cell(values: dict[str, float], name: str) -> str:

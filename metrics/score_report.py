@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dnnlib import console
-from dnnlib.util import format_table
+from dnnlib.util import format_ranges, format_table
 from metrics.detectors import Detector
 from metrics.distances import SUBSET_SIZE
 from metrics.evaluator import Evaluator
@@ -55,6 +55,7 @@ class ScoreReport:
         self._metrics, self._is_single = metrics, is_single
         self._bootstrap, self._per_class = bootstrap, per_class
         self._log = ScoreLog(self._evaluator)
+        self._num_lost = 0  # scores that could not be recorded
         warn_if_few(num, self.detector.name, metrics, self._evaluator.reference_count)
         _warn_of_small_subsets(self._evaluator, num)
 
@@ -94,19 +95,18 @@ class ScoreReport:
     def _missing(self, job: Job, facts: dict[str, Any], path: Path | None, again: bool
                  ) -> tuple[str, ...]:
         names = _value_names(self._metrics)
-        there = {} if again else self._log.recorded(path, names, facts)
-        if self._bootstrap and there.get("fid", {}).get("bootstrap") != self._bootstrap:
-            there.pop("fid", None)
+        there = {} if again else self._log.recorded(path, names, facts, self._bootstrap)
+        by_class = self._log.recorded_classes(path, names, facts) if self._per_class else {}
         if self._per_class:
-            means = self._log.recorded(path, names, {**facts, "of_class": _MEAN})
-            there = {name: record for name, record in there.items() if name in means}
+            there = {name: record for name, record in there.items()
+                     if name in by_class.get(_MEAN, ())}
         missing = tuple(metric for metric in self._metrics
                         if not there.keys() >= set(METRICS[metric].values))
         if not missing:
             console.say(f"Recorded   {job.label}: in {path}; --again computes it anew")
             self._tell(job, there)
             if self._per_class:
-                self._tell_classes(job, {_MEAN: {name: means[name]["value"] for name in names}})
+                self._tell_classes(job, by_class)
         return missing
 
     def add(self, job: Job, found: FeatureSet, facts: dict[str, Any], path: Path | None,
@@ -128,22 +128,37 @@ class ScoreReport:
                 interval = self._evaluator.interval(found, self._bootstrap)
             extra = {"std_error": interval.std_error, "interval": [interval.low, interval.high],
                      "bootstrap": self._bootstrap}
-        by_class = self._evaluator.evaluate_classes(found, classes) if self._per_class else {}
-        if dist.get_rank() != 0:
-            return
         names = _value_names(self._metrics)
-        rest = [name for name in names if name not in values]
-        records = self._log.recorded(path, rest, facts) if rest else {}
-        records |= {name: {"value": value} for name, value in values.items()}
-        if extra:
-            records["fid"] |= extra
-        self._log.record(path, values, facts, fid=extra)
-        self._tell(job, {name: records[name] for name in names})
-        if by_class:
-            shown = {**by_class, _MEAN: mean_over_classes(by_class)}
-            for number, of_class in shown.items():
-                self._log.record(path, of_class, {**facts, "of_class": number})
-            self._tell_classes(job, shown)
+        if dist.get_rank() == 0:
+            rest = [name for name in names if name not in values]
+            records = self._log.recorded(path, rest, facts, self._bootstrap)
+            records |= {name: {"value": value} for name, value in values.items()}
+            if extra:
+                records["fid"] |= extra
+            self._num_lost += not self._log.record(path, values, facts, fid=extra)
+            self._tell(job, {name: records[name] for name in names})
+        if not self._per_class:
+            return
+        by_class = self._evaluator.evaluate_classes(found, classes)
+        if dist.get_rank() == 0:
+            earlier = self._log.recorded_classes(path, rest, facts) if rest else {}
+            self._record_classes(by_class, facts, path)
+            means = {_MEAN: mean_over_classes(by_class)}
+            self._tell_classes(job, {number: earlier.get(number, {}) | of_class for number, of_class
+                                     in (by_class | means).items()})
+
+    def _record_classes(self, by_class: dict[int, dict[str, float]], facts: dict[str, Any],
+                        path: Path | None) -> None:
+        for number, values in by_class.items():
+            self._num_lost += not self._log.record(path, values, {**facts, "of_class": number})
+        means = mean_over_classes(by_class)
+        classes = {name: {"classes": format_ranges(k for k in by_class if name in by_class[k])}
+                   for name in means}  # for a metric may need more images than a class has
+        self._num_lost += not self._log.record(path, means, {**facts, "of_class": _MEAN}, **classes)
+
+    def check_classes(self, classes: Sequence[int]) -> None:
+        """Warns of classes with too few images; raises ValueError if that is all of them."""
+        self._evaluator.check_classes(classes, self._metrics)
 
     def _tell(self, job: Job, records: dict[str, dict[str, Any]]) -> None:
         values = {name: record["value"] for name, record in records.items()}
@@ -165,12 +180,13 @@ class ScoreReport:
 
     def _tell_classes(self, job: Job, values: dict[int | str, dict[str, float]]) -> None:
         """Prints the scores of classes and their mean as a table."""
-        names, called = list(values[_MEAN]), self._evaluator.class_names or ()
+        names, called = _value_names(self._metrics), self._evaluator.class_names or ()
         rows = [["class", *map(self._log.title, names)]]
         for number, of_class in values.items():
             known = isinstance(number, int) and number < len(called)
             text = f"{number} {called[number]}" if known else str(number)
-            rows.append([text, *(f"{of_class[name]:.5g}" for name in names)])
+            rows.append([text, *(f"{of_class[name]:.5g}" if name in of_class else ""
+                                 for name in names)])
         heading = "" if self._is_single else f"{job.label}\n"
         console.result(f"\n{heading}{format_table(rows)}\n")
 
@@ -178,6 +194,11 @@ class ScoreReport:
         """Prints all scores where there are several values."""
         if dist.get_rank() == 0 and self._log.has_more_than_one_value:
             console.result("\n" + self._log.table())
+
+    @property
+    def has_lost_scores(self) -> bool:
+        """Whether a score could not be recorded, the same on all ranks."""
+        return dist.broadcast_object(self._num_lost > 0)
 
 
 def _value_names(metrics: Sequence[str]) -> list[str]:

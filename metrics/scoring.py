@@ -189,8 +189,8 @@ def network_features(
             _refuse_lost(lost, len(seeds))
             seconds = dist.broadcast_object(time.monotonic() - start)
             at_once = max(1, round(SAVE_SEC * len(part) / seconds))
-            if rounds and seconds >= SAVE_SEC / 2:
-                unfinished.save(features, rounds[0][0][0])
+            if seconds >= SAVE_SEC / 2 and unfinished.is_kept:  # what follows may be killed too
+                unfinished.save(features, rounds[0][0][0] if rounds else len(seeds))
     features.finish()
     return features
 

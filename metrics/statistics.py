@@ -36,7 +36,9 @@ SPLIT_SEED = 2020  # that of torch-fidelity, so that scores agree
 
 
 class Sums(Protocol):
-    """What is kept of the features of images."""
+    """What is kept of the features of images; `count` is how many were appended here."""
+
+    count: int
 
     def merge_to_rank0(self) -> None:
         """Gives rank 0 what all ranks have; the others begin anew. Every rank calls it."""
@@ -141,6 +143,10 @@ class FeatureBank:
         self._features: list[torch.Tensor] = []
         self._numbers: list[int] = []
 
+    @property
+    def count(self) -> int:
+        return len(self._numbers)
+
     def append(self, features: torch.Tensor, numbers: Sequence[int]) -> None:
         """Adds features [n, d] of the images of these numbers."""
         self._features.append(features.to("cpu", torch.float32))
@@ -179,11 +185,10 @@ class FeatureBank:
 class ClassStatistics:
     """Sums over class probabilities p(c|i) of the images of each of `NUM_SPLITS` random splits.
 
-    `count` is the number of images that will come; `seed` assigns them to splits.
+    It is made for the number of images that will come; `seed` assigns them to splits.
     """
 
     def __init__(self, count: int, seed: int = SPLIT_SEED):
-        self.count = count
         splits = min(NUM_SPLITS, count)
         shuffled = np.random.RandomState(seed).permutation(count)
         self._split = np.empty(count, np.int64)
@@ -192,6 +197,10 @@ class ClassStatistics:
         self._num = torch.zeros(splits, dtype=torch.float64)
         self._sum: torch.Tensor | None = None  # [splits, classes], of p
         self._negative_entropy = torch.zeros(splits, dtype=torch.float64)  # sum of p log p
+
+    @property
+    def count(self) -> int:
+        return int(self._num.sum())
 
     def append(self, logits: torch.Tensor, numbers: Sequence[int]) -> None:
         """Adds logits [n, classes] of the images of these numbers."""

@@ -1,7 +1,7 @@
 """What a killed command goes on from: the sums of a range of images that is not finished.
 
 A file `fid-unfinished-KEY.npz` beside the scores holds what was kept of the first images of the
-range, and is removed when the range is scored. KEY stands for all that decides these sums. Under
+range, and is removed when the range is scored. KEY stands for the images and the detector. Under
 torchrun every function is called on all ranks; the file is rank 0's.
 """
 
@@ -28,7 +28,7 @@ class UnfinishedSums:
 
     Args:
         folder: where the file goes; None keeps nothing.
-        key: what decides the sums, as plain JSON data.
+        key: what decides the features, as plain JSON data.
     """
 
     def __init__(self, folder: Path | None, key: dict[str, Any]):
@@ -52,7 +52,8 @@ class UnfinishedSums:
         if is_there:
             try:
                 done = self._restore(features)
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            except (OSError, ValueError, TypeError, KeyError, EOFError,
+                    zipfile.BadZipFile) as error:
                 dist.warn0(f"{self._path}: can't be read ({error}), so this range begins anew")
                 features = make()  # some of it may be there already
         return features, dist.broadcast_object(done)
@@ -63,9 +64,15 @@ class UnfinishedSums:
         done = int(arrays[_DONE])
         if not 0 < done <= features.count:
             raise ValueError(f"of {done} images")
+        missing = [name for name in features.sums if not any(
+            key.startswith(f"{name}.") for key in arrays)]
+        if missing:
+            raise ValueError("of other metrics")
         for name, sums in features.sums.items():
             sums.restore({key.removeprefix(f"{name}."): array for key, array in arrays.items()
                           if key.startswith(f"{name}.")})
+            if sums.count != done:
+                raise ValueError(f"of {done} and of {sums.count} images")
         return done
 
     def save(self, features: FeatureSet, done: int) -> None:

@@ -36,7 +36,9 @@ _SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"),
                      ("init_noise", 1), ("blend", 1)]
 # The first three are the axes of sweeps; comparisons ignore the others.
 _NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs", "nfe",
-                 "scale", "empty_classes",  # these two are of the data of the network
+                 "network", "gnet_network",  # hashes, as that of the weights
+                 # These are of the data of the network.
+                 "scale", "empty_classes", "empty_class_numbers", "class_counts",
                  "levels"}  # of few-step networks, which follow from num_steps
 _TICK_KEYS = {"kimg": "Progress/kimg", "loss": "Loss/loss", "val_loss": "Loss/val",
               "lr": "Progress/lr", "bad_steps": "Progress/bad_steps",

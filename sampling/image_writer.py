@@ -45,6 +45,7 @@ from torch_utils import distributed
 # What None stands for in a record, so that a default that is spelled out is no other setting.
 _UNSET = {"solver": "heun", "order": 3, "discretization": "edm", "schedule": "linear",
           "scaling": "none"}
+_NOT_IN_OLD_RECORDS = ("network", "gnet_network", "class_counts", "empty_class_numbers")
 _LABELS_AT_ONCE = 256  # seeds whose labels are drawn together
 _IMAGE = "[0-9]" * 6 + "*"  # the name of an image, but for its extension
 
@@ -117,6 +118,8 @@ class ImageFolder:
                              "--outdir")
         for key in {**settings, **there}:  # some are recorded only where they are used
             if key in ("nfe", "not_finite"):  # follow from the others, and older folders lack them
+                continue
+            if key in _NOT_IN_OLD_RECORDS and key not in there:
                 continue
             now, then = (_UNSET.get(key) if record.get(key) is None else record[key]
                          for record in (settings, there))

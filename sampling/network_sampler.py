@@ -211,7 +211,7 @@ class NetworkSampler:
         labels, of_labels = _choose_labels(net, source, content, kind, class_idx, label_source,
                                            starts)
         class_idx = class_idx if isinstance(class_idx, int) else None
-        settings = {"weights": file.digest,
+        settings = {"weights": file.digest, "network": checkpoint.digest(net.config)[:16],
                     "class": class_idx, "precision": precision, "device": device.type, "D": net.D,
                     **_recorded_sampler(sampler, net),
                     **({"bits": bits} if bits < FULL_BITS else {}),
@@ -804,9 +804,12 @@ def _choose_labels(
         if not counts:
             raise UsageError(f"--class=data: {source} does not record how often its data have each "
                              "class; leave --class out for equal shares")
-        return DrawnClasses(counts), {"class": "data"}
+        return DrawnClasses(counts), {"class": "data",
+                                      "class_counts": checkpoint.digest(counts)[:16]}
     labels = classes_with_images(counts)
-    return labels, {"empty_classes": counts.count(0)} if labels else {}
+    empty = [number for number, count in enumerate(counts or ()) if not count]
+    return labels, {"empty_classes": len(empty), "empty_class_numbers": format_ranges(empty)
+                    } if labels else {}
 
 
 def _labelled(path: str) -> str:
@@ -868,7 +871,8 @@ def _with_guidance(
             raise ValueError(f"--gnet={gnet}: was trained on {recorded_label_kind(content)}, "
                              f"{source} on {kind}; give a guide with labels of its kind, or "
                              "without any")
-        settings["gnet"] = file.digest
+        settings |= {"gnet": file.digest,
+                     "gnet_network": checkpoint.digest(guide.config)[:16]}
     elif not net.label_dim:
         raise UsageError(f"--guidance={guidance:g}: {source} has no labels to be guided by; give a "
                          "second network with --gnet")

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from scripts import ROOT, run_ranks
-from snapshots import write_snapshot
+from snapshots import with_network, write_snapshot
 from tiny import write_dataset
 
 import fid
+import generate
 from checkpoints import checkpoint
 from checkpoints.names import find_networks
-from metrics import scoring
+from metrics import feature_files, score_log, scoring
+from metrics.evaluator import Evaluator
 from metrics.metrics import FeatureSet
 from metrics.network_scores import seed_ranges
 from metrics.unfinished import UnfinishedSums
@@ -570,7 +572,6 @@ def test_classes_of_samples_are_those_that_are_written(run, data, sampled, tmp_p
     assert len(sampled) == count
     mean = re.search(r"^mean .*$", before, re.M)[0]
     assert mean.split() == re.search(r"^mean .*$", capsys.readouterr().out, re.M)[0].split()
-    import generate
     generate.main([f"--network={network}", f"--outdir={tmp_path / 'out'}", "--seeds=0-299",
                    "--batch=64", "--steps=2", "--device=cpu"], standalone_mode=False)
     out = tmp_path / "m.jsonl"
@@ -630,3 +631,185 @@ def test_a_reference_that_does_not_do_is_told_once(run, tmp_path, capsys):
                   "--seeds=0-8", *FAST])
     [line] = capsys.readouterr().err.splitlines()
     assert "bad.npz" in line
+
+
+# ------------------------------------------------------------------------ the same score or another
+
+
+def test_another_configuration_of_the_same_weights_is_another_score(run, data, sampled):
+    one = run / "network-snapshot-000010.pt"
+    gen(run, data, **ONE)
+    with_network(one, sigma_data=1.0)
+    gen(run, data, **ONE)
+    assert len(sampled) == 18
+    first, second = (line["value"] for line in lines(run))
+    assert first != second
+
+
+def test_other_frequencies_of_classes_are_another_score(tmp_path, data, sampled):
+    for name, counts in (("a", [9, 1]), ("b", [1, 9])):
+        write_snapshot(tmp_path / f"network-snapshot-{name}.pt", dataset={"class_counts": counts})
+    gen(tmp_path, data, "--class=data")
+    assert len(sampled) == 18 and len(lines(tmp_path)) == 2
+
+
+def test_the_same_weights_under_two_names_are_scored_once(run, data, sampled):
+    one = run / "network-snapshot-000010.pt"
+    (run / "network-snapshot-000011.pt").write_bytes(one.read_bytes())
+    gen(run, data, pattern="network-snapshot-00001?.pt")
+    assert len(sampled) == 9 and len(lines(run)) == 1
+
+
+def test_the_interval_of_any_record_is_found(run, data, sampled):
+    gen(run, data, "--bootstrap=50", **ONE)
+    gen(run, data, "--bootstrap=60", **ONE)
+    gen(run, data, "--again", **ONE)
+    count = len(sampled)
+    gen(run, data, "--bootstrap=50", **ONE)
+    gen(run, data, "--bootstrap=60", **ONE)
+    assert len(sampled) == count == 27
+
+
+@pytest.mark.parametrize("change", [
+    {"interval": None}, {"interval": [1]}, {"interval": ["a", 2]}, {"std_error": None},
+    {"value": float("nan")}, {"value": 10**400}, {"value": True}, {"value": "1"}])
+def test_a_record_that_was_edited_is_not_taken(run, data, sampled, change):
+    gen(run, data, "--bootstrap=50", **ONE)
+    [line] = lines(run)
+    (run / "metrics.jsonl").write_text(json.dumps(line | change) + "\n")
+    gen(run, data, "--bootstrap=50", **ONE)
+    assert len(sampled) == 18
+
+
+def test_each_metric_has_the_classes_that_it_has_images_for(run, tmp_path, capsys):
+    """What else is asked for does not change the mean over classes."""
+    more = write_dataset(tmp_path / "more.zip", num=7)  # pr has no images enough of class 1
+    for name, metrics in (("both", "fid,pr"), ("one", "fid")):
+        gen(run, more, "--seeds=0-39", "--per-class", f"--metrics={metrics}",
+            f"--out={tmp_path / name}.jsonl", **ONE)
+    both, one = (
+        {(line["of_class"], line["metric"]): line for line in map(
+            json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines())
+         if "of_class" in line} for name in ("both", "one"))
+    for key, line in one.items():
+        assert both[key]["value"] == pytest.approx(line["value"], rel=1e-9)
+    assert both["mean", "frechet_distance"]["classes"] == "0-1"
+
+
+def test_all_classes_of_a_recorded_score_are_shown_again(run, data, capsys):
+    gen(run, data, "--seeds=0-39", "--per-class", "--metrics=fid,kid", **ONE)
+    before = capsys.readouterr().out
+    gen(run, data, "--seeds=0-39", "--per-class", "--metrics=fid,kid", **ONE)
+    table = re.compile(r"^class .*?^mean [^\n]*", re.M | re.S)
+    assert table.search(before)[0] == table.search(capsys.readouterr().out)[0]
+
+
+def test_a_metric_without_enough_images_of_a_class_is_refused_before_sampling(
+        run, data, sampled, capsys):
+    assert "no class has 6 generated and 6 real images, which dc needs" in refused(
+        capsys, "gen", f"--network={run / 'network-snapshot-000010.pt'}", f"--ref={data}",
+        "--seeds=0-7", "--per-class", "--metrics=dc", *FAST)
+    assert not sampled
+
+
+def test_images_of_generate_and_samples_are_the_same_score(run, data, sampled, tmp_path):
+    """Features that were kept of written images serve the network, and the other way round."""
+    network = run / "network-snapshot-000010.pt"
+    generate.main([f"--network={network}", f"--outdir={tmp_path / 'out'}", "--seeds=0-8",
+                   "--batch=2", "--steps=2", "--subdirs", "--device=cpu"], standalone_mode=False)
+    fid.main(["calc", f"--images={tmp_path / 'out'}", f"--ref={data}", "--count=9", "--device=cpu",
+              "--workers=0", "--detector=pixels", f"--features={tmp_path / 'f.npz'}",
+              f"--out={run / 'metrics.jsonl'}"], standalone_mode=False)
+    count = len(sampled)
+    gen(run, data, f"--features={tmp_path / 'f.npz'}", **ONE)
+    gen(run, data, "--metrics=kid", f"--features={tmp_path / 'f.npz'}", **ONE)
+    assert len(sampled) == count and len(lines(run)) == 3
+
+
+# ------------------------------------------------------------------------------- what could be lost
+
+
+def test_sums_are_kept_until_the_score_is_recorded(run, data, stopping, sampled, monkeypatch):
+    def killed(*_):
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "evaluate", killed)
+        with pytest.raises(Stopped):
+            gen(run, data, **ONE)
+    assert len(sampled) == 9
+    gen(run, data, **ONE)
+    assert len(sampled) == 9 and len(lines(run)) == 1
+    assert not list(run.glob("fid-unfinished*"))
+
+
+def test_sums_serve_other_metrics_if_they_hold_what_these_need(run, data, stopping, sampled):
+    stopping(2)
+    with pytest.raises(Stopped):
+        gen(run, data, "--metrics=fid,kid", **ONE)
+    stopping(99)
+    sampled.clear()
+    gen(run, data, "--metrics=fid", **ONE)
+    assert sampled == list(range(4, 9)) and not list(run.glob("fid-unfinished*"))
+    stopping(2)
+    with pytest.raises(Stopped):
+        gen(run, data, "--metrics=fid", "--again", **ONE)
+    stopping(99)
+    sampled.clear()
+    gen(run, data, "--metrics=kid", **ONE)
+    assert sampled == list(range(9)) and not list(run.glob("fid-unfinished*"))
+
+
+def test_scores_without_a_place_are_refused_before_sampling(run, data, sampled, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    one = ["gen", f"--network={run / 'network-snapshot-000010.pt'}", f"--ref={data}", "--seeds=0-8",
+           *FAST]
+    for out in (tmp_path, tmp_path / "file" / "m.jsonl"):
+        assert re.search(f"^Error: {out}: .*scores can't be recorded; name another file by --out",
+                         refused(capsys, *one, f"--out={out}"))
+    assert not sampled
+
+
+def test_scores_that_get_lost_end_with_an_error_and_are_printed(run, data, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(score_log, "append_line", full)
+    with pytest.raises(SystemExit) as caught:
+        fid.main(["gen", f"--network={run / 'network-snapshot-000010.pt'}", f"--ref={data}",
+                  "--seeds=0-8", *FAST])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 1 and re.search(r"^pixels Frechet distance: [\d.]+$", out, re.M)
+    assert "not all scores could be recorded" in err
+
+
+def test_features_that_find_no_room_lose_no_score(run, data, capsys, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(feature_files.np, "savez", full)
+    line = refused(capsys, "gen", f"--network={run / 'network-snapshot-000010.pt'}",
+                   f"--ref={data}", "--seeds=0-8", f"--features={tmp_path / 'f.npz'}", *FAST)
+    assert re.search(r"--features=\S+f.npz: can't be written \(No space left on device\), though "
+                     "the score is there", line)
+    assert len(lines(run)) == 1
+
+
+def test_a_flag_that_does_not_fit_a_later_network_leaves_that_one_out(run, data, capsys):
+    other = write_snapshot(run / "network-snapshot-000300.pt", label_dim=0)
+    with pytest.raises(SystemExit) as caught:
+        fid.main(["gen", f"--network={run / '*.pt'}", f"--ref={data}", "--seeds=0-8", "--class=1",
+                  *FAST])
+    assert caught.value.code == 1 and len(values(run)) == 3
+    assert f"Warning: {other} is not scored: --class=1: " in capsys.readouterr().err
+
+
+@pytest.mark.scripts
+def test_a_network_that_one_process_refuses_is_left_out_by_all(run, data):
+    """Only rank 0 has the statistics of a reference, and so can say that images don't fit."""
+    write_snapshot(run / "network-snapshot-000300.pt", shape=(1, 8, 8))
+    ranks = run_ranks("fid.py", "gen", f"--network={run / '*.pt'}", f"--ref={data}",
+                      "--seeds=0-8", "--batch=2", *FAST, processes=2)
+    assert 1 in {rank.returncode for rank in ranks}
+    assert "1 of 4 networks were not scored" in "".join(rank.stderr for rank in ranks)
+    assert len(values(run)) == 3

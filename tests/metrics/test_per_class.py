@@ -67,10 +67,10 @@ def test_the_mean_counts_each_class_once():
 
 def test_classes_with_too_few_images_on_either_side_are_told_apart():
     own, real = [0] * 4 + [1] * 3 + [2] * 9, [0] * 4 + [1] * 9 + [3] * 9 + [2] * 3
-    assert classes_to_score(own, real, ["fid", "pr"]) == ([0], [1, 2, 3])
-    assert classes_to_score(own, real, ["fid"]) == ([0, 1, 2], [3])
+    assert classes_to_score(own, real, "pr") == ([0], [1, 2, 3])
+    assert classes_to_score(own, real, "fid") == ([0, 1, 2], [3])
     with pytest.raises(ValueError, match="no class has 6 generated and 6 real images, which dc"):
-        classes_to_score(own, real, ["dc"])
+        classes_to_score(own, real, "dc")
 
 
 @pytest.mark.parametrize("name", METRICS)

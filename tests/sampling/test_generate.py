@@ -473,7 +473,7 @@ def test_starting_from_images_with_little_noise_returns_them(tmp_path, dataset_z
     ("plain", ["--init-sigma=1"], 2, "--init-sigma without --init-image"),
     ("plain", ["--init-image=GRAY", "--init-sigma=1"], 1, "1 channel, the network takes 3"),
     ("plain", ["--init-image=RGB", "--init-sigma=1", "--sigma_max=2"], 2, "leave --sigma_max out"),
-    ("plain", ["--init-image=RGB", "--init-sigma=0.001"], 1, "--init-sigma=0.001"),
+    ("plain", ["--init-image=RGB", "--init-sigma=0.001"], 2, "--init-sigma: starts at sigma 0.001"),
 ], ids=str)
 def test_flags_that_do_not_fit_the_network_get_one_line(which, flags, code, words, snapshot, gray,
                                                         conditional, tmp_path, invoke):

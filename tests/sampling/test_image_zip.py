@@ -353,7 +353,7 @@ def test_parts_of_other_settings_are_refused_and_kept(make, tmp_path, monkeypatc
 
 
 def test_a_failure_before_the_first_image_leaves_nothing(make, tmp_path, monkeypatch):
-    def fail(*args):
+    def fail(*_, **__):
         raise OSError("no network today")
     monkeypatch.setattr("sampling.network_sampler.NetworkSampler.images", fail)
     assert "no network today" in make(tmp_path / "out/one.zip", "--seeds=0", code=1)

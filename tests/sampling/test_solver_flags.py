@@ -176,4 +176,5 @@ def test_a_start_below_the_lowest_level_is_named_by_its_flag(network, tmp_path, 
                                                                 dataset_zip):
     result = invoke(generate.main, f"--network={network}", f"--outdir={tmp_path / 'o'}",
                     "--seeds=0", f"--init-image={dataset_zip}", "--init-sigma=0.001")
-    assert result.exit_code == 1 and "--sigma_min=0.002, --init-sigma=0.001" in result.stderr
+    assert result.exit_code == 2 and "--init-sigma: starts at sigma 0.001" in result.stderr
+    assert "below the lowest level, sigma 0.002" in result.stderr
