@@ -259,7 +259,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
 @main.command(context_settings={"show_default": True, **HELP_NAMES})
 @click.option("--network",    metavar="PT|URL|DIR|PATTERN", required=True, multiple=True,
               help="Network snapshot, training state, run directory (its newest network) or a quoted "
-                   "pattern such as 'RUN/network-snapshot-*.pt'; may be given several times")
+                   "pattern of such, as 'RUN/network-snapshot-*.pt'; may be given several times")
 @_score_options
 @click.option("--seeds",      metavar="LIST", type=IntList(), default="0-49999",
               help="Random seeds; one image each")

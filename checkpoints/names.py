@@ -18,7 +18,9 @@ from dnnlib.util import is_url
 KIMG = r"\d{6,}(?:\.\d+)?"  # thousands of images in a file's name
 _NUMBERED = re.compile(rf"(?P<kind>network-snapshot|training-state)-(?P<kimg>{KIMG})")
 _NETWORK = re.compile(rf"{_NUMBERED.pattern}\.(?:pt|pkl)")
-_STATE = re.compile(rf"(?:network-snapshot|training-state)-(?P<number>{KIMG}|latest)\.(?:pt|pkl)")
+_OF_RUN = re.compile(
+    rf"(?:network-snapshot|training-state)-(?P<number>{KIMG}|latest)\.(?:pt|pkl)")
+_WEIGHTS = (".pt", ".pth", ".pkl", ".safetensors", ".ckpt")  # extensions of anyone's networks
 _MAX_NAMED = 5  # files in a message
 
 
@@ -62,8 +64,11 @@ def find_network(source: str | os.PathLike) -> str:
 def find_networks(sources: Iterable[str]) -> list[str]:
     """Returns the files that are meant, in order and each once: of a pattern all that match it.
 
-    A pattern has *, ? or [ in it, such as 'RUN/network-snapshot-*.pt'; what it matches comes in the
-    order of the numbers in the names. Anything else is as for `find_network`.
+    A pattern has *, ? or [ in it, such as 'RUN/network-snapshot-*.pt'; folders that are there are
+    taken by their names, whatever they have in them. What it matches comes in the order of the
+    numbers in the names: files called as runs call networks, and of run directories the newest
+    network. Only where there is neither, other files by their extensions. Anything else is as for
+    `find_network`.
 
     Raises:
         OSError: there is none; the message says what is there.
@@ -72,13 +77,31 @@ def find_networks(sources: Iterable[str]) -> list[str]:
     for source in sources:
         if is_url(source) or os.path.exists(source) or not glob.has_magic(source):
             found.append(find_network(source))
-            continue
-        matches = [path for path in glob.glob(source, recursive=True) if os.path.isfile(path)]
-        if not matches:
-            raise FileNotFoundError(f"{source}: no file matches this pattern; name files of "
-                                    "networks, such as 'RUN/network-snapshot-*.pt'")
-        found += sorted(matches, key=_place)
+        else:
+            found += sorted(_networks_of_pattern(source), key=_place)
     return list(dict.fromkeys(found))
+
+
+def _networks_of_pattern(pattern: str) -> list[str]:
+    """Returns the files of networks that a pattern means; raises OSError if there is none."""
+    literal = os.path.dirname(pattern)
+    while literal and not os.path.exists(literal):
+        literal = os.path.dirname(literal)
+    matches = glob.glob(glob.escape(literal) + pattern[len(literal):], recursive=True)
+    networks = [path for path in matches
+                if _OF_RUN.fullmatch(os.path.basename(path)) and os.path.isfile(path)]
+    networks += [os.path.join(path, newest[0].name) for path in matches
+                 if os.path.isdir(path) and (newest := newest_network(path))]
+    networks = networks or [path for path in matches
+                            if path.lower().endswith(_WEIGHTS) and os.path.isfile(path)]
+    if not networks:
+        others = ", ".join(sorted(matches)[:_MAX_NAMED])
+        what = f"none of the {len(matches)} matches of this pattern is a network or a run " \
+               f"directory with one ({others}{', ...' * (len(matches) > _MAX_NAMED)})" \
+            if matches else "no file matches this pattern"
+        raise FileNotFoundError(f"{pattern}: {what}; name files of networks, such as "
+                                "'RUN/network-snapshot-*.pt', or run directories")
+    return networks
 
 
 def _place(path: str) -> tuple[str, float, str]:
@@ -89,7 +112,7 @@ def _place(path: str) -> tuple[str, float, str]:
 
 def neighbouring_snapshot(state: str | os.PathLike) -> Path | None:
     """Returns EDM's or ECT's snapshot of the same number beside a state, if there is one."""
-    match = _STATE.fullmatch(Path(state).name)
+    match = _OF_RUN.fullmatch(Path(state).name)
     if match is None:
         return None
     snapshot = Path(state).with_name(f"network-snapshot-{match['number']}.pkl")

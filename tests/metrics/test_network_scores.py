@@ -1,6 +1,7 @@
 """Scores of many networks in one start: what is computed, what is taken from where it stands."""
 
 import json
+import os
 import re
 import signal
 
@@ -83,6 +84,53 @@ def test_a_name_with_brackets_is_the_file_of_that_name(tmp_path):
     path.write_bytes(b"")
     (tmp_path / "net1.pt").write_bytes(b"")
     assert find_networks([str(path)]) == [str(path)]
+
+
+def _run_with(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def test_a_pattern_in_a_folder_with_brackets_matches_in_that_folder(tmp_path):
+    own = _run_with(tmp_path / "run[1]", "network-snapshot-000010.pt")
+    _run_with(tmp_path / "run1", "network-snapshot-000020.pt")
+    assert find_networks([f"{own}/network-snapshot-*.pt"]) == [
+        f"{own}/network-snapshot-000010.pt"]
+    assert find_networks([f"{tmp_path}/run[1]*/*.pt"]) == [  # no folder is called so
+        f"{tmp_path}/run1/network-snapshot-000020.pt"]
+
+
+def test_of_run_directories_that_a_pattern_matches_each_gives_its_newest_network(
+        tmp_path, monkeypatch):
+    for letter in "ab":
+        _run_with(tmp_path / f"run{letter}", "network-snapshot-000010.pt",
+                  "network-snapshot-000020.pt", "stats.jsonl")
+    _run_with(tmp_path / "runc", "stats.jsonl")
+    monkeypatch.chdir(tmp_path)
+    newest = [f"run{letter}/network-snapshot-000020.pt" for letter in "ab"]
+    assert find_networks(["run?"]) == find_networks(["run*/"]) == newest
+    with pytest.raises(FileNotFoundError, match=r"runc\*: none of the 1 matches .*\(runc\)"):
+        find_networks(["runc*"])
+
+
+def test_a_wide_pattern_takes_networks_and_nothing_else(tmp_path):
+    run = _run_with(tmp_path / "run", "network-snapshot-000010.pt", "training-state-000010.pt",
+                    "network-snapshot-latest.pkl", "metrics.jsonl", "other.pt", "log.txt")
+    networks = {"network-snapshot-000010.pt", "training-state-000010.pt",
+                "network-snapshot-latest.pkl"}
+    for pattern in ("**", "*"):
+        assert {os.path.basename(path) for path in find_networks([f"{run}/{pattern}"])} == networks
+
+
+def test_a_wide_pattern_takes_files_of_weights_where_no_name_is_of_a_run(tmp_path):
+    folder = _run_with(tmp_path / "weights", "b.safetensors", "a.ckpt", "c.PKL", "d.pt", "e.pth",
+                       "config.json")
+    assert find_networks([f"{folder}/*"]) == [
+        f"{folder}/{name}" for name in ("a.ckpt", "b.safetensors", "c.PKL", "d.pt", "e.pth")]
+    with pytest.raises(FileNotFoundError, match="none of the 1 matches.*config.json"):
+        find_networks([f"{folder}/*.json"])
 
 
 def test_ranges_follow_each_other_in_the_pattern_of_the_first():
