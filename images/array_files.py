@@ -104,9 +104,14 @@ def to_stored(values: np.ndarray) -> np.ndarray:
     return stored
 
 
-def read_shape(data: bytes) -> tuple[int, ...]:
-    """Returns the shape of the array in a .npy file; raises ValueError if it is none."""
-    return read_npy_header(io.BytesIO(data))[0]
+def read_shape_and_type(data: bytes) -> tuple[tuple[int, ...], str]:
+    """Returns the shape of the array in a .npy file, and the name of its type.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    shape, _, dtype = read_npy_header(io.BytesIO(data))
+    return shape, dtype.name
 
 
 def encode(values: np.ndarray) -> bytes:

@@ -96,7 +96,7 @@ def convert_image(item: Item, settings: Settings) -> Converted:
         ValueError: naming the image: it is damaged, or of a kind that isn't converted.
     """
     try:
-        decoded, is_deep = _read(item, settings)
+        decoded, is_deep, kind = _read(item, settings)
     except DamagedImageError as error:
         if settings.skip_damaged:
             return Converted(item.name, None, None, damage=str(error))
@@ -104,19 +104,27 @@ def convert_image(item: Item, settings: Settings) -> Converted:
         raise ValueError(f"{item.name}: {error}; {check}--skip-damaged leaves them "
                          "out") from error
     if isinstance(decoded, np.ndarray):
-        return _convert_values(item.name, decoded, settings)
+        return _convert_values(item.name, decoded, settings, kind)
     return _convert_picture(item.name, decoded, settings, is_deep)
 
 
-def _read(item: Item, settings: Settings) -> tuple[PIL.Image.Image | np.ndarray, bool]:
-    """Returns a picture, or values [C, H, W] that no picture holds; and whether it was a deep one.
+class _Read(NamedTuple):
+    """What was read of an image."""
+
+    decoded: PIL.Image.Image | np.ndarray  # a picture, or values [C, H, W] that no picture holds
+    is_deep: bool = False  # whether it was a picture of 16 bits
+    kind: str | None = None  # the type of an array in its file
+
+
+def _read(item: Item, settings: Settings) -> _Read:
+    """Returns an image as a picture or as values.
 
     Raises:
         DamagedImageError: it can't be read; without its name.
         ValueError: it is an animation, or an array whose shape has two readings.
     """
     content = item.content()
-    values = item.decode(content) if item.decode else \
+    values, kind = (item.decode(content), None) if item.decode else \
         _array_values(item.name, content, item.layout or settings.layout)
     if values is None:
         if settings.picked is not None:
@@ -126,36 +134,35 @@ def _read(item: Item, settings: Settings) -> tuple[PIL.Image.Image | np.ndarray,
         values = _pick(item.name, values, settings.picked)
     if values.dtype == np.uint8 and len(values) in (1, 3):
         pixels = values[0] if len(values) == 1 else values.transpose(1, 2, 0)
-        return PIL.Image.fromarray(pixels), False
-    return values, False
+        return _Read(PIL.Image.fromarray(pixels))
+    return _Read(values, kind=kind)
 
 
-def _read_picture(name: str, content: bytes | np.ndarray,
-                  settings: Settings) -> tuple[PIL.Image.Image, bool]:
+def _read_picture(name: str, content: bytes | np.ndarray, settings: Settings) -> _Read:
     if not isinstance(content, bytes):  # the pixels of an archive
-        return PIL.Image.fromarray(content), False
+        return _Read(PIL.Image.fromarray(content))
     picture = pictures.read_picture(content)
     # MPO is a photograph with a preview behind it, not an animation.
     is_animated = getattr(picture, "is_animated", False) and picture.format != "MPO"
     if is_animated and not settings.first_frame:
         raise ValueError(f"{name}: has several frames; --first-frame takes the first")
-    return picture, pictures.is_deep(picture, content)
+    return _Read(picture, pictures.is_deep(picture, content))
 
 
 def _array_values(name: str, content: bytes | np.ndarray,
-                  layout: str | None) -> np.ndarray | None:
-    """Returns the values [C, H, W] of an array; None for a picture."""
+                  layout: str | None) -> tuple[np.ndarray | None, str | None]:
+    """Returns the values [C, H, W] of an array and their type in the file; None for a picture."""
     if not isinstance(content, bytes) or not (
             is_array(name) or content.startswith(array_files.MAGIC)):
-        return None
+        return None, None
     try:
-        shape = array_files.read_shape(content)
+        shape, kind = array_files.read_shape_and_type(content)
         values, _ = array_files.decode(content, layout)
     except ValueError as error:
         raise DamagedImageError(str(error)) from error
     with error_prefix(f"{name}: "):
         array_files.check_layout(shape, layout)
-    return values
+    return values, kind
 
 
 def _pick(name: str, values: np.ndarray, picked: tuple[int, ...]) -> np.ndarray:
@@ -215,8 +222,12 @@ def _refuse_scale(name: str, settings: Settings) -> None:
                          f"read), which always become x/127.5 - 1; leave {settings.flag} out")
 
 
-def _convert_values(name: str, values: np.ndarray, settings: Settings) -> Converted:
-    """Returns values [C, H, W] as a .npy, as uint8, uint16 or float32."""
+def _convert_values(name: str, values: np.ndarray, settings: Settings,
+                    kind: str | None = None) -> Converted:
+    """Returns values [C, H, W] as a .npy, as uint8, uint16 or float32.
+
+    Errors call them `kind`, which they were before they were read.
+    """
     given = values
     with error_prefix(f"{name}: "):
         values = _clip(values, settings)
@@ -227,7 +238,9 @@ def _convert_values(name: str, values: np.ndarray, settings: Settings) -> Conver
             raise ValueError(f"{len(values)} channels of images {values.shape[2]} wide can't be "
                              "told from channels that come last; make the images wider")
         if values.dtype != np.uint8 and settings.scale is None:
-            raise ValueError(f"holds {values.dtype}: give {settings.flag}=minmax, std or LO,HI")
+            kind = kind or str(values.dtype)
+            hint = ", or save pixels of 0 to 255 as uint8" if "int" in kind else ""
+            raise ValueError(f"holds {kind}: give {settings.flag}=minmax, std or LO,HI{hint}")
     if values.dtype == np.uint8:
         _refuse_scale(name, settings)
     data = array_files.encode(values)

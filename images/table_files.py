@@ -24,7 +24,7 @@ import numpy as np
 
 from dnnlib import console
 from images import array_files
-from images.label_tables import Columns, Labels, labels_of, shown_columns
+from images.label_tables import LABEL_COLUMNS, Columns, Labels, labels_of, shown_columns
 from images.pictures import DamagedImageError
 
 if TYPE_CHECKING:
@@ -334,7 +334,8 @@ def _open_dataset(data: "datasets.Dataset", source: str) -> _Opened:
 _IMAGE_KINDS = (("images",), ("bytes",), ("pixels",))
 _CLASSES = "classes"
 _LABEL_KINDS = ((_CLASSES,), ("whole numbers", "text"))
-_OTHER_LABEL_KINDS = ("numbers", "vectors")  # which only --label-column chooses
+_BOOLEANS = "booleans"  # labels where the column is called so
+_OTHER_LABEL_KINDS = (_BOOLEANS, "numbers", "vectors")  # which --label-column chooses
 
 
 def _table(opened: _Opened, columns: Columns, where: str, *, reads_paths: bool) -> Table:
@@ -360,6 +361,8 @@ def _table(opened: _Opened, columns: Columns, where: str, *, reads_paths: bool) 
                         f"{names[0]}; --label-column=none takes no labels")
         if kinds[names[0]] == _CLASSES and len(names) == 1:
             labels = labels._replace(class_names=_class_names(opened.features[names[0]]))
+    if columns.labels is None:
+        fact += _not_taken(kinds, names)
     return Table(where, opened.names, lambda rows: (
         _content(value, reads_paths) for value in opened.values(image, rows)), labels, fact, note)
 
@@ -406,7 +409,8 @@ def _kind(kind: "pa.DataType", feature: Any) -> str:
     for name, tests in (("bytes", (types.is_binary, types.is_large_binary)),
                         ("whole numbers", (types.is_integer,)),
                         ("text", (types.is_string, types.is_large_string)),
-                        ("numbers", (types.is_floating, types.is_boolean))):
+                        (_BOOLEANS, (types.is_boolean,)),
+                        ("numbers", (types.is_floating,))):
         if not depth and any(test(kind) for test in tests):
             return name
     return f"{depth * 'list of '}{kind}"[:40]
@@ -438,7 +442,8 @@ def _label_columns(kinds: Mapping[str, str], wanted: tuple[str, ...] | None,
     """Returns the names of the columns of labels; raises ValueError unless they are certain."""
     there = f"the columns are {_shown_kinds(kinds)}"
     if wanted is None:
-        own = {name: kind for name, kind in kinds.items() if not _INDEX.fullmatch(name)}
+        own = {name: "whole numbers" if kind == _BOOLEANS and _is_called_label(name) else kind
+               for name, kind in kinds.items() if not _INDEX.fullmatch(name)}
         found = _first_found(own, _LABEL_KINDS)
         if len(found) > 1:
             raise ValueError(f"{where}: several columns may hold labels: {shown_columns(found)}; "
@@ -449,6 +454,20 @@ def _label_columns(kinds: Mapping[str, str], wanted: tuple[str, ...] | None,
         if kinds.get(name) not in allowed:
             raise ValueError(f"--label-column={name}: no column of labels in {where}; {there}")
     return wanted
+
+
+def _is_called_label(name: str) -> bool:
+    return name.lower() in LABEL_COLUMNS
+
+
+def _not_taken(kinds: Mapping[str, str], taken: Sequence[str]) -> str:
+    """Returns what to say of columns that are called labels and hold what isn't taken for them."""
+    usual = {kind for group in _LABEL_KINDS for kind in group} | {_BOOLEANS}
+    return "".join(
+        f"; column {name} holds {kind} and is not taken for labels, which are whole numbers, "
+        f"booleans or text{f' unless --label-column={name}' * (kind in _OTHER_LABEL_KINDS)}"
+        for name, kind in kinds.items()
+        if _is_called_label(name) and name not in taken and kind not in usual)
 
 
 def _first_found(kinds: Mapping[str, str], groups: Sequence[tuple[str, ...]]) -> list[str]:

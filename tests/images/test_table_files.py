@@ -207,6 +207,48 @@ def test_labels_are_found_by_their_type(tmp_path, labels, features, expected, na
     assert record.get("class_names") == names
 
 
+def test_booleans_called_label_are_classes(tmp_path):
+    flags = [i % 3 == 0 for i in range(NUM)]
+    for name, expected in [("label", [int(flag) for flag in flags]), ("is_sharp", None)]:
+        path = write_parquet(tmp_path / "x.parquet", {"image": RECORDS, name: flags})
+        assert labels_in(tmp_path, path) == expected
+    both = write_parquet(tmp_path / "x.parquet", {"image": RECORDS, "label": flags, "id": LABELS})
+    assert_refused(run(both, tmp_path / "out/a.zip"), tmp_path, "may hold labels: label, id")
+
+
+@pytest.mark.parametrize("name,values,other,texts", [
+    ("label", [i / 2 for i in range(NUM)], {}, ["column label holds numbers and is not taken",
+                                                "unless --label-column=label"]),
+    ("Class", [[i, 1.5] for i in range(NUM)], {"id": LABELS}, [
+        "labels column id; column Class holds vectors and is not taken"]),
+    ("label", [None] * NUM, {}, ["column label holds null and is not taken"]),
+])
+def test_a_column_called_label_that_is_not_taken_is_named(tmp_path, name, values, other, texts):
+    path = write_parquet(tmp_path / "x.parquet", {"image": RECORDS, name: values, **other})
+    output = converted(tmp_path, path)[1]
+    assert all(text in output for text in texts)
+    assert ("unless --label-column" in output) == (values[0] is not None)
+    for column in (name, "none"):
+        if column == "none" or values[0] is not None:
+            assert "not taken" not in converted(tmp_path, path, f"--label-column={column}")[1]
+
+
+def test_refused_pixels_are_called_by_the_type_that_they_have(tmp_path):
+    table = write_parquet(tmp_path / "x.parquet", {"image": [[[1, 2], [3, 4]]] * 3})
+    for source in (table, *(_saved(tmp_path / f"{kind}.npz", kind) for kind in
+                            ("int32", "uint16", "float64"))):
+        kind = "int64" if source == table else source.stem
+        hint = "LO,HI, or save pixels of 0 to 255 as uint8" if "int" in kind else "LO,HI"
+        result = run(source, tmp_path / "out/a.zip")
+        assert_refused(result, tmp_path, f"holds {kind}: give --scale=minmax, std or {hint}")
+        assert result.output.strip().endswith(hint)
+
+
+def _saved(path, kind):
+    np.savez(path, np.ones([2, 8, 8], kind))
+    return path
+
+
 def test_columns_that_are_named_win(tmp_path):
     vectors = [[i, i / 2] for i in range(NUM)]
     path = write_parquet(tmp_path / "x.parquet", {
