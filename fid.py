@@ -121,7 +121,7 @@ def _detector_options(command):
 def _score_options(command):
     """The options of the commands that score."""
     for option in reversed((
-        click.option("--ref", "ref_path", metavar="NPZ|URL|ZIP|DIR",
+        click.option("--ref", "ref_path", metavar="NPZ|PKL|URL|ZIP|DIR",
                      help="Reference statistics, or the data set; needed for all but is"),
         click.option("--metrics", metavar="LIST", default="fid", callback=_parse_metrics,
                      help="What to compute, of fid, kid, pr (precision and recall), dc (density "
@@ -334,7 +334,7 @@ def gen(network: tuple[str, ...], ref_path: str | None, metrics: tuple[str, ...]
 
 
 @main.command(context_settings={"show_default": True, **HELP_NAMES})
-@click.option("--data",       metavar="DIR|ZIP", required=True,
+@click.option("--data",       metavar="DIR|ZIP|NPZ", required=True,
               help="Images of the data set")
 @click.option("--dest",       metavar="NPZ", required=True,
               help="File to write")
@@ -374,11 +374,11 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
 
 
 @main.command(context_settings={"show_default": True, **HELP_NAMES})
-@click.option("--images",     metavar="DIR|ZIP", required=True,
+@click.option("--images",     metavar="DIR|ZIP|NPZ", required=True,
               help="Images to score")
-@click.option("--truth",      metavar="DIR|ZIP", required=True,
+@click.option("--truth",      metavar="DIR|ZIP|NPZ", required=True,
               help="What they should be: a data set, of which condition images are left out")
-@click.option("--input", "input_", metavar="DIR|ZIP|cond",
+@click.option("--input", "input_", metavar="DIR|ZIP|NPZ|cond",
               help="Measurements that the images were made of, to score and show beside them; cond "
                    "for the condition images of --truth")
 @click.option("--metrics",    metavar="LIST", type=NameList(OF_PAIRS),
@@ -464,11 +464,11 @@ def pairs(images: str, truth: str, input_: str | None, metrics: tuple[str, ...] 
 
 
 @main.command(context_settings={"show_default": True, **HELP_NAMES})
-@click.option("--images",     metavar="DIR|ZIP", required=True,
+@click.option("--images",     metavar="DIR|ZIP|NPZ", required=True,
               help="Generated images")
-@click.option("--data",       metavar="DIR|ZIP", required=True,
+@click.option("--data",       metavar="DIR|ZIP|NPZ", required=True,
               help="Images that the network was trained on")
-@click.option("--held-out",   metavar="DIR|ZIP",
+@click.option("--held-out",   metavar="DIR|ZIP|NPZ",
               help="Images of the same kind that it was not trained on, which show what distances "
                    "are usual")
 @click.option("--rows",       metavar="INT", type=click.IntRange(min=1), default=16,
@@ -556,7 +556,7 @@ def _report_nearest(sets: list, features: list, detector, rows: int,
     for line in summary_lines(summary):
         console.result(line)
     if folder is None:
-        click.echo("Files      none, because --images is a ZIP; --out=DIR keeps them")
+        click.echo("Files      none, because --images is a file; --out=DIR keeps them")
         return
     click.echo(f"Files      {write_nearest(folder, images, data, found, rows, window)}")
     path = str(images.path)
@@ -569,7 +569,7 @@ def _report_nearest(sets: list, features: list, detector, rows: int,
 
 
 def _folder_of_files(kind: str, out: str | None, images: str, *others: str | None) -> Path | None:
-    """Returns where files about images go: --out, or KIND_NAME beside them; None for a ZIP.
+    """Returns where files about images go: --out, or KIND_NAME beside them; None for a file.
 
     Raises:
         ValueError: inside of images, among which the picture would be one more.
@@ -604,7 +604,7 @@ def _report_pairs(paired, scores, values: tuple[float, float], clip: bool, image
     for line in summary_lines(scores):
         console.result(line)
     if folder is None:
-        click.echo("Files      none, because --images is a ZIP; --out=DIR keeps the scores")
+        click.echo("Files      none, because --images is a file; --out=DIR keeps the scores")
         return
     window = window or (sum(values) / 2, values[1] - values[0])
     click.echo(f"Files      {write_scores(folder, paired, scores, values, window)}")
@@ -680,7 +680,7 @@ def _score_kept(path: str, ref_path: str | None, metrics: tuple[str, ...], out: 
 
 
 def _jsonl_of_images(images: str) -> Path | None:
-    """Returns the file for scores of a folder: in its run, else in itself; None for a ZIP."""
+    """Returns the file for scores of a folder: in its run, else in itself; None for a file."""
     path = Path(os.path.abspath(images))
     if not path.is_dir():
         return None

@@ -78,6 +78,9 @@ def load_reference(path: str, detector: str = "inception") -> Reference:
     try:
         with dnnlib.util.open_url(path) as file:
             is_pickle = file.read(1) == _PICKLE_MAGIC
+            if not is_pickle and not zipfile.is_zipfile(file):
+                raise ValueError("neither a whole .npz nor a pickle of protocol 2 or later; save "
+                                 "an older pickle again by pickle.dump(value, file, protocol=4)")
             found = _read_pickle(file) if is_pickle else {detector: _read_npz(file)}
             file.seek(0)
             digest = hashlib.sha256()

@@ -1,6 +1,7 @@
 """Labels out of tables beside images: which rows, which columns, what becomes of their cells."""
 
 import json
+import unicodedata
 import zipfile
 
 import pytest
@@ -239,6 +240,20 @@ def test_rows_find_their_images_by_paths_or_else_by_less(names, top, rows, expec
 def test_rows_without_a_certain_image_are_refused(rows, text):
     with pytest.raises(ValueError, match=f"^t: {text}"):
         match_rows(["a/1.png", "b/1.png"], "", rows, "t")
+
+
+@pytest.mark.parametrize("form, other", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_tables_fit_whether_accents_are_letters_of_their_own_or_not(tmp_path, form, other):
+    labels = {"Évora/Zürich.png": 4, "Évora/Zug.png": 5, "Eza/é.png": 6}
+    source = write_source(tmp_path / "src", {
+        unicodedata.normalize(form, name): flat(label) for name, label in labels.items()})
+    content = csv_of([(unicodedata.normalize(other, name), label)
+                      for name, label in labels.items()])
+    expected = [label for _, label in sorted(
+        (unicodedata.normalize(form, name), label) for name, label in labels.items())]
+    assert labels_in(tmp_path, source, table(tmp_path, content)) == expected
+    (source / "metadata.csv").write_bytes(content)
+    assert labels_in(tmp_path, source) == expected
 
 
 def test_backslashes_and_dots_before_paths_are_those_of_paths(tmp_path):

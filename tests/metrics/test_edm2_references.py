@@ -84,6 +84,13 @@ def test_other_pickles_are_refused_in_one_line_and_nothing_is_run(tmp_path, monk
     assert "\n" not in str(caught.value) and not (tmp_path / "boom").exists()
 
 
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_a_pickle_of_an_old_protocol_is_called_so(tmp_path, protocol):
+    text = "a.pkl: not reference statistics: .* pickle of protocol 2 or later; .*protocol=4"
+    with pytest.raises(ValueError, match=text):
+        load_reference(write(tmp_path / "a.pkl", WHOLE, protocol))
+
+
 def test_a_cut_file_is_refused(tmp_path):
     path = tmp_path / "a.pkl"
     whole = pickle.dumps(WHOLE)

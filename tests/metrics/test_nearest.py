@@ -262,7 +262,7 @@ def test_a_zip_has_its_summary_printed_and_files_only_with_out(world, capsys):
     before = sorted(world.iterdir())
     args = [f"--images={world / 'own.zip'}", f"--data={world / 'train'}"]
     out, _ = call(capsys, *args)
-    assert "1 exact copy" in out and "none, because --images is a ZIP" in out
+    assert "1 exact copy" in out and "none, because --images is a file" in out
     assert sorted(world.iterdir()) == before
     assert (world / "x/nearest.csv") not in before
     call(capsys, *args, f"--out={world / 'x'}")

@@ -671,6 +671,20 @@ def test_reports_compare_scores_over_one_range_alone(run, ct):
     assert groups[1].title == "RMSE" and groups[1].is_lower_better is True
 
 
+def test_what_takes_an_npz_says_so_and_calls_it_a_file(run, tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, RNG(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8))
+    out = run(f"--images={path}", f"--truth={path}", f"--input={path}").out
+    assert "none, because --images is a file; --out=DIR keeps the scores" in out
+    metavars = {name: {option.name: option.metavar for option in command.params}
+                for name, command in fid.main.commands.items()}
+    for command, option in [("pairs", "images"), ("pairs", "truth"), ("pairs", "input_"),
+                            ("nearest", "images"), ("nearest", "data"), ("nearest", "held_out"),
+                            ("ref", "data"), ("calc", "images"), ("calc", "ref_path")]:
+        assert "NPZ" in metavars[command][option].split("|")
+    assert "PKL" in metavars["gen"]["ref_path"].split("|")
+
+
 def test_files_of_a_run_and_of_zips(run, ct):
     root, *_ = ct
     (root / "training_options.json").write_text("{}")
