@@ -10,13 +10,23 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from dnnlib.cli import HELP_NAMES, Range, Window, cache_dir_option, run, two_numbers, user_errors
+from dnnlib import console
+from dnnlib.cli import (
+    HELP_NAMES,
+    Range,
+    Window,
+    cache_dir_option,
+    run,
+    two_numbers,
+    user_errors,
+    verbosity_options,
+)
 
 if TYPE_CHECKING:  # imported late: help is instant
     from images.conversion import Outcome
@@ -216,7 +226,7 @@ def _print_counts(path: str, num_images: int, image_format: "ImageFormat", label
     """Prints how many images there are, how large, and of which classes."""
     labels = f"label vectors of {label_dim}" if label_dim else \
         f"{len(classes)} classes" if classes else "no labels"
-    click.echo(f"{path}: {num_images} images, {_shown_format(image_format)}, {labels}")
+    console.result(f"{path}: {num_images} images, {_shown_format(image_format)}, {labels}")
     if len(classes) > _MAX_CLASS_LINES:
         click.echo(f"  {min(classes.values())} to {max(classes.values())} images a class")
         return
@@ -239,8 +249,9 @@ def _print_conditions(image_format: "ImageFormat", num_images: int) -> None:
     click.echo(f"  {num_images} condition images, {_shown_format(image_format)}")
 
 
-def _print_statistics(moments: "Moments", scaling: "Scaling", is_data: bool = True) -> None:
-    """Prints mean and deviation of each channel as networks see it, and the scale if it is one."""
+def _print_statistics(moments: "Moments", scaling: "Scaling", is_data: bool = True,
+                      say: Callable[[str], None] = click.echo) -> None:
+    """Says mean and deviation of each channel as networks see it, and the scale if it is one."""
     scaled, gains = moments.scaled(scaling), scaling
     names = {1: ("gray",), 3: ("red", "green", "blue")}.get(len(scaled.mean), ())
     for i, (mean, std) in enumerate(zip(scaled.mean, scaled.std, strict=True)):
@@ -248,11 +259,11 @@ def _print_statistics(moments: "Moments", scaling: "Scaling", is_data: bool = Tr
         one = i if len(gains.center) > 1 else 0
         text = "" if scaling.is_8bit else \
             f" of (v - {gains.center[one]:.7g}) / {gains.spread[one]:.7g}"
-        click.echo(f"{name:6s} mean {mean:+.4f}, standard deviation {std:.4f}{text}")
+        say(f"{name:6s} mean {mean:+.4f}, standard deviation {std:.4f}{text}")
     if is_data:
         overall = scaled.overall_std()
         hint = "" if scaling.is_8bit else f", or train.py --sigma-data={overall:.4g}"
-        click.echo(f"all    standard deviation {overall:.4f}; the networks' sigma_data is 0.5{hint}")
+        say(f"all    standard deviation {overall:.4f}; the networks' sigma_data is 0.5{hint}")
 
 
 def _print_clipped(outcome: "Outcome") -> None:
@@ -351,6 +362,7 @@ def _require(**given: str | None) -> None:
               help="Take the first frame of animations instead of refusing them")
 @click.option("--workers",      metavar="INT", type=click.IntRange(min=1),
               help="Processes that convert  [default: one a core]")
+@verbosity_options
 @click.pass_context
 def main(context: click.Context, source: str | None, dest: str | None, max_images: int | None,
          transform: str | None, resolution: tuple[int, int] | None,
@@ -442,7 +454,8 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
         if cond_source and _is_same(Path(source), Path(cond_source)):
             raise ValueError(f"--cond-source={cond_source}: is the source itself, so the images "
                              "would be their own conditions")
-        images = stack.enter_context(open_source(source, layout=layout, columns=columns))
+        with console.timed("list of the source"):
+            images = stack.enter_context(open_source(source, layout=layout, columns=columns))
         if label_set:
             choose_labels(images, label_set)
         others, partners = images, range(images.num_images)
@@ -458,11 +471,19 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
                                 cond_flag) if cond_flag else None
         class_names = new_class_names(images, label_list, classes)
         names = kept_names(images, numbers) if keep_names else None
-        with open_dest(Path(dest)) as write:
+        with _computing(workers or num_cores(), "conversion"), open_dest(Path(dest)) as write:
             outcome = convert_all(images, numbers, label_list, settings, write,
                                   workers or num_cores(), conditions, class_names, names)
         _summarise(dest, images, outcome, classes, class_names, names is not None)
         _tell_unused(images, max_images, len(numbers))
+
+
+@contextlib.contextmanager
+def _computing(num_workers: int, title: str) -> Iterator[None]:
+    """Says with --verbose how many processes compute, and how long it took."""
+    console.detail(f"Workers    {num_workers}")
+    with console.timed(title):
+        yield
 
 
 def _conditions_flag(cond_source: str | None, pair: str | re.Pattern[str] | None,
@@ -508,6 +529,7 @@ def _refuse_flags(context: click.Context) -> None:
 @click.argument("data", metavar="DATA")
 @click.option("--workers",      metavar="INT", type=click.IntRange(min=1),
               help="Processes that decode  [default: one a core]")
+@verbosity_options
 def check(data: str, workers: int | None) -> None:
     """Verifies a data set: every image decodes, all are alike, labels and names are valid.
 
@@ -518,11 +540,12 @@ def check(data: str, workers: int | None) -> None:
         from dnnlib.ordered_pool import num_cores
         from images.inspection import check_dataset
 
-        report = check_dataset(Path(data), workers or num_cores())
+        with _computing(workers or num_cores(), "images"):
+            report = check_dataset(Path(data), workers or num_cores())
         for line in report.problems:
-            click.echo(line)
+            console.result(line)
         if report.num_problems > len(report.problems):
-            click.echo(f"... and {report.num_problems - len(report.problems)} more")
+            console.result(f"... and {report.num_problems - len(report.problems)} more")
         if report.num_problems:
             raise ValueError(f"{data}: {report.num_problems} problems in {report.num_images} "
                              "images")
@@ -534,7 +557,9 @@ def check(data: str, workers: int | None) -> None:
         if report.cond_format:
             _print_conditions(report.cond_format, report.num_images)
         _tell_empty_classes(report.classes)
-        click.echo(f"fingerprint: {ImageFolderDataset(data).fingerprint}")
+        with console.timed("fingerprint"):
+            fingerprint = ImageFolderDataset(data).fingerprint
+        console.result(f"fingerprint: {fingerprint}")
 
 
 def _tell_empty_classes(classes: collections.Counter) -> None:
@@ -557,6 +582,7 @@ def _check_out(ctx, param, value: str | None) -> str | None:
               help="Values that the picture shows from black to white, in the data's units, such as 40,400  [default: what networks see as -1 to 1]")
 @click.option("--workers",      metavar="INT", type=click.IntRange(min=1),
               help="Processes that decode  [default: one a core]")
+@verbosity_options
 def show(data: str, out: str | None, window: tuple[float, float] | None,
          workers: int | None) -> None:
     """Writes a picture of some images, a class a row, and prints statistics of all pixels.
@@ -571,14 +597,16 @@ def show(data: str, out: str | None, window: tuple[float, float] | None,
         from images.inspection import pixel_statistics, sample_grid, show_path
 
         path = show_path(Path(data), out)
-        moments, scaling = pixel_statistics(Path(data), workers or num_cores())
+        with _computing(workers or num_cores(), "statistics"):
+            moments, scaling = pixel_statistics(Path(data), workers or num_cores())
         if window and scaling.is_8bit:
             raise ValueError("--window: the images have 8 bits and are shown as they are; leave "
                              "--window out")
-        picture, shown = sample_grid(Path(data), window)
-        save_png(path, picture)
-        click.echo(f"{path}: {shown}")
-        _print_statistics(moments, scaling)
+        with console.timed("picture"):
+            picture, shown = sample_grid(Path(data), window)
+            save_png(path, picture)
+        console.result(f"{path}: {shown}")
+        _print_statistics(moments, scaling, say=console.result)
 
 
 @main.command(context_settings=HELP_NAMES)
@@ -591,6 +619,7 @@ def show(data: str, out: str | None, window: tuple[float, float] | None,
               help="Held-out data set, likewise")
 @click.option("--seed",         metavar="INT", type=int, default=0, show_default=True,
               help="Chooses the images")
+@verbosity_options
 def split(data: str, val: float, dest: str, val_dest: str, seed: int) -> None:
     """Divides a data set into one to train on and one that is held out, for train.py --val-data.
 
@@ -608,7 +637,7 @@ def split(data: str, val: float, dest: str, val_dest: str, seed: int) -> None:
         _check_outside(Path(data), paths)
         source = DataSet(Path(data))
         plan = plan_split(source, val, seed)
-        with open_dests(paths) as writes:
+        with console.timed("both parts"), open_dests(paths) as writes:
             write_split(source, plan, *writes)
         _summarise_split(paths, plan)
 
@@ -649,7 +678,7 @@ def _summarise_split(paths: dict[str, Path], plan: "Split") -> None:
     for path, part in zip(paths.values(), (train, held_out), strict=True):
         classes = f", {len(part.classes)} classes" if part.classes else ""
         conditions = f", {len(part.conditions)} condition images" if part.conditions else ""
-        click.echo(f"{path}: {len(part.images)} images{classes}{conditions}")
+        console.result(f"{path}: {len(part.images)} images{classes}{conditions}")
     names, missing = plan.class_names or [], sorted(set(train.classes) - set(held_out.classes))
     if len(train.classes) <= _MAX_CLASS_LINES:
         for label in sorted(train.classes):
@@ -668,21 +697,23 @@ def cache() -> None:
 
 @cache.command("list", context_settings=HELP_NAMES)
 @cache_dir_option
+@verbosity_options
 def list_cache() -> None:
     """Prints names, sizes, days since the last use, and what each entry is of."""
     with user_errors():
         from dnnlib.util import cache_dir, format_table, shown_bytes
         from images.data_cache import entries, free_bytes
 
-        found = entries()
+        with console.timed("sizes"):
+            found = entries()
         if found:
-            click.echo(format_table([
+            console.result(format_table([
                 ("entry", "size", "days", ""),
                 *((entry.name, shown_bytes(entry.num_bytes),
                    f"{max(time.time() - entry.used, 0) / 86400:.1f}", entry.about)
                   for entry in found)], left=(0, 3)))
         size = sum(entry.num_bytes for entry in found)
-        click.echo(f"{cache_dir()}: {shown_bytes(size)} in {len(found)} entries, "
+        console.result(f"{cache_dir()}: {shown_bytes(size)} in {len(found)} entries, "
                    f"{shown_bytes(free_bytes(cache_dir()))} free")
 
 
@@ -690,6 +721,7 @@ def list_cache() -> None:
 @click.argument("names", metavar="[NAMES]...", nargs=-1)
 @click.option("--all", "is_all", is_flag=True, help="Remove all entries.")
 @cache_dir_option
+@verbosity_options
 def remove_cache(names: tuple[str, ...], is_all: bool) -> None:
     """Removes entries by their names in the list, or by how these begin.
 
@@ -701,7 +733,9 @@ def remove_cache(names: tuple[str, ...], is_all: bool) -> None:
         from dnnlib.util import shown_bytes
         from images.data_cache import entries, remove
 
-        for entry in remove([entry.name for entry in entries()] if is_all else names):
+        with console.timed("removal"):
+            removed = remove([entry.name for entry in entries()] if is_all else names)
+        for entry in removed:
             click.echo(f"Removed {entry.name}, {shown_bytes(entry.num_bytes)}")
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402 - the path above
 
 from dnnlib.atomic import atomic_write, check_writable  # noqa: E402
-from dnnlib.cli import flag_errors, run, user_errors  # noqa: E402
+from dnnlib.cli import HELP_NAMES, flag_errors, run, user_errors  # noqa: E402
 from dnnlib.progress import FIRST_LINE_SEC, Progress  # noqa: E402
 
 AIR, BODY = -1000.0, 40.0
@@ -73,7 +73,7 @@ def _parse_noise(ctx: click.Context, param: click.Parameter, value: float) -> fl
     return value
 
 
-@click.command()
+@click.command(context_settings=HELP_NAMES)
 @click.option("--dest", metavar="NPY", type=click.Path(path_type=Path), required=True,
               help="Array to write.")
 @click.option("--num", metavar="INT", type=click.IntRange(1, 10**6), default=400, show_default=True,

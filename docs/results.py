@@ -9,7 +9,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dnnlib.cli import UserError, user_errors
+from dnnlib.cli import HELP_NAMES, UserError, user_errors
 from reports.comparison import Comparison, compare
 from reports.report_plots import look
 from reports.run_record import RunRecord
@@ -110,7 +110,7 @@ def show_samples(runs: list[RunRecord], path: Path) -> None:
     save_png(path, image_grid(rows, [f"D = {name_of(run.D)}" for run in runs]))
 
 
-@click.command()
+@click.command(context_settings=HELP_NAMES)
 @click.argument("run_dirs", nargs=-1, required=True)
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), default="docs", show_default=True, help="Where to write the pictures.")
 def main(run_dirs: tuple[str, ...], out: Path) -> None:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402 - the path above
 
 from dnnlib.atomic import atomic_write  # noqa: E402
-from dnnlib.cli import run, user_errors  # noqa: E402
+from dnnlib.cli import HELP_NAMES, run, user_errors  # noqa: E402
 from pfgmpp.kernel import PerturbationKernel  # noqa: E402
 from pfgmpp.loss import EDMLoss  # noqa: E402
 from pfgmpp.networks import MODELS, EDMPrecond  # noqa: E402
@@ -362,7 +362,7 @@ def write_pictures(outdir: Path, plane: Plane, scores: dict, real_scores: list[S
 # ----------------------------------------------------------------------------------------- main
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True, **HELP_NAMES})
 @click.option("--outdir", metavar="DIR", default="toy", help="Where the two pictures go.")
 @click.option("--train-steps", metavar="INT", type=click.IntRange(min=1), default=300,
               help="Steps that each network is trained.")

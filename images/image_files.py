@@ -407,6 +407,9 @@ class Zip:
                 with open(self._path, "rb") as file:
                     is_cut = file.read(4) == b"PK\x03\x04"
                 problem = "the ZIP is truncated or damaged" if is_cut else "neither folder nor ZIP"
+                if is_image(str(self._path)):
+                    problem += (", but a single file; put it into a folder and name that, or "
+                                "convert an array of many images by dataset_tool.py --source=FILE")
                 raise ValueError(f"{self._path}: {problem}") from error
             self._pid = os.getpid()
         return self._zip

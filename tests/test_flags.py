@@ -6,6 +6,7 @@ import io
 
 import click
 import pytest
+from scripts import load_script
 from torch.distributed.run import get_args_parser
 
 SCRIPTS = ["train", "distill", "generate", "generate_alpha", "generate_steps", "generate_quant",
@@ -57,3 +58,10 @@ def test_h_is_help(script, invoke):
     for words, _ in commands(main):
         short, long = (invoke(main, *words, flag) for flag in ("-h", "--help"))
         assert short.exit_code == 0 and short.stdout == long.stdout and "Usage:" in long.stdout
+
+
+@pytest.mark.parametrize("path", ["docs/phantoms.py", "docs/results.py", "docs/toy.py"])
+def test_h_is_help_of_the_scripts_of_the_pages(path, invoke):
+    main = load_script(path).main
+    short, long = (invoke(main, flag) for flag in ("-h", "--help"))
+    assert short.exit_code == 0 and short.stdout == long.stdout and "Usage:" in long.stdout

@@ -366,7 +366,10 @@ def test_a_path_that_is_no_data_set_is_refused_in_one_line(tmp_path):
     (tmp_path / "text.zip").write_text("not a ZIP")
     (tmp_path / "empty").mkdir()
     write_zip(tmp_path / "no_images.zip", {"readme.txt": b"x"})
-    for name, error, text in [("none.zip", OSError, "no such"), ("cut.zip", ValueError, "truncat"),
+    np.save(tmp_path / "one.npy", np.zeros([8, 8], np.float32))
+    way_out = "single file; put it into a folder and .* dataset_tool.py --source=FILE"
+    for name, error, text in [("one.npy", ValueError, way_out), ("none.zip", OSError, "no such"),
+                              ("cut.zip", ValueError, "truncat"),
                               ("text.zip", ValueError, "neither folder nor ZIP"),
                               ("empty", ValueError, "no images"),
                               ("no_images.zip", ValueError, "no images")]:

@@ -1,6 +1,7 @@
 import io
 import itertools
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import zlib
 import numpy as np
 import PIL.Image
 import pytest
+from click.testing import CliRunner
 from image_sources import (
     EMOJI,
     assert_refused,
@@ -26,6 +28,7 @@ from image_sources import (
 )
 from scripts import ROOT
 
+from dataset_tool import main
 from images.dataset import ImageFolderDataset
 
 LANCZOS = PIL.Image.Resampling.LANCZOS
@@ -538,3 +541,59 @@ def test_values_of_16_bits_are_resized_to_the_nearest_whole_number(tmp_path):
     resized = np.asarray(PIL.Image.fromarray(values.astype(np.float32)).resize((5, 5), LANCZOS))
     np.testing.assert_array_equal(found.squeeze(), np.round(resized))
     assert (np.trunc(resized) != np.round(resized)).any()
+
+
+# ------------------------------------------------------------------- how much is said
+
+
+@pytest.fixture
+def said(tmp_path, monkeypatch):
+    """Runs a command without and with a flag; returns the lines of stdout of both."""
+    monkeypatch.setenv("PFGMPP_CACHE_DIR", str(tmp_path / "cache"))
+
+    def lines(flag, *args):
+        runs = [CliRunner().invoke(main, [*map(str, args), *more]) for more in ([], [flag])]
+        assert [run.exit_code for run in runs] == [0, 0], runs[1].output
+        return [run.stdout.splitlines() for run in runs]
+    return lines
+
+
+def _commands(tmp_path):
+    """Returns the commands, of a data set with two classes, and what begins their results."""
+    source = write_source(tmp_path / "src", {f"{top}/{i}.png": flat(i) for top in "ab"
+                                             for i in range(4)})
+    whole, parts = tmp_path / "whole.zip", [tmp_path / f"{name}.zip" for name in ("x", "y")]
+    dests = [f"--dest={parts[0]}", f"--val-dest={parts[1]}"]
+    return [([f"--source={source}", f"--dest={whole}"], [f"{whole}: 8 images"]),
+            (["check", whole], [f"{whole}: 8 images", "fingerprint: "]),
+            (["show", whole], [f"{tmp_path / 'whole-show.png'}: ", "gray ", "all "]),
+            (["split", whole, "--val=2", *dests], [f"{parts[0]}: 6", f"{parts[1]}: 2"]),
+            (["cache", "list"], [f"{tmp_path / 'cache'}: "])]
+
+
+def test_quiet_prints_results_alone(tmp_path, said):
+    for args, beginnings in _commands(tmp_path):
+        usual, quiet = said("--quiet", *args)
+        assert len(quiet) == len(beginnings) and set(quiet) <= set(usual), args
+        assert all(map(str.startswith, quiet, beginnings)), args
+        if args[0] not in ("show", "cache"):
+            assert len(usual) > len(quiet)  # the classes
+    assert said("--quiet", "cache", "remove", "--all") == [[], []]
+
+
+def test_verbose_also_prints_who_computes_and_where_time_goes(tmp_path, said):
+    for args, _ in _commands(tmp_path):
+        usual, verbose = said("--verbose", *args)
+        more = [line for line in verbose if line not in usual]
+        assert any(re.fullmatch(r"Time       .+: \d+\.\d\d s", line) for line in more), args
+        assert all(line.startswith(("Time  ", "Workers  ")) for line in more), args
+
+
+def test_quiet_leaves_warnings_and_belongs_behind_the_command(tmp_path):
+    source = write_source(tmp_path / "src", {"train/1.png": flat(1), "test/2.png": flat(2)})
+    result = run(source, tmp_path / "a.zip", "--quiet")
+    assert "Warning: the folders test and train became classes" in result.stderr
+    result = CliRunner().invoke(main, ["--quiet", "check", str(tmp_path / "a.zip")])
+    assert result.exit_code == 2 and "--quiet: must come after check" in result.output
+    result = run(source, tmp_path / "a.zip", "--quiet", "--verbose")
+    assert result.exit_code == 2 and "choose one" in result.output
