@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydicom
 import pytest
 import torch
 from click.testing import CliRunner
@@ -19,6 +20,7 @@ from dicom_slices import dicom, stored
 from pickle_assembler import zip_file
 from published_archives import write_cifar10, write_lmdb, write_mnist
 from published_files import ForkDenoiser, fork_state
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 from scipy import stats
 from scripts import ROOT, load_script
 from snapshots import write_snapshot
@@ -28,6 +30,7 @@ from torch.distributed.run import get_args_parser
 from benchmarks.__main__ import main as benchmarks
 from checkpoints import checkpoint
 from dnnlib.util import json_value
+from images.dicom_files import decode as decode_dicom
 from sampling.sampling_options import sampling_options
 
 results, toy = load_script("docs/results.py"), load_script("docs/toy.py")
@@ -127,6 +130,69 @@ def run_own_data(numbers):
         exec(compile(code, f"docs/own-data.md, block {number}", "exec"), {})
 
 
+def run_dicom_recipe():
+    """Runs the Python block of data.md, which writes a restored series; returns its folder."""
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    exec(compile(code, "docs/data.md", "exec"), {})
+    return Path("out/L096-QD-dicom")
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless],
+                         ids=lambda uid: uid.name)
+def test_the_dicom_recipe_writes_a_series_of_its_own_with_the_values_that_are_there(
+        tmp_path, monkeypatch, syntax):
+    monkeypatch.chdir(tmp_path)
+    source, restored = Path("downloads/ct/patients/L096/QD"), Path("out/L096-QD")
+    values = np.random.default_rng(0).uniform(-1100, 3100, [3, 1, 8, 12]).astype(np.float32)
+    for folder in (source, restored):
+        folder.mkdir(parents=True)
+    for k in range(3):
+        (source / f"L096_QD_{k}.IMA").write_bytes(dicom(
+            stored(k), syntax=syntax, SOPInstanceUID=f"1.2.3.{k}", RescaleSlope="0.5",
+            ImagePositionPatient=[0, 0, -k], PixelPaddingValue=63536,
+            **({"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"]} if k else {})))
+        np.save(restored / f"L096_QD_{k}.npy", values[k])
+    files = sorted(run_dicom_recipe().iterdir())
+    assert [path.name for path in files] == [f"L096_QD_{k}.IMA" for k in range(3)]
+    found = [pydicom.dcmread(path) for path in files]
+    for k, (path, ds) in enumerate(zip(files, found, strict=True)):
+        assert np.array_equal(ds.pixel_array * ds.RescaleSlope + ds.RescaleIntercept,
+                              np.rint(values[k, 0]))
+        assert np.array_equal(decode_dicom(path.read_bytes()), np.rint(values[k]))
+        assert list(ds.ImagePositionPatient) == [0, 0, -k] and "PixelPaddingValue" not in ds
+        assert ds.file_meta.MediaStorageSOPInstanceUID == ds.SOPInstanceUID
+        assert list(ds.ImageType) == ["DERIVED", *(["PRIMARY", "AXIAL"] if k else ["SECONDARY"])]
+    assert {ds.SeriesInstanceUID for ds in found}.isdisjoint({"1.2.4"})
+    assert len({ds.SeriesInstanceUID for ds in found}) == 1
+    assert len({ds.SOPInstanceUID for ds in found} - {f"1.2.3.{k}" for k in range(3)}) == 3
+
+
+def test_the_dicom_recipe_goes_from_a_series_to_a_series(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_ct(tmp_path / "downloads/ct")
+    write_ct_network(tmp_path)
+    found = [script_and_args(words) for where, words in COMMANDS
+             if where == "data.md" and "L096-QD" in " ".join(words)]
+    assert [script for script, _ in found] == ["dataset_tool.py", "generate.py"]
+    for script, args in found:
+        run_documented(script, args)
+    files = list(run_dicom_recipe().iterdir())
+    assert len(files) == 3
+    for path in files:
+        expected = np.load(f"out/L096-QD/{path.stem}.npy")
+        assert np.array_equal(decode_dicom(path.read_bytes()), np.rint(expected))
+        before = decode_dicom((tmp_path / "downloads/ct/patients/L096/QD" / path.name).read_bytes())
+        assert np.abs(before - expected).max() > 0
+
+
+def write_ct_network(root):
+    """Writes a network of CT images in HU."""
+    (root / "runs/ct").mkdir(parents=True, exist_ok=True)
+    write_snapshot(root / "runs/ct/network-snapshot-000000.pt", shape=(1, 8, 8), label_dim=0,
+                   dataset={"scale": {"center": [1023.5], "spread": [2047.5]}})
+
+
 def write_ct(folder):
     """Writes a tensor of slices of two doses, and folders of patients with a series of each."""
     (folder / "patients").mkdir(parents=True)
@@ -164,6 +230,7 @@ def make_world(root):
         (root / "examples" / network.name).symlink_to(network)
     write_dataset(root / "examples/emoji-google-32.zip", side=32, classes=9)
     write_restored(root)
+    write_ct_network(root)
     run_own_data([0, 2])
 
 
@@ -331,6 +398,7 @@ def run_commands(found, tmp_path, monkeypatch):
 def test_documented_commands_run_on_stand_in_data(tmp_path, monkeypatch):
     run_commands(COMMANDS, tmp_path, monkeypatch)
     run_own_data([1, 3, 4])
+    assert len(list(run_dicom_recipe().iterdir())) == 3
     for name in ("toy", "noise-norms"):
         assert PIL.Image.open(tmp_path / f"docs/{name}.png").size > (1000, 400)
     for name in ("fields", "sharpened", "guided"):
