@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -194,18 +195,18 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
 
         from images.dataset import ImageFolderDataset
         from images.image_files import NoImagesError
-        from metrics.feature_files import is_feature_file
+        from metrics.feature_files import find_feature_files
         from metrics.metrics import dataset_features
         from metrics.score_report import Job, ScoreReport
         from torch_utils import distributed as dist
 
         with dist.process_group(device) as chosen_device:
-            if dist.run_on_rank0(is_feature_file, images):
+            if kept_files := dist.run_on_rank0(find_feature_files, images):
                 if per_class or kept_features is not None:
                     flag = "--per-class" if per_class else "--features"
                     raise UserError(f"{flag}: --images={images} holds features, without classes; "
                                     f"leave {flag} out", BAD_USAGE)
-                _score_kept(images, ref_path, metrics, out, num, bootstrap, detector, chosen_device,
+                _score_kept(kept_files, ref_path, metrics, out, num, bootstrap, detector, chosen_device,
                             batch, workers)
                 return
             folders = dist.run_on_rank0(_ckpt_folders, images, gen_seed, ckpt, end_ckpt, sweeps)
@@ -237,6 +238,9 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
             path = Path(out) if out else _jsonl_of_images(images)
             kept_place = _place_of_features(kept_features, len(jobs))
             for job, dataset in enough:
+                if len(dataset) < len(dataset.all_names):
+                    dist.print0(f"Note: {job.path}: {num} of {len(dataset.all_names)} images are "
+                                f"scored, chosen at random by --seed={seed}", file=sys.stderr)
                 with console.timed("features"):
                     found = dataset_features(dataset, report.detector, metrics=metrics, batch=batch,
                                              workers=workers, title=Path(job.path).name,
@@ -307,7 +311,8 @@ def gen(network: tuple[str, ...], ref_path: str | None, metrics: tuple[str, ...]
             if len(sources) > 1:
                 dist.print0(f"Networks   {len(sources)}, {sources[0]} to {sources[-1]}")
             elif sources[0] not in network:
-                dist.print0(f"Network    {sources[0]}, the newest of {network[0]}")
+                newest = f", the newest of {network[0]}" if os.path.isdir(network[0]) else ""
+                dist.print0(f"Network    {sources[0]}{newest}")
             points, seed_lists = sweep_points(steps, alpha, bits), seed_ranges(seeds, ranges)
             num_scores = len(sources) * len(points) * len(seed_lists)
             kept_place = _place_of_features(kept_features, num_scores)
@@ -658,24 +663,32 @@ def _keep_features(found, detector, dataset, facts: dict, path: Path) -> None:
                  detector.weights_sha256).save(path)
 
 
-def _score_kept(path: str, ref_path: str | None, metrics: tuple[str, ...], out: str | None,
-                num: int, bootstrap: int | None, detector: str, device, batch: int,
-                workers: int) -> None:
-    """Scores features that --features has kept."""
+def _score_kept(files: Sequence[str], ref_path: str | None, metrics: tuple[str, ...],
+                out: str | None, num: int, bootstrap: int | None, detector: str, device,
+                batch: int, workers: int) -> None:
+    """Scores features that --features has kept in files, by one detector."""
+    from metrics.detectors import describe_detector
     from metrics.feature_files import load_on_rank0, of_features
     from metrics.score_report import Job, ScoreReport
+    from torch_utils import distributed as dist
 
-    kept, count = load_on_rank0(path)
-    if count != num:
-        raise ValueError(f"{path}: features of {count} images, but --count={num}; give "
-                         f"--count={count}")
-    report = ScoreReport(detector, ref_path, metrics, device, {path: kept}, count, batch=batch,
-                         workers=workers, is_single=True, bootstrap=bootstrap)
-    kept.check_made_by(report.detector, path)
-    found = of_features(kept, count, report.detector, metrics,
-                        keeps_features=report.keeps_features)
-    beside = Path(path).with_name(_JSONL)
-    report.add(Job(path, Path(path).name), found, kept.facts, Path(out) if out else beside)
+    report = None
+    for path in files:
+        kept, count = load_on_rank0(path)
+        kept.check_name(dist.run_on_rank0(describe_detector, detector)[0], path)
+        if count != num:
+            raise ValueError(f"{path}: features of {count} images, but --count={num}; give "
+                             f"--count={count}")
+        if report is None:
+            report = ScoreReport(detector, ref_path, metrics, device, {path: kept}, count,
+                                 batch=batch, workers=workers, is_single=len(files) == 1,
+                                 bootstrap=bootstrap)
+        report.check(kept, path)
+        kept.check_made_by(report.detector, path)
+        found = of_features(kept, count, report.detector, metrics,
+                            keeps_features=report.keeps_features)
+        beside = Path(path).with_name(_JSONL)
+        report.add(Job(path, Path(path).name), found, kept.facts, Path(out) if out else beside)
     report.print_table()
 
 

@@ -93,19 +93,38 @@ class KeptFeatures:
 
     def check_made_by(self, detector: Detector, path: str | os.PathLike) -> None:
         """Raises ValueError if another detector has made the features in the file `path`."""
-        if (self.detector, self.detector_sha256) != (detector.name, detector.weights_sha256):
-            raise ValueError(f"{path}: features of detector {self.detector}, but --detector is "
-                             f"{detector.name}; give the detector that made them")
+        self.check_name(detector.name, path)
+        if self.detector_sha256 != detector.weights_sha256:
+            raise ValueError(f"{path}: features by other weights of detector {detector.name}; give "
+                             "the weights that made them")
+
+    def check_name(self, detector: str, path: str | os.PathLike) -> None:
+        """Raises ValueError if a detector of another name has made the features."""
+        if self.detector != detector:
+            raise ValueError(f"{path}: features of detector {self.detector}; give "
+                             f"--detector={self.detector} in place of {detector}")
 
 
-def is_feature_file(path: str | os.PathLike) -> bool:
-    """Whether a path is that of an .npz of features and of nothing else."""
+def find_feature_files(path: str | os.PathLike) -> list[str]:
+    """Returns the .npz of features that a path names: itself, or those of a folder of nothing else.
+
+    There are none if it is anything else.
+    """
+    if not os.path.isdir(path):
+        return [str(path)] if _is_feature_file(path) else []
+    with os.scandir(path) as entries:
+        files = sorted(entry.path for entry in entries)
+    return files if files and all(map(_is_feature_file, files)) else []
+
+
+def _is_feature_file(path: str | os.PathLike) -> bool:
+    if not str(path).endswith(".npz"):
+        return False
     try:
         with zipfile.ZipFile(path) as archive:
-            names = set(archive.namelist())
+            return {"features.npy", "facts.npy"} <= set(archive.namelist())
     except (OSError, zipfile.BadZipFile):
         return False
-    return str(path).endswith(".npz") and {"features.npy", "facts.npy"} <= names
 
 
 def load_on_rank0(path: str | os.PathLike) -> tuple[KeptFeatures, int]:

@@ -99,8 +99,8 @@ def score_networks(
     if failed:
         named = ", ".join(labels[source] for source in list(failed)[:_MAX_NAMED])
         more = ", ..." if len(failed) > _MAX_NAMED else ""
-        raise ValueError(f"{len(failed)} of {len(sources)} networks were not scored, see the "
-                         f"warnings above: {named}{more}")
+        raise ValueError(f"not scored, see the warnings above: {len(failed)} of {len(sources)} "
+                         f"networks, {named}{more}")
     if report is not None and report.has_lost_scores:
         raise OSError("not all scores could be recorded, see the warnings above")
 
@@ -154,7 +154,8 @@ class _Job(NamedTuple):
         facts = {"network": file.source, "num": len(seeds), "seeds": format_ranges(seeds),
                  "sampler": sampler.settings}
         shown = [label, *point.suffix.split("_")[1:], "seeds", facts["seeds"]]
-        stem = Path(file.source).stem
+        place = Path(os.path.abspath(file.source))
+        stem = place.stem if is_url(file.source) else f"{place.parent.name}_{place.stem}"
         name = f"{stem}{point.suffix}_{min(seeds)}-{max(seeds)}_{_digest(facts)[:8]}.npz"
         return cls(Job(file.source, " ".join(filter(None, shown)), file.source + point.suffix),
                    facts, _scores_file(file.source, out), name)
@@ -183,6 +184,9 @@ def _score(job: _Job, sampler: NetworkSampler, seeds: Sequence[int], report: Sco
         found = of_features(kept, len(seeds), report.detector, missing,
                             keeps_features=report.keeps_features)
     elif missing or (kept_at is not None and kept is None):
+        if not missing:
+            dist.print0(f"Features   {job.name.label}: not in {kept_at} yet, so its images are "
+                        "sampled again")
         keeps = kept_at is not None or report.keeps_features
         unfinished = UnfinishedSums(job.path and job.path.parent,
                                     _key(job.facts, report))

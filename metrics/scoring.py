@@ -166,6 +166,8 @@ def network_features(
         return features
 
     features, done = unfinished.restored(empty)
+    if done:
+        dist.print0(f"Resume     {title or 'images'}: {done} of {len(seeds)} are done")
     rounds = _rounds(len(seeds), done, batch)
     own = [part[dist.get_rank()] for part in rounds]
 

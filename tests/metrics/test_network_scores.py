@@ -239,7 +239,7 @@ def test_a_damaged_network_does_not_keep_others_from_being_scored(run, data, cap
     assert caught.value.code == 1
     assert f"Warning: {path} is not scored: " in err
     assert err.rstrip().splitlines()[-1].endswith(
-        "1 of 3 networks were not scored, see the warnings above: network-snapshot-999000.pt")
+        "not scored, see the warnings above: 1 of 3 networks, network-snapshot-999000.pt")
     assert len(values(run)) == 2
 
 
@@ -477,7 +477,7 @@ def test_features_of_several_scores_go_to_a_folder(run, data, sampled, tmp_path,
     gen(run, data, "--ranges=2", f"--features={folder}")
     names = sorted(path.name for path in folder.iterdir())
     assert len(names) == 6 and re.fullmatch(
-        "network-snapshot-000010_0-8_[0-9a-f]{8}.npz", names[0])
+        "run_network-snapshot-000010_0-8_[0-9a-f]{8}.npz", names[0])
     count = len(sampled)
     gen(run, data, "--ranges=2", f"--features={folder}", "--metrics=kid")
     assert len(sampled) == count
@@ -669,7 +669,7 @@ def test_the_first_network_may_be_the_damaged_one(run, data, capsys):
     with pytest.raises(SystemExit) as caught:
         fid.main(["gen", f"--network={run / '*.pt'}", f"--ref={data}", "--seeds=0-8", *FAST])
     assert caught.value.code == 1 and len(values(run)) == 2
-    assert "1 of 3 networks were not scored" in capsys.readouterr().err
+    assert "not scored, see the warnings above: 1 of 3" in capsys.readouterr().err
 
 
 def test_a_reference_that_does_not_do_is_told_once(run, tmp_path, capsys):
@@ -859,5 +859,39 @@ def test_a_network_that_one_process_refuses_is_left_out_by_all(run, data):
     ranks = run_ranks("fid.py", "gen", f"--network={run / '*.pt'}", f"--ref={data}",
                       "--seeds=0-8", "--batch=2", *FAST, processes=2)
     assert 1 in {rank.returncode for rank in ranks}
-    assert "1 of 4 networks were not scored" in "".join(rank.stderr for rank in ranks)
+    assert "not scored, see the warnings above: 1 of 4" in "".join(rank.stderr for rank in ranks)
     assert len(values(run)) == 3
+
+
+def test_a_folder_of_features_is_scored_as_a_whole(run, data, tmp_path, capsys):
+    gen(run, data, "--ranges=2", f"--features={tmp_path / 'features'}")
+    direct = sorted(line["value"] for line in lines(run))
+    capsys.readouterr()
+    args = ["calc", f"--images={tmp_path / 'features'}", f"--ref={data}", "--count=9",
+            "--device=cpu"]
+    assert re.search(r"features of detector pixels; give --detector=pixels in place of inception",
+                     refused(capsys, *args))  # before weights of Inception are looked for
+    fid.main([*args, "--detector=pixels", f"--out={tmp_path / 'm.jsonl'}"], standalone_mode=False)
+    found = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert sorted(line["value"] for line in found) == pytest.approx(direct, rel=1e-9)
+    assert {line["network"] for line in found} == {str(path) for path in run.glob("*.pt")}
+
+
+def test_what_goes_on_or_is_sampled_again_is_told(run, data, stopping, tmp_path, capsys):
+    stopping(2)
+    with pytest.raises(Stopped):
+        gen(run, data, **ONE)
+    stopping(99)
+    gen(run, data, **ONE)
+    assert "Resume     seeds 0-8: 4 of 9 are done" in capsys.readouterr().out
+    gen(run, data, f"--features={tmp_path / 'f.npz'}", **ONE)
+    assert re.search(r"seeds 0-8: not in \S+f.npz yet, so its images are sampled again",
+                     capsys.readouterr().out)
+
+
+def test_a_part_of_the_images_is_told(data, tmp_path, capsys):
+    images = write_dataset(tmp_path / "images.zip", num=21)
+    fid.main(["calc", f"--images={images}", f"--ref={data}", "--count=20", "--device=cpu",
+              "--workers=0", "--detector=pixels", f"--out={tmp_path / 'm.jsonl'}"],
+             standalone_mode=False)
+    assert "20 of 21 images are scored, chosen at random by --seed=0" in capsys.readouterr().err
