@@ -123,18 +123,20 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
         _check_zip(click.get_current_context(), points)
         subdirs = subdirs or network is None
 
-        from sampling.network_sampler import NetworkSampler, UsageError
+        from sampling.network_sampler import NetworkFile, NetworkSampler, UsageError
         from torch_utils import distributed
         with distributed.process_group(device) as torch_device:
             sources = distributed.run_on_rank0(lambda: _find_networks(
                 network, Path(outdir), ckpt, end_ckpt, seeds or (0,), is_sweep=bool(points[0].suffix),
                 is_pickle=bool(use_pickle), is_edm=bool(edm)))
-            bad = 0
+            bad, file = 0, None
             for (source, folder), point in itertools.product(sources, points):
                 folder = Path(f"{folder}{point.suffix}")
                 try:
                     with console.timed("network"):
-                        sampler = NetworkSampler.open(source, torch_device, **point.settings, **sampling)
+                        if file is None or file.source != source:
+                            file = NetworkFile.read(source, sampling["key"])
+                        sampler = NetworkSampler.open(file, torch_device, **point.settings, **sampling)
                     sampler, rows = _with_latents(sampler, seeds, interpolate, frames, radii)
                 except UsageError as error:
                     raise UserError(str(error), BAD_USAGE) from error
