@@ -221,6 +221,8 @@ def make_world(root):
     folder = root / PUBLISHED / "cifar10_ncsnpp_D_2048"
     folder.mkdir(parents=True)
     write_snapshot(folder / "training-state.pt", pfgmpp=True, aug_dim=2048)
+    (root / "runs/cifar10-inf").mkdir(parents=True)
+    write_snapshot(root / "runs/cifar10-inf/network-snapshot-200000.pt", label_dim=0)
     make_ct_world(root / "downloads")
     write_bare_weights(root / "downloads")
     write_images(root / "photos", ["cats", "dogs"], 8, 36, 40)
