@@ -4,6 +4,7 @@ Only scores of one group are compared: of one metric, detector, number of images
 the same settings of the sampler except steps, alpha and bits. The base point of a group is
 alpha = 0, 32 bits and its most frequent number of steps, at the last kimg at which a run was
 scored. Around it, one setting varies at a time, and every point of a curve is over the same seeds.
+Of scores of classes only the mean over classes is compared.
 """
 
 import collections
@@ -12,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from metrics.score_names import HIGHER_IS_BETTER, LIKELIHOODS, LOWER_IS_BETTER, title
-from reports.run_record import RunRecord, Score
+from reports.run_record import MEAN_OF_CLASSES, RunRecord, Score
 from sampling.sweeps import FULL_BITS
 
 _USUAL_STEPS = 18  # of EDM and PFGM++ on CIFAR-10: where two numbers are equally frequent
@@ -147,7 +148,7 @@ def compare(runs: Sequence[RunRecord]) -> list[Comparison]:
     groups: dict[ScoreGroup, list[tuple[int, Score]]] = collections.defaultdict(list)
     for i, run in enumerate(runs):
         for score in run.scores:
-            if not score.metric.endswith("_std"):
+            if _is_compared(score):
                 groups[ScoreGroup.of(score)].append((i, score))
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
     return [_compare(group, scores) for group, scores in ranked]
@@ -160,7 +161,7 @@ def over_kimg(run: RunRecord) -> list[tuple[ScoreGroup, int | None, dict[float, 
     """
     found: dict[tuple, list[Score]] = collections.defaultdict(list)
     for score in run.scores:
-        if score.is_plain and score.kimg is not None and not score.metric.endswith("_std"):
+        if score.is_plain and score.kimg is not None and _is_compared(score):
             found[ScoreGroup.of(score), score.num_steps].append(score)
     series = []
     for key, scores in found.items():
@@ -168,6 +169,11 @@ def over_kimg(run: RunRecord) -> list[tuple[ScoreGroup, int | None, dict[float, 
         shared = _shared_seeds(points)
         series.append((*key, {x: s.over(shared) for x, s in points.items()} if shared else points))
     return series
+
+
+def _is_compared(score: Score) -> bool:
+    """Whether it is no deviation, and not of one class among perhaps hundreds."""
+    return not score.metric.endswith("_std") and score.of_class in (None, MEAN_OF_CLASSES)
 
 
 def _compare(group: ScoreGroup, scores: list[tuple[int, Score]]) -> Comparison:

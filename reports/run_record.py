@@ -44,6 +44,8 @@ _TICK_KEYS = {"kimg": "Progress/kimg", "loss": "Loss/loss", "val_loss": "Loss/va
               "lr": "Progress/lr", "bad_steps": "Progress/bad_steps",
               "cpu_mem_gb": "Resources/cpu_mem_gb", "gpu_mem_gb": "Resources/peak_gpu_mem_gb"}
 _SCORE_PREFIX = "Metrics/"
+_OF_CLASS = "of class"  # a setting of scores of the images of classes
+MEAN_OF_CLASSES = "mean"  # its value for the mean over classes
 REPORT_PREFIX = "report_"  # of folders of images that are too few to be scored
 
 
@@ -64,10 +66,15 @@ class Score:
     reference: str = ""  # as it was given
     reference_sha256: str = ""  # of its content
     network: str = ""  # its file name; '' if images were scored
-    # Settings of the sampler that are not the default, and the range of scores of pairs.
+    # Settings of the sampler that are not the default, the range of scores of pairs, and the class.
     other: tuple[tuple[str, str], ...] = ()
     weights: str = ""  # sha256 of the network's weights; '' where it is not recorded
     nfe: int | None = None  # evaluations of the network per image, where it is recorded
+
+    @property
+    def of_class(self) -> str | None:
+        """The class whose images alone were scored, or 'mean' over classes; None for all images."""
+        return dict(self.other).get(_OF_CLASS)
 
     @property
     def is_plain(self) -> bool:
@@ -319,9 +326,9 @@ def _pair_settings(line: dict) -> tuple[tuple[str, str], ...]:
 
 
 def _class_setting(line: dict) -> tuple[tuple[str, str], ...]:
-    """Returns the class whose images alone were scored, as a setting of its own."""
+    """Returns the class whose images alone were scored, or 'mean', as a setting of its own."""
     of_class = line.get("of_class")
-    return () if of_class is None else (("of class", str(of_class)),)
+    return () if of_class is None else ((_OF_CLASS, str(of_class)),)
 
 
 def _D_of(options: dict) -> float | None:

@@ -123,13 +123,14 @@ def _total_kimg(options: dict[str, Any]) -> float | None:
 def _best(scores: list[Score]) -> Score | None:
     """Returns the lowest score of the first distance, else the highest PSNR.
 
-    It is the best among those that were made as the latest was.
+    It is the best among those that were made as the latest was, of images of all classes.
     """
     def how(score: Score) -> tuple:
         return (score.num, score.num_steps, score.detector, score.reference, score.other)
 
     for metric, choose in (*((name, min) for name in DISTANCES), ("psnr", max)):
-        found = [score for score in scores if score.metric == metric and score.is_plain]
+        found = [score for score in scores if score.metric == metric and score.is_plain
+                 and score.of_class is None]
         if found:
             return choose((score for score in found if how(score) == how(found[-1])),
                           key=lambda score: score.value)

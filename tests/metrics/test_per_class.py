@@ -1,5 +1,6 @@
 """Scores of each class, against scores of the images of that class alone."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -17,8 +18,8 @@ from metrics.per_class import (
     scores_by_class,
 )
 from metrics.statistics import ClassStatistics
-from reports.comparison import ScoreGroup
-from reports.run_record import read_scores
+from reports.comparison import ScoreGroup, compare, over_kimg
+from reports.run_record import RunRecord
 
 CLASSES, REAL = np.array([2, 0, 2, 5] * 12), np.array([5, 2, 0, 0, 7] * 14)
 
@@ -92,7 +93,13 @@ def test_classes_of_another_number_of_images_are_refused():
                         ["fid"])
 
 
-def test_reports_never_compare_the_score_of_a_class_with_another(tmp_path):
-    lines = [{"metric": "fid", "value": 2.0, "num": 50, "of_class": k} for k in (None, 0, 1)]
+def test_reports_compare_the_mean_over_classes_by_itself_and_no_score_of_one_class(tmp_path):
+    lines = [{"metric": "fid", "value": value, "num": 50, "kimg": 5, "of_class": k}
+             for k, value in ((None, 2.0), (0, 3.0), (1, 5.0), ("mean", 4.0))]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    assert len({ScoreGroup.of(score) for score in read_scores(tmp_path)}) == 3
+    run = RunRecord.read(tmp_path)
+    assert len({ScoreGroup.of(score) for score in run.scores}) == 4
+    assert sorted(comparison.over_D[0].points[2].values for comparison in compare(
+        [dataclasses.replace(run, scores=[dataclasses.replace(one, D=2) for one in run.scores])]
+    )) == [(2.0,), (4.0,)]
+    assert [points[5].values for _, _, points in over_kimg(run)] == [(2.0,), (4.0,)]

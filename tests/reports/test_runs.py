@@ -97,6 +97,18 @@ def test_the_best_score_is_the_lowest_of_as_many_images_as_the_latest(tmp_path, 
     assert " FID 2.5 @30, 18 steps, 50,000 images " in invoke(runs.main, tmp_path).output
 
 
+def test_the_best_score_is_never_one_of_classes_or_their_mean(tmp_path, invoke):
+    def line(value, **of_class):
+        return {"metric": "fid", "value": value, "kimg": 50, "num": 100,
+                "sampler": {"num_steps": 18}, **of_class}
+    write_run(tmp_path / "run", scores=[
+        line(30.0), *(line(value, of_class=k) for k, value in ((0, 20.0), (1, 22.0))),
+        line(21.0, of_class="mean")])
+    [found] = find_runs(tmp_path / "run")
+    assert found.score.value == 30
+    assert " FID 30 @50, 18 steps, 100 images" in invoke(runs.main, tmp_path).output
+
+
 def test_where_no_run_has_been_yet_is_one_line(tmp_path, invoke):
     result = invoke(runs.main, tmp_path / "none")
     assert result.exit_code == 1 and "no such folder; name the one" in result.output
