@@ -51,7 +51,7 @@ def _description(content: dict, source: str) -> dict:
         "parameters": f"{sum(t.numel() for t in weights.values()):,} numbers in "
                       f"{len(weights)} tensors",
         "network": json_value(network),
-        "parts": ", ".join(k for k in ("net", "ema", "optimizer") if content.get(k)),
+        "parts": _parts(content),
         "progress": _plain(content.get("progress", {})),
         "options": content.get("options", {}),
     }
@@ -70,7 +70,18 @@ def _description(content: dict, source: str) -> dict:
                                                     content["network"].get(channels, 0)))
     if "dataset" in content:
         description["data"] = data
+    if isinstance(origin := content.get("converted_from"), dict):
+        description["converted from"] = origin
     return description
+
+
+def _parts(content: dict) -> str:
+    """Returns what there is of networks and optimizer, and whether `ema` may be plain weights."""
+    origin = content.get("converted_from")
+    averaged = origin.get("averaged", True) if isinstance(origin, dict) else True
+    doubt = {None: " (nothing says that they are averaged)", False: " (plain weights)"}
+    return ", ".join(key + (doubt.get(averaged, "") if key == "ema" else "")
+                     for key in ("net", "ema", "optimizer") if content.get(key))
 
 
 def _plain(value):
@@ -134,7 +145,7 @@ def convert(source, dest, config, pfgmpp, aug_dim, scale, cond_scale, sigma_max,
             click.echo(f"Warning: {source}: has no averaged weights, and no network-snapshot of "
                        "the same number lies beside it; the plain weights, which sample worse, "
                        "are written", err=True)
-        snapshot = checkpoint.as_snapshot(content)
+        snapshot = checkpoint.as_snapshot(checkpoint.with_origin(content, source))
         if half:
             snapshot["ema"] = checkpoint.halved(snapshot["ema"], source)
         Path(dest).parent.mkdir(parents=True, exist_ok=True)

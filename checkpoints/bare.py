@@ -157,8 +157,9 @@ def read(content: Any, name: str, options: RunOptions, key: str | None = None) -
             averaged, or the only ones.
 
     Returns:
-        What `published.read` does, with the weights as `ema`, and `notes`: texts that say which
-        weights these are. Of a run of ours also its `dataset`.
+        What `published.read` does, with the weights as `ema`; `is_averaged`, True, or None where
+        nothing says so; and `notes`: texts that say which weights these are. Of a run of ours also
+        its `dataset`.
 
     Raises:
         ValueError: the weights don't fit the network, there are several of them, or the options
@@ -180,6 +181,7 @@ def read(content: Any, name: str, options: RunOptions, key: str | None = None) -
                    for one in net.state_dict()}
     return {"format": FORMAT, "network": net.config, "ema": weights,
             "progress": {"cur_nimg": None}, **told,
+            "is_averaged": chosen.is_averaged or None,
             "notes": [_choice_in_words(chosen, found), *_left_out(groups, found)]}
 
 
@@ -311,7 +313,8 @@ def _ours(options: RunOptions, facts: _Facts | None) -> tuple[Precond, dict[str,
         net = published.checked_skeleton(config)
     _check_size(net, options, facts)
     run, dataset = options.values.get("options"), options.values.get("dataset")
-    told = {"options": run if isinstance(run, dict) else {}}
+    recorded = config.get("pfgmpp") is False or {"pfgmpp", "D"} <= config.keys()
+    told = {"options": run if isinstance(run, dict) else {}, "D_recorded": recorded}
     return net, told | ({"dataset": dataset} if isinstance(dataset, dict) else {})
 
 
@@ -343,8 +346,9 @@ def _theirs(options: RunOptions, facts: _Facts | None) -> tuple[Precond, dict[st
         config, recorded = published.configuration(class_name, model, given)
         net = published.checked_skeleton(config)
     _check_size(net, options, facts)
-    if recorded is None:  # EDM's have no such keys; early ones of PFGM++ had others
-        recorded = not any(key == "D" or key.startswith("pfgm") for key in values)
+    if recorded is None:  # what EDM wrote has no such keys; early runs of PFGM++ had others
+        recorded = "loss_kwargs" in values and not any(
+            key == "D" or key.startswith("pfgm") for key in values)
     run = values.get("opts")
     lsun = {"lsun": True} if isinstance(run, dict) and run.get("lsun") is True else {}
     return net, {"options": published.known_options(config, recorded) | lsun,
@@ -495,14 +499,15 @@ def _misfit(one: Any, own: torch.Tensor) -> str | None:
 
 def _choice_in_words(chosen: _Weights, found: list[_Weights]) -> str:
     others = ", ".join([_named(one) for one in found if one is not chosen][:_MAX_NAMED])
-    taken = f"takes {_named(chosen)}" + (f", not {others}" if others else "")
+    taken = f"Read as {_named(chosen)}" + (f", not {others}" if others else "")
     if chosen.is_averaged:
         return f"{taken}: averaged weights"
-    return f"{taken}; nothing says that these weights are averaged, and plain ones sample worse"
+    return (f"{taken}. The file does not say whether they are averaged (EMA); weights that are not "
+            "give worse samples")
 
 
 def _named(one: _Weights) -> str:
-    return shown(one.name) if one.name else "the weights that have no name"
+    return f"the weights {shown(one.name)}" if one.name else "one set of weights"
 
 
 def _left_out(groups: _Groups, found: list[_Weights]) -> Iterator[str]:

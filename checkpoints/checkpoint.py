@@ -14,7 +14,9 @@ they load with `weights_only=True`. A state has all that a run needs to continue
 `label_kind` is 'classes' or 'vectors'; classes have `class_counts`, the number of images of each,
 and perhaps `class_names`. Of a run on patches `patch` is their side; `image_shape` and `cond_shape`
 are still those of whole images. A snapshot has format, version, network, ema, progress, options,
-dataset, checksum, and perhaps `sigma_max`, the noise level where sampling starts. Random draws and
+dataset, checksum, and perhaps `sigma_max`, the noise level where sampling starts. One that was made
+of a foreign file has `converted_from`: `file` and `format` of that, `key` of its network among
+several, whether the weights are `averaged` (None: nothing says so), and `notes`. Random draws and
 the order of the data are functions of the seed in `options` and of `cur_nimg`, so no generator
 state is kept.
 """
@@ -29,6 +31,7 @@ import struct
 import zipfile
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlparse
 
 import torch
 
@@ -342,8 +345,26 @@ def as_snapshot(content: dict[str, Any]) -> dict[str, Any]:
         "format": SNAPSHOT_FORMAT, "network": content["network"],
         "ema": sampling_weights(content),
         "progress": {"cur_nimg": content["progress"]["cur_nimg"]}, "options": content["options"],
-        **{key: content[key] for key in ("dataset", "sigma_max") if key in content},
+        **{key: content[key] for key in ("dataset", "sigma_max", "converted_from")
+           if key in content},
     }
+
+
+def with_origin(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """Returns the content of a foreign file with `converted_from`: where its weights come from.
+
+    Args:
+        content: what `load` or `with_average` returned; one of this project stays as it is.
+        source: its path or URL, of which the name is kept.
+    """
+    if content["format"] in (STATE_FORMAT, SNAPSHOT_FORMAT):
+        return content
+    averaged = False if content.get("ema") is None else content.get("is_averaged", True)
+    path = urlparse(str(source)).path if is_url(str(source)) else source
+    return content | {"converted_from": {
+        "file": Path(path).name, "format": content["format"],
+        **({"key": content["key"]} if "key" in content else {}),
+        "averaged": averaged, "notes": list(content.get("notes", ()))}}
 
 
 def halved(weights: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:

@@ -293,9 +293,11 @@ def test_samples_are_those_of_our_own_snapshot(D, tmp_path, invoke):
     done = invoke(checkpoint_tool.main, "convert", tmp_path / "x.ckpt", tmp_path / "new.pt",
                   f"--config={config}")
     assert done.exit_code == 0, done.output
-    assert "takes 'state_dict.net'; nothing says" in done.stderr
+    assert "Read as the weights 'state_dict.net'. The file does not say" in done.stderr
     new = checkpoint.load(tmp_path / "new.pt")
     assert new["progress"] == {"cur_nimg": None}  # nobody knows
+    origin = new.pop("converted_from")
+    assert (origin["file"], origin["format"]) == ("x.ckpt", "bare-weights")
     assert checkpoint.digest(new | {"progress": content["progress"]}) == checkpoint.digest(content)
     images = []
     for path in (own, tmp_path / "new.pt"):
@@ -367,6 +369,50 @@ def test_D_is_that_of_the_run(top, D, recorded, tmp_path, invoke):
         assert build_network(checkpoint.load(tmp_path / "y.pt")["network"]).D == 64
 
 
+def test_a_configuration_written_by_hand_says_D_or_flags_do(tmp_path, invoke):
+    net = same_network("ddpmpp", pfgmpp=False)
+    torch.save(net.state_dict(), tmp_path / "x.pt")
+    ours = json.loads(write_options(tmp_path, net).read_text())["network"]
+    del ours["pfgmpp"]
+    theirs = {key: value for key, value in ours.items()
+              if key not in ("sigma_min", "sigma_max", "D")}
+    for key, config in (("network_kwargs", theirs), ("network", ours)):
+        args = ["convert", tmp_path / "x.pt", tmp_path / "y.pt", "--overwrite",
+                f"--config={tmp_path / 'o.json'}"]
+        (tmp_path / "o.json").write_text(json.dumps({key: config}))
+        refused = invoke(checkpoint_tool.main, *args)
+        assert refused.exit_code != 0 and "does not record D; give --pfgmpp=1" in refused.output
+        for flags, D in ((["--pfgmpp=1", "--aug_dim=128"], 128), (["--pfgmpp=0"], math.inf)):
+            assert invoke(checkpoint_tool.main, *args, *flags).exit_code == 0
+            assert build_network(checkpoint.load(tmp_path / "y.pt")["network"]).D == D
+        for known, D in (({"pfgmpp": True, "D": 2}, 2), ({"pfgmpp": False}, math.inf)):
+            (tmp_path / "o.json").write_text(json.dumps({key: config | known}))
+            assert invoke(checkpoint_tool.main, *args).exit_code == 0
+            assert build_network(checkpoint.load(tmp_path / "y.pt")["network"]).D == D
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_show_says_where_converted_weights_come_from(suffix, tmp_path, invoke):
+    net = same_network()
+    config = write_options(tmp_path, net)
+
+    def shown(content):
+        torch.save(content, tmp_path / "x.pt")
+        first, again = (tmp_path / f"{name}.{suffix}" for name in ("y", "z"))
+        for source, dest, more in ((tmp_path / "x.pt", first, [f"--config={config}"]),
+                                   (first, again, [])):
+            assert invoke(checkpoint_tool.main, "convert", source, dest, *more,
+                          "--overwrite").exit_code == 0
+        lines = invoke(checkpoint_tool.main, "show", again).output.splitlines()
+        return {key: value.strip() for key, value in (line.split(":", 1) for line in lines)}
+
+    told = shown(net.state_dict())
+    assert told["parts"] == "ema (nothing says that they are averaged)"
+    assert json.loads(told["converted from"])["file"] == "x.pt"
+    assert "Read as one set of weights. The file does not say" in told["converted from"]
+    assert shown({"ema": net.state_dict()})["parts"] == "ema"
+
+
 def test_lsun_runs_of_pfgmpp_are_sampled_from_380(tmp_path):
     net = same_network("ddpmpp")
     torch.save(net.state_dict(), tmp_path / "x.pt")
@@ -431,7 +477,7 @@ def test_of_several_weights_a_key_names_those_to_take(tmp_path, invoke):
     assert "several weights are called so" in refusal(tmp_path / "x.pt", options, "nets")
     done = invoke(checkpoint_tool.main, "convert", tmp_path / "x.pt", tmp_path / "y.pt",
                   f"--config={options}", "--key=b")
-    assert done.exit_code == 0 and "takes 'nets.b', not " in done.stderr
+    assert done.exit_code == 0 and "Read as the weights 'nets.b', not " in done.stderr
     assert checkpoint.digest(checkpoint.load(tmp_path / "y.pt")["ema"]) == checkpoint.digest(
         dict(two.state_dict()))
 
