@@ -17,6 +17,7 @@ from dnnlib.progress import Progress
 CACHE_DIR_ENV = "PFGMPP_CACHE_DIR"
 _CHUNK_BYTES = 1 << 20
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+_CLAUSES = re.compile(r""": |, ['"(]+|\w+\(['"]""")  # what is between those of an error
 _HTML_STARTS = (b"<!doctype html", b"<html")
 
 
@@ -259,7 +260,20 @@ def _download(url: str, target: Path, sha256: str | None, verbose: bool) -> None
             if sha256 is not None and found != sha256:
                 raise OSError(f"{url}: sha256 is {found}, expected {sha256}")
     except requests.RequestException as error:
-        raise OSError(f"{url}: {error}") from error
+        raise OSError(f"{url}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Returns why a request failed: the status, or the last clause of the error.
+
+    What comes before it are the address again and the classes that requests and urllib3 wrap.
+    """
+    reply = getattr(error, "response", None)
+    if reply is not None:
+        return f"{reply.status_code} {reply.reason}".strip()
+    clause = _CLAUSES.split(" ".join(str(error).split()))[-1].rstrip("'\")")
+    clause += ")" * (clause.count("(") - clause.count(")"))
+    return clause or type(error).__name__
 
 
 def _receive(reply, url: str, file: IO[bytes], verbose: bool) -> str:

@@ -37,6 +37,7 @@ HUB_NAME = "facebook/dinov2-large"
 HUB_REVISION = "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c"
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_SHA256 = "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23"
+FETCH = f"hf download {HUB_NAME} {WEIGHTS_FILE} --revision {HUB_REVISION} --local-dir dinov2"
 CONFIG_FILE = "config.json"
 # What CONFIG_FILE says of the published weights, where it isn't what transformers takes by default.
 _CONFIG = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -99,8 +100,14 @@ def find_weights(place: str | None = None) -> Weights:
     check_place(place)
     path = _file_of(place, WEIGHTS_FILE)
     digest = dnnlib.util.file_sha256(path)
-    known = digest == WEIGHTS_SHA256
-    return Weights(path, digest, _CONFIG if known else _read_config(_file_of(place, CONFIG_FILE)))
+    if digest == WEIGHTS_SHA256:
+        return Weights(path, digest, _CONFIG)
+    if os.path.isdir(place) and not os.path.isfile(os.path.join(place, CONFIG_FILE)):
+        raise OSError(f"{path}: not the published file of {HUB_NAME} (sha256 {digest[:16]}..., "
+                      f"expected {WEIGHTS_SHA256[:16]}...): if it should be, fetch it again; other "
+                      f"weights need their {CONFIG_FILE} beside them, as save_pretrained() of "
+                      "transformers writes it")
+    return Weights(path, digest, _read_config(_file_of(place, CONFIG_FILE)))
 
 
 def _file_of(place: str, name: str) -> str:
@@ -108,8 +115,9 @@ def _file_of(place: str, name: str) -> str:
         return _hub_file(place, name)
     path = os.path.join(place, name)
     if not os.path.isfile(path):
-        raise OSError(f"{place}: holds no {name}; save the network there by save_pretrained() of "
-                      "transformers (files of pickles, such as pytorch_model.bin, are not read)")
+        raise OSError(f"{place}: holds no {name}; put the published file of {HUB_NAME} here, or "
+                      "other weights by save_pretrained() of transformers (files of pickles, such "
+                      "as pytorch_model.bin, are not read)")
     return path
 
 
@@ -127,9 +135,14 @@ def _hub_file(repository: str, name: str, revision: str | None = None,
         with dnnlib.util.open_url(url, sha256=sha256) as file:
             return file.name
     except OSError as error:
-        files = WEIGHTS_FILE if repository == HUB_NAME else f"{WEIGHTS_FILE} and {CONFIG_FILE}"
-        raise OSError(f"DINOv2 weights: {error}; fetch {files} of {repository} on another machine "
-                      f"into a folder, and name that as the detector {DINOV2}:FOLDER") from error
+        if repository == HUB_NAME:
+            what = f"DINOv2 weights: fetch {name} by '{FETCH}' on another machine, and"
+        else:
+            what = (f"detector {DINOV2}:{repository}: no such folder, so it was looked up on the "
+                    f"Hugging Face hub; fetch {WEIGHTS_FILE} and {CONFIG_FILE} of it on another "
+                    "machine into a folder, or")
+        raise OSError(f"{what} name the folder as the detector {DINOV2}:FOLDER ({error})"
+                      ) from error
 
 
 def _read_config(path: str) -> dict[str, Any]:

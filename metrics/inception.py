@@ -304,6 +304,6 @@ def _read_weights(path: str | None) -> tuple[str, bytes]:
         with dnnlib.util.open_url(WEIGHTS_URL, sha256=WEIGHTS_SHA256) as file:
             return file.name, file.read()
     except OSError as error:
-        raise OSError(f"Inception weights: {error}; fetch that file on another machine and put it "
-                      f"at {by_hand}, or name a copy of it as the detector; the detector 'pixels' "
-                      "needs none") from error
+        raise OSError(f"Inception weights: fetch {WEIGHTS_FILE} on another machine and put it at "
+                      f"{by_hand}, or name a copy of it as the detector; the detector 'pixels' "
+                      f"needs none ({error})") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+import requests
 from click.testing import CliRunner
 from scripts import ROOT
 
@@ -105,6 +106,36 @@ def test_a_dead_server_and_other_schemes_are_one_line(server):
         with pytest.raises(OSError, match="only http and https"):
             open_url(url)
     assert cached() == []
+
+
+@pytest.mark.parametrize("error, clause", [
+    (requests.ConnectionError(
+        "HTTPSConnectionPool(host='h.co', port=443): Max retries exceeded with url: /a (Caused by "
+        "NameResolutionError(\"HTTPSConnection(host='h.co', port=443): Failed to resolve 'h.co' "
+        "([Errno -2] Name or service not known)\"))"),
+     "Failed to resolve 'h.co' ([Errno -2] Name or service not known)"),
+    (requests.ConnectionError(
+        "HTTPConnectionPool(host='h', port=9): Max retries exceeded with url: /x (Caused by "
+        "NewConnectionError('HTTPConnection(host=h): Failed to establish a new connection: "
+        "[Errno 111] Connection refused'))"), "[Errno 111] Connection refused"),
+    (requests.ConnectTimeout(
+        "HTTPSConnectionPool(host='h', port=443): Max retries exceeded with url: /x (Caused by "
+        "ConnectTimeoutError(<HTTPSConnection(host='h') at 0x7f>, 'Connection to h timed out. "
+        "(connect timeout=30)'))"), "Connection to h timed out. (connect timeout=30)"),
+    (requests.ReadTimeout("HTTPSConnectionPool(host='h', port=443): Read timed out. (read "
+                          "timeout=30)"), "Read timed out. (read timeout=30)"),
+    (requests.ConnectionError(("Connection aborted.", ConnectionResetError(104, "Reset by peer"))),
+     "Reset by peer"),
+    (requests.ConnectionError("Remote end closed"), "Remote end closed"),
+    (requests.ConnectionError(), "ConnectionError")], ids=str)
+def test_of_a_failed_request_only_the_last_clause_is_told(error, clause, monkeypatch):
+    def get(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(requests, "get", get)
+    with pytest.raises(OSError) as caught:
+        open_url("https://h.co/a")
+    assert str(caught.value) == f"https://h.co/a: {clause}"
 
 
 def test_a_local_file_is_opened_as_it_is(tmp_path):

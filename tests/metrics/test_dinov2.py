@@ -385,14 +385,24 @@ def test_a_damaged_folder_is_refused_in_one_line(refused, copy):
     weights.write_bytes(weights.read_bytes()[:-1])
     assert "not a complete safetensors file" in refused(f"dinov2:{copy}")
     config.unlink()
-    assert f"{copy}: holds no config.json" in refused(f"dinov2:{copy}")
+    assert "other weights need their config.json beside them" in refused(f"dinov2:{copy}")
 
 
 def test_pickles_are_not_read(refused, tmp_path):
     (tmp_path / "pickled").mkdir()
     torch.save({"x": math.sqrt}, tmp_path / "pickled/pytorch_model.bin")
-    assert "pickled: holds no model.safetensors; save the network there by save_pretrained()" \
+    assert "save_pretrained() of transformers (files of pickles, such as pytorch_model.bin, are not" \
         in refused(f"dinov2:{tmp_path / 'pickled'}")
+
+
+def test_weights_without_a_configuration_are_compared_with_the_published_file(refused, tmp_path):
+    line = refused(f"dinov2:{tmp_path}")
+    assert f"{tmp_path}: holds no model.safetensors; put the published file of facebook/dinov2-l" \
+        "arge here, or other weights by save_pretrained()" in line
+    (tmp_path / "model.safetensors").write_bytes(b"<!doctype html>")
+    digest = hashlib.sha256(b"<!doctype html>").hexdigest()
+    assert f"{tmp_path}/model.safetensors: not the published file of facebook/dinov2-large " \
+        f"(sha256 {digest[:16]}..., expected 399fba97a95f22c3...)" in refused(f"dinov2:{tmp_path}")
 
 
 @pytest.fixture
@@ -454,10 +464,15 @@ def test_without_a_network_an_error_says_what_to_put_where(refused, monkeypatch,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     reason = "not downloaded, because HF_HUB_OFFLINE is set" if offline else "no network"
     line = refused("dinov2")
-    assert f"DINOv2 weights: {PUBLISHED_URL}: {reason}; fetch model.safetensors of " \
-        "facebook/dinov2-large on another machine into a folder, and name that as the detector " \
-        "dinov2:FOLDER" in line
-    assert "fetch model.safetensors and config.json of a/b on" in refused("dinov2:a/b")
+    assert "Error: DINOv2 weights: fetch model.safetensors by 'hf download facebook/dinov2-large " \
+        f"model.safetensors --revision {dinov2.HUB_REVISION} --local-dir dinov2' on another " \
+        "machine, and name the folder as the detector dinov2:FOLDER " \
+        f"({PUBLISHED_URL}: {reason})" in line
+    line = refused("dinov2:downloads/nothere")
+    assert line.startswith("Error: detector dinov2:downloads/nothere: no such folder, so it was "
+                           "looked up on the Hugging Face hub; fetch model.safetensors and "
+                           "config.json of it")
+    assert line.endswith(f"{reason})")
 
 
 @pytest.mark.scripts
@@ -468,7 +483,9 @@ def test_a_hub_that_does_not_answer_is_one_line_and_no_wait(tmp_path):
          "--detector=dinov2", "--device=cpu"], capture_output=True, text=True, timeout=120,
         env=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)})
     [line] = done.stderr.strip().splitlines()
-    assert line.startswith("Error: DINOv2 weights: http://127.0.0.1:9/facebook/dinov2-large/")
+    assert line.startswith("Error: DINOv2 weights: fetch model.safetensors by 'hf download ")
+    assert line.endswith(f"/{dinov2.HUB_REVISION}/model.safetensors: [Errno 111] Connection "
+                         "refused)")
     assert done.returncode == 1
 
 
