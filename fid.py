@@ -719,8 +719,10 @@ def _facts_of_images(dataset, seed: int) -> dict:
 def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: float,
                   sweeps: set[str]) -> list:
     """Returns the folders of a run directory to score, jobs in order; none if it isn't one."""
+    from images.image_files import check_finished
     from metrics.score_report import Job
 
+    check_finished(Path(images))
     if not os.path.exists(images):
         raise FileNotFoundError(f"{images}: no such folder or ZIP")
     names = [entry.name for entry in os.scandir(images)

@@ -30,6 +30,7 @@ import numpy as np
 
 LABELS_NAME = "dataset.json"
 GENERATE_RECORD = "generate.json"  # marks a folder of generated images
+PARTS_SUFFIX = ".parts"  # of the folder beside a ZIP whose images are being made
 PICTURES = "vis"  # its subfolder of grids and movies
 DEVIATIONS = "std"  # its subfolder of deviations of images that are means
 CONDITIONS = "cond/"  # begins the names of condition images
@@ -216,6 +217,15 @@ def member_problem(info: zipfile.ZipInfo) -> str | None:
     if stat.S_ISLNK(info.external_attr >> 16):
         return "is a symbolic link"
     return name_problem(info.filename)
+
+
+def check_finished(path: Path) -> None:
+    """Raises ValueError for a ZIP of generated images that is not there yet, and for its parts."""
+    parts = path if path.name.endswith(PARTS_SUFFIX) else path.with_name(path.name + PARTS_SUFFIX)
+    if (parts == path or not path.exists()) and (parts / GENERATE_RECORD).is_file():
+        raise ValueError(f"{path}: its images are not all made yet (some are in {parts.name}); "
+                         "run the same generate.py command again, which goes on and writes "
+                         f"{parts.name.removesuffix(PARTS_SUFFIX)}")
 
 
 def read_regular(path: str | os.PathLike) -> bytes:

@@ -31,6 +31,7 @@ from images.image_files import (
     Folder,
     Zip,
     check_file_size,
+    check_finished,
     error_prefix,
 )
 
@@ -45,8 +46,10 @@ def open_files(path: Path) -> Files:
 
     Raises:
         OSError: there is none, or it can't be read.
-        ValueError: not a ZIP, one with two members of one name, or an .npz without images.
+        ValueError: not a ZIP, one that is not finished or has two members of one name, or an .npz
+            without images.
     """
+    check_finished(path)
     if path.is_dir():
         return Folder(path)
     if not path.exists():

@@ -53,6 +53,7 @@ from images.image_files import (
     GENERATE_RECORD,
     LABELS_NAME,
     check_file_size,
+    check_finished,
     check_matched,
     error_prefix,
     is_array,
@@ -143,6 +144,7 @@ def open_source(path: str | Path, flag: str = "--source", layout: str | None = N
     """
     if not str(path).startswith(table_files.HF_PREFIX):
         path = Path(path)
+        check_finished(path)
         if not path.exists():
             raise FileNotFoundError(f"{flag}={path}: no such file or folder")
     opener = _opener(path, columns)

@@ -22,7 +22,7 @@ from dnnlib.cli import describe
 from dnnlib.progress import FIRST_LINE_SEC, Progress
 from dnnlib.run_lock import LOCK_NAME, run_lock
 from dnnlib.stored_zip import Place, StoredZip, places, written_places
-from images.image_files import GENERATE_RECORD, LABELS_NAME
+from images.image_files import GENERATE_RECORD, LABELS_NAME, PARTS_SUFFIX
 from sampling.image_writer import ImageFolder
 from torch_utils import distributed
 
@@ -34,7 +34,7 @@ class ImageZip(ImageFolder):
 
     def __init__(self, path: Path, *args, **kwargs):
         super().__init__(path, *args, **kwargs)
-        self._records = path.with_name(f"{path.name}.parts")
+        self._records = path.with_name(path.name + PARTS_SUFFIX)
         self._places: dict[str, Place] = {}  # what was there when it was opened
         self._turn = 0
 

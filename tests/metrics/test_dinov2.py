@@ -391,8 +391,9 @@ def test_a_damaged_folder_is_refused_in_one_line(refused, copy):
 def test_pickles_are_not_read(refused, tmp_path):
     (tmp_path / "pickled").mkdir()
     torch.save({"x": math.sqrt}, tmp_path / "pickled/pytorch_model.bin")
-    assert "save_pretrained() of transformers (files of pickles, such as pytorch_model.bin, are not" \
-        in refused(f"dinov2:{tmp_path / 'pickled'}")
+    assert "pickled: holds no model.safetensors; put the published file of facebook/dinov2-large " \
+        "here, or other weights by save_pretrained() of transformers (files of pickles" in refused(
+            f"dinov2:{tmp_path / 'pickled'}")
 
 
 def test_weights_without_a_configuration_are_compared_with_the_published_file(refused, tmp_path):

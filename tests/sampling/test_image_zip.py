@@ -369,6 +369,31 @@ def test_images_of_another_rank_that_are_not_seen_are_no_finished_zip(make, tmp_
 
 # ----------------------------------------------------------------------------------- readers
 
+def test_readers_say_of_a_zip_that_is_not_finished_how_it_goes_on(make, tmp_path, monkeypatch,
+                                                                  invoke):
+    path = tmp_path / "one.zip"
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageZip, "_pack", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        make(path, "--seeds=0-2", code=1)
+    parts = tmp_path / "one.zip.parts"
+    for given in (path, parts):
+        for main, *args in (
+                (fid.main, "calc", f"--images={given}", "--ref=none.npz", "--detector=pixels"),
+                (fid.main, "pairs", f"--images={given}", f"--truth={given}"),
+                (dataset_tool.main, f"--source={given}", f"--dest={tmp_path / 'data.zip'}"),
+                (dataset_tool.main, "check", given)):
+            result = invoke(main, *args)
+            assert result.exit_code != 0 and (
+                f"{given}: its images are not all made yet (some are in one.zip.parts); run "
+                "the same generate.py command again, which goes on and writes one.zip"
+            ) in result.output, result.output
+    make(path, "--seeds=0-2")
+    assert invoke(dataset_tool.main, "check", path).exit_code == 0
+    parts.mkdir()
+    (parts / "generate.json").write_text("{}")  # of more images, which are being added
+    assert invoke(dataset_tool.main, "check", path).exit_code == 0
+
+
 def test_readers_take_the_zip_as_they_take_the_folder(root, make, tmp_path, invoke):
     for name in ("folder", "one.zip"):
         make(tmp_path / name, "--seeds=0-11")
