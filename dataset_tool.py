@@ -466,6 +466,9 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
             others = stack.enter_context(open_source(cond_source, cond_flag, layout,
                                                      Columns(labels=())))
             partners = condition_numbers(images, others, by_order=pair == "order")
+        settings, cond_settings = (
+            dataclasses.replace(own, can_be_checked=part.has_file_names and not part.is_dicom)
+            for own, part in ((settings, images), (cond_settings, others)))
         numbers, label_list = select_images(images, max_images, classes)
         conditions = Conditions(others, [partners[i] for i in numbers], cond_settings,
                                 cond_flag) if cond_flag else None

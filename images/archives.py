@@ -34,7 +34,7 @@ class Arrays(NamedTuple):
     """A whole data set: uint8 images [n, H, W, 3] or [n, H, W], class numbers, class names."""
 
     images: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray | None  # None where none were read
     class_names: list[str] | None
     title: str  # what the data set is called
     expected: int | None = None  # images that it is published with; None if that is not known

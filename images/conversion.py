@@ -71,6 +71,7 @@ class Settings:
     layout: str | None = None  # of arrays, see `array_files.first_channels`
     to_srgb: bool = True  # whether colour profiles are followed, in pictures that become 8-bit
     skip_damaged: bool = False  # whether damaged images are left out, instead of an error
+    can_be_checked: bool = False  # whether the source is one that `dataset_tool.py check` takes
 
 
 class Converted(NamedTuple):
@@ -100,7 +101,8 @@ def convert_image(item: Item, settings: Settings) -> Converted:
     except DamagedImageError as error:
         if settings.skip_damaged:
             return Converted(item.name, None, None, damage=str(error))
-        check = "" if item.decode else "'dataset_tool.py check' lists all damaged images, "
+        check = "'dataset_tool.py check' lists all damaged images, " if settings.can_be_checked \
+            else ""
         raise ValueError(f"{item.name}: {error}; {check}--skip-damaged leaves them "
                          "out") from error
     if isinstance(decoded, np.ndarray):

@@ -44,8 +44,10 @@ def find_images(names: Iterable[str]) -> list[str]:
             or name.removesuffix(".gz") not in there]
 
 
-def read(path: Path) -> Arrays:
+def read(path: Path, *, with_labels: bool = True) -> Arrays:
     """Returns the images of a file, to be padded from 28x28 to 32x32, and their classes.
+
+    Without labels no file of them need be there.
 
     Raises:
         OSError: one of the files can't be read, or there is none of labels.
@@ -53,26 +55,29 @@ def read(path: Path) -> Arrays:
     """
     parts = _NAME.fullmatch(path.name)
     emnist = _EMNIST.fullmatch(parts["of"])
-    names = _class_names(path, emnist and emnist["split"])
+    names = _class_names(path, emnist and emnist["split"]) if with_labels else None
     first = 1 if emnist and emnist["split"] == "letters" else 0
     num_classes = len(names or ()) or _EMNIST_CLASSES.get(emnist and emnist["split"], _NUM_CLASSES)
     with described(path):
         images = _read_idx(path, 3)
         if images.shape[1:] != (_SIDE, _SIDE):
             raise ValueError("has images of {1}x{0}, expected 28x28".format(*images.shape[1:]))
-    labels_path = _find_labels(path, parts)
-    with described(labels_path):
-        labels = _read_idx(labels_path, 1).astype(np.int64)
-        check_labels(labels, len(images), range(first, first + num_classes))
-    title, facts = "Fashion-MNIST" if names else "MNIST", []
+    labels, facts = None, []
+    if with_labels:
+        labels_path = _find_labels(path, parts)
+        with described(labels_path):
+            labels = _read_idx(labels_path, 1).astype(np.int64)
+            check_labels(labels, len(images), range(first, first + num_classes))
+            labels -= first
+    title = "Fashion-MNIST" if names else "MNIST"
     if emnist:
         title, images = "EMNIST", images.swapaxes(1, 2)
         facts.append("the files of EMNIST hold images with rows and columns exchanged; they were "
                      "turned upright")
-    if first:
+    if first and with_labels:
         facts.append(f"classes {first} to {num_classes} of the files have become 0 to "
                      f"{num_classes - 1}")
-    return Arrays(images, labels - first, names, title,
+    return Arrays(images, labels, names, title,
                   None if emnist else _SIZES.get(parts["of"]), tuple(facts), _PADDING)
 
 
@@ -84,7 +89,7 @@ def _find_labels(path: Path, parts: re.Match[str]) -> Path:
     found = next(filter(Path.exists, places), None)
     if found is None:
         raise FileNotFoundError(f"{places[0]}: no such file; the labels must lie beside "
-                                f"{path.name}")
+                                f"{path.name}; --label-column=none takes none")
     return found
 
 

@@ -4,9 +4,9 @@
     a/1.png,cat                      {"file_name": "a/2.png", "label": "dog"}
     a/2.png,dog
 
-What one column holds decides what labels are: whole numbers are class numbers, other numbers are
-vectors of one, and text becomes classes, numbered in sorted order. Several columns make vectors.
-No package beside the standard library is needed.
+What one column holds decides what labels are: whole numbers, also written 6.0, are class numbers,
+other numbers are vectors of one, and text becomes classes, numbered in sorted order. Several
+columns make vectors. No package beside the standard library is needed.
 """
 
 import collections
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from images.image_files import composed, stem
+from images.image_files import MAX_CLASSES, composed, stem
 
 NAME_COLUMNS = ("file_name", "filename", "image", "path", "name")
 LABEL_COLUMNS = ("label", "class", "category")
@@ -49,6 +49,7 @@ class Labels(NamedTuple):
 
     values: list[Any]
     class_names: list[str] | None = None  # where the labels were text
+    how: str = ""  # what to say of that, after the name of the column
 
 
 class Rows(NamedTuple):
@@ -199,9 +200,15 @@ def labels_of(cells: Mapping[str, Sequence[Any]], where: str) -> Labels:
 def _labels_of_one(values: list[Any], where: str) -> Labels:
     numbers = _numbers(values)
     if numbers is not None:
-        is_whole = all(value is None or isinstance(value, int) for value in numbers)
-        return Labels(numbers if is_whole else
-                      [None if value is None else [value] for value in numbers])
+        decimals = [value for value in numbers if isinstance(value, float)]
+        if not decimals:
+            return Labels(numbers)
+        # pandas writes 6.0 where a column of whole numbers had gaps.
+        if all(value is None or value in range(MAX_CLASSES) for value in numbers):
+            return Labels([None if value is None else int(value) for value in numbers],
+                          how=f", whose numbers are whole, such as {decimals[0]}, and so are "
+                              "class numbers")
+        return Labels([None if value is None else [value] for value in numbers])
     there = [value for value in values if value is not None]
     examples = {type(value): value for value in reversed(there)}
     if set(examples) not in ({str}, {list}):
@@ -211,7 +218,8 @@ def _labels_of_one(values: list[Any], where: str) -> Labels:
         return Labels(values)  # which are checked where all labels are
     class_names = sorted(set(there))
     classes = {name: number for number, name in enumerate(class_names)}
-    return Labels([None if value is None else classes[value] for value in values], class_names)
+    return Labels([None if value is None else classes[value] for value in values], class_names,
+                  ", whose texts are numbered in sorted order")
 
 
 def _shown(value: Any) -> str:

@@ -81,16 +81,16 @@ def npz_contents(path: str | os.PathLike) -> frozenset[str]:
 class Npz:
     """The images of an .npz by number, and by name as if each were a .npy file of a folder.
 
-    `labels` are the class numbers [n], None where there are none. `layout` is that of images, see
-    `array_files.first_channels`. The checksum of all images is compared where they are read in
-    order by one process.
+    `labels` are the class numbers [n], None where there are none or none are wanted. `layout` is
+    that of images, see `array_files.first_channels`. The checksum of all images is compared where
+    they are read in order by one process.
 
     Raises:
         OSError: it can't be read.
         ValueError: it holds no images or is damaged, or their shape has two readings.
     """
 
-    def __init__(self, path: Path, layout: str | None = None):
+    def __init__(self, path: Path, layout: str | None = None, *, with_labels: bool = True):
         self._path, self._layout = path, layout
         self._file, self._pid = None, None
         with _open_zip(path) as archive, error_prefix(f"{path}: "):
@@ -101,7 +101,7 @@ class Npz:
                 if len(self) > _MAX_IMAGES:
                     raise ValueError(f"{len(self)} images are more than the {_MAX_IMAGES} allowed")
             self.labels: np.ndarray | None = None
-            if _has(archive, _LABELS):
+            if with_labels and _has(archive, _LABELS):
                 self.labels = _read_labels(archive, len(self))
                 self._labels_info = archive.getinfo(_member(_LABELS))
             self._start = self._images.header_bytes

@@ -399,11 +399,11 @@ def _opener(path: str | Path, columns: Columns) -> (
     if name.endswith((".tar.gz", ".tgz")):
         return _open_cifar
     if idx_files.is_images(path.name):
-        return _open_idx
+        return functools.partial(_open_idx, columns=columns)
     if is_array(name):
         return _open_array
     if is_npz(name):
-        return _open_npz
+        return functools.partial(_open_npz, columns=columns)
     if name.endswith(tensor_files.SUFFIXES):
         return _open_tensor
     return functools.partial(_open_zip, columns=columns) if name.endswith(".zip") else None
@@ -435,7 +435,7 @@ def _open_folder(path: Path, layout: str | None, columns: Columns) -> Iterator[S
     source = _of_files(path, files, lambda name: Item(name, path / name),
                        lambda name: (path / name).open("rb"), columns, order)
     if not source.num_images:
-        source = _published(path, source.others) or source
+        source = _published(path, source.others, columns) or source
     elif source.labels is None and not source.is_dicom:  # even if there is a dataset.json
         _label_by_folder(source)
     yield source
@@ -470,7 +470,7 @@ def _of_files(path: Path, files: list[str], item: Callable[[str], Item],
     elif columns.image or columns.labels:
         raise ValueError(f"{'--image-column' if columns.image else '--label-column'}: {path} has "
                          "no table; --labels=FILE.csv names one")
-    elif LABELS_NAME in found.others:
+    elif LABELS_NAME in found.others and columns.labels != ():
         where = f"{path}: {top}{LABELS_NAME}"
         try:
             text = item(top + LABELS_NAME).content()
@@ -641,9 +641,8 @@ def _label_by_rows(source: Source, rows: label_tables.Rows, where: str) -> None:
     matched = label_tables.match_rows(source.names, source.top, rows.names, where)
     found = {name: labels.values[row] for name, row in matched.rows.items()
              if labels.values[row] is not None}
-    texts = ", whose texts are numbered in sorted order" if labels.class_names else ""
     source.facts = [*source.facts, f"labels are column{'s' if len(rows.cells) > 1 else ''} "
-                    f"{', '.join(rows.cells)} of {where.removeprefix('--labels=')}{texts}"]
+                    f"{', '.join(rows.cells)} of {where.removeprefix('--labels=')}{labels.how}"]
     if matched.extra:
         extra = f"{len(matched.extra)} of {len(rows.names)} rows name no image, the first " \
                 f"{matched.extra[0]}"
@@ -743,12 +742,13 @@ def _open_tensor(path: Path, layout: str | None) -> Iterator[Source]:
 
 
 @contextlib.contextmanager
-def _open_npz(path: Path, layout: str | None) -> Iterator[Source]:
+def _open_npz(path: Path, layout: str | None, columns: Columns) -> Iterator[Source]:
     def read(number):
         with error_prefix(f"{path}: "):
             return images.read(number)
 
-    with contextlib.closing(Npz(path, layout)) as images:
+    with contextlib.closing(
+            Npz(path, layout, with_labels=columns.labels != ())) as images:
         source = _of_stack(len(images), read)
         if images.labels is not None:
             source.labels = lambda own: images.labels[np.asarray(own)].tolist()
@@ -774,6 +774,7 @@ def _of_arrays(arrays: archives.Arrays) -> Source:
         return np.pad(image, padding) if padding else image
 
     return Source(num, names, lambda numbers: (Item(names[i], pixels(i)) for i in numbers),
+                  None if arrays.labels is None else
                   lambda own: arrays.labels[np.asarray(own)].tolist(), arrays.class_names,
                   note=note, facts=arrays.facts, label_sets=arrays.label_sets)
 
@@ -798,11 +799,11 @@ def _open_cifar(path: Path, layout: str | None) -> Iterator[Source]:
 
 
 @contextlib.contextmanager
-def _open_idx(path: Path, layout: str | None) -> Iterator[Source]:
-    yield _of_arrays(idx_files.read(path))
+def _open_idx(path: Path, layout: str | None, columns: Columns) -> Iterator[Source]:
+    yield _of_arrays(idx_files.read(path, with_labels=columns.labels != ()))
 
 
-def _published(path: Path, files: Sequence[str]) -> Source | None:
+def _published(path: Path, files: Sequence[str], columns: Columns) -> Source | None:
     """Returns the data set whose files a folder holds as they are published; None for none.
 
     Raises:
@@ -815,7 +816,8 @@ def _published(path: Path, files: Sequence[str]) -> Source | None:
                          f"one of them, such as {path / (sets or folders)[-1]}")
     if folders:
         return _of_arrays(archives.read_cifar_folder(path / folders[0]))
-    return _of_arrays(idx_files.read(path / sets[0])) if sets else None
+    return _of_arrays(idx_files.read(path / sets[0], with_labels=columns.labels != ())) \
+        if sets else None
 
 
 @contextlib.contextmanager

@@ -353,12 +353,10 @@ def _table(opened: _Opened, columns: Columns, where: str, *, reads_paths: bool) 
     fact, note, labels = f"images are column {image}", "", None
     if names:
         labels = labels_of({name: opened.column(name) for name in names}, where)
-        fact += f", labels column{'s' if len(names) > 1 else ''} {', '.join(names)}"
-        if labels.class_names:
-            fact += ", whose texts are numbered in sorted order"
-            if columns.labels is None and len(labels.class_names) == len(opened.names) > 2:
-                note = (f"each of the {len(opened.names)} images has a class of its own by column "
-                        f"{names[0]}; --label-column=none takes no labels")
+        fact += f", labels column{'s' if len(names) > 1 else ''} {', '.join(names)}{labels.how}"
+        if columns.labels is None and len(labels.class_names or ()) == len(opened.names) > 2:
+            note = (f"each of the {len(opened.names)} images has a class of its own by column "
+                    f"{names[0]}; --label-column=none takes no labels")
         if kinds[names[0]] == _CLASSES and len(names) == 1:
             labels = labels._replace(class_names=_class_names(opened.features[names[0]]))
     if columns.labels is None:

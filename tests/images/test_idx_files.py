@@ -126,6 +126,18 @@ def test_classes_of_fashion_mnist_are_known(tmp_path, folder):
     assert "T-shirt" not in output and "MNIST is published with 60000" in output
 
 
+@pytest.mark.parametrize("given", ["a", "a/emnist-letters-train-images-idx3-ubyte"])
+def test_without_labels_no_file_of_them_is_needed(tmp_path, given):
+    path = write_pair(tmp_path / "a", "emnist-letters-train-images-idx3-ubyte", "labels")
+    (path.parent / "labels").unlink()
+    refuse(tmp_path, tmp_path / given, "no such file", "--label-column=none takes none")
+    result = run(tmp_path / given, tmp_path / "out.zip", "--label-column=none")
+    assert result.exit_code == 0 and "have become 0 to 25" not in result.output
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        assert json.loads(archive.read("dataset.json"))["labels"] is None
+        assert len(archive.namelist()) == NUM + 1
+
+
 def test_a_folder_with_one_set_is_that_set(tmp_path):
     write_pair(tmp_path / "a/raw", "train-images-idx3-ubyte", "train-labels-idx1-ubyte")
     write_pair(tmp_path / "a/raw", "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")

@@ -4,6 +4,7 @@ import json
 import unicodedata
 import zipfile
 
+import numpy as np
 import pytest
 from image_sources import assert_refused, encode, flat, random_pixels, run, write_source
 from published_archives import write_cifar10
@@ -187,12 +188,35 @@ def test_columns_are_found_by_their_names_or_chosen(header, columns, expected):
     (["nan", "inf"], [1, 0], ["inf", "nan"]), (["1_0"], [0], ["1_0"]), ([], [], None),
 ])
 def test_numbers_stay_numbers_and_text_is_numbered_in_sorted_order(cells, values, names):
-    assert labels_of({"x": cells}, "t") == (values, names)
+    assert labels_of({"x": cells}, "t")[:2] == (values, names)
+
+
+@pytest.mark.parametrize("cells, values", [
+    (["6.0", "", "3.0"], [6, None, 3]), ([6.0, float("nan"), 0], [6, None, 0]),
+    (["1e2", "7"], [100, 7]), (["6.0", "2.5"], [[6.0], [2.5]]), (["6.0", "-1"], [[6.0], [-1]]),
+    ([65535.0], [65535]), ([65536.0], [[65536.0]]), ([[6.0]], [[6.0]])])
+def test_whole_numbers_with_decimals_are_classes_where_all_are(cells, values):
+    found = labels_of({"x": cells}, "t")
+    assert found.values == values and found.class_names is None
+    assert [type(value) for value in found.values] == [type(value) for value in values]
+    are_classes = isinstance(values[0], int)
+    assert ("numbers are whole" in found.how) == are_classes
+    assert labels_of({"x": [6.0], "y": [3.0]}, "t").values == [[6.0, 3.0]]
+
+
+def test_what_pandas_writes_of_a_column_with_gaps_is_converted_and_said(tmp_path, images):
+    content = csv_of((key, f"{number}.0") for number, key in enumerate(TEXTS))
+    content += b"other.png,\n"
+    args = table(tmp_path, content)
+    assert [label for _, label in record_of(tmp_path, images, args)["labels"]] == list(
+        range(len(TEXTS)))
+    assert "whose numbers are whole, such as 0.0, and so are class numbers" in run(
+        images, tmp_path / "out.zip", args).output
 
 
 def test_several_columns_make_vectors_in_the_order_of_their_names_and_only_of_numbers():
     cells = {"b": ["1", "2.5", ""], "a": [3, 4, 5]}
-    assert labels_of(cells, "t") == ([[1, 3], [2.5, 4], None], None)
+    assert labels_of(cells, "t")[:2] == ([[1, 3], [2.5, 4], None], None)
     with pytest.raises(ValueError, match="t: column c holds 'red', but only numbers"):
         labels_of({"b": [1, 2], "c": ["1", "red"]}, "t")
     with pytest.raises(ValueError, match="t: column c holds 1 and 'a'"):
@@ -316,6 +340,15 @@ def test_json_lines_that_are_none_are_refused_in_one_line(tmp_path, images, cont
 def test_flags_that_mean_nothing_are_refused(tmp_path, images, args, exit_code, texts):
     assert_refused(run(images, tmp_path / "out/a.zip", *args), tmp_path, *texts,
                    exit_code=exit_code)
+
+
+def test_labels_that_are_not_wanted_may_be_anything(tmp_path):
+    np.savez(tmp_path / "a.npz", np.zeros((2, 32, 32, 3), np.uint8), np.array([0.5, 1]))
+    folder = write_source(tmp_path / "src", {"1.png": flat(1), "dataset.json": b"{damaged"})
+    for source in (tmp_path / "a.npz", folder):
+        assert run(source, tmp_path / "out.zip").exit_code == 1
+        record = record_of(tmp_path, source, "--label-column=none")
+        assert record["labels"] is None
 
 
 def test_sources_without_files_or_columns_say_so(tmp_path):

@@ -178,7 +178,10 @@ def test_damaged_rows_are_named_and_can_be_left_out(tmp_path):
            {"bytes": b"", "path": None}, {"bytes": None, "path": None}]
     path = write_parquet(tmp_path / "x.parquet", {"image": [RECORDS[0], *bad, RECORDS[1]]})
     result = run(path, tmp_path / "out/a.zip")
-    assert_refused(result, tmp_path, "row 1: has no image", "--skip-damaged")
+    assert_refused(result, tmp_path, "row 1: has no image; --skip-damaged leaves them out")
+    raw = write_parquet(tmp_path / "raw.parquet", {"image": [bytes(192)]})
+    assert_refused(run(raw, tmp_path / "out/a.zip"), tmp_path,
+                   "row 0: can't be read: not an image; --skip-damaged leaves them out")
     members, output = converted(tmp_path, path, "--skip-damaged")
     kept = dict(members)
     assert len(kept) == 3 and "Left out: 4 damaged images" in output
