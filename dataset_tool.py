@@ -27,6 +27,7 @@ from dnnlib.cli import (
     user_errors,
     verbosity_options,
 )
+from dnnlib.util import counted
 
 if TYPE_CHECKING:  # imported late: help is instant
     from images.conversion import Outcome
@@ -173,7 +174,7 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
     if len(outcome.damaged) > _MAX_LISTED:
         click.echo(f"... and {len(outcome.damaged) - _MAX_LISTED} more", err=True)
     if outcome.damaged:
-        click.echo(f"Left out: {len(outcome.damaged)} damaged images")
+        click.echo(f"Left out: {counted(len(outcome.damaged), 'damaged image')}")
     if outcome.scaling:
         _print_statistics(outcome.moments, outcome.scaling)
         _print_clipped(outcome)
@@ -183,11 +184,12 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
             _print_statistics(outcome.conditions.moments, outcome.conditions.scaling, is_data=False)
             _print_clipped(outcome.conditions)
     if outcome.too_small.count:
-        click.echo(f"Left out: {outcome.too_small.count} images smaller than --resolution, "
+        click.echo(f"Left out: {counted(outcome.too_small.count, 'image')} smaller than --resolution, "
                    f"the first {outcome.too_small.first}")
     if outcome.misnamed.count:
-        click.echo(f"Note: {outcome.misnamed.count} images are of another format than their name "
-                   f"says, the first {outcome.misnamed.first}")
+        images = counted(outcome.misnamed.count, "image is of another format than its name says",
+                         "images are of another format than their name says")
+        click.echo(f"Note: {images}, the first {outcome.misnamed.first}")
     for images in filter(None, (outcome, outcome.conditions)):
         _tell_profiles(images)
     for fact in _facts_of(source, are_names_kept):
@@ -197,8 +199,9 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
     if source.note:
         click.echo(f"Warning: {source.note}", err=True)
     if outcome.cmyk.count:
-        click.echo(f"Warning: {outcome.cmyk.count} CMYK images were converted without a colour "
-                   f"profile, the first {outcome.cmyk.first}", err=True)
+        images = counted(outcome.cmyk.count, "CMYK image was", "CMYK images were")
+        click.echo(f"Warning: {images} converted without a colour profile, the first "
+                   f"{outcome.cmyk.first}", err=True)
 
 
 def _facts_of(source: "Source", are_names_kept: bool) -> list[str]:
@@ -212,21 +215,22 @@ def _facts_of(source: "Source", are_names_kept: bool) -> list[str]:
 def _tell_profiles(outcome: "Outcome") -> None:
     """Prints how many images had a colour profile that changed them, or one of no use."""
     if outcome.recolored.count:
-        click.echo(f"Note: {outcome.recolored.count} images had a colour profile other than sRGB "
-                   f"and were converted to sRGB, the first {outcome.recolored.first}; --icc=keep "
-                   "takes pixels as they are")
+        is_one = outcome.recolored.count == 1
+        click.echo(f"Note: {counted(outcome.recolored.count, 'image')} had a colour profile other "
+                   f"than sRGB and {'was' if is_one else 'were'} converted to sRGB, the first "
+                   f"{outcome.recolored.first}; --icc=keep takes pixels as they are")
     if outcome.bad_profiles.count:
-        click.echo(f"Warning: {outcome.bad_profiles.count} images have a colour profile that can't "
-                   "be used, and their pixels are taken as they are, the first "
-                   f"{outcome.bad_profiles.first}", err=True)
+        images = counted(outcome.bad_profiles.count, "image has", "images have")
+        click.echo(f"Warning: {images} a colour profile that can't be used, so that pixels are "
+                   f"taken as they are, the first {outcome.bad_profiles.first}", err=True)
 
 
 def _print_counts(path: str, num_images: int, image_format: "ImageFormat", label_dim: int | None,
                   classes: collections.Counter, origin: Callable[[int], str] = lambda _: "") -> None:
     """Prints how many images there are, how large, and of which classes."""
     labels = f"label vectors of {label_dim}" if label_dim else \
-        f"{len(classes)} classes" if classes else "no labels"
-    console.result(f"{path}: {num_images} images, {_shown_format(image_format)}, {labels}")
+        counted(len(classes), "class", "classes") if classes else "no labels"
+    console.result(f"{path}: {counted(num_images, 'image')}, {_shown_format(image_format)}, {labels}")
     if len(classes) > _MAX_CLASS_LINES:
         click.echo(f"  {min(classes.values())} to {max(classes.values())} images a class")
         return
@@ -246,7 +250,7 @@ def _shown_format(image_format: "ImageFormat") -> str:
 
 
 def _print_conditions(image_format: "ImageFormat", num_images: int) -> None:
-    click.echo(f"  {num_images} condition images, {_shown_format(image_format)}")
+    click.echo(f"  {counted(num_images, 'condition image')}, {_shown_format(image_format)}")
 
 
 def _print_statistics(moments: "Moments", scaling: "Scaling", is_data: bool = True,
@@ -280,14 +284,14 @@ def _tell_unused(source: "Source", max_images: int | None, num_selected: int) ->
 
     num_used = len(range(source.num_images)[:max_images])
     _tell_others(source)
-    for number, reason in [(len(source.unmatched), "images that --pair matches neither way, such "
-                                                   f"as {shown_some(source.unmatched)}"),
-                           (source.num_conditions, "images under cond/, which are condition "
-                                                   "images; --cond-source takes some along"),
-                           (source.num_images - num_used, "images beyond --max-images"),
-                           (num_used - num_selected, "images of other classes")]:
+    for number, reason in [(len(source.unmatched), "that --pair matches neither way, such as "
+                                                   f"{shown_some(source.unmatched)}"),
+                           (source.num_conditions, "under cond/, for conditions; --cond-source "
+                                                   "takes some along"),
+                           (source.num_images - num_used, "beyond --max-images"),
+                           (num_used - num_selected, "of other classes")]:
         if number:
-            click.echo(f"Left out: {number} {reason}")
+            click.echo(f"Left out: {counted(number, 'image')} {reason}")
 
 
 def _tell_others(source: "Source | Split") -> None:
@@ -295,11 +299,14 @@ def _tell_others(source: "Source | Split") -> None:
     kinds = collections.Counter(os.path.splitext(name)[1].lower() or "no extension"
                                 for name in source.others).most_common(_MAX_KINDS)
     shown = ", ".join(kind for kind, _ in kinds)
-    for number, reason in [(len(source.others), f"files that aren't images ({shown})"),
-                           (source.num_hidden, "hidden or system files"),
-                           (source.num_pictures, "pictures and deviations of generate.py under vis/ and std/")]:
+    for number, one, several in [
+            (len(source.others), f"file that isn't an image ({shown})",
+             f"files that aren't images ({shown})"),
+            (source.num_hidden, "hidden or system file", ""),
+            (source.num_pictures, "picture or deviation of generate.py under vis/ or std/",
+             "pictures and deviations of generate.py under vis/ and std/")]:
         if number:
-            click.echo(f"Left out: {number} {reason}")
+            click.echo(f"Left out: {counted(number, one, several)}")
 
 
 def _require(**given: str | None) -> None:
@@ -550,8 +557,8 @@ def check(data: str, workers: int | None) -> None:
         if report.num_problems > len(report.problems):
             console.result(f"... and {report.num_problems - len(report.problems)} more")
         if report.num_problems:
-            raise ValueError(f"{data}: {report.num_problems} problems in {report.num_images} "
-                             "images")
+            raise ValueError(f"{data}: {counted(report.num_problems, 'problem')} in "
+                             f"{counted(report.num_images, 'image')}")
         from images.dataset import ImageFolderDataset
 
         names = report.class_names or []
@@ -568,7 +575,8 @@ def check(data: str, workers: int | None) -> None:
 def _tell_empty_classes(classes: collections.Counter) -> None:
     empty = sorted(set(range(max(classes, default=-1) + 1)) - set(classes))
     if empty:
-        click.echo(f"Note: {len(empty)} class numbers have no images, the first {empty[0]}")
+        numbers = counted(len(empty), "class number has", "class numbers have")
+        click.echo(f"Note: {numbers} no images, the first {empty[0]}")
 
 
 def _check_out(ctx, param, value: str | None) -> str | None:
@@ -679,9 +687,10 @@ def _summarise_split(paths: dict[str, Path], plan: "Split") -> None:
     """Prints how many images each part got, in all and of each class."""
     train, held_out = plan.train, plan.held_out
     for path, part in zip(paths.values(), (train, held_out), strict=True):
-        classes = f", {len(part.classes)} classes" if part.classes else ""
-        conditions = f", {len(part.conditions)} condition images" if part.conditions else ""
-        console.result(f"{path}: {len(part.images)} images{classes}{conditions}")
+        found = [(part.images, "image", ""), (part.classes, "class", "classes"),
+                 (part.conditions, "condition image", "")]
+        console.result(f"{path}: " + ", ".join(counted(len(of), one, several)
+                                           for of, one, several in found if of))
     names, missing = plan.class_names or [], sorted(set(train.classes) - set(held_out.classes))
     if len(train.classes) <= _MAX_CLASS_LINES:
         for label in sorted(train.classes):
@@ -689,7 +698,8 @@ def _summarise_split(paths: dict[str, Path], plan: "Split") -> None:
             click.echo(f"  class {label}{name}: {train.classes[label]} to train on, "
                        f"{held_out.classes[label]} held out")
     if missing:
-        click.echo(f"Note: no image is held out of {len(missing)} classes, the first {missing[0]}")
+        click.echo(f"Note: no image is held out of {counted(len(missing), 'class', 'classes')}, "
+                   f"the first {missing[0]}")
     _tell_others(plan)
 
 

@@ -150,6 +150,11 @@ def shown_bytes(count: int) -> str:
     return f"{scaled(count, 3)}B"
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """Returns '1 image' or '2 images': a number and `one`, or `several`, which is it with an s."""
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
+
+
 def format_ranges(numbers: Iterable[int]) -> str:
     """Returns integers as text such as '0,5,10-19', rising, each once."""
     parts: list[list[int]] = []

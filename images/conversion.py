@@ -33,7 +33,7 @@ from dnnlib.atomic import atomic_write, temporary_name
 from dnnlib.ordered_pool import ordered_map
 from dnnlib.progress import Progress
 from dnnlib.stored_zip import StoredZip
-from dnnlib.util import format_ranges
+from dnnlib.util import counted, format_ranges
 from images import array_files, color_profiles, pictures
 from images.image_files import (
     ARRAY_SUFFIX,
@@ -526,9 +526,9 @@ class Outcome:
             if self.format.channels > 1:
                 how = "store them with 8 bits or, for --scale, as .npy arrays"
             raise ValueError(
-                f"{self.deep.count} images have 16 bits a channel but no value above "
-                f"{self.deep_top}: their upper 8 bits would be nearly black; {how} (the first is "
-                f"{self.deep.first})")
+                f"{counted(self.deep.count, 'image has', 'images have')} 16 bits a channel but no "
+                f"value above {self.deep_top}: the upper 8 bits would be nearly black; "
+                f"{how} (the first is {self.deep.first})")
 
     def settle_scaling(self, settings: Settings) -> None:
         """Makes the scaling of what was added; raises ValueError for a constant channel."""
@@ -586,14 +586,15 @@ def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None
                 write(CONDITIONS + kept + _suffix(condition), condition.data)
             if labels:
                 entries += (b", " if entries else b"") + json.dumps([name, labels[i]]).encode()
+    all_of_them = "the only image is" if len(numbers) == 1 else f"all {len(numbers)} images are"
     if len(outcome.damaged) == len(numbers):
         name, damage = outcome.damaged[0]
-        raise ValueError(f"all {len(numbers)} images are damaged, the first: {name}: {damage}")
+        raise ValueError(f"{all_of_them} damaged, the first: {name}: {damage}")
     outcome.check_depth()
     if outcome.conditions:
         outcome.conditions.check_depth()
     if not outcome.num_images:
-        raise ValueError(f"all {len(numbers)} images are smaller than --resolution; "
+        raise ValueError(f"{all_of_them} smaller than --resolution; "
                          "--transform=center-crop enlarges")
     more = _scale_entries(outcome, settings, conditions)
     if class_names and labels:

@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from dnnlib.util import counted
 from images import array_files
 from images.image_files import DICOM_SUFFIXES
 from images.pictures import DamagedImageError
@@ -189,7 +190,7 @@ def in_order(headers: Mapping[str, Header]) -> tuple[list[str], str, str]:
         rule, key = _slice_order([headers[name] for name in names])
         ordered += sorted(names, key=lambda name, key=key: key(headers[name]))  # else as they are
         rules[rule] = None
-    return (ordered, f"{len(headers)} slices of {len(series)} DICOM series",
+    return (ordered, f"{counted(len(headers), 'slice')} of {len(series)} DICOM series",
             " or ".join(rules))
 
 

@@ -221,8 +221,11 @@ def member_problem(info: zipfile.ZipInfo) -> str | None:
 
 def check_finished(path: Path) -> None:
     """Raises ValueError for a ZIP of generated images that is not there yet, and for its parts."""
-    parts = path if path.name.endswith(PARTS_SUFFIX) else path.with_name(path.name + PARTS_SUFFIX)
-    if (parts == path or not path.exists()) and (parts / GENERATE_RECORD).is_file():
+    is_parts = path.name.endswith(PARTS_SUFFIX)
+    if path.exists() and not is_parts:
+        return
+    parts = path if is_parts else path.with_name(path.name + PARTS_SUFFIX)
+    if (parts / GENERATE_RECORD).is_file():
         raise ValueError(f"{path}: its images are not all made yet (some are in {parts.name}); "
                          "run the same generate.py command again, which goes on and writes "
                          f"{parts.name.removesuffix(PARTS_SUFFIX)}")

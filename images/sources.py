@@ -37,6 +37,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from dnnlib.progress import Progress
+from dnnlib.util import counted
 from images import (
     archives,
     array_files,
@@ -155,10 +156,11 @@ def open_source(path: str | Path, flag: str = "--source", layout: str | None = N
     _check_columns(path, flag, columns, opener)
     with opener(path, layout) as source:
         if not source.num_images:
-            hidden = f"; {source.num_hidden} hidden or system files are left out" \
-                if source.num_hidden else ""
-            others = f"; {len(source.others)} files aren't images: {shown_some(source.others)}" \
-                if source.others else ""
+            hidden = counted(source.num_hidden, "hidden or system file is",
+                             "hidden or system files are")
+            hidden = f"; {hidden} left out" if source.num_hidden else ""
+            others = counted(len(source.others), "file isn't an image", "files aren't images")
+            others = f"; {others}: {shown_some(source.others)}" if source.others else ""
             if idx_files.find_images(source.others):
                 others += "; unpack the ZIP and name one of its files"
             saved = f"; {flag}={table_files.HF_PREFIX}{path} reads a data set of save_to_disk" \
@@ -499,9 +501,9 @@ def _add_slices(source: Source, path: Path, item: Callable[[str], Item],
         return
     dicom_files.require_package(path)
     if source.names:
-        raise ValueError(f"{path}: holds {len(files)} DICOM files, such as {min(files)}, and "
-                         f"{len(source.names)} other images, such as {source.names[0]}; put one "
-                         "kind into a folder of its own")
+        raise ValueError(f"{path}: holds {counted(len(files), 'DICOM file')}, such as "
+                         f"{min(files)}, and {counted(len(source.names), 'other image')}, such as "
+                         f"{source.names[0]}; put one kind into a folder of its own")
     headers, damaged, others = {}, [], set()
     with Progress(len(files), "Reading headers", delay=1) as progress:
         for name in progress.over(sorted(files, key=order)):
@@ -521,8 +523,9 @@ def _add_slices(source: Source, path: Path, item: Callable[[str], Item],
     source.headers, source.facts = headers, [count]
     inverted = [name for name, header in headers.items() if header.is_shown_inverted]
     if inverted:
-        source.facts.append(f"{len(inverted)} slices are MONOCHROME1 (meant to be shown inverted), "
-                            f"the first {inverted[0]}; values are kept")
+        count = counted(len(inverted), "slice is", "slices are")
+        source.facts.append(f"{count} MONOCHROME1 (meant to be shown inverted), the first "
+                            f"{inverted[0]}; values are kept")
 
 
 def _dicom_header(path: Path, name: str,
@@ -644,7 +647,8 @@ def _label_by_rows(source: Source, rows: label_tables.Rows, where: str) -> None:
     source.facts = [*source.facts, f"labels are column{'s' if len(rows.cells) > 1 else ''} "
                     f"{', '.join(rows.cells)} of {where.removeprefix('--labels=')}{labels.how}"]
     if matched.extra:
-        extra = f"{len(matched.extra)} of {len(rows.names)} rows name no image, the first " \
+        names = "names" if len(matched.extra) == 1 else "name"
+        extra = f"{len(matched.extra)} of {len(rows.names)} rows {names} no image, the first " \
                 f"{matched.extra[0]}"
         source.facts.append(extra)
         where += f" ({extra})"

@@ -24,6 +24,7 @@ from metrics.detectors import (
 from metrics.metrics import METRICS, FeatureSet, Images, dataset_features, no_images
 from metrics.per_class import classes_to_score, scores_by_class
 from metrics.references import MAX_BANK, Reference, load_reference, save_reference
+from metrics.score_names import INCEPTION
 from torch_utils import distributed as dist
 
 
@@ -193,8 +194,10 @@ def check_made_for(reference: Reference, path: str, detector: str, metrics: Iter
         is_of_hash = re.fullmatch(r"\w+:[0-9a-f]{16}", reference.detector)
         advice = ("the weights that have this hash" if is_of_hash
                   else f"--detector={reference.detector}")
-        raise ValueError(f"{path}: made with detector {reference.detector}, but "
-                         f"--detector={detector} is {name}; give {advice}")
+        given = (f"the default is {INCEPTION}" if detector == INCEPTION else f"given is {name}"
+                 if detector == name else f"--detector={detector} is {name}")
+        raise ValueError(f"{path}: made with the detector {reference.detector}; give {advice} "
+                         f"({given})")
     for metric in metrics:
         if METRICS[metric].needs_reference_features and reference.features is None:
             raise ValueError(

@@ -651,7 +651,7 @@ def test_check_lists_what_is_wrong_with_arrays_and_conditions(tmp_path, invoke):
         data = bad_data(tmp_path / name.replace(" ", "-"), invoke, name)
         result = invoke(dataset_tool.main, "check", data, "--workers=1")
         first, *_, last = result.output.splitlines()
-        assert result.exit_code == 1 and words in first and "1 problems in" in last
+        assert result.exit_code == 1 and words in first and "1 problem in" in last
 
 
 @pytest.mark.long

@@ -16,7 +16,7 @@ from scripts import ROOT
 from dnnlib import EasyDict, cli, util
 from dnnlib.atomic import atomic_write, write_json
 from dnnlib.cli import IntList, UserError, user_errors
-from dnnlib.util import Logger, cache_dir, format_time, open_url
+from dnnlib.util import Logger, cache_dir, counted, format_time, open_url
 
 BODY = bytes(range(256)) * 5000
 
@@ -136,6 +136,12 @@ def test_of_a_failed_request_only_the_last_clause_is_told(error, clause, monkeyp
     with pytest.raises(OSError) as caught:
         open_url("https://h.co/a")
     assert str(caught.value) == f"https://h.co/a: {clause}"
+
+
+def test_one_is_singular_and_all_else_plural():
+    assert [counted(n, "image") for n in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert counted(1, "class", "classes") == "1 class"
+    assert counted(11, "class has", "classes have") == "11 classes have"
 
 
 def test_a_local_file_is_opened_as_it_is(tmp_path):

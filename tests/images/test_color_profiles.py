@@ -94,7 +94,7 @@ def converted(tmp_path, image, *args, profile=None, suffix="png", **kwargs):
     return pixels.astype(int), run(path, tmp_path / "a.zip", *args).output
 
 
-NOTE = "Note: 1 images had a colour profile other than sRGB and were converted to sRGB, the first x"
+NOTE = "Note: 1 image had a colour profile other than sRGB and was converted to sRGB, the first x"
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
@@ -209,7 +209,7 @@ def test_a_damaged_profile_is_a_warning_and_pixels_are_taken_as_they_are(tmp_pat
     found, output = converted(tmp_path, pixels, profile=profile)
     assert np.array_equal(found, pixels)
     [line] = [line for line in output.splitlines() if "colour profile" in line]
-    assert line.startswith("Warning: 1 images have a colour profile that can't be used, and their "
+    assert line.startswith("Warning: 1 image has a colour profile that can't be used, so that "
                            f"pixels are taken as they are, the first x.png ({reason}")
 
 
@@ -236,7 +236,7 @@ def test_each_picture_goes_by_its_own_profile(tmp_path):
     path = write_source(tmp_path / "src", images)
     for workers in ("1", "2"):
         result = run(path, tmp_path / "a.zip", f"--workers={workers}")
-        assert "Note: 3 images had" in result.output and "1 images have" in result.output
+        assert "Note: 3 images had" in result.output and "1 image has" in result.output
         found = [int(pixels.flat[0]) for _, pixels in convert(path, tmp_path / "a.zip")[0]]
         expected = [srgb_levels(100 / 255), 100, srgb_levels((100 / 255)**1.8), 100,
                     srgb_levels(100 / 255)]

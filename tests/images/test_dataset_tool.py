@@ -398,7 +398,7 @@ def test_a_source_of_which_nothing_is_left_is_an_error_and_leaves_nothing(tmp_pa
     path = write_source(tmp_path / "src", {"a.png": flat(0)})
     result = run(path, tmp_path / "out" / dest, "--transform=center-crop-wide",
                  "--resolution=8x8")
-    assert_refused(result, tmp_path, "all 1 images are smaller")
+    assert_refused(result, tmp_path, "the only image is smaller")
 
 
 def test_a_source_of_no_known_kind_is_refused_with_what_is_allowed(tmp_path):
@@ -505,12 +505,12 @@ def test_the_summary_counts_what_was_written_and_what_was_left_out(tmp_path):
     lines = run(path, tmp_path / "a.zip").output.splitlines()
     assert lines == [f"{tmp_path}/a.zip: 6 images, 4x4, 1 channel, 3 classes",
                      "  class 0 (cat): 3", "  class 1 (dog): 1", "  class 2 (emu): 2",
-                     "Left out: 1 files that aren't images (.txt)"]
+                     "Left out: 1 file that isn't an image (.txt)"]
     lines = run(path, tmp_path / "a.zip", "--classes=1,0", "--max-images=5").output.splitlines()
     assert lines[:3] == [f"{tmp_path}/a.zip: 4 images, 4x4, 1 channel, 2 classes",
                          "  class 0 (dog): 1", "  class 1 (cat): 3"]
-    assert "Left out: 1 images beyond --max-images" in lines
-    assert "Left out: 1 images of other classes" in lines
+    assert "Left out: 1 image beyond --max-images" in lines
+    assert "Left out: 1 image of other classes" in lines
 
 
 def test_help_needs_neither_torch_nor_pillow_nor_numpy():

@@ -88,7 +88,7 @@ def test_monochrome1_is_a_matter_of_showing_and_keeps_its_values(tmp_path, dtype
              for name, kind in (("a", "MONOCHROME2"), ("b", "MONOCHROME1"))}
     output, images = made(write_source(tmp_path / "src", files), tmp_path / "a.zip")
     assert images[:, 0, 0].tolist() == [[2 * low - 5, 2 * low + 43, 2 * low + 8185]] * 2
-    assert ("Note: 1 slices are MONOCHROME1 (meant to be shown inverted), the first b; values are "
+    assert ("Note: 1 slice is MONOCHROME1 (meant to be shown inverted), the first b; values are "
             "kept\n") in output
 
 
@@ -377,8 +377,8 @@ def test_slices_without_a_scale_and_beside_pictures_are_refused(tmp_path):
     path = write_source(tmp_path / "src", {"a/x": dicom()})
     assert_refused(run(path, tmp_path / "out/a.zip"), tmp_path, "a/x: holds float32: give --scale")
     write_source(path, {"b.png": flat(1)})
-    assert_refused(run(path, tmp_path / "out/a.zip", SCALE), tmp_path, "holds 1 DICOM files, such "
-                   "as a/x, and 1 other images, such as b.png")
+    assert_refused(run(path, tmp_path / "out/a.zip", SCALE), tmp_path, "holds 1 DICOM file, such "
+                   "as a/x, and 1 other image, such as b.png")
 
 
 def test_slices_of_other_sizes_are_named(tmp_path):

@@ -293,7 +293,7 @@ def test_rows_without_an_image_are_counted_and_images_without_a_row_refused(tmp_
     assert "class 2 (zebra)" in output  # all rows number the classes, as for another part of them
     result = run(images, tmp_path / "out/a.zip", table(tmp_path, csv_of([*rows[:7], rows[9]])))
     assert_refused(result, tmp_path, "no label for 07.png; 2 of 9 images have none",
-                   "1 of 8 rows name no image, the first x.png")
+                   "1 of 8 rows names no image, the first x.png")
     assert labels_in(tmp_path, images, table(tmp_path, csv_of(rows[:7])), "--max-images=7")
 
 

@@ -70,7 +70,7 @@ def test_training_and_scoring_see_no_hidden_files_either(tmp_path, invoke):
         dataset = ImageFolderDataset(write_source(tmp_path / name, files))
         assert list(dataset.all_names) == ["1.png"]
     assert invoke(dataset_tool.main, "check", str(tmp_path / "src")).stdout.startswith(
-        f"{tmp_path}/src: 1 images")
+        f"{tmp_path}/src: 1 image")
 
 
 @pytest.mark.parametrize("suffix", ["", ".zip"])

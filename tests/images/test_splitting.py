@@ -236,7 +236,7 @@ def test_generated_arrays_keep_the_scale_and_the_record_of_their_folder(tmp_path
     source = write_source(tmp_path / "src", files | {"generate.json": record,
                                                      "vis/grid.png": flat(0)})
     result = split(source, tmp_path)
-    assert "Left out: 1 pictures and deviations of generate.py" in result.output
+    assert "Left out: 1 picture or deviation of generate.py" in result.output
     for name in ("train.zip", "val.zip"):
         path = tmp_path / "out" / name
         assert ImageFolderDataset(path).scaling == ImageFolderDataset(source).scaling
@@ -260,7 +260,7 @@ def test_what_is_no_part_of_the_data_set_is_left_out_and_counted(tmp_path):
     assert (train_part | held_out).keys() == pictures().keys()
     lines = split(source, tmp_path).output.splitlines()
     assert lines[-2:] == ["Left out: 2 files that aren't images (.txt, .json)",
-                          "Left out: 1 hidden or system files"]
+                          "Left out: 1 hidden or system file"]
 
 
 def test_the_summary_counts_both_parts(tmp_path):
@@ -273,7 +273,7 @@ def test_the_summary_counts_both_parts(tmp_path):
         f"{tmp_path}/out/val.zip: 4 images, 2 classes",
         "  class 0 (cat): 7 to train on, 2 held out", "  class 1 (dog): 8 to train on, 2 held out",
         "  class 3: 1 to train on, 0 held out",
-        "Note: no image is held out of 1 classes, the first 3"]
+        "Note: no image is held out of 1 class, the first 3"]
 
 
 @pytest.mark.long

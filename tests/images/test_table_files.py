@@ -134,7 +134,7 @@ def test_a_folder_of_parquet_files_goes_by_their_paths(tmp_path):
     write_source(tmp_path / "src", {"README.md": b"x", ".hidden/z.parquet": b"x"})
     members, output = converted(tmp_path, tmp_path / "src")
     assert members == from_folder(tmp_path)
-    assert "Left out: 1 files that aren't images (.md)" in output and "1 hidden" in output
+    assert "Left out: 1 file that isn't an image (.md)" in output and "1 hidden" in output
 
 
 def test_rows_are_those_of_their_numbers_across_groups_and_files(tmp_path):
@@ -346,7 +346,7 @@ def test_tables_without_rows_and_beside_images(tmp_path):
     empty = write_parquet(tmp_path / "x.parquet", {"image": pa.array([], pa.binary())})
     assert_refused(run(empty, tmp_path / "out/a.zip"), tmp_path, "no images found")
     source = write_source(tmp_path / "src", {"a.png": FILES[0], "x.parquet": b"no table"})
-    assert "files that aren't images (.parquet)" in converted(tmp_path, source)[1]
+    assert "1 file that isn't an image (.parquet)" in converted(tmp_path, source)[1]
 
 
 @pytest.mark.parametrize("package,source", [("pyarrow", "a.parquet"), ("datasets", "hf://x/y")])

@@ -116,7 +116,7 @@ def test_a_folder_of_tensors_says_what_it_holds(tmp_path):
     (tmp_path / "src").mkdir()
     save(tmp_path / "src/a.pt", tensor(2, 8, 12))
     assert_refused(run(tmp_path / "src", tmp_path / "out/a.zip"), tmp_path, "no images found",
-                   "1 files aren't images: a.pt")
+                   "1 file isn't an image: a.pt")
 
 
 def test_the_file_is_mapped_and_not_read(tmp_path):

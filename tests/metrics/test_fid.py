@@ -355,7 +355,15 @@ def test_statistics_of_one_image_are_refused(fails, tmp_path, no_detector):
 def test_a_reference_of_another_detector_is_refused_naming_both(fails, data, no_detector):
     root, _ = data
     line = fails("calc", f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}", "--num=200")
-    assert "made with detector pixels, but --detector=inception is inception" in line
+    assert line.endswith("ref.npz: made with the detector pixels; give --detector=pixels (the "
+                         "default is inception)")
+
+
+def test_a_reference_of_another_detector_than_the_given_is_refused(fails, data):
+    root, _ = data
+    line = fails("calc", f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}", "--num=200",
+                 "--detector=pixels:2")
+    assert line.endswith("give --detector=pixels (given is pixels:2)")
 
 
 def test_a_reference_of_another_image_size_is_refused(fails, data, tmp_path):
@@ -383,7 +391,7 @@ def test_bad_files_are_one_line(fails, data, tmp_path):
     weights = tmp_path / "w.pth"
     weights.write_bytes(b"x")
     np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    assert "detector inception, but" in fails(
+    assert "made with the detector inception; give --detector=inception (" in fails(
         "calc", images, f"--ref={tmp_path / 'edm.npz'}", "--num=9", f"--detector={weights}")
     assert "w.pth: " in fails("ref", f"--data={root / 'images'}", f"--dest={tmp_path / 'x.npz'}",
                               f"--detector={weights}")

@@ -322,7 +322,7 @@ def test_scores_of_networks_of_other_data_count(lsun, settings, is_scored, tmp_p
 @pytest.mark.parametrize("args, words", [
     (["--detector=pixels", "--ref=SMALL"], "of 4x4 images, but those of"),
     (["--detector=pixels", "--ref=REF", "--metrics=kid"], "holds no features, which --metrics=kid"),
-    (["--detector=inception", "--ref=REF"], "made with detector pixels, but --detector=inception"),
+    (["--detector=inception", "--ref=REF"], "made with the detector pixels; give"),
     (["--detector=pixels", "--data=FLOATS"], "of another scale than the images of"),
     (["--detector=inception", "--data=FLOATS", "--ref=FLOATS"], "8-bit"),
     (["--detector=pixels", "--metrics=is"], "has no classes"),
