@@ -190,7 +190,7 @@ def network_features(
             features.add(itertools.islice(stream, count), progress)
             _refuse_lost(lost, len(seeds))
             seconds = dist.broadcast_object(time.monotonic() - start)
-            at_once = max(1, round(SAVE_SEC * len(part) / seconds))
+            at_once = max(1, round(SAVE_SEC * len(part) / max(seconds, 1e-6)))
             if seconds >= SAVE_SEC / 2 and unfinished.is_kept:  # what follows may be killed too
                 unfinished.save(features, rounds[0][0][0] if rounds else len(seeds))
     features.finish()
