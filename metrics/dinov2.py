@@ -136,13 +136,13 @@ def _hub_file(repository: str, name: str, revision: str | None = None,
             return file.name
     except OSError as error:
         if repository == HUB_NAME:
-            what = f"DINOv2 weights: fetch {name} by '{FETCH}' on another machine, and"
+            advice = (f"DINOv2 weights: fetch {name} by '{FETCH}' on another machine, and name the "
+                      f"folder as the detector {DINOV2}:FOLDER")
         else:
-            what = (f"detector {DINOV2}:{repository}: no such folder, so it was looked up on the "
-                    f"Hugging Face hub; fetch {WEIGHTS_FILE} and {CONFIG_FILE} of it on another "
-                    "machine into a folder, or")
-        raise OSError(f"{what} name the folder as the detector {DINOV2}:FOLDER ({error})"
-                      ) from error
+            advice = (f"detector {DINOV2}:{repository}: no such folder, so it was looked up on the "
+                      "Hugging Face hub, where it can't be read; give a folder that is there, with "
+                      f"{WEIGHTS_FILE} and {CONFIG_FILE}")
+        raise OSError(f"{advice} ({error})") from error
 
 
 def _read_config(path: str) -> dict[str, Any]:

@@ -471,8 +471,8 @@ def test_without_a_network_an_error_says_what_to_put_where(refused, monkeypatch,
         f"({PUBLISHED_URL}: {reason})" in line
     line = refused("dinov2:downloads/nothere")
     assert line.startswith("Error: detector dinov2:downloads/nothere: no such folder, so it was "
-                           "looked up on the Hugging Face hub; fetch model.safetensors and "
-                           "config.json of it")
+                           "looked up on the Hugging Face hub, where it can't be read; give a "
+                           "folder that is there, with model.safetensors and config.json (")
     assert line.endswith(f"{reason})")
 
 
