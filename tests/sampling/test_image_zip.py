@@ -289,7 +289,8 @@ def run(root, out, *codes, seeds="0-7"):
 
 @pytest.mark.scripts
 @pytest.mark.long
-@pytest.mark.parametrize("kill, ranks", [*((kill, 1) for kill in KILLS), ("torn image", 2)])
+@pytest.mark.parametrize("kill, ranks", [
+    *((kill, 1) for kill in KILLS), pytest.param("torn image", 2, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_and_its_zip_is_that_of_one_that_was_not(kill, ranks, root, make,
                                                                       tmp_path):
     make(tmp_path / "whole.zip", "--seeds=0-7")
