@@ -27,11 +27,10 @@ from dnnlib.cli import (
     user_errors,
     verbosity_options,
 )
-from metrics.score_names import OF_PAIRS
+from metrics.score_names import OF_PAIRS, SCORES_FILE
 from sampling.folders import CKPT_PREFIX, SWEPT, FolderName, seed_of, strays
 from sampling.sampling_options import sampling_options
 
-_JSONL = "metrics.jsonl"
 _METRICS = ("fid", "kid", "pr", "dc", "is")
 _RUN_OPTIONS = "training_options.json"  # of a run directory
 _MAX_NAMED = 6  # folders in a message
@@ -232,26 +231,28 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                             raise
                         left_out.append(f"{job.label} ({getattr(error, 'short', 'no images')})")
             sets = {str(dataset.path): dataset for _, dataset in enough}
+            kept_place = _place_of_features(kept_features, len(jobs))
             report = ScoreReport(detector, ref_path, metrics, chosen_device, sets, num, batch=batch,
                                  workers=workers, is_single=not folders, bootstrap=bootstrap,
                                  per_class=per_class)
             path = Path(out) if out else _jsonl_of_images(images)
-            kept_place = _place_of_features(kept_features, len(jobs))
             for job, dataset in enough:
                 if len(dataset) < len(dataset.all_names):
                     dist.print0(f"Note: {job.path}: {num} of {len(dataset.all_names)} images are "
                                 f"scored, chosen at random by --seed={seed}", file=sys.stderr)
+                classes = dataset.class_numbers if per_class else None
+                if classes is not None:
+                    report.check_classes(classes)
                 with console.timed("features"):
                     found = dataset_features(dataset, report.detector, metrics=metrics, batch=batch,
                                              workers=workers, title=Path(job.path).name,
                                              keeps_features=kept_place is not None
                                              or report.keeps_features)
                 facts = {"images": job.path, "num": num, **_facts_of_images(dataset, seed)}
-                report.add(job, found, facts, path,
-                           dataset.class_numbers if per_class else None)
+                report.add(job, found, facts, path, classes)
                 if kept_place is not None:
                     dist.run_on_rank0(_keep_features, found, report.detector, dataset, facts,
-                                      kept_place if not folders else
+                                      kept_place if len(jobs) == 1 else
                                       kept_place / f"{Path(job.path).name}.npz")
             report.print_table()
             if left_out:
@@ -569,7 +570,7 @@ def _report_nearest(sets: list, features: list, detector, rows: int,
              "detector": detector.name, "detector_sha256": detector.weights_sha256,
              "reference": str(data.path), "reference_sha256": data.fingerprint,
              "reference_num": len(data), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    append_line(folder / _JSONL if is_folder_given else _jsonl_of_images(path), "\n".join(
+    append_line(folder / SCORES_FILE if is_folder_given else _jsonl_of_images(path), "\n".join(
         json.dumps(record | facts) for record in summary_records(summary)))
 
 
@@ -593,7 +594,7 @@ def _folder_of_files(kind: str, out: str | None, images: str, *others: str | Non
             raise ValueError(f"--out={folder}: lies inside {path}, of which the picture would become "
                              "an image; name a folder outside of it")
     try:
-        check_writable(folder / _JSONL)
+        check_writable(folder / SCORES_FILE)
     except OSError as error:
         raise OSError(f"--out={folder}: {describe(error)}; name another folder") from error
     return folder
@@ -617,7 +618,7 @@ def _report_pairs(paired, scores, values: tuple[float, float], clip: bool, image
              "range": list(values), "clip": clip, "paired_by": paired.partners.found_by,
              "reference": str(paired.truth.path), "reference_sha256": paired.truth.fingerprint,
              "reference_num": len(paired.truth), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    append_line(folder / _JSONL if is_folder_given else _jsonl_of_images(images), "\n".join(
+    append_line(folder / SCORES_FILE if is_folder_given else _jsonl_of_images(images), "\n".join(
         json.dumps(record | facts) for record in summary_records(scores)))
 
 
@@ -687,7 +688,7 @@ def _score_kept(files: Sequence[str], ref_path: str | None, metrics: tuple[str, 
         kept.check_made_by(report.detector, path)
         found = of_features(kept, count, report.detector, metrics,
                             keeps_features=report.keeps_features)
-        beside = Path(path).with_name(_JSONL)
+        beside = Path(path).with_name(SCORES_FILE)
         report.add(Job(path, Path(path).name), found, kept.facts, Path(out) if out else beside)
     report.print_table()
 
@@ -698,7 +699,7 @@ def _jsonl_of_images(images: str) -> Path | None:
     if not path.is_dir():
         return None
     is_of_run = FolderName.parse(path.name) and any(path.parent.glob("training[-_]*"))
-    return (path.parent if is_of_run else path) / _JSONL
+    return (path.parent if is_of_run else path) / SCORES_FILE
 
 
 def _facts_of_images(dataset, seed: int) -> dict:

@@ -20,8 +20,8 @@ from dnnlib.cli import (
     user_errors,
     verbosity_options,
 )
+from metrics.score_names import SCORES_FILE
 
-_JSONL = "metrics.jsonl"
 _MAX_NAME_BYTES = 80  # of the network's and of the data set's name in that of a table
 _ALIKE = 0.01  # widths of levels whose ratio is within this of 1 make as good as no difference
 
@@ -97,7 +97,7 @@ def main(network: str, data: str, val_data: str | None, count: int, steps: int, 
             given, network = network, dist.run_on_rank0(find_network, network)
             if network != given:
                 dist.print0(f"Network    {network}, the newest of {given}")
-            default = None if is_url(network) else Path(network).parent / _JSONL
+            default = None if is_url(network) else Path(network).parent / SCORES_FILE
             path = Path(out) if out else default
             dist.run_on_rank0(_check_place, path, bool(out))
             try:

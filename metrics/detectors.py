@@ -62,7 +62,24 @@ class Detector:
                              "needs")
 
 
-class Inception(Detector):
+class _OfPhotographs(Detector):
+    """A network `_network` that was trained on photographs: 8-bit images of 1 or 3 channels."""
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.check_kind(images.shape[1], images.dtype == torch.uint8)
+        return self._network(images)
+
+    @classmethod
+    def check_kind(cls, channels: int, is_8bit: bool) -> None:
+        if not is_8bit or channels not in (1, 3):
+            kind = "8-bit" if is_8bit else "floating-point or 16-bit"
+            raise ValueError(f"detector {cls.name}: takes 8-bit images of 1 or 3 channels, these "
+                             f"are {kind} of {channels}; use --detector=pixels (pixels:K makes "
+                             "large ones smaller by K), or 'fid.py pairs', which compares each "
+                             "image with its truth")
+
+
+class Inception(_OfPhotographs):
     """The 2048 pooled features of Inception-v3, which FID is defined by.
 
     Without a local file at `path` they are computed by the published weights. Other weights of the
@@ -85,19 +102,11 @@ class Inception(Detector):
         except ValueError as error:
             raise ValueError(f"{path or inception.WEIGHTS_FILE}: {error}") from error
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        self.check_kind(images.shape[1], images.dtype == torch.uint8)
-        return self._network(images)
-
-    @classmethod
-    def check_kind(cls, channels: int, is_8bit: bool) -> None:
-        _check_photographs(cls.name, channels, is_8bit)
-
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         return self._network.logits(features)
 
 
-class DinoV2(Detector):
+class DinoV2(_OfPhotographs):
     """The class token of DINOv2, 1024 numbers, which FD-DINOv2 is defined by.
 
     The weights are those of `dinov2.find_weights(place)`. By others than the published ones,
@@ -114,24 +123,6 @@ class DinoV2(Detector):
         self.distance_name = title("frechet_distance", self.name)
         self._network = dinov2.DinoV2(weights, self.device)
         self.feature_dim = self._network.feature_dim
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        self.check_kind(images.shape[1], images.dtype == torch.uint8)
-        return self._network(images)
-
-    @classmethod
-    def check_kind(cls, channels: int, is_8bit: bool) -> None:
-        _check_photographs(cls.name, channels, is_8bit)
-
-
-def _check_photographs(detector: str, channels: int, is_8bit: bool) -> None:
-    """Raises ValueError for images that networks trained on photographs don't take."""
-    if not is_8bit or channels not in (1, 3):
-        kind = "8-bit" if is_8bit else "floating-point or 16-bit"
-        raise ValueError(f"detector {detector}: takes 8-bit images of 1 or 3 channels, these are "
-                         f"{kind} of {channels}; use --detector=pixels (pixels:K makes large ones "
-                         "smaller by K), or 'fid.py pairs', which compares each image with its "
-                         "truth")
 
 
 class Pixels(Detector):

@@ -75,8 +75,7 @@ class Evaluator:
             self._check(image_shape, images, scale)
         except ValueError as caught:  # rank 0 alone may have the reference
             error = caught
-        for first in filter(None, dist.gather_objects(error)):
-            raise first
+        dist.raise_first(error)
 
     def _check(self, image_shape: Sequence[int], images: str, scale: dict[str, Any] | None
                ) -> None:

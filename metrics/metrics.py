@@ -95,8 +95,7 @@ class FeatureSet:
                 progress.update(len(images) * dist.get_world_size())
         except (ValueError, OSError) as caught:
             error = caught
-        for first in filter(None, dist.gather_objects(error)):  # else the other ranks would wait
-            raise first
+        dist.raise_first(error)
 
     def finish(self) -> None:
         """Merges what the ranks have."""

@@ -14,6 +14,7 @@ from dnnlib.util import format_ranges, is_url
 from metrics.detectors import FEATURES_VERSION, Detector
 from metrics.feature_files import KeptFeatures, load_on_rank0, of_features
 from metrics.recorded_scores import settings_of_images
+from metrics.score_names import SCORES_FILE
 from metrics.score_report import Job, ScoreReport
 from metrics.scoring import network_features
 from metrics.unfinished import UnfinishedSums
@@ -22,7 +23,6 @@ from sampling.sweeps import SweepPoint
 from torch_utils import distributed as dist
 from torch_utils.misc import configure_backends
 
-SCORES_FILE = "metrics.jsonl"
 _SEEDS_AT_ONCE = 256  # whose classes are drawn together
 _MAX_NAMED = 4  # networks in a message
 

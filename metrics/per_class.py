@@ -87,12 +87,8 @@ def mean_over_classes(scores: dict[int, dict[str, float]]) -> dict[str, float]:
 def feature_set(features: torch.Tensor, detector: Detector, metrics: Iterable[str]) -> FeatureSet:
     """Returns what metrics need of images whose features [n, d] are at hand, on this rank alone."""
     found = FeatureSet(len(features), detector, metrics)
+    found.append_features(features.to(detector.device), range(len(features)))
     found.features = features
-    on_device = features.to(detector.device)
-    if found.moments:
-        found.moments.append(on_device)
-    if found.classes:
-        found.classes.append(detector.logits(on_device), range(len(features)))
     return found
 
 

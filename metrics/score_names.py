@@ -11,6 +11,7 @@ For readers there are titles, such as FID and pixels Frechet distance. Only the 
 published Inception weights make an FID or KID, and only those of the published DINOv2 an FD-DINOv2.
 """
 
+SCORES_FILE = "metrics.jsonl"  # of a run or folder, or beside a network
 INCEPTION, DINOV2 = "inception", "dinov2"  # the detectors with the published weights
 _NETWORKS = {INCEPTION: "Inception", DINOV2: "DINOv2"}
 _GENERAL = {"fid": "frechet_distance", "kid": "kernel_distance", "kid_std": "kernel_distance_std"}

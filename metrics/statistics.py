@@ -157,21 +157,18 @@ class FeatureBank:
 
         None on the others. Every rank must call it.
         """
-        features = dist.gather_to_rank0(torch.cat(self._features))
-        numbers = dist.gather_objects(self._numbers)
-        if features is None:
-            return None
-        order = np.argsort([number for part in numbers for number in part], kind="stable")
-        return torch.cat(features)[torch.from_numpy(order)]
+        self.merge_to_rank0()
+        return self._features[0] if dist.get_rank() == 0 else None
 
     def merge_to_rank0(self) -> None:
-        features = self.gather()
-        numbers = dist.gather_objects(self._numbers)
+        features = dist.gather_to_rank0(torch.cat(self._features))
+        numbers = [number for part in dist.gather_objects(self._numbers) for number in part]
         if features is None:
             self._features, self._numbers = [self._features[0][:0]], []
-        else:
-            self._features = [features]
-            self._numbers = sorted(number for part in numbers for number in part)
+            return
+        order = np.argsort(numbers, kind="stable")
+        self._features = [torch.cat(features)[torch.from_numpy(order)]]
+        self._numbers = [numbers[i] for i in order]
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {"features": torch.cat(self._features).numpy(), "numbers": np.array(self._numbers)}

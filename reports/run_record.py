@@ -22,10 +22,10 @@ from typing import Any
 
 from checkpoints.names import KIMG, kimg_of_network
 from images.image_files import GENERATE_RECORD
-from metrics.score_names import OF_PAIRS
+from metrics.score_names import OF_PAIRS, SCORES_FILE
 from sampling.folders import FolderName
 from sampling.sweeps import FULL_BITS
-from training.config import LOG_FILE, OPTIONS_FILE, REALS_FILE, SCORES_FILE, STATS_FILE
+from training.config import LOG_FILE, OPTIONS_FILE, REALS_FILE, STATS_FILE
 
 _SAMPLES_NAME = re.compile(rf"samples-({KIMG})\.png")
 _TOTAL_LINE = re.compile(r"^total +\S+ +([\d,]+)$", re.M)  # of the table of parameters in log.txt

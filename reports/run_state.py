@@ -19,9 +19,9 @@ from typing import Any
 
 from dnnlib.run_lock import lock_holder
 from dnnlib.util import json_value
-from metrics.score_names import DISTANCES
+from metrics.score_names import DISTANCES, SCORES_FILE
 from reports.run_record import RunRecord, Score
-from training.config import LOG_FILE, OPTIONS_FILE, SCORES_FILE, STATS_FILE
+from training.config import LOG_FILE, OPTIONS_FILE, STATS_FILE
 
 _START = "Run directory  "  # of each start in log.txt
 _STOPPED, _ERROR = re.compile(r"^Stopped at ", re.M), re.compile(r"^Error: (.*)", re.M)

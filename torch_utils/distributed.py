@@ -347,6 +347,15 @@ def gather_objects(value: T, *, in_training: bool = False) -> list[T]:
     return values
 
 
+def raise_first(error: Exception | None) -> None:
+    """Raises the first error of any rank on all ranks, each of which calls it with its own or None.
+
+    Otherwise the other ranks would wait for one that has left their work.
+    """
+    for first in filter(None, gather_objects(error)):
+        raise first
+
+
 def gather_to_rank0(rows: torch.Tensor) -> list[torch.Tensor] | None:
     """Returns every rank's CPU tensor [n, d], each with its own n, on rank 0; None on the others.
 

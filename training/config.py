@@ -34,7 +34,7 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 AUGMENT_DIM = 9  # augmentation labels, see pfgmpp/augment.py
 
 # What a run writes to its directory besides states, snapshots and samples.
-OPTIONS_FILE, STATS_FILE, SCORES_FILE = "training_options.json", "stats.jsonl", "metrics.jsonl"
+OPTIONS_FILE, STATS_FILE = "training_options.json", "stats.jsonl"
 LOG_FILE, REALS_FILE = "log.txt", "reals.png"
 
 _UNDERSCORED = {"aug_dim", "P_mean", "P_std"}  # as the flags are written

@@ -30,7 +30,7 @@ from dnnlib.util import format_ranges, format_time, json_value
 from images.dataset import ImageFolderDataset
 from images.grid import save_png
 from metrics.score_log import ScoreLog
-from metrics.score_names import recorded_name
+from metrics.score_names import SCORES_FILE, recorded_name
 from metrics.scoring import NonFiniteSamplesError, network_features, open_evaluator, scored_name
 from pfgmpp.samplers import SamplerConfig
 from sampling.network_sampler import NetworkSampler
@@ -38,7 +38,7 @@ from sampling.seed_images import SeedImages
 from torch_utils import distributed, misc, training_stats
 from training.advice import Machine, advice
 from training.agreement import check_weights
-from training.config import OPTIONS_FILE, REALS_FILE, SCORES_FILE, STATS_FILE, TrainConfig
+from training.config import OPTIONS_FILE, REALS_FILE, STATS_FILE, TrainConfig
 from training.log_sinks import LogSinks
 from training.pair_scores import PairEvaluator
 from training.resume import LOSS_SCALE_KEY, State, Weights, restore_

@@ -374,6 +374,17 @@ def test_three_seed_ranges_come_with_their_lowest_and_mean(run_dir, data, capsys
     assert [r["value"] for r in recorded] == pytest.approx(values, rel=1e-5)
 
 
+@pytest.mark.parametrize("ranges, place, kept", [
+    ("1", "f.npz", ["f.npz"]),
+    ("1,2", "kept", ["kept/ckpt_000000.npz", "kept/ckpt_2_000000.npz"])])
+def test_features_of_a_run_are_kept_in_a_file_or_in_one_for_each_folder(
+        run_dir, data, tmp_path, capsys, ranges, place, kept):
+    call(capsys, "calc", f"--images={run_dir}", f"--ref={data / 'real.zip'}", "--num=10",
+         f"--gen_seed={ranges}", f"--features={tmp_path / place}", *PIXELS)
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.npz"))
+    assert [re.sub(r"\.\d+(?=\.npz)", "", name) for name in found] == kept
+
+
 @pytest.mark.long
 def test_gen_gives_the_scores_of_generate_and_calc(run_dir, data, capsys, tmp_path):
     network = sorted(run_dir.glob("network-snapshot-*.pt"))[0]

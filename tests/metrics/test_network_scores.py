@@ -895,3 +895,21 @@ def test_a_part_of_the_images_is_told(data, tmp_path, capsys):
               "--workers=0", "--detector=pixels", f"--out={tmp_path / 'm.jsonl'}"],
              standalone_mode=False)
     assert "20 of 21 images are scored, chosen at random by --seed=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num, words", [
+    (9, "Warning: classes 1 have too few images on a side for dc and are left out of it"),
+    (5, "no class has 6 generated and 6 real images, which dc needs")])
+def test_classes_of_images_that_are_too_few_are_told_before_features_are_computed(
+        data, tmp_path, capsys, monkeypatch, num, words):
+    from metrics import metrics as metrics_module
+    images = write_dataset(tmp_path / "images.zip", num=num + 2)  # 6 and 5, or 4 and 3, of classes
+    computed, original = [], metrics_module.dataset_features
+    monkeypatch.setattr(metrics_module, "dataset_features", lambda dataset, *args, **how: (
+        computed.append(str(dataset.path)), original(dataset, *args, **how))[1])
+    with pytest.raises(SystemExit) as caught:
+        fid.main(["calc", f"--images={images}", f"--ref={data}", f"--count={num + 2}",
+                  "--per-class", "--metrics=dc", "--device=cpu", "--workers=0",
+                  "--detector=pixels", f"--out={tmp_path / 'm.jsonl'}"])
+    assert words in capsys.readouterr().err
+    assert bool(caught.value.code) == (num == 5) and (str(images) in computed) == (num == 9)
