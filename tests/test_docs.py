@@ -23,6 +23,7 @@ from published_files import ForkDenoiser, fork_state
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 from scipy import stats
 from scripts import ROOT, load_script
+from sklearn.datasets import load_digits
 from snapshots import write_snapshot
 from tiny import write_dataset
 from torch.distributed.run import get_args_parser
@@ -231,6 +232,8 @@ def make_world(root):
     for network in (ROOT / "examples").glob("*.pt"):
         (root / "examples" / network.name).symlink_to(network)
     write_dataset(root / "examples/emoji-google-32.zip", side=32, classes=9)
+    digits = load_digits()
+    np.savez(root / "digits.npz", digits.images.astype(np.uint16)[..., None], digits.target)
     write_restored(root)
     write_ct_network(root)
     run_own_data([0, 2])
