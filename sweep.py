@@ -3,13 +3,14 @@
 Composes train.py, fid.py gen, generate.py and report.py; what is there already is not done again.
 """
 
+import dataclasses
 import math
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,10 +18,11 @@ import fid
 import train
 from dnnlib import signals
 from dnnlib.cli import BAD_USAGE, CONTEXT, IntList, NumberList, UserError, run, user_errors
-from dnnlib.util import is_url
+from dnnlib.util import counted, format_time, is_url, shown_bytes
 from sampling.sampling_options import check_alpha
 from sampling.sweeps import CONSISTENCY, FULL_BITS, MAX_FEW_STEPS, SOLVERS
-from training.launch import precision_of
+from training.config import TrainConfig
+from training.launch import config_values, finish_config, precision_of
 
 if TYPE_CHECKING:  # imported late: help is instant
     from reports.study import Step, Study
@@ -48,6 +50,7 @@ class _Command(click.Command):
 @click.option("--outdir", metavar="DIR", default="runs", help="Where the run directories are made.")
 @click.option("--data", metavar="ZIP|DIR", help="Data set to train on.")
 @click.option("--aug_dims", metavar="LIST", help="D of each network, e.g. 128,2048,inf.")
+@click.option("--train-seeds", metavar="LIST", type=IntList(), help="Train each D once with each of these seeds; run directories are OUTDIR/NAME-D128-seed0 and so on.  [default: 0]")
 @click.option("--name", metavar="NAME", help="Run directories are OUTDIR/NAME-D128 and so on.  [default: name of the data]")
 @click.option("--runs", metavar="DIR,DIR", help="Score these runs instead of training.")
 @click.option("--ref", metavar="NPZ|URL|ZIP|DIR", help="Reference of the scores.  [default: --data]")
@@ -61,13 +64,18 @@ class _Command(click.Command):
 @click.option("--alpha", metavar="LIST", type=NumberList(float, 0), help="Also score with noise of these strengths before each step.")
 @click.option("--steps", metavar="LIST", type=NumberList(int, 1), help="Also score with these numbers of steps.")
 @click.option("--bits", metavar="LIST", type=NumberList(int, 1, FULL_BITS), help="Also score with weights of these bits.")
+@click.option("--rounding-seeds", metavar="LIST", type=IntList(), help="Round to --bits at random, once with each of these seeds, and compare the means.  [default: to the nearest level]")
+@click.option("--val-data", metavar="ZIP|DIR", help="Held-out images, for --likelihood.")
+@click.option("--likelihood", metavar="INT", type=click.IntRange(min=1), help="Also measure the likelihood of this many images of --val-data.")
 @click.option("--images", metavar="INT", type=click.IntRange(min=0, max=1000), default=10, help="Images of each network for the report, by the same seeds.")
 @click.option("--nproc", metavar="INT", type=click.IntRange(min=1), help="Start the scripts by torchrun with so many processes.  [default: python]")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to compute.")
 @click.option("--report", metavar="HTML", help="File of the report.  [default: OUTDIR/report.html]")
-@click.option("-n", "--dry-run", is_flag=True, help="Print the commands and stop.")
+@click.option("-n", "--dry-run", is_flag=True, help="Print the commands that are left and what they will take, and stop.")
+@click.option("--rate", metavar="IMG_PER_S", type=click.FloatRange(min=0, min_open=True), help="Images a second in training, for the hours that --dry-run prints.  [default: that of finished runs of the study]")
 @click.argument("train_options", metavar="[-- TRAIN_OPTIONS]", nargs=-1, type=click.UNPROCESSED)
-def main(outdir, data, aug_dims, name, runs, nproc, report, dry_run, train_options, **scoring):
+def main(outdir, data, aug_dims, train_seeds, name, runs, nproc, report, dry_run, rate,
+         train_options, **scoring):
     """Trains one network per D from the same seed, scores each, and writes a report.
 
     Each network is scored at the default point (--base-steps, no noise, all bits), then over
@@ -82,6 +90,11 @@ def main(outdir, data, aug_dims, name, runs, nproc, report, dry_run, train_optio
         --alpha=0.1,0.2 --steps=10,12,14 --bits=5,6,7 -- --arch=ncsnpp --batch=512
 
     \b
+    # how much of that is chance? Three training seeds of each D
+    python sweep.py --data=datasets/cifar10-32x32.zip --aug_dims=128,2048,inf --nproc=8 \\
+        --train-seeds=0,1,2 -- --arch=ncsnpp --batch=512
+
+    \b
     # runs that are trained already
     python sweep.py --runs=runs/a,runs/b --ref=datasets/cifar10-32x32.zip --ranges=3
     """  # noqa: D301 - \b is click's mark for lines to leave alone
@@ -92,25 +105,32 @@ def main(outdir, data, aug_dims, name, runs, nproc, report, dry_run, train_optio
     if scoring["order"] is not None and scoring["solver"] != "ipndm":
         raise UserError(f"--order={scoring['order']}: only ipndm has orders; give --solver=ipndm",
                         BAD_USAGE)
+    if scoring["rounding_seeds"] and not scoring["bits"]:
+        raise UserError("--rounding-seeds: used with --bits", BAD_USAGE)
     with user_errors(BAD_USAGE):
         dims = _parse_dims(aug_dims) if aug_dims else []
+        _check_options(train_options, bool(runs), scoring["ref"], train_seeds)
+        trainings = [_Training.of(Path(outdir, f"{name or Path(data).stem}-D{D:.15g}"), D, seed,
+                                  data, scoring["device"], train_options)
+                     for seed in train_seeds or [None] for D in dims]
         folders = [Path(folder) for folder in runs.split(",")] if runs else [
-            Path(outdir, f"{name or Path(data).stem}-D{D:.15g}") for D in dims]
-        _check_options(train_options, bool(runs), scoring["ref"])
-        steps = [_train_step(folder, D, data, scoring["device"], train_options)
-                 for D, folder in zip(dims, folders, strict=False)]
+            training.run_dir for training in trainings]
+        steps = [training.step for training in trainings]
     with user_errors():
         out = Path(report or Path(outdir, "report.html"))
         _check_report(out)
         study = _open_study(scoring, folders if runs else [], dry_run)
         if data:
             _check_scoring(study, data, train_options)
+        study = _with_likelihood(study, data)
 
         from reports.study import report_step
         for folder in folders:
             steps += study.steps_of(folder)
         steps.append(report_step(out, folders))
         _run_steps(steps, nproc, dry_run)
+        if dry_run:
+            _print_plan(steps, trainings, folders, data, rate)
 
 
 def _parse_dims(text: str) -> list[float]:
@@ -123,7 +143,12 @@ def _parse_dims(text: str) -> list[float]:
     return dims
 
 
-def _check_options(train_options: Sequence[str], is_trained: bool, ref: str | None) -> None:
+def _check_options(train_options: Sequence[str], is_trained: bool, ref: str | None,
+                   train_seeds: Sequence[int] | None) -> None:
+    if train_seeds and is_trained:
+        raise ValueError("--train-seeds: with --runs nothing is trained")
+    if train_seeds and any(word.partition("=")[0] == "--seed" for word in train_options):
+        raise ValueError("--seed: can't be given to the training of a study with --train-seeds")
     own = [word for word in train_options if word.partition("=")[0] in _NOT_FOR_TRAINING]
     if own or (train_options and is_trained):
         raise ValueError(f"{(own or train_options)[0]}: can't be given to the training of a study"
@@ -196,15 +221,84 @@ def _check_scoring(study: "Study", data: str, train_options: Sequence[str]) -> N
                   scored_name(data, asked["patch"]))
 
 
-def _train_step(run_dir: Path, D: float, data: str, device: str, extra: Sequence[str]) -> "Step":
-    from reports.study import train_step
-    noise = ["--pfgmpp=0"] if math.isinf(D) else ["--pfgmpp=1", f"--aug_dim={D:.17g}"]
-    # The same seed for every D, unless another one is given after it.
-    words = ["--seed=0", *extra, f"--outdir={run_dir.parent}", f"--name={run_dir.name}",
-             f"--data={data}", f"--device={device}", *noise]
-    context = train.main.make_context("train.py", list(words))
-    asked = context.params | {"precision": precision_of(context)}
-    return train_step(run_dir, ["train.py", *words], asked)
+def _with_likelihood(study: "Study", data: str | None) -> "Study":
+    """Returns the study with the number of images that its likelihoods are of.
+
+    Raises:
+        ValueError: --likelihood and --val-data are not both given, or do not fit the data.
+    """
+    if (study.likelihood is None) != (study.val_data is None):
+        raise ValueError("--likelihood and --val-data: give both, or neither")
+    if study.val_data is None:
+        return study
+    from images.dataset import ImageFolderDataset
+    held_out = ImageFolderDataset(study.val_data)
+    if data and held_out.image_shape != (trained := ImageFolderDataset(data)).image_shape:
+        shapes = ["x".join(map(str, images.image_shape)) for images in (held_out, trained)]
+        raise ValueError(f"--val-data={study.val_data}: images of {shapes[0]}, but those of "
+                         f"{data} are of {shapes[1]}; give held-out images of the same data")
+    return dataclasses.replace(study, likelihood=min(study.likelihood, len(held_out)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """A run to be trained: its directory, its step, and the options that it is asked for."""
+
+    run_dir: Path
+    step: "Step"
+    context: click.Context
+    asked: dict[str, Any]
+
+    @property
+    def config(self) -> "TrainConfig":
+        """What the run trains."""
+        return finish_config(self.context, TrainConfig(**config_values(self.context)))
+
+    @classmethod
+    def of(cls, run_dir: Path, D: float, seed: int | None, data: str, device: str,
+           extra: Sequence[str]) -> "_Training":
+        """Returns the run of a D and a seed, which is 0 if None and not among `extra`."""
+        from reports.study import train_step
+        noise = ["--pfgmpp=0"] if math.isinf(D) else ["--pfgmpp=1", f"--aug_dim={D:.17g}"]
+        if seed is not None:
+            run_dir = run_dir.with_name(f"{run_dir.name}-seed{seed}")
+        words = [f"--seed={seed or 0}", *extra, f"--outdir={run_dir.parent}",
+                 f"--name={run_dir.name}", f"--data={data}", f"--device={device}", *noise]
+        context = train.main.make_context("train.py", list(words))
+        asked = context.params | {"precision": precision_of(context)}
+        return cls(run_dir, train_step(run_dir, ["train.py", *words], asked), context, asked)
+
+
+def _print_plan(steps: Sequence["Step"], trainings: Sequence[_Training], folders: Sequence[Path],
+                data: str | None, rate: float | None) -> None:
+    """Prints what the steps that are left will take: images, evaluations, bytes and hours."""
+    from images.dataset import ImageFolderDataset
+    from reports.study import images_to_train, measured_rate
+    from training.estimate import Estimate, run_bytes
+    left = [(step, words) for step in steps if (words := step.words()) is not None]
+    names = {id(step) for step, _ in left}
+    to_train = [each for each in trainings if id(each.step) in names]
+    num_images = sum(images_to_train(each.run_dir, each.asked) for each in to_train)
+    evaluations = sum(step.evaluations(words) for step, words in left)
+    backward = 3.0  # how much longer a training step takes than an evaluation, roughly
+    if to_train:
+        config = to_train[0].config
+        dataset = ImageFolderDataset(data, use_labels=config.cond, patch=config.patch)
+        network = config.network(dataset.resolution, dataset.num_channels, dataset.label_dim)
+        found = Estimate.of_network(network | {"sigma_data": 0.5}, config.precision)
+        backward = found.training_flops / found.forward_flops
+        size = sum(run_bytes(each.config, found.parameters) for each in to_train)
+        click.echo(f"Training   {counted(len(to_train), 'network')} of {found.parameters:,} "
+                   f"parameters, {num_images:,} images in all")
+        click.echo(f"Disk       {shown_bytes(size)}, without pictures and logs")
+    click.echo(f"Scores     {evaluations:,.0f} evaluations of a network, of one image each")
+    rate = rate or measured_rate(folders)
+    if rate is None:
+        click.echo("Time       unknown; give --rate=IMG_PER_S, the images a second in training")
+        return
+    seconds = num_images / rate + evaluations / (rate * backward)
+    click.echo(f"Time       {format_time(seconds)} at {rate:.4g} images/s in training and "
+               f"{rate * backward:.4g} evaluations/s, without starts, detectors and files")
 
 
 def _launched(words: Sequence[str], nproc: int | None) -> list[str]:

@@ -10,6 +10,7 @@ Of scores of classes only the mean over classes is compared.
 import collections
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from metrics.score_names import HIGHER_IS_BETTER, LIKELIHOODS, LOWER_IS_BETTER, title
@@ -100,6 +101,8 @@ class Curve:
     kimg: float | None
     points: dict[float, Spread]
     left_out: tuple[float, ...] = ()  # values of the setting that were only scored over other seeds
+    # Of curves over training seeds: the deviation over seed ranges of the samples, where known.
+    of_samples: dict[float, float] = dataclasses.field(default_factory=dict)
 
     @property
     def seeds(self) -> tuple[str, ...]:
@@ -125,6 +128,8 @@ class Comparison:
     # Over 'noise_alpha', 'num_steps' and 'bits', where a run has two points. The seeds are those
     # that all points of all runs share, or else those that all points of a run share.
     over: dict[str, list[Curve]]
+    # Whether curves are of families of runs and values by training seed: reports/training_seeds.py.
+    has_training_seeds: bool = False
 
     @property
     def base(self) -> dict[str, float | None]:
@@ -147,9 +152,8 @@ def compare(runs: Sequence[RunRecord]) -> list[Comparison]:
     """Returns the comparisons of every group of scores, the largest group first."""
     groups: dict[ScoreGroup, list[tuple[int, Score]]] = collections.defaultdict(list)
     for i, run in enumerate(runs):
-        for score in run.scores:
-            if _is_compared(score):
-                groups[ScoreGroup.of(score)].append((i, score))
+        for score in _over_rounding_draws(filter(_is_compared, run.scores)):
+            groups[ScoreGroup.of(score)].append((i, score))
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
     return [_compare(group, scores) for group, scores in ranked]
 
@@ -174,6 +178,22 @@ def over_kimg(run: RunRecord) -> list[tuple[ScoreGroup, int | None, dict[float, 
 def _is_compared(score: Score) -> bool:
     """Whether it is no deviation, and not of one class among perhaps hundreds."""
     return not score.metric.endswith("_std") and score.of_class in (None, MEAN_OF_CLASSES)
+
+
+def _over_rounding_draws(scores: Iterable[Score]) -> list[Score]:
+    """Returns the scores with those of several random roundings replaced by their mean.
+
+    Where there are random roundings to some bits, the rounding to the nearest is left out.
+    """
+    draws: dict[Score, dict[int, float]] = collections.defaultdict(dict)
+    for score in scores:
+        point = dataclasses.replace(score, value=0.0, rounding_seed=None)
+        draws[point][-1 if score.rounding_seed is None else score.rounding_seed] = score.value
+    found = []
+    for point, values in draws.items():
+        random = [value for seed, value in values.items() if seed >= 0]
+        found.append(dataclasses.replace(point, value=statistics.fmean(random or values.values())))
+    return found
 
 
 def _compare(group: ScoreGroup, scores: list[tuple[int, Score]]) -> Comparison:

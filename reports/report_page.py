@@ -21,6 +21,13 @@ from images.pictures import open_picture
 from reports.comparison import Comparison, Curve, ScoreGroup, Spread, compare, over_kimg
 from reports.report_plots import Axis, Level, Line, look, plot
 from reports.run_record import RunRecord, Score
+from reports.training_seeds import (
+    Difference,
+    Family,
+    differences,
+    families,
+    over_training_seeds,
+)
 from sampling.sweeps import FULL_BITS
 
 _MAX_GRIDS = 6  # of samples over time
@@ -46,6 +53,10 @@ _AXES = {  # title, label of the plot's axis, head of the table's column, a valu
 _KIMG = Axis("images seen, kimg")
 _NO_RANKING = ("Losses at different D are not to be ranked: noise of small D has heavy tails, and "
                "so has its loss.")
+_OF_DIFFERENCES = (
+    "Paired by training seed: the mean and its 95% t interval over training seeds. A difference "
+    "is not decided where the interval contains 0. Changes are those from the score in the first "
+    "column.")
 _NBSP = "\u00a0"  # a space that does not break
 
 
@@ -80,14 +91,20 @@ def render(runs: Sequence[RunRecord], title: str | None = None) -> str:
         runs: what to report, in the order of the page.
         title: heading; the names of the runs where there is none.
     """
-    names, comparisons = _names(runs), compare(runs)
+    names, comparisons, found = _names(runs), compare(runs), families(runs)
+    groups, group_names = range(len(runs)), names
+    if len(found) < len(runs):
+        comparisons = [over_training_seeds(comparison, found) for comparison in comparisons]
+        groups = [next(k for k, family in enumerate(found) if i in family.runs.values())
+                  for i in range(len(runs))]
+        group_names = _family_names(runs, found)
     return _TEMPLATES.get_template("report.html.jinja").render(
         title=title or "Report: " + ", ".join(_short(run.name) for run in runs),
         written=time.strftime("%Y-%m-%d %H:%M"),
         downloads=_downloads(runs),
         differing=_differing_settings(runs),
-        training=_tick_cards(runs, names) if len(runs) > 1 else [],
-        groups=[_group(comparison, heading, names) for comparison, heading
+        training=_tick_cards(runs, group_names, groups) if len(runs) > 1 else [],
+        groups=[_group(comparison, heading, group_names) for comparison, heading
                 in zip(comparisons, _headings(comparisons), strict=True)],
         pairs=_pairs(runs, names),
         runs=[_run(run) for run in runs])
@@ -122,6 +139,11 @@ def _names(runs: Sequence[RunRecord]) -> list[str]:
     return [_short(run.name) for run in runs]
 
 
+def _family_names(runs: Sequence[RunRecord], found: Sequence[Family]) -> list[str]:
+    """Returns what families are called: as their runs, by D or else by the name of the first."""
+    return _names([runs[min(family.runs.values())] for family in found])
+
+
 def _decimals(spreads: Iterable[Spread], digits: int = 4) -> int:
     """Returns the decimals that show the largest value with so many digits."""
     largest = max((abs(value) for spread in spreads for value in spread.values), default=0)
@@ -135,9 +157,9 @@ def _spread(spread: Spread | None, decimals: int) -> str:
     return mean if len(spread.values) == 1 else f"{mean}\n{low}..{high}"
 
 
-def _seeds_text(seeds: Sequence[str]) -> str:
-    """Returns seed ranges in words: how many, and which."""
-    count = "1 seed range" if len(seeds) == 1 else f"{len(seeds)} seed ranges"
+def _seeds_text(seeds: Sequence[str], unit: str = "seed range") -> str:
+    """Returns seed ranges or training seeds in words: how many, and which."""
+    count = f"1 {unit}" if len(seeds) == 1 else f"{len(seeds)} {unit}s"
     return f"{count} ({', '.join(seeds)})" if all(seeds) else count
 
 
@@ -203,8 +225,12 @@ def _differing_settings(runs: Sequence[RunRecord]) -> list[list[str | None]]:
     return [row for row in rows if row[0] not in _UNSHARED and len(set(row[1:])) > 1]
 
 
-def _tick_cards(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Card]:
-    """Returns a plot of each number of the ticks; of several runs, where it tells them apart."""
+def _tick_cards(runs: Sequence[RunRecord], names: Sequence[str],
+                groups: Sequence[int] = (0,)) -> list[Card]:
+    """Returns a plot of each number of the ticks; of several runs, where it tells them apart.
+
+    `groups` has the number of each run's group, and `names` the name of each group.
+    """
     cards = []
     for title, column, unit, from_zero in _TICK_PLOTS:
         found = {i: points for i, run in enumerate(runs) if (points := run.column(column))}
@@ -215,9 +241,10 @@ def _tick_cards(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Card]:
         if is_zero and column == "bad_steps":
             cards.append(Card(title, caption="None: the gradients of every step were finite."))
             continue
-        lines = [Line(*zip(*points, strict=True), series=i) for i, points in found.items()]
+        lines = [Line(*zip(*points, strict=True), series=groups[i])
+                 for i, points in found.items()]
         cards.append(Card(title, plot(lines, _KIMG, unit, from_zero=from_zero),
-                          {i: names[i] for i in found},
+                          {groups[i]: names[groups[i]] for i in found},
                           caption="" if is_ranked else _NO_RANKING))
     return cards
 
@@ -265,17 +292,19 @@ def _group(comparison: Comparison, heading: str, names: Sequence[str]) -> dict[s
     """Returns what the page says of one group of scores."""
     is_over_D = len(comparison.over_D) > 1
     seeds = {curve.seeds for axis in comparison.hardest for curve in comparison.over[axis]}
+    unit = "training seed" if comparison.has_training_seeds else "seed range"
     kimgs = sorted({curve.kimg for curve in comparison.over_D}, key=lambda kimg: kimg or 0)
     return {
         "comparison": comparison,
         "heading": heading,
         "runs": [names[curve.run] for curve in comparison.over_D],
         "summary": _summary(comparison, names) if is_over_D else None,  # header, rows
-        "hardest_seeds": _seeds_text(seeds.pop()) if len(seeds) == 1 else "",
+        "hardest_seeds": _seeds_text(seeds.pop(), unit) if len(seeds) == 1 else "",
         "notes": ["The networks compared are of different kimg: " + ", ".join(
             _number(kimg) or "unknown" for kimg in kimgs)] if len(kimgs) > 1 else [],
         "cards": [*([_card_over_D(comparison, names)] if is_over_D else []),
-                  *(_card_over(axis, curves, comparison.group, names)
+                  *_difference_cards(comparison, names),
+                  *(_card_over(axis, curves, comparison.group, names, unit)
                     for axis, curves in comparison.over.items())],
     }
 
@@ -291,7 +320,8 @@ def _summary(comparison: Comparison, names: Sequence[str]) -> tuple[list[str], l
                 for curve in comparison.over[axis]} for axis, x in hardest.items()]
     decimals = _decimals(spread for _, spread in known)
     points = [_AXES[axis][-1].format(x) for axis, x in hardest.items()]
-    return ["run", "score", "seed ranges", *points], [
+    count = "training seeds" if comparison.has_training_seeds else "seed ranges"
+    return ["run", "score", count, *points], [
         [names[curve.run], _spread(base, decimals), len(base.values),
          *(_change(of_runs.get(curve.run), base, decimals) for of_runs in changes)]
         for curve, base in known]
@@ -324,12 +354,45 @@ def _card_over_D(comparison: Comparison, names: Sequence[str]) -> Card:
     rows = [[names[curve.run], _number(curve.kimg),
              *(f"{x:.{decimals}f}" for x in (spread.mean, spread.low, spread.high)),
              len(spread.values)] for curve, spread in _base_points(comparison)]
-    return Card("Over D", svg, {run: names[run] for _, run, _ in known}, levels,
-                ["run", "kimg", "mean", "lowest", "highest", "ranges"], rows)
+    header = ["run", "kimg", "mean", "lowest", "highest", "ranges"]
+    if comparison.has_training_seeds:
+        header[-1:] = ["training seeds", "deviation over samples"]
+        for row, (curve, _) in zip(rows, _base_points(comparison), strict=True):
+            of_samples = next(iter(curve.of_samples.values()), None)
+            row.append("" if of_samples is None else f"{of_samples:.{decimals}f}")
+    return Card("Over D", svg, {run: names[run] for _, run, _ in known}, levels, header, rows)
 
 
-def _card_over(axis: str, curves: Sequence[Curve], group: ScoreGroup,
-               names: Sequence[str]) -> Card:
+def _difference_cards(comparison: Comparison, names: Sequence[str]) -> list[Card]:
+    """Returns a table of paired differences to D = inf, if there are training seeds."""
+    if not comparison.has_training_seeds:
+        return []
+    columns = [("score", differences(comparison.over_D))]
+    for axis, curves in comparison.over.items():
+        base = comparison.base[axis]
+        for x in sorted({x for curve in curves for x in curve.points} - {base}):
+            columns.append((f"change at {_AXES[axis][-1].format(x)}",
+                            differences(curves, x, base)))
+    columns = [(title, found) for title, found in columns if found]
+    decimals = _decimals(spread for _, spread in _base_points(comparison))
+    rows = [[names[curve.run], *(_difference(found.get(curve.run), decimals, comparison.group)
+                                 for _, found in columns)]
+            for curve in comparison.over_D if any(curve.run in found for _, found in columns)]
+    return [Card("Differences to D = inf", header=["run", *(title for title, _ in columns)],
+                 rows=rows, caption=_OF_DIFFERENCES)] if rows else []
+
+
+def _difference(difference: Difference | None, decimals: int, group: ScoreGroup) -> str:
+    if difference is None:
+        return ""
+    if difference.half_width is None:
+        return f"{difference.mean:+.{decimals}f}\none seed"
+    return (f"{difference.mean:+.{decimals}f} ± {difference.half_width:.{decimals}f}\n"
+            f"{difference.verdict(group.is_lower_better)}")
+
+
+def _card_over(axis: str, curves: Sequence[Curve], group: ScoreGroup, names: Sequence[str],
+               unit: str) -> Card:
     title, label, head, _ = _AXES[axis]
     values = sorted({x for curve in curves for x in curve.points})
     places, ticks = {x: x for x in values}, {}
@@ -346,20 +409,21 @@ def _card_over(axis: str, curves: Sequence[Curve], group: ScoreGroup,
              *(_spread(curve.points.get(x), digits)
                for curve, digits in zip(curves, decimals, strict=True))] for x in values]
     of_runs = {curve.run: names[curve.run] for curve in curves}
-    caption, notes = _seeds_of(axis, curves, names)
+    caption, notes = _seeds_of(axis, curves, names, unit)
     return Card(title, plot(lines, Axis(label, ticks), group.title), of_runs,
                 header=[head, *of_runs.values()], rows=rows, caption=caption, notes=notes)
 
 
-def _seeds_of(axis: str, curves: Sequence[Curve], names: Sequence[str]) -> tuple[str, list[str]]:
+def _seeds_of(axis: str, curves: Sequence[Curve], names: Sequence[str], unit: str
+              ) -> tuple[str, list[str]]:
     """Returns what the values of a card are over, '' where that is not one thing, and notes."""
-    notes = [f"{names[curve.run]}: its points share no seed range; left out: "
+    notes = [f"{names[curve.run]}: its points share no {unit}; left out: "
              + ", ".join(_AXES[axis][-1].format(x) for x in curve.left_out)
              for curve in curves if curve.left_out]
     if len({curve.seeds for curve in curves}) == 1:
-        return f"Every value is over {_seeds_text(curves[0].seeds)}.", notes
+        return f"Every value is over {_seeds_text(curves[0].seeds, unit)}.", notes
     return "", ["The runs are scored over different seeds: " + "; ".join(
-        f"{names[curve.run]} over {_seeds_text(curve.seeds)}" for curve in curves), *notes]
+        f"{names[curve.run]} over {_seeds_text(curve.seeds, unit)}" for curve in curves), *notes]
 
 
 # ------------------------------------------------------------------------------------- one run

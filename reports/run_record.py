@@ -36,6 +36,7 @@ _SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"),
                      ("init_noise", 1), ("blend", 1)]
 # The first three are the axes of sweeps; comparisons ignore the others.
 _NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs", "nfe",
+                 "rounding_seed",  # of draws at one number of bits, as seeds are of images
                  "network", "gnet_network",  # hashes, as that of the weights
                  # These are of the data of the network.
                  "scale", "empty_classes", "empty_class_numbers", "class_counts",
@@ -70,6 +71,7 @@ class Score:
     other: tuple[tuple[str, str], ...] = ()
     weights: str = ""  # sha256 of the network's weights; '' where it is not recorded
     nfe: int | None = None  # evaluations of the network per image, where it is recorded
+    rounding_seed: int | None = None  # of rounding at random; None for the nearest level
 
     @property
     def of_class(self) -> str | None:
@@ -289,6 +291,7 @@ def _score(line: dict, D: float | None) -> Score | None:
         num_steps=_whole(sampler.get("num_steps")),
         noise_alpha=_number(sampler.get("noise_alpha")) or 0.0,
         bits=_whole(sampler.get("bits")) or FULL_BITS,
+        rounding_seed=_whole(sampler.get("rounding_seed")),
         weights=str(sampler.get("weights") or ""),
         nfe=_whole(line.get("nfe") or sampler.get("nfe")),
         network=source if line.get("network") else "",

@@ -7,6 +7,7 @@ bits vary one at a time.
 import dataclasses
 import functools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 from checkpoints.names import newest_network
 from dnnlib.util import format_ranges
 from images.image_files import GENERATE_RECORD
-from reports.run_record import REPORT_PREFIX, RunRecord, read_json, read_scores
+from metrics.score_names import LIKELIHOODS
+from reports.run_record import REPORT_PREFIX, RunRecord, Score, read_json, read_scores
 from sampling.folders import FolderName, image_name
 from sampling.sweeps import CONSISTENCY, FULL_BITS
 from training.config import OPTIONS_FILE
@@ -25,18 +27,25 @@ _NO_TAG = "NNNNNN"
 _FREE = RESUME_MAY_CHANGE.keys() - {"data", "seed", "transfer"}
 # What --metrics are recorded as, by the published Inception weights or by other features.
 _RECORDED = {"fid": {"fid", "frechet_distance"}, "kid": {"kid", "kernel_distance"},
-             "pr": {"precision"}, "dc": {"density"}, "is": {"is"}}
+             "pr": {"precision"}, "dc": {"density"}, "is": {"is"},
+             "ca": {"class_accuracy"}}
 _BASE_STEPS = 18
+# 32 steps of four evaluations and their traces, and half as many; a trace takes two more.
+_EVALUATIONS_OF_LIKELIHOOD = 3 * 192
 _LSUN_START = (("sigma_max", "380.0"),)
 _FIELDS = {"alpha": "noise_alpha", "steps": "num_steps", "bits": "bits"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A titled step; `words()` returns the script and its arguments, None if it is done."""
+    """A titled step; `words()` returns the script and its arguments, None if it is done.
+
+    `evaluations(words)` returns how often these evaluate a network, forward and for one image.
+    """
 
     title: str
     words: Callable[[], list[str] | None]
+    evaluations: Callable[[list[str]], float] = lambda words: 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +69,39 @@ class Study:
     device: str
     solver: str | None = None
     order: int | None = None
+    rounding_seeds: tuple[int, ...] | None = None  # of `bits`; None rounds to the nearest level
+    likelihood: int | None = None  # how many images of `val_data` it is measured of
+    val_data: str | None = None
 
     def steps_of(self, run_dir: Path) -> list[Step]:
         """Returns the steps that score a run and sample it for the report."""
-        steps = [Step(f"{run_dir.name}: scores", lambda: self._base_words(run_dir))]
-        steps += [Step(f"{run_dir.name}: {flag}", lambda flag=flag: self._axis_words(run_dir, flag))
-                  for flag in _FIELDS if getattr(self, flag)]
+        def step(what: str, words: Callable[[], list[str] | None]) -> Step:
+            return Step(f"{run_dir.name}: {what}", words, self._evaluations)
+
+        steps = [step("scores", lambda: self._base_words(run_dir))]
+        for flag in _FIELDS:
+            draws = self.rounding_seeds if flag == "bits" and self.rounding_seeds else [None]
+            if getattr(self, flag):
+                steps += [step(flag if draw is None else f"{flag}, rounding seed {draw}",
+                               lambda flag=flag, draw=draw: self._axis_words(run_dir, flag, draw))
+                          for draw in draws]
+        if self.likelihood:
+            steps.append(step("likelihood", lambda: self._likelihood_words(run_dir)))
         if self.images:
-            steps.append(Step(f"{run_dir.name}: images", lambda: self._image_words(run_dir)))
+            steps.append(step("images", lambda: self._image_words(run_dir)))
         return steps
+
+    def _evaluations(self, words: list[str]) -> float:
+        """Returns how often a command of `steps_of` evaluates a network, for one image."""
+        given = dict(word.removeprefix("--").partition("=")[::2] for word in words)
+        steps = [int(number) for number in given.get("steps", "0").split(",")]
+        if words[0] == "likelihood.py":
+            return self.likelihood * _EVALUATIONS_OF_LIKELIHOOD
+        images = self.images if words[0] == "generate.py" else len(self.seeds)
+        points = len(given.get("alpha", given.get("bits", "")).split(","))
+        is_heun = self.solver in (None, "heun") and not _few_step(Path(given["network"]).parent)
+        once = sum(2 * number - 1 if is_heun else number for number in steps)
+        return images * once * points * int(given.get("ranges", 1))
 
     def score_words(self, network: Path, seeds: str, *flags: str) -> list[str]:
         """Returns the command that scores the images of `seeds`."""
@@ -98,23 +131,42 @@ class Study:
                                         f"--ranges={self.ranges - i}")
         return None
 
-    def _axis_words(self, run_dir: Path, flag: str) -> list[str] | None:
-        """Returns one command for all values of an axis that are not scored."""
+    def _axis_words(self, run_dir: Path, flag: str, draw: int | None) -> list[str] | None:
+        """Returns one command for all values of an axis that are not scored.
+
+        `draw` is the seed of random rounding.
+        """
         seeds = format_ranges(self.seeds)
         left = [f"{value:.15g}" for value in getattr(self, flag)
-                if not self._is_scored(run_dir, seeds, **{_FIELDS[flag]: value})]
+                if not self._is_scored(run_dir, seeds, **{_FIELDS[flag]: value,
+                                                          "rounding_seed": draw})]
         if not left:
             return None
-        steps = [] if flag == "steps" else [f"--steps={self._base(run_dir)}"]
-        return self.score_words(network_of(run_dir)[0], seeds, *steps, f"--{flag}={','.join(left)}")
+        more = [] if flag == "steps" else [f"--steps={self._base(run_dir)}"]
+        more += [] if draw is None else [f"--rounding-seed={draw}"]
+        return self.score_words(network_of(run_dir)[0], seeds, *more, f"--{flag}={','.join(left)}")
+
+    def _likelihood_words(self, run_dir: Path) -> list[str] | None:
+        """Returns the command that measures the likelihood of held-out images, None if done."""
+        network = network_of(run_dir)[0]
+        done = [score for score in (read_scores(run_dir) if run_dir.is_dir() else [])
+                if score.metric in LIKELIHOODS and score.network == network.name
+                and score.reference == self.val_data and score.num == self.likelihood
+                and self._is_of(score, network)]
+        return None if done else [
+            "likelihood.py", f"--network={network}", f"--data={self.val_data}",
+            f"--count={self.likelihood}", f"--device={self.device}"]
+
+    def _is_of(self, score: Score, network: Path) -> bool:
+        """Says whether a score is of the weights that a network has now, as far as is recorded."""
+        return score.weights in ("", _weights_of(network, *_stamp(network)))
 
     def _is_scored(self, run_dir: Path, seeds: str, **point: float) -> bool:
         """Says whether all metrics of a point are recorded for the run's newest network."""
         network = network_of(run_dir)[0]
         sought = {"network": network.name, "seeds": seeds, "reference": self.ref,
                   "detector": self.detector_name, "num_steps": self._base(run_dir),
-                  "noise_alpha": 0,
-                  "bits": FULL_BITS, **point}
+                  "noise_alpha": 0, "bits": FULL_BITS, "rounding_seed": None, **point}
         # The sampler of an --lsun network records the highest noise level, which is its own.
         few_step = _few_step(run_dir)
         given = self._method if few_step is None else {"few_step": few_step["method"],
@@ -125,8 +177,7 @@ class Study:
         scores = [score for score in (read_scores(run_dir) if run_dir.is_dir() else [])
                   if score.other in plain
                   and all(getattr(score, name) == value for name, value in sought.items())]
-        found = {score.metric for score in scores
-                 if score.weights in ("", _weights_of(network, *_stamp(network)))}
+        found = {score.metric for score in scores if self._is_of(score, network)}
         return all(found & _RECORDED[metric] for metric in self.metrics.split(","))
 
     def _image_words(self, run_dir: Path) -> list[str] | None:
@@ -213,6 +264,22 @@ def train_step(run_dir: Path, words: list[str], asked: dict[str, Any]) -> Step:
     """
     return Step(f"{run_dir.name}: training",
                 lambda: None if _is_trained(run_dir, asked) else [*words, "--resume=auto"])
+
+
+def images_to_train(run_dir: Path, asked: dict[str, Any]) -> int:
+    """Returns how many images a run of `train_step` is still to be trained on, 0 if none."""
+    total = max(round(asked["duration"] * 1e6), 1)
+    if not (run_dir / OPTIONS_FILE).exists():
+        return total
+    ticks = RunRecord.read(run_dir).ticks
+    return max(total - round(1e3 * ticks[-1]["kimg"]), 0) if ticks else total
+
+
+def measured_rate(runs: Sequence[Path]) -> float | None:
+    """Returns the median of the images a second at which runs were trained, None if unknown."""
+    rates = [tick["images_per_sec"] for run in runs if (run / OPTIONS_FILE).exists()
+             for tick in RunRecord.read(run).ticks if "images_per_sec" in tick]
+    return statistics.median(rates) if rates else None
 
 
 def _is_trained(run_dir: Path, asked: dict[str, Any]) -> bool:

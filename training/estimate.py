@@ -172,7 +172,7 @@ def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
         ("Draws", f"{scaled(_draw_bytes(network, micro_batch))}B a process: the noise of "
                   f"{micro_batch} images, in blocks of {DRAW_BLOCK}, while it is put together"),
         ("Steps", f"{steps:,} of {config.batch} images"),
-        ("Disk", _disk(config, found.parameters, _kept_bytes(config)[1])),
+        ("Disk", _disk(config, found.parameters)),
     ]
     if rate is not None:
         seconds = config.total_nimg / rate
@@ -223,18 +223,35 @@ def num_files(config: TrainConfig) -> tuple[int, int]:
     return snapshots, states
 
 
-def _disk(config: TrainConfig, parameters: int, extra: int) -> str:
-    """Says what a run leaves on the disk.
+def run_bytes(config: TrainConfig, parameters: int) -> int:
+    """Returns what the snapshots and training states of a run take on the disk, at most.
 
-    A snapshot has 4 bytes a parameter, a state 16 and `extra`.
+    A snapshot has 4 bytes a parameter, a state 16 and those of a few-step method.
     """
-    of_state = 16 + extra
+    snapshots, kept, is_one_more = _kept_files(config)
+    return parameters * (4 * snapshots + _state_bytes(config) * (kept + is_one_more))
+
+
+def _state_bytes(config: TrainConfig) -> int:
+    """Returns the bytes a parameter of a training state."""
+    return 16 + _kept_bytes(config)[1]
+
+
+def _kept_files(config: TrainConfig) -> tuple[int, int, bool]:
+    """Returns how many snapshots and states stay, and whether there is one more state for a time.
+
+    The newest is written before the oldest is removed.
+    """
     snapshots, states = num_files(config)
     kept = states if config.keep is None else min(states, config.keep)
-    # The newest is written before the oldest is removed.
-    is_one_more = states > kept
-    kept += bool(config.eval)  # the best state
-    total = 4 * parameters * snapshots + of_state * parameters * (kept + is_one_more)
+    return snapshots, kept + bool(config.eval), states > kept  # --eval keeps the best state, too
+
+
+def _disk(config: TrainConfig, parameters: int) -> str:
+    """Says what a run leaves on the disk."""
+    of_state = _state_bytes(config)
+    snapshots, kept, is_one_more = _kept_files(config)
+    total = run_bytes(config, parameters)
     choice = "" if config.keep is None else f" (--keep={config.keep})"
     choice += " and one more while it is written" if is_one_more else ""
     best = ", with the best one" if config.eval else ""

@@ -20,6 +20,7 @@ import dataset_tool
 import fid
 import sweep
 from checkpoints import checkpoint
+from pfgmpp.samplers import SamplerConfig
 from reports import study as study_module
 from reports.run_record import RunRecord
 from reports.study import Study, _is_trained, network_of, report_step
@@ -160,6 +161,14 @@ def test_a_network_that_is_not_there_yet_has_a_stand_in(tmp_path):
     (["--data=DATA", "--aug_dims=2", "--solver=ipndm", "--alpha=0,0.1"],
      "--alpha=0.1: --solver=ipndm uses earlier steps"),
     (["--data=DATA", "--aug_dims=2", "--order=2"], "--order=2: only ipndm has orders"),
+    (["--data=DATA", "--aug_dims=2", "--train-seeds=0,1", "--", "--seed=3"],
+     "--seed: can't be given to the training of a study with --train-seeds"),
+    (["--runs=none", "--ref=DATA", "--train-seeds=0,1"], "--train-seeds: with --runs nothing"),
+    (["--data=DATA", "--aug_dims=2", "--rounding-seeds=0,1"], "--rounding-seeds: used with --bits"),
+    (["--data=DATA", "--aug_dims=2", "--detector=pixels", "--likelihood=4"],
+     "--likelihood and --val-data: give both, or neither"),
+    (["--data=DATA", "--aug_dims=2", "--detector=pixels", "--likelihood=4", "--val-data=none"],
+     "none"),
     (["--data=DATA", "--aug_dims=2", "--metrics=nice"], "'nice': must be a list of fid"),
     (["--data=DATA", "--aug_dims=2", "--detector=nice"], "detector 'nice': must be"),
     (["--data=DATA", "--aug_dims=2", "--ref=none.npz"], "none.npz: no such file or folder"),
@@ -223,6 +232,88 @@ def test_the_first_failing_step_stops_the_study(dataset_zip, tmp_path, invoke, m
     assert calls[0][:6] == [sys.executable, "-m", "torch.distributed.run", "--standalone",
                             "--nproc_per_node=2", "--"]
     assert {"--seed=5", "--pfgmpp=1", "--aug_dim=2", "--resume=auto"} <= set(calls[0])
+
+
+def test_every_training_seed_is_a_run_of_its_own(dataset_zip, tmp_path, invoke):
+    done = invoke(sweep.main, f"--outdir={tmp_path}", f"--data={dataset_zip}", "--aug_dims=2,inf",
+                  "--train-seeds=0,7", "--detector=pixels", "--images=0", "-n")
+    assert done.exit_code == 0, done.output
+    commands = [line.split() for line in done.output.splitlines() if "train.py" in line]
+    names = [f"tiny-D{D}-seed{seed}" for seed in (0, 7) for D in ("2", "inf")]
+    for name, words in zip(names, commands, strict=True):
+        assert {f"--name={name}", f"--seed={name[-1]}"} <= set(words)
+        assert ("--pfgmpp=0" in words) == ("Dinf" in name)
+    report = next(line for line in done.output.splitlines() if "report.py" in line)
+    assert [report.count(name) for name in names] == [1] * 4
+
+
+def test_every_rounding_seed_is_a_score_of_its_own(run_dir):
+    study = dataclasses.replace(STUDY, bits=(4, 5), rounding_seeds=(0, 1))
+    write_scores(run_dir, score_line(128, 1, "0-2", bits=4), score_line(128, 1, "0-2", bits=5),
+                 score_line(128, 1, "0-2", bits=4, rounding_seed=1))
+    words = {step.title: step.words() for step in study.steps_of(run_dir) if "bits" in step.title}
+    assert [words[title][-2:] for title in ("run: bits, rounding seed 0",
+                                            "run: bits, rounding seed 1")] == [
+        ["--rounding-seed=0", "--bits=4,5"], ["--rounding-seed=1", "--bits=5"]]
+    assert words_of(run_dir)["bits"] is None  # to the nearest level
+
+
+def test_likelihoods_are_measured_once_for_each_network(run_dir):
+    study = dataclasses.replace(STUDY, likelihood=50, val_data="val.zip")
+    line = score_line(128, 1, seeds="", num=50, metric="bits_per_dim") | {"reference": "val.zip"}
+    assert words_of(run_dir, study)["likelihood"] == [
+        "likelihood.py", f"--network={run_dir}/network-snapshot-000200.pt", "--data=val.zip",
+        "--count=50", "--device=cpu"]
+    for change in ({"num": 49}, {"reference": "train.zip"}, {"metric": "fid"},
+                   {"network": "network-snapshot-000100.pt"},
+                   {"sampler": line["sampler"] | {"weights": "other"}}):
+        write_scores(run_dir, line | change)
+        assert words_of(run_dir, study)["likelihood"] is not None
+    write_scores(run_dir, line)
+    assert words_of(run_dir, study)["likelihood"] is None
+
+
+@pytest.mark.parametrize("solver", [None, "heun", "ipndm"])
+def test_evaluations_that_are_left_are_those_that_the_sampler_makes(run_dir, solver):
+    """By the number of evaluations that the solvers themselves tell."""
+    study = dataclasses.replace(STUDY, solver=solver, alpha=None if solver == "ipndm" else (0, .1))
+    one = {n: SamplerConfig(num_steps=n, solver=solver or "heun").nfe for n in (10, 18)}
+    left = {step.title.split()[-1]: step.evaluations(step.words())
+            for step in study.steps_of(run_dir)}
+    expected = {"scores": 3 * 3 * one[18], "alpha": 3 * 2 * one[18],
+                "steps": 3 * (one[10] + one[18]), "bits": 3 * one[18], "images": 2 * one[18]}
+    assert left == {title: number for title, number in expected.items() if title in left}
+    assert set(expected) - set(left) == ({"alpha"} if solver == "ipndm" else set())
+
+
+def test_a_dry_run_tells_images_bytes_and_hours(dataset_zip, tmp_path, invoke):
+    args = [f"--outdir={tmp_path}", f"--data={dataset_zip}", "--aug_dims=2,inf", "-n",
+            "--train-seeds=0,1", "--detector=pixels", "--seeds=0-9", "--images=0"]
+    network = [*TINY_NETWORK, "--batch=8", "--duration=0.001", "--samples=0", "--tick=1"]
+    said = invoke(sweep.main, *args, "--rate=100", "--", *network).stdout
+    assert "4 networks of" in said and "4,000 images in all" in said
+    assert f"{4 * 10 * 35:,} evaluations of a network" in said
+    # 40 s of training, and evaluations about three times as fast as steps of training.
+    assert re.search(r"Time       4[3-6]s at 100 images/s in training", said), said
+    assert "Time       unknown; give --rate" in invoke(sweep.main, *args, "--", *network).stdout
+    run = write_run(tmp_path / "tiny-D2-seed0", 2, seeds=())  # of 500 images a second
+    (run / "training_options.json").write_text('{"options": {}}')
+    said = invoke(sweep.main, *args, "--", *network).stdout
+    assert "at 500 images/s in training" in said
+
+
+@pytest.mark.long
+def test_the_bytes_that_a_dry_run_tells_are_those_that_runs_take(dataset_zip, tmp_path, invoke,
+                                                                monkeypatch):
+    monkeypatch.setattr(sweep, "_run_script", in_this_process)
+    args = study_args(tmp_path, dataset_zip)
+    said = invoke(sweep.main, "-n", *args).stdout
+    number, unit = re.search(r"Disk       ([\d.]+) ([kM])B", said).groups()
+    told = float(number) * {"k": 1e3, "M": 1e6}[unit]
+    assert invoke(sweep.main, *args).exit_code == 0
+    files = list(tmp_path.glob("toy-D*/*.pt"))
+    taken = sum(path.stat().st_size for path in files)
+    assert told <= taken < told + 1e5 * len(files)  # a file has names beside its tensors
 
 
 def study_args(outdir, data):

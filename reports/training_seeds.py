@@ -1,0 +1,170 @@
+"""Runs that differ only in their training seed, taken together, and their differences to D = inf.
+
+    d_k    value of D minus value of D = inf, both of training seed k = 1..m
+    s      standard deviation of d_1..d_m
+    95% interval of the difference: mean(d) -+ t s / sqrt(m), t the 97.5% quantile of Student's t
+    with m - 1 degrees of freedom
+
+A difference is decided where that interval does not contain 0. It holds for other training seeds
+on the same data; it says nothing of other data or networks.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from reports.comparison import Comparison, Curve, Spread
+from reports.run_record import RunRecord
+from training.resume import RESUME_MAY_CHANGE
+
+# What is compared although a resumed run may change it.
+_DECIDES = {"duration", "transfer"}
+# A few-step network of each training seed has a teacher of its own.
+_OF_TEACHER = {"teacher_sha256"}
+_CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Runs that differ only in their training seed: the number of each run, by its seed."""
+
+    runs: dict[str, int]
+
+
+def families(runs: Sequence[RunRecord]) -> list[Family]:
+    """Returns the runs by families, in the order of their first members.
+
+    A run whose options are unknown is a family of its own, and so is each of several runs that
+    agree in their seed, too.
+    """
+    groups: dict[str, list[int]] = collections.defaultdict(list)
+    for i, run in enumerate(runs):
+        groups[_settings_key(run) if run.options else f"run {i}"].append(i)
+    found = []
+    for members in groups.values():
+        seeds = [str(runs[i].options.get("seed", "")) for i in members]
+        if len(set(seeds)) == len(seeds):
+            found.append(Family(dict(zip(seeds, members, strict=True))))
+        else:
+            found += [Family({"": i}) for i in members]
+    return sorted(found, key=lambda family: min(family.runs.values()))
+
+
+def _settings_key(run: RunRecord) -> str:
+    left_out = (RESUME_MAY_CHANGE.keys() - _DECIDES) | _OF_TEACHER
+    kept = {name: value for name, value in run.options.items() if name not in left_out}
+    data = Path(str(run.options.get("data"))).name  # the folders that hold it may differ
+    return json.dumps([kept, data], sort_keys=True, default=str)
+
+
+def over_training_seeds(comparison: Comparison, found: Sequence[Family]) -> Comparison:
+    """Returns a comparison of families, whose curves have a value for each training seed.
+
+    A value is the mean over seed ranges of the samples. A point that not every run of a family
+    has is left out.
+    """
+    return dataclasses.replace(
+        comparison, over_D=_merged(comparison.over_D, found),
+        over={axis: _merged(curves, found) for axis, curves in comparison.over.items()},
+        has_training_seeds=True)
+
+
+def _merged(curves: Sequence[Curve], found: Sequence[Family]) -> list[Curve]:
+    by_run, merged = {curve.run: curve for curve in curves}, []
+    for number, family in enumerate(found):
+        members = {seed: by_run[i] for seed, i in family.runs.items() if i in by_run}
+        if not members:
+            continue
+        known = [curve.points for curve in members.values()]
+        shared = [x for x in known[0] if all(x in points for points in known)]
+        left_out = {x for points in known for x in points} - set(shared)
+        first = next(iter(members.values()))
+        merged.append(Curve(
+            number, first.D, first.kimg,
+            {x: Spread({seed: curve.points[x].mean for seed, curve in members.items()})
+             for x in shared},
+            tuple(sorted(left_out.union(*(curve.left_out for curve in members.values())))),
+            {x: deviation for x in shared
+             if (deviation := _pooled([points[x].values for points in known])) is not None}))
+    return [curve for curve in merged if curve.points]
+
+
+def _pooled(groups: Sequence[Sequence[float]]) -> float | None:
+    """Returns the deviation within groups of values, None where none has two."""
+    known = [values for values in groups if len(values) > 1]
+    if not known:
+        return None
+    squares = math.fsum((len(values) - 1) * statistics.variance(values) for values in known)
+    return math.sqrt(squares / sum(len(values) - 1 for values in known))
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Paired differences of two families by training seed."""
+
+    by_seed: dict[str, float]
+
+    @classmethod
+    def of(cls, values: Mapping[str, float], others: Mapping[str, float]) -> "Difference":
+        """Returns values minus others, of the training seeds that both have."""
+        return cls({seed: values[seed] - others[seed] for seed in values if seed in others})
+
+    @property
+    def mean(self) -> float:
+        """The mean over training seeds."""
+        return math.fsum(self.by_seed.values()) / len(self.by_seed)
+
+    @property
+    def half_width(self) -> float | None:
+        """Half the 95% t interval of the mean; None for fewer than two training seeds."""
+        return t_half_width(list(self.by_seed.values()))
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the interval does not contain 0."""
+        return self.half_width is not None and abs(self.mean) > self.half_width
+
+    def verdict(self, is_lower_better: bool | None) -> str:
+        """Returns 'better', 'worse', 'lower', 'higher' or 'not decided'."""
+        if not self.is_decided:
+            return "not decided"
+        if is_lower_better is None:
+            return "lower" if self.mean < 0 else "higher"
+        return "better" if (self.mean < 0) == is_lower_better else "worse"
+
+
+def t_half_width(values: Sequence[float]) -> float | None:
+    """Returns half the width of the 95% t interval of the mean; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    from scipy.special import stdtrit  # Student's quantile; scipy.stats takes a second to import
+    t = float(stdtrit(len(values) - 1, (1 + _CONFIDENCE) / 2))
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def differences(curves: Sequence[Curve], x: float | None = None, base: float | None = None
+                ) -> dict[int, Difference]:
+    """Returns the differences to the family of D = inf, by number of the family.
+
+    Args:
+        curves: those of families.
+        x: the point; None is the first of each curve, as in `Comparison.over_D`.
+        base: if given, the change from this point to x is compared instead of the value at x.
+    """
+    known = {}
+    for curve in curves:
+        point = next(iter(curve.points)) if x is None else x
+        spread = curve.points.get(point) if base is None else curve.change(point, base)
+        if spread is not None:
+            known[curve.run] = (curve.D, spread.by_seeds)
+    diffusion = [(run, values) for run, (D, values) in known.items() if math.inf == D]
+    if len(diffusion) != 1:  # none, or several kinds of networks: there is no one to compare with
+        return {}
+    [(of_inf, reference)] = diffusion
+    found = {run: Difference.of(values, reference) for run, (D, values) in known.items()
+             if run != of_inf and D is not None}
+    return {run: difference for run, difference in found.items() if difference.by_seed}
