@@ -31,10 +31,12 @@ from metrics.score_names import OF_PAIRS, SCORES_FILE
 from sampling.folders import CKPT_PREFIX, SWEPT, FolderName, seed_of, strays
 from sampling.sampling_options import sampling_options
 
-_METRICS = ("fid", "kid", "pr", "dc", "is")
+_METRICS = ("fid", "kid", "pr", "dc", "is", "ca")
+_WITHOUT_REFERENCE = {"is", "ca"}
 _RUN_OPTIONS = "training_options.json"  # of a run directory
 _MAX_NAMED = 6  # folders in a message
 _MAX_WORKERS = 3  # by default; a GPU's Inception waits for no more
+_MAX_LAYERS, _MAX_WIDTH = 8, 4096  # of a classifier: those of metrics/classifier.py
 _PAIR_DEFAULT = ("psnr", "ssim", "rmse", "mae")
 
 
@@ -69,6 +71,13 @@ def main() -> None:
     \b
     # whether the network repeats training images
     python fid.py nearest --images=fid-tmp --data=datasets/cifar10-32x32.zip
+
+    \b
+    # a classifier of small images, and the share of samples that it recognises
+    python fid.py classifier --data=datasets/digits8-train.zip \\
+        --val-data=datasets/digits8-val.zip --dest=digits8-judge.npz
+    python fid.py gen --network=runs/digits --detector=digits8-judge.npz --metrics=ca \\
+        --seeds=0-999
     """  # noqa: D301 - \b is click's mark for lines to leave alone
 
 
@@ -102,11 +111,11 @@ def _detector_options(command):
     for option in reversed((
         click.option("--batch",    metavar="INT", type=click.IntRange(min=1), default=64,
                      help="Images at a time on each device"),
-        click.option("--detector", metavar="inception|dinov2[:PLACE]|pixels[:K]|FILE",
+        click.option("--detector", metavar="inception|dinov2[:PLACE]|pixels[:K]|FILE.npz|FILE.pth",
                      default="inception",
                      help="Features to compare; PLACE is a folder or hub name of other DINOv2 weights, "
-                          "pixels:K makes images smaller by K, FILE is a local copy of the Inception "
-                          "weights"),
+                          "pixels:K makes images smaller by K, FILE.npz is a classifier of 'fid.py "
+                          "classifier', FILE.pth is a local copy of the Inception weights"),
         click.option("--device",   type=click.Choice(["auto", "cuda", "cpu"]), default="auto",
                      help="Where to compute"),
         click.option("--workers",  metavar="INT", type=click.IntRange(min=0),
@@ -122,10 +131,10 @@ def _score_options(command):
     """The options of the commands that score."""
     for option in reversed((
         click.option("--ref", "ref_path", metavar="NPZ|PKL|URL|ZIP|DIR",
-                     help="Reference statistics, or the data set; needed for all but is"),
+                     help="Reference statistics, or the data set; needed for all but is and ca"),
         click.option("--metrics", metavar="LIST", default="fid", callback=_parse_metrics,
                      help="What to compute, of fid, kid, pr (precision and recall), dc (density "
-                          "and coverage), is (Inception score)"),
+                          "and coverage), is (Inception score), ca (class accuracy)"),
         click.option("--out", metavar="JSONL",
                      help="File that gets one line a score  [default: metrics.jsonl of the run]"),
         click.option("--features", "kept_features", metavar="NPZ|DIR",
@@ -189,6 +198,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
         raise UserError("--prune: pruned networks are not supported; --quant, --alpha and --steps "
                         "are", BAD_USAGE)
     _check_metrics(ref_path, metrics, bootstrap, per_class)
+    needing_classes = _needing_classes(metrics, per_class)
     with user_errors():
         sweeps = {name for name, on in zip(SWEPT, (alpha, steps, quant), strict=True) if on}
 
@@ -201,10 +211,10 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
 
         with dist.process_group(device) as chosen_device:
             if kept_files := dist.run_on_rank0(find_feature_files, images):
-                if per_class or kept_features is not None:
-                    flag = "--per-class" if per_class else "--features"
+                flag = needing_classes or ("--features" if kept_features is not None else None)
+                if flag:
                     raise UserError(f"{flag}: --images={images} holds features, without classes; "
-                                    f"leave {flag} out", BAD_USAGE)
+                                    f"leave {flag.split('=')[-1]} out", BAD_USAGE)
                 _score_kept(kept_files, ref_path, metrics, out, num, bootstrap, detector, chosen_device,
                             batch, workers)
                 return
@@ -215,10 +225,10 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                 for job in jobs:
                     try:
                         dataset = ImageFolderDataset(job.path, max_size=num, random_seed=seed,
-                                                     use_labels=per_class)
-                        if per_class and not dataset.has_onehot_labels:
-                            raise ValueError(f"--per-class: {job.path} has no classes; leave "
-                                             "--per-class out")
+                                                     use_labels=needing_classes is not None)
+                        if needing_classes and not dataset.has_onehot_labels:
+                            raise ValueError(f"{needing_classes}: {job.path} has no classes; leave "
+                                             f"{needing_classes.split('=')[-1]} out")
                         _refuse_strays(dataset)
                         if len(dataset) < num:
                             raise UnscorableError(
@@ -240,14 +250,15 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                 if len(dataset) < len(dataset.all_names):
                     dist.print0(f"Note: {job.path}: {num} of {len(dataset.all_names)} images are "
                                 f"scored, chosen at random by --seed={seed}", file=sys.stderr)
-                classes = dataset.class_numbers if per_class else None
-                if classes is not None:
+                classes = dataset.class_numbers if needing_classes else None
+                if per_class:
                     report.check_classes(classes)
+                report.check_asked(dataset.label_dim, job.path, is_part=True)
                 with console.timed("features"):
                     found = dataset_features(dataset, report.detector, metrics=metrics, batch=batch,
                                              workers=workers, title=Path(job.path).name,
                                              keeps_features=kept_place is not None
-                                             or report.keeps_features)
+                                             or report.keeps_features, asked=classes)
                 facts = {"images": job.path, "num": num, **_facts_of_images(dataset, seed)}
                 report.add(job, found, facts, path, classes)
                 if kept_place is not None:
@@ -333,7 +344,8 @@ def gen(network: tuple[str, ...], ref_path: str | None, metrics: tuple[str, ...]
             try:
                 score_networks(sources, points, seed_lists, open_sampler, open_report, batch=batch,
                                out=Path(out) if out else None, key=key, again=again,
-                               features=kept_place, is_per_class=per_class,
+                               features=kept_place,
+                               needing_classes=_needing_classes(metrics, per_class),
                                are_seeds_default=not is_seeds_typed)
             except UsageError as error:
                 raise UserError(str(error), BAD_USAGE) from error
@@ -377,6 +389,67 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
             if dist.get_rank() == 0:
                 console.result(f"{dest}: statistics of {len(dataset)} images by {built.name}"
                                f"{', with features' if features else ''}")
+
+
+def _parse_hidden(ctx, param, value: tuple[int, ...]) -> tuple[int, ...]:
+    if not 1 <= len(value) < _MAX_LAYERS or not all(1 <= units <= _MAX_WIDTH for units in value):
+        raise click.BadParameter(f"must be 1 to {_MAX_LAYERS - 1} numbers from 1 to {_MAX_WIDTH}")
+    return value
+
+
+@main.command(context_settings={"show_default": True, **HELP_NAMES})
+@click.option("--data",       metavar="DIR|ZIP|NPZ", required=True,
+              help="Images with classes to train on")
+@click.option("--val-data",   metavar="DIR|ZIP|NPZ", required=True,
+              help="Held-out images with classes, to measure the accuracy on")
+@click.option("--dest",       metavar="NPZ", required=True,
+              help="File to write")
+@click.option("--hidden",     metavar="LIST", type=IntList(unique=False), callback=_parse_hidden,
+              default="128,64",
+              help="Units of the hidden layers; those of the last one are the features")
+@click.option("--shift",      metavar="PIXELS", type=click.IntRange(min=0), default=1,
+              help="Also train on copies of the images that are moved so far to each side")
+@click.option("--alpha",      metavar="FLOAT", type=click.FloatRange(min=0), default=0.1,
+              help="Weight of the squared weights in the loss")
+@click.option("--seed",       metavar="INT", type=click.IntRange(0, 2**32 - 1), default=0,
+              help="Draws the first weights and the order of the images")
+@cache_dir_option
+@verbosity_options
+def classifier(data: str, val_data: str, dest: str, hidden: tuple[int, ...], shift: int,
+               alpha: float, seed: int) -> None:
+    """Trains a classifier of small images, which --detector=NPZ then takes.
+
+    It is a multilayer perceptron on the pixels, trained by scikit-learn, and takes only images of
+    the shape and scale of its data. With it --metrics=ca finds the share of images that are of the
+    class that was asked for. Its accuracy on the held-out images is printed and kept in the file.
+
+    Under torchrun only the first process works.
+    """
+    if not console.is_rank0():
+        return
+    with user_errors():
+        from dnnlib.atomic import check_writable
+        from metrics.classifier_training import (
+            check_trainable,
+            open_labelled,
+            require_package,
+            train_classifier,
+        )
+
+        require_package()
+        if not dest.endswith(".npz"):
+            raise ValueError(f"--dest={dest}: must be a file called *.npz")
+        with flag_errors("--dest", dest, "name another file"):
+            check_writable(dest)
+        images, held_out = open_labelled(data, "--data"), open_labelled(val_data, "--val-data")
+        check_trainable(images, held_out, shift)
+        with console.timed("training"):
+            trained = train_classifier(images, held_out, hidden=hidden, shift=shift, alpha=alpha,
+                                       seed=seed)
+        trained.save(dest)
+        right = round(trained.accuracy * len(held_out))
+        console.result(f"{dest}: a classifier of {trained.num_classes} classes; recognises {right} "
+                       f"of {len(held_out)} held-out images, {trained.accuracy:.2%}")
 
 
 @main.command(context_settings={"show_default": True, **HELP_NAMES})
@@ -624,13 +697,18 @@ def _report_pairs(paired, scores, values: tuple[float, float], clip: bool, image
 
 def _check_metrics(ref_path: str | None, metrics: tuple[str, ...], bootstrap: int | None,
                    per_class: bool) -> None:
-    if ref_path is None and (metrics != ("is",) or per_class):
+    comparing = [name for name in metrics if per_class or name not in _WITHOUT_REFERENCE]
+    if ref_path is None and comparing:
         raise UserError("Missing option '--ref': reference statistics (.npz) or the data set, "
-                        "needed by " + ", ".join(m for m in metrics if m != "is" or per_class),
-                        BAD_USAGE)
+                        f"needed by {', '.join(comparing)}", BAD_USAGE)
     if bootstrap is not None and "fid" not in metrics:
         raise UserError(f"--bootstrap with --metrics={','.join(metrics)}: finds the interval of fid; "
                         "name fid too, or leave --bootstrap out", BAD_USAGE)
+
+
+def _needing_classes(metrics: tuple[str, ...], per_class: bool) -> str | None:
+    """Returns the flag for which images must have classes; None for none."""
+    return "--per-class" if per_class else "--metrics=ca" if "ca" in metrics else None
 
 
 def _place_of_features(kept: str | None, num_scores: int) -> Path | None:

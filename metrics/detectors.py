@@ -8,18 +8,26 @@ an FID.
 
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from dnnlib.util import file_sha256
 from metrics import dinov2, inception
-from metrics.score_names import DINOV2, INCEPTION, title
+from metrics.classifier import Perceptron
+from metrics.score_names import CLASSIFIER, DINOV2, INCEPTION, title
 
 FEATURES_VERSION = 1  # of what detectors make of the same images; part of the names of kept files
 # A covariance of this many features takes 1.2 GB: 64x64 RGB images.
 MAX_PIXEL_FEATURES = 3 * 64 * 64
 _USUAL_PIXEL_FEATURES = 3 * 32 * 32  # whose distance takes seconds
 _POOLED = re.compile(r"pixels:([1-9]\d{0,5})")  # the pixels of images that are made smaller
+
+
+def no_images(image_shape: Sequence[int], is_8bit: bool) -> torch.Tensor:
+    """Returns an empty batch of images of this shape, by which a detector tells what it takes."""
+    return torch.empty([0, *image_shape], dtype=torch.uint8 if is_8bit else torch.float32)
 
 
 class Detector:
@@ -29,6 +37,7 @@ class Detector:
     distance_name: str  # what a Frechet distance between its features is called
     weights_sha256: str | None = None  # of the weight file, if there is one
     feature_dim: int | None = None  # length of a feature vector; None where the first batch decides
+    num_classes: int | None = None  # of the data, where it tells these apart
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)  # where features are computed and returned
@@ -45,6 +54,18 @@ class Detector:
     def check_kind(cls, channels: int, is_8bit: bool) -> None:
         """Raises ValueError if the detector can't take images of this kind."""
 
+    def dim_of(self, image_shape: Sequence[int], scale: dict[str, Any] | None) -> int:
+        """Returns the length of the features of images of this shape.
+
+        Args:
+            image_shape: channels, height and width.
+            scale: that of images that are not 8-bit; None of those that are.
+
+        Raises:
+            ValueError: the detector does not take such images.
+        """
+        return self(no_images(image_shape, scale is None)).shape[1]
+
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Returns unnormalised log probabilities of classes [B, classes] from features.
 
@@ -60,6 +81,13 @@ class Detector:
         if cls.logits is Detector.logits:
             raise ValueError(f"detector {cls.name}: has no classes, which the Inception score "
                              "needs")
+
+    @classmethod
+    def check_recognises(cls) -> None:
+        """Raises ValueError if the detector can't tell the classes of the data apart."""
+        raise ValueError(f"detector {cls.name}: was not trained on the classes of the data, as "
+                         "class accuracy needs; give --detector=FILE.npz that 'fid.py classifier' "
+                         "has written")
 
 
 class _OfPhotographs(Detector):
@@ -152,12 +180,63 @@ class Pixels(Detector):
         if self.feature_dim > MAX_PIXEL_FEATURES:
             raise ValueError(f"detector {self.name}: {self.feature_dim} numbers per image, at most "
                              f"{MAX_PIXEL_FEATURES} (64x64 RGB); {_way_out(images.shape, is_8bit)}")
-        features = images.to(self.device, torch.float32)
-        if is_8bit:
-            features = features / 127.5 - 1
+        features = _as_networks_see(images, self.device)
         if self._factor > 1 and len(features):
             features = torch.nn.functional.avg_pool2d(features, self._factor)
         return features.reshape(len(images), self.feature_dim)
+
+
+class Classifier(Detector):
+    """The last hidden layer of a classifier of small images that 'fid.py classifier' has trained.
+
+    It takes images of the shape and the scale of its training data.
+    """
+
+    name = CLASSIFIER
+    distance_name = title("frechet_distance", CLASSIFIER)
+
+    def __init__(self, device: torch.device | str, path: str):
+        super().__init__(device)
+        self._network = Perceptron.load(path).to(self.device)
+        self.name, self.distance_name = describe_detector(path)
+        self.weights_sha256 = file_sha256(path)
+        self.feature_dim = self._network.feature_dim
+        self.num_classes = self._network.num_classes
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        is_8bit, known = images.dtype == torch.uint8, self._network
+        if tuple(images.shape[1:]) != known.image_shape or is_8bit != (known.scale is None):
+            raise ValueError(f"detector {self.name}: was trained on "
+                             f"{_shown(known.image_shape, known.scale is None)}, these are "
+                             f"{_shown(images.shape[1:], is_8bit)}; train one on such images by "
+                             "'fid.py classifier'")
+        return known.hidden(_as_networks_see(images, self.device).flatten(1))
+
+    def dim_of(self, image_shape: Sequence[int], scale: dict[str, Any] | None) -> int:
+        dim = super().dim_of(image_shape, scale)
+        if scale != self._network.scale:
+            raise ValueError(f"detector {self.name}: was trained on images of another scale; "
+                             "dataset_tool.py must have made both data sets with the same --scale")
+        return dim
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        return self._network.logits(features)
+
+    @classmethod
+    def check_recognises(cls) -> None:
+        pass
+
+
+def _as_networks_see(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns images [B, C, H, W], uint8 or float32, as float32, about [-1, 1], on the device."""
+    values = images.to(device, torch.float32)
+    return values / 127.5 - 1 if images.dtype == torch.uint8 else values
+
+
+def _shown(shape: Sequence[int], is_8bit: bool) -> str:
+    channels, height, width = shape
+    kind = "8-bit" if is_8bit else "floating-point or 16-bit"
+    return f"{kind} {width}x{height} images of {channels} channel{'s' * (channels != 1)}"
 
 
 def _way_out(shape: torch.Size, is_8bit: bool) -> str:
@@ -181,7 +260,7 @@ DETECTORS: dict[str, type[Detector]] = {
 
 
 def detector_class(spec: str) -> type[Detector]:
-    """Returns the class of what `build_detector(spec)` makes; a weight file is Inception's.
+    """Returns the class of what `build_detector(spec)` makes.
 
     Raises:
         ValueError: `spec` is none of what `build_detector` takes.
@@ -191,10 +270,12 @@ def detector_class(spec: str) -> type[Detector]:
     if place := _dinov2_place(spec):
         dinov2.check_place(place)
         return DinoV2
+    if spec.endswith(".npz"):
+        return Classifier
     if spec not in DETECTORS and not spec.endswith(".pth"):
         raise ValueError(f"detector {spec!r}: must be {', '.join(DETECTORS)}, dinov2:FOLDER or "
-                         "dinov2:HUB_NAME with other weights, pixels:K with a whole number K, or a "
-                         f"copy of {inception.WEIGHTS_FILE}")
+                         "dinov2:HUB_NAME with other weights, pixels:K with a whole number K, an "
+                         f".npz of 'fid.py classifier', or a copy of {inception.WEIGHTS_FILE}")
     return DETECTORS.get(spec, Inception)
 
 
@@ -223,6 +304,9 @@ def describe_detector(spec: str) -> tuple[str, str]:
         name = dinov2.find_weights(_dinov2_place(spec)).name
         return name, title("frechet_distance", name)
     digest = file_sha256(spec)
+    if kind is Classifier:
+        name = f"{CLASSIFIER}:{digest[:16]}"
+        return name, title("frechet_distance", name)
     if digest == inception.WEIGHTS_SHA256:
         return Inception.name, Inception.distance_name
     name = f"{INCEPTION}:{digest[:16]}"
@@ -233,7 +317,8 @@ def build_detector(spec: str, device: torch.device | str = "cpu") -> Detector:
     """Returns the detector called `spec`.
 
     That is a name in `DETECTORS`; 'pixels:K' with the factor of `Pixels`; 'dinov2:PLACE' with a
-    folder or a name on the Hugging Face hub; or the path of weights for Inception.
+    folder or a name on the Hugging Face hub; the path of a classifier (.npz); or that of weights
+    for Inception (.pth).
 
     Raises:
         ValueError: there is no such detector, or the file holds something other than its weights.
@@ -243,4 +328,6 @@ def build_detector(spec: str, device: torch.device | str = "cpu") -> Detector:
         return Pixels(device, factor=int(pooled[1]))
     if place := _dinov2_place(spec):
         return DinoV2(device, place)
+    if spec.endswith(".npz"):
+        return Classifier(device, spec)
     return DETECTORS[spec](device) if spec in DETECTORS else Inception(device, path=spec)

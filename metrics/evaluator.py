@@ -21,7 +21,7 @@ from metrics.detectors import (
     describe_detector,
     detector_class,
 )
-from metrics.metrics import METRICS, FeatureSet, Images, dataset_features, no_images
+from metrics.metrics import METRICS, FeatureSet, Images, dataset_features
 from metrics.per_class import classes_to_score, scores_by_class
 from metrics.references import MAX_BANK, Reference, load_reference, save_reference
 from metrics.score_names import INCEPTION
@@ -46,8 +46,7 @@ class Evaluator:
         self._data: Images | None = None
         self._reference: Reference | None = None
         self._digest: str | None = None
-        if "is" in self.metrics:
-            detector_class(detector).check_classes()
+        check_classifies(detector, self.metrics)
         if isinstance(reference, str):
             self._load(reference, detector)
         else:
@@ -80,7 +79,7 @@ class Evaluator:
     def _check(self, image_shape: Sequence[int], images: str, scale: dict[str, Any] | None
                ) -> None:
         try:
-            dim = self.detector(no_images(image_shape, scale is None)).shape[1]
+            dim = self.detector.dim_of(image_shape, scale)
         except ValueError as error:
             raise ValueError(f"{images}: {error}") from error
         compared = self._reference or self._data
@@ -90,6 +89,20 @@ class Evaluator:
             raise ValueError(f"{self._name}: statistics of {len(self._reference.mu)} features, but "
                              f"detector {self.detector.name} gives {dim} for the "
                              f"{'x'.join(map(str, image_shape))} images of {images}")
+
+    def check_asked(self, num_classes: int, images: str, *, is_part: bool = False) -> None:
+        """Raises ValueError if the detector does not know the classes that images should be of.
+
+        Args:
+            num_classes: how many there are, for class accuracy.
+            images: what errors call the images.
+            is_part: there may be more, of which there are no images.
+        """
+        known = self.detector.num_classes
+        if num_classes > known or (num_classes < known and not is_part):
+            raise ValueError(f"{images}: has {num_classes} classes, but detector "
+                             f"{self.detector.name} knows {known}; give a classifier that was "
+                             "trained on the classes of these images")
 
     def prepare(self, batch: int, workers: int) -> None:
         """Computes the statistics of a reference that is a data set, or takes them from the cache.
@@ -184,6 +197,14 @@ class Evaluator:
         """What is recorded of the reference beside each score, as plain JSON data."""
         return {"reference": self._name if self._digest else None, "reference_sha256": self._digest,
                 "reference_num": self.reference_count}
+
+
+def check_classifies(detector: str, metrics: Iterable[str]) -> None:
+    """Raises ValueError if a detector lacks the classes that metrics need."""
+    if "is" in metrics:
+        detector_class(detector).check_classes()
+    if "ca" in metrics:
+        detector_class(detector).check_recognises()
 
 
 def check_made_for(reference: Reference, path: str, detector: str, metrics: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +145,12 @@ def load_on_rank0(path: str | os.PathLike) -> tuple[KeptFeatures, int]:
 
 
 def of_features(kept: KeptFeatures, count: int, detector: Detector, metrics: Iterable[str], *,
-                keeps_features: bool = False) -> FeatureSet:
+                keeps_features: bool = False, asked: Sequence[int] | None = None) -> FeatureSet:
     """Returns what `metrics` need of `count` images, of which this rank has these features.
 
-    Under torchrun every rank calls it.
+    For `asked` see `FeatureSet`. Under torchrun every rank calls it.
     """
-    found = FeatureSet(count, detector, metrics, keeps_features=keeps_features)
+    found = FeatureSet(count, detector, metrics, keeps_features=keeps_features, asked=asked)
     found.append_features(kept.features.to(detector.device), range(len(kept)))
     found.finish()
     return found

@@ -5,6 +5,7 @@
     pr     precision and recall                                Kynkaanniemi et al. 2019
     dc     density and coverage                                Naeem et al. 2020
     is     Inception score, mean and deviation over splits     Salimans et al. 2016
+    ca     class accuracy: share of images that a classifier recognises as the class asked for
 
 docs/metrics.md has the definitions. Under torchrun every function here is called on all ranks, and
 scores are returned by rank 0.
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from dnnlib.progress import Progress
-from metrics.detectors import Detector
+from metrics.detectors import Detector, no_images
 from metrics.distances import (
     density_coverage,
     frechet_distance,
@@ -26,7 +27,7 @@ from metrics.distances import (
     precision_recall,
 )
 from metrics.references import Reference
-from metrics.statistics import ClassStatistics, FeatureBank, FeatureStatistics, Sums
+from metrics.statistics import ClassHits, ClassStatistics, FeatureBank, FeatureStatistics, Sums
 from torch_utils import distributed as dist
 from torch_utils.loading import read_in_processes
 
@@ -54,17 +55,20 @@ class Images(Protocol):
 class FeatureSet:
     """What the wanted metrics need of one set of `count` images over all ranks.
 
-    With `keeps_features` the features are kept whether a metric needs them or not.
+    With `keeps_features` the features are kept whether a metric needs them or not. `asked` is the
+    class that each image should be of, [count], for class accuracy.
     """
 
     def __init__(self, count: int, detector: Detector, metrics: Iterable[str], *,
-                 keeps_features: bool = False):
+                 keeps_features: bool = False, asked: Sequence[int] | None = None):
         self.metrics = tuple(metrics)
         needs = {METRICS[name].needs for name in self.metrics}
         self.count, self.detector = count, detector
         self.moments = FeatureStatistics() if "moments" in needs else None
         self.bank = FeatureBank() if "bank" in needs or keeps_features else None
         self.classes = ClassStatistics(count) if "classes" in needs else None
+        assert "hits" not in needs or len(asked) == count, "a class for each image"
+        self.hits = ClassHits(asked) if "hits" in needs else None
         self.features: torch.Tensor | None = None  # [n, d] on rank 0, after `finish`
 
     def append(self, images: torch.Tensor, numbers: Sequence[int]) -> None:
@@ -77,8 +81,8 @@ class FeatureSet:
             self.moments.append(features)
         if self.bank:
             self.bank.append(features, numbers)
-        if self.classes:
-            self.classes.append(self.detector.logits(features), numbers)
+        for sums in filter(None, (self.classes, self.hits)):
+            sums.append(self.detector.logits(features), numbers)
 
     def add(self, batches: Iterable[tuple[torch.Tensor, Sequence[int]]],
             progress: Progress) -> None:
@@ -101,15 +105,16 @@ class FeatureSet:
         """Merges what the ranks have."""
         if self.moments:
             self.moments.all_reduce()
-        if self.classes:
-            self.classes.all_reduce()
+        for sums in filter(None, (self.classes, self.hits)):
+            sums.all_reduce()
         if self.bank:
             self.features = self.bank.gather()
 
     @property
     def sums(self) -> dict[str, Sums]:
         """All that is kept of the images so far, by names."""
-        kept = {"moments": self.moments, "bank": self.bank, "classes": self.classes}
+        kept = {"moments": self.moments, "bank": self.bank, "classes": self.classes,
+                "hits": self.hits}
         return {name: sums for name, sums in kept.items() if sums is not None}
 
 
@@ -117,7 +122,7 @@ class FeatureSet:
 class Metric:
     """A metric: what it needs, the names of its values, and how they are computed."""
 
-    needs: str  # 'moments', 'bank' or 'classes' of the images
+    needs: str  # 'moments', 'bank', 'classes' or 'hits' of the images
     values: tuple[str, ...]  # the names that they are recorded by, for Inception's features
     needs_reference_features: bool  # whether the reference's mean and covariance are not enough
     compute: Callable[[FeatureSet, Reference], tuple[float, ...]]
@@ -144,29 +149,35 @@ def _inception_score(images: FeatureSet, reference: Reference) -> tuple[float, f
     return images.classes.score()
 
 
+def _class_accuracy(images: FeatureSet, reference: Reference) -> tuple[float]:
+    return (images.hits.share(),)
+
+
 METRICS: dict[str, Metric] = {
     "fid": Metric("moments", ("fid",), False, _frechet),
     "kid": Metric("bank", ("kid", "kid_std"), True, _kernel),
     "pr": Metric("bank", ("precision", "recall"), True, _precision_recall),
     "dc": Metric("bank", ("density", "coverage"), True, _density_coverage),
     "is": Metric("classes", ("is", "is_std"), False, _inception_score),
+    "ca": Metric("hits", ("class_accuracy",), False, _class_accuracy),
 }
 
 
 def collect(batches: Iterable[tuple[torch.Tensor, Sequence[int]]], *, image_shape: Sequence[int],
             count: int, detector: Detector, metrics: Iterable[str], is_8bit: bool = True,
-            title: str | None = None, keeps_features: bool = False) -> FeatureSet:
+            title: str | None = None, keeps_features: bool = False,
+            asked: Sequence[int] | None = None) -> FeatureSet:
     """Returns what `metrics` need of all images, split over ranks and merged again.
 
     `batches` are this rank's images [B, C, H, W], uint8 or, unless `is_8bit`, float32. Each batch
     comes with the numbers of its images among 0 ... count-1, which all ranks share. `title` stands
-    before the progress bar.
+    before the progress bar; for `asked` see `FeatureSet`.
 
     Raises:
         ValueError: an image can't be read. All ranks raise the same.
         OSError: likewise.
     """
-    features = FeatureSet(count, detector, metrics, keeps_features=keeps_features)
+    features = FeatureSet(count, detector, metrics, keeps_features=keeps_features, asked=asked)
     # No image: fixes the number of features on a rank that gets none.
     features.append(no_images(image_shape, is_8bit), [])
     with Progress(count, title or "") as progress:
@@ -175,28 +186,27 @@ def collect(batches: Iterable[tuple[torch.Tensor, Sequence[int]]], *, image_shap
     return features
 
 
-def no_images(image_shape: Sequence[int], is_8bit: bool) -> torch.Tensor:
-    """Returns an empty batch of images of this shape, by which a detector tells what it takes."""
-    return torch.empty([0, *image_shape], dtype=torch.uint8 if is_8bit else torch.float32)
-
-
 def dataset_features(images: Images, detector: Detector, *, metrics: Iterable[str] = ("fid",),
                      batch: int, workers: int, title: str | None = None,
-                     keeps_features: bool = False) -> FeatureSet:
+                     keeps_features: bool = False, asked: Sequence[int] | None = None
+                     ) -> FeatureSet:
     """Returns what `metrics` need of a data set, by `collect`.
 
     One rank takes up to `batch` images at a time. `workers` processes read ahead; with 0, images
     are read when they are needed.
 
     Raises:
-        ValueError: an image can't be read. All ranks raise the same.
+        ValueError: the detector does not take such images, or one can't be read. All ranks raise
+            the same.
         OSError: likewise.
     """
+    detector.dim_of(images.image_shape, images.scale)
     own = [numbers for numbers in dist.split_for_rank(range(len(images)), batch) if numbers]
     pixels = (read[0] for read in read_in_processes(_PixelsOnly(images), own, workers=workers))
     return collect(zip(pixels, own, strict=True), image_shape=images.image_shape,
                    count=len(images), detector=detector, metrics=metrics,
-                   is_8bit=images.scale is None, title=title, keeps_features=keeps_features)
+                   is_8bit=images.scale is None, title=title, keeps_features=keeps_features,
+                   asked=asked)
 
 
 class _PixelsOnly:

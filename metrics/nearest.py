@@ -32,7 +32,7 @@ import torch
 from metrics.detectors import Detector
 from metrics.distances import squared_distances
 from metrics.evaluator import check_alike
-from metrics.metrics import Images, no_images
+from metrics.metrics import Images
 
 MEMORISED_RATIO = 1 / 3
 TAIL = 0.05
@@ -80,7 +80,7 @@ def check_comparable(detector: Detector, data: Images, data_name: str,
     def dim(images: Images, name: str) -> int:
         try:
             detector.check_kind(images.image_shape[0], images.scale is None)
-            return detector(no_images(images.image_shape, images.scale is None)).shape[1]
+            return detector.dim_of(images.image_shape, images.scale)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 

@@ -38,7 +38,8 @@ def score_networks(
     open_sampler: Callable[[NetworkFile, SweepPoint], NetworkSampler],
     open_report: Callable[[str, NetworkSampler], ScoreReport], *, batch: int,
     out: Path | None = None, key: str | None = None, again: bool = False,
-    features: Path | None = None, is_per_class: bool = False, are_seeds_default: bool = False,
+    features: Path | None = None, needing_classes: str | None = None,
+    are_seeds_default: bool = False,
 ) -> None:
     """Scores every network at every point and range; each file is read once.
 
@@ -54,7 +55,7 @@ def score_networks(
         out: the file of scores; None is metrics.jsonl beside each network.
         key: which network of files that hold several.
         again: compute scores that are in the file, too.
-        is_per_class: whether the classes are scored by themselves, too.
+        needing_classes: the flag that only networks with classes can be scored by; None for none.
         are_seeds_default: nobody has asked for these seeds; means are then made of all inputs.
         features: where the features are kept: a file .npz for a single score, else a folder.
 
@@ -72,8 +73,9 @@ def score_networks(
             file = NetworkFile.read(source, key)
             for point in points:
                 sampler = open_sampler(file, point)
-                if is_per_class and sampler.label_kind != "classes":
-                    raise UsageError(f"--per-class: {source} has no classes; leave --per-class out")
+                if needing_classes and sampler.label_kind != "classes":
+                    raise UsageError(f"{needing_classes}: {source} has no classes; leave "
+                                     f"{needing_classes.split('=')[-1]} out")
                 if are_seeds_default and sampler.average > 1:
                     ranges = seed_ranges(range(len(sampler.inputs)), len(ranges))
                 for seeds in ranges:
@@ -82,6 +84,7 @@ def score_networks(
                     report = _opened(open_report, source, sampler)
                 else:
                     report.check(sampler, source)
+                report.check_asked(sampler.net.label_dim, source)
                 for seeds in ranges:
                     job = _Job.of(file, point, sampler, seeds, labels[source], out)
                     kept = features and (features if is_single else features / job.feature_name)
@@ -176,13 +179,14 @@ def _score(job: _Job, sampler: NetworkSampler, seeds: Sequence[int], report: Sco
     kept = None if again or kept_at is None else _load_features(kept_at, job, report.detector)
     missing = report.missing(job.name, job.facts, job.path, again=again)
     classes, unfinished = None, None
-    if missing and report.is_per_class:
+    if missing and (report.is_per_class or report.needs_asked(missing)):
         classes = dist.run_on_rank0(_classes, sampler, seeds)
+    if missing and report.is_per_class:
         report.check_classes(classes)
     if kept is not None and missing:
         dist.print0(f"Features   {job.name.label}: from {kept_at}")
         found = of_features(kept, len(seeds), report.detector, missing,
-                            keeps_features=report.keeps_features)
+                            keeps_features=report.keeps_features, asked=classes)
     elif missing or (kept_at is not None and kept is None):
         if not missing:
             dist.print0(f"Features   {job.name.label}: not in {kept_at} yet, so its images are "
@@ -194,7 +198,7 @@ def _score(job: _Job, sampler: NetworkSampler, seeds: Sequence[int], report: Sco
         with console.timed("samples and features"):
             found = network_features(sampler, seeds, report.detector, metrics=missing, batch=batch,
                                      title=job.name.label, unfinished=unfinished,
-                                     keeps_features=keeps)
+                                     keeps_features=keeps, asked=classes)
         configure_backends("fp32")
     if missing:
         report.add(job.name, found, job.facts, job.path, classes)

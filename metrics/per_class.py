@@ -18,7 +18,8 @@ from metrics.metrics import METRICS, FeatureSet
 from metrics.references import Reference
 
 # Images that a metric needs on each side.
-_LEAST = {"fid": 2, "kid": 2, "pr": NUM_NEIGHBOURS + 1, "dc": NUM_DENSITY_NEIGHBOURS + 1, "is": 2}
+_LEAST = {"fid": 2, "kid": 2, "pr": NUM_NEIGHBOURS + 1, "dc": NUM_DENSITY_NEIGHBOURS + 1, "is": 2,
+          "ca": 2}
 
 
 def classes_to_score(classes: Sequence[int], reference_classes: Sequence[int],
@@ -70,7 +71,8 @@ def scores_by_class(features: torch.Tensor, classes: Sequence[int],
     for k in sorted(set().union(*enough.values())):
         own, real = (part[torch.from_numpy(numbers == k)] for part, numbers in sides)
         names = [name for name in metrics if k in enough[name]]
-        images, of_class = feature_set(own, detector, names), _reference(real, detector)
+        images = feature_set(own, detector, names, asked=[k] * len(own))
+        of_class = _reference(real, detector)
         scores[k] = {}
         for metric in map(METRICS.__getitem__, names):
             scores[k] |= zip(metric.values, metric.compute(images, of_class), strict=True)
@@ -84,9 +86,13 @@ def mean_over_classes(scores: dict[int, dict[str, float]]) -> dict[str, float]:
             for name in names}
 
 
-def feature_set(features: torch.Tensor, detector: Detector, metrics: Iterable[str]) -> FeatureSet:
-    """Returns what metrics need of images whose features [n, d] are at hand, on this rank alone."""
-    found = FeatureSet(len(features), detector, metrics)
+def feature_set(features: torch.Tensor, detector: Detector, metrics: Iterable[str],
+                asked: Sequence[int] | None = None) -> FeatureSet:
+    """Returns what metrics need of images whose features [n, d] are at hand, on this rank alone.
+
+    For `asked` see `FeatureSet`.
+    """
+    found = FeatureSet(len(features), detector, metrics, asked=asked)
     found.append_features(features.to(detector.device), range(len(features)))
     found.features = features
     return found

@@ -3,6 +3,7 @@
 Files have recorded names, `metric` in metrics.jsonl and `Metrics/NAME` in stats.jsonl:
 
     fid, kid, kid_std, precision, recall, density, coverage, is, is_std
+    class_accuracy                                            by a classifier of the data's classes
     frechet_distance, kernel_distance, kernel_distance_std    fid and kid of other features
     bits_per_dim, nats_per_dim                                of images, by likelihood.py
     psnr, ssim, ssim_uniform, rmse, mae                       of images and their truths
@@ -13,6 +14,7 @@ published Inception weights make an FID or KID, and only those of the published 
 
 SCORES_FILE = "metrics.jsonl"  # of a run or folder, or beside a network
 INCEPTION, DINOV2 = "inception", "dinov2"  # the detectors with the published weights
+CLASSIFIER = "classifier"  # one that fid.py has trained; its name goes on with a colon and a hash
 _NETWORKS = {INCEPTION: "Inception", DINOV2: "DINOv2"}
 _GENERAL = {"fid": "frechet_distance", "kid": "kernel_distance", "kid_std": "kernel_distance_std"}
 _TITLES = {"fid": "FID", "kid": "KID", "is": "IS", "precision": "precision",
@@ -23,8 +25,8 @@ _TITLES_OF_FEATURES = {"frechet_distance": "Frechet distance", "kernel_distance"
 LIKELIHOODS = ("bits_per_dim", "nats_per_dim")
 OF_PAIRS = ("psnr", "ssim", "ssim_uniform", "rmse", "mae")
 LOWER_IS_BETTER = ("fid", "kid", *_TITLES_OF_FEATURES, *LIKELIHOODS, "rmse", "mae")
-HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage", "psnr", "ssim",
-                    "ssim_uniform")
+HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage", "class_accuracy", "psnr",
+                    "ssim", "ssim_uniform")
 DISTANCES = ("fid", "frechet_distance")  # by which networks are compared first
 
 
@@ -43,4 +45,6 @@ def title(metric: str, detector: str) -> str:
     network, colon, _ = detector.partition(":")
     if colon and network in _NETWORKS:
         return f"{name} by other {_NETWORKS[network]} weights"
+    if network == CLASSIFIER:
+        return f"{CLASSIFIER} {name}"
     return f"{_NETWORKS.get(detector, detector)} {name}".strip()

@@ -1,7 +1,7 @@
 """What a command of scores says as they come, and at its end; and what it warns of before."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,19 @@ class ScoreReport:
     def check(self, images: Scored, name: str) -> None:
         """Raises ValueError if images, called `name`, can't be scored."""
         self._evaluator.check(images.image_shape, name, images.scale)
+
+    @staticmethod
+    def needs_asked(metrics: Iterable[str]) -> bool:
+        """Whether metrics need the class that each image should be of."""
+        return "ca" in metrics
+
+    def check_asked(self, num_classes: int, images: str, *, is_part: bool = False) -> None:
+        """Raises ValueError if class accuracy is wanted and the detector has other classes.
+
+        For the arguments see `Evaluator.check_asked`.
+        """
+        if self.needs_asked(self._metrics):
+            self._evaluator.check_asked(num_classes, images, is_part=is_part)
 
     def missing(self, job: Job, facts: dict[str, Any], path: Path | None, *,
                 again: bool) -> tuple[str, ...]:

@@ -22,9 +22,10 @@ from metrics.detectors import (
     build_detector,
     describe_detector,
     detector_class,
+    no_images,
 )
-from metrics.evaluator import Evaluator, check_alike, check_made_for
-from metrics.metrics import FeatureSet, no_images
+from metrics.evaluator import Evaluator, check_alike, check_classifies, check_made_for
+from metrics.metrics import FeatureSet
 from metrics.references import Reference, load_reference
 from metrics.unfinished import SAVE_SEC, UnfinishedSums
 from pfgmpp.samplers import SampleBatch
@@ -110,12 +111,13 @@ def check_scoring(detector: str, reference: str, metrics: Iterable[str],
     try:
         kind = detector_class(detector)
         kind.check_kind(dataset.num_channels, dataset.scale is None)
-        if "is" in metrics:
-            kind.check_classes()
+        check_classifies(detector, metrics)
         if kind is DinoV2:
             dinov2.require_package()
         elif kind is not Inception:  # which has weights
-            build_detector(detector, "cpu")(no_images(dataset.image_shape, dataset.scale is None))
+            build_detector(detector, "cpu").dim_of(dataset.image_shape, dataset.scale)
+        if "ca" in metrics and not dataset.has_onehot_labels:
+            raise ValueError("has no classes, which class accuracy needs")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     if is_url(reference):
@@ -139,7 +141,7 @@ def _is_data(reference: str) -> bool:
 def network_features(
     sampler: Sampler, seeds: Sequence[int], detector: Detector, *, metrics: Iterable[str],
     batch: int, title: str | None = None, unfinished: UnfinishedSums | None = None,
-    keeps_features: bool = False,
+    keeps_features: bool = False, asked: Sequence[int] | None = None,
 ) -> FeatureSet:
     """Returns what `metrics` need of the images of `seeds`, as they would be written and read.
 
@@ -152,6 +154,7 @@ def network_features(
         title: the text before the progress bar.
         unfinished: where sums are kept every few minutes, and from which this goes on.
         keeps_features: keep the features whether a metric needs them or not.
+        asked: the class of the image of each seed, for class accuracy.
 
     Raises:
         NonFiniteSamplesError: images have values that are not finite. All ranks raise it.
@@ -160,7 +163,8 @@ def network_features(
     unfinished = unfinished or UnfinishedSums(None, {})
 
     def empty() -> FeatureSet:
-        features = FeatureSet(len(seeds), detector, metrics, keeps_features=keeps_features)
+        features = FeatureSet(len(seeds), detector, metrics, keeps_features=keeps_features,
+                              asked=asked)
         # No image: fixes the number of features on a rank that gets none.
         features.append(no_images(sampler.image_shape, scaling.is_8bit), [])
         return features

@@ -16,7 +16,8 @@ mean^2/variance and can give a constant feature a variance below zero.
 
 `FeatureBank` keeps the features themselves, for metrics that compare images one by one.
 `ClassStatistics` sum class probabilities for the Inception score. Both put images in the order of
-their numbers, so that neither the batches nor the number of ranks changes a result.
+their numbers, so that neither the batches nor the number of ranks changes a result. `ClassHits`
+count the images of the class that was asked for.
 
 Each can be given away as `arrays`, and go on from such: then rank 0 has all that was appended so
 far, and the other ranks begin anew.
@@ -237,3 +238,42 @@ class ClassStatistics:
         marginal = torch.xlogy(p, p).sum(1)
         scores = (self._negative_entropy / self._num - marginal).exp()
         return scores.mean().item(), scores.std(correction=0).item()
+
+
+class ClassHits:
+    """The number of images in which a classifier sees the class that was asked for.
+
+    It is made for the classes of all images that will come, in the order of their numbers.
+    """
+
+    def __init__(self, asked: Sequence[int]):
+        self._asked = torch.as_tensor(np.asarray(asked, np.int64))
+        self._num = torch.zeros(2, dtype=torch.int64)  # images, and those that were recognised
+
+    @property
+    def count(self) -> int:
+        return int(self._num[0])
+
+    def append(self, logits: torch.Tensor, numbers: Sequence[int]) -> None:
+        """Adds logits [n, classes] of the images of these numbers."""
+        hits = logits.argmax(1).cpu() == self._asked[list(numbers)]
+        self._num += torch.tensor([len(hits), int(hits.sum())])
+
+    def all_reduce(self) -> None:
+        """Adds up the counts of all ranks, each of which must call this once, at the end."""
+        self._num.copy_(sum(dist.gather_objects(self._num)))
+
+    def merge_to_rank0(self) -> None:
+        self.all_reduce()
+        if dist.get_rank() != 0:
+            self._num.zero_()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"num": self._num.numpy()}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._num.copy_(_checked(arrays, "num", [2]))
+
+    def share(self) -> float:
+        """Returns the share of the images that were recognised."""
+        return self._num[1].item() / self.count

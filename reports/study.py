@@ -27,8 +27,7 @@ _NO_TAG = "NNNNNN"
 _FREE = RESUME_MAY_CHANGE.keys() - {"data", "seed", "transfer"}
 # What --metrics are recorded as, by the published Inception weights or by other features.
 _RECORDED = {"fid": {"fid", "frechet_distance"}, "kid": {"kid", "kernel_distance"},
-             "pr": {"precision"}, "dc": {"density"}, "is": {"is"},
-             "ca": {"class_accuracy"}}
+             "pr": {"precision"}, "dc": {"density"}, "is": {"is"}, "ca": {"class_accuracy"}}
 _BASE_STEPS = 18
 # 32 steps of four evaluations and their traces, and half as many; a trace takes two more.
 _EVALUATIONS_OF_LIKELIHOOD = 3 * 192

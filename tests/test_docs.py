@@ -236,6 +236,9 @@ def make_world(root):
     np.savez(root / "digits.npz", digits.images.astype(np.uint16)[..., None], digits.target)
     write_restored(root)
     write_ct_network(root)
+    (root / "runs/digits").mkdir()
+    write_snapshot(root / "runs/digits/network-snapshot-000000.pt", shape=(1, 8, 8), label_dim=10,
+                   dataset={"scale": {"center": [8.0], "spread": [8.0]}})
     run_own_data([0, 2])
 
 
@@ -321,6 +324,7 @@ SMALLER = {
     "likelihood.py": ["--steps=2", "--count=4", "--device=cpu"],
     "distill.py": ["--duration=0.000016", "--batch=8", "--workers=0", "--samples=0", "--seed=0",
                    "--device=cpu"],
+    "fid.py classifier": ["--hidden=16", "--shift=0"],
     "fid.py nearest": ["--detector=pixels", "--workers=0", "--device=cpu"],
     "fid.py ref": ["--detector=pixels", "--workers=0", "--device=cpu"],
 }
@@ -332,6 +336,11 @@ def run(script, args):
     text = f"{script} {shlex.join(args)}\n{done.output}"
     assert done.exit_code == 0, f"{text}\n{done.exception!r}"
     return done.output
+
+
+def find_detector(args):
+    """Returns the documented flag, for --detector=pixels has no classes."""
+    return next(arg for arg in args if arg.startswith("--detector="))
 
 
 def run_documented(script, documented):
@@ -351,7 +360,11 @@ def run_documented(script, documented):
         for name in re.findall(r"edm/fid-refs/([\w-]+)\.npz", " ".join(documented)):
             run(script, ["ref", f"--data=datasets/{name}.zip", f"--dest=fid-refs/{name}.npz",
                          *SMALLER["fid.py ref"]])
-        output = run(script, [*args, *SMALLER.get(f"fid.py {args[0]}", ())])
+        smaller = SMALLER.get(f"fid.py {args[0]}", ())
+        if "--metrics=ca" in args:
+            assert "class accuracy\n" in run(script, [*args, *smaller, find_detector(args)])
+            return
+        output = run(script, [*args, *smaller])
         if args[0] == "pairs":
             assert re.search(r"\npsnr \d\d\.\d\d \+- .*\([34] images\)\n", output)
             return
@@ -360,7 +373,7 @@ def run_documented(script, documented):
                              re.M)
             return
         shown = r"pixels Frechet distance: [\d.e+-]+\n|pixels kernel distance"
-        assert args[0] == "ref" or re.search(shown, output)
+        assert args[0] in ("ref", "classifier") or re.search(shown, output)
     elif script in ("checkpoint_tool.py", "report.py", "runs.py"):
         run(script, args)
     elif script in ("docs/results.py", "benchmarks"):

@@ -109,7 +109,7 @@ OUTPUT = (
     click.option("--eval-ref", metavar="NPZ|URL|ZIP|DIR", help="Reference statistics or data set to score against."),
     click.option("--eval-pairs", metavar="ZIP|DIR", help="Paired data set to restore: PSNR of its images, by its condition images.  [default: none]"),
     click.option("--eval-num", metavar="INT", type=int, default=50_000, help="Number of samples to score, and the largest number of pairs."),
-    click.option("--eval-detector", metavar="inception|dinov2[:PLACE]|pixels[:K]|FILE", default="inception", help="Features to score by, see fid.py."),
+    click.option("--eval-detector", metavar="inception|dinov2[:PLACE]|pixels[:K]|FILE.npz|FILE.pth", default="inception", help="Features to score by, see fid.py."),
 )
 
 START = (

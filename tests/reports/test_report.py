@@ -513,7 +513,8 @@ def test_a_report_needs_no_torch(runs, tmp_path):
 
 @pytest.mark.parametrize("metric, lower", [
     ("fid", True), ("kid", True), ("frechet_distance", True), ("kernel_distance", True),
-    ("is", False), ("precision", False), ("recall", False), ("a_new_one", None)])
+    ("is", False), ("precision", False), ("recall", False), ("class_accuracy", False),
+    ("a_new_one", None)])
 def test_which_values_are_better_is_known_of_every_metric(metric, lower):
     group = ScoreGroup(metric, "inception", 10, "ref", ())
     assert group.is_lower_better is lower
