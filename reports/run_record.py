@@ -71,7 +71,7 @@ class Score:
     other: tuple[tuple[str, str], ...] = ()
     weights: str = ""  # sha256 of the network's weights; '' where it is not recorded
     nfe: int | None = None  # evaluations of the network per image, where it is recorded
-    rounding_seed: int | None = None  # of rounding at random; None for the nearest level
+    rounding_seed: int | None = None  # of weights rounded at random; None for the nearest level
 
     @property
     def of_class(self) -> str | None:

@@ -128,7 +128,8 @@ class NetworkSampler:
              class_idx: int | str | None = None,
              label_source: str | None = None,
              pfgmpp: bool | None = None, aug_dim: float | None = None, precision: str = "fp32",
-             bits: int = FULL_BITS, guidance: float = 1.0, gnet: str | NetworkFile | None = None,
+             bits: int = FULL_BITS, rounding_seed: int | None = None,
+             guidance: float = 1.0, gnet: str | NetworkFile | None = None,
              guidance_interval: tuple[float, float] | None = None, cond_image: str | None = None,
              init_image: str | None = None, init_sigma: float | None = None,
              init_level: float | None = None, average: int | None = None, tile: int | None = None,
@@ -150,6 +151,8 @@ class NetworkSampler:
             precision: arithmetic inside the network. PyTorch's settings of TF32 and of sums in half
                 precision are made to match, for the whole process.
             bits: what the network's weights are rounded to, see sampling/quantization.py.
+            rounding_seed: makes this rounding stochastic; None is to the nearest level. With 32
+                bits nothing is rounded, and the seed is not recorded.
             guidance: strength of guidance, see pfgmpp/guidance.py; 1 is none.
             gnet: the guide, like `source`; None is the network without its labels.
             guidance_interval: noise levels (lo, hi] at which to guide; None is everywhere.
@@ -184,7 +187,7 @@ class NetworkSampler:
         file = NetworkFile.read(source, key)
         source = file.source
         content, net = open_one(file)
-        quantise_(net, bits)
+        quantise_(net, bits, rounding_seed)
         scaling = recorded_scaling(content, source, "scale", net.img_channels)
         init_sigma, level_flag = _first_level(init_sigma, init_level, scaling)
         _check_starts(sampler_options, init_image, init_sigma, level_flag, measure)
@@ -214,7 +217,7 @@ class NetworkSampler:
         settings = {"weights": file.digest, "network": checkpoint.digest(net.config)[:16],
                     "class": class_idx, "precision": precision, "device": device.type, "D": net.D,
                     **_recorded_sampler(sampler, net),
-                    **({"bits": bits} if bits < FULL_BITS else {}),
+                    **_recorded_rounding(bits, rounding_seed),
                     **({"compile": True} if compiled else {})}
         _warn_of_init_sigma(net, init_sigma, scaling)
         denoiser, extra = _with_guidance(net, source, guidance, gnet, guidance_interval,
@@ -842,6 +845,13 @@ def _class_counts(content: dict[str, Any], label_dim: int) -> list[int] | None:
     is_valid = isinstance(counts, list) and len(counts) == label_dim and any(counts) and all(
         type(count) is int and count >= 0 for count in counts)
     return counts if is_valid else None
+
+
+def _recorded_rounding(bits: int, seed: int | None) -> dict[str, int]:
+    """Returns the settings that record how weights are rounded: none where they are not."""
+    if bits >= FULL_BITS:
+        return {}
+    return {"bits": bits} | ({} if seed is None else {"rounding_seed": seed})
 
 
 def _with_guidance(

@@ -3,11 +3,16 @@
     w weight    b bits    s step = (max w - min w)/(2^b - 1)    z zero point, a whole number
 
     z  = trunc(clip(-min w / s, 0, 2^b - 1))
-    w' = s (round(clip(z + w/s, 0, 2^b - 1)) - z)
+    q  = clip(z + w/s, 0, 2^b - 1)
+    w' = s (round(q) - z)
 
 per tensor: uniform, and 0 stays 0. Where min w <= 0 <= max w, a weight moves by at most s/2, and by
 less than s next to min w, where truncating z cuts off. (A tensor of one sign is cut off further; no
 layer here is one.)
+
+Stochastic rounding replaces round(q) by floor(q) + [u < q - floor(q)], u uniform in [0, 1), so that
+the mean of w' is w wherever the clip does not act. Each u is drawn on the CPU from one generator,
+tensor by tensor in the order of the module's parameters, so a seed gives the same weights anywhere.
 """
 
 import torch
@@ -17,6 +22,7 @@ from sampling.sweeps import FULL_BITS
 # Norms and embeddings are few, and an error in them moves whole images; the layers at 32x32 were
 # spared by the published experiment, whatever the resolution of the image.
 _SPARED = ("norm", "affine", "map", "32")
+_SEED_RANGE = 1 << 32  # PyTorch's generator on the CPU ignores higher bits of a seed
 
 
 def is_quantised(name: str) -> bool:
@@ -25,27 +31,43 @@ def is_quantised(name: str) -> bool:
 
 
 @torch.no_grad()
-def quantise_(module: torch.nn.Module, bits: int) -> None:
+def quantise_(module: torch.nn.Module, bits: int, seed: int | None = None) -> None:
     """Rounds the weights of a module, in place; from 32 bits on nothing changes.
 
+    `seed` makes the rounding stochastic; None rounds to the nearest level.
+
     Raises:
-        ValueError: bits out of range.
+        ValueError: bits or seed out of range.
     """
     if bits < 1:
         raise ValueError(f"bits={bits}: must be 1 or more ({FULL_BITS} leaves weights as they are)")
+    if seed is not None and not 0 <= seed < _SEED_RANGE:
+        raise ValueError(f"rounding_seed={seed}: must be from 0 to {_SEED_RANGE - 1}")
     if bits >= FULL_BITS:
         return
+    rng = None if seed is None else torch.Generator().manual_seed(seed)
     for name, weight in module.named_parameters():
         if is_quantised(name):
-            weight.copy_(quantised(weight, bits))
+            weight.copy_(quantised(weight, bits, rng))
 
 
-def quantised(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Returns the weight rounded to 2^bits levels; a constant one as it is."""
+def quantised(weight: torch.Tensor, bits: int, rng: torch.Generator | None = None) -> torch.Tensor:
+    """Returns the weight rounded to 2^bits levels; a constant one as it is.
+
+    `rng`, a generator on the CPU, makes the rounding stochastic.
+    """
     top = 2**bits - 1
     low, high = weight.min(), weight.max()
     step = (high - low) / top
     if step == 0:
         return weight.clone()
     zero = (-low / step).clamp(0, top).trunc()
-    return step * ((zero + weight / step).clamp(0, top).round() - zero)
+    place = (zero + weight / step).clamp(0, top)
+    return step * ((place.round() if rng is None else _rounded_at_random(place, rng)) - zero)
+
+
+def _rounded_at_random(place: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Returns one of the two whole numbers beside each value, with the value as its mean."""
+    below = place.floor()
+    u = torch.rand(place.shape, generator=rng, dtype=place.dtype).to(place.device)
+    return below + (u < place - below)  # floor(place + u) could round up a whole number

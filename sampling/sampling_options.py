@@ -118,6 +118,7 @@ _OPTIONS = (
     click.option("--steps", metavar="LIST", type=NumberList(int, 1), help="Number of noise levels; several are a sweep.  [default: 18; of few-step networks their own]"),
     click.option("--alpha", metavar="LIST", type=NumberList(float, 0), help="Robustness study: noise of alpha times the level, added before each step."),
     click.option("--bits", metavar="LIST", type=NumberList(int, 1, FULL_BITS), help="Robustness study: bits that weights are rounded to; 32 leaves them."),
+    click.option("--rounding-seed", metavar="INT", type=click.IntRange(0, 2**32 - 1), help="Round weights to --bits at random, up or down with their own value as the mean, by this seed.  [default: to the nearest level]"),
     click.option("--sigma_min", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), help="Lowest noise level.  [default: 0.002, or the discretisation's]"),
     click.option("--sigma_max", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), help="Highest noise level.  [default: 80, 380 for --lsun networks, what the file records, or the discretisation's]"),
     click.option("--rho", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=7, help="Exponent of the grid of noise levels."),
@@ -164,6 +165,7 @@ def sampling_options(command: Callable) -> Callable:
         if options["sigmas"] is not None:
             _refuse_grids(click.get_current_context(), options)
         check_alpha(options["solver"], options["alpha"])
+        _check_rounding(options["rounding_seed"], options["bits"])
         return command(**options)
 
     for option in reversed(_OPTIONS):
@@ -192,6 +194,13 @@ def check_alpha(solver: str | None, alpha: Sequence[float] | None) -> None:
     if solver == CONSISTENCY and any(alpha or ()):
         raise UserError(f"--alpha={max(alpha):g}: --solver={solver} solves no equation; leave one "
                         "of them out", BAD_USAGE)
+
+
+def _check_rounding(seed: int | None, bits: Sequence[int] | None) -> None:
+    """Raises UserError for a seed of rounding where no weight is rounded."""
+    if seed is not None and min(bits or [FULL_BITS]) >= FULL_BITS:
+        raise UserError(f"--rounding-seed={seed}: no weights are rounded; give --bits below "
+                        f"{FULL_BITS}, or leave --rounding-seed out", BAD_USAGE)
 
 
 def _refuse_grids(context: click.Context, options: dict) -> None:

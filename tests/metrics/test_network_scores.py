@@ -189,6 +189,16 @@ def test_another_setting_is_another_score(run, data, sampled, args):
     assert len(sampled) > count
 
 
+def test_each_draw_of_rounding_is_a_score_of_its_own(run, data, sampled):
+    draws = [["--bits=3"], ["--bits=3", "--rounding-seed=0"], ["--bits=3", "--rounding-seed=1"]]
+    for _ in range(2):  # the second time all are recorded
+        for args in draws:
+            gen(run, data, *args, **ONE)
+    assert len(sampled) == 3 * 9
+    assert [line["sampler"].get("rounding_seed") for line in lines(run)] == [None, 0, 1]
+    assert len({line["value"] for line in lines(run)}) == 3
+
+
 def test_other_weights_and_another_reference_are_another_score(run, data, sampled, tmp_path):
     one = {"pattern": "network-snapshot-000010.pt"}
     gen(run, data, **one)
@@ -322,6 +332,19 @@ def test_another_batch_size_goes_on_too(run, data, stopping, sampled):
     assert sampled == [4, 5, 6, 7, 8]
     [value] = values(run).values()
     assert value == pytest.approx(whole, rel=0.01)  # pixels round to other gray levels
+
+
+def test_unfinished_sums_of_another_draw_of_rounding_are_not_used(run, data, stopping, sampled):
+    stopping(2)
+    with pytest.raises(Stopped):
+        gen(run, data, "--bits=3", "--rounding-seed=0", **ONE)
+    stopping(99)
+    sampled.clear()
+    gen(run, data, "--bits=3", "--rounding-seed=1", **ONE)
+    assert sampled == list(range(9))
+    sampled.clear()
+    gen(run, data, "--bits=3", "--rounding-seed=0", **ONE)
+    assert sampled == [4, 5, 6, 7, 8]
 
 
 def test_damaged_sums_are_not_used(run, data, stopping, sampled, capsys):
@@ -464,7 +487,8 @@ def test_features_of_other_images_are_refused_and_replaced_when_asked(run, data,
     before = (tmp_path / "f.npz").read_bytes()
     capsys.readouterr()
     args = ["gen", f"--network={run / 'network-snapshot-000010.pt'}", f"--ref={data}", file]
-    for other in (["--seeds=1-9"], ["--seeds=0-8", "--steps=3"]):
+    for other in (["--seeds=1-9"], ["--seeds=0-8", "--steps=3"],
+                  ["--seeds=0-8", "--bits=3", "--rounding-seed=0"]):
         assert re.search("f.npz: holds features of other images.*--again",
                          refused(capsys, *args, *FAST, *other))
     assert (tmp_path / "f.npz").read_bytes() == before

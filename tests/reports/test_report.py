@@ -84,6 +84,14 @@ def test_a_score_keeps_odd_settings_and_leaves_out_defaults(tmp_path):
     assert second == Score("fid", 2, 10, 128)
 
 
+def test_the_seed_of_rounding_is_read_and_is_no_other_setting(tmp_path):
+    lines = [score_line(2, 1.5, bits=4), score_line(2, 2.5, bits=4, rounding_seed=0),
+             score_line(2, 3.5, bits=4, rounding_seed=7)]
+    scores = RunRecord.read(write_run(tmp_path / "run", scores=lines)).scores
+    assert [score.rounding_seed for score in scores] == [None, 0, 7]
+    assert {score.other for score in scores} == {()} and not any(s.is_plain for s in scores)
+
+
 def test_evaluations_are_shown_where_they_are_recorded_and_tell_no_scores_apart(tmp_path):
     lines = [score_line(2, 1.5, seeds="0-9"), score_line(2, 2.5, seeds="10-19", nfe=35),
              score_line(2, 3.5, seeds="0-9", solver="ipndm", num_steps=7, nfe=7),

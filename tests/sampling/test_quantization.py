@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -78,3 +80,106 @@ def test_the_zero_point_is_cut_off_and_levels_are_rounded(seed, bits):
     # In float64, where no two levels are taken for one another by rounding.
     w = torch.from_numpy(np.random.default_rng(seed).normal(0.3 * seed, 1, 500))
     np.testing.assert_allclose(quantised(w, bits), by_hand(w, bits), rtol=1e-9, atol=1e-12)
+
+
+# ----------------------------------------------------------------------------- stochastic rounding
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def places(weight, bits):
+    """Returns step, zero point and, in steps from level 0, where the weights lie."""
+    top = 2**bits - 1
+    step = (weight.max() - weight.min()) / top
+    zero = (-weight.min() / step).clamp(0, top).trunc()
+    return step, zero, weight / step + zero
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_weight_goes_to_one_of_the_two_levels_beside_it(bits):
+    weight = torch.randn([300], generator=rng(bits), dtype=torch.float64)
+    step, zero, place = places(weight, bits)
+    below = place.clamp(0).floor()
+    seen = torch.stack([quantised(weight, bits, rng(seed)) for seed in range(60)]) / step + zero
+    level = seen.round()
+    torch.testing.assert_close(seen, level, rtol=0, atol=1e-9)
+    assert ((level == below) | (level == below + 1)).all()
+    assert level.min() >= 0 and level.max() <= 2**bits - 1
+    inside = (place - below > 0.2) & (place - below < 0.8)  # 60 draws of one kind: 2e-6 at most
+    assert (level[:, inside].amin(0) == below[inside]).all()
+    assert (level[:, inside].amax(0) == below[inside] + 1).all()
+
+
+def test_the_mean_over_seeds_is_the_weight_and_the_variance_that_of_two_levels():
+    weight, bits, draws = torch.randn([400], generator=rng(1), dtype=torch.float64), 3, 4000
+    step, _, place = places(weight, bits)
+    share = place.clamp(0) - place.clamp(0).floor()
+    rounded = torch.stack([quantised(weight, bits, rng(seed)) for seed in range(draws)])
+    error = (rounded.mean(0) - weight) / step
+    std_error = (share * (1 - share) / draws).sqrt()
+    inside = place >= 0  # below, truncating the zero point has cut off
+    assert 0 < (~inside).sum() < 40
+    assert (error.abs() <= 4.5 * std_error + 1e-9)[inside].all()  # of 400 normals: p < 0.003
+    assert ((error[inside] / std_error[inside].clamp(1e-9)).square().mean() - 1).abs() < 0.35
+    torch.testing.assert_close(error[~inside], -place[~inside], rtol=0, atol=1e-9)
+    variance = (rounded / step).var(0)
+    assert ((variance - share * (1 - share)).abs() < 5 * 0.5 / draws**0.5).all()
+
+
+def test_what_is_on_a_level_stays_there_under_every_draw():
+    levels = torch.arange(-8, 8).float() * 0.25
+    for seed in range(20):
+        assert torch.equal(quantised(levels, 4, rng(seed)), levels)
+    # A sum with u close to 1 would round up in float32, above all far from level 0.
+    weight = torch.zeros([400_000])
+    weight[:2] = torch.tensor([-1.0, 1e-3])
+    for seed in range(4):
+        rounded = quantised(weight, 16, rng(seed))
+        assert not rounded[2:].any()
+
+
+def test_a_seed_gives_the_same_weights_and_another_seed_others():
+    net, rounded = network(), {}
+    for name, seed in (("first", 5), ("same", 5), ("other", 6)):
+        rounded[name] = copy.deepcopy(net)
+        torch.manual_seed(len(rounded))  # which no rounding looks at
+        quantise_(rounded[name], 3, seed)
+    for (name, weight), first, same, other in zip(
+            net.named_parameters(), *(other.parameters() for other in rounded.values()),
+            strict=True):
+        assert torch.equal(first, same)
+        if is_quantised(name):
+            assert torch.equal(first, other) == (weight.min() == weight.max())
+        else:
+            assert torch.equal(first, weight) and torch.equal(other, weight)
+
+
+def test_the_draws_follow_the_order_of_the_parameters():
+    net = network()
+    before = {name: tensor.clone() for name, tensor in net.named_parameters()}
+    quantise_(net, 4, 7)
+    one_after_another = rng(7)
+    for name, tensor in net.named_parameters():
+        if is_quantised(name):
+            w = before[name]
+            step = (w.max() - w.min()) / 15
+            if step > 0:
+                place = ((-w.min() / step).trunc() + w / step).clamp(0, 15)
+                up = torch.rand(w.shape, generator=one_after_another) < place - place.floor()
+                w = step * (place.floor() + up - (-w.min() / step).trunc())
+            torch.testing.assert_close(tensor, w, msg=name)
+
+
+def test_32_bits_need_no_draw():
+    net = network()
+    rounded = copy.deepcopy(net)
+    quantise_(rounded, 32, 1)
+    assert all(map(torch.equal, rounded.parameters(), net.parameters()))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_that_the_generator_would_take_for_others_are_refused(seed):
+    with pytest.raises(ValueError, match=f"rounding_seed={seed}: must be from 0 to 4294967295"):
+        quantise_(network(), 4, seed)

@@ -25,6 +25,7 @@ OTHER = {
     "num_steps": ({}, 4),
     "noise_alpha": ({}, 0.5),
     "bits": ({}, 3),
+    "rounding_seed": ({"bits": 3, "rounding_seed": 0}, 1),
     "sigma_min": ({}, 0.5),
     "sigma_max": ({}, 5.0),
     "rho": ({}, 2.0),
@@ -125,7 +126,8 @@ def test_the_condition_images_change_the_images_and_the_record(files):
 def test_a_record_that_differs_in_any_key_is_refused_by_name(files, tmp_path, invoke):
     args = [f"--network={files['NETWORK']}", f"--outdir={tmp_path / 'out'}", "--seeds=0",
             "--steps=2", "--guidance=2", f"--gnet={files['GUIDE']}", "--guidance-interval=0.5,5",
-            "--bits=8", "--alpha=0.1", f"--init-image={files['IMAGES']}", "--init-sigma=1"]
+            "--bits=8", "--rounding-seed=3", "--alpha=0.1",
+            f"--init-image={files['IMAGES']}", "--init-sigma=1"]
     assert invoke(generate.main, *args).exit_code == 0
     [path] = tmp_path.rglob("generate.json")
     record = json.loads(path.read_text())

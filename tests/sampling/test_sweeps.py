@@ -3,6 +3,7 @@
 import json
 import re
 
+import click
 import numpy as np
 import PIL.Image
 import pytest
@@ -211,6 +212,39 @@ def test_quantised_images_are_those_of_the_rounded_network(run_dir, tmp_path):
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
+def test_images_of_another_draw_of_rounding_need_another_folder(run_dir, tmp_path, capsys):
+    state = run_dir / "training-state-000200.pt"
+    args = [f"--network={state}", "--seeds=0-1", "--steps=2", "--bits=3,32"]
+    draws = {"nearest": [], "0": ["--rounding-seed=0"], "1": ["--rounding-seed=1"],
+             "0 again": ["--rounding-seed=0"]}
+    made, rounding = {}, "ckpt_000000_quant_3"
+    for name, flags in draws.items():
+        call(generate.main, *args, f"--outdir={tmp_path / name}", *flags)
+        made[name] = images(tmp_path / name / rounding)
+        for folder, seed in ((rounding, flags), ("ckpt_000000_quant_32", [])):
+            settings = json.loads((tmp_path / name / folder / "generate.json").read_text())
+            assert settings.get("rounding_seed") == (int(seed[0][-1]) if seed else None)
+    same = {(a, b) for a in made for b in made if a < b and all(
+        np.array_equal(made[a][key], made[b][key]) for key in made[a])}
+    assert same == {("0", "0 again")}
+    for name, then in (("nearest", None), ("0", 0)):
+        words = rf"another setting \(rounding_seed: {then} there, 1 now\); name another --outdir"
+        with pytest.raises(click.ClickException, match=words):
+            call(generate.main, *args, f"--outdir={tmp_path / name}", "--rounding-seed=1")
+
+
+@pytest.mark.parametrize("command", [["generate"], ["fid", "gen"]])
+@pytest.mark.parametrize("bits", [[], ["--bits=32"], ["--bits=32,32"]])
+def test_a_seed_of_rounding_needs_weights_that_are_rounded(capsys, command, bits):
+    main = {"generate": generate.main, "fid": fid.main}[command[0]]
+    with pytest.raises(SystemExit) as caught:
+        main([*command[1:], "--network=x.pt", "--outdir=y" if command == ["generate"] else
+              "--ref=y.npz", "--rounding-seed=3", *bits])
+    assert caught.value.code == 2
+    assert "--rounding-seed=3: no weights are rounded; give --bits below 32, or leave " \
+        "--rounding-seed out" in capsys.readouterr().err
+
+
 def test_a_sweep_is_not_done_again(run_dir, tmp_path, capsys):
     args = [f"--network={run_dir / 'training-state-000200.pt'}", f"--outdir={tmp_path}",
             "--seeds=0-1", "--steps=2,3"]
@@ -227,6 +261,8 @@ def test_a_sweep_is_not_done_again(run_dir, tmp_path, capsys):
     ("--alpha=inf", "is not a list of numbers"),
     ("--alpha=nan", "is not a list of numbers"),
     ("--bits=33", "each at least 1 and at most 32"),
+    ("--rounding-seed=-1", "-1 is not in the range 0<=x<=4294967295"),
+    ("--rounding-seed=4294967296", "4294967296 is not in the range 0<=x<=4294967295"),
     ("--pfgm=1", "--pfgm: not supported; PFGM is --pfgmpp=1 --aug_dim=1"),
 ])
 def test_bad_lists_get_one_line(run_dir, tmp_path, capsys, flag, words):
