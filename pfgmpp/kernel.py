@@ -118,6 +118,21 @@ class PerturbationKernel:
     ) -> torch.Tensor:
         """Returns the ideal denoiser E[y|x] for y uniform over `data`, [B, ...] in x's dtype.
 
+        Args:
+            x: perturbed images [B, ...].
+            sigma: noise level, a number or a tensor of shape [], [B] or [B, 1, 1, 1].
+            data: clean images [M, ...].
+            eligible: as for `posterior_weights`.
+        """
+        weights = self.posterior_weights(x, sigma, data, eligible)
+        return (weights @ data.to(torch.float64).flatten(1)).to(x.dtype).reshape(x.shape)
+
+    def posterior_weights(
+        self, x: torch.Tensor, sigma: float | torch.Tensor, data: torch.Tensor,
+        eligible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns how probable each of `data` is given x, [B, M] float64 of sum 1 over M.
+
         Distances come from a matrix product, |x|^2 + |y|^2 - 2 x.y, in float64, where its
         cancellation is harmless; no [B, M, N] array is formed.
 
@@ -136,7 +151,7 @@ class PerturbationKernel:
         logits = self._log_profile(squared / sigma.square(), points.shape[1])
         if eligible is not None:
             logits = logits.masked_fill(~eligible, -math.inf)
-        return (logits.softmax(dim=1) @ points).to(x.dtype).reshape(x.shape)
+        return logits.softmax(dim=1)
 
     def _log_profile(self, squared: torch.Tensor, N: int) -> torch.Tensor:
         """Returns the log density of unit-scale noise of squared norm `squared`, less that of 0."""
