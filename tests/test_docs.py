@@ -35,14 +35,15 @@ from images.dicom_files import decode as decode_dicom
 from sampling.sampling_options import sampling_options
 
 results, toy = load_script("docs/results.py"), load_script("docs/toy.py")
-phantoms = load_script("docs/phantoms.py")
+phantoms, phases = load_script("docs/phantoms.py"), load_script("docs/phases.py")
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/README.md"]
 SCRIPTS = {f"{name}.py": importlib.import_module(name).main
            for name in ("train", "distill", "generate", "generate_alpha", "generate_steps",
                         "generate_quant", "fid", "likelihood", "dataset_tool", "checkpoint_tool",
                         "sweep", "report", "runs")}
 SCRIPTS |= {"docs/toy.py": toy.main, "docs/results.py": results.main,
-            "docs/phantoms.py": phantoms.main, "benchmarks": benchmarks}
+            "docs/phantoms.py": phantoms.main, "docs/phases.py": phases.main,
+            "benchmarks": benchmarks}
 PRESETS = {f"generate_{name}.py" for name in ("alpha", "steps", "quant")}  # of generate.py
 SAMPLING_FLAGS = {flag for option in sampling_options(lambda: None).__click_params__
                   for flag in option.opts}
@@ -321,6 +322,7 @@ SMALLER = {
                    "--device=cpu"],
     "docs/toy.py": ["--train-steps=2", "--samples=20"],
     "docs/phantoms.py": ["--num=4", "--side=36"],
+    "docs/phases.py": ["--num=5"],
     "likelihood.py": ["--steps=2", "--count=4", "--device=cpu"],
     "distill.py": ["--duration=0.000016", "--batch=8", "--workers=0", "--samples=0", "--seed=0",
                    "--device=cpu"],
@@ -385,7 +387,7 @@ def run_documented(script, documented):
         run(script, [*args, "--resolution=8x8"])  # for what comes after
     elif script in PRESETS:
         run(script, [*args, *PRESET_SMALLER])
-    elif args[0] == "split":  # takes no --workers
+    elif args[:1] == ["split"]:  # takes no --workers
         run(script, args)
     else:
         smaller = SMALLER[script]
@@ -418,7 +420,7 @@ def test_documented_commands_run_on_stand_in_data(tmp_path, monkeypatch):
     run_commands(COMMANDS, tmp_path, monkeypatch)
     run_own_data([1, 3, 4])
     assert len(list(run_dicom_recipe().iterdir())) == 3
-    for name in ("toy", "noise-norms"):
+    for name in ("toy", "noise-norms", "phases"):
         assert PIL.Image.open(tmp_path / f"docs/{name}.png").size > (1000, 400)
     for name in ("fields", "sharpened", "guided"):
         assert PIL.Image.open(tmp_path / f"runs/{name}.png").size > (200, 100)
@@ -464,14 +466,16 @@ def test_relative_links_lead_somewhere(path):
                                    encoding="utf-8"), re.M)}, target
 
 
-def test_every_fault_has_a_test_that_provokes_it():
-    rows = table(ROOT / "docs" / "reliability.md", "| fault ")
+@pytest.mark.parametrize("page, header, at_least", [
+    ("reliability.md", "| fault ", 31), ("mathematics.md", "| proposition ", 8)])
+def test_every_row_names_tests_that_exist(page, header, at_least):
+    rows = table(ROOT / "docs" / page, header)
     there = {name for path in (ROOT / "tests").rglob("test_*.py")
              for name in re.findall(r"^def test_(\w+)", path.read_text(encoding="utf-8"), re.M)}
-    assert len(rows) > 30
-    for fault, _, names in rows:
+    assert len(rows) >= at_least
+    for first, *_, names in rows:
         named = re.findall(r"`(\w+)`", names)
-        assert named and set(named) <= there, f"{fault}: {set(named) - there}"
+        assert named and set(named) <= there, f"{first}: {set(named) - there}"
 
 
 def test_first_two_make_lines_are_demo_and_test():
@@ -507,7 +511,7 @@ def test_migration_names_every_flag_and_existing_imports():
     for script, command in SCRIPTS.items():
         if script in PRESETS | {"distill.py", "likelihood.py", "checkpoint_tool.py", "sweep.py",
                                 "report.py", "runs.py", "docs/toy.py", "docs/results.py",
-                                "docs/phantoms.py", "benchmarks"}:
+                                "docs/phantoms.py", "docs/phases.py", "benchmarks"}:
             continue  # the references have no counterpart; the flags are those of generate.py
         for each in (command, *getattr(command, "commands", {}).values()):
             flags = {flag for option in each.params for flag in option.opts if flag[0] == "-"}
