@@ -288,6 +288,8 @@ def _is_trained(run_dir: Path, asked: dict[str, Any]) -> bool:
     run = RunRecord.read(run_dir)
     for key in sorted((run.options.keys() & asked.keys()) - _FREE):
         there, now = run.options[key], asked[key]
+        if key == "sigma_data" and now is None:  # auto: the number was measured
+            continue
         if key == "data":  # the folders that hold it may have moved
             there, now = Path(there).name, Path(now).name
         if there != (list(now) if isinstance(now, tuple) else now):

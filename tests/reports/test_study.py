@@ -131,6 +131,11 @@ def test_a_run_is_trained_when_its_last_network_is_there(tmp_path):
     (run / "network-snapshot-000003.pt").touch()
     assert _is_trained(run, asked)
     assert not _is_trained(run, {**asked, "duration": 0.0031})
+    (run / "training_options.json").write_text(json.dumps({"options": {"sigma_data": 0.75}}))
+    assert _is_trained(run, {**asked, "sigma_data": None}), "auto has measured the number"
+    with pytest.raises(ValueError, match="sigma_data = 0.75, and sigma_data = 0.5 is asked for"):
+        _is_trained(run, {**asked, "sigma_data": 0.5})
+    run = write_run(tmp_path / "other", cres=None)
     with pytest.raises(ValueError, match="was begun with batch = 32, and batch = 64 is asked for"):
         _is_trained(run, {**asked, "batch": 64})
 
