@@ -40,7 +40,7 @@ def _refuse_guidance(ctx, param, value) -> None:
 @click.option("--steps", metavar="INT", type=int, default=32, help="Steps of the solver, an even number; four evaluations of the network each.")
 @click.option("--probes", metavar="INT", type=click.IntRange(min=1), default=1, help="Random vectors per trace of the network's Jacobian.")
 @click.option("--exact", is_flag=True, help="Compute the traces exactly; for small images.")
-@click.option("--dequantize", type=click.Choice(["uniform", "none"]), help="Noise of one level, for 8-bit data only.  [default: uniform for 8-bit data]")
+@click.option("--dequantize", type=click.Choice(["uniform", "none"]), help="Noise of one level, for data stored as whole numbers.  [default: uniform for these]")
 @click.option("--cond", metavar="BOOL", type=click.BOOL, default=True, help="Tell the network the labels of the data.")
 @click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of the choice of images, the noise and the random vectors.")
 @click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=16, help="Images at a time on each device.")
@@ -60,9 +60,9 @@ def main(network: str, data: str, val_data: str | None, count: int, steps: int, 
     """Measures how likely images are under a network, in bits per dimension.
 
     The probability-flow ODE is solved from each image to the highest noise level, where the density
-    is known. Lower bits mean more likely images. 8-bit images are dequantised, which makes the
-    result an upper bound for an ideal code. Other data give nats per dimension, per unit of the
-    data.
+    is known. Lower bits mean more likely images. Data stored as
+    whole numbers, of 8 or 16 bits, are dequantised, which makes the result an upper bound for an
+    ideal code. Floating-point data give nats per dimension, per unit of the data.
 
     The last line for each data set is 'bits/dim: MEAN +- STANDARD ERROR (N images)'. The mean is
     appended to --out, and the values of the images go to likelihood-NETWORK-DATA-KEY.csv beside it,
@@ -103,18 +103,29 @@ def main(network: str, data: str, val_data: str | None, count: int, steps: int, 
             try:
                 measure = NetworkLikelihood.open(network, chosen_device, steps=steps, probes=probes,
                                                  exact=exact, **options)
+                flags = {"--data": data} | ({} if val_data is None else {"--val-data": val_data})
+                with dist.rank0_first():
+                    sets = {flag: LikelihoodData(source, measure, count, measure.seed, flag)
+                            for flag, source in flags.items()}
+                    widths = [measure.width_of(images) for images in sets.values()]
             except UsageError as error:
                 raise UserError(str(error), BAD_USAGE) from error
-            flags = {"--data": data} | ({} if val_data is None else {"--val-data": val_data})
-            with dist.rank0_first():
-                sets = {flag: LikelihoodData(source, measure, count, measure.seed, flag)
-                        for flag, source in flags.items()}
-                widths = {flag: measure.width_of(images) for flag, images in sets.items()}
-            if max(widths.values()) > (1 + _ALIKE) * min(widths.values()):
-                dist.warn0("the levels are {:.4g} of 256 apart in --data and {:.4g} in --val-data; "
-                           "bits of different levels can't be compared".format(*widths.values()))
+            _warn_of_units([measure.unit_of(images) for images in sets.values()], widths,
+                           sets["--data"].num_levels)
             for flag, images in sets.items():
                 _report(measure, images, network, path, batch, is_held_out=flag == "--val-data")
+
+
+def _warn_of_units(units: list[str], widths: list[float], num_levels: int) -> None:
+    """Warns where the values of --data and --val-data can't be compared."""
+    from torch_utils import distributed as dist
+
+    if len(set(units)) > 1:
+        dist.warn0(f"--data gives {units[0]} and --val-data {units[1]}, because only one of them "
+                   "holds whole numbers; these can't be compared")
+    elif max(widths) > (1 + _ALIKE) * min(widths):
+        dist.warn0(f"the levels are {widths[0]:.4g} of {num_levels} apart in --data and "
+                   f"{widths[1]:.4g} in --val-data; bits of different levels can't be compared")
 
 
 def _check_place(path: Path | None, is_given: bool) -> None:
@@ -142,11 +153,11 @@ def _report(measure, data, network: str, path: Path | None, batch: int, is_held_
     from sampling.network_likelihood import Measured
     from torch_utils import distributed as dist
 
-    width = measure.width_of(data)
+    width, unit = measure.width_of(data), measure.unit_of(data)
     name = f"{data.path}, held out" if is_held_out else data.path
     dist.print0(f"Data       {name}: {len(data)} of {data.available} images")
     if width != 1:
-        dist.print0(f"Levels     {width:.4g} of 256 apart: bits are of these levels")
+        dist.print0(f"Levels     {width:.4g} of {data.num_levels} apart: bits are of these levels")
     found = []
     total = len(data) * measure.nfe
     with console.timed("likelihood"), Progress(total, Path(data.path).name, unit="eval",
@@ -170,10 +181,10 @@ def _report(measure, data, network: str, path: Path | None, batch: int, is_held_
         except OSError as error:  # what took so long to find is shown first
             problem = error
         console.say(f"Steps      half as many change the mean by {values.steps_error:.2g} "
-                    f"{measure.unit}")
+                    f"{unit}")
         error = "" if math.isnan(values.stderr) else f" +- {values.stderr:.3f}"
         images = "image" if len(rows) == 1 else "images"
-        console.result(f"{measure.unit}: {values.mean:.3f}{error} ({len(rows)} {images})")
+        console.result(f"{unit}: {values.mean:.3f}{error} ({len(rows)} {images})")
         if problem is not None:
             raise OSError(f"{path}: the results above could not be recorded "
                           f"({problem.strerror or problem})") from problem
@@ -191,12 +202,13 @@ def _record(measure, data, network: str, path: Path, values, width: float,
     from dnnlib.atomic import append_line, atomic_write
     from dnnlib.util import json_value
 
-    key = digest({"settings": measure.settings, "data": fingerprint, "numbers": data.numbers,
+    settings = measure.settings_of(data)
+    key = digest({"settings": settings, "data": fingerprint, "numbers": data.numbers,
                   "width": width, "held_out": is_held_out})[:12]
     stem = f"likelihood-{_short(Path(network).stem)}-{_short(data.stem)}{'-val' * is_held_out}"
     table = path.with_name(f"{stem}-{key}.csv")
     new = [file for file in (table, path) if not file.exists()]
-    column = f"{measure.unit.split('/')[0]}_per_dim"
+    column = f"{measure.unit_of(data).split('/')[0]}_per_dim"
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["image", column, f"{column}_half_the_steps"])
@@ -205,7 +217,7 @@ def _record(measure, data, network: str, path: Path, values, width: float,
             "num": len(values.values), "nfe": measure.nfe, "steps_error": values.steps_error,
             "network": network, "reference": data.path, "reference_sha256": fingerprint,
             "held_out": is_held_out, "bin_width": width, "table": table.name,
-            "sampler": measure.settings, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            "sampler": settings, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(table) as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))

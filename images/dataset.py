@@ -227,6 +227,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return moments, spread
 
     @property
+    def dtype(self) -> np.dtype:
+        """The type of the images as they are read: uint8, uint16 or float32."""
+        return np.dtype(self._images.format.dtype)
+
+    @property
     def scale(self) -> dict[str, Any] | None:
         """`scaling` as plain data; None for 8-bit images, which have the one scale."""
         return None if self.scaling.is_8bit else self.scaling.to_dict()

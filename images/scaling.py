@@ -52,14 +52,16 @@ class Scaling:
             raise ValueError('must hold as many finite numbers in "center" as positive ones in '
                              '"spread"')
 
-    def to_network(self, values: "torch.Tensor") -> "torch.Tensor":
-        """Returns values [..., C, H, W] of any type as networks see them: float32."""
+    def to_network(self, values: "torch.Tensor", dtype: "torch.dtype | None" = None
+                   ) -> "torch.Tensor":
+        """Returns values [..., C, H, W] of any type as networks see them: float32, or `dtype`."""
         import torch
 
+        dtype = torch.float32 if dtype is None else dtype
         if self.is_8bit:  # in EDM's order of operations, to the bit
-            return values.to(torch.float32) / 127.5 - 1
+            return values.to(dtype) / 127.5 - 1
         center, spread = _columns(self, values.device)
-        return ((values.to(torch.float64) - center) / spread).to(torch.float32)
+        return ((values.to(torch.float64) - center) / spread).to(dtype)
 
     def to_data(self, images: "torch.Tensor") -> "torch.Tensor":
         """Returns images [..., C, H, W] in the data's own units: float32, or whole uint8.

@@ -1,14 +1,15 @@
 """The likelihood of a data set under a trained network, in bits or nats a dimension.
 
-8-bit data are whole numbers v, to which a density gives no mass. As usual it is averaged over the
-bin of each, v + u with u uniform over [-w/2, w/2), which bounds the probability of the bin from
-below (Theis et al. 2016, arXiv 1511.01844):
+Data of 8 or 16 bits are whole numbers v, to which a density gives no mass. As usual it is averaged
+over the bin of each, v + u with u uniform over [-w/2, w/2), which bounds the probability of the bin
+from below (Theis et al. 2016, arXiv 1511.01844). By the scaling of each channel (images/scaling.py;
+center and spread are 127.5 for 8 bits),
 
-    bits/dim = -log2 p(x) / N + log2(127.5 / w)        x = (v + u)/127.5 - 1
+    bits/dim = -log2 p(x) / N + mean log2(spread / w)        x = (v + u - center)/spread
 
-w is 1, or the distance of two levels where the data have fewer (`bin_width`). Other data have a
-density already: -ln p / N in nats, with p per unit of the data. u and the probes of the trace
-depend on the seed and on the number of the image in the data set alone.
+w is 1, or the distance of two levels where the data have fewer (`bin_width`). Floating-point data
+have a density already: -ln p(x) / N + mean ln spread in nats, per unit of the data. u and the
+probes of the trace depend on the seed and on the number of the image in the data set alone.
 """
 
 import contextlib
@@ -47,9 +48,10 @@ from sampling.network_sampler import (
 from torch_utils.misc import configure_backends, mix_seed
 
 _TAG = int.from_bytes(b"likelihood", "big")  # sets these draws apart from other uses of the seed
-_MAX_STEPS = 127  # of an even grid from 0 to 255; with more of them, 8-bit levels are neighbours
-_SURE_BITS = 20  # n levels at random lie on a grid of width w with a probability of about w**-n
-_REPLICATED_BITS = (3, 5, 6)  # 1, 2 and 4 give whole distances, and 7 gives rounded ones
+# n levels at random lie on a grid of width w with a probability of about w**-n; so many bits below
+# the inverse of the number of grids, this is no chance.
+_SURE_BITS = 13
+_FEW_LEVELS = 32  # tell most grids apart
 _MAX_LEVEL_IMAGES = 1000  # that are looked at for the levels of a data set
 _REMEDY = "name a data set, a folder or ZIP of images"
 
@@ -69,10 +71,13 @@ class LikelihoodData:
         numbers: of the images among all of the data set, by sorted name.
         available: how many there are.
         scaling: by which the network sees them.
+        are_whole: whether they are stored as whole numbers, of 8 or 16 bits.
+        num_levels: how many such numbers there are; 0 for floating-point data.
 
     Raises:
         OSError: it can't be read.
-        ValueError: not a data set, or not one for this network.
+        ValueError: not a data set, or not one for this network; UsageError where it can't be
+            dequantised, as `likelihood` demands.
     """
 
     def __init__(self, path: str | os.PathLike, likelihood: "NetworkLikelihood", count: int,
@@ -99,6 +104,11 @@ class LikelihoodData:
                              for scaling in (dataset.scaling, self.scaling))
             raise ValueError(f"{where}: images are {given}, but the network was trained on "
                              f"{wanted}; give such images in the same units")
+        self.are_whole = dataset.dtype.kind == "u"
+        self.num_levels = np.iinfo(dataset.dtype).max + 1 if self.are_whole else 0
+        if likelihood.dequantize == "uniform" and not self.are_whole:
+            raise UsageError(f"--dequantize=uniform: {where} holds floating-point values, which "
+                             "have a density as they are; leave --dequantize out")
         if net.cond_channels and dataset.cond_channels != net.cond_channels:
             raise ValueError(f"{where}: condition images have {dataset.cond_channels} channels, "
                              f"the network takes {net.cond_channels}; give data like those of its "
@@ -132,12 +142,12 @@ class LikelihoodData:
 
     @functools.cached_property
     def width(self) -> float:
-        """The distance of two levels of the data, see `bin_width`; 1 where they are not 8-bit."""
-        return bin_width(self.levels()) if self.scaling.is_8bit else 1.0
+        """The distance of two levels of the data, see `bin_width`; 1 for floating-point data."""
+        return bin_width(self.levels(), self.num_levels - 1) if self.are_whole else 1.0
 
     def levels(self) -> np.ndarray:
-        """Returns the values that 8-bit images have, of 1000 images of the whole set at most."""
-        found = np.zeros(256, bool)
+        """Returns the whole numbers that occur, in 1000 images of the whole set at most."""
+        found = np.zeros(self.num_levels, bool)
         with self._naming_flag():
             everything = ImageFolderDataset(self.path, max_size=_MAX_LEVEL_IMAGES)
             for i in range(len(everything)):
@@ -209,9 +219,9 @@ class NetworkLikelihood:
     label_kind: str | None  # 'classes' or 'vectors'; None without labels
     uses_labels: bool
     probes: int | None  # None is the exact trace
-    dequantize: bool
+    dequantize: str | None  # 'uniform', 'none', or None for uniform where data are whole numbers
     seed: int
-    settings: dict[str, Any]  # what decides a value, as plain JSON data
+    settings: dict[str, Any]  # what decides a value beside the data, as plain JSON data
 
     @classmethod
     def open(cls, source: str, device: torch.device, *, steps: int = 32, probes: int = 1,
@@ -226,7 +236,8 @@ class NetworkLikelihood:
             steps: of the Runge-Kutta method, an even number.
             probes: random vectors of each trace.
             exact: compute traces exactly, by N backward passes.
-            dequantize: 'uniform' or 'none'; None is uniform for 8-bit data.
+            dequantize: 'uniform', which floating-point data refuse, or 'none'; None is uniform for
+                whole numbers.
             cond: tell the network the labels.
             seed: of dequantisation and probes.
             pfgmpp: for files that do not record D, see `checkpoint.resolve_D`.
@@ -245,7 +256,7 @@ class NetworkLikelihood:
             raise UsageError(f"--probes={probes}: must be a whole number, 1 at least")
         if dequantize not in (None, "uniform", "none"):
             raise UsageError(f"--dequantize={dequantize}: must be uniform or none; leave "
-                             "--dequantize out for uniform noise where data are 8-bit")
+                             "--dequantize out for uniform noise where data are whole numbers")
         configure_backends(precision)
         file = NetworkFile.read(source, key)
         content, net = open_network(file, device=device, pfgmpp=pfgmpp, aug_dim=aug_dim,
@@ -255,9 +266,6 @@ class NetworkLikelihood:
                              "no denoiser, and no density follows from it; give the network that "
                              "it was made from")
         scaling = recorded_scaling(content, source, "scale", net.img_channels)
-        if dequantize == "uniform" and not scaling.is_8bit:
-            raise UsageError(f"--dequantize=uniform: {source} was trained on data that are not "
-                             "8-bit and have a density as they are; leave --dequantize out")
         if not cond and not net.label_dim:
             raise UsageError(f"--cond=0: {source} is unconditional; leave --cond out")
         if not cond and not net.config.get("label_dropout"):
@@ -265,12 +273,11 @@ class NetworkLikelihood:
                              "no density without labels; leave --cond out")
         sigmas, *_ = sigma_grid("edm", net, steps + 1, None, checkpoint.highest_level(content), 7.0)
         rising = sigmas[:-1].flip(0).tolist()
-        is_uniform = scaling.is_8bit and dequantize != "none"
         uses_labels = cond and net.label_dim > 0
         settings = {
             "weights": file.digest, "D": net.D,
             "num_steps": steps, "probes": None if exact else probes, "cond": uses_labels,
-            "dequantize": "uniform" if is_uniform else "none", "seed": seed,
+            "seed": seed,
             **{name: float(f"{level:.9g}") for name, level in (
                 ("sigma_min", rising[0]), ("sigma_max", rising[-1]))},
             "precision": precision, "device": device.type}
@@ -279,12 +286,20 @@ class NetworkLikelihood:
         return cls(net, device, tuple(rising), scaling, cond_scaling,
                    recorded_label_kind(content),
                    uses_labels=uses_labels, probes=None if exact else probes,
-                   dequantize=is_uniform, seed=seed, settings=settings)
+                   dequantize=dequantize, seed=seed, settings=settings)
 
-    @property
-    def unit(self) -> str:
-        """What values are in, 'bits/dim' or 'nats/dim'."""
-        return "bits/dim" if self.scaling.is_8bit else "nats/dim"
+    def dequantizes(self, data: LikelihoodData) -> bool:
+        """Whether noise of one level is added to these data."""
+        return data.are_whole and self.dequantize != "none"
+
+    def unit_of(self, data: LikelihoodData) -> str:
+        """Returns what the values of these data are in, 'bits/dim' or 'nats/dim'."""
+        are_bits = self.scaling.is_8bit or self.dequantizes(data)
+        return "bits/dim" if are_bits else "nats/dim"
+
+    def settings_of(self, data: LikelihoodData) -> dict[str, Any]:
+        """Returns `settings`, and whether these data are dequantised."""
+        return self.settings | {"dequantize": "uniform" if self.dequantizes(data) else "none"}
 
     @property
     def nfe(self) -> int:
@@ -294,7 +309,7 @@ class NetworkLikelihood:
 
     def width_of(self, data: LikelihoodData) -> float:
         """Returns the width of a bin of these data; 1 where they are not dequantised."""
-        return data.width if self.dequantize else 1.0
+        return data.width if self.dequantizes(data) else 1.0
 
     def __call__(
         self, data: LikelihoodData, indices: Sequence[int], width: float | None = None,
@@ -305,7 +320,7 @@ class NetworkLikelihood:
         Args:
             data: the images.
             indices: which.
-            width: of a bin of 8-bit data; None is `width_of` these data.
+            width: of the bin that values refer to, in units of the data; None is `width_of` these.
             watch: called with the number of images after each evaluation of them.
 
         Raises:
@@ -313,10 +328,12 @@ class NetworkLikelihood:
         """
         width = self.width_of(data) if width is None else width
         if not 0 < width < math.inf:
-            raise ValueError(f"width={width}: must be a positive number, such as 1 for 256 levels")
+            raise ValueError(f"width={width}: must be a positive number, such as 1 for all whole "
+                             "numbers")
         stored, labels, condition = data.get(indices)
         keys = [mix_seed(_TAG, self.seed, data.numbers[i]) for i in indices]
-        x = self._state(stored, keys, width).to(self.device)
+        noise = width if self.dequantizes(data) else 0.0
+        x = self._state(stored, keys, noise).to(self.device)
         labels, condition = (None if given is None else given.to(self.device)
                              for given in (labels, condition))
         told = {} if condition is None else {"condition": condition}
@@ -334,38 +351,37 @@ class NetworkLikelihood:
                                   lambda end: kernel.log_density(end, self.sigmas[-1]), trace,
                                   stride)
 
-        both = [self._in_units(solve(stride).log_p, x[0].numel(), width) for stride in (1, 2)]
+        # The density is per unit of x, of which a bin holds width / spread, channel by channel.
+        bins = float(np.log(np.array(self.scaling.spread) / width).mean())
+        unit = math.log(2) if self.unit_of(data) == "bits/dim" else 1.0
+        both = [((bins - solve(stride).log_p / x[0].numel()) / unit).tolist() for stride in (1, 2)]
         return both[0], both[1]
 
     def _state(self, stored: torch.Tensor, keys: Sequence[int], width: float) -> torch.Tensor:
-        """Returns images as networks see them, float64, with u where they are dequantised."""
-        if not self.scaling.is_8bit:
-            return self.scaling.to_network(stored).to(torch.float64)
+        """Returns images as networks see them, float64, with u of this width; of 0 without any."""
         values = stored.to(torch.float64)
-        if self.dequantize:
+        if width:
             draws = StackedRandomGenerator("cpu", keys).rand(stored.shape, dtype=torch.float64)
             values = values + width * (draws - 0.5)
-        return values / 127.5 - 1
+        return self.scaling.to_network(values, torch.float64)
 
     def _probes(self, keys: Sequence[int], place: int, x: torch.Tensor) -> Iterator[torch.Tensor]:
         rnd = StackedRandomGenerator(x.device, [mix_seed(key, place) for key in keys])
         for _ in range(self.probes):
             yield 2 * rnd.randint(2, size=x.shape, dtype=x.dtype) - 1
 
-    def _in_units(self, log_p: torch.Tensor, N: int, width: float) -> list[float]:
-        nats = -log_p / N
-        if self.scaling.is_8bit:
-            return (nats / math.log(2) + math.log2(127.5 / width)).tolist()
-        return (nats + np.log(self.scaling.spread).mean()).tolist()
 
+def bin_width(levels: np.ndarray, top: int = 255) -> float:
+    """Returns the distance of two levels of whole numbers, given those that occur; 1 at least.
 
-def bin_width(levels: np.ndarray) -> float:
-    """Returns the distance of two levels of 8-bit data, given the values that occur: 1 of 256.
+    Data of fewer levels, such as 4-bit or binary ones, have them at equal whole distances, or on an
+    even grid top k/m of (top + 1)/2 levels at most, rounded to whole numbers, rounded down, or with
+    the bits of k repeated. No two values that occur share a level of it. So few values that they
+    could lie on the grid by chance don't count. The levels of anything else are 1 apart.
 
-    Data of fewer levels, such as 4-bit or binary ones, have them at equal whole distances, or on
-    an even grid 255 k/m of 2 to 128 levels, rounded to whole numbers, rounded down, or with the
-    bits of k repeated. No two values that occur share a level of it. So few values that they could
-    lie on the grid by chance don't count. Anything else is 8-bit.
+    Args:
+        levels: the values that occur, from 0 to `top`.
+        top: 2^b - 1 for numbers of b bits, 255 or 65535.
     """
     levels = np.unique(np.asarray(levels, np.int64))
     if len(levels) < 2:
@@ -373,31 +389,34 @@ def bin_width(levels: np.ndarray) -> float:
     step = int(np.gcd.reduce(levels - levels[0]))
     if step > 1:
         return float(step)
-    for m in range(2, _MAX_STEPS + 1):
-        is_sure = len(levels) * math.log2(255 / m) >= _SURE_BITS
-        if is_sure and (_is_on_grid(levels, m) or _is_replicated(levels, m)):
-            return 255 / m
+    closest, few = int(np.diff(levels).min()), levels[::len(levels) // _FEW_LEVELS + 1]
+    num_grids = (top + 1) // 2  # with more steps than these, levels are neighbours
+    sure_bits = _SURE_BITS + math.log2(num_grids)
+    # Rounding moves two levels of a grid towards each other by 1 at most; so none holds two values.
+    for m in range(max(2, math.ceil(top / (closest + 1))), num_grids):
+        is_sure = len(levels) * math.log2(top / m) >= sure_bits
+        if is_sure and all(_is_on_grid(some, m, top) or _is_replicated(some, m, top)
+                           for some in (few, levels)):
+            return top / m
     return 1.0
 
 
-def _is_on_grid(levels: np.ndarray, m: int) -> bool:
-    """Whether these are 255 k/m, all rounded or all rounded down, each of a k of its own.
+def _is_on_grid(levels: np.ndarray, m: int, top: int) -> bool:
+    """Whether these are top k/m, all rounded or all rounded down.
 
-    A whole 255 k/m may have become one less, as rounding down makes of a float just below it.
+    A whole top k/m may have become one less, as rounding down makes of a float just below it.
     """
     scaled = levels * m
-    for k, tolerance in (((2 * scaled + 255) // 510, m / 2), (-(-scaled // 255), m)):
-        if len(np.unique(k)) == len(levels) and (np.abs(255 * k - scaled) <= tolerance).all():
-            return True
-    return False
+    return any((np.abs(top * k - scaled) <= tolerance).all() for k, tolerance in (
+        ((2 * scaled + top) // (2 * top), m / 2), (-(-scaled // top), m)))
 
 
-def _is_replicated(levels: np.ndarray, m: int) -> bool:
-    """Whether these are numbers of b bits, m = 2**b - 1, made 8-bit by repeating the bits."""
-    bits = (m + 1).bit_length() - 1
-    if bits not in _REPLICATED_BITS or m + 1 != 1 << bits:
+def _is_replicated(levels: np.ndarray, m: int, top: int) -> bool:
+    """Whether these are numbers of b bits, m = 2**b - 1, made as long as `top` by repetition."""
+    bits, length = m.bit_length(), top.bit_length()
+    if m + 1 != 1 << bits:
         return False
     k = np.arange(m + 1)
-    repeated = sum(k << (8 - bits * i) if bits * i <= 8 else k >> (bits * i - 8)
-                   for i in range(1, 8 // bits + 2))
+    repeated = sum(k << (length - bits * i) if bits * i <= length else k >> (bits * i - length)
+                   for i in range(1, length // bits + 2))
     return bool(np.isin(levels, repeated).all())

@@ -62,10 +62,10 @@ class Gaussian:
         return x * self.std**2 / (self.std**2 + sigma**2)
 
 
-def of_gaussian(std, scaling=EIGHT_BIT, *, dequantize=True):
+def of_gaussian(std, scaling=EIGHT_BIT, *, dequantize=None, shape=(1, 4, 4)):
     levels = torch.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), 41, dtype=torch.float64) ** 7
     return NetworkLikelihood(
-        Gaussian(std), CPU, tuple(levels.tolist()), scaling, None, None, uses_labels=False,
+        Gaussian(std, shape), CPU, tuple(levels.tolist()), scaling, None, None, uses_labels=False,
         probes=1, dequantize=dequantize, seed=0, settings={})
 
 
@@ -101,10 +101,89 @@ def test_data_of_other_kinds_have_nats_per_unit(tmp_path):
         np.save(tmp_path / f"data/{i:03d}.npy", value)
     record = {"scale": scaling.to_dict(), "labels": None}
     (tmp_path / "data/dataset.json").write_text(json.dumps(record))
-    measure = of_gaussian(0.5, scaling, dequantize=False)
-    found, _ = measure(LikelihoodData(tmp_path / "data", measure, 100), range(100))
-    assert measure.unit == "nats/dim"
+    measure = of_gaussian(0.5, scaling)
+    data = LikelihoodData(tmp_path / "data", measure, 100)
+    found, _ = measure(data, range(100))
+    assert measure.unit_of(data) == "nats/dim" and data.width == 1
+    assert measure.settings_of(data)["dequantize"] == "none"
     assert np.mean(found) == pytest.approx(entropy(20), abs=4 * 0.72 / 40)
+
+
+def arrays_in(folder, values, scaling=None):
+    """Writes arrays [C, H, W] as a data set with a recorded scaling; returns the folder."""
+    folder.mkdir()
+    for i, value in enumerate(values):
+        np.save(folder / f"{i:03d}.npy", value)
+    record = {"labels": None} | ({} if scaling is None else {"scale": scaling.to_dict()})
+    (folder / "dataset.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("width", [1, 4])
+def test_16_bit_numbers_have_the_bits_of_a_code_for_their_own_levels(tmp_path, width):
+    """As values of CT in HU from -1024 on; the channels have spreads of their own."""
+    stds, rng = np.array([300.0, 60.0]), np.random.default_rng(0)
+    scaling = Scaling((1024.0, 900.0), tuple(2 * stds))
+    values = rng.normal(size=[150, 2, 4, 4]) * stds[:, None, None] + [[[1024.0]], [[900.0]]]
+    levels = np.clip(np.round(values / width) * width, 0, 65535).astype(np.uint16)
+    measure = of_gaussian(0.5, scaling, shape=(2, 4, 4))
+    data = LikelihoodData(arrays_in(tmp_path / "data", levels, scaling), measure, 150)
+    assert data.width == width and measure.unit_of(data) == "bits/dim"
+    found, _ = measure(data, range(150))
+    expected = np.mean([entropy(std / width) for std in stds]) / math.log(2)
+    assert np.mean(found) == pytest.approx(expected, abs=4 * 0.72 * 1.45 / math.sqrt(32 * 150))
+    # The same numbers as floats have a density, in nats per unit.
+    floats = LikelihoodData(arrays_in(tmp_path / "floats", levels.astype(np.float32), scaling),
+                            measure, 150)
+    assert measure.unit_of(floats) == "nats/dim" and floats.width == 1
+    expected = np.mean([entropy(std) for std in stds])
+    assert np.mean(measure(floats, range(150))[0]) == pytest.approx(expected, abs=4 * 0.72 / 69)
+
+
+@pytest.fixture(scope="module")
+def stored_twice(tmp_path_factory):
+    """Returns what makes one network and the same images, 8-bit and of 16 bits with a scale."""
+    def make(levels, scaling):
+        root, rng = tmp_path_factory.mktemp("twice"), np.random.default_rng(0)
+        k = rng.integers(0, len(levels), [6, 1, 8, 8])
+        sets = [arrays_in(root / "8", levels[k]),
+                arrays_in(root / "16", k.astype(np.uint16), scaling)]
+        found = []
+        for data, dataset in zip(sets, (None, {"scale": scaling.to_dict()}), strict=True):
+            network = write_snapshot(data.with_suffix(".pt"), shape=(1, 8, 8), label_dim=0,
+                                     dataset=dataset)
+            measure = NetworkLikelihood.open(str(network), CPU, steps=4)
+            found.append((measure, LikelihoodData(data, measure, 6)))
+        return found
+    return make
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("levels, scaling, error", [
+    (np.arange(18) * 15, Scaling((8.5,), (8.5,)), 1e-6),  # 15 k / 127.5 - 1 = (k - 8.5) / 8.5
+    (np.rint(np.arange(17) * 15.9375), Scaling((8.0,), (8.0,)), 0.02)],  # but for rounding
+    ids=["exact", "rounded"])
+def test_bits_do_not_depend_on_how_levels_are_stored(stored_twice, levels, scaling, error):
+    (one, eight), (other, sixteen) = stored_twice(levels.astype(np.uint8), scaling)
+    assert eight.width == pytest.approx(127.5 / scaling.spread[0]) and sixteen.width == 1
+    assert one.unit_of(eight) == other.unit_of(sixteen) == "bits/dim"
+    for first, second in zip(one(eight, range(6)), other(sixteen, range(6)), strict=True):
+        assert first == pytest.approx(second, abs=error)
+
+
+def test_numbers_without_noise_have_the_density_of_floats(tmp_path):
+    scaling, rng = Scaling((8.0,), (8.0,)), np.random.default_rng(0)
+    levels = rng.integers(0, 17, [3, 1, 4, 4])
+    found = []
+    for dtype in (np.uint16, np.float32):
+        measure = of_gaussian(0.5, scaling, dequantize="none")
+        data = LikelihoodData(arrays_in(tmp_path / dtype.__name__, levels.astype(dtype), scaling),
+                              measure, 3)
+        assert measure.unit_of(data) == "nats/dim"
+        assert measure.settings_of(data)["dequantize"] == "none"
+        found.append(measure(data, range(3))[0])
+    assert found[0] == found[1]
 
 
 def test_dequantisation_is_uniform_noise_of_one_bin(tmp_path):
@@ -117,7 +196,7 @@ def test_dequantisation_is_uniform_noise_of_one_bin(tmp_path):
         noise = (measure._state(stored, range(50), width) + 1) * 127.5 - 100
         assert -width / 2 <= noise.min() < -0.48 * width and 0.48 * width < noise.max() < width / 2
         assert noise.mean() == pytest.approx(0, abs=4 * width / math.sqrt(12 * 800))
-    plain = of_gaussian(0.5, dequantize=False)._state(stored, range(50), 1.0)
+    plain = measure._state(stored, range(50), 0)
     assert plain.unique().tolist() == [100 / 127.5 - 1]
 
 
@@ -159,6 +238,39 @@ def test_no_bin_holds_two_levels():
         places = np.sort(rng.choice(grid, min(number, grid), replace=False))
         levels = np.rint(places * 255 / (grid - 1)).astype(int)
         assert 1 <= bin_width(levels) <= np.diff(levels).min() + 1
+
+
+@pytest.mark.parametrize("levels, width", [
+    (range(17), 1), (range(0, 65536, 257), 257), (range(5, 4096, 16), 16), ([0, 65535], 65535),
+    (range(65536), 1), (sorted({*range(0, 65536, 3)} | {1}), 1), ([0, 3, 70, 4000, 60000], 1)])
+def test_the_width_of_a_bin_of_16_bits(levels, width):
+    assert bin_width(np.array(levels), 65535) == width
+
+
+@pytest.mark.parametrize("m", [2, 16, 100, 511, 1023, 4095, 30000])
+@pytest.mark.parametrize("made", [np.rint, np.floor], ids=["rounded", "down"])
+def test_even_grids_of_16_bits_are_recognised(m, made):
+    levels = made(np.arange(m + 1) * 65535 / m).astype(np.uint16)
+    some = np.random.default_rng(0).choice(levels, max(3, len(levels) // 2), replace=False)
+    for seen in (levels, some):
+        assert bin_width(seen, 65535) == pytest.approx(65535 / m)
+
+
+@pytest.mark.long
+def test_few_numbers_of_16_bits_lie_on_no_grid_by_chance():
+    rng, looked_at = np.random.default_rng(0), 0
+    for count in np.repeat([4, 5, 6], 10):
+        levels = np.sort(rng.choice(65536, count, replace=False))
+        if np.gcd.reduce(np.diff(levels)) == 1:
+            assert bin_width(levels, 65535) == 1
+            looked_at += 1
+    assert looked_at > 20
+
+
+@pytest.mark.parametrize("bits", range(1, 16))
+def test_bits_repeated_to_16_are_recognised(bits):
+    repeated = [int((f"{k:0{bits}b}" * 16)[:16], 2) for k in range(1 << bits)]
+    assert bin_width(np.array(repeated), 65535) == pytest.approx(65535 / ((1 << bits) - 1))
 
 
 def levels_zip(path, levels, num=8):
@@ -412,14 +524,40 @@ def test_python_refuses_what_the_command_does(network, dataset_zip):
         measure(LikelihoodData(dataset_zip, measure, 1), [0], 0)
 
 
-def test_dequantize_is_for_8_bit_data(tmp_path, invoke):
+@pytest.mark.long
+def test_dequantize_is_for_whole_numbers(tmp_path, invoke):
+    scaling, rng = Scaling((8.0,), (8.0,)), np.random.default_rng(0)
+    network = write_snapshot(tmp_path / "net.pt", label_dim=0, dataset={"scale": scaling.to_dict()})
+    levels = 2 * rng.integers(0, 9, [2, 3, 8, 8])
+    floats, whole = (arrays_in(tmp_path / dtype.__name__, levels.astype(dtype), scaling)
+                     for dtype in (np.float32, np.uint16))
+    args = [f"--network={network}", "--steps=2"]
+    for sets in ([f"--data={floats}"], [f"--data={whole}", f"--val-data={floats}"]):
+        result = invoke(likelihood.main, *args, *sets, "--dequantize=uniform")
+        assert result.exit_code == 2 and f"{sets[-1]} holds floating-point" in result.stderr
+        assert "leave --dequantize out" in result.stderr and not list(tmp_path.glob("*.jsonl"))
+    for flags, unit in (([], "bits"), (["--dequantize=uniform"], "bits"),
+                        (["--dequantize=none"], "nats")):
+        result = invoke(likelihood.main, *args, f"--data={whole}", *flags)
+        assert LAST.search(result.stdout)[1] == unit, result.output
+        assert ("Levels     2 of 65536 apart" in result.stdout) == (unit == "bits")
+    assert measured(invoke, *args, f"--data={floats}")[1] == "nats"
+    lines = list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()))
+    assert [(line["metric"], line["bin_width"], line["sampler"]["dequantize"]) for line in lines] \
+        == [("bits_per_dim", 2, "uniform")] * 2 + [("nats_per_dim", 1, "none")] * 2
+    assert lines[0]["value"] == lines[1]["value"] and lines[2]["value"] == lines[3]["value"]
+
+
+def test_bits_and_nats_cannot_be_compared(tmp_path, invoke):
     network = write_snapshot(tmp_path / "net.pt", label_dim=0, dataset={
-        "scale": {"center": [0.0], "spread": [2.0]}})
-    np.save(tmp_path / "a.npy", np.ones([3, 8, 8], np.float32))
-    args = [f"--network={network}", f"--data={tmp_path}", "--steps=2"]
-    result = invoke(likelihood.main, *args, "--dequantize=uniform")
-    assert result.exit_code == 2 and "leave --dequantize out" in result.stderr
-    assert measured(invoke, *args)[1] == "nats"
+        "scale": {"center": [8.0], "spread": [8.0]}})
+    sets = [arrays_in(tmp_path / dtype.__name__, np.ones([1, 3, 8, 8], dtype))
+            for dtype in (np.uint16, np.float32)]
+    result = invoke(likelihood.main, f"--network={network}", "--steps=2", f"--data={sets[0]}",
+                    f"--val-data={sets[1]}")
+    [line] = result.stderr.splitlines()
+    assert "--data gives bits/dim and --val-data nats/dim, because only one" in line
+    assert result.exit_code == 0 and "can't be compared" in line
 
 
 def test_a_network_that_has_diverged_has_no_likelihood(tmp_path, invoke, dataset_zip):
