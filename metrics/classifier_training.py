@@ -70,6 +70,9 @@ def check_trainable(data: ImageFolderDataset, held_out: ImageFolderDataset, shif
         raise ValueError(f"--val-data={held_out.path}: has an image of class "
                          f"{held_out.label_dim - 1}, but --data={data.path} has classes 0 to "
                          f"{len(counts) - 1}")
+    if held_out.path.resolve() == data.path.resolve():
+        raise ValueError(f"--val-data={held_out.path}: is --data itself, so nothing is held out; "
+                         "'dataset_tool.py split' divides a data set")
 
 
 def train_classifier(data: ImageFolderDataset, held_out: ImageFolderDataset, *,

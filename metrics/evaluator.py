@@ -90,20 +90,6 @@ class Evaluator:
                              f"detector {self.detector.name} gives {dim} for the "
                              f"{'x'.join(map(str, image_shape))} images of {images}")
 
-    def check_asked(self, num_classes: int, images: str, *, is_part: bool = False) -> None:
-        """Raises ValueError if the detector does not know the classes that images should be of.
-
-        Args:
-            num_classes: how many there are, for class accuracy.
-            images: what errors call the images.
-            is_part: there may be more, of which there are no images.
-        """
-        known = self.detector.num_classes
-        if num_classes > known or (num_classes < known and not is_part):
-            raise ValueError(f"{images}: has {num_classes} classes, but detector "
-                             f"{self.detector.name} knows {known}; give a classifier that was "
-                             "trained on the classes of these images")
-
     def prepare(self, batch: int, workers: int) -> None:
         """Computes the statistics of a reference that is a data set, or takes them from the cache.
 
@@ -205,6 +191,23 @@ def check_classifies(detector: str, metrics: Iterable[str]) -> None:
         detector_class(detector).check_classes()
     if "ca" in metrics:
         detector_class(detector).check_recognises()
+
+
+def check_asked(detector: Detector, num_classes: int, images: str, *, is_part: bool = False
+                ) -> None:
+    """Raises ValueError if a detector does not know the classes that images should be of.
+
+    Args:
+        detector: one that tells the classes of the data apart.
+        num_classes: how many the images may be of.
+        images: what errors call them.
+        is_part: there may be more classes, of which there are no images.
+    """
+    known = detector.num_classes
+    if num_classes > known or (num_classes < known and not is_part):
+        raise ValueError(f"{images}: has {num_classes} classes, but detector {detector.name} knows "
+                         f"{known}; give a classifier that was trained on the classes of these "
+                         "images")
 
 
 def check_made_for(reference: Reference, path: str, detector: str, metrics: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from dnnlib import console
 from dnnlib.util import format_ranges, format_table
 from metrics.detectors import Detector
 from metrics.distances import SUBSET_SIZE
-from metrics.evaluator import Evaluator
+from metrics.evaluator import Evaluator, check_asked
 from metrics.metrics import METRICS, FeatureSet
 from metrics.per_class import mean_over_classes
 from metrics.score_log import Score, ScoreLog
@@ -86,10 +86,10 @@ class ScoreReport:
     def check_asked(self, num_classes: int, images: str, *, is_part: bool = False) -> None:
         """Raises ValueError if class accuracy is wanted and the detector has other classes.
 
-        For the arguments see `Evaluator.check_asked`.
+        For the arguments see `evaluator.check_asked`.
         """
         if self.needs_asked(self._metrics):
-            self._evaluator.check_asked(num_classes, images, is_part=is_part)
+            check_asked(self.detector, num_classes, images, is_part=is_part)
 
     def missing(self, job: Job, facts: dict[str, Any], path: Path | None, *,
                 again: bool) -> tuple[str, ...]:

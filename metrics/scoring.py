@@ -24,7 +24,13 @@ from metrics.detectors import (
     detector_class,
     no_images,
 )
-from metrics.evaluator import Evaluator, check_alike, check_classifies, check_made_for
+from metrics.evaluator import (
+    Evaluator,
+    check_alike,
+    check_asked,
+    check_classifies,
+    check_made_for,
+)
 from metrics.metrics import FeatureSet
 from metrics.references import Reference, load_reference
 from metrics.unfinished import SAVE_SEC, UnfinishedSums
@@ -115,11 +121,14 @@ def check_scoring(detector: str, reference: str, metrics: Iterable[str],
         if kind is DinoV2:
             dinov2.require_package()
         elif kind is not Inception:  # which has weights
-            build_detector(detector, "cpu").dim_of(dataset.image_shape, dataset.scale)
+            built = build_detector(detector, "cpu")
+            built.dim_of(dataset.image_shape, dataset.scale)
         if "ca" in metrics and not dataset.has_onehot_labels:
             raise ValueError("has no classes, which class accuracy needs")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    if "ca" in metrics:
+        check_asked(built, dataset.label_dim, name)
     if is_url(reference):
         return
     compared: Reference | ImageFolderDataset = ImageFolderDataset(reference) if _is_data(

@@ -18,11 +18,14 @@ from tiny import write_dataset
 import dataset_tool
 import fid
 import generate
+from images.dataset import ImageFolderDataset
+from metrics import classifier
 from metrics.classifier import Perceptron
 from metrics.classifier_training import moved_copies, of_model
 from metrics.detectors import Classifier, build_detector
 from metrics.metrics import FeatureSet
 from metrics.score_names import title
+from metrics.scoring import check_scoring
 from metrics.unfinished import UnfinishedSums
 from reports.comparison import ScoreGroup
 from reports.run_record import read_scores
@@ -231,6 +234,23 @@ def test_images_and_networks_whose_classes_do_not_fit_are_refused(tmp_path, judg
         capsys, *gen, f"--network={vectors}", f"--labels={labels}", f"--detector={judge}", code=2)
 
 
+def test_networks_that_could_not_be_scored_are_refused_before_they_are_trained(tmp_path, judge):
+    """As sweep.py does it."""
+    two, three, none = (write_dataset(tmp_path / f"{k}.zip", num=12, classes=k) for k in (2, 3, 0))
+
+    def check(path, detector=str(judge)):
+        check_scoring(detector, str(path), ["fid", "ca"],
+                      ImageFolderDataset(path, use_labels=True), "the data")
+
+    check(two)
+    with pytest.raises(ValueError, match="^the data: has 3 classes, but detector .* knows 2; "):
+        check(three)
+    with pytest.raises(ValueError, match="^the data: has no classes"):
+        check(none)
+    with pytest.raises(ValueError, match="^the data: detector pixels: was not trained on the"):
+        check(two, "pixels")
+
+
 def test_a_part_of_the_classes_can_be_scored(tmp_path):
     by_brightness(classes=3).save(tmp_path / "three.npz")
     data = write_levels(tmp_path / "x.zip", LEVELS, LABELS)
@@ -339,14 +359,14 @@ def test_other_files_are_refused_in_one_line(judge, tmp_path, capsys):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:Stochastic Optimizer")
 @pytest.mark.parametrize("classes", [2, 3])
 def test_features_and_probabilities_are_those_of_scikit_learn(tmp_path, classes):
     from sklearn.neural_network import MLPClassifier
     rng = np.random.default_rng(0)
     y = np.arange(60) % classes
     x = rng.standard_normal([60, 2, 3, 4]).astype(np.float32) + y[:, None, None, None]
-    model = MLPClassifier((7, 5), max_iter=400, tol=1e-3, random_state=0)
-    model.fit(x.reshape(60, -1), y)
+    model = MLPClassifier((7, 5), max_iter=50, random_state=0).fit(x.reshape(60, -1), y)
 
     class Data:
         image_shape, scale = [2, 3, 4], {"center": [1.0, 2.0], "spread": [3.0, 4.0]}
@@ -447,9 +467,11 @@ def test_what_no_classifier_can_be_trained_on_is_refused(tmp_path, capsys, monke
     assert "of every class from 0 to 2" in words(gap)
     assert "another shape or scale" in words(data, found["small"])
     assert "has an image of class 2, but" in words(data, found["three"])
+    assert "is --data itself" in words(data, tmp_path / "../" / tmp_path.name / "x.zip")
     assert "must be a file called *.npz" in words(data, data, tmp_path / "new.pt")
     (tmp_path / "file").write_text("")
     assert "name another file" in words(data, data, tmp_path / "file/new.npz")
+    assert (fid._MAX_LAYERS, fid._MAX_WIDTH) == (classifier.MAX_LAYERS, classifier.MAX_WIDTH)
     for hidden in ("0", "5000", "1,1,1,1,1,1,1,1"):
         assert "must be 1 to 7 numbers from 1 to 4096" in words(
             data, data, tmp_path / "new.npz", f"--hidden={hidden}", code=2)
@@ -474,8 +496,6 @@ def test_the_shipped_judge_has_the_recorded_accuracy_on_the_held_out_digits(tmp_
 
 def test_the_shipped_digits_are_those_of_scikit_learn():
     from sklearn.datasets import load_digits
-
-    from images.dataset import ImageFolderDataset
     digits, data = load_digits(), ImageFolderDataset(ROOT / "examples/digits8.zip", use_labels=True)
     assert np.array_equal(data.get_batch(range(len(data)))[0][:, 0], digits.images)
     assert np.array_equal(data.class_numbers, digits.target)
