@@ -314,9 +314,7 @@ def _check_claims(content: Any, size: int) -> None:
 
 
 def _open_source(source: str | Path) -> IO[bytes]:
-    if is_url(str(source)):
-        return open_url(str(source))
-    return open(find_network(source), "rb")
+    return open_url(find_network(source))
 
 
 def with_average(content: dict[str, Any], source: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Names of the files of networks in a run directory, and which of them is meant; needs no PyTorch.
+"""Names of networks: files in a run directory, short names of published ones; needs no PyTorch.
 
     network-snapshot-000200.pt    the averaged network after 200 thousand images
     training-state-000200.pt      all that a run needs to go on from there
@@ -22,6 +22,16 @@ _OF_RUN = re.compile(
     rf"(?:network-snapshot|training-state)-(?P<number>{KIMG}|latest)\.(?:pt|pkl)")
 _WEIGHTS = (".pt", ".pth", ".pkl", ".safetensors", ".ckpt")  # extensions of anyone's networks
 _MAX_NAMED = 5  # files in a message
+_EDM = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
+# Published files by short names. No source states their hashes: see `dnnlib.util.open_url`.
+PUBLISHED = {
+    f"edm-{data}-{model}": f"{_EDM}edm-{data}-{size}-{model}.pkl"
+    for data, size, models in (
+        ("cifar10", "32x32", ("cond-vp", "cond-ve", "uncond-vp", "uncond-ve")),
+        ("ffhq", "64x64", ("uncond-vp", "uncond-ve")),
+        ("afhqv2", "64x64", ("uncond-vp", "uncond-ve")),
+        ("imagenet", "64x64", ("cond-adm",)))
+    for model in models}
 
 
 def newest_network(run_dir: str | os.PathLike) -> tuple[Path, str] | None:
@@ -40,12 +50,16 @@ def kimg_of_network(name: str) -> str | None:
 def find_network(source: str | os.PathLike) -> str:
     """Returns the file that is meant: of a run directory the newest network.
 
+    A short name of `PUBLISHED` means its address, unless there is a file or folder of that name.
+
     Raises:
         OSError: there is none; the message says what is there.
     """
     path = Path(source)
     if is_url(str(source)) or path.is_file():
         return str(source)
+    if str(source) in PUBLISHED and not path.is_dir():
+        return PUBLISHED[str(source)]
     if path.is_dir():
         found = newest_network(path)
         if found is None:
@@ -56,6 +70,9 @@ def find_network(source: str | os.PathLike) -> str:
                    if _NETWORK.fullmatch(other.name)) if path.parent.is_dir() else []
     more = f", {len(there) - _MAX_NAMED} earlier ones" if len(there) > _MAX_NAMED else ""
     hint = (f"{path.parent} has {', '.join(there[:-_MAX_NAMED - 1:-1])}{more}" if there else
+            "name a run directory, a network-snapshot-*.pt, a training-state-*.pt, or a published "
+            f"file, its address, or one of {', '.join(PUBLISHED)}"
+            if str(source).startswith("edm") else
             "name a run directory, a network-snapshot-*.pt, a training-state-*.pt, or a published "
             "file or its address")
     raise FileNotFoundError(f"{source}: no such file; {hint}")

@@ -229,7 +229,9 @@ def open_url(url: str, sha256: str | None = None, *, verbose: bool = True) -> IO
     """Opens a local file or an http(s) address for reading in binary.
 
     Downloads are kept in the cache folder and appear there only when complete and as expected; a
-    download that was cut short starts afresh.
+    download that was cut short starts afresh. Without an expected hash, that of the first download
+    is kept in a file .sha256 beside it: the file must have it whenever it is opened, and so must
+    later downloads.
 
     Args:
         url: a path or an address; an address may end in '#sha256:HEX', which pins its content.
@@ -248,12 +250,21 @@ def open_url(url: str, sha256: str | None = None, *, verbose: bool = True) -> IO
     name = re.sub(r"[^\w.-]", "_", unquote(os.path.basename(urlparse(url).path))) or "download"
     key = hashlib.sha256(f"{url} {sha256}".encode()).hexdigest()[:16]
     target = cache_dir("downloads") / f"{key}_{name}"
+    record = target.with_name(f"{target.name}.sha256")
+    first = record.read_text().strip() if sha256 is None and record.is_file() else None
     if not target.is_file():
-        _download(url, target, sha256, verbose)
+        found = _download(url, target, sha256 or first, verbose)
+        if sha256 is None and first is None:
+            with atomic_write(record) as file:
+                file.write(f"{found}\n".encode())
+    elif first and file_sha256(target) != first:
+        raise OSError(f"{target}: is not the file that was downloaded from {url}, whose hash is in "
+                      f"{record.name}; remove it to download it again")
     return open(target, "rb")
 
 
-def _download(url: str, target: Path, sha256: str | None, verbose: bool) -> None:
+def _download(url: str, target: Path, sha256: str | None, verbose: bool) -> str:
+    """Writes what an address holds to `target`; returns its sha256."""
     import requests  # late: commands that download nothing start faster
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -264,6 +275,7 @@ def _download(url: str, target: Path, sha256: str | None, verbose: bool) -> None
             found = _receive(reply, url, file, verbose)
             if sha256 is not None and found != sha256:
                 raise OSError(f"{url}: sha256 is {found}, expected {sha256}")
+            return found
     except requests.RequestException as error:
         raise OSError(f"{url}: {_reason(error)}") from error
 

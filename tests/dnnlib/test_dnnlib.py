@@ -64,8 +64,24 @@ def test_a_download_is_made_once_and_kept(server):
         with open_url(f"{server}/a/weights.bin?x=1") as file:
             assert file.read() == BODY
     assert Handler.hits == ["/a/weights.bin?x=1"]
-    [name] = cached()
-    assert name.endswith("_weights.bin")
+    name, record = cached()
+    assert name.endswith("_weights.bin") and record == f"{name}.sha256"
+
+
+def test_the_hash_of_the_first_download_is_kept_and_asked_for(server, monkeypatch):
+    open_url(f"{server}/x").close()
+    target, record = (cache_dir("downloads") / name for name in cached())
+    assert record.read_text() == hashlib.sha256(BODY).hexdigest() + "\n"
+    target.write_bytes(BODY[:-1] + b"x")
+    with pytest.raises(OSError, match=r"x: is not the file that was downloaded from http://127"):
+        open_url(f"{server}/x")
+    target.unlink()  # the address then holds something else
+    monkeypatch.setattr(sys.modules[__name__], "BODY", BODY[1:])
+    with pytest.raises(OSError, match=f"expected {record.read_text()[:8]}"):
+        open_url(f"{server}/x")
+    record.unlink()
+    open_url(f"{server}/x").close()
+    assert record.read_text() == hashlib.sha256(BODY).hexdigest() + "\n"
 
 
 def test_the_right_hash_is_accepted_as_argument_and_as_pin(server):
