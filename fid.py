@@ -15,6 +15,7 @@ from dnnlib import console
 from dnnlib.cli import (
     BAD_USAGE,
     HELP_NAMES,
+    FiniteNumber,
     IntList,
     NameList,
     Range,
@@ -409,7 +410,7 @@ def _parse_hidden(ctx, param, value: tuple[int, ...]) -> tuple[int, ...]:
               help="Units of the hidden layers; those of the last one are the features")
 @click.option("--shift",      metavar="PIXELS", type=click.IntRange(min=0), default=1,
               help="Also train on copies of the images that are moved so far to each side")
-@click.option("--alpha",      metavar="FLOAT", type=click.FloatRange(min=0), default=0.1,
+@click.option("--alpha",      metavar="FLOAT", type=FiniteNumber(min=0, max=1e3), default=0.1,
               help="Weight of the squared weights in the loss")
 @click.option("--seed",       metavar="INT", type=click.IntRange(0, 2**32 - 1), default=0,
               help="Draws the first weights and the order of the images")

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import click
 
 from dnnlib.cli import CONTEXT, run, user_errors
-from dnnlib.util import format_table
+from dnnlib.util import format_table, format_time
 from metrics.score_names import title
 
 if TYPE_CHECKING:  # imported late: help is instant
     from reports.run_state import RunState
 
-_HEADER = ("run", "state", "kimg", "loss", "img/s", "best score", "D", "preset", "last change",
-           "note")
-_NUMBERS = {"kimg", "loss", "img/s", "D"}  # columns that end at the same place
+_HEADER = ("run", "state", "kimg", "loss", "img/s", "time left", "best score", "D", "preset",
+           "last change", "note")
+_NUMBERS = {"kimg", "loss", "img/s", "time left", "D"}  # columns that end at the same place
 
 
 @click.command(context_settings=CONTEXT)
@@ -25,6 +25,8 @@ _NUMBERS = {"kimg", "loss", "img/s", "D"}  # columns that end at the same place
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects instead of a table.")
 def main(folder: str, as_json: bool) -> None:
     """Lists the training runs under FOLDER, by default 'runs'.
+
+    The time left of a running one is that at the speed of its last tick.
 
     A run is running while its process holds the lock of its folder, finished once it has seen all
     its images, stopped if a signal ended it after it had saved, and failed if it ended otherwise.
@@ -58,6 +60,7 @@ def _row(run: "RunState") -> tuple[str, ...]:
     return (run.name, run.state, f"{run.kimg:.9g}{of_total}",
             "" if run.loss is None else f"{run.loss:.5f}",
             "" if run.images_per_sec is None else f"{run.images_per_sec:.4g}",
+            "" if run.seconds_left is None else format_time(run.seconds_left),
             f"{title(score.metric, score.detector)} {score.value:.5g}{kimg}{''.join(counts)}"
             if score else "",
             "" if run.D is None else "inf" if math.isinf(run.D) else f"{run.D:g}",

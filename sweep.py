@@ -17,7 +17,16 @@ import click
 import fid
 import train
 from dnnlib import signals
-from dnnlib.cli import BAD_USAGE, CONTEXT, IntList, NumberList, UserError, run, user_errors
+from dnnlib.cli import (
+    BAD_USAGE,
+    CONTEXT,
+    FiniteNumber,
+    IntList,
+    NumberList,
+    UserError,
+    run,
+    user_errors,
+)
 from dnnlib.util import counted, format_time, is_url, shown_bytes
 from sampling.sampling_options import check_alpha
 from sampling.sweeps import CONSISTENCY, FULL_BITS, MAX_FEW_STEPS, SOLVERS
@@ -25,6 +34,7 @@ from training.config import TrainConfig
 from training.launch import config_values, finish_config, precision_of
 
 if TYPE_CHECKING:  # imported late: help is instant
+    from images.dataset import ImageFolderDataset
     from reports.study import Step, Study
 
 _ROOT = Path(__file__).resolve().parent
@@ -64,7 +74,7 @@ class _Command(click.Command):
 @click.option("--alpha", metavar="LIST", type=NumberList(float, 0), help="Also score with noise of these strengths before each step.")
 @click.option("--steps", metavar="LIST", type=NumberList(int, 1), help="Also score with these numbers of steps.")
 @click.option("--bits", metavar="LIST", type=NumberList(int, 1, FULL_BITS), help="Also score with weights of these bits.")
-@click.option("--rounding-seeds", metavar="LIST", type=IntList(), help="Round to --bits at random, once with each of these seeds, and compare the means.  [default: to the nearest level]")
+@click.option("--rounding-seeds", metavar="LIST", type=NumberList(int, 0, 2**32 - 1), help="Round to --bits at random, once with each of these seeds, and compare the means.  [default: to the nearest level]")
 @click.option("--val-data", metavar="ZIP|DIR", help="Held-out images, for --likelihood.")
 @click.option("--likelihood", metavar="INT", type=click.IntRange(min=1), help="Also measure the likelihood of this many images of --val-data.")
 @click.option("--images", metavar="INT", type=click.IntRange(min=0, max=1000), default=10, help="Images of each network for the report, by the same seeds.")
@@ -72,7 +82,7 @@ class _Command(click.Command):
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to compute.")
 @click.option("--report", metavar="HTML", help="File of the report.  [default: OUTDIR/report.html]")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the commands that are left and what they will take, and stop.")
-@click.option("--rate", metavar="IMG_PER_S", type=click.FloatRange(min=0, min_open=True), help="Images a second in training, for the hours that --dry-run prints.  [default: that of finished runs of the study]")
+@click.option("--rate", metavar="IMG_PER_S", type=FiniteNumber(min=0, min_open=True), help="Images a second in training, for the hours that --dry-run prints.  [default: that of finished runs of the study]")
 @click.argument("train_options", metavar="[-- TRAIN_OPTIONS]", nargs=-1, type=click.UNPROCESSED)
 def main(outdir, data, aug_dims, train_seeds, name, runs, nproc, report, dry_run, rate,
          train_options, **scoring):
@@ -122,7 +132,8 @@ def main(outdir, data, aug_dims, train_seeds, name, runs, nproc, report, dry_run
         study = _open_study(scoring, folders if runs else [], dry_run)
         if data:
             _check_scoring(study, data, train_options)
-        study = _with_likelihood(study, data)
+        is_conditional = bool(trainings) and trainings[0].asked["cond"]
+        study = _with_likelihood(study, data, folders if runs else [], is_conditional)
 
         from reports.study import report_step
         for folder in folders:
@@ -221,8 +232,9 @@ def _check_scoring(study: "Study", data: str, train_options: Sequence[str]) -> N
                   scored_name(data, asked["patch"]))
 
 
-def _with_likelihood(study: "Study", data: str | None) -> "Study":
-    """Returns the study with the number of images that its likelihoods are of.
+def _with_likelihood(study: "Study", data: str | None, runs: Sequence[Path],
+                     is_conditional: bool) -> "Study":
+    """Returns the study with what its likelihoods are of.
 
     Raises:
         ValueError: --likelihood and --val-data are not both given, or do not fit the data.
@@ -232,12 +244,37 @@ def _with_likelihood(study: "Study", data: str | None) -> "Study":
     if study.val_data is None:
         return study
     from images.dataset import ImageFolderDataset
-    held_out = ImageFolderDataset(study.val_data)
-    if data and held_out.image_shape != (trained := ImageFolderDataset(data)).image_shape:
-        shapes = ["x".join(map(str, images.image_shape)) for images in (held_out, trained)]
-        raise ValueError(f"--val-data={study.val_data}: images of {shapes[0]}, but those of "
-                         f"{data} are of {shapes[1]}; give held-out images of the same data")
-    return dataclasses.replace(study, likelihood=min(study.likelihood, len(held_out)))
+    from reports.study import is_few_step
+    for folder in filter(is_few_step, runs):
+        raise UserError(f"--likelihood: {folder} is a run of a few-step network, which has none; "
+                        "leave it out", BAD_USAGE)
+    held_out = ImageFolderDataset(study.val_data, use_labels=True)
+    if data:
+        _check_held_out(held_out, ImageFolderDataset(data, use_labels=True), is_conditional)
+    metric = "bits_per_dim" if held_out.dtype.kind == "u" else "nats_per_dim"
+    return dataclasses.replace(study, likelihood=min(study.likelihood, len(held_out)),
+                               likelihood_metric=metric)
+
+
+def _check_held_out(held_out: "ImageFolderDataset", data: "ImageFolderDataset",
+                    is_conditional: bool) -> None:
+    """Raises ValueError if the likelihood of held-out images could not be measured."""
+    def problem() -> str | None:
+        if held_out.image_shape != data.image_shape:
+            shapes = ["x".join(map(str, each.image_shape)) for each in (held_out, data)]
+            return f"its images are {shapes[0]}, those of --data={data.path} {shapes[1]}"
+        if held_out.scale != data.scale or held_out.dtype != data.dtype:
+            return f"of another scale or type than --data={data.path}"
+        if is_conditional and held_out.label_dim > data.label_dim:
+            return f"has {held_out.label_dim} classes, --data={data.path} has {data.label_dim}"
+        if is_conditional and not held_out.has_onehot_labels:
+            return "has no classes, which the networks are trained with"
+        if held_out.fingerprint == data.fingerprint:
+            return f"is --data={data.path} itself, so nothing is held out"
+        return None
+    if found := problem():
+        raise ValueError(f"--val-data={held_out.path}: {found}; give held-out images of the same "
+                         "data, such as 'dataset_tool.py split' makes")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -351,6 +351,17 @@ class NameList(click.ParamType):
         return found
 
 
+class FiniteNumber(click.FloatRange):
+    """A number in a range, which NaN and infinity are not."""
+
+    def convert(self, value, param, ctx):
+        """Returns the number."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
 class NumberList(click.ParamType):
     """Comma-separated numbers of a `kind`, int or float, each once, in the order given."""
 

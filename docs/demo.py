@@ -1,7 +1,7 @@
-"""The main job on real images in a few minutes: convert, train, sample, score, look.
+"""The main job on real images in a few minutes: divide, train, sample, score, look.
 
-Runs the project's own scripts as a user would type them and stops at the first that fails. Run
-again, it goes on where it was stopped. Everything it makes is under demo/.
+Runs the project's own scripts as a user would type them and stops at the first that fails. Called
+again, it goes on where it was stopped. Everything it makes is in demo/.
 """
 
 import json
@@ -17,11 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 OUT = Path("demo")
-CLASSES = {6: "Smileys", 1: "Animals", 3: "Food"}  # of examples/emoji-google-32.zip
-NUM_IMAGES = 459  # of these classes
-KIMG = 25.6  # 400 steps of 64 images
+SOURCE, JUDGE = "examples/digits8.zip", "examples/digits8-judge.npz"
+SHIPPED = {"inf": "examples/digits8-inf.pt", "8": "examples/digits8-8.pt"}
+MIMG = 0.08  # 625 steps of 128 images
+NUM, NUM_HELD_OUT = 512, 359  # images that are scored
+NOISE = 0.4  # alpha
 COLUMNS = 8
-REAL_SEED = 1
+SIDE = 48  # pixels of the pictures that a digit takes
 
 
 def leave_busy_cores_alone() -> None:
@@ -57,75 +59,92 @@ def run(command: str) -> str:
     return "".join(lines)
 
 
-def score(images: Path) -> float:
-    """Returns the score that fid.py prints for a folder of images."""
-    output = run(f"python fid.py calc --images={images} --ref={OUT}/ref-pixels.npz "
-                 f"--num={NUM_IMAGES} --detector=pixels")
-    return float(re.findall(r"[-+.\deE]+$", output.strip())[0])
-
-
-def write_noise(folder: Path) -> None:
-    """Writes as many images of Gaussian noise, of the data's mean and about its deviation."""
-    import numpy as np
-    import PIL.Image
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    for i in range(NUM_IMAGES):
-        pixels = np.clip(rng.normal(0, 0.5, [16, 16, 3]) * 127.5 + 128, 0, 255).astype(np.uint8)
-        PIL.Image.fromarray(pixels).save(folder / f"{i:06d}.png")
+def scores(command: str) -> tuple[float, float]:
+    """Returns Frechet distance and class accuracy, in which the table of a command ends."""
+    row = run(f"{command} --metrics=fid,ca --detector={JUDGE}").strip().splitlines()[-1]
+    distance, accuracy = re.findall(r"[-+.\deE]+", row)[-2:]
+    return float(distance), float(accuracy)
 
 
 def write_grid(data: Path, network: Path, target: Path) -> None:
-    """Writes real images at the left and samples at the right, one class a row."""
+    """Writes real digits at the left and samples at the right, one class a row."""
     import numpy as np
     import torch
 
-    from checkpoints.checkpoint import build_ema, load
     from images.dataset import ImageFolderDataset
     from images.grid import image_grid, save_png
-    from pfgmpp.samplers import SamplerConfig, generate_images, to_uint8
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = build_ema(load(network)).to(device)
     dataset = ImageFolderDataset(data, use_labels=True)
-    rng = np.random.default_rng(REAL_SEED)
     rows = []
-    for k in range(len(CLASSES)):
-        members = [i for i in range(len(dataset)) if dataset.get_label(i)[k]]
-        real, _ = dataset.get_batch(rng.choice(members, COLUMNS, replace=False))
-        [batch] = generate_images(net, [range(COLUMNS)], sampler=SamplerConfig(), device=device,
-                                  class_idx=k)
-        rows.append([*real, *to_uint8(batch.images).cpu().numpy()])
-    save_png(target, image_grid(rows, list(CLASSES.values()), split=COLUMNS))
+    for k in range(10):
+        members = np.flatnonzero(dataset.class_numbers == k)[:COLUMNS]
+        real = dataset.scaling.to_network(torch.from_numpy(dataset.get_batch(members)[0]))
+        rows.append([*_shown(real), *_digits(network, range(COLUMNS), k)])
+    save_png(target, image_grid(rows, [str(k) for k in range(10)], split=COLUMNS, min_side=SIDE))
+
+
+def write_noise(target: Path) -> None:
+    """Writes the same digits by D = inf and 8, as they are and with noise in every step."""
+    from images.grid import image_grid, save_png
+    rows = [[image for alpha in (0.0, NOISE) for k in range(10)
+             for image in _digits(ROOT / network, [k], k, alpha)] for network in SHIPPED.values()]
+    save_png(target, image_grid(rows, [f"D = {D}" for D in SHIPPED], split=10, min_side=SIDE))
+
+
+def _digits(network: Path, seeds, k: int, alpha: float = 0.0) -> list:
+    """Returns pictures of samples of one class."""
+    import torch
+
+    from checkpoints.checkpoint import build_ema, load
+    from pfgmpp.samplers import SamplerConfig, generate_images
+    [batch] = generate_images(build_ema(load(network)), [seeds], class_idx=k,
+                              sampler=SamplerConfig(noise_alpha=alpha), device=torch.device("cpu"))
+    return _shown(batch.images)
+
+
+def _shown(images) -> list:
+    from pfgmpp.samplers import to_uint8
+    return list(to_uint8(images).cpu().numpy())
 
 
 def main() -> None:
     """Runs the demo."""
     start = time.time()
     leave_busy_cores_alone()
-    data, run_dir = OUT / "emoji-faces-16.zip", OUT / "runs" / "pfgmpp-128"
-    run(f"python dataset_tool.py --source=examples/emoji-google-32.zip --dest={data} "
-        f"--resolution=16x16 --classes={','.join(map(str, CLASSES))}")
-    run(f"python train.py --outdir={OUT}/runs --name=pfgmpp-128 --resume=auto --data={data} "
-        "--cond=1 --arch=ncsnpp --pfgmpp=1 --aug_dim=128 --cbase=32 --cres=1,2 --nblock=2 "
-        "--batch=64 --lr=1e-3 --lr-rampup=0.005 --dropout=0 --augment=0 --xflip=1 "
-        f"--duration={KIMG / 1000:g} --tick=2 --snap=10 --dump=5 --seed=0")
-    trained, untrained = (run_dir / f"network-snapshot-{int(kimg):06d}.pt" for kimg in (KIMG, 0))
-    for network, folder in ((trained, "images"), (untrained, "images-untrained")):
-        run(f"python generate.py --network={network} --outdir={OUT}/{folder} "
-            f"--seeds=0-{NUM_IMAGES - 1} --batch=64 --steps=10")
-    run(f"python fid.py ref --data={data} --dest={OUT}/ref-pixels.npz --detector=pixels")
-    write_noise(ROOT / OUT / "noise")
-    scores = {"samples of the trained network": score(OUT / "images"),
-              "samples of the untrained network": score(OUT / "images-untrained"),
-              "Gaussian noise": score(OUT / "noise")}
-    write_grid(ROOT / data, ROOT / trained, ROOT / OUT / "grid.png")
-    (ROOT / OUT / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    data, held_out = OUT / "digits-train.zip", OUT / "digits-held-out.zip"
+    run(f"python dataset_tool.py split {SOURCE} --val=0.2 --dest={data} --val-dest={held_out}")
+    run(f"python train.py --outdir={OUT}/runs --name=digits-8 --resume=auto --data={data} "
+        "--cond=1 --pfgmpp=1 --aug_dim=8 --arch=ncsnpp --cbase=32 --cres=1 --nblock=2 --batch=128 "
+        "--lr=2e-3 --lr-rampup=0.005 --ema=0.005 --dropout=0 --augment=0 --sigma-data=auto "
+        f"--duration={MIMG:g} --tick=10 --snap=10 --dump=4 --samples=16 --seed=0 --device=cpu")
+    network = OUT / "runs" / "digits-8" / f"network-snapshot-{int(MIMG * 1e3):06d}.pt"
+    found = {
+        "samples of the trained network": scores(
+            f"python fid.py gen --network={network} --ref={data} --seeds=0-{NUM - 1} "
+            "--device=cpu"),
+        "held-out real digits": scores(
+            f"python fid.py calc --images={held_out} --ref={data} --num={NUM_HELD_OUT} "
+            "--device=cpu")}
+    noisy = {D: scores(
+        f"python fid.py gen --network={shipped} --ref={data} --seeds=0-{NUM - 1} --alpha={NOISE} "
+        f"--out={OUT}/noise-{D}.jsonl --device=cpu") for D, shipped in SHIPPED.items()}
+    write_grid(ROOT / held_out, ROOT / network, ROOT / OUT / "grid.png")
+    write_noise(ROOT / OUT / "noise.png")
+    for D, each in noisy.items():
+        found[f"shipped network of D = {D}, noise in every step"] = each
+    (ROOT / OUT / "scores.json").write_text(json.dumps(found, indent=2) + "\n")
 
-    print(f"\nFrechet distance of raw pixels to the {NUM_IMAGES} real images (lower is better):")
-    for name, value in scores.items():
-        print(f"  {value:8.2f}  {name}")
-    print(f"\nReal images (left) beside samples (right), one class a row: {OUT}/grid.png")
-    print(f"Done in {time.time() - start:.0f} s.")
+    print("\nShare of images in which a classifier recognises the digit that was asked for, and "
+          "the\nFrechet distance of its features to the training digits:")
+    for name, (distance, accuracy) in found.items():
+        print(f"  {accuracy:7.1%}  {distance:8.3f}  {name}")
+    print(f"\nReal digits (left) beside samples (right), one class a row: {OUT}/grid.png")
+    print(f"D = inf and D = 8, without and with noise in every step: {OUT}/noise.png")
+    print("\nNext:")
+    print("  python dataset_tool.py --source=PHOTOS --dest=datasets/photos-32x32.zip "
+          "--resolution=32x32 --transform=center-crop")
+    print("  python train.py --preset=emoji32 --outdir=runs --data=datasets/photos-32x32.zip")
+    print(f"  python report.py {OUT}/runs/digits-8 --out={OUT}/report.html")
+    print(f"\nDone in {time.time() - start:.0f} s.")
 
 
 if __name__ == "__main__":

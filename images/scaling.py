@@ -52,6 +52,13 @@ class Scaling:
             raise ValueError('must hold as many finite numbers in "center" as positive ones in '
                              '"spread"')
 
+    def equals(self, other: "Scaling") -> bool:
+        """Says whether another scaling does the same to images of any channels that both take."""
+        pairs = ((self.center, other.center), (self.spread, other.spread))
+        return self.is_8bit == other.is_8bit and all(
+            len({len(a), len(b)} - {1}) <= 1 and np.allclose(a, b, rtol=1e-6, atol=0)
+            for a, b in pairs)
+
     def to_network(self, values: "torch.Tensor", dtype: "torch.dtype | None" = None
                    ) -> "torch.Tensor":
         """Returns values [..., C, H, W] of any type as networks see them: float32, or `dtype`."""

@@ -70,7 +70,10 @@ def check_trainable(data: ImageFolderDataset, held_out: ImageFolderDataset, shif
         raise ValueError(f"--val-data={held_out.path}: has an image of class "
                          f"{held_out.label_dim - 1}, but --data={data.path} has classes 0 to "
                          f"{len(counts) - 1}")
-    if held_out.path.resolve() == data.path.resolve():
+    if shift >= min(data.image_shape[1:]):
+        raise ValueError(f"--shift={shift}: must be smaller than the sides of the images, "
+                         f"{data.image_shape[2]}x{data.image_shape[1]}")
+    if held_out.path.resolve() == data.path.resolve() or held_out.fingerprint == data.fingerprint:
         raise ValueError(f"--val-data={held_out.path}: is --data itself, so nothing is held out; "
                          "'dataset_tool.py split' divides a data set")
 

@@ -76,7 +76,14 @@ class FeatureSet:
         self.append_features(self.detector(images), numbers)
 
     def append_features(self, features: torch.Tensor, numbers: Sequence[int]) -> None:
-        """Adds features [B, d] of images of these numbers."""
+        """Adds features [B, d] of images of these numbers.
+
+        Raises:
+            ValueError: they are not finite.
+        """
+        if not torch.isfinite(features).all():
+            raise ValueError(f"detector {self.detector.name}: features of an image are not finite; "
+                             "its weights may be damaged")
         if self.moments:
             self.moments.append(features)
         if self.bank:

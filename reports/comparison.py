@@ -17,6 +17,7 @@ from metrics.score_names import HIGHER_IS_BETTER, LIKELIHOODS, LOWER_IS_BETTER, 
 from reports.run_record import MEAN_OF_CLASSES, RunRecord, Score
 from sampling.sweeps import FULL_BITS
 
+AXES = ("noise_alpha", "num_steps", "bits", "random_bits")
 _USUAL_STEPS = 18  # of EDM and PFGM++ on CIFAR-10: where two numbers are equally frequent
 
 
@@ -101,8 +102,10 @@ class Curve:
     kimg: float | None
     points: dict[float, Spread]
     left_out: tuple[float, ...] = ()  # values of the setting that were only scored over other seeds
-    # Of curves over training seeds: the deviation over seed ranges of the samples, where known.
+    # Of curves over training seeds: the deviation over seed ranges of the samples, where known, and
+    # the ranges, if all runs have the same.
     of_samples: dict[float, float] = dataclasses.field(default_factory=dict)
+    ranges: tuple[str, ...] = ()
 
     @property
     def seeds(self) -> tuple[str, ...]:
@@ -125,16 +128,20 @@ class Comparison:
     reference: str  # as it was given
     num_steps: int | None  # of the base point
     over_D: list[Curve]  # for each run its base point, a curve of one point, over all its seeds
-    # Over 'noise_alpha', 'num_steps' and 'bits', where a run has two points. The seeds are those
-    # that all points of all runs share, or else those that all points of a run share.
+    # Over 'noise_alpha', 'num_steps', 'bits' and 'random_bits', where a run has two points: of
+    # weights rounded to the nearest and at random. The seeds are those that all points of all runs
+    # share, or else those that all points of a run share.
     over: dict[str, list[Curve]]
+    kimgs: tuple[float, ...] = ()  # at which the runs were scored, of -1 where that is unknown
+    num_draws: tuple[int, ...] = ()  # how many random roundings a value is the mean of
     # Whether curves are of families of runs and values by training seed: reports/training_seeds.py.
     has_training_seeds: bool = False
 
     @property
     def base(self) -> dict[str, float | None]:
         """The base point's value of each setting."""
-        return {"noise_alpha": 0, "num_steps": self.num_steps, "bits": FULL_BITS}
+        return {"noise_alpha": 0, "num_steps": self.num_steps, "bits": FULL_BITS,
+                "random_bits": FULL_BITS}
 
     @property
     def hardest(self) -> dict[str, float]:
@@ -152,7 +159,7 @@ def compare(runs: Sequence[RunRecord]) -> list[Comparison]:
     """Returns the comparisons of every group of scores, the largest group first."""
     groups: dict[ScoreGroup, list[tuple[int, Score]]] = collections.defaultdict(list)
     for i, run in enumerate(runs):
-        for score in _over_rounding_draws(filter(_is_compared, run.scores)):
+        for score in filter(_is_compared, run.scores):
             groups[ScoreGroup.of(score)].append((i, score))
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
     return [_compare(group, scores) for group, scores in ranked]
@@ -180,22 +187,6 @@ def _is_compared(score: Score) -> bool:
     return not score.metric.endswith("_std") and score.of_class in (None, MEAN_OF_CLASSES)
 
 
-def _over_rounding_draws(scores: Iterable[Score]) -> list[Score]:
-    """Returns the scores with those of several random roundings replaced by their mean.
-
-    Where there are random roundings to some bits, the rounding to the nearest is left out.
-    """
-    draws: dict[Score, dict[int, float]] = collections.defaultdict(dict)
-    for score in scores:
-        point = dataclasses.replace(score, value=0.0, rounding_seed=None)
-        draws[point][-1 if score.rounding_seed is None else score.rounding_seed] = score.value
-    found = []
-    for point, values in draws.items():
-        random = [value for seed, value in values.items() if seed >= 0]
-        found.append(dataclasses.replace(point, value=statistics.fmean(random or values.values())))
-    return found
-
-
 def _compare(group: ScoreGroup, scores: list[tuple[int, Score]]) -> Comparison:
     num_steps = _base_steps(score for _, score in scores)
     curves: dict[str, list[Curve]] = collections.defaultdict(list)
@@ -210,14 +201,29 @@ def _compare(group: ScoreGroup, scores: list[tuple[int, Score]]) -> Comparison:
                             and score.bits == FULL_BITS],
             "num_steps": [score for score in own if score.is_plain and score.num_steps],
             "bits": [score for score in own if score.num_steps == num_steps
-                     and score.noise_alpha == 0]}
+                     and score.noise_alpha == 0 and score.rounding_seed is None],
+            "random_bits": [score for score in own if score.num_steps == num_steps
+                            and score.noise_alpha == 0
+                            and (score.rounding_seed is not None or score.bits == FULL_BITS)]}
         for axis, chosen in slices.items():
-            points = _spreads(chosen, lambda score, axis=axis: getattr(score, axis))
+            field = "bits" if axis == "random_bits" else axis
+            points = _spreads(chosen, lambda score, field=field: getattr(score, field))
             if points:
                 curves[axis].append(Curve(run, own[0].D, own[0].kimg, points))
-    over = {axis: _over_equal_seeds(curves[axis]) for axis in ("noise_alpha", "num_steps", "bits")
+    over = {axis: _over_equal_seeds(curves[axis]) for axis in AXES
             if any(len(curve.points) > 1 for curve in curves[axis])}
-    return Comparison(group, scores[-1][1].reference, num_steps, curves["D"], over)
+    kimgs = sorted({-1.0 if curve.kimg is None else curve.kimg for curve in curves["D"]})
+    return Comparison(group, scores[-1][1].reference, num_steps, curves["D"], over, tuple(kimgs),
+                      _num_draws(scores))
+
+
+def _num_draws(scores: Iterable[tuple[int, Score]]) -> tuple[int, ...]:
+    """Returns the different numbers of random roundings of a run to the same bits."""
+    draws: dict[tuple[int, int], set[int]] = collections.defaultdict(set)
+    for run, score in scores:
+        if score.rounding_seed is not None:
+            draws[run, score.bits].add(score.rounding_seed)
+    return tuple(sorted({len(seeds) for seeds in draws.values()}))
 
 
 def _over_equal_seeds(curves: Sequence[Curve]) -> list[Curve]:
@@ -255,9 +261,14 @@ def _base_steps(scores: Iterable[Score]) -> int | None:
 
 
 def _spreads(scores: Iterable[Score], key: Callable[[Score], float]) -> dict[float, Spread]:
-    """Returns the values at each key by rising key; for equal seeds the last score counts."""
-    values: dict[float, dict[str, float]] = collections.defaultdict(dict)
+    """Returns the values at each key by rising key; for equal seeds the last score counts.
+
+    Of several random roundings the mean is taken.
+    """
+    values: dict[float, dict[str, dict]] = collections.defaultdict(
+        lambda: collections.defaultdict(dict))
     for score in scores:
-        values[key(score)][score.seeds] = score.value
-    known = [x for x in values if x is not None]
-    return {x: Spread(values[x]) for x in sorted(known)}
+        values[key(score)][score.seeds][score.rounding_seed] = score.value
+    known = sorted(x for x in values if x is not None)
+    return {x: Spread({seeds: statistics.fmean(draws.values())
+                       for seeds, draws in values[x].items()}) for x in known}

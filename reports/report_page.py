@@ -18,9 +18,11 @@ import jinja2
 
 from images.image_files import DAMAGE
 from images.pictures import open_picture
+from metrics.score_names import title as score_title
 from reports.comparison import Comparison, Curve, ScoreGroup, Spread, compare, over_kimg
 from reports.report_plots import Axis, Level, Line, look, plot
 from reports.run_record import RunRecord, Score
+from reports.run_state import best_score
 from reports.training_seeds import (
     Difference,
     Family,
@@ -49,14 +51,18 @@ _AXES = {  # title, label of the plot's axis, head of the table's column, a valu
     "noise_alpha": ("Noise before each step", "alpha, noise / noise level", "alpha", "alpha {:g}"),
     "num_steps": ("Steps", "network evaluations per image (NFE)", "steps (NFE)", "{:g} steps"),
     "bits": ("Rounded weights", f"bits of the weights; {FULL_BITS}: as trained", "bits",
-             "{:g} bits")}
+             "{:g} bits"),
+    "random_bits": ("Weights rounded at random", f"bits of the weights; {FULL_BITS}: as trained",
+                    "bits", "{:g} bits at random")}
 _KIMG = Axis("images seen, kimg")
 _NO_RANKING = ("Losses at different D are not to be ranked: noise of small D has heavy tails, and "
                "so has its loss.")
 _OF_DIFFERENCES = (
     "Paired by training seed: the mean and its 95% t interval over training seeds. A difference "
-    "is not decided where the interval contains 0. Changes are those from the score in the first "
-    "column.")
+    "is not decided where the interval contains 0. Changes are those from the default point, over "
+    "the same samples.")
+_SEVERAL_KINDS = ("Differences to D = inf are left out: networks with D = inf are of several "
+                  "settings, and none of them is the one to compare with.")
 _NBSP = "\u00a0"  # a space that does not break
 
 
@@ -102,6 +108,7 @@ def render(runs: Sequence[RunRecord], title: str | None = None) -> str:
         title=title or "Report: " + ", ".join(_short(run.name) for run in runs),
         written=time.strftime("%Y-%m-%d %H:%M"),
         downloads=_downloads(runs),
+        glance=[_glance(run) for run in runs],
         differing=_differing_settings(runs),
         training=_tick_cards(runs, group_names, groups) if len(runs) > 1 else [],
         groups=[_group(comparison, heading, group_names) for comparison, heading
@@ -132,16 +139,26 @@ _TEMPLATES.filters |= {"short": _short, "number": _number, "joined": _joined, "l
 
 
 def _names(runs: Sequence[RunRecord]) -> list[str]:
-    """Returns what runs are called in legends: their D where that tells them apart."""
+    """Returns what runs are called in legends: their names and, if they differ in it, their D."""
     dims = [run.D for run in runs]
-    if None not in dims and len(set(dims)) == len(dims):
-        return [f"D{_NBSP}={_NBSP}{D:.15g}" for D in dims]
-    return [_short(run.name) for run in runs]
+    if None in dims or len(set(dims)) == 1:
+        return [_short(run.name) for run in runs]
+    return [f"{_short(run.name)} ({_D_text(run.D)})" for run in runs]
+
+
+def _D_text(D: float) -> str:
+    return f"D{_NBSP}={_NBSP}{D:.15g}"
 
 
 def _family_names(runs: Sequence[RunRecord], found: Sequence[Family]) -> list[str]:
-    """Returns what families are called: as their runs, by D or else by the name of the first."""
-    return _names([runs[min(family.runs.values())] for family in found])
+    """Returns what families are called: by D if that tells them apart, or else by their runs."""
+    first = [runs[min(family.runs.values())] for family in found]
+    dims = [run.D for run in first]
+    if None not in dims and len(set(dims)) == len(dims):
+        return [_D_text(D) for D in dims]
+    more = [len(family.runs) - 1 for family in found]
+    return [f"{name} and {count} more" if count else name
+            for name, count in zip(_names(first), more, strict=True)]
 
 
 def _decimals(spreads: Iterable[Spread], digits: int = 4) -> int:
@@ -200,6 +217,20 @@ def _picture(path: Path, notes: list[str], alt: str) -> dict[str, Any] | None:
 
 
 # ------------------------------------------------------------------------------- all the runs
+
+
+def _glance(run: RunRecord) -> dict[str, Any]:
+    """Returns what the page opens with: a run's latest samples, best score and loss."""
+    kimg, path = run.samples[-1] if run.samples else (None, None)
+    last, score = run.ticks[-1] if run.ticks else {}, best_score(run.scores)
+    said = [_D_text(run.D)] if run.D is not None else []
+    if score:
+        at = f" at {score.kimg:g} kimg" if score.kimg is not None else ""
+        said.append(f"best {score_title(score.metric, score.detector)} {score.value:.5g}{at}")
+    if "loss" in last:
+        said.append(f"loss {last['loss']:.5g} at {last['kimg']:g} kimg")
+    return {"name": _short(run.name), "said": said, "kimg": kimg,
+            "picture": path and _picture(path, [], f"{run.name}, samples at {kimg:g} kimg")}
 
 
 def _downloads(runs: Sequence[RunRecord]) -> list[tuple[str, int, str]]:
@@ -290,22 +321,26 @@ def _headings(comparisons: Sequence[Comparison]) -> list[str]:
 
 def _group(comparison: Comparison, heading: str, names: Sequence[str]) -> dict[str, Any]:
     """Returns what the page says of one group of scores."""
-    is_over_D = len(comparison.over_D) > 1
+    is_over_D = len(comparison.over_D) > 1 or comparison.has_training_seeds
     seeds = {curve.seeds for axis in comparison.hardest for curve in comparison.over[axis]}
     unit = "training seed" if comparison.has_training_seeds else "seed range"
-    kimgs = sorted({curve.kimg for curve in comparison.over_D}, key=lambda kimg: kimg or 0)
+    notes = []
+    if len(comparison.kimgs) > 1:
+        notes.append("The networks compared are of different kimg: " + ", ".join(
+            "unknown" if kimg < 0 else _number(kimg) for kimg in comparison.kimgs))
+    if comparison.has_training_seeds and [curve.D for curve in comparison.over_D].count(
+            math.inf) > 1:
+        notes.append(_SEVERAL_KINDS)
     return {
         "comparison": comparison,
         "heading": heading,
         "runs": [names[curve.run] for curve in comparison.over_D],
         "summary": _summary(comparison, names) if is_over_D else None,  # header, rows
         "hardest_seeds": _seeds_text(seeds.pop(), unit) if len(seeds) == 1 else "",
-        "notes": ["The networks compared are of different kimg: " + ", ".join(
-            _number(kimg) or "unknown" for kimg in kimgs)] if len(kimgs) > 1 else [],
+        "notes": notes,
         "cards": [*([_card_over_D(comparison, names)] if is_over_D else []),
                   *_difference_cards(comparison, names),
-                  *(_card_over(axis, curves, comparison.group, names, unit)
-                    for axis, curves in comparison.over.items())],
+                  *(_card_over(axis, comparison, names, unit) for axis in comparison.over)],
     }
 
 
@@ -360,7 +395,9 @@ def _card_over_D(comparison: Comparison, names: Sequence[str]) -> Card:
         for row, (curve, _) in zip(rows, _base_points(comparison), strict=True):
             of_samples = next(iter(curve.of_samples.values()), None)
             row.append("" if of_samples is None else f"{of_samples:.{decimals}f}")
-    return Card("Over D", svg, {run: names[run] for _, run, _ in known}, levels, header, rows)
+    ranges = _ranges(comparison.over_D)
+    return Card("Over D", svg, {run: names[run] for _, run, _ in known}, levels, header, rows,
+                f"Values{ranges}." if ranges else "")
 
 
 def _difference_cards(comparison: Comparison, names: Sequence[str]) -> list[Card]:
@@ -391,15 +428,15 @@ def _difference(difference: Difference | None, decimals: int, group: ScoreGroup)
             f"{difference.verdict(group.is_lower_better)}")
 
 
-def _card_over(axis: str, curves: Sequence[Curve], group: ScoreGroup, names: Sequence[str],
-               unit: str) -> Card:
+def _card_over(axis: str, comparison: Comparison, names: Sequence[str], unit: str) -> Card:
     title, label, head, _ = _AXES[axis]
+    curves, group = comparison.over[axis], comparison.group
     values = sorted({x for curve in curves for x in curve.points})
     places, ticks = {x: x for x in values}, {}
     if axis == "num_steps":
         places = {x: group.evaluations(x) for x in values}
         ticks = {place: str(place) for place in places.values()}
-    elif axis == "bits":  # evenly spaced, for 32 is far off
+    elif axis in ("bits", "random_bits"):  # evenly spaced, for 32 is far off
         places = {x: place for place, x in enumerate(values)}
         ticks = {place: f"{x:g}" for x, place in places.items()}
     lines = [_line({places[x]: spread for x, spread in curve.points.items()}, curve.run)
@@ -410,6 +447,10 @@ def _card_over(axis: str, curves: Sequence[Curve], group: ScoreGroup, names: Seq
                for curve, digits in zip(curves, decimals, strict=True))] for x in values]
     of_runs = {curve.run: names[curve.run] for curve in curves}
     caption, notes = _seeds_of(axis, curves, names, unit)
+    if axis == "random_bits":
+        numbers = " to ".join(map(str, sorted({min(comparison.num_draws),
+                                               max(comparison.num_draws)})))
+        caption += f" Every value of rounded weights is the mean of {numbers} random roundings."
     return Card(title, plot(lines, Axis(label, ticks), group.title), of_runs,
                 header=[head, *of_runs.values()], rows=rows, caption=caption, notes=notes)
 
@@ -417,13 +458,21 @@ def _card_over(axis: str, curves: Sequence[Curve], group: ScoreGroup, names: Seq
 def _seeds_of(axis: str, curves: Sequence[Curve], names: Sequence[str], unit: str
               ) -> tuple[str, list[str]]:
     """Returns what the values of a card are over, '' where that is not one thing, and notes."""
-    notes = [f"{names[curve.run]}: its points share no {unit}; left out: "
+    why = ("its points share no seed range" if unit == "seed range"
+           else "not every training seed has all points, over the same samples")
+    notes = [f"{names[curve.run]}: {why}; left out: "
              + ", ".join(_AXES[axis][-1].format(x) for x in curve.left_out)
              for curve in curves if curve.left_out]
     if len({curve.seeds for curve in curves}) == 1:
-        return f"Every value is over {_seeds_text(curves[0].seeds, unit)}.", notes
+        return f"Every value is over {_seeds_text(curves[0].seeds, unit)}{_ranges(curves)}.", notes
     return "", ["The runs are scored over different seeds: " + "; ".join(
         f"{names[curve.run]} over {_seeds_text(curve.seeds, unit)}" for curve in curves), *notes]
+
+
+def _ranges(curves: Sequence[Curve]) -> str:
+    """Returns the seed ranges that values of families are over, '' where there is no one answer."""
+    [ranges, *others] = {curve.ranges for curve in curves}
+    return f", each over {_seeds_text(ranges)}" if ranges and not others else ""
 
 
 # ------------------------------------------------------------------------------------- one run
@@ -433,7 +482,8 @@ def _run(run: RunRecord) -> dict[str, Any]:
     """Returns what the page says of one run."""
     notes = list(run.notes)
     grids = [("training images", run.reals)] if run.reals else []
-    grids += [(f"{kimg:g} kimg", path) for kimg, path in _spaced(run.samples, _MAX_GRIDS)]
+    # The latest one opens the page.
+    grids += [(f"{kimg:g} kimg", path) for kimg, path in _spaced(run.samples, _MAX_GRIDS)[:-1]]
     pictures = [(caption, _picture(path, notes, f"{run.name}, {caption}"))
                 for caption, path in grids]
     return {

@@ -30,7 +30,7 @@ from training.config import LOG_FILE, OPTIONS_FILE, REALS_FILE, STATS_FILE
 _SAMPLES_NAME = re.compile(rf"samples-({KIMG})\.png")
 _TOTAL_LINE = re.compile(r"^total +\S+ +([\d,]+)$", re.M)  # of the table of parameters in log.txt
 # The defaults of sampler settings, see pfgmpp.samplers.SamplerConfig.
-_SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"), ("S_noise", 1),
+SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"), ("S_noise", 1),
                      ("precision", "fp32"), ("solver", "heun"), ("discretization", "edm"),
                      ("schedule", "linear"), ("scaling", "none"), ("order", 3),
                      ("init_noise", 1), ("blend", 1)]
@@ -317,7 +317,7 @@ def _images_name(name: str) -> FolderName | None:
 def _other_settings(sampler: dict) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((name, str(value)) for name, value in sampler.items()
                         if name not in _NOT_COMPARED and value is not None
-                        and (name, value) not in _SAMPLER_DEFAULTS))
+                        and (name, value) not in SAMPLER_DEFAULTS))
 
 
 def _pair_settings(line: dict) -> tuple[tuple[str, str], ...]:

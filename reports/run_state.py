@@ -13,7 +13,7 @@ import datetime
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,22 @@ class RunState:
         state, note = _state(path, is_done)
         preset = run.options.get("preset")
         return cls(name, state, kimg, total, tick.get("loss"), tick.get("images_per_sec"),
-                   _best(run.scores), run.D, preset if isinstance(preset, str) else None,
+                   best_score(run.scores), run.D, preset if isinstance(preset, str) else None,
                    _changed(path), note)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long a running run will still train at the speed of its last tick, if known."""
+        if self.state != "running" or self.total_kimg is None or not self.images_per_sec:
+            return None
+        return max(self.total_kimg - self.kimg, 0) * 1e3 / self.images_per_sec
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data that JSON can hold; an infinite D becomes the string 'inf'."""
         shown = ("metric", "value", "kimg", "num", "num_steps", "detector")
         score = self.score and {key: getattr(self.score, key) for key in shown}
-        return {**vars(self), "D": json_value(self.D), "score": score,
+        return {**vars(self), "seconds_left": self.seconds_left, "D": json_value(self.D),
+                "score": score,
                 "changed": self.changed.isoformat(timespec="seconds")}
 
 
@@ -120,7 +128,7 @@ def _total_kimg(options: dict[str, Any]) -> float | None:
     return duration * 1e3 if is_known else None
 
 
-def _best(scores: list[Score]) -> Score | None:
+def best_score(scores: Sequence[Score]) -> Score | None:
     """Returns the lowest score of the first distance, else the highest PSNR.
 
     It is the best among those that were made as the latest was, of images of all classes.

@@ -15,7 +15,6 @@ from typing import Any
 from checkpoints.names import newest_network
 from dnnlib.util import format_ranges
 from images.image_files import GENERATE_RECORD
-from metrics.score_names import LIKELIHOODS
 from reports.run_record import REPORT_PREFIX, RunRecord, Score, read_json, read_scores
 from sampling.folders import FolderName, image_name
 from sampling.sweeps import CONSISTENCY, FULL_BITS
@@ -29,8 +28,10 @@ _FREE = RESUME_MAY_CHANGE.keys() - {"data", "seed", "transfer"}
 _RECORDED = {"fid": {"fid", "frechet_distance"}, "kid": {"kid", "kernel_distance"},
              "pr": {"precision"}, "dc": {"density"}, "is": {"is"}, "ca": {"class_accuracy"}}
 _BASE_STEPS = 18
-# 32 steps of four evaluations and their traces, and half as many; a trace takes two more.
-_EVALUATIONS_OF_LIKELIHOOD = 3 * 192
+_LIKELIHOOD_STEPS = 32
+_LIKELIHOOD_SETTINGS = {"probes": "1", "seed": "0", "cond": "True"}  # as the record has them
+# Four evaluations a step and their traces, and half as many steps; a trace takes two more.
+_EVALUATIONS_OF_LIKELIHOOD = 3 * 4 * (_LIKELIHOOD_STEPS + _LIKELIHOOD_STEPS // 2)
 _LSUN_START = (("sigma_max", "380.0"),)
 _FIELDS = {"alpha": "noise_alpha", "steps": "num_steps", "bits": "bits"}
 
@@ -70,6 +71,7 @@ class Study:
     order: int | None = None
     rounding_seeds: tuple[int, ...] | None = None  # of `bits`; None rounds to the nearest level
     likelihood: int | None = None  # how many images of `val_data` it is measured of
+    likelihood_metric: str = "bits_per_dim"  # what it is recorded as, by the type of the data
     val_data: str | None = None
 
     def steps_of(self, run_dir: Path) -> list[Step]:
@@ -136,7 +138,8 @@ class Study:
         `draw` is the seed of random rounding.
         """
         seeds = format_ranges(self.seeds)
-        left = [f"{value:.15g}" for value in getattr(self, flag)
+        values = [value for value in getattr(self, flag) if draw is None or value < FULL_BITS]
+        left = [f"{value:.15g}" for value in values
                 if not self._is_scored(run_dir, seeds, **{_FIELDS[flag]: value,
                                                           "rounding_seed": draw})]
         if not left:
@@ -149,8 +152,10 @@ class Study:
         """Returns the command that measures the likelihood of held-out images, None if done."""
         network = network_of(run_dir)[0]
         done = [score for score in (read_scores(run_dir) if run_dir.is_dir() else [])
-                if score.metric in LIKELIHOODS and score.network == network.name
+                if score.metric == self.likelihood_metric and score.network == network.name
                 and score.reference == self.val_data and score.num == self.likelihood
+                and score.num_steps == _LIKELIHOOD_STEPS
+                and _LIKELIHOOD_SETTINGS.items() <= dict(score.other).items()
                 and self._is_of(score, network)]
         return None if done else [
             "likelihood.py", f"--network={network}", f"--data={self.val_data}",

@@ -6,7 +6,8 @@
     with m - 1 degrees of freedom
 
 A difference is decided where that interval does not contain 0. It holds for other training seeds
-on the same data; it says nothing of other data or networks.
+on the same data; it says nothing of other data or networks. Differences that do not vary at all
+decide nothing: scores that count images, such as class accuracy, agree by chance.
 """
 
 import collections
@@ -16,16 +17,17 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from reports.comparison import Comparison, Curve, Spread
-from reports.run_record import RunRecord
+from reports.run_record import RunRecord, read_json
+from training.config import OPTIONS_FILE
 from training.resume import RESUME_MAY_CHANGE
 
 # What is compared although a resumed run may change it.
 _DECIDES = {"duration", "transfer"}
-# A few-step network of each training seed has a teacher of its own.
-_OF_TEACHER = {"teacher_sha256"}
 _CONFIDENCE = 0.95
+_NO_SPREAD = 1e-9  # of the mean: below it, differences vary by rounding only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,22 +57,49 @@ def families(runs: Sequence[RunRecord]) -> list[Family]:
 
 
 def _settings_key(run: RunRecord) -> str:
-    left_out = (RESUME_MAY_CHANGE.keys() - _DECIDES) | _OF_TEACHER
-    kept = {name: value for name, value in run.options.items() if name not in left_out}
-    data = Path(str(run.options.get("data"))).name  # the folders that hold it may differ
-    return json.dumps([kept, data], sort_keys=True, default=str)
+    return json.dumps(_settings(run.options), sort_keys=True, default=str)
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of a run that all runs of a family share."""
+    kept = {name: value for name, value in options.items()
+            if name not in RESUME_MAY_CHANGE or name in _DECIDES}
+    kept["data"] = Path(str(options.get("data"))).name  # the folders that hold it may differ
+    if options.get("teacher"):
+        # A few-step network of each training seed has a teacher of its own, of the same settings.
+        of_teacher = _options_of_network(Path(str(options["teacher"])))
+        kept["teacher_sha256"] = _settings(of_teacher) if of_teacher else kept["teacher_sha256"]
+    return kept
+
+
+def _options_of_network(path: Path) -> dict[str, Any]:
+    """Returns the options of the run that made a network, {} if they can't be read."""
+    run_dir = path if path.is_dir() else path.parent
+    options = read_json(run_dir / OPTIONS_FILE).get("options")
+    return options if isinstance(options, dict) else {}
 
 
 def over_training_seeds(comparison: Comparison, found: Sequence[Family]) -> Comparison:
     """Returns a comparison of families, whose curves have a value for each training seed.
 
-    A value is the mean over seed ranges of the samples. A point that not every run of a family
-    has is left out.
+    A value is the mean over seed ranges of the samples: of the base point over those that all runs
+    have, if there are any. A point that not every run of a family has is left out, and an axis
+    without points.
     """
+    over = {axis: _merged(curves, found) for axis, curves in comparison.over.items()}
     return dataclasses.replace(
-        comparison, over_D=_merged(comparison.over_D, found),
-        over={axis: _merged(curves, found) for axis, curves in comparison.over.items()},
+        comparison, over_D=_merged(_over_shared_ranges(comparison.over_D), found),
+        over={axis: curves for axis, curves in over.items()
+              if any(len(curve.points) > 1 for curve in curves)},
         has_training_seeds=True)
+
+
+def _over_shared_ranges(curves: Sequence[Curve]) -> list[Curve]:
+    """Returns curves of one point each over the seed ranges that all have, if there are any."""
+    shared = set.intersection(*(set(curve.seeds) for curve in curves)) if curves else set()
+    return [dataclasses.replace(curve, points={x: spread.over(shared) for x, spread
+                                               in curve.points.items()})
+            for curve in curves] if shared else list(curves)
 
 
 def _merged(curves: Sequence[Curve], found: Sequence[Family]) -> list[Curve]:
@@ -84,12 +113,14 @@ def _merged(curves: Sequence[Curve], found: Sequence[Family]) -> list[Curve]:
         left_out = {x for points in known for x in points} - set(shared)
         first = next(iter(members.values()))
         merged.append(Curve(
-            number, first.D, first.kimg,
+            number, first.D,
+            first.kimg if len({curve.kimg for curve in members.values()}) == 1 else None,
             {x: Spread({seed: curve.points[x].mean for seed, curve in members.items()})
              for x in shared},
             tuple(sorted(left_out.union(*(curve.left_out for curve in members.values())))),
             {x: deviation for x in shared
-             if (deviation := _pooled([points[x].values for points in known])) is not None}))
+             if (deviation := _pooled([points[x].values for points in known])) is not None},
+            first.seeds if len({curve.seeds for curve in members.values()}) == 1 else ()))
     return [curve for curve in merged if curve.points]
 
 
@@ -126,7 +157,8 @@ class Difference:
     @property
     def is_decided(self) -> bool:
         """Whether the interval does not contain 0."""
-        return self.half_width is not None and abs(self.mean) > self.half_width
+        half = self.half_width
+        return half is not None and abs(self.mean) > half > _NO_SPREAD * abs(self.mean)
 
     def verdict(self, is_lower_better: bool | None) -> str:
         """Returns 'better', 'worse', 'lower', 'higher' or 'not decided'."""

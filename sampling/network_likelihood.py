@@ -104,6 +104,10 @@ class LikelihoodData:
                              for scaling in (dataset.scaling, self.scaling))
             raise ValueError(f"{where}: images are {given}, but the network was trained on "
                              f"{wanted}; give such images in the same units")
+        if dataset.scale is not None and not dataset.scaling.equals(self.scaling):
+            raise ValueError(f"{where}: its scale is ({dataset.scaling}), but the network "
+                             f"was trained on data of the scale ({self.scaling}); give data that "
+                             "dataset_tool.py made with the same --scale")
         self.are_whole = dataset.dtype.kind == "u"
         self.num_levels = np.iinfo(dataset.dtype).max + 1 if self.are_whole else 0
         if likelihood.dequantize == "uniform" and not self.are_whole:

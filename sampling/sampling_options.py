@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from dnnlib.cli import BAD_USAGE, NumberList, UserError
+from dnnlib.cli import BAD_USAGE, FiniteNumber, NumberList, UserError
 from sampling.sweeps import CONSISTENCY, FULL_BITS, MULTISTEP, SOLVERS
 
 _OF_GRIDS = {"steps": "--steps", "sigma_min": "--sigma_min", "sigma_max": "--sigma_max",
@@ -119,9 +119,9 @@ _OPTIONS = (
     click.option("--alpha", metavar="LIST", type=NumberList(float, 0), help="Robustness study: noise of alpha times the level, added before each step."),
     click.option("--bits", metavar="LIST", type=NumberList(int, 1, FULL_BITS), help="Robustness study: bits that weights are rounded to; 32 leaves them."),
     click.option("--rounding-seed", metavar="INT", type=click.IntRange(0, 2**32 - 1), help="Round weights to --bits at random, up or down with their own value as the mean, by this seed.  [default: to the nearest level]"),
-    click.option("--sigma_min", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), help="Lowest noise level.  [default: 0.002, or the discretisation's]"),
-    click.option("--sigma_max", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), help="Highest noise level.  [default: 80, 380 for --lsun networks, what the file records, or the discretisation's]"),
-    click.option("--rho", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=7, help="Exponent of the grid of noise levels."),
+    click.option("--sigma_min", metavar="FLOAT", type=FiniteNumber(min=0, min_open=True), help="Lowest noise level.  [default: 0.002, or the discretisation's]"),
+    click.option("--sigma_max", metavar="FLOAT", type=FiniteNumber(min=0, min_open=True), help="Highest noise level.  [default: 80, 380 for --lsun networks, what the file records, or the discretisation's]"),
+    click.option("--rho", metavar="FLOAT", type=FiniteNumber(min=0, min_open=True), default=7, help="Exponent of the grid of noise levels."),
     click.option("--S_churn", "S_churn", metavar="FLOAT", type=click.FloatRange(min=0), default=0, help="Strength of the stochastic sampler; 0 is deterministic."),
     click.option("--S_min", "S_min", metavar="FLOAT", type=click.FloatRange(min=0), default=0, help="Lowest noise level that is churned."),
     click.option("--S_max", "S_max", metavar="FLOAT", type=click.FloatRange(min=0), default=math.inf, help="Highest noise level that is churned."),

@@ -4,8 +4,11 @@ import importlib
 import importlib.util
 import io
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +101,33 @@ def test_every_script_is_documented_with_both_launchers():
     assert {script for launcher, script in started if launcher == "torchrun"} == {
         "train.py", "distill.py", "generate.py", "fid.py", "likelihood.py", *PRESETS}
     assert len(COMMANDS) > 25
+
+
+@pytest.mark.scripts
+@pytest.mark.parametrize("D, nodes", [("128", 1), ("inf", 2)])
+@pytest.mark.parametrize("what, images", [
+    ("cifar10", 200), ("cifar10-cond", 200), ("ffhq", 200), ("afhqv2", 200), ("imagenet", 2500)])
+def test_the_script_of_published_settings_prints_commands_that_parse(what, images, D, nodes):
+    env = os.environ | {"ECHO": "1", "D": D, "NODES": str(nodes), "HOST": "n0:1", "GPUS": "8"}
+    done = subprocess.run(["bash", str(ROOT / "examples/published.sh"), what], text=True, env=env,
+                          capture_output=True, check=True)
+    found = [script_and_args(shlex.split(line[2:])) for line in done.stdout.splitlines()]
+    assert [script for script, _ in found] == ["dataset_tool.py", "train.py", "fid.py",
+                                               "generate.py"]
+    for script, args in found:
+        command = SCRIPTS[script]
+        if args[0] in getattr(command, "commands", ()):
+            command, args = command.commands[args[0]], args[1:]
+        params = command.make_context(script, list(args)).params
+        if script == "train.py":
+            assert (params["duration"], params["pfgmpp"]) == (images, D != "inf")
+            assert params["aug_dim"] == 128  # the default where it is not used
+
+
+def test_the_script_of_published_settings_refuses_other_names():
+    done = subprocess.run(["bash", str(ROOT / "examples/published.sh"), "mnist"], text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith("mnist: must be cifar10, ")
 
 
 def test_num_after_torchrun_needs_the_two_dashes(capsys):
@@ -233,13 +263,16 @@ def make_world(root):
     for network in (ROOT / "examples").glob("*.pt"):
         (root / "examples" / network.name).symlink_to(network)
     write_dataset(root / "examples/emoji-google-32.zip", side=32, classes=9)
+    shutil.copy(ROOT / "examples/digits8.zip", root / "examples")
+    np.save(root / "latents.npy", np.random.default_rng(0).normal(size=[16, 4, 16, 16]))
     digits = load_digits()
     np.savez(root / "digits.npz", digits.images.astype(np.uint16)[..., None], digits.target)
     write_restored(root)
     write_ct_network(root)
-    (root / "runs/digits").mkdir()
-    write_snapshot(root / "runs/digits/network-snapshot-000000.pt", shape=(1, 8, 8), label_dim=10,
-                   dataset={"scale": {"center": [8.0], "spread": [8.0]}})
+    for name in ("digits", "digits-D8-seed0"):
+        (root / "runs" / name).mkdir()
+        write_snapshot(root / f"runs/{name}/network-snapshot-000000.pt", shape=(1, 8, 8),
+                       label_dim=10, dataset={"scale": {"center": [8.0], "spread": [8.0]}})
     run_own_data([0, 2])
 
 
@@ -309,6 +342,8 @@ def stand_in(arg):
     arg = re.sub(r"(?<=network-snapshot-)\d+", "000000", arg)
     arg = re.sub(r"(?<=--ckpt=)\d+", "0", arg)
     arg = re.sub(r"(?<=/ckpt_)\d+", "000000", arg)
+    arg = re.sub("(?<=--network=)edm-.*", f"{PUBLISHED}cifar10_ncsnpp_D_2048/training-state.pt",
+                 arg)
     return re.sub(r"(?<=--ref=)https://nvlabs-fi-cdn.nvidia.com/edm/", "", arg)
 
 

@@ -6,6 +6,7 @@ import click
 
 from dnnlib.cli import (
     BAD_USAGE,
+    FiniteNumber,
     IntList,
     NameList,
     UserError,
@@ -117,7 +118,7 @@ START = (
     click.option("--resume", metavar="PT|auto", help="Go on from a training state; auto takes the newest of the run directory."),
     click.option("--override-options", is_flag=True, help="Resume although options that decide what is computed have changed."),
     click.option("-n", "--dry-run", is_flag=True, help="Print the options and what the run will take, and stop."),
-    click.option("--rate", metavar="IMG_PER_S", type=click.FloatRange(min=0, min_open=True), help="Images a second over all processes, for the hours that --dry-run prints."),
+    click.option("--rate", metavar="IMG_PER_S", type=FiniteNumber(min=0, min_open=True), help="Images a second over all processes, for the hours that --dry-run prints."),
     verbosity_options,
 )
 

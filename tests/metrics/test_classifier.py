@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import zipfile
 
 import numpy as np
@@ -22,7 +23,7 @@ from images.dataset import ImageFolderDataset
 from metrics import classifier
 from metrics.classifier import Perceptron
 from metrics.classifier_training import moved_copies, of_model
-from metrics.detectors import Classifier, build_detector
+from metrics.detectors import Classifier, Pixels, build_detector
 from metrics.metrics import FeatureSet
 from metrics.score_names import title
 from metrics.scoring import check_scoring
@@ -500,3 +501,32 @@ def test_the_shipped_digits_are_those_of_scikit_learn():
     assert np.array_equal(data.get_batch(range(len(data)))[0][:, 0], digits.images)
     assert np.array_equal(data.class_numbers, digits.target)
     assert data.scale == {"center": [8.0], "spread": [8.0]}
+
+
+def test_features_that_are_not_finite_are_refused():
+    class Broken(Pixels):
+        def __call__(self, images):
+            return super().__call__(images) / 0
+
+    found = FeatureSet(2, Broken(), ["fid"])
+    with pytest.raises(ValueError, match="detector pixels: features of an image are not finite"):
+        found.append(torch.zeros(2, 1, 4, 4), [0, 1])
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--alpha=nan", "nan is not a finite number"), ("--alpha=inf", "inf"),
+    ("--shift=8", "--shift=8: must be smaller than the sides of the images, 8x8")])
+def test_settings_of_training_that_make_no_sense_are_refused(flag, words, dataset_zip, tmp_path,
+                                                            invoke):
+    held_out = write_dataset(tmp_path / "val.zip", num=6)
+    done = invoke(fid.main, "classifier", f"--data={dataset_zip}", f"--val-data={held_out}",
+                  f"--dest={tmp_path / 'judge.npz'}", flag)
+    assert done.exit_code in (1, 2) and words in done.output
+    assert not (tmp_path / "judge.npz").exists()
+
+
+def test_a_copy_of_the_training_data_is_not_held_out(dataset_zip, tmp_path, invoke):
+    copy = shutil.copy(dataset_zip, tmp_path / "copy.zip")
+    done = invoke(fid.main, "classifier", f"--data={dataset_zip}", f"--val-data={copy}",
+                  f"--dest={tmp_path / 'judge.npz'}")
+    assert done.exit_code == 1 and "is --data itself, so nothing is held out" in done.output

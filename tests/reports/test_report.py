@@ -174,15 +174,16 @@ def test_runs_without_common_ranges_keep_their_own_and_a_note_says_so(tmp_path):
                               [(0, "10-19", 1), (0.1, "10-19", 1), (0, "20-29", 9)])
     assert [curve.seeds for curve in curves] == [("0-9",), ("10-19",)]
     assert curves[1].points[0].mean == 1
-    assert ("The runs are scored over different seeds: D = 1 over 1 seed range (0-9); "
-            "D = 2 over 1 seed range (10-19)") in text.replace(NBSP, " ")
+    assert re.search(r"The runs are scored over different seeds: \w+ \(D = 1\) over 1 seed range "
+                     r"\(0-9\); \w+ \(D = 2\) over 1 seed range \(10-19\)",
+                     text.replace(NBSP, " "))
 
 
 @pytest.mark.long
 def test_points_over_other_seeds_alone_are_left_out_and_a_note_says_so(tmp_path):
     curves, text = over_alpha(tmp_path, [(0, "0-9", 1), (0.1, "10-19", 5), (0.2, "0-9", 3)])
     assert list(curves[0].points) == [0, 0.2] and curves[0].left_out == (0.1,)
-    assert "D = 1: its points share no seed range; left out: alpha 0.1" in text.replace(NBSP, " ")
+    assert "0: its points share no seed range; left out: alpha 0.1" in text
 
 
 def test_scores_over_kimg_are_over_equal_seeds(tmp_path):
@@ -290,7 +291,7 @@ def test_colours_of_plots_are_of_the_style_sheet_and_follow_the_mode(page):
 def test_numbers_are_in_tables_and_in_csv(page, runs):
     parsed = Page(page)
     assert {"Over D", "Noise before each step", "Steps", "Rounded weights", "10 (19)", "18 (35)",
-            "training images", "18 kimg"} <= set(parsed.text)
+            "training images", "8 kimg"} <= set(parsed.text)
     links = {attrs["download"]: base64.b64decode(attrs["href"].split(",")[1]).decode()
              for tag, attrs in parsed.elements if tag == "a" and "download" in attrs}
     assert len(links["scores.csv"].splitlines()) == 1 + 7 * len(runs)
@@ -310,7 +311,7 @@ def rows_below(page, heading):
 def test_the_comparison_begins_with_scores_and_their_changes_over_equal_seeds(page):
     rows = rows_below(page, "In short: FID, 10 images")
     assert rows[0] == ["run", "score", "seed ranges", "alpha 0.2", "10 steps", "5 bits"]
-    assert rows[2] == ["D = 2", "11.00|10.00..12.00", "3", "+9.00|+81.8%", "+4.00|+36.4%",
+    assert rows[2] == ["D2 (D = 2)", "11.00|10.00..12.00", "3", "+9.00|+81.8%", "+4.00|+36.4%",
                        "+3.00|+27.3%"]
     assert page.index("In short") < page.index("<h3>Runs") and "Lower is better." in page
 
@@ -353,7 +354,8 @@ def test_kinds_of_scores_are_told_apart_by_their_headings(tmp_path):
     for heading in headings:  # each names its runs, of which some have one
         below = text[text.index(f"<h3>{heading}</h3>"):]
         named = re.search('<p class="soft">(.*?) images', below)[1]
-        assert named.startswith("D = 2, D = 128, 10" if heading.endswith(" cd") else "D = 2, ")
+        assert named.startswith("2 (D = 2), 128 (D = 128), 10" if heading.endswith(" cd")
+                                else "2 (D = 2), ")
 
 
 @pytest.mark.long
@@ -388,7 +390,7 @@ def test_curves_that_coincide_differ_in_mark_dashes_and_size_as_in_the_legend():
 def test_pairs_are_the_same_seeds_of_every_run(page):
     alts = [attrs["alt"] for tag, attrs in Page(page).elements if tag == "img"]
     assert [alt for alt in alts if "seed" in alt] == [
-        f"D\u00a0=\u00a0{D:g}, seed {seed}" for D in DIMS for seed in range(4)]
+        f"D{D:g} (D\u00a0=\u00a0{D:g}), seed {seed}" for D in DIMS for seed in range(4)]
 
 
 @pytest.mark.long
@@ -396,14 +398,28 @@ def test_pairs_leave_out_other_settings_of_the_sampler(tmp_path):
     folders = [write_run(tmp_path / str(D), D) for D in (1, 2, 128)]
     (folders[1] / "ckpt_000200/generate.json").write_text(json.dumps(sampler(2, num_steps=5)))
     text = report_page.render([RunRecord.read(folder) for folder in folders])
-    assert "D\u00a0=\u00a02: left out, its images were made by other settings" in text
-    assert "D\u00a0=\u00a02, seed" not in text and "D\u00a0=\u00a0128, seed 3" in text
+    assert "2 (D\u00a0=\u00a02): left out, its images were made by other settings" in text
+    assert "D\u00a0=\u00a02), seed" not in text and "D\u00a0=\u00a0128), seed 3" in text
 
 
-def test_few_of_many_grids_are_shown_the_first_and_last_among_them(page):
-    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
-    shown = captions[:captions.index("training images", 1)]
-    assert len(shown) == 7 and shown[1] == "0 kimg" and shown[-1] == "18 kimg"
+def test_few_of_many_grids_are_shown_and_the_latest_opens_the_page(page):
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.S)
+    first = captions.index("training images")
+    assert [caption.split(",")[1].split("<")[0].strip() for caption in captions[:first]] == [
+        "samples at 18 kimg"] * len(DIMS)
+    shown = captions[first:captions.index("training images", first + 1)]
+    assert len(shown) == 6 and shown[1] == "0 kimg" and "18 kimg" not in shown
+
+
+def test_the_page_opens_with_samples_best_score_and_loss(page):
+    head = page[:page.index("<nav>")].replace(NBSP, " ")
+    for D in DIMS:
+        assert f"<b>D{D:g}</b>, samples at 18 kimg" in head and f"<br>D = {D:g}" in head
+    assert head.count('class="zoom" tabindex="0"') == len(DIMS)
+    # The latest plain score, base + 4, is by 10 steps, and the only one of these.
+    assert [float(value) for value in re.findall(r"best FID ([\d.]+) at 200 kimg", head)] == [
+        4, 14, 24, 34]
+    assert head.count("loss 0.66667 at 3 kimg") == len(DIMS)
 
 
 @pytest.mark.long

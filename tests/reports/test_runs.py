@@ -46,7 +46,7 @@ def test_states_follow_from_the_images_seen_and_the_log_of_the_last_start(tmp_pa
     assert state_of(write_run(tmp_path / "f", 100.0, log=error))[0] == "finished"
 
 
-def test_a_run_is_running_while_another_process_holds_its_lock(tmp_path):
+def test_a_run_is_running_while_another_process_holds_its_lock(tmp_path, invoke):
     folder = write_run(tmp_path / "run")
     code = ("import sys; from dnnlib.run_lock import run_lock\n"
             "with run_lock(sys.argv[1]): print('held', flush=True); sys.stdin.read()")
@@ -55,8 +55,12 @@ def test_a_run_is_running_while_another_process_holds_its_lock(tmp_path):
     assert owner.stdout.readline() == "held\n"
     state, note = state_of(folder)
     assert state == "running" and f"process {owner.pid} on " in note
+    [found] = find_runs(folder)
+    assert found.seconds_left == 50e3 / 500  # 50 of 100 kimg, at 2 s per kimg
+    assert "1m 40s" in invoke(runs.main, str(folder)).stdout
+    assert found.to_dict()["seconds_left"] == 100
     owner.communicate("")
-    assert state_of(folder)[0] == "failed"
+    assert state_of(folder)[0] == "failed" and find_runs(folder)[0].seconds_left is None
     assert (folder / ".lock").exists() and lock_holder(folder) is None
     with run_lock(folder):  # looking took no lock
         pass

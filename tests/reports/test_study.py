@@ -174,6 +174,10 @@ def test_a_network_that_is_not_there_yet_has_a_stand_in(tmp_path):
      "--likelihood and --val-data: give both, or neither"),
     (["--data=DATA", "--aug_dims=2", "--detector=pixels", "--likelihood=4", "--val-data=none"],
      "none"),
+    (["--data=DATA", "--aug_dims=2", "--detector=pixels", "--likelihood=4", "--val-data=DATA"],
+     "itself, so nothing is held out"),
+    (["--data=DATA", "--aug_dims=2", "--rate=nan", "-n"], "nan is not a finite number"),
+    (["--data=DATA", "--aug_dims=2", "--bits=4", "--rounding-seeds=4294967296"], "4294967296"),
     (["--data=DATA", "--aug_dims=2", "--metrics=nice"], "'nice': must be a list of fid"),
     (["--data=DATA", "--aug_dims=2", "--detector=nice"], "detector 'nice': must be"),
     (["--data=DATA", "--aug_dims=2", "--ref=none.npz"], "none.npz: no such file or folder"),
@@ -185,6 +189,21 @@ def test_mistakes_get_one_line_before_anything_starts(args, words, dataset_zip, 
     done = invoke(sweep.main, f"--outdir={tmp_path / 'runs'}", *args)
     assert done.exit_code in (1, 2) and words in done.output, done.output
     assert "[1/" not in done.output and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda path: write_dataset(path, side=4), "its images are 3x4x4, those of"),
+    (lambda path: write_dataset(path, num=10, classes=0), "has no classes"),
+    (lambda path: write_dataset(path, num=10, classes=3), "has 3 classes, --data="),
+    (lambda path: write_dataset(path, num=10), None)], ids=["size", "no", "more", "good"])
+def test_held_out_images_that_do_not_fit_are_refused_before_training(make, words, dataset_zip,
+                                                                    tmp_path, invoke):
+    make(tmp_path / "val.zip")
+    done = invoke(sweep.main, f"--outdir={tmp_path}", f"--data={dataset_zip}", "--aug_dims=2",
+                  "--detector=pixels", "--likelihood=4", f"--val-data={tmp_path / 'val.zip'}", "-n",
+                  "--", "--cond=1")
+    assert done.exit_code == (1 if words else 0), done.output
+    assert words is None or f"val.zip: {words}" in done.output
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
@@ -261,17 +280,22 @@ def test_every_rounding_seed_is_a_score_of_its_own(run_dir):
                                             "run: bits, rounding seed 1")] == [
         ["--rounding-seed=0", "--bits=4,5"], ["--rounding-seed=1", "--bits=5"]]
     assert words_of(run_dir)["bits"] is None  # to the nearest level
+    whole = dataclasses.replace(STUDY, bits=(32,), rounding_seeds=(0,))
+    assert words_of(run_dir, whole)["0"] is None, "32 bits are not rounded"
 
 
 def test_likelihoods_are_measured_once_for_each_network(run_dir):
     study = dataclasses.replace(STUDY, likelihood=50, val_data="val.zip")
-    line = score_line(128, 1, seeds="", num=50, metric="bits_per_dim") | {"reference": "val.zip"}
+    line = score_line(128, 1, seeds="", num=50, metric="bits_per_dim", num_steps=32, probes=1,
+                      seed=0, cond=True, dequantize="uniform") | {"reference": "val.zip"}
     assert words_of(run_dir, study)["likelihood"] == [
         "likelihood.py", f"--network={run_dir}/network-snapshot-000200.pt", "--data=val.zip",
         "--count=50", "--device=cpu"]
     for change in ({"num": 49}, {"reference": "train.zip"}, {"metric": "fid"},
                    {"network": "network-snapshot-000100.pt"},
-                   {"sampler": line["sampler"] | {"weights": "other"}}):
+                   *({"sampler": line["sampler"] | change} for change in (
+                       {"weights": "other"}, {"num_steps": 4}, {"seed": 7}, {"probes": 2},
+                       {"cond": False}))):
         write_scores(run_dir, line | change)
         assert words_of(run_dir, study)["likelihood"] is not None
     write_scores(run_dir, line)

@@ -79,12 +79,24 @@ def test_runs_of_equal_settings_are_a_family_by_seed(runs):
 @pytest.mark.parametrize("change, are_together", [
     ({"lr": 2e-3}, False), ({"aug_dim": 9}, False), ({"duration": 0.2}, False),
     ({"data": "elsewhere/tiny.zip"}, True), ({"data": "datasets/other.zip"}, False),
-    ({"tick": 5}, True), ({"teacher_sha256": "ef"}, True), ({"transfer": "a.pt"}, False),
+    ({"tick": 5}, True), ({"teacher_sha256": "ef"}, False), ({"transfer": "a.pt"}, False),
     ({"seed": 0}, False)])
 def test_what_makes_a_family(tmp_path, change, are_together):
-    common = {"seed": 1, "duration": 0.1, "tick": 2, "teacher_sha256": "cd", "transfer": None}
+    common = {"seed": 1, "duration": 0.1, "tick": 2, "teacher": "teacher.pt",
+              "teacher_sha256": "cd", "transfer": None}
     runs = [RunRecord.read(write_run(tmp_path / name, 8, **options)) for name, options in
             (("a", common | {"seed": 0}), ("b", common | change))]
+    assert (len(families(runs)) == 1) == are_together
+
+
+@pytest.mark.parametrize("lr, are_together", [(1e-3, True), (2e-3, False)])
+def test_few_step_networks_are_a_family_if_their_teachers_are(tmp_path, lr, are_together):
+    teachers = [write_run(tmp_path / f"teacher{seed}", 8, seed=seed, lr=rate)
+                for seed, rate in ((0, 1e-3), (1, lr))]
+    (teachers[1] / "network-snapshot-000001.pt").touch()
+    named = [teachers[0], teachers[1] / "network-snapshot-000001.pt"]
+    runs = [RunRecord.read(write_run(tmp_path / f"student{seed}", 8, seed=seed, teacher=str(path),
+                                     teacher_sha256=str(seed))) for seed, path in enumerate(named)]
     assert (len(families(runs)) == 1) == are_together
 
 
@@ -161,9 +173,67 @@ def test_rounding_draws_are_one_point_their_mean(tmp_path):
         *(score_line(8, value, bits=4, rounding_seed=seed) for seed, value in enumerate((2, 3, 7))),
         score_line(8, 6.0, bits=5)])
     [comparison] = compare([RunRecord.read(run)])
-    [curve] = comparison.over["bits"]
-    assert {x: spread.values for x, spread in curve.points.items()} == {
-        4: (4.0,), 5: (6.0,), 32: (1.0,)}
+    of_axis = {axis: {x: spread.values for x, spread in curve.points.items()}
+               for axis, [curve] in comparison.over.items()}
+    assert of_axis == {"bits": {4: (9.0,), 5: (6.0,), 32: (1.0,)},
+                       "random_bits": {4: (4.0,), 32: (1.0,)}}
+    page = render([RunRecord.read(run)])
+    assert "Weights rounded at random" in page
+    assert "Every value of rounded weights is the mean of 3 random roundings." in page
+
+
+def test_differences_that_do_not_vary_decide_nothing():
+    """0.8 - 0.6 and 0.7 - 0.5 differ in the last bit only."""
+    for values in ((0.8 - 0.6, 0.7 - 0.5), (1e-16, 1e-16), (2.0, 2.0)):
+        assert Difference(dict(zip("01", values, strict=True))).verdict(True) == "not decided"
+
+
+def test_runs_are_compared_over_the_seed_ranges_that_all_have(tmp_path):
+    """A second range that only one D has, whose scores are far off, changes no difference."""
+    runs = []
+    for D, extra in ((8, True), (math.inf, False)):
+        for seed in SEEDS:
+            lines = [score_line(D, BASE[D][seed], "0-9")]
+            lines += [score_line(D, 100.0, "10-19")] if extra else []
+            runs.append(RunRecord.read(write_run(tmp_path / f"D{D}-{seed}", D, lines, seed=seed)))
+    [comparison] = compare(runs)
+    [difference] = differences(over_training_seeds(comparison, families(runs)).over_D).values()
+    assert difference.mean == pytest.approx(np.mean(np.subtract(BASE[8], BASE[math.inf])))
+    assert "Values, each over 1 seed range (0-9)." in render(runs)
+
+
+def test_an_axis_without_common_points_is_left_out(tmp_path):
+    """Seed 0 is scored at 18 and 9 steps, seed 1 at 5 and 7: the page can be written."""
+    runs = [RunRecord.read(write_run(tmp_path / str(seed), 8, [
+        score_line(8, 1.0, num_steps=steps) for steps in numbers], seed=seed))
+        for seed, numbers in enumerate(((18, 9), (5, 7)))]
+    [comparison] = compare(runs)
+    assert over_training_seeds(comparison, families(runs)).over == {}
+    assert "Over D" in render(runs)
+
+
+def test_seeds_of_a_single_D_have_their_mean_on_the_page(tmp_path):
+    runs = [RunRecord.read(write_run(tmp_path / str(seed), 8, [score_line(8, BASE[8][seed])],
+                                     seed=seed)) for seed in SEEDS]
+    page = render(runs)
+    assert f"{np.mean(BASE[8]):.3f}" in page and "In short" in page and "Differences" not in page
+
+
+def test_families_without_a_D_of_their_own_are_called_by_their_runs(tmp_path):
+    runs = [RunRecord.read(write_run(tmp_path / f"{name}{seed}", 8, [score_line(8, 1.0 + seed)],
+                                     seed=seed, lr=lr))
+            for name, lr in (("slow", 1e-4), ("fast", 1e-2)) for seed in (0, 1)]
+    page = render(runs)
+    assert "slow0 and 1 more" in page and "fast0 and 1 more" in page
+
+
+def test_several_kinds_of_diffusion_and_lengths_are_told(tmp_path):
+    runs = [RunRecord.read(write_run(tmp_path / f"{D}-{lr}-{seed}", D, [
+        score_line(D, 1.0, kimg=100 * (1 + seed))], seed=seed, lr=lr))
+        for D, lr in ((8, 1e-3), (math.inf, 1e-3), (math.inf, 1e-2)) for seed in (0, 1)]
+    page = render(runs)
+    assert "Differences to D = inf are left out" in page
+    assert "The networks compared are of different kimg: 100, 200" in page
 
 
 def test_the_page_tells_training_seeds_and_differences(runs):

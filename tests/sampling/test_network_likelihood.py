@@ -551,8 +551,8 @@ def test_dequantize_is_for_whole_numbers(tmp_path, invoke):
 def test_bits_and_nats_cannot_be_compared(tmp_path, invoke):
     network = write_snapshot(tmp_path / "net.pt", label_dim=0, dataset={
         "scale": {"center": [8.0], "spread": [8.0]}})
-    sets = [arrays_in(tmp_path / dtype.__name__, np.ones([1, 3, 8, 8], dtype))
-            for dtype in (np.uint16, np.float32)]
+    sets = [arrays_in(tmp_path / dtype.__name__, np.ones([1, 3, 8, 8], dtype),
+                      Scaling((8.0,), (8.0,))) for dtype in (np.uint16, np.float32)]
     result = invoke(likelihood.main, f"--network={network}", "--steps=2", f"--data={sets[0]}",
                     f"--val-data={sets[1]}")
     [line] = result.stderr.splitlines()
@@ -568,3 +568,18 @@ def test_a_network_that_has_diverged_has_no_likelihood(tmp_path, invoke, dataset
                     *SHORT)
     assert result.exit_code == 1 and "4 of 4 images are not finite" in result.stderr
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("given, is_refused", [
+    (Scaling((8.0,), (8.0,)), False), (Scaling((8.0,) * 3, (8.0,) * 3), False), (None, True),
+    (Scaling((8.0,), (4.0,)), True), (Scaling((7.5,), (8.0,)), True),
+    (Scaling((8.0,) * 3, (8.0, 8.0, 9.0)), True)])
+def test_data_of_another_recorded_scale_are_refused(tmp_path, given, is_refused):
+    """They would be measured in units that the network does not know; None is 0 to 65535."""
+    measure = of_gaussian(0.5, Scaling((8.0,), (8.0,)), shape=(3, 4, 4))
+    data = arrays_in(tmp_path / "data", np.ones([2, 3, 4, 4], np.uint16), given)
+    if is_refused:
+        with pytest.raises(ValueError, match="its scale is .* give data that dataset_tool"):
+            LikelihoodData(data, measure, 2)
+    else:
+        assert LikelihoodData(data, measure, 2).are_whole

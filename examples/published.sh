@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# A published setting from the data to its FID, on one GPU, eight, or several nodes of eight.
+#
+#     bash examples/published.sh cifar10                 # all GPUs of this machine, D = 2048
+#     D=inf GPUS=1 bash examples/published.sh cifar10    # diffusion, on one GPU
+#     D=128 bash examples/published.sh ffhq
+#     NODES=2 HOST=node0:29400 bash examples/published.sh imagenet   # the same on both nodes
+#     ECHO=1 bash examples/published.sh afhqv2           # only print the commands
+#
+# Call it again after a stop or a crash: every step goes on where it was. Put the archives where the
+# commands below look for them first (docs/data.md says where they come from).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+WHAT=${1:?name a data set: cifar10, cifar10-cond, ffhq, afhqv2 or imagenet}
+D=${D:-2048} NODES=${NODES:-1} RUNS=${RUNS:-runs} SEEDS=${SEEDS:-0-49999}
+GPUS=${GPUS:-$( (nvidia-smi -L 2>/dev/null || echo one) | wc -l)}
+
+case $WHAT in
+    cifar10)      PRESET=cifar10-ncsnpp STEPS=18 SIZE=32 SOURCE=downloads/cifar10/cifar-10-python.tar.gz ;;
+    cifar10-cond) PRESET=cifar10-cond   STEPS=18 SIZE=32 SOURCE=downloads/cifar10/cifar-10-python.tar.gz ;;
+    ffhq)         PRESET=ffhq64-ddpmpp  STEPS=40 SIZE=64 SOURCE=downloads/ffhq/images1024x1024 ;;
+    afhqv2)       PRESET=afhqv2-64      STEPS=40 SIZE=64 SOURCE=downloads/afhqv2 ;;
+    imagenet)     PRESET=imagenet64-adm STEPS=256 SIZE=64 SOURCE=downloads/imagenet/ILSVRC/Data/CLS-LOC/train ;;
+    *) echo "$WHAT: must be cifar10, cifar10-cond, ffhq, afhqv2 or imagenet" >&2; exit 2 ;;
+esac
+DATA=datasets/${WHAT%-cond}-${SIZE}x$SIZE.zip NAME=$WHAT-$D
+NOISE="--pfgmpp=1 --aug_dim=$D"; [ "$D" = inf ] && NOISE=--pfgmpp=0
+RESIZE=; [ "$SIZE" = 64 ] && RESIZE="--resolution=64x64"
+[ "$WHAT" = imagenet ] && RESIZE="$RESIZE --transform=center-crop"
+CHURN=; [ "$WHAT" = imagenet ] && CHURN="--S_churn=40 --S_min=0.05 --S_max=50 --S_noise=1.003"
+if [ "$NODES" = 1 ]; then
+    LAUNCH="torchrun --standalone --nproc_per_node=$GPUS"
+else
+    LAUNCH="torchrun --nnodes=$NODES --nproc_per_node=$GPUS --rdzv-id=$NAME --rdzv-backend=c10d"
+    LAUNCH="$LAUNCH --rdzv-endpoint=${HOST:?name the first node, as HOST=node0:29400}"
+fi
+run() { echo "\$ $*"; [ -n "${ECHO:-}" ] || "$@"; }
+
+# 1. The data set, made once. With several nodes, make it on one of them first.
+[ -e "$DATA" ] || run python dataset_tool.py --source=$SOURCE --dest="$DATA" $RESIZE
+# 2. Training. It stops at once if it is finished; --dump=10 loses at most half a million images.
+run $LAUNCH --max-restarts=3 train.py --preset=$PRESET --outdir="$RUNS" --name="$NAME" \
+    --data="$DATA" $NOISE --dump=10 --keep=3 --resume=auto
+# 3. Three scores of 50,000 images each; what is recorded is not computed again.
+run $LAUNCH fid.py gen --network="$RUNS/$NAME" --ref="$DATA" --seeds="$SEEDS" --ranges=3 \
+    --steps=$STEPS $CHURN
+# 4. Pictures to look at.
+run python generate.py --network="$RUNS/$NAME" --outdir="$RUNS/$NAME/pictures" --seeds=0-63 \
+    --save_images --steps=$STEPS $CHURN
