@@ -158,15 +158,15 @@ def verbosity_options(function: Callable) -> Callable:
         with console.speaking(quiet=quiet, verbose=verbose):
             return function(*args, **kwargs)
     speaking = click.option("--verbose", is_flag=True,
-                            help="Also print who computes, and where time goes.")(speaking)
+                            help="Also print processes, devices and timings.")(speaking)
     return click.option("--quiet", is_flag=True,
-                        help="Print results, warnings and errors alone.")(speaking)
+                        help="Print only results, warnings and errors.")(speaking)
 
 
 def cache_dir_option(function: Callable) -> Callable:
     """Adds --cache-dir to a click command: where the cache is while the command runs."""
     return click.option("--cache-dir", metavar="DIR", expose_value=False, callback=_use_cache_dir,
-                        help="Folder for packed data, downloads and what is measured once.  "
+                        help="Folder for packed data, downloads, statistics and compiled code.  "
                         f"[default: ${CACHE_DIR_ENV}, else ~/.cache/pfgmpp]")(function)
 
 
