@@ -79,38 +79,38 @@ def _use_config(ctx, param, value: str | None) -> None:
 
 
 @click.command(cls=_Command, context_settings=CONTEXT)
-@click.option("--outdir", metavar="DIR", required=True, help="Where to make the run directory.")
-@click.option("--data", metavar="ZIP|DIR", required=True, help="Data set made by dataset_tool.py.")
-@click.option("--name", metavar="NAME", help="Run directory OUTDIR/NAME instead of a numbered one.")
-@click.option("--preset", metavar="NAME", type=click.Choice(list(PRESETS)), is_eager=True, callback=_use_preset, help=f"Defaults for the flags below, of a published run or an example: {', '.join(PRESETS)}.")
-@click.option("--config", metavar="JSON", is_eager=True, expose_value=False, callback=_use_config, help="Defaults for the flags below, from the training_options.json of a run.")
+@click.option("--outdir", metavar="DIR", required=True, help="Folder in which the run directory is created.")
+@click.option("--data", metavar="ZIP|DIR", required=True, help="Training data set, as made by dataset_tool.py.")
+@click.option("--name", metavar="NAME", help="Use OUTDIR/NAME as the run directory instead of a numbered one.")
+@click.option("--preset", metavar="NAME", type=click.Choice(list(PRESETS)), is_eager=True, callback=_use_preset, help=f"Take defaults for the flags below from a published run or an example: {', '.join(PRESETS)}.")
+@click.option("--config", metavar="JSON", is_eager=True, expose_value=False, callback=_use_config, help="Take defaults for the flags below from the training_options.json of a run.")
 @click.option("--cond", type=_BOOL, default=False, help="Train a class-conditional model.")
 @click.option("--pfgmpp", type=_BOOL, default=False, help="Train PFGM++ instead of diffusion.")
-@click.option("--aug_dim", metavar="D", type=float, default=128, help="Augmented dimensions of PFGM++: any real above 0, or inf.")
-@click.option("--stf", type=_BOOL, default=False, help="Stable targets: the mean over a reference batch, of the own class, given the noisy image; with --augment=0.")
-@click.option("--rbatch", metavar="INT", type=int, default=4096, help="Images in the reference batch of --stf, the batch included.")
-@click.option("--lsun", type=_BOOL, default=False, help="Noise levels for 256x256 images: 380/80 times higher.")
-@click.option("--P_mean", "P_mean", metavar="FLOAT", type=float, default=-1.2, help="Mean of ln sigma in training, with --precond=edm. Latents and 512x512 images use others: EDM2 has -0.4.")
-@click.option("--P_std", "P_std", metavar="FLOAT", type=float, default=1.2, help="Standard deviation of ln sigma in training, with --precond=edm; EDM2 has 1.0.")
-@click.option("--cond-image", type=_BOOL, default=False, help="Train with the condition images of the data set.")
-@click.option("--cond-c-in", type=_BOOL, default=False, help="Let the network see them times c_in, as the forks of PFGM++ for CT images do; with --cond-image=1.")
+@click.option("--aug_dim", metavar="D", type=float, default=128, help="Augmented dimensions of PFGM++: any real number above 0, or inf.")
+@click.option("--stf", type=_BOOL, default=False, help="Train on stable targets: the posterior mean given the noisy image, over a reference batch (with --cond=1, over its images of the same class). Requires --augment=0.")
+@click.option("--rbatch", metavar="INT", type=int, default=4096, help="Size of the --stf reference batch, including the training batch.")
+@click.option("--lsun", type=_BOOL, default=False, help="Use noise levels for 256x256 images, which are 380/80 times higher.")
+@click.option("--P_mean", "P_mean", metavar="FLOAT", type=float, default=-1.2, help="Mean of ln sigma in training, with --precond=edm. Latents and 512x512 images need other values; EDM2 uses -0.4.")
+@click.option("--P_std", "P_std", metavar="FLOAT", type=float, default=1.2, help="Standard deviation of ln sigma in training, with --precond=edm. EDM2 uses 1.0.")
+@click.option("--cond-image", type=_BOOL, default=False, help="Train with the data set's condition images.")
+@click.option("--cond-c-in", type=_BOOL, default=False, help="Multiply condition images by c_in, as the PFGM++ forks for CT images do. Requires --cond-image=1.")
 @options(PATCHES, ARCHITECTURE, LENGTH)
 @click.option("--lr", metavar="FLOAT", type=float, default=10e-4, help="Learning rate of Adam.")
 @options(SCHEDULE)
-@click.option("--augment", metavar="FLOAT", type=float, default=0.12, help="Augmentation probability; 0 is off.")
-@click.option("--label-dropout", metavar="FLOAT", type=float, default=0, help="Share of labels left out, for --guidance without a second network; with --cond=1.")
+@click.option("--augment", metavar="FLOAT", type=float, default=0.12, help="Augmentation probability; 0 turns augmentation off.")
+@click.option("--label-dropout", metavar="FLOAT", type=float, default=0, help="Share of labels to drop, so that --guidance works without a second network. Requires --cond=1.")
 @options(PERFORMANCE, OUTPUT)
-@click.option("--eval-solver", type=click.Choice(DENOISER_SOLVERS), default="heun", help="Solver of scores and of grids of samples, see generate.py.")
-@click.option("--eval-steps", metavar="INT", type=int, default=18, help="Steps of scores and of grids of samples.")
-@click.option("--val-data", metavar="ZIP|DIR", help="Held-out data set; each tick reports the loss of its images.  [default: none]")
-@click.option("--val-num", metavar="INT", type=int, default=2048, help="Largest number of held-out images to use, chosen at random.")
-@click.option("--transfer", metavar="PT|URL", help="Start from the weights of a snapshot or state.")
+@click.option("--eval-solver", type=click.Choice(DENOISER_SOLVERS), default="heun", help="Solver for scores and sample grids; see generate.py.")
+@click.option("--eval-steps", metavar="INT", type=int, default=18, help="Solver steps for scores and sample grids.")
+@click.option("--val-data", metavar="ZIP|DIR", help="Held-out data set. Each tick reports the loss on it.  [default: none]")
+@click.option("--val-num", metavar="INT", type=int, default=2048, help="Maximum number of held-out images to use, chosen at random.")
+@click.option("--transfer", metavar="PT|URL", help="Start from the weights of a snapshot or training state.")
 @options(START)
 @click.pass_context
 def main(ctx, **flags):
     """Trains a PFGM++ or EDM diffusion model.
 
-    Two runs on 8 GPUs, PFGM++ with D = 2048 and class-conditional diffusion:
+    Two examples on 8 GPUs, PFGM++ with D = 2048 and class-conditional diffusion:
 
     \b
     torchrun --standalone --nproc_per_node=8 train.py --outdir=runs \\
