@@ -68,45 +68,45 @@ def _value_of(args: list[str], flag: str) -> str | None:
 
 
 @click.command(cls=_Command, context_settings=CONTEXT)
-@click.option("--teacher", metavar="PT|URL|DIR|none", required=True, help="Network to make it of: a snapshot, a training state, or a run directory for its newest network; none starts from scratch, with --method=ect.")
-@click.option("--data", metavar="ZIP|DIR", required=True, help="Data set of the teacher's kind, made by dataset_tool.py.")
-@click.option("--outdir", metavar="DIR", required=True, help="Where to make the run directory.")
-@click.option("--name", metavar="NAME", help="Run directory OUTDIR/NAME instead of a numbered one.")
-@click.option("--method", type=click.Choice(METHODS), default=_DEFAULT_METHOD, help="Consistency tuning, consistency distillation, or distillation into a generator.")
-@click.option("--preset", metavar="NAME", type=click.Choice(list(DISTILL_PRESETS)), help=f"Defaults for the flags below, of a published run: {', '.join(DISTILL_PRESETS)}.")
-@click.option("--pfgmpp", type=_BOOL, help="With --teacher=none, train at a finite D; else for teachers that do not record D.")
-@click.option("--aug_dim", metavar="D", type=float, help="Augmented dimensions, with --teacher=none or for teachers that do not record D.  [default: the teacher's; 128 with --pfgmpp=1]")
-@click.option("--cond", type=_BOOL, default=False, help="Train a class-conditional model, with --teacher=none.")
+@click.option("--teacher", metavar="PT|URL|DIR|none", required=True, help="Teacher network: a snapshot, a training state, or a run directory for its newest network; none trains from scratch, with --method=ect.")
+@click.option("--data", metavar="ZIP|DIR", required=True, help="Data set of the same kind as the teacher's, as made by dataset_tool.py.")
+@click.option("--outdir", metavar="DIR", required=True, help="Folder in which the run directory is created.")
+@click.option("--name", metavar="NAME", help="Use OUTDIR/NAME as the run directory instead of a numbered one.")
+@click.option("--method", type=click.Choice(METHODS), default=_DEFAULT_METHOD, help="Consistency tuning (ect), consistency distillation (cd), or distillation into a generator (ipfm).")
+@click.option("--preset", metavar="NAME", type=click.Choice(list(DISTILL_PRESETS)), help=f"Take defaults for the flags below from a published run: {', '.join(DISTILL_PRESETS)}.")
+@click.option("--pfgmpp", type=_BOOL, help="With --teacher=none, train at a finite D. Otherwise only for teachers that do not record D.")
+@click.option("--aug_dim", metavar="D", type=float, help="Augmented dimensions, only with --teacher=none or for teachers that do not record D.  [default: the teacher's; 128 with --pfgmpp=1]")
+@click.option("--cond", type=_BOOL, default=False, help="With --teacher=none, train a class-conditional model.")
 # Of the methods.
-@click.option("--ect-q", metavar="FLOAT", type=float, default=2, help="ect: base of the distance of two levels, which shrinks by it in each stage.")
-@click.option("--ect-k", metavar="FLOAT", type=float, default=8, help="ect: how much farther apart low levels are.")
-@click.option("--ect-b", metavar="FLOAT", type=float, default=1, help="ect: how fast that fades with the level.")
-@click.option("--ect-c", metavar="FLOAT", type=float, default=0, help="ect: constant of the pseudo-Huber distance; 0 is the 2-norm.")
+@click.option("--ect-q", metavar="FLOAT", type=float, default=2, help="ect: factor by which the distance between the two noise levels shrinks in each stage.")
+@click.option("--ect-k", metavar="FLOAT", type=float, default=8, help="ect: how much larger that distance is at low levels.")
+@click.option("--ect-b", metavar="FLOAT", type=float, default=1, help="ect: how fast this increase fades as the level rises.")
+@click.option("--ect-c", metavar="FLOAT", type=float, default=0, help="ect: constant of the pseudo-Huber distance; 0 gives the 2-norm.")
 @click.option("--ect-double", metavar="MIMG", type=float, default=3.2, help="ect: length of a stage, in millions of images.")
 @click.option("--cd-scales", metavar="INT", type=int, default=40, help="cd: number of noise levels.")
-@click.option("--cd-metric", type=click.Choice(METRICS), default="huber", help="cd: distance of two images, pseudo-Huber or squared.")
-@click.option("--cd-decay", metavar="FLOAT", type=float, default=0.95, help="cd: decay a step of the average that gives targets; 0 is the network itself.")
-@click.option("--ipfm-alpha", metavar="FLOAT", type=float, default=1, help="ipfm: weight of |T - S|^2; 0.5 is that of inverse Poisson flow matching.")
-@click.option("--ipfm-steps", metavar="INT", type=int, default=5, help="ipfm: steps of the auxiliary denoiser for each of the generator.")
-@click.option("--aux-lr", metavar="FLOAT", type=float, default=1e-3, help="ipfm: learning rate of the auxiliary denoiser, which rises for 1/--ipfm-steps of --lr-rampup, and falls with --lr-decay.")
-@click.option("--sigma-init", metavar="FLOAT", type=float, help="ipfm: noise level that the generator starts from.  [default: 80 or 380, or the highest that the teacher knows]")
-@click.option("--boundary", metavar="FLOAT", type=float, help="Noise level at which the network returns its input.  [default: 0; for cd the lowest level of its grid, 0.002 or the teacher's]")
+@click.option("--cd-metric", type=click.Choice(METRICS), default="huber", help="cd: distance between two images, pseudo-Huber or squared.")
+@click.option("--cd-decay", metavar="FLOAT", type=float, default=0.95, help="cd: decay per step of the averaged network that gives the targets; 0 uses the network itself.")
+@click.option("--ipfm-alpha", metavar="FLOAT", type=float, default=1, help="ipfm: weight of |T - S|^2 in the loss, with teacher T and auxiliary denoiser S; 0.5 gives inverse Poisson flow matching.")
+@click.option("--ipfm-steps", metavar="INT", type=int, default=5, help="ipfm: steps of the auxiliary denoiser per step of the generator.")
+@click.option("--aux-lr", metavar="FLOAT", type=float, default=1e-3, help="ipfm: learning rate of the auxiliary denoiser. It rises over --lr-rampup divided by --ipfm-steps, and follows --lr-decay.")
+@click.option("--sigma-init", metavar="FLOAT", type=float, help="ipfm: noise level from which the generator starts.  [default: 80 (380 for --lsun teachers), or the teacher's highest if lower]")
+@click.option("--boundary", metavar="FLOAT", type=float, help="Noise level at which the network returns its input.  [default: 0; for cd the lowest level of its grid, 0.002 or the teacher's if higher]")
 @click.option("--P_mean", "P_mean", metavar="FLOAT", type=float, default=-1.2, help="ect, ipfm: mean of ln sigma.")
 @click.option("--P_std", "P_std", metavar="FLOAT", type=float, default=1.2, help="ect, ipfm: standard deviation of ln sigma.")
 # Hyperparameters.
 @options(LENGTH)
-@click.option("--optim", type=click.Choice(OPTIMIZERS), default="radam", help="Optimizer of the network that is sampled.")
-@click.option("--lr", metavar="FLOAT", type=float, default=1e-4, help="Its learning rate.")
+@click.option("--optim", type=click.Choice(OPTIMIZERS), default="radam", help="Optimizer of the few-step network.")
+@click.option("--lr", metavar="FLOAT", type=float, default=1e-4, help="Learning rate of the few-step network.")
 @options(SCHEDULE, ARCHITECTURE, PATCHES, PERFORMANCE, OUTPUT)
-@click.option("--eval-steps", metavar="INT", type=int, help="Evaluations of scores and of grids of samples.  [default: 2; 1 for ipfm]")
+@click.option("--eval-steps", metavar="INT", type=int, help="Network evaluations per image for scores and sample grids.  [default: 2; 1 for ipfm]")
 @options(START)
 @click.pass_context
 def main(ctx, teacher, pfgmpp, aug_dim, **flags):
-    """Makes a few-step network of a trained one.
+    """Turns a trained network into one that samples in one or a few steps.
 
-    Defaults shown are those of --method=ect; docs/few-steps.md has those of the others. --arch,
-    --precond, --cbase, --cres, --nblock, --ares, --sigma-data and --cond are for --teacher=none:
-    everything else takes its network from the teacher.
+    The defaults shown are those of --method=ect; docs/few-steps.md lists the others. --arch,
+    --precond, --cbase, --cres, --nblock, --ares, --sigma-data and --cond are only for
+    --teacher=none; otherwise the teacher determines them.
 
     \b
     # consistency tuning of a PFGM++ network on 8 GPUs
@@ -115,7 +115,7 @@ def main(ctx, teacher, pfgmpp, aug_dim, **flags):
         --data=datasets/cifar10-32x32.zip
 
     \b
-    # then two evaluations an image
+    # then sample with two evaluations per image
     python generate.py --network=runs/cifar10-2048-ect --steps=2 --outdir=out
     """  # noqa: D301 - \b is click's mark for lines to leave alone
     if teacher == "":
