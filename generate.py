@@ -58,20 +58,20 @@ def _parse_quantiles(ctx, param, value: str | None) -> tuple[float, ...] | None:
 
 
 @click.command(context_settings=CONTEXT)
-@click.option("--network", metavar="PT|URL", help="Network snapshot or training state; without it, every training state of OUTDIR.")
-@click.option("--outdir", metavar="DIR|ZIP", required=True, help="Where the images go, a folder or one NAME.zip; without --network, the run directory.")
-@click.option("--ckpt", metavar="KIMG", type=int, default=0, help="First training state, in thousands of images.")
-@click.option("--end_ckpt", metavar="KIMG", type=int, default=100_000_000, help="Last training state, in thousands of images.")
-@click.option("--seeds", metavar="LIST", type=IntList(), help="Random seeds, e.g. 1,2,5-10; one image each.  [default: 0-63; with --init-image or --cond-image one for each of these, under its name]")
-@click.option("--subdirs", is_flag=True, help="One subfolder per thousand seeds.")
-@click.option("--batch", "batch", metavar="INT", type=click.IntRange(min=1), default=64, help="Largest batch per process.")
-@click.option("--save_images", metavar="[BOOL]", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write vis/grid.png and vis/movie.gif of the first of SEEDS.")
-@click.option("--window", metavar="C,W", type=Window(), help="Center and width, in the data's units, of the values from black to white in these pictures.  [default: what networks see as -1 to 1]")
-@click.option("--encode", metavar="DIR|ZIP", help="Write the latents of these images to latents.npz instead of making images.")
-@click.option("--latents", metavar="FILE", help="Latents to begin with, as --encode writes them; seed k has latent k mod n of n.")
-@click.option("--interpolate", metavar="LIST", callback=_parse_ends, help="Images on the way between these seeds, or latents of --latents by name or number: A,B or more.")
-@click.option("--frames", metavar="INT", type=click.IntRange(min=2), default=16, help="Images from each to the next, for --interpolate.")
-@click.option("--radii", metavar="LIST", callback=_parse_quantiles, help="Every seed at these quantiles of the radius sqrt(D/c), such as 0.05,0.5,0.95; for finite D.")
+@click.option("--network", metavar="PT|URL|DIR", help="Network snapshot, training state, or run directory for its newest network. Without this flag, every training state in OUTDIR is sampled.")
+@click.option("--outdir", metavar="DIR|ZIP", required=True, help="Folder or NAME.zip for the images; without --network, the run directory.")
+@click.option("--ckpt", metavar="KIMG", type=int, default=0, help="First training state to sample, in thousands of images.")
+@click.option("--end_ckpt", metavar="KIMG", type=int, default=100_000_000, help="Last training state to sample, in thousands of images.")
+@click.option("--seeds", metavar="LIST", type=IntList(), help="Random seeds, e.g. 1,2,5-10; one image per seed.  [default: 0-63; with --init-image or --cond-image, one image per input, under its name]")
+@click.option("--subdirs", is_flag=True, help="Create one subfolder per thousand seeds.")
+@click.option("--batch", "batch", metavar="INT", type=click.IntRange(min=1), default=64, help="Maximum batch size per process.")
+@click.option("--save_images", metavar="[BOOL]", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write vis/grid.png and vis/movie.gif of the first images.")
+@click.option("--window", metavar="C,W", type=Window(), help="Center and width of the values shown from black to white in the pictures of --save_images, in the data's units.  [default: what networks see as -1 to 1]")
+@click.option("--encode", metavar="DIR|ZIP", help="Write the latents of these images to latents.npz instead of sampling images.")
+@click.option("--latents", metavar="FILE", help="Latents to start from, as written by --encode; seed k uses latent k mod n of n.")
+@click.option("--interpolate", metavar="LIST", callback=_parse_ends, help="Sample images along the way between these seeds, or between latents of --latents given by name or number: A,B or more.")
+@click.option("--frames", metavar="INT", type=click.IntRange(min=2), default=16, help="With --interpolate, number of images from each seed or latent to the next.")
+@click.option("--radii", metavar="LIST", callback=_parse_quantiles, help="Sample every seed at these quantiles of the radius sqrt(D/c), e.g. 0.05,0.5,0.95. Only for finite D.")
 @sampling_options
 @click.option("--name-steps", is_flag=True, hidden=True)
 @click.option("--use_pickle", type=click.BOOL, is_flag=False, flag_value=True, hidden=True)
@@ -84,29 +84,30 @@ def _parse_quantiles(ctx, param, value: str | None) -> tuple[float, ...] | None:
 @verbosity_options
 def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use_pickle, edm,
          save_images, window, device, steps, alpha, bits, interpolate, frames, radii, **sampling):
-    """Samples images from trained networks, by Heun's method on the grid of EDM.
+    """Samples images from trained networks, by default with Heun's method on EDM's grid.
 
-    Other solvers take fewer evaluations: --solver=ipndm --steps=7 is nearly as good as the default,
+    Other solvers need fewer evaluations: --solver=ipndm --steps=7 is nearly as good as the default,
     whose 18 steps evaluate the network 35 times. --disc, --schedule and --scaling are those of the
-    ablation study of the EDM paper.
+    EDM paper's ablation study.
 
-    Image k is a function of the network, seed k and the sampler's settings alone. Images that are
-    there already are kept, so a run that was killed is continued by running it again. Given images
-    are taken in turn by the seeds: with n of them, --seeds=0-(3n-1) makes three of each. Without
-    --seeds each makes one, which has its size and its name.
+    Image k depends only on the network, seed k and the sampler's settings. Existing images are
+    kept, so a command that was killed continues when it is repeated. Input images are assigned to
+    the seeds in turn: with n of them, --seeds=0-(3n-1) makes three images from each. Without
+    --seeds, each input makes one image of its size and name.
 
-    8-bit images of 1 or 3 channels become PNGs. All others become arrays, NAME.npy of [C, H, W],
-    in the units of the data that the network was trained on.
+    8-bit images of 1 or 3 channels become PNGs. All others become arrays, NAME.npy of [C, H, W], in
+    the units of the data that the network was trained on.
 
-    Lists of --steps, --alpha and --bits make every combination, each in a folder named after it:
-    ckpt_000200_alpha_0.1_steps_12. With --network these folders, called ckpt_000000..., lie in
-    OUTDIR. 'fid.py calc' scores them, given a flag for each list: --alpha, --steps, --quant.
+    Lists of --steps, --alpha and --bits sample every combination, each into a folder named after
+    it, such as ckpt_000200_alpha_0.1_steps_12. With --network, these folders are in OUTDIR and
+    their names begin with ckpt_000000. To score them, give 'fid.py calc' a flag for each list:
+    --alpha, --steps, --quant.
 
     --encode runs the sampler backwards, from images to their latents. --latents, --interpolate and
-    --radii begin with other latents than seeds draw.
+    --radii start from other latents than those that the seeds draw.
 
-    Noisy images are restored by --init-image, with --init-noise=0 if they are noisy enough to start
-    from as they are; docs/restoration.md compares the ways.
+    --init-image restores noisy images, with --init-noise=0 if they are noisy enough to start from
+    as they are. docs/restoration.md compares the methods.
 
     \b
     # 64 images of a snapshot
@@ -287,7 +288,7 @@ def preset(help: str, **defaults) -> click.Command:
     """
     command = copy.copy(main)
     command.context_settings = {**main.context_settings, "default_map": defaults}
-    command.help = f"{help}\n\nOtherwise it is generate.py:\n\n{inspect.cleandoc(main.help)}"
+    command.help = f"{help}\n\nThe rest is as in generate.py:\n\n{inspect.cleandoc(main.help)}"
     return command
 
 

@@ -4,7 +4,7 @@ from dnnlib.cli import run
 from generate import preset
 
 main = preset(
-    "Samples at strengths 0, 0.1 and 0.2 of noise before each step, each in a folder of its own.",
+    "Samples with noise of strength 0, 0.1 and 0.2 before each step, each into its own folder.",
     alpha="0,0.1,0.2")
 
 

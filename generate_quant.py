@@ -4,7 +4,7 @@ from dnnlib.cli import run
 from generate import preset
 
 main = preset(
-    "Samples with weights rounded to 5, 6, 7, 8 and 9 bits, each in a folder of its own.",
+    "Samples with weights rounded to 5, 6, 7, 8 and 9 bits, each into its own folder.",
     bits="5,6,7,8,9")
 
 

@@ -4,7 +4,7 @@ from dnnlib.cli import run
 from generate import preset
 
 main = preset(
-    "Samples at 10, 12, 14, 16, 18, 20, 22 and 24 steps, each in a folder of its own.",
+    "Samples in 10, 12, 14, 16, 18, 20, 22 and 24 steps, each into its own folder.",
     steps="10,12,14,16,18,20,22,24", name_steps=True)
 
 
