@@ -57,7 +57,7 @@ def main() -> None:
     python fid.py calc --images=training-runs/exp_name --ref=fid-refs/cifar10-32x32.npz
 
     \b
-    # a network, without writing its images; the lowest of three seed ranges
+    # a network over three seed ranges, without writing its images
     torchrun --standalone --nproc_per_node=8 fid.py gen --ref=fid-refs/cifar10-32x32.npz \\
         --network=training-runs/exp_name/network-snapshot-200000.pt --ranges=3
 
@@ -66,7 +66,7 @@ def main() -> None:
     python fid.py ref --data=datasets/cifar10-32x32.zip --dest=fid-refs/cifar10-32x32.npz
 
     \b
-    # restored images against their truths, and the measurements beside them
+    # restored images against their truths, compared with the measurements
     python fid.py pairs --images=runs/ct/restored --truth=datasets/ct-test.zip --input=cond
 
     \b
@@ -74,7 +74,7 @@ def main() -> None:
     python fid.py nearest --images=fid-tmp --data=datasets/cifar10-32x32.zip
 
     \b
-    # a classifier of small images, and the share of samples that it recognises
+    # a classifier of small images, and the share of samples that are of the requested class
     python fid.py classifier --data=datasets/digits8-train.zip \\
         --val-data=datasets/digits8-val.zip --dest=digits8-judge.npz
     python fid.py gen --network=runs/digits --detector=digits8-judge.npz --metrics=ca \\
@@ -111,17 +111,19 @@ def _detector_options(command):
     """The options that all commands share."""
     for option in reversed((
         click.option("--batch",    metavar="INT", type=click.IntRange(min=1), default=64,
-                     help="Images at a time on each device"),
+                     help="Batch size per device"),
         click.option("--detector", metavar="inception|dinov2[:PLACE]|pixels[:K]|FILE.npz|FILE.pth",
                      default="inception",
-                     help="Features to compare; PLACE is a folder or hub name of other DINOv2 weights, "
-                          "pixels:K makes images smaller by K, FILE.npz is a classifier of 'fid.py "
-                          "classifier', FILE.pth is a local copy of the Inception weights"),
+                     help="Features to compare; PLACE is a folder or hub name of other DINOv2 "
+                          "weights, pixels:K reduces images by a factor of K, FILE.npz is a "
+                          "classifier made by 'fid.py classifier', FILE.pth is a local copy of the "
+                          "Inception weights"),
         click.option("--device",   type=click.Choice(["auto", "cuda", "cpu"]), default="auto",
                      help="Where to compute"),
         click.option("--workers",  metavar="INT", type=click.IntRange(min=0),
                      callback=_parse_workers,
-                     help="Processes that read images ahead; 0 reads in the main process  "
+                     help="Number of processes that read images ahead; 0 reads in the main "
+                          "process  "
                           "[default: up to 3]"),
     )):
         command = option(command)
@@ -132,21 +134,22 @@ def _score_options(command):
     """The options of the commands that score."""
     for option in reversed((
         click.option("--ref", "ref_path", metavar="NPZ|PKL|URL|ZIP|DIR",
-                     help="Reference statistics, or the data set; needed for all but is and ca"),
+                     help="Reference statistics or data set; required except for is and ca"),
         click.option("--metrics", metavar="LIST", default="fid", callback=_parse_metrics,
-                     help="What to compute, of fid, kid, pr (precision and recall), dc (density "
+                     help="Metrics to compute: fid, kid, pr (precision and recall), dc (density "
                           "and coverage), is (Inception score), ca (class accuracy)"),
         click.option("--out", metavar="JSONL",
-                     help="File that gets one line a score  [default: metrics.jsonl of the run]"),
+                     help="File to which one line per score is appended  [default: metrics.jsonl "
+                          "of the run]"),
         click.option("--features", "kept_features", metavar="NPZ|DIR",
-                     help="Keep the features, for other metrics: in a file where there is one score, "
-                          "else in a folder"),
+                     help="Keep the features for other metrics: in a file if there is only one "
+                          "score, otherwise in a folder"),
         click.option("--bootstrap", metavar="DRAWS", type=click.IntRange(min=40),
                      is_flag=False, flag_value=1000,
-                     help="Also find the 95% interval of the Frechet distance from so many draws of "
-                          "the images  [1000 where no number is given]"),
+                     help="Also estimate a 95% interval of the Frechet distance from this many "
+                          "draws of the images  [1000 if no number is given]"),
         click.option("--per-class", is_flag=True,
-                     help="Also score the images of each class by themselves; --ref must be a data "
+                     help="Also score the images of each class separately; --ref must be a data "
                           "set with classes"),
     )):
         command = option(command)
@@ -155,23 +158,23 @@ def _score_options(command):
 
 @main.command(context_settings={"show_default": True, **HELP_NAMES})
 @click.option("--images",     metavar="DIR|ZIP|NPZ", required=True,
-              help="Images to score, a run directory with ckpt_* folders, or features that --features "
-                   "has kept")
+              help="Images to score, a run directory with ckpt_* folders, or features kept by "
+                   "--features")
 @_score_options
 @click.option("--count", "--num", "num", metavar="INT", type=click.IntRange(min=2), default=50000,
               help="Number of images to use")
 @click.option("--seed",       metavar="INT", type=int, default=0,
-              help="Chooses the images where there are more than --count")
+              help="Seed for choosing images if there are more than --count")
 @click.option("--ckpt",       metavar="KIMG", type=float, default=0,
               help="Run directory: first checkpoint to score")
 @click.option("--end_ckpt",   metavar="KIMG", type=float, default=math.inf,
               help="Run directory: last checkpoint to score")
 @click.option("--gen_seed",   metavar="LIST", type=IntList(), callback=_parse_gen_seed, default="1",
-              help="Run directory: seed ranges to score, of 1 (ckpt_*), 2 (ckpt_2_*) and 3")
+              help="Run directory: seed ranges to score, out of 1 (ckpt_*), 2 (ckpt_2_*) and 3")
 @_switch("--steps",           help="Run directory: score the folders of a sweep over steps")
 @_switch("--alpha",           help="Run directory: score the folders of a sweep over alpha")
 @_switch("--quant",           help="Run directory: score the folders of a sweep over bits")
-@_switch("--prune",           help="Refused: there is no pruning here")
+@_switch("--prune",           help="Refused, because pruning is not supported")
 @_detector_options
 @cache_dir_option
 @verbosity_options
@@ -182,18 +185,19 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
          workers: int) -> None:
     """Scores a folder or ZIP, or each ckpt_* folder of a run.
 
-    The FID of one folder is printed alone, those of a run as 'path:FOLDER, FID'; several values
-    also as a table, with the lowest and the mean of each checkpoint's seed ranges. Each is appended
-    to metrics.jsonl in the run or folder.
+    The FID of a single folder is printed by itself, and those of a run as 'path:FOLDER, FID'.
+    Several values are also printed as a table, with the lowest and the mean of each checkpoint's
+    seed ranges. Each score is appended to metrics.jsonl in the run or folder.
 
-    Folders of a sweep over several settings need all of their flags, such as --alpha --steps.
-    Folders with fewer than --count images are left out and named at the end, with exit code 1.
+    To score the folders of a sweep over several settings, give all of their flags, such as --alpha
+    --steps. Folders of a run with fewer than --count images are skipped and named at the end, and
+    the exit code is 1.
 
-    Scores can be compared only at equal --count. With --detector=pixels the number is called
-    'pixels Frechet distance', because it is not an FID.
+    Scores are comparable only at equal --count. With --detector=pixels the number is called 'pixels
+    Frechet distance', because it is not an FID.
 
-    --num is the earlier name of --count. torchrun takes it for an option of its own, --numa-binding,
-    unless a '--' stands before the script.
+    --num is the old name of --count. torchrun mistakes it for its own option --numa-binding, unless
+    '--' precedes the script.
     """
     if prune:
         raise UserError("--prune: pruned networks are not supported; --quant, --alpha and --steps "
@@ -275,15 +279,16 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
 
 @main.command(context_settings={"show_default": True, **HELP_NAMES})
 @click.option("--network",    metavar="PT|URL|DIR|PATTERN", required=True, multiple=True,
-              help="Network snapshot, training state, run directory (its newest network) or a quoted "
-                   "pattern of such, as 'RUN/network-snapshot-*.pt'; may be given several times")
+              help="Network snapshot, training state, run directory (its newest network), or a "
+                   "quoted pattern such as 'RUN/network-snapshot-*.pt'; may be given several times")
 @_score_options
 @click.option("--seeds",      metavar="LIST", type=IntList(), default="0-49999",
-              help="Random seeds; one image each")
+              help="Random seeds; one image per seed. With --average, the default is one image per "
+                   "input")
 @click.option("--ranges",     metavar="INT", type=click.IntRange(min=1), default=1,
               help="Number of seed ranges: --seeds, then as many seeds after them, and so on")
 @click.option("--again",      is_flag=True,
-              help="Compute scores again that are in metrics.jsonl")
+              help="Recompute scores that are already recorded")
 @sampling_options
 @_detector_options
 @cache_dir_option
@@ -295,16 +300,15 @@ def gen(network: tuple[str, ...], ref_path: str | None, metrics: tuple[str, ...]
         bits: tuple[int, ...] | None, **sampling) -> None:
     """Scores the images of networks without writing them.
 
-    The scores are those of 'generate.py', then 'fid.py calc', for the same options. Papers report
-    the lowest FID of three seed ranges: --ranges=3. Each score is appended to metrics.jsonl beside
-    its network.
+    The scores equal those of 'generate.py' followed by 'fid.py calc' with the same options. Papers
+    report the lowest FID of three seed ranges: --ranges=3. Each score is appended to metrics.jsonl
+    beside its network.
 
-    A score that is there for the same weights, settings, seeds, detector and reference is taken
-    from there. What is known of an unfinished range is written every two minutes, so a command that
-    was stopped goes on when it is started again.
+    Scores already recorded for the same weights, settings, seeds, detector and reference are
+    reused. The progress of an unfinished range is saved every two minutes, so a command that was
+    stopped continues when it is repeated.
 
-    A network that can't be opened or scored is named, the others are scored, and the exit code
-    is 1.
+    A network that cannot be opened or scored is skipped and named, and the exit code is 1.
     """
     _check_metrics(ref_path, metrics, bootstrap, per_class)
     with user_errors():
@@ -354,7 +358,7 @@ def gen(network: tuple[str, ...], ref_path: str | None, metrics: tuple[str, ...]
 
 @main.command(context_settings={"show_default": True, **HELP_NAMES})
 @click.option("--data",       metavar="DIR|ZIP|NPZ", required=True,
-              help="Images of the data set")
+              help="Data set")
 @click.option("--dest",       metavar="NPZ", required=True,
               help="File to write")
 @_switch("--features",        help="Also keep the features, which kid, pr and dc need")
@@ -363,7 +367,7 @@ def gen(network: tuple[str, ...], ref_path: str | None, metrics: tuple[str, ...]
 @verbosity_options
 def ref(data: str, dest: str, features: bool, batch: int, detector: str, device: str,
         workers: int) -> None:
-    """Writes the reference statistics of a data set that 'calc' and 'gen' need."""
+    """Writes the reference statistics of a data set for 'calc' and 'gen'."""
     with user_errors():
         from images.dataset import ImageFolderDataset
         from metrics.detectors import build_detector, detector_class
@@ -402,29 +406,30 @@ def _parse_hidden(ctx, param, value: tuple[int, ...]) -> tuple[int, ...]:
 @click.option("--data",       metavar="DIR|ZIP|NPZ", required=True,
               help="Images with classes to train on")
 @click.option("--val-data",   metavar="DIR|ZIP|NPZ", required=True,
-              help="Held-out images with classes, to measure the accuracy on")
+              help="Held-out images with classes, for measuring the accuracy")
 @click.option("--dest",       metavar="NPZ", required=True,
               help="File to write")
 @click.option("--hidden",     metavar="LIST", type=IntList(unique=False), callback=_parse_hidden,
               default="128,64",
-              help="Units of the hidden layers; those of the last one are the features")
+              help="Sizes of the hidden layers; the last one gives the features")
 @click.option("--shift",      metavar="PIXELS", type=click.IntRange(min=0), default=1,
-              help="Also train on copies of the images that are moved so far to each side")
+              help="Also train on copies of the images shifted this far in each direction")
 @click.option("--alpha",      metavar="FLOAT", type=FiniteNumber(min=0, max=1e3), default=0.1,
-              help="Weight of the squared weights in the loss")
+              help="Strength of the penalty on squared weights in the loss")
 @click.option("--seed",       metavar="INT", type=click.IntRange(0, 2**32 - 1), default=0,
-              help="Draws the first weights and the order of the images")
+              help="Seed for the initial weights and the order of the images")
 @cache_dir_option
 @verbosity_options
 def classifier(data: str, val_data: str, dest: str, hidden: tuple[int, ...], shift: int,
                alpha: float, seed: int) -> None:
-    """Trains a classifier of small images, which --detector=NPZ then takes.
+    """Trains a classifier of small images, to be used as --detector=NPZ.
 
-    It is a multilayer perceptron on the pixels, trained by scikit-learn, and takes only images of
-    the shape and scale of its data. With it --metrics=ca finds the share of images that are of the
-    class that was asked for. Its accuracy on the held-out images is printed and kept in the file.
+    The classifier is a multilayer perceptron on the pixels, trained with scikit-learn. It takes
+    only images of the same shape and scale as its training data. With it, --metrics=ca measures the
+    share of images that are of the requested class. Its accuracy on the held-out images is printed
+    and stored in the file.
 
-    Under torchrun only the first process works.
+    Under torchrun only the first process does the work.
     """
     if not console.is_rank0():
         return
@@ -457,26 +462,28 @@ def classifier(data: str, val_data: str, dest: str, hidden: tuple[int, ...], shi
 @click.option("--images",     metavar="DIR|ZIP|NPZ", required=True,
               help="Images to score")
 @click.option("--truth",      metavar="DIR|ZIP|NPZ", required=True,
-              help="What they should be: a data set, of which condition images are left out")
+              help="The true images: a data set, whose condition images are ignored")
 @click.option("--input", "input_", metavar="DIR|ZIP|NPZ|cond",
-              help="Measurements that the images were made of, to score and show beside them; cond "
-                   "for the condition images of --truth")
+              help="Measurements from which the images were made, to score and show beside them; "
+                   "cond uses the condition images of --truth")
 @click.option("--metrics",    metavar="LIST", type=NameList(OF_PAIRS),
-              help="What to compute, of psnr, ssim (Gaussian window), ssim_uniform, rmse, mae  "
+              help="Metrics to compute: psnr, ssim (Gaussian window), ssim_uniform, rmse, mae  "
                    "[default: psnr,ssim,rmse,mae]")
 @click.option("--metric-file", "metric_files", metavar="FILE.py:FUNCTION", multiple=True,
-              help="Metric of your own: a function of (image, truth, value_range)")
+              help="Your own metric: a function of (image, truth, value_range); may be given "
+                   "several times")
 @click.option("--range", "value_range", metavar="LO,HI", type=Range(),
-              help="Range of the data that psnr and ssim are relative to  [default: 0,255 of 8 bits, "
-                   "else that of the recorded scale of --truth]")
+              help="Value range for psnr and ssim  [default: 0,255 for 8-bit data, otherwise that "
+                   "of the recorded scale of --truth]")
 @click.option("--clip",       is_flag=True,
-              help="Clip all images to the range before they are compared")
+              help="Clip all images to the range before comparing them")
 @click.option("--window",     metavar="CENTER,WIDTH", type=Window(),
-              help="Values that the picture shows, from black to white  [default: the range]")
+              help="Center and width of the values that the picture shows from black to white  "
+                   "[default: the range]")
 @click.option("--pair-by",    type=click.Choice(["auto", "name", "order"]), default="auto",
-              help="How images find their truths; auto takes names where all match")
+              help="How to match images with their truths; auto uses names if all match")
 @click.option("--out",        metavar="DIR",
-              help="Folder of pairs.csv, pairs.jsonl, pairs.png, and of metrics.jsonl  [default: "
+              help="Folder for pairs.csv, pairs.jsonl, pairs.png and metrics.jsonl  [default: "
                    "pairs_NAME beside the images; metrics.jsonl of the run]")
 @cache_dir_option
 @verbosity_options
@@ -485,14 +492,15 @@ def pairs(images: str, truth: str, input_: str | None, metrics: tuple[str, ...] 
           window: tuple[float, float] | None, pair_by: str, out: str | None) -> None:
     """Scores images one by one against their truths: PSNR, SSIM, errors.
 
-    Images and truths belong together by name without extension, else by order where there are as
-    many; images of generate.py by their seeds, seed k with truth k. Values are compared in the
-    units of the data. Both may be of any size and any channels.
+    Images and truths are matched by name without extension. Failing that, images of generate.py are
+    matched by seed, seed k with truth k, and others by order if there are equally many. Values are
+    compared in the units of the data. Images may have any size and any number of channels.
 
-    A line a metric is printed, such as 'psnr 43.42 +- 0.31 (16 images)': the mean and the standard
-    deviation over the images. --out gets the scores of each image and a picture of some.
+    One line per metric is printed, such as 'psnr 43.42 +- 0.31 (16 images)': the mean and the
+    standard deviation over the images. The scores of each image, and a picture of some of them, are
+    written to --out.
 
-    Under torchrun only the first process works.
+    Under torchrun only the first process does the work.
     """
     if not console.is_rank0():
         return
@@ -549,15 +557,15 @@ def pairs(images: str, truth: str, input_: str | None, metrics: tuple[str, ...] 
 @click.option("--data",       metavar="DIR|ZIP|NPZ", required=True,
               help="Images that the network was trained on")
 @click.option("--held-out",   metavar="DIR|ZIP|NPZ",
-              help="Images of the same kind that it was not trained on, which show what distances "
-                   "are usual")
+              help="Images of the same kind that the network was not trained on, which show what "
+                   "distances are usual")
 @click.option("--rows",       metavar="INT", type=click.IntRange(min=1), default=16,
-              help="Images in the picture: those that are nearest of all")
+              help="Number of images in the picture: those nearest to a training image")
 @click.option("--window",     metavar="CENTER,WIDTH", type=Window(),
-              help="Values that the picture shows, from black to white, where the data are not 8-bit  "
-                   "[default: the recorded scale]")
+              help="Center and width of the values that the picture shows from black to white, if "
+                   "the data are not 8-bit  [default: the recorded scale]")
 @click.option("--out",        metavar="DIR",
-              help="Folder of nearest.csv, nearest.png, and of metrics.jsonl  [default: nearest_NAME "
+              help="Folder for nearest.csv, nearest.png and metrics.jsonl  [default: nearest_NAME "
                    "beside the images; metrics.jsonl of the run]")
 @_detector_options
 @cache_dir_option
@@ -565,14 +573,16 @@ def pairs(images: str, truth: str, input_: str | None, metrics: tuple[str, ...] 
 def nearest(images: str, data: str, held_out: str | None, rows: int,
             window: tuple[float, float] | None, out: str | None, batch: int, detector: str,
             device: str, workers: int) -> None:
-    """Finds the nearest training images of generated ones: copies, memorisation.
+    """Finds the training images nearest to generated ones, to detect copies and memorisation.
 
-    Distances are between features. Printed are the median distance, the number of exact copies, and
-    the share of images that are over three times nearer to one training image than to any other.
+    Distances are between features. The output is the median distance, the number of exact copies,
+    and the share of images that are over three times nearer to one training image than to any
+    other.
 
-    With --held-out also the median distance of held-out images, and the share of generated ones that
-    are nearer than 5% of these are: more than 5% is memorisation. C_T, by Meehan et al. 2020,
-    compares all distances: below -3, generated images are nearer than held-out ones as a whole.
+    With --held-out, it also includes the median distance of the held-out images, and the share of
+    generated images that are at least as near as the nearest 5% of these. A share well above 5%
+    means memorisation. C_T (Meehan et al. 2020) compares all distances: below -3, generated images
+    are nearer than held-out ones as a whole.
     """
     with user_errors():
         from images.dataset import ImageFolderDataset
