@@ -33,22 +33,22 @@ def _refuse_guidance(ctx, param, value) -> None:
 
 
 @click.command(context_settings=CONTEXT)
-@click.option("--network", metavar="PT|URL", required=True, help="Network snapshot or training state; of a run directory the newest.")
-@click.option("--data", metavar="DIR|ZIP", required=True, help="Images to measure, with labels or conditions if the network takes them.")
-@click.option("--val-data", metavar="DIR|ZIP", help="Held-out images, to measure beside those of --data.")
-@click.option("--count", metavar="INT", type=click.IntRange(min=1), default=64, help="Number of images to measure in each data set; all if there are fewer.")
-@click.option("--steps", metavar="INT", type=int, default=32, help="Steps of the solver, an even number; four evaluations of the network each.")
-@click.option("--probes", metavar="INT", type=click.IntRange(min=1), default=1, help="Random vectors per trace of the network's Jacobian.")
-@click.option("--exact", is_flag=True, help="Compute the traces exactly; for small images.")
-@click.option("--dequantize", type=click.Choice(["uniform", "none"]), help="Noise of one level, for data stored as whole numbers.  [default: uniform for these]")
-@click.option("--cond", metavar="BOOL", type=click.BOOL, default=True, help="Tell the network the labels of the data.")
-@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of the choice of images, the noise and the random vectors.")
-@click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=16, help="Images at a time on each device.")
-@click.option("--out", metavar="JSONL", help="File to append a line for each data set to.  [default: metrics.jsonl beside the network]")
-@click.option("--pfgmpp", metavar="BOOL", type=click.BOOL, help="For files that do not record D; else checked against the file.")
-@click.option("--aug_dim", metavar="D", type=float, help="For files that do not record D; else checked against the file.")
-@click.option("--key", metavar="NAME", help="Network of an IDMD file: ema_0_9900, ema_0_9950, ema_0_9990, ema_0_9999, generator or student.  [default: ema_0_9990]")
-@click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", help="Arithmetic inside the network.")
+@click.option("--network", metavar="PT|URL|DIR", required=True, help="Network snapshot, training state, or run directory for its newest network.")
+@click.option("--data", metavar="DIR|ZIP", required=True, help="Images to measure, with labels or condition images if the network takes them.")
+@click.option("--val-data", metavar="DIR|ZIP", help="Held-out images to measure as well.")
+@click.option("--count", metavar="INT", type=click.IntRange(min=1), default=64, help="Maximum number of images to measure in each data set.")
+@click.option("--steps", metavar="INT", type=int, default=32, help="Number of solver steps, which must be even. Each takes four network evaluations. A second solution with half as many steps estimates the error.")
+@click.option("--probes", metavar="INT", type=click.IntRange(min=1), default=1, help="Number of random vectors for estimating a trace of the network's Jacobian.")
+@click.option("--exact", is_flag=True, help="Compute the traces exactly. Only feasible for small images.")
+@click.option("--dequantize", type=click.Choice(["uniform", "none"]), help="Noise of one level to add to data stored as whole numbers.  [default: uniform for such data]")
+@click.option("--cond", metavar="BOOL", type=click.BOOL, default=True, help="Give the labels of the data to the network.")
+@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed for the choice of images, the noise and the random vectors.")
+@click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=16, help="Batch size per device.")
+@click.option("--out", metavar="JSONL", help="File to which one line per data set is appended.  [default: metrics.jsonl beside the network]")
+@click.option("--pfgmpp", metavar="BOOL", type=click.BOOL, help="Whether the network is PFGM++. Only for files that do not record D; otherwise checked against the file.")
+@click.option("--aug_dim", metavar="D", type=float, help="Augmented dimensions. Only for files that do not record D; otherwise checked against the file.")
+@click.option("--key", metavar="NAME", help="Which network of an IDMD file to use: ema_0_9900, ema_0_9950, ema_0_9990, ema_0_9999, generator or student.  [default: ema_0_9990]")
+@click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", help="Precision of the network's arithmetic.")
 @click.option("--guidance", callback=_refuse_guidance, expose_value=False, hidden=True)
 @click.option("--gnet", callback=_refuse_guidance, expose_value=False, hidden=True)
 @click.option("--guidance-interval", callback=_refuse_guidance, expose_value=False, hidden=True)
@@ -60,16 +60,16 @@ def main(network: str, data: str, val_data: str | None, count: int, steps: int, 
     """Measures how likely images are under a network, in bits per dimension.
 
     The probability-flow ODE is solved from each image to the highest noise level, where the density
-    is known. Lower bits mean more likely images. Data stored as
-    whole numbers, of 8 or 16 bits, are dequantised, which makes the result an upper bound for an
-    ideal code. Floating-point data give nats per dimension, per unit of the data.
+    is known. Fewer bits mean more likely images. Data stored as whole numbers of 8 or 16 bits are
+    dequantised, so the result is an upper bound for an ideal code. For floating-point data, the
+    result is in nats per dimension, per unit of the data.
 
     The last line for each data set is 'bits/dim: MEAN +- STANDARD ERROR (N images)'. The mean is
-    appended to --out, and the values of the images go to likelihood-NETWORK-DATA-KEY.csv beside it,
-    where KEY depends on the settings and the data.
+    appended to --out. The values of the images are written to likelihood-NETWORK-DATA-KEY.csv
+    beside it, where KEY depends on the settings and the data.
 
     \b
-    # 64 images of the training data and 64 that training has not seen
+    # 64 training images and 64 images that were not trained on
     python likelihood.py --network=runs/00000 --data=datasets/train.zip --val-data=datasets/val.zip
 
     \b
