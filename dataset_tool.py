@@ -322,53 +322,53 @@ def _require(**given: str | None) -> None:
 @click.option("--source",       metavar="PATH",
               help="Images to convert: a folder, ZIP or published archive  [required]")
 @click.option("--dest",         metavar="DIR|ZIP",
-              help="Data set to write; a ZIP is replaced, a folder must be empty  [required]")
+              help="Data set to write; an existing ZIP is replaced, a folder must be empty  [required]")
 @click.option("--max-images",   metavar="INT", type=click.IntRange(min=1),
-              help="Use the first INT images of the source only  [default: all]")
+              help="Use only the first INT images of the source  [default: all]")
 @click.option("--transform",    type=click.Choice(["center-crop", "center-crop-wide"]),
               help="How to crop  [default: none]")
 @click.option("--resolution",   metavar="WxH|SIDE", callback=_parse_resolution,
-              help="Size to resize to  [default: as it is]")
+              help="Size to resize to  [default: unchanged]")
 @click.option("--scale",        metavar="minmax|std|LO,HI", callback=_parse_scale,
-              help="Keep the values of floating-point and 16-bit images, and what of them becomes "
-                   "-1 and 1: the least and largest value of each channel, its mean -+ 2 standard "
-                   "deviations, or LO and HI  [default: 16 bits become 8]")
+              help="Keep the values of floating-point and 16-bit images. What becomes -1 and 1 is "
+                   "the least and the largest value of each channel (minmax), its mean -+ 2 "
+                   "standard deviations (std), or LO and HI  [default: 16 bits become 8]")
 @click.option("--cond-source",  metavar="PATH",
-              help="Condition images, one for each image, of its name but for the extension")
+              help="Condition images, one per image, with the same names except for the extension")
 @click.option("--cond-scale",   metavar="minmax|std|LO,HI", callback=_parse_scale,
-              help="As --scale, for the condition images")
+              help="Like --scale, for the condition images")
 @click.option("--pair",         metavar="order|PATTERN", callback=_parse_pair,
-              help="Pair --cond-source by order instead of names; or find both in --source by a regular expression of two alternatives, for names of conditions and of images, whose groups hold the same text for a pair, such as '(.*)_QD_|(.*)_FD_'")
+              help="Pair --cond-source by order instead of by name; or find both kinds in --source by a regular expression with two alternatives, for the names of condition images and of images. Their groups hold the same text for a pair, e.g. '(.*)_QD_|(.*)_FD_'")
 @click.option("--clip",         metavar="LO,HI", type=Range(),
-              help="Limit values to LO..HI, in the data's units, before anything else; needs --scale")
+              help="Clip values to LO..HI, in the data's units, before anything else; needs --scale")
 @click.option("--cond-clip",    metavar="LO,HI", type=Range(),
-              help="As --clip, for the condition images; needs --cond-scale  [default: --clip]")
+              help="Like --clip, for the condition images; needs --cond-scale  [default: --clip]")
 @click.option("--labels",       metavar="FILE.csv|.jsonl", callback=_parse_labels,
-              help="Labels of the files of --source: a table with a column file_name, filename, image, path or name and a column label, class or category")
+              help="Labels for the files of --source: a CSV, TSV or JSON Lines table with a column file_name, filename, image, path or name and a column label, class or category")
 @click.option("--label-column", metavar="NAMES", callback=_parse_columns,
-              help="Column of labels in --labels, metadata.csv, Parquet or hf://; several, such as x,y,z, make label vectors, and none takes no labels  [default: by names or types]")
+              help="Label column in --labels, metadata.csv, Parquet or hf://; several columns, e.g. x,y,z, make label vectors, and none ignores labels  [default: by names or types]")
 @click.option("--image-column", metavar="NAME",
-              help="Column of images in Parquet or hf://, or of names of files in --labels  [default: by types or names]")
+              help="Image column in Parquet or hf://, or file-name column in --labels  [default: by types or names]")
 @click.option("--classes",      metavar="LIST", callback=_parse_classes,
-              help="Keep these classes only and number them from 0 in this order, such as 6,1,3")
+              help="Keep only these classes and renumber them from 0 in this order, e.g. 6,1,3")
 @click.option("--label-set",    type=click.Choice(["fine", "coarse"]),
-              help="Which labels of CIFAR-100, of 100 or of 20 classes  [default: fine]")
+              help="Which labels of CIFAR-100 to use: 100 fine or 20 coarse classes  [default: fine]")
 @click.option("--channels",     metavar="rgb|gray|cond:I,image:J", callback=_parse_channels,
-              help="Make all pictures RGB or gray; or divide the channels of arrays, numbered from 0, into condition images and images, such as cond:0,image:1 or cond:0+1,image:2, or take some, image:1  [default: as they are]")
+              help="Convert all pictures to RGB or gray; or split the channels of arrays, numbered from 0, into condition images and images, e.g. cond:0,image:1 or cond:0+1,image:2; or keep only some, e.g. image:1  [default: unchanged]")
 @click.option("--layout",       type=click.Choice(["chw", "hwc"]),
               help="Whether the channels of arrays come first or last  [default: by their shape]")
 @click.option("--keep-names",   is_flag=True,
-              help="Call images as the source does, but for the extension, instead of numbering them")
+              help="Keep the names of the source, except for the extension, instead of numbering images")
 @click.option("--skip-damaged", is_flag=True,
-              help="Leave images out that can't be read, and list them, instead of stopping")
+              help="Leave out and list images that cannot be read, instead of stopping")
 @click.option("--background",   metavar="COLOR", default="white", callback=_parse_color,
-              help="What shows through transparent images: a name or #rrggbb")
+              help="Background colour of transparent images: a name or #rrggbb")
 @click.option("--icc",          type=click.Choice(["srgb", "keep"]), default="srgb",
-              help="Convert pictures that have another colour profile to sRGB, or keep their pixels")
+              help="Convert pictures with another colour profile to sRGB, or keep their pixels unchanged")
 @click.option("--first-frame",  is_flag=True,
-              help="Take the first frame of animations instead of refusing them")
+              help="Use the first frame of animations instead of refusing them")
 @click.option("--workers",      metavar="INT", type=click.IntRange(min=1),
-              help="Processes that convert  [default: one a core]")
+              help="Number of converting processes  [default: one per core]")
 @verbosity_options
 @click.pass_context
 def main(context: click.Context, source: str | None, dest: str | None, max_images: int | None,
@@ -388,35 +388,35 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
     \b
     cifar-10-python.tar.gz       CIFAR-10 or CIFAR-100, 50,000 training images with labels, or
                                  their folder cifar-10-batches-py
-    train-images-idx3-ubyte.gz   MNIST, Fashion-MNIST or EMNIST, 32x32, or a folder with the file;
-                                 the file of the labels must lie beside it
+    train-images-idx3-ubyte.gz   MNIST, Fashion-MNIST or EMNIST, padded to 32x32, or a folder with
+                                 the file; the label file must be beside it
     NAME_lmdb/                   LSUN (needs pip install lmdb)
     NAME.zip                     all images in a ZIP
     NAME.npy, NAME.pt            an array of images, [n, H, W], [n, C, H, W] or [n, H, W, C]
-    NAME.npz                     such an array called arr_0, and labels called arr_1
-    NAME.parquet, or a folder    tables with a column of images, and one of labels
+    NAME.npz                     such an array named arr_0, and labels named arr_1
+    NAME.parquet, or a folder    tables with an image column and a label column
     of such files                (needs pip install pyarrow)
-    hf://NAME[:SPLIT]            a data set of Hugging Face's hub, or a folder of save_to_disk
-                                 (needs pip install datasets)
-    any other folder             all images below it; or slices, if its files are DICOM
-                                 (needs pip install pydicom), which a ZIP may hold too
+    hf://NAME[:SPLIT]            a data set from the Hugging Face hub, or a folder written by
+                                 save_to_disk (needs pip install datasets)
+    any other folder             all images below it, or DICOM slices (needs pip install pydicom);
+                                 a ZIP may also hold slices
 
-    Labels of folders and ZIPs come from --labels, else from dataset.json, {"labels": [["NAME", 6],
-    ...]} with class numbers or vectors, else from metadata.csv or metadata.jsonl, or else from the
-    folders at the top, numbered in the order of their names. A folder that holds all the rest is
-    passed over.
+    Labels of folders and ZIPs come from --labels, otherwise from dataset.json, {"labels": [["NAME",
+    6], ...]} with class numbers or vectors, otherwise from metadata.csv or metadata.jsonl, and
+    otherwise from the top-level folders, numbered in the order of their names. If a single folder
+    contains all images, the folders inside it are used.
 
-    Without --transform, --resolution ignores the aspect. center-crop takes the central square;
-    center-crop-wide crops rows to W:H, puts them on a black WxW square, and leaves out images
-    smaller than that. Both make gray images RGB.
+    Without --transform, --resolution ignores the aspect ratio. center-crop takes the central
+    square. center-crop-wide crops rows to W:H, puts them on a black WxW square, and leaves out
+    smaller images. Both convert gray pictures to RGB.
 
-    Condition images come from --cond-source, from other files of --source by --pair, or from other
-    channels by --channels.
+    Condition images come from --cond-source, from other files of --source (--pair), or from other
+    channels (--channels).
 
-    Images are turned as their EXIF data says and converted to sRGB by their colour profiles,
-    palettes and CMYK become RGB, transparency shows --background, and without --scale of 16 bits
-    the upper 8 are kept. Images may also be arrays, NAME.npy of [H, W], [C, H, W] or [H, W, C] with
-    any number of channels. All must come out of one size and kind.
+    Pictures are turned upright by their EXIF data and converted to sRGB by their colour profiles.
+    Palettes and CMYK become RGB, transparent areas show --background, and without --scale only the
+    upper 8 of 16 bits are kept. Images may also be arrays, NAME.npy of [H, W], [C, H, W] or
+    [H, W, C], with any number of channels. All results must have the same size and kind.
     """  # noqa: D301 - \b is click's mark for lines to leave alone
     if context.invoked_subcommand is not None:
         _refuse_flags(context)
@@ -538,13 +538,12 @@ def _refuse_flags(context: click.Context) -> None:
 @main.command(context_settings=HELP_NAMES)
 @click.argument("data", metavar="DATA")
 @click.option("--workers",      metavar="INT", type=click.IntRange(min=1),
-              help="Processes that decode  [default: one a core]")
+              help="Number of decoding processes  [default: one per core]")
 @verbosity_options
 def check(data: str, workers: int | None) -> None:
     """Verifies a data set: every image decodes, all are alike, labels and names are valid.
 
-    Lists the images that aren't right. The exit code is 0 if all is well and 1 if anything is
-    wrong.
+    Lists the images with problems. The exit code is 1 if there are any, and 0 otherwise.
     """
     with user_errors():
         from dnnlib.ordered_pool import num_cores
@@ -590,17 +589,18 @@ def _check_out(ctx, param, value: str | None) -> str | None:
 @click.option("--out",          metavar="FILE.png", callback=_check_out,
               help="Picture to write  [default: NAME-show.png beside DATA]")
 @click.option("--window",       metavar="CENTER,WIDTH", type=Window(),
-              help="Values that the picture shows from black to white, in the data's units, such as 40,400  [default: what networks see as -1 to 1]")
+              help="Center and width of the values that the picture shows from black to white, in the data's units, e.g. 40,400  [default: what networks see as -1 to 1]")
 @click.option("--workers",      metavar="INT", type=click.IntRange(min=1),
-              help="Processes that decode  [default: one a core]")
+              help="Number of decoding processes  [default: one per core]")
 @verbosity_options
 def show(data: str, out: str | None, window: tuple[float, float] | None,
          workers: int | None) -> None:
-    """Writes a picture of some images, a class a row, and prints statistics of all pixels.
+    """Writes a picture of some images, one class per row, and prints statistics of all pixels.
 
-    They are those of training's scale, where the networks' sigma_data is 0.5: x/127.5 - 1 for 8
-    bits, else what dataset.json says. In the picture -1 is black and 1 white there; of other than
-    3 channels the first is shown, and condition images are above their images.
+    The statistics are in the scale of training, where the networks' sigma_data is 0.5: x/127.5 - 1
+    for 8-bit data, otherwise as recorded in dataset.json. In the picture, -1 is black and 1 is
+    white. If images do not have 3 channels, only the first one is shown. Condition images are above
+    their images.
     """
     with user_errors():
         from dnnlib.ordered_pool import num_cores
@@ -623,20 +623,20 @@ def show(data: str, out: str | None, window: tuple[float, float] | None,
 @main.command(context_settings=HELP_NAMES)
 @click.argument("data", metavar="DATA")
 @click.option("--val",          metavar="SHARE|INT", required=True, callback=_parse_val,
-              help="Images to hold out: a share such as 0.1, or a whole number of them")
+              help="Images to hold out: a share such as 0.1, or a whole number")
 @click.option("--dest",         metavar="DIR|ZIP", required=True,
-              help="Data set to train on; a ZIP is replaced, a folder must be empty")
+              help="Data set to train on; an existing ZIP is replaced, a folder must be empty")
 @click.option("--val-dest",     metavar="DIR|ZIP", required=True,
-              help="Held-out data set, likewise")
+              help="Held-out data set, with the same rules")
 @click.option("--seed",         metavar="INT", type=int, default=0, show_default=True,
-              help="Chooses the images")
+              help="Seed for choosing the held-out images")
 @verbosity_options
 def split(data: str, val: float, dest: str, val_dest: str, seed: int) -> None:
-    """Divides a data set into one to train on and one that is held out, for train.py --val-data.
+    """Splits a data set into one to train on and a held-out one, for train.py --val-data.
 
-    The seed and the names of the images decide which are held out, of each class about the same
-    share. At least one image of each class is left to train on. Files are copied as they are, with
-    labels, condition images and scales.
+    The seed and the names of the images decide which ones are held out, about the same share of
+    each class. At least one image of each class is left to train on. Files are copied unchanged,
+    with labels, condition images and scales.
     """
     paths = {"--dest": Path(dest), "--val-dest": Path(val_dest)}
     _check_two_places(paths)
@@ -705,14 +705,14 @@ def _summarise_split(paths: dict[str, Path], plan: "Split") -> None:
 
 @main.group(context_settings=HELP_NAMES)
 def cache() -> None:
-    """Lists or removes what is kept in the cache folder, such as packed data sets."""
+    """Lists or removes entries of the cache folder, such as packed data sets."""
 
 
 @cache.command("list", context_settings=HELP_NAMES)
 @cache_dir_option
 @verbosity_options
 def list_cache() -> None:
-    """Prints names, sizes, days since the last use, and what each entry is of."""
+    """Prints the name, size, days since the last use, and origin of each entry."""
     with user_errors():
         from dnnlib.util import cache_dir, format_table, shown_bytes
         from images.data_cache import entries, free_bytes
@@ -736,9 +736,9 @@ def list_cache() -> None:
 @cache_dir_option
 @verbosity_options
 def remove_cache(names: tuple[str, ...], is_all: bool) -> None:
-    """Removes entries by their names in the list, or by how these begin.
+    """Removes entries, given by their names in the list or by how these begin.
 
-    Everything is made again when it is needed. Remove nothing that a running process uses.
+    Removed entries are made again when they are needed. Do not remove what a running process uses.
     """
     if is_all == bool(names):
         raise click.UsageError("name entries of the cache, or give --all")
