@@ -11,20 +11,20 @@ from dnnlib.util import json_value
 
 _key_option = click.option(
     "--key", metavar="NAME",
-    help="Network of an IDMD file: ema_0_9900, ema_0_9950, ema_0_9990, ema_0_9999, generator or "
-         "student.  [default: ema_0_9990]  With --config the name of the weights.")
+    help="Which network of an IDMD file to use: ema_0_9900, ema_0_9950, ema_0_9990, ema_0_9999, "
+         "generator or student.  [default: ema_0_9990]  With --config, the name of the weights.")
 
 
 @click.group(context_settings=CONTEXT)
 def main():
-    """Shows what is in a checkpoint file, or converts it."""
+    """Shows the contents of a checkpoint file, or converts it."""
 
 
 @main.command(context_settings=HELP_NAMES)
 @click.argument("source", metavar="FILE|URL")
 @_key_option
 def show(source, key):
-    """Prints format, network, D, parameters, progress and options of FILE."""
+    """Prints the format, network, D, parameters, progress and options of FILE."""
     with user_errors():
         from checkpoints import checkpoint
         content = checkpoint.load(source, key)
@@ -95,25 +95,27 @@ def _plain(value):
 @click.argument("source", metavar="FILE|URL")
 @click.argument("dest", metavar="DEST")
 @click.option("--config", metavar="JSON",
-              help="For a FILE of weights alone: training_options.json of their run, of this "
-                   "project, EDM or PFGM++.")
-@click.option("--pfgmpp", type=click.BOOL, help="Whether it was trained as PFGM++, if unrecorded.")
-@click.option("--aug_dim", metavar="D", type=float, help="Augmented dimensions, if unrecorded.")
+              help="For a FILE that holds only weights: the training_options.json of their run, "
+                   "from this project, EDM or PFGM++.")
+@click.option("--pfgmpp", type=click.BOOL,
+              help="Whether it was trained as PFGM++, if not recorded.")
+@click.option("--aug_dim", metavar="D", type=float,
+              help="Augmented dimensions, if not recorded.")
 @click.option("--scale", metavar="LO,HI", type=Range(),
-              help="Values of its data, floats, that became -1 and 1, if unrecorded.")
+              help="Values of its floating-point data that became -1 and 1, if not recorded.")
 @click.option("--cond-scale", metavar="LO,HI", type=Range(),
-              help="Likewise of its condition images.")
+              help="The same for its condition images.")
 @click.option("--sigma-max", metavar="FLOAT", type=FiniteNumber(min=0, min_open=True),
-              help="Noise level where sampling starts, if unrecorded.")
-@click.option("--half", is_flag=True, help="Keep the weights as float16, in half the space.")
+              help="Noise level where sampling starts, if not recorded.")
+@click.option("--half", is_flag=True, help="Store the weights as float16, in half the space.")
 @_key_option
-@click.option("--overwrite", is_flag=True, help="Replace DEST if it is there.")
+@click.option("--overwrite", is_flag=True, help="Replace DEST if it exists.")
 def convert(source, dest, config, pfgmpp, aug_dim, scale, cond_scale, sigma_max, half, key,
             overwrite):
-    """Writes the averaged network of FILE as a snapshot: DEST.pt, or DEST.safetensors.
+    """Writes the averaged network of FILE as a snapshot, DEST.pt or DEST.safetensors.
 
-    FILE may be a run directory, whose newest network is then converted. With --config it may hold
-    weights alone: a state_dict of torch.save, safetensors, or a checkpoint of Lightning.
+    FILE may be a run directory, whose newest network is then converted. With --config, it may hold
+    only weights: a state_dict written by torch.save, a safetensors file or a Lightning checkpoint.
 
     Weights of published checkpoints keep their licence when they are converted.
     """
