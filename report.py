@@ -14,12 +14,12 @@ from dnnlib.cli import CONTEXT, run, user_errors
 def main(run_dirs: tuple[str, ...], out: str, title: str | None) -> None:
     """Writes a report of one run, or of several side by side.
 
-    The report is one file that opens in any browser without a network: settings, loss, skipped
-    steps, speed and memory, grids of samples, scores, and where runs were scored alike their
-    scores over D, alpha, steps and bits. Numbers are in tables, and in CSV files that are inside
-    the page. The plots need matplotlib: pip install matplotlib.
+    The report is a single HTML file that opens offline in any browser. It shows settings, loss,
+    skipped steps, speed, memory, sample grids and scores. For runs that were scored in the same
+    way, it also shows the scores over D, alpha, steps and bits. The numbers are in tables and in
+    CSV files inside the page. Reports need matplotlib: pip install matplotlib.
 
-    Runs can be reported while they go on. What is missing or damaged is said in the report.
+    Runs may still be in progress. The report says what is missing or damaged.
 
     \b
     python report.py runs/cifar10-128 runs/cifar10-2048 runs/cifar10-inf --out=report.html

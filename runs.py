@@ -26,13 +26,13 @@ _NUMBERS = {"kimg", "loss", "img/s", "time left", "D"}  # columns that end at th
 def main(folder: str, as_json: bool) -> None:
     """Lists the training runs under FOLDER, by default 'runs'.
 
-    The time left of a running one is that at the speed of its last tick.
+    The time left of a run assumes the speed of its last tick.
 
     A run is running while its process holds the lock of its folder, finished once it has seen all
-    its images, stopped if a signal ended it after it had saved, and failed if it ended otherwise.
-    --resume=auto goes on with stopped and failed ones. The best score is the lowest FID (or other
-    Frechet distance) of those that were made as the latest was: of as many images, by as many steps
-    of the same sampler, against the same reference. Without any it is the highest PSNR.
+    its images, stopped if a signal ended it after it had saved its state, and failed otherwise.
+    --resume=auto continues stopped and failed runs. The best score is the lowest FID (or other
+    Frechet distance) among those computed like the latest one: with the same number of images,
+    sampler, steps, features and reference. If there is none, it is the highest PSNR.
 
     \b
     python runs.py runs

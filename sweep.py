@@ -57,55 +57,55 @@ class _Command(click.Command):
 
 
 @click.command(cls=_Command, context_settings=CONTEXT)
-@click.option("--outdir", metavar="DIR", default="runs", help="Where the run directories are made.")
+@click.option("--outdir", metavar="DIR", default="runs", help="Folder for the run directories.")
 @click.option("--data", metavar="ZIP|DIR", help="Data set to train on.")
-@click.option("--aug_dims", metavar="LIST", help="D of each network, e.g. 128,2048,inf.")
-@click.option("--train-seeds", metavar="LIST", type=IntList(), help="Train each D once with each of these seeds; run directories are OUTDIR/NAME-D128-seed0 and so on.  [default: 0]")
-@click.option("--name", metavar="NAME", help="Run directories are OUTDIR/NAME-D128 and so on.  [default: name of the data]")
+@click.option("--aug_dims", metavar="LIST", help="Values of D, one network each, e.g. 128,2048,inf.")
+@click.option("--train-seeds", metavar="LIST", type=IntList(), help="Train each D once with each of these seeds, in OUTDIR/NAME-D128-seed0 and so on.  [default: 0]")
+@click.option("--name", metavar="NAME", help="Name the run directories OUTDIR/NAME-D128 and so on.  [default: name of the data]")
 @click.option("--runs", metavar="DIR,DIR", help="Score these runs instead of training.")
-@click.option("--ref", metavar="NPZ|URL|ZIP|DIR", help="Reference of the scores.  [default: --data]")
-@click.option("--metrics", metavar="LIST", default="fid", help="What to score, see fid.py.")
-@click.option("--detector", metavar="inception|dinov2[:PLACE]|pixels[:K]|FILE", default="inception", help="Features to score by, see fid.py.")
-@click.option("--seeds", metavar="LIST", type=IntList(), default="0-49999", help="Seeds of the images that are scored.")
-@click.option("--ranges", metavar="INT", type=click.IntRange(min=1), default=1, help="Seed ranges at the default point, see fid.py.")
-@click.option("--base-steps", metavar="INT", type=click.IntRange(min=1), help="Steps of the default point.  [default: 18; of few-step networks their own]")
-@click.option("--solver", type=click.Choice(SOLVERS), help="Method of all scores and images, see generate.py.  [default: heun; consistency for few-step networks]")
+@click.option("--ref", metavar="NPZ|URL|ZIP|DIR", help="Reference statistics or data set for the scores.  [default: --data]")
+@click.option("--metrics", metavar="LIST", default="fid", help="Metrics to compute; see fid.py.")
+@click.option("--detector", metavar="inception|dinov2[:PLACE]|pixels[:K]|FILE", default="inception", help="Features for scores; see fid.py.")
+@click.option("--seeds", metavar="LIST", type=IntList(), default="0-49999", help="Seeds of the images to score.")
+@click.option("--ranges", metavar="INT", type=click.IntRange(min=1), default=1, help="Number of seed ranges at the default point; see fid.py.")
+@click.option("--base-steps", metavar="INT", type=click.IntRange(min=1), help="Number of steps at the default point.  [default: 18; few-step networks have their own]")
+@click.option("--solver", type=click.Choice(SOLVERS), help="Solver for all scores and images; see generate.py.  [default: heun; consistency for few-step networks]")
 @click.option("--order", metavar="INT", type=click.IntRange(1, 4), help="Order of ipndm.  [default: 3]")
 @click.option("--alpha", metavar="LIST", type=NumberList(float, 0), help="Also score with noise of these strengths before each step.")
 @click.option("--steps", metavar="LIST", type=NumberList(int, 1), help="Also score with these numbers of steps.")
-@click.option("--bits", metavar="LIST", type=NumberList(int, 1, FULL_BITS), help="Also score with weights of these bits.")
+@click.option("--bits", metavar="LIST", type=NumberList(int, 1, FULL_BITS), help="Also score with weights rounded to these numbers of bits.")
 @click.option("--rounding-seeds", metavar="LIST", type=NumberList(int, 0, 2**32 - 1), help="Round to --bits at random, once with each of these seeds, and compare the means.  [default: to the nearest level]")
-@click.option("--val-data", metavar="ZIP|DIR", help="Held-out images, for --likelihood.")
+@click.option("--val-data", metavar="ZIP|DIR", help="Held-out images for --likelihood.")
 @click.option("--likelihood", metavar="INT", type=click.IntRange(min=1), help="Also measure the likelihood of this many images of --val-data.")
-@click.option("--images", metavar="INT", type=click.IntRange(min=0, max=1000), default=10, help="Images of each network for the report, by the same seeds.")
-@click.option("--nproc", metavar="INT", type=click.IntRange(min=1), help="Start the scripts by torchrun with so many processes.  [default: python]")
+@click.option("--images", metavar="INT", type=click.IntRange(min=0, max=1000), default=10, help="Number of images of each network in the report, from the same seeds.")
+@click.option("--nproc", metavar="INT", type=click.IntRange(min=1), help="Run the scripts with torchrun and this many processes.  [default: with python]")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to compute.")
-@click.option("--report", metavar="HTML", help="File of the report.  [default: OUTDIR/report.html]")
-@click.option("-n", "--dry-run", is_flag=True, help="Print the commands that are left and what they will take, and stop.")
-@click.option("--rate", metavar="IMG_PER_S", type=FiniteNumber(min=0, min_open=True), help="Images a second in training, for the hours that --dry-run prints.  [default: that of finished runs of the study]")
+@click.option("--report", metavar="HTML", help="File for the report.  [default: OUTDIR/report.html]")
+@click.option("-n", "--dry-run", is_flag=True, help="Print the remaining commands and what they will take, then exit.")
+@click.option("--rate", metavar="IMG_PER_S", type=FiniteNumber(min=0, min_open=True), help="Images per second in training, from which --dry-run estimates the hours.  [default: measured on existing runs of the study]")
 @click.argument("train_options", metavar="[-- TRAIN_OPTIONS]", nargs=-1, type=click.UNPROCESSED)
 def main(outdir, data, aug_dims, train_seeds, name, runs, nproc, report, dry_run, rate,
          train_options, **scoring):
     """Trains one network per D from the same seed, scores each, and writes a report.
 
     Each network is scored at the default point (--base-steps, no noise, all bits), then over
-    --alpha, --steps and --bits, one of them at a time. Options of train.py follow after '--'.
+    --alpha, --steps and --bits, one at a time. Options for train.py follow after '--'.
 
-    What is there already is not done again: run the same command to go on after a failure, or with
-    longer lists to add to the study. -n prints what is left to do.
+    Finished work is not repeated: run the same command again to continue after a failure, or give
+    longer lists to extend the study. -n prints what is left to do.
 
     \b
-    # what does D do to FID, and to robustness?
+    # how does D affect FID and robustness?
     python sweep.py --data=datasets/cifar10-32x32.zip --aug_dims=128,2048,inf --nproc=8 \\
         --alpha=0.1,0.2 --steps=10,12,14 --bits=5,6,7 -- --arch=ncsnpp --batch=512
 
     \b
-    # how much of that is chance? Three training seeds of each D
+    # how much of that is chance? Three training seeds per D
     python sweep.py --data=datasets/cifar10-32x32.zip --aug_dims=128,2048,inf --nproc=8 \\
         --train-seeds=0,1,2 -- --arch=ncsnpp --batch=512
 
     \b
-    # runs that are trained already
+    # existing runs
     python sweep.py --runs=runs/a,runs/b --ref=datasets/cifar10-32x32.zip --ranges=3
     """  # noqa: D301 - \b is click's mark for lines to leave alone
     if bool(runs) == bool(aug_dims) or bool(aug_dims) != bool(data):
