@@ -75,15 +75,15 @@ def _parse_noise(ctx: click.Context, param: click.Parameter, value: float) -> fl
 
 @click.command(context_settings=HELP_NAMES)
 @click.option("--dest", metavar="NPY", type=click.Path(path_type=Path), required=True,
-              help="Array to write.")
+              help="File to write.")
 @click.option("--num", metavar="INT", type=click.IntRange(1, 10**6), default=400, show_default=True,
               help="Number of slices.")
 @click.option("--side", metavar="INT", type=click.IntRange(8, 2048), default=64, show_default=True,
-              help="Their height and width in pixels.")
+              help="Height and width of a slice in pixels.")
 @click.option("--noise", metavar="HU", type=float, callback=_parse_noise, default=60,
-              show_default=True, help="Deviation of the noise in water.")
+              show_default=True, help="Standard deviation of the noise in water.")
 @click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Seed of all draws.")
+              help="Random seed.")
 def main(dest: Path, num: int, side: int, noise: float, seed: int) -> None:
     """Writes slices of ellipses in Hounsfield units, each with a noisy copy."""
     with user_errors():

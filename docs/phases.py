@@ -119,9 +119,9 @@ def draw(spreads: dict[float, list[float]], whole: float, path: Path) -> None:
 @click.option("--out", metavar="PNG", type=click.Path(path_type=Path),
               default=Path("docs/phases.png"), help="Picture to write.")
 @click.option("--num", metavar="INT", type=click.IntRange(min=1), default=500,
-              help="Noisy images at each level.")
+              help="Number of noisy images per level.")
 def main(data: Path, out: Path, num: int) -> None:
-    """Draws where the noise hides a data set, over sigma and over r, for several D."""
+    """Plots how far noise hides the images of a data set, over sigma and r, for several D."""
     with user_errors():
         check_available("the picture of docs/phases.py needs")
         with flag_errors("--out", out, "name a file"):

@@ -112,7 +112,7 @@ def show_samples(runs: list[RunRecord], path: Path) -> None:
 
 @click.command(context_settings=HELP_NAMES)
 @click.argument("run_dirs", nargs=-1, required=True)
-@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), default="docs", show_default=True, help="Where to write the pictures.")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), default="docs", show_default=True, help="Folder for the pictures.")
 def main(run_dirs: tuple[str, ...], out: Path) -> None:
     """Prints the tables of the study and writes its pictures."""
     with user_errors():

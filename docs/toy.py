@@ -363,13 +363,13 @@ def write_pictures(outdir: Path, plane: Plane, scores: dict, real_scores: list[S
 
 
 @click.command(context_settings={"show_default": True, **HELP_NAMES})
-@click.option("--outdir", metavar="DIR", default="toy", help="Where the two pictures go.")
+@click.option("--outdir", metavar="DIR", default="toy", help="Folder for the two pictures.")
 @click.option("--train-steps", metavar="INT", type=click.IntRange(min=1), default=300,
-              help="Steps that each network is trained.")
+              help="Number of training steps per network.")
 @click.option("--samples", metavar="INT", type=click.IntRange(min=2), default=1000,
-              help="Samples of each network, and real data to compare them with.")
+              help="Number of samples per network, and of real data to compare them with.")
 def main(outdir: str, train_steps: int, samples: int) -> None:
-    """Trains networks of several D on two clusters, samples, measures and draws pictures."""
+    """Trains networks of several D on two clusters, samples from them and plots the results."""
     with user_errors():
         check_available("the pictures of docs/toy.py need")
         start = time.monotonic()
