@@ -56,7 +56,7 @@ class ScoreGroup:
         """How often a number of steps evaluates the network: Heun's last step is an Euler step."""
         if self.metric in LIKELIHOODS:  # four times a step, and once more with half the steps
             return lambda num_steps: 6 * num_steps
-        if dict(self.other).get("solver", "heun") == "heun":
+        if dict(self.other).get("solver", "heun") in ("heun", "ppfm"):
             return lambda num_steps: 2 * num_steps - 1
         return lambda num_steps: num_steps
 

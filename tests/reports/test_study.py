@@ -302,7 +302,7 @@ def test_likelihoods_are_measured_once_for_each_network(run_dir):
     assert words_of(run_dir, study)["likelihood"] is None
 
 
-@pytest.mark.parametrize("solver", [None, "heun", "ipndm"])
+@pytest.mark.parametrize("solver", [None, "heun", "ppfm", "ipndm"])
 def test_evaluations_that_are_left_are_those_that_the_sampler_makes(run_dir, solver):
     """By the number of evaluations that the solvers themselves tell."""
     study = dataclasses.replace(STUDY, solver=solver, alpha=None if solver == "ipndm" else (0, .1))
