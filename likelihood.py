@@ -150,7 +150,6 @@ def _report(measure, data, network: str, path: Path | None, batch: int, is_held_
         ValueError: they are not finite.
     """
     from dnnlib.progress import Progress
-    from sampling.network_likelihood import Measured
     from torch_utils import distributed as dist
 
     width, unit = measure.width_of(data), measure.unit_of(data)
@@ -158,20 +157,12 @@ def _report(measure, data, network: str, path: Path | None, batch: int, is_held_
     dist.print0(f"Data       {name}: {len(data)} of {data.available} images")
     if width != 1:
         dist.print0(f"Levels     {width:.4g} of {data.num_levels} apart: bits are of these levels")
-    found = []
     total = len(data) * measure.nfe
     with console.timed("likelihood"), Progress(total, Path(data.path).name, unit="eval",
                                                is_scaled=True) as progress:
-        for indices in filter(None, dist.split_for_rank(range(len(data)), batch)):
-            pairs = measure(data, indices, width,
-                            watch=lambda n: progress.update(n * dist.get_world_size()))
-            found += zip(indices, *pairs, strict=True)
-    rows = sorted(row for part in dist.gather_objects(found) for row in part)
+        values = measure.measure(data, batch,
+                                 watch=lambda n: progress.update(n * dist.get_world_size()))
     fingerprint = data.fingerprint
-    values = Measured(*([row[k] for row in rows] for k in (1, 2)))
-    if bad := sum(not math.isfinite(value) for value in values.values):
-        raise ValueError(f"{data.where}: the likelihoods of {bad} of {len(rows)} images are not "
-                         "finite; the network may have diverged, or --precision may be too low")
 
     def finish() -> None:
         problem = None
@@ -183,8 +174,9 @@ def _report(measure, data, network: str, path: Path | None, batch: int, is_held_
         console.say(f"Steps      half as many change the mean by {values.steps_error:.2g} "
                     f"{unit}")
         error = "" if math.isnan(values.stderr) else f" +- {values.stderr:.3f}"
-        images = "image" if len(rows) == 1 else "images"
-        console.result(f"{unit}: {values.mean:.3f}{error} ({len(rows)} {images})")
+        count = len(values.values)
+        images = "image" if count == 1 else "images"
+        console.result(f"{unit}: {values.mean:.3f}{error} ({count} {images})")
         if problem is not None:
             raise OSError(f"{path}: the results above could not be recorded "
                           f"({problem.strerror or problem})") from problem

@@ -38,6 +38,7 @@ from dnnlib.progress import FIRST_LINE_SEC, Progress, stage
 from dnnlib.util import EasyDict, cache_dir, shown_bytes
 from images import data_cache
 from images.dicom_files import is_dicom
+from images.given_images import GivenImages
 from images.image_files import (
     CONDITIONS,
     DAMAGE,
@@ -78,7 +79,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     must be of its format, which is verified when it is read (see `check_uniform`).
 
     Args:
-        path: a folder, a ZIP or an .npz.
+        path: a folder, a ZIP or an .npz; or images in memory.
         resolution: the size that the images must have, a side or [height, width]; None takes any.
         use_pyspng: unused; accepted because configurations of EDM carry it.
         max_size: keep a random subset of this size, chosen by `random_seed`.
@@ -114,13 +115,13 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self.name = Path(os.path.abspath(path)).stem
         self._is_fingerprint_shared = False
         with stage(f"Opening {self.path}"):
+            self._files = path if isinstance(path, GivenImages) else open_files(self.path)
             self._open(resolution, max_size, use_labels, xflip, random_seed, use_conditions)
         if cache:
             self.pack()
 
     def _open(self, resolution: int | Sequence[int] | None, max_size: int | None, use_labels: bool,
               xflip: bool, random_seed: int, use_conditions: bool) -> None:
-        self._files = open_files(self.path)
         self._names, self._cond_names, *_ = sort_names(self._files.names)
         if not self._names:
             raise NoImagesError(f"{self.path}: no images found{self._way_to_images()}")

@@ -12,6 +12,7 @@ import torch
 from dnnlib.progress import Progress
 from dnnlib.util import format_ranges, is_url
 from images.dataset import ImageFolderDataset
+from images.given_images import GivenImages
 from images.npz_files import is_npz, npz_contents
 from images.scaling import Scaling
 from metrics import dinov2
@@ -62,7 +63,8 @@ class Sampler(Protocol):
 
 
 def open_evaluator(
-    detector: str, reference: str | None, metrics: Iterable[str], device: torch.device,
+    detector: str, reference: str | GivenImages | None, metrics: Iterable[str],
+    device: torch.device,
     sets: dict[str, Scored], *, batch: int, workers: int, by_class: bool = False,
 ) -> Evaluator:
     """Returns the evaluator for images of these sets; what can't be scored is refused at once.
@@ -70,7 +72,7 @@ def open_evaluator(
     Args:
         detector: see `metrics.detectors.build_detector`.
         reference: statistics (.npz or .pkl, or their address), a data set (folder, .zip or .npz
-            of images), or None.
+            of images), images in memory, or None.
         metrics: names of the metrics.
         device: where to compute.
         sets: the images to score, by what errors call them.
@@ -92,7 +94,7 @@ def open_evaluator(
         _is_data(reference))
     evaluator = Evaluator(
         detector, ImageFolderDataset(reference, use_labels=by_class) if is_data else reference,
-        metrics, device, name=reference, by_class=by_class)
+        metrics, device, name=str(reference), by_class=by_class)
     for name, images in sets.items():
         evaluator.check(images.image_shape, name, images.scale)
     evaluator.prepare(batch, workers)
@@ -138,8 +140,10 @@ def check_scoring(detector: str, reference: str, metrics: Iterable[str],
     check_alike(compared, reference, dataset.image_shape, name, dataset.scale)
 
 
-def _is_data(reference: str) -> bool:
+def _is_data(reference: str | GivenImages) -> bool:
     """Whether a reference is a data set; an .npz of images that has statistics too is not."""
+    if isinstance(reference, GivenImages):
+        return True
     if os.path.isfile(reference) and is_npz(reference):
         with contextlib.suppress(OSError, ValueError):  # reading statistics says what is wrong
             contents = npz_contents(reference)

@@ -18,6 +18,7 @@ import torch
 from checkpoints.checkpoint import digest
 from dnnlib.npy_header import read_npy_header
 from images.dataset import ImageFolderDataset
+from images.given_images import GivenImages, as_numpy
 from images.image_files import (
     error_prefix,
     label_array,
@@ -78,12 +79,14 @@ def _one_hot(classes: torch.Tensor, num_classes: int) -> torch.Tensor:
     return torch.nn.functional.one_hot(classes.long(), num_classes).to(torch.float32)
 
 
-def read_labels(path: str | os.PathLike, label_dim: int, kind: str = "classes") -> np.ndarray:
-    """Returns the labels that a file or data set holds, float32 [n, label_dim].
+def read_labels(path: str | os.PathLike | Sequence, label_dim: int, kind: str = "classes"
+                ) -> np.ndarray:
+    """Returns the labels that a file, data set or array holds, float32 [n, label_dim].
 
     Args:
         path: a data set (a folder or ZIP with dataset.json); or a .npy or .json of class numbers
-            [n] or of vectors [n, label_dim]; or a dataset.json.
+            [n] or of vectors [n, label_dim]; or a dataset.json; or the numbers or vectors
+            themselves.
         label_dim: the length of a label of the network.
         kind: what the network was trained on, 'classes' or 'vectors'; of vectors no class numbers
             are taken.
@@ -92,11 +95,13 @@ def read_labels(path: str | os.PathLike, label_dim: int, kind: str = "classes") 
         OSError: it can't be read.
         ValueError: it holds no such labels.
     """
-    path = Path(path)
-    if not path.exists():
+    if not isinstance(path, (str, os.PathLike)):
+        return _of_kind(_numbers(path), label_dim, kind, "labels")
+    given, path = path, Path(path)
+    if not path.exists() and not isinstance(given, GivenImages):
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.is_dir() or path.suffix.lower() == ".zip":
-        dataset = ImageFolderDataset(path, use_labels=True)
+    if isinstance(given, GivenImages) or path.is_dir() or path.suffix.lower() == ".zip":
+        dataset = ImageFolderDataset(given, use_labels=True)
         if not dataset.has_labels:
             raise ValueError(f"{path}: this data set has no labels")
         labels = dataset.class_numbers if dataset.has_onehot_labels else \
@@ -110,11 +115,26 @@ def read_labels(path: str | os.PathLike, label_dim: int, kind: str = "classes") 
         labels = np.load(path, allow_pickle=False)
     else:
         labels = _json_labels(path)
-    with error_prefix(f"{path}: "):
+    return _of_kind(labels, label_dim, kind, path)
+
+
+def _of_kind(labels: np.ndarray, label_dim: int, kind: str, where: str | Path) -> np.ndarray:
+    with error_prefix(f"{where}: "):
         if labels.ndim == 1 and kind == "vectors":
             raise ValueError("class numbers, but the network was trained on vectors of "
                              f"{label_dim} numbers")
         return _checked(labels, label_dim)
+
+
+def _numbers(labels: Sequence) -> np.ndarray:
+    """Returns labels in memory as an array [n] or [n, label_dim]."""
+    try:
+        array = np.asarray(as_numpy(labels))
+    except ValueError:  # rows of several lengths
+        array = np.array(None)
+    if array.dtype.kind not in "iuf" or array.ndim not in (1, 2):
+        raise ValueError("labels: must be class numbers [n] or vectors [n, label_dim]")
+    return array
 
 
 def _json_labels(path: Path) -> np.ndarray:

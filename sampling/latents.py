@@ -118,17 +118,20 @@ class Latents:
                      **more)
 
 
-def read_latents(path: str | os.PathLike, shape: Sequence[int]) -> Latents:
+def read_latents(path: str | os.PathLike | Latents, shape: Sequence[int]) -> Latents:
     """Returns what `Latents.save` wrote, or the array `latents` of any .npz, or a .npy array.
 
     Args:
-        path: the file.
+        path: the file; or latents, which are only checked.
         shape: [C, H, W] of the network's images.
 
     Raises:
         OSError: it can't be read.
         ValueError: it holds no such latents.
     """
+    if isinstance(path, Latents):
+        _check_shape(path.latents.shape, shape)
+        return path
     with open(path, "rb") as file:
         try:
             return _latents_of(_read_arrays(file), shape)
@@ -198,14 +201,7 @@ def _latents_of(arrays: dict[str, np.ndarray], shape: Sequence[int]) -> Latents:
     latents = arrays.get("latents")
     if latents is None or latents.dtype.kind != "f":
         raise ValueError("must have floating-point 'latents', such as --encode writes")
-    wanted = "x".join(map(str, shape))
-    if latents.ndim != 4 or not len(latents):
-        raise ValueError(f"its latents have shape {list(latents.shape)}; must be [n, C, H, W], "
-                         f"where the network takes {wanted}")
-    if list(latents.shape[1:]) != list(shape):
-        given = "x".join(map(str, latents.shape[1:]))
-        raise ValueError(f"its latents are {given} (channels x height x width), the network takes "
-                         f"{wanted}")
+    _check_shape(latents.shape, shape)
     n = len(latents)
     names = arrays.get("names", np.arange(n))
     if names.ndim != 1 or names.dtype.kind not in "USiu":
@@ -221,6 +217,17 @@ def _latents_of(arrays: dict[str, np.ndarray], shape: Sequence[int]) -> Latents:
             torch.from_numpy(latents.astype(np.float64)), tuple(map(_text, names)),
             _labels_of(arrays.get("labels"), n),
             None if numbers is None else tuple(map(int, numbers)))
+
+
+def _check_shape(given: Sequence[int], shape: Sequence[int]) -> None:
+    """Raises ValueError unless latents of this shape are of images of shape [C, H, W]."""
+    wanted = "x".join(map(str, shape))
+    if len(given) != 4 or not given[0]:
+        raise ValueError(f"its latents have shape {list(given)}; must be [n, C, H, W], where the "
+                         f"network takes {wanted}")
+    if list(given[1:]) != list(shape):
+        raise ValueError(f"its latents are {'x'.join(map(str, given[1:]))} (channels x height x "
+                         f"width), the network takes {wanted}")
 
 
 def _labels_of(labels: np.ndarray | None, n: int) -> torch.Tensor | None:

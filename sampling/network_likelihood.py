@@ -45,6 +45,7 @@ from sampling.network_sampler import (
     recorded_label_kind,
     recorded_scaling,
 )
+from torch_utils import distributed
 from torch_utils.misc import configure_backends, mix_seed
 
 _TAG = int.from_bytes(b"likelihood", "big")  # sets these draws apart from other uses of the seed
@@ -60,7 +61,7 @@ class LikelihoodData:
     """Images of a data set as a network sees them, chosen by seed.
 
     Args:
-        path: a folder or ZIP that `ImageFolderDataset` reads.
+        path: a folder or ZIP that `ImageFolderDataset` reads; or images in memory.
         likelihood: the network.
         count: how many images to take, one at least; all where there are fewer.
         seed: which.
@@ -82,7 +83,7 @@ class LikelihoodData:
 
     def __init__(self, path: str | os.PathLike, likelihood: "NetworkLikelihood", count: int,
                  seed: int = 0, flag: str = "--data"):
-        self.path, self._flag = str(path), flag
+        self._source, self.path, self._flag = path, str(path), flag
         net, self.where = likelihood.net, f"{flag}={path}"
         where = self.where
         if count < 1:
@@ -153,7 +154,7 @@ class LikelihoodData:
         """Returns the whole numbers that occur, in 1000 images of the whole set at most."""
         found = np.zeros(self.num_levels, bool)
         with self._naming_flag():
-            everything = ImageFolderDataset(self.path, max_size=_MAX_LEVEL_IMAGES)
+            everything = ImageFolderDataset(self._source, max_size=_MAX_LEVEL_IMAGES)
             for i in range(len(everything)):
                 found[everything.get_batch([i])[0].ravel()] = True
         return np.flatnonzero(found)
@@ -193,6 +194,8 @@ class Measured:
 
     values: list[float]  # of the images, by the given number of steps
     halved: list[float]  # by half as many
+    unit: str  # 'bits/dim' or 'nats/dim'
+    width: float  # of the bins that bits refer to, in units of the data
 
     @property
     def mean(self) -> float:
@@ -228,14 +231,17 @@ class NetworkLikelihood:
     settings: dict[str, Any]  # what decides a value beside the data, as plain JSON data
 
     @classmethod
-    def open(cls, source: str, device: torch.device, *, steps: int = 32, probes: int = 1,
-             exact: bool = False, dequantize: str | None = None, cond: bool = True, seed: int = 0,
-             pfgmpp: bool | None = None, aug_dim: float | None = None,
-             precision: str = "fp32", key: str | None = None) -> "NetworkLikelihood":
+    def open(cls, source: str | NetworkFile, device: torch.device, *, steps: int = 32,
+             probes: int = 1, exact: bool = False, dequantize: str | None = None,
+             cond: bool = True, seed: int = 0, pfgmpp: bool | None = None,
+             aug_dim: float | None = None,
+             precision: str = "fp32", key: str | None = None,
+             built: tuple[dict[str, Any], Precond] | None = None) -> "NetworkLikelihood":
         """Returns the network of a snapshot or state, ready to measure.
 
         Args:
-            source: a path or address; of a run directory the newest network is taken.
+            source: a path, an address or a file that was read; of a run directory the newest
+                network is taken.
             device: where to compute.
             steps: of the Runge-Kutta method, an even number.
             probes: random vectors of each trace.
@@ -248,6 +254,7 @@ class NetworkLikelihood:
             aug_dim: likewise.
             precision: arithmetic inside the network.
             key: which network of a file that holds several, see `checkpoint.load`.
+            built: what `open_network` has made of the file, of this precision; None makes it anew.
 
         Raises:
             ValueError: the file or a setting does not fit; UsageError for a flag.
@@ -263,8 +270,9 @@ class NetworkLikelihood:
                              "--dequantize out for uniform noise where data are whole numbers")
         configure_backends(precision)
         file = NetworkFile.read(source, key)
-        content, net = open_network(file, device=device, pfgmpp=pfgmpp, aug_dim=aug_dim,
-                                    precision=precision, compiled=False)
+        source = file.source
+        content, net = built or open_network(file, device=device, pfgmpp=pfgmpp, aug_dim=aug_dim,
+                                             precision=precision, compiled=False)
         if net.few_step is not None:
             raise UsageError(f"--network={source}: a few-step network ({net.few_step.method}) is "
                              "no denoiser, and no density follows from it; give the network that "
@@ -360,6 +368,29 @@ class NetworkLikelihood:
         unit = math.log(2) if self.unit_of(data) == "bits/dim" else 1.0
         both = [((bins - solve(stride).log_p / x[0].numel()) / unit).tolist() for stride in (1, 2)]
         return both[0], both[1]
+
+    def measure(self, data: LikelihoodData, batch: int,
+                watch: Callable[[int], None] | None = None) -> Measured:
+        """Returns the likelihoods of all images of `data`; every rank must call it.
+
+        Args:
+            data: the images.
+            batch: the most at a time on one rank.
+            watch: as for a call.
+
+        Raises:
+            ValueError: they are not finite.
+        """
+        width, found = self.width_of(data), []
+        for indices in filter(None, distributed.split_for_rank(range(len(data)), batch)):
+            found += zip(indices, *self(data, indices, width, watch), strict=True)
+        rows = sorted(row for part in distributed.gather_objects(found) for row in part)
+        _, values, halved = map(list, zip(*rows, strict=True))
+        if bad := sum(not math.isfinite(value) for value in values):
+            raise ValueError(f"{data.where}: the likelihoods of {bad} of {len(rows)} images are "
+                             "not finite; the network may have diverged, or --precision may be too "
+                             "low")
+        return Measured(values, halved, self.unit_of(data), width)
 
     def _state(self, stored: torch.Tensor, keys: Sequence[int], width: float) -> torch.Tensor:
         """Returns images as networks see them, float64, with u of this width; of 0 without any."""

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 
 from checkpoints import checkpoint
@@ -15,6 +17,7 @@ from dnnlib import console
 from dnnlib.cli import flag_errors
 from dnnlib.util import format_ranges, json_value
 from images.dataset import ImageFolderDataset
+from images.given_images import GivenImages
 from images.image_files import error_prefix
 from images.scaling import EIGHT_BIT, Scaling
 from pfgmpp.few_steps import FewStep
@@ -69,6 +72,7 @@ _UNUSED = {"noise_alpha": 0, "order": None, "sigmas": None, "last": None, "stop_
            "init_noise": 1, "blend": 1}
 _REMEDY = "name a data set, a folder or ZIP of images"
 _LOST_SIGMAS = 5  # times sigma_data: noise in which little is left of an image
+_Images = str | GivenImages  # a folder or ZIP, or images in memory
 _OpenNetwork = Callable[..., tuple[dict[str, Any], Precond]]
 
 
@@ -126,17 +130,21 @@ class NetworkSampler:
     @classmethod
     def open(cls, source: str | NetworkFile, device: torch.device, *,
              class_idx: int | str | None = None,
-             label_source: str | None = None,
+             label_source: str | Sequence | None = None,
              pfgmpp: bool | None = None, aug_dim: float | None = None, precision: str = "fp32",
              bits: int = FULL_BITS, rounding_seed: int | None = None,
              guidance: float = 1.0, gnet: str | NetworkFile | None = None,
-             guidance_interval: tuple[float, float] | None = None, cond_image: str | None = None,
-             init_image: str | None = None, init_sigma: float | None = None,
+             guidance_interval: tuple[float, float] | None = None,
+             cond_image: _Images | None = None,
+             init_image: _Images | None = None, init_sigma: float | None = None,
              init_level: float | None = None, average: int | None = None, tile: int | None = None,
              measure: str | None = None, measure_sigma: float | None = None,
              measure_level: float | None = None, measure_by: str | None = None,
-             latents: str | None = None, encode: str | None = None, key: str | None = None,
-             compiled: bool = False, **sampler_options: Any) -> "NetworkSampler":
+             mask: np.ndarray | PIL.Image.Image | None = None,
+             latents: str | Latents | None = None, encode: _Images | None = None,
+             key: str | None = None, compiled: bool = False,
+             built: tuple[dict[str, Any], Precond] | None = None, **sampler_options: Any
+             ) -> "NetworkSampler":
         """Returns the network of a snapshot or state, ready to sample.
 
         Args:
@@ -145,7 +153,7 @@ class NetworkSampler:
             device: where to sample.
             class_idx: the class to sample; 'data' for classes as often as the data have them; None
                 or 'uniform' for all classes that have images, equally often.
-            label_source: a file or data set of labels by seed, see `labels.read_labels`.
+            label_source: a file, data set or list of labels by seed, see `labels.read_labels`.
             pfgmpp: for files that do not record D, see `checkpoint.resolve_D`.
             aug_dim: likewise.
             precision: arithmetic inside the network. PyTorch's settings of TF32 and of sums in half
@@ -156,8 +164,8 @@ class NetworkSampler:
             guidance: strength of guidance, see pfgmpp/guidance.py; 1 is none.
             gnet: the guide, like `source`; None is the network without its labels.
             guidance_interval: noise levels (lo, hi] at which to guide; None is everywhere.
-            cond_image: folder or ZIP of condition images, see `SeedImages`.
-            init_image: folder or ZIP of images to start from, see `SeedImages`.
+            cond_image: folder or ZIP of condition images, or images in memory, see `SeedImages`.
+            init_image: the same of images to start from.
             init_sigma: the noise level at which to start from them.
             init_level: the same in the data's own units.
             average: make each image the mean of so many, whose seeds are k, k + n, k + 2n, ...
@@ -167,11 +175,15 @@ class NetworkSampler:
             measure_sigma: noise of the measurement, in the network's scale.
             measure_level: the same in the data's own units.
             measure_by: how the measurement is used, see pfgmpp/measurement.py.
-            latents: a file of latents by seed, see `latents.read_latents`; labels in it are those
-                of the seeds unless others are given, and numbers choose their condition images.
-            encode: folder or ZIP of images whose latents `encode` finds, with its labels.
+            mask: of measure='inpaint', in place of the file in 'inpaint:MASK'.
+            latents: latents by seed or a file of them, see `latents.read_latents`; their labels are
+                those of the seeds unless others are given, and numbers choose condition images.
+            encode: folder or ZIP of images whose latents `encode` finds, with its labels; or images
+                in memory.
             key: which network of a file that holds several, see `checkpoint.load`.
             compiled: compile the network, and fill up batches to one size.
+            built: what `open_network` has made of the file, of this precision and not compiled;
+                None makes it anew. Rounding changes it.
             sampler_options: fields of `SamplerConfig`.
 
         Raises:
@@ -186,7 +198,7 @@ class NetworkSampler:
                                      precision=precision, compiled=compiled)
         file = NetworkFile.read(source, key)
         source = file.source
-        content, net = open_one(file)
+        content, net = open_one(file) if built is None else built
         quantise_(net, bits, rounding_seed)
         scaling = recorded_scaling(content, source, "scale", net.img_channels)
         init_sigma, level_flag = _first_level(init_sigma, init_level, scaling)
@@ -204,7 +216,8 @@ class NetworkSampler:
         _check_begins({"--encode": encode, "--latents": latents, "--init-image": init_image})
         starts = None
         if latents is not None:
-            with flag_errors("--latents", latents, "name a file that --encode has written"):
+            shown = "given latents" if isinstance(latents, Latents) else latents
+            with flag_errors("--latents", shown, "name a file that --encode has written"):
                 starts = distributed.run_on_rank0(read_latents, latents, net.image_shape)
                 check_lengths(starts, net.D)
         if encode is not None:
@@ -245,7 +258,7 @@ class NetworkSampler:
             extra["init_of"] = "conditions"  # of the data set that the fingerprint is of
         measurement = open_measurement(measure, measure_sigma, measure_level, measure_by,
                                        net.img_channels, scaling, starts=init_sigma is not None
-                                       or sampler.last is not None)
+                                       or sampler.last is not None, mask=mask)
         if measurement is not None:
             measurement.check(inits, init_image, sampler.levels(net)[0].item(),
                               _sigma_data(net))
@@ -763,7 +776,7 @@ def recorded_class_names(content: dict[str, Any]) -> tuple[str, ...]:
 
 def _choose_labels(
     net: Precond, source: str, content: dict[str, Any], kind: str | None,
-    choice: int | str | None, label_source: str | None, latents: Latents | None,
+    choice: int | str | None, label_source: str | Sequence | None, latents: Latents | None,
 ) -> tuple[SeedLabels | None, dict[str, Any]]:
     """Returns the labels of seeds, None for classes as they are drawn; and what records them.
 
@@ -815,7 +828,7 @@ def _choose_labels(
                     } if labels else {}
 
 
-def _labelled(path: str) -> str:
+def _labelled(path: _Images) -> _Images:
     """Returns the path of images to encode, which have labels."""
     with flag_errors("--encode", path, _REMEDY):
         has_labels = ImageFolderDataset(path, use_labels=True).has_labels

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 
 from dnnlib.cli import flag_errors
@@ -116,6 +117,7 @@ class Measurement:
 def open_measurement(
     measure: str | None, sigma: float | None, level: float | None, method: str | None,
     channels: int, scaling: Scaling, *, starts: bool,
+    mask: np.ndarray | PIL.Image.Image | None = None,
 ) -> Measurement | None:
     """Returns what the flags say, None if they say nothing.
 
@@ -127,12 +129,16 @@ def open_measurement(
         channels: of the images.
         scaling: of the data that the network was trained on.
         starts: see `Measurement`.
+        mask: where pixels were measured, in place of the MASK of 'inpaint:MASK'.
 
     Raises:
         UsageError: flags that do not go together, or of another form.
         OSError: the mask can't be read.
         ValueError: it is no mask for such images.
     """
+    if mask is not None and measure != "inpaint":
+        raise UsageError(f"mask: is for measure='inpaint', but measure is {measure!r}; leave mask "
+                         "out, or change measure")
     if measure is None:
         for flag, value in (("--measure-sigma", sigma), ("--measure-level", level),
                             ("--measure-by", method)):
@@ -151,24 +157,29 @@ def open_measurement(
         return Measurement("denoise", **rest)
     if kind == "downsample" and re.fullmatch(r"[1-9]\d{0,3}", what) and int(what) > 1:
         return Measurement("downsample", factor=int(what), **rest)
-    if kind == "inpaint" and what:
+    if kind == "inpaint" and (what or mask is not None):
         remedy = "name a picture or array, white where pixels were measured"
         with flag_errors("--measure", measure, remedy):
-            mask = distributed.run_on_rank0(_read_mask, what, channels)
+            mask = distributed.run_on_rank0(_read_mask, mask if what == "" else what, channels)
         return Measurement("inpaint", mask=mask, **rest)
     raise UsageError(f"--measure={measure}: must be denoise, inpaint:MASK with a picture or array "
                      "that is white where pixels were measured, or downsample:K with a whole "
                      "number K from 2 on")
 
 
-def _read_mask(path: str, channels: int) -> torch.Tensor:
-    """Returns the mask in a file, bool [1 or C, H, W].
+def _read_mask(source: str | np.ndarray | PIL.Image.Image, channels: int) -> torch.Tensor:
+    """Returns the mask in a file, an array or a picture, bool [1 or C, H, W].
 
     Raises:
         OSError, ValueError: it can't be read, or has another number of channels, or one value.
     """
-    content = Path(path).read_bytes()
-    mask = torch.from_numpy((_mask_in_array if is_array(path) else _mask_in_picture)(content))
+    path = source if isinstance(source, str) else "mask"
+    if isinstance(source, str):
+        content = Path(path).read_bytes()
+        source = np.load(io.BytesIO(content), allow_pickle=False) if is_array(path) else \
+            read_picture(content)
+    is_picture = isinstance(source, PIL.Image.Image)
+    mask = torch.from_numpy(_mask_in_picture(source) if is_picture else _mask_in_array(source))
     if mask.ndim != 3 or len(mask) not in (1, channels):
         raise ValueError(f"{path}: a mask of shape {list(mask.shape)}; must be [H, W], or "
                          f"[C, H, W] with C = 1 or the images' {channels}")
@@ -177,9 +188,8 @@ def _read_mask(path: str, channels: int) -> torch.Tensor:
     return mask
 
 
-def _mask_in_array(content: bytes) -> np.ndarray:
+def _mask_in_array(array: np.ndarray) -> np.ndarray:
     """Returns where an array [H, W], [C, H, W] or [H, W, C] of any numbers is not 0."""
-    array = np.load(io.BytesIO(content), allow_pickle=False)
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
         raise ValueError("must be an array of numbers or of truth values")
     if not np.isfinite(array).all():
@@ -189,9 +199,8 @@ def _mask_in_array(content: bytes) -> np.ndarray:
     return (array if array.ndim > 2 else array[None]) != 0
 
 
-def _mask_in_picture(content: bytes) -> np.ndarray:
+def _mask_in_picture(image: PIL.Image.Image) -> np.ndarray:
     """Returns where a picture of any mode is white, or nearer to white than to black."""
-    image = read_picture(content)
     if image.mode in DEEP_MODES:
         values = np.asarray(image).astype(np.float64)
         return (values >= _WHITE * max(values.max(), 1))[None]

@@ -12,6 +12,7 @@ import torch
 
 from dnnlib.cli import flag_errors, shown_name
 from images.dataset import ImageFolderDataset
+from images.given_images import GivenImages
 from images.image_files import composed
 from images.scaling import Scaling
 from torch_utils import distributed
@@ -48,9 +49,10 @@ class SeedImages:
 
         Args:
             flag: what errors call it.
-            path: a folder or ZIP that `ImageFolderDataset` reads.
+            path: a folder or ZIP that `ImageFolderDataset` reads; or images in memory.
             channels: how many the images must have.
             scaling: of the data that the network was trained on, in whose units they must be.
+                Floats in memory for a network of 8-bit images are in its own scale, -1 to 1.
             size: the height and width that they must have; None takes any, also different ones.
             conditions: use the data set's condition images, if it has any, instead of its images.
 
@@ -72,7 +74,10 @@ class SeedImages:
                 allowed = "x".join(map(str, (channels, *size)))
             raise ValueError(f"{flag}={path}: images are {given}, the network takes {allowed}; "
                              "convert them with dataset_tool.py")
-        if own.is_8bit != scaling.is_8bit:
+        if isinstance(path, GivenImages) and scaling.is_8bit and dataset.dtype.kind == "f":
+            scaling = own  # which leaves them as they are: rounding would cut off their noise
+            _warn_of_no_negatives(f"{flag}={path}", dataset)
+        elif own.is_8bit != scaling.is_8bit:
             given, allowed = ("8-bit" if s.is_8bit else "floating-point or 16-bit"
                               for s in (own, scaling))
             raise ValueError(f"{flag}={path}: images are {given}, but the network was trained on "
@@ -162,6 +167,14 @@ class SeedImages:
                     f"{shown_name(names[number])} have the same name but for the extension, and so "
                     "would what is made of them; rename one, or number the images by --seeds")
         return stems
+
+
+def _warn_of_no_negatives(where: str, dataset: ImageFolderDataset) -> None:
+    """Warns of images that go from 0 to 1, as many libraries have them, and not from -1 to 1."""
+    shown = [dataset.get_batch([k])[0] for k in range(min(len(dataset), _LOOKED_AT))]
+    if all(image.min() >= 0 for image in shown) and max(image.max() for image in shown) <= 1:
+        distributed.warn0(f"{where}: all values are between 0 and 1, but floating-point images go "
+                          "from -1 to 1 here; if 0 is black, give 2 * images - 1")
 
 
 def check_pairs(inits: SeedImages | None, conditions: SeedImages | None, factor: int) -> None:

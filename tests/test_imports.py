@@ -5,11 +5,14 @@ import functools
 import importlib
 import inspect
 import json
+import os
 import subprocess
 import sys
 
 import pytest
-from scripts import HANG_SEC, ROOT
+from scripts import HANG_SEC, ROOT, SCRIPTS
+
+import pfgmpp
 
 # A room may import those before it.
 ROOMS = ("dnnlib", "torch_utils", "images", "pfgmpp", "checkpoints", "sampling", "metrics",
@@ -18,12 +21,11 @@ ROOMS = ("dnnlib", "torch_utils", "images", "pfgmpp", "checkpoints", "sampling",
 ALIASES = {"training.dataset": "images.dataset", "training.networks": "pfgmpp.networks",
            "training.loss": "pfgmpp.loss", "training.augment": "pfgmpp.augment",
            "training.sampling": "pfgmpp.samplers", "training.perturbation": "pfgmpp.kernel"}
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 
 def module_files():
     """Returns {dotted name: file} of the project, without tests."""
-    files = {path.stem: path for path in ROOT.glob("*.py")}
+    files = {name: ROOT / f"{name}.py" for name in SCRIPTS}
     for package in ROOMS:
         for path in (ROOT / package).rglob("*.py"):
             parts = path.relative_to(ROOT).with_suffix("").parts
@@ -99,6 +101,47 @@ def test_aliases_are_their_homes_and_nothing_here_needs_them():
                  if not name.startswith("_")}
         assert names.items() <= vars(importlib.import_module(alias)).items()
         assert not [name for name, imported in all_imports().items() if alias in imported]
+
+
+LAZY = """
+import sys
+import pfgmpp
+rooms = {"dnnlib", "torch_utils", "images", "checkpoints", "sampling", "metrics"}
+early = sorted({"torch", "numpy", *rooms} & set(sys.modules))
+assert not early, early
+assert {"load", "Model", "PerturbationKernel"} <= set(dir(pfgmpp))
+from pfgmpp import PerturbationKernel
+assert PerturbationKernel is __import__("pfgmpp.kernel").kernel.PerturbationKernel
+early = sorted(rooms & set(sys.modules))
+assert not early, early
+from pfgmpp import load, Model
+import metrics.model
+assert load is metrics.model.load and Model is metrics.model.Model
+assert not hasattr(pfgmpp, "sample")
+print("lazy")
+"""
+
+
+@pytest.mark.long
+def test_the_name_of_the_project_gives_a_network_and_imports_nothing_before(tmp_path):
+    """The one place where a room names later ones: by text, in `__getattr__`."""
+    assert all_imports()["pfgmpp"] <= {"importlib", "importlib.util", "pathlib", "typing"}
+    assert set(pfgmpp._ROOMS) == set(ROOMS[:ROOMS.index("metrics") + 1]) - {"pfgmpp"}
+    (tmp_path / "images").mkdir()  # a folder of pictures, as people have them
+    (tmp_path / "metrics").mkdir()
+    done = subprocess.run([sys.executable, "-c", LAZY], cwd=tmp_path, text=True, timeout=HANG_SEC,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout) == (0, "lazy\n"), done.stderr
+
+
+def test_a_module_of_the_user_that_hides_a_room_is_named(tmp_path):
+    (tmp_path / "metrics.py").write_text("")
+    code = "import pfgmpp\ntry:\n    pfgmpp.load\nexcept ImportError as error:\n    print(error)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, timeout=HANG_SEC,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout == (
+        f"pfgmpp needs the package 'metrics' of {ROOT}, but Python finds {tmp_path}/metrics.py "
+        f"under this name; rename that, or put {ROOT} before it in PYTHONPATH\n"), done.stderr
 
 
 def test_imports_have_no_cycle():

@@ -1,4 +1,4 @@
-"""`pip install .` gives the packages and console scripts, and a checkout needs neither."""
+"""`pip install -e .` makes a checkout importable from anywhere; a wheel of it is refused."""
 
 import json
 import os
@@ -9,11 +9,10 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from scripts import ROOT
+from scripts import ROOT, SCRIPTS
 from tiny import TINY_RUN, write_dataset
 
 tomllib = pytest.importorskip("tomllib")  # since Python 3.11
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 PACKAGES = ["dnnlib", "torch_utils", "images", "pfgmpp", "checkpoints", "sampling", "metrics",
             "training", "reports"]
 
@@ -32,6 +31,7 @@ def git(*words):
 
 def test_every_script_and_package_is_installed():
     project = pyproject()
+    assert project["tool"]["setuptools"]["package-dir"] == {"": "."}  # a line in a .pth
     assert project["tool"]["setuptools"]["packages"] == PACKAGES
     assert sorted(project["tool"]["setuptools"]["py-modules"]) == SCRIPTS
     files = git("ls-files", "--cached", "--others", "--exclude-standard").split()
@@ -73,29 +73,53 @@ def run(*words, cwd, **env):
     return done.stdout
 
 
-@pytest.mark.slow
-def test_an_installed_copy_trains_samples_and_scores(tmp_path):
-    source = tmp_path / "source"  # building writes into the folder
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the checkout, for building writes into the folder."""
+    source = tmp_path_factory.mktemp("checkout") / "source"
     for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard",
                     cwd=ROOT).splitlines():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, source / name)
+    return source
+
+
+PIP = ("--no-deps", "--no-build-isolation", "--no-index")  # with the setuptools that is there
+
+
+@pytest.mark.slow
+def test_a_wheel_is_refused_in_one_line(source, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "pip", "wheel", *PIP, "--wheel-dir", tmp_path,
+                           source], cwd=tmp_path, text=True, capture_output=True, timeout=300)
+    line = ("pfgmpp is used from its checkout: install it by 'pip install -e .', or run the "
+            "scripts there without installing anything")
+    assert done.returncode == 1 and line in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_editable_install_trains_samples_and_scores_anywhere(source, tmp_path):
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     binaries = tmp_path / "venv/bin"
     [packages] = (tmp_path / "venv/lib").glob("python*/site-packages")
     # PyTorch and setuptools of the environment that runs this test.
     (packages / "present.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    run(sys.executable, "-m", "pip", "--python", binaries / "python", "install", "--no-deps",
-        "--no-build-isolation", "--no-index", source, cwd=tmp_path)
-    assert not (packages / "tests").exists() and not (packages / "docs").exists()
+    run(sys.executable, "-m", "pip", "--python", binaries / "python", "install", *PIP, "-e", source,
+        cwd=tmp_path)
+    installed = {path.name.partition("-")[0] for path in packages.iterdir()}
+    assert installed == {"present.pth", "__editable__.pfgmpp", "pfgmpp"}  # the last are metadata
 
     work = tmp_path / "work"  # no file of the checkout is here
-    work.mkdir()
+    (work / "images").mkdir(parents=True)  # but a folder with the name of a room
     found = run(binaries / "python", "-c", "import json, train, pfgmpp.networks as n, dnnlib, "
                 "metrics, torch_utils; print(json.dumps([m.__file__ for m in "
                 "(train, n, dnnlib, metrics, torch_utils)]))", cwd=work)
-    assert all(Path(path).is_relative_to(packages) for path in json.loads(found))
+    assert all(Path(path).is_relative_to(source) for path in json.loads(found))
+    shown = run(binaries / "python", "-c", "from pfgmpp import load; print(load("
+                f"{str(source / 'examples/emoji16-128.pt')!r}, device='cpu').sample(2, steps=2))",
+                cwd=work)
+    assert shown == "Samples(2 images 3x16x16)\n"
     for name in pyproject()["project"]["scripts"]:
         assert "Usage: " in run(binaries / name, "--help", cwd=work)
     data = write_dataset(work / "tiny.zip")

@@ -59,7 +59,7 @@ def init(device: str = "auto") -> torch.device:
         ValueError: CUDA was asked for, and there is no GPU or fewer than local processes.
     """
     check_compiled_dir()
-    chosen = _choose_device(device)
+    chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and chosen.type == "cpu":
@@ -116,7 +116,13 @@ def _step_timeout() -> datetime.timedelta:
     return timeout
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """Returns the device of this name; 'auto' is CUDA if there is a GPU, else the CPU.
+
+    Raises:
+        ValueError: CUDA was asked for, and there is no GPU or fewer than local processes.
+        RuntimeError: PyTorch knows no such name.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         device = "cuda" if count else "cpu"

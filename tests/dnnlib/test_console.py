@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from scripts import ROOT, run_script
+from scripts import ROOT, SCRIPTS, run_script
 from snapshots import write_snapshot
 from tiny import TINY_RUN
 
@@ -157,7 +157,7 @@ def test_verbose_lists_every_rank_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("*.py")))
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_misspelt_option_is_answered_with_the_nearest(name, invoke):
     command = importlib.import_module(name).main
     for words, each in [((), command), *(((sub,), child) for sub, child in

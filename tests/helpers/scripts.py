@@ -8,6 +8,7 @@ from pathlib import Path
 import forked
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "setup")
 HANG_SEC = 900  # only what hangs takes so long, on any machine
 
 

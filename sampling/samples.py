@@ -1,0 +1,99 @@
+"""Images that a network has made, in memory: in its own scale, in the data's units, as pictures."""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+import torch
+
+from images.grid import square_grid
+from images.scaling import Scaling, display_window
+from pfgmpp.samplers import SampleBatch
+
+_MAX_SHOWN = 64  # images in the picture that a notebook shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Images by seed, of one size.
+
+    Attributes:
+        seeds: that of each image.
+        images: as the network sees them, about [-1, 1], [B, C, H, W] float64 on the CPU.
+        labels: what the network was told, [B, label_dim] float32; None without labels.
+        scaling: of the data that the network was trained on.
+        classes: the class number of each image; None where labels are no classes.
+        class_names: what the classes are called, () without names.
+        deviations: of images that are means of several samples, as `images`; else None.
+    """
+
+    seeds: tuple[int, ...]
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    scaling: Scaling
+    classes: tuple[int, ...] | None = None
+    class_names: tuple[str, ...] = ()
+    deviations: torch.Tensor | None = None
+
+    @classmethod
+    def of_batches(cls, batches: Sequence[SampleBatch], scaling: Scaling, *, have_classes: bool,
+                   class_names: Sequence[str]) -> "Samples":
+        """Returns the images of all batches, in their order."""
+        def joined(name: str) -> torch.Tensor | None:
+            parts = [getattr(batch, name) for batch in batches]
+            return None if parts[0] is None else torch.cat([part.cpu() for part in parts])
+
+        labels = joined("class_labels")
+        classes = tuple(labels.argmax(dim=1).tolist()) if have_classes else None
+        seeds = tuple(seed for batch in batches for seed in batch.seeds)
+        return cls(seeds, joined("images"), labels, scaling, classes, tuple(class_names),
+                   joined("deviations"))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def data(self) -> torch.Tensor:
+        """Returns the images as generate.py writes them: uint8, or float32 in the data's units."""
+        return self.scaling.to_data(self.images)
+
+    def uint8(self, window: tuple[float, float] | None = None) -> torch.Tensor:
+        """Returns the images to look at, [B, C, H, W] from black to white.
+
+        Args:
+            window: center and width, in the data's units, of the values from black to white; None
+                is what the network sees as -1 to 1.
+        """
+        shown = self.scaling if window is None else display_window(*window)
+        return torch.from_numpy(shown.to_picture(self.data().numpy()))
+
+    def pil(self, window: tuple[float, float] | None = None) -> list[PIL.Image.Image]:
+        """Returns `uint8` as pictures: RGB of three channels, else the first channel in gray."""
+        return [PIL.Image.fromarray(np.ascontiguousarray(
+            image.transpose(1, 2, 0) if len(image) == 3 else image[0]))
+            for image in self.uint8(window).numpy()]
+
+    def grid(self, window: tuple[float, float] | None = None) -> PIL.Image.Image:
+        """Returns one picture of all images, with up to 16 classes in rows that are labelled."""
+        return square_grid(self.uint8(window).numpy(), self.classes, self.class_names)
+
+    def __getitem__(self, part: slice) -> "Samples":
+        """Returns some of the images, of a slice."""
+        if not isinstance(part, slice):
+            raise TypeError(f"samples[{part!r}]: must be a slice, such as samples[:8]; one image "
+                            "is samples.images[0] or samples.pil()[0]")
+        names = "seeds", "images", "labels", "classes", "deviations"
+        rows = {name: values[part] for name in names
+                if (values := getattr(self, name)) is not None}
+        return dataclasses.replace(self, **rows)
+
+    def _repr_png_(self) -> bytes:
+        """Returns what a notebook shows: the grid of the first 64 images."""
+        file = io.BytesIO()
+        self[:_MAX_SHOWN].grid().save(file, "PNG")
+        return file.getvalue()
+
+    def __repr__(self) -> str:
+        count, *shape = self.images.shape
+        return f"Samples({count} images {'x'.join(map(str, shape))})"
