@@ -306,7 +306,7 @@ class Model:
         configure_backends(self.precision)
         try:
             found = network_features(sampler, numbers, evaluator.detector, metrics=names,
-                                     batch=batch, asked=asked)
+                                     batch=batch, title="Scoring", asked=asked)
         finally:
             configure_backends("fp32")
         return {recorded_name(name, evaluator.detector.name): value
