@@ -236,8 +236,8 @@ class Model:
             ValueError, OSError, TypeError: as for `sample`.
         """
         sampler = self._sampler(steps=steps, solver=solver, encode=images, **options)
-        numbers, size = range(len(sampler.encoded)), _positive(batch)
-        parts = [numbers[i:i + size] for i in range(0, len(numbers), size)]
+        numbers = range(len(sampler.encoded))
+        parts = distributed.split_for_rank(numbers, _positive(batch))
         return joined([(part, sampler.encode(part)) for part in parts], numbers)
 
     def likelihood(self, images: _Images, labels: Any = None, *, count: int | None = None,

@@ -41,3 +41,12 @@ def test_the_examples_run_in_their_order(tmp_path, monkeypatch, capsys):
     losses = [float(line.split()[1]) for line in
               printed["Train on your own tensors"].splitlines()]
     assert len(losses) == 3 and losses[-1] < 10
+
+
+@pytest.mark.long
+def test_the_lines_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    [code] = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"),
+                        re.M | re.S)
+    exec(code.replace("samples.png", str(tmp_path / "samples.png")), {})
+    assert (tmp_path / "samples.png").stat().st_size > 10_000

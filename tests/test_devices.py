@@ -27,7 +27,7 @@ from metrics.metrics import collect
 from metrics.nearest import nearest_neighbours
 from metrics.per_class import scores_by_class
 from metrics.statistics import ClassStatistics, FeatureStatistics
-from pfgmpp import augment
+from pfgmpp import augment, load
 from pfgmpp.augment import AugmentPipe
 from pfgmpp.guidance import guided
 from pfgmpp.kernel import PerturbationKernel
@@ -493,6 +493,29 @@ def test_a_network_from_a_file_samples_the_same_images_there(gpu, tmp_path):
         [batch] = sampler.images([[1, 2]])
         found.append(to_uint8(batch.images).cpu())
     assert torch.equal(*found)
+
+
+@pytest.mark.long
+def test_a_loaded_network_gives_the_same_there_and_on_the_cpu(gpu, tmp_path, monkeypatch):
+    net = built("ddpmpp", "edm", 128, 0, 0.0)
+    checkpoint.save(tmp_path / "net.pt", {
+        "format": checkpoint.SNAPSHOT_FORMAT, "network": net.config, "ema": dict(net.state_dict()),
+        "progress": {"cur_nimg": 0}, "options": {}})
+    pixels = np.random.default_rng(0).integers(0, 256, [2, 3, SIDE, SIDE], np.uint8)
+    found = []
+    for device in (CPU, DEVICE):
+        monkeypatch.setattr("metrics.model._device", lambda _, device=device: device)
+        model = load(tmp_path / "net.pt")
+        samples = model.sample(3, steps=3)
+        restored = model.restore(pixels, measure="inpaint", mask=np.eye(SIDE), sigma=0, steps=2,
+                                 labels=[0, 1])
+        latents = model.encode(pixels, steps=2, labels=[0, 1])
+        again = model.sample(latents=latents, steps=2)
+        values = model.likelihood(pixels, [0, 1], steps=2).values
+        assert samples.images.device == latents.latents.device == CPU
+        found.append([*(some.data() for some in (samples, restored, again)), torch.tensor(values)])
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(there.double(), here.double(), rtol=1e-4, atol=1)
 
 
 # ------------------------------------------------------------------------------------------ scoring

@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from scripts import ROOT
 from snapshots import write_few_step, write_snapshot
 from tiny import write_dataset
 
@@ -176,6 +177,8 @@ def test_latents_are_those_of_generate_and_lead_back(model, root, real, tmp_path
     for latents in (model.encode(root / "real.zip", 6), model.encode(images, 6, labels=classes)):
         assert latents.latents.equal(expected)
         assert latents.labels.argmax(1).tolist() == classes.tolist()
+    small = model.encode(images, 6, labels=classes, batch=5).latents
+    torch.testing.assert_close(small, expected, rtol=1e-3, atol=1e-3)
     drawn = model.sample(3, steps=6)
     again = model.sample(latents=model.encode(drawn.images, 6, labels=drawn.labels), steps=6)
     assert again.seeds == (0, 1, 2) and again.classes == drawn.classes
@@ -263,6 +266,20 @@ def test_scores_are_those_of_fid_gen(model, root, real, tmp_path):
     own = model.sample(range(4, 12), steps=2)
     [distance] = model.score(own, **how | {"metrics": ["fid"]}).values()
     assert distance == pytest.approx(0, abs=1e-3)
+
+
+def test_class_accuracy_asks_for_the_classes_of_the_seeds(model, tmp_path):
+    judge = ROOT / "examples/digits8-judge.npz"
+    network = write_snapshot(tmp_path / "digits.pt", label_dim=10, shape=(1, 8, 8), seed=1,
+                             dataset={"scale": {"center": [8.0], "spread": [8.0]}})
+    how = {"seeds": range(7, 27), "steps": 2, "metrics": "ca", "detector": str(judge)}
+    fid.main(["gen", f"--network={network}", "--seeds=7-26", "--steps=2", "--metrics=ca", CPU,
+              f"--detector={judge}"], standalone_mode=False)
+    [line] = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert load(network, "cpu").score(**how) == {"class_accuracy": line["value"]}
+    assert 0 < line["value"] < 1
+    with pytest.raises(ValueError, match="images are 3x8x8|channel"):
+        model.score(**how)
 
 
 # ------------------------------------------------------------------------------------------- errors
