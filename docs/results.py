@@ -1,24 +1,135 @@
-"""The tables and the pictures of docs/results.md, from the run directories of the study."""
+"""The tables and pictures of docs/results.md, from the records in docs/results/.
 
-import collections
+    value     of a network: the mean over seed ranges of its samples, or over rounding draws
+    cell      mean over training seeds, +- their standard deviation
+    damage    value at a harder setting minus value at the default one, over the same seeds
+    trend     slope of the damage on log2 D over finite D, found for each training seed
+
+Differences to D = inf are paired by training seed. Both they and trends have the 95% t interval of
+the mean over training seeds (reports/training_seeds.py), and are decided where it excludes 0.
+"""
+
+import dataclasses
 import math
+import re
+import statistics
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from dnnlib.cli import HELP_NAMES, UserError, user_errors
-from reports.comparison import Comparison, compare
-from reports.report_plots import look
-from reports.run_record import RunRecord
+from dnnlib.atomic import atomic_write  # noqa: E402 - the path above
+from dnnlib.cli import HELP_NAMES, UserError, user_errors  # noqa: E402
+from reports.report_plots import look  # noqa: E402
+from reports.run_record import RunRecord, read_scores  # noqa: E402
+from reports.training_seeds import Difference  # noqa: E402
 
-_AXES = {"noise_alpha": "noise before each step, alpha", "num_steps": "network evaluations",
-         "bits": "bits of the weights"}
-_POINTS = {"noise_alpha": "alpha {:g}", "num_steps": "{:g} steps", "bits": "{:g} bits"}
-_DRAWN = ("fid", "frechet_distance")
-_IMAGES = 12
+PAGE = "results.md"
+SAMPLES = "samples.npz"
+FRECHET, KERNEL, ACCURACY, BITS_PER_DIM = (
+    "frechet_distance", "kernel_distance", "class_accuracy", "bits_per_dim")
+ALPHAS, ROUNDED = (0.1, 0.2, 0.4), (4, 5, 6, 8)
+EVALUATIONS = (5, 7, 9, 13, 35)  # of the network, for an image
+STEPS = {"heun": (3, 4, 5, 7, 18), "ipndm": EVALUATIONS}
+ERRORS = ("gaussian", "kernel", "half", "twice", "uniform", "blur")
+EARLY = (20, 40)  # kimg
+LOW = 4  # below this D, the preconditioner's variance of the noise is wrong or infinite
+Values = Mapping[float, Mapping[str, float]]  # by D, then by training seed
+_LARGE = 1e5  # from here on numbers have an exponent
+_SIDE = 32  # pixels of the picture that a digit takes
+_TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """The runs of the study by kind, 'digits', 'digits-small' and 'digits-ect'."""
+
+    runs: dict[str, list[RunRecord]]
+    held_out: dict[str, float]  # scores of held-out real digits
+
+    @classmethod
+    def read(cls, folder: Path) -> "Records":
+        """Returns the records in a folder.
+
+        Raises:
+            ValueError: there are none.
+        """
+        runs: dict[str, list[RunRecord]] = {}
+        for path in sorted(folder.glob("*-D*-seed*")):
+            runs.setdefault(path.name.rpartition("-D")[0], []).append(RunRecord.read(path))
+        if "digits" not in runs:
+            raise ValueError(f"{folder}: no records of runs; python docs/study.py makes them")
+        held_out = {score.metric: score.value for score in read_scores(folder / "held-out")}
+        return cls(runs, held_out)
+
+    def values(self, metric: str, kind: str = "digits", *, steps: int | None = 18,
+               alpha: float = 0.0, bits: int = 32, kimg: int | None = None,
+               is_first_range: bool = False, is_low: bool = False, **other: str) -> Values:
+        """Returns the values of a point by D and training seed, of the newest networks.
+
+        Args:
+            metric: its recorded name.
+            kind: of the runs.
+            steps: of the solver; None for what has none.
+            alpha: strength of the noise before each step.
+            bits: of the weights; fewer than 32 are rounded at random.
+            kimg: of earlier networks.
+            is_first_range: only the seeds that every point has.
+            is_low: only D below `LOW`, which are left out otherwise.
+            other: further settings of the sampler.
+        """
+        found: dict[float, dict[str, float]] = {}
+        for run in self.runs.get(kind, []):
+            newest = max((score.kimg for score in run.scores if score.kimg), default=None)
+            sought = {"metric": metric, "num_steps": steps, "noise_alpha": alpha, "bits": bits,
+                      "other": tuple(sorted(other.items()))}
+            values = [score.value for score in run.scores
+                      if all(getattr(score, name) == value for name, value in sought.items())
+                      and score.kimg in ((newest, None) if kimg is None else (kimg,))
+                      and (score.rounding_seed is not None) == (bits < 32)
+                      and (not is_first_range or score.seeds == self._first(run))]
+            if values and (run.D < LOW) == is_low:
+                found.setdefault(run.D, {})[str(run.options["seed"])] = statistics.fmean(values)
+        return dict(sorted(found.items()))
+
+    @staticmethod
+    def _first(run: RunRecord) -> str:
+        return next(score.seeds for score in run.scores if score.seeds.startswith("0-"))
+
+    def damage(self, metric: str, **point) -> Values:
+        """Returns how much a point differs from the default one, over the same seeds."""
+        solver = {name: point[name] for name in ("solver",) if name in point}
+        base_steps = point.pop("base_steps", 18)
+        is_low = {"is_low": point.get("is_low", False)}
+        base = self.values(metric, steps=base_steps, is_first_range=True, **solver, **is_low)
+        hard = self.values(metric, is_first_range=True, **point)
+        return {D: {seed: value - base[D][seed] for seed, value in by_seed.items()}
+                for D, by_seed in hard.items()}
+
+
+def to_inf(values: Values) -> dict[float, Difference]:
+    """Returns the differences to D = inf, paired by training seed."""
+    return {D: Difference.of(by_seed, values[math.inf]) for D, by_seed in values.items()
+            if math.inf != D and math.inf in values}
+
+
+def trend(values: Values) -> Difference:
+    """Returns the slope of values on log2 D over finite D from `LOW` on, for each training seed."""
+    dims = [D for D in values if LOW <= D < math.inf]
+    seeds = set.intersection(*(set(values[D]) for D in dims))
+    x = [math.log2(D) for D in dims]
+    return Difference({seed: statistics.linear_regression(x, [values[D][seed] for D in dims]).slope
+                       for seed in sorted(seeds)})
+
+
+def logarithms(values: Values) -> Values:
+    """Returns the values as powers of two."""
+    return {D: {seed: math.log2(value) for seed, value in by_seed.items()}
+            for D, by_seed in values.items()}
 
 
 def name_of(D: float) -> str:
@@ -26,105 +137,356 @@ def name_of(D: float) -> str:
     return f"{D:g}"
 
 
-def table(comparison: Comparison) -> str:
-    """Returns the scores as Markdown: a row per D, a column per point and its seed ranges.
-
-    First the base point over all seed ranges, then what to compare, over equal seeds.
-    """
-    base = f"{comparison.num_steps} steps"
-    columns: dict[tuple, dict[float, str]] = collections.defaultdict(dict)
-    for curve in comparison.over_D:
-        s = curve.points[curve.D]
-        columns[base, curve.seeds][curve.D] = f"{s.mean:.3g} ({s.low:.3g} to {s.high:.3g})"
-    for axis, curves in comparison.over.items():
-        default = comparison.base[axis]
-        for x in sorted({x for curve in curves for x in curve.points},
-                        key=lambda x, default=default: (x != default, x)):
-            label = base if x == default else _POINTS[axis].format(x)
-            for curve in curves:
-                if x in curve.points:
-                    columns[label, curve.seeds].setdefault(curve.D, f"{curve.points[x].mean:.3g}")
-    heads = [f"{label}, {len(seeds)} range{'s' if len(seeds) > 1 else ''}"
-             for label, seeds in columns]
-    lines = [["D", *heads], ["---"] * (len(heads) + 1)]
-    lines += [[name_of(D), *(cells.get(D, "") for cells in columns.values())]
-              for D in sorted(curve.D for curve in comparison.over_D)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+# -------------------------------------------------------------------------------------- tables
 
 
-def draw(comparison: Comparison, path: Path) -> None:
-    """Writes the scores over D, noise, steps and bits as one picture."""
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows, the first of which are the titles, as a table."""
+    head, *body = rows
+    return "\n".join("| " + " | ".join(cells) + " |"
+                     for cells in [head, ["---"] * len(head), *body])
+
+
+def cell(by_seed: Mapping[str, float] | None, decimals: int) -> str:
+    """Returns mean and standard deviation over training seeds; of large means fewer digits."""
+    if not by_seed:
+        return ""
+    numbers = list(by_seed.values())
+    mean = statistics.fmean(numbers)
+    decimals = max(min(decimals, 4 - math.ceil(math.log10(max(abs(mean), 1)))), 0)
+    style = f".{decimals}f" if abs(mean) < _LARGE else ".2g"
+    spread = f" ± {statistics.stdev(numbers):{style}}" if len(numbers) > 1 else ""
+    return f"{mean:{style}}{spread}"
+
+
+def interval(difference: Difference | None, decimals: int) -> str:
+    """Returns mean and half width of the interval, in bold where it is decided."""
+    if difference is None or difference.half_width is None:
+        return ""
+    text = f"{difference.mean:+.{decimals}f} ± {difference.half_width:.{decimals}f}"
+    return f"**{text}**" if difference.is_decided else text
+
+
+def over_D(columns: Sequence[tuple[str, Values, int]]) -> str:
+    """Returns a table with a row for each D; a column has its title, values and decimals."""
+    dims = sorted({D for _, values, _ in columns for D in values})
+    return markdown([["D", *(title for title, *_ in columns)],
+                     *([name_of(D), *(cell(values.get(D), decimals)
+                                      for _, values, decimals in columns)] for D in dims)])
+
+
+def differences(columns: Sequence[tuple[str, Values, int]], *, has_trend: bool = True) -> str:
+    """Returns a table of the differences to D = inf, and at its end the trend of each column."""
+    found = [(title, to_inf(values), trend(values), decimals)
+             for title, values, decimals in columns]
+    dims = sorted({D for _, by_D, *_ in found for D in by_D})
+    rows = [["D - inf", *(title for title, *_ in columns)]]
+    rows += [[name_of(D), *(interval(by_D.get(D), decimals) for _, by_D, _, decimals in found)]
+             for D in dims]
+    if has_trend:
+        rows.append(["a doubling", *(interval(slope, decimals + 1)
+                                     for *_, slope, decimals in found)])
+    return markdown(rows)
+
+
+Table = Callable[[Records], str]
+
+
+def _base(records: Records, **point) -> list[tuple[str, Values, int]]:
+    return [("Frechet distance", records.values(FRECHET, **point), 3),
+            ("kernel distance", records.values(KERNEL, **point), 4),
+            ("class accuracy", records.values(ACCURACY, **point), 3)]
+
+
+def _likelihood(records: Records, **point) -> list[tuple[str, Values, int]]:
+    found = [score for run in records.runs["digits"] for score in run.scores
+             if score.metric == BITS_PER_DIM]
+    steps = found[0].num_steps if found else None
+    other = dict(found[0].other) if found else {}
+    return [("held-out bits/dim", records.values(BITS_PER_DIM, steps=steps, **other, **point), 3)]
+
+
+def _memorised(records: Records) -> list[tuple[str, Values, int]]:
+    return [("median distance", records.values("nearest_distance", steps=9, solver="ipndm"), 3),
+            ("nearer than 5% of held-out",
+             records.values("nearer_than_held_out", steps=9, solver="ipndm"), 3),
+            ("C_T", records.values("c_t", steps=9, solver="ipndm"), 1)]
+
+
+def _noise(records: Records, metric: str, decimals: int, **point
+           ) -> list[tuple[str, Values, int]]:
+    return [(f"alpha {alpha:g}", records.damage(metric, alpha=alpha, **point), decimals)
+            for alpha in ALPHAS]
+
+
+def _rounding(records: Records, metric: str, decimals: int) -> list[tuple[str, Values, int]]:
+    return [(f"{bits} bits", records.damage(metric, bits=bits), decimals) for bits in ROUNDED]
+
+
+def _of_evaluations(records: Records, solver: str) -> dict[int, Values]:
+    """Returns Frechet distances by the number of evaluations."""
+    other = {} if solver == "heun" else {"solver": solver}
+    return {evaluations: records.values(FRECHET, steps=steps, is_first_range=True, **other)
+            for steps, evaluations in zip(STEPS[solver], EVALUATIONS, strict=True)}
+
+
+def _evaluations(records: Records) -> list[tuple[str, Values, int]]:
+    return [(f"{solver}, {evaluations}", values, 2) for solver in STEPS
+            for evaluations, values in _of_evaluations(records, solver).items()]
+
+
+def _few_steps(records: Records) -> list[tuple[str, Values, int]]:
+    """Scores of few-step networks."""
+    return [(f"{what}, {steps} step{'s' if steps > 1 else ''}",
+             records.values(metric, "digits-ect", steps=steps, few_step="ect",
+                            solver="consistency"), decimals)
+            for metric, what, decimals in ((FRECHET, "Frechet distance", 2),
+                                           (ACCURACY, "class accuracy", 3)) for steps in (1, 2)]
+
+
+def _off_level(records: Records) -> list[tuple[str, Values, int]]:
+    found = []
+    for error in ERRORS:
+        other = next(dict(score.other) for run in records.runs["digits"] for score in run.scores
+                     if dict(score.other).get("off_level") == f"{error}, restored")
+        found.append((error, records.values("psnr", steps=9, **other), 2))
+    return found
+
+
+def _off_level_loss(records: Records) -> list[tuple[str, Values, int]]:
+    """PSNR minus that of Gaussian noise of the right level, which every kind of network knows."""
+    (_, right, _), *others = _off_level(records)
+    return [(error, {D: {seed: value - right[D][seed] for seed, value in by_seed.items()}
+                     for D, by_seed in values.items()}, decimals)
+            for error, values, decimals in others]
+
+
+def _early(records: Records) -> list[tuple[str, Values, int]]:
+    found = [(f"{kimg} kimg", records.values(FRECHET, kimg=kimg), 3) for kimg in EARLY]
+    return [*found, ("small network", records.values(FRECHET, "digits-small"), 3)]
+
+
+def _early_accuracy(records: Records) -> list[tuple[str, Values, int]]:
+    found = [(f"accuracy, {kimg} kimg", records.values(ACCURACY, kimg=kimg), 3) for kimg in EARLY]
+    return [*found, ("accuracy, small network", records.values(ACCURACY, "digits-small"), 3)]
+
+
+TABLES: dict[str, Table] = {
+    "answers": lambda records: markdown([["question", "measured", "figure", "answer"],
+                                         *answers(records)]),
+    "base": lambda records: over_D([*_base(records), *_likelihood(records)]),
+    "base_differences": lambda records: differences([*_base(records), *_likelihood(records)]),
+    "low": lambda records: over_D([
+        *_base(records, is_low=True), *_likelihood(records, is_low=True),
+        ("accuracy, change at alpha 0.4", records.damage(ACCURACY, alpha=0.4, is_low=True), 3)]),
+    "memorised": lambda records: over_D(_memorised(records)),
+    "noise": lambda records: over_D(_noise(records, FRECHET, 2)),
+    "noise_accuracy": lambda records: over_D(_noise(records, ACCURACY, 3)),
+    "noise_differences": lambda records: differences(
+        [*_noise(records, FRECHET, 2), *((f"accuracy, {title}", values, 3) for title, values, _
+                                         in _noise(records, ACCURACY, 3))]),
+    "rounding": lambda records: over_D(_rounding(records, FRECHET, 3)),
+    "rounding_differences": lambda records: differences(_rounding(records, FRECHET, 3)),
+    "evaluations": lambda records: over_D(_evaluations(records)),
+    "evaluations_differences": lambda records: differences(
+        [(title, logarithms(values), decimals) for title, values, decimals
+         in _evaluations(records)]),
+    "few_steps": lambda records: over_D(_few_steps(records)),
+    "few_steps_differences": lambda records: differences(_few_steps(records)),
+    "off_level": lambda records: over_D(_off_level(records)),
+    "off_level_differences": lambda records: differences(_off_level_loss(records)),
+    "early": lambda records: over_D([*_early(records), *_early_accuracy(records)]),
+    "early_differences": lambda records: differences(
+        [*_early(records), *_early_accuracy(records)]),
+}
+
+
+# ------------------------------------------------------------------------------------- answers
+
+
+def answers(records: Records) -> Iterator[list[str]]:
+    """Yields question, what was measured, the figure and the answer."""
+    of_base = [*_base(records), *_likelihood(records)]
+    for (title, values, decimals), is_lower_better in zip(
+            of_base, (True, True, False, True), strict=True):
+        yield _best("a. Is there a best finite D?", title, values, decimals, is_lower_better)
+    noise = "b. Does the damage by noise in every step rise with D?"
+    for title, values, decimals in _noise(records, FRECHET, 2):
+        yield _rises(noise, f"Frechet distance, {title}", values, decimals + 1, 1)
+    title, values, decimals = _noise(records, ACCURACY, 3)[-1]
+    yield _rises(noise, f"class accuracy, {title}", values, decimals + 1, -1)
+    for title, values, decimals in _rounding(records, FRECHET, 3):
+        yield _rises("c. Does the damage by rounded weights rise with D?",
+                     f"Frechet distance, {title}", values, decimals + 1, 1)
+    for title, values, decimals in _evaluations(records):
+        if not title.endswith(", 35"):
+            yield _rises("d. Does it take more evaluations at larger D?",
+                         f"log2 of the Frechet distance, {title}", logarithms(values),
+                         decimals + 1, 1)
+    for title, values, decimals in _few_steps(records):
+        sign = -1 if "accuracy" in title else 1
+        yield _rises("d. Are few-step networks worse at larger D?", title, values, decimals + 1,
+                     sign)
+    for title, values, decimals in _off_level_loss(records):
+        if title == "kernel":  # on the level of each network
+            continue
+        yield _rises("e. Does a state off its level lose more at larger D?", f"PSNR, {title}",
+                     values, decimals + 1, -1)
+    for title, values, decimals in _early(records):
+        yield _rises("f. Are early or small networks worse at larger D?",
+                     f"Frechet distance, {title}", values, decimals + 1, 1)
+
+
+def _best(question: str, title: str, values: Values, decimals: int, is_lower_better: bool
+          ) -> list[str]:
+    """Compares the finite D with the best mean with D = inf."""
+    sign = 1 if is_lower_better else -1
+    found = to_inf(values)
+    D = min(found, key=lambda D: sign * found[D].mean)
+    verdict = {"better": "yes", "worse": "no"}.get(found[D].verdict(is_lower_better), "not decided")
+    return [question, f"{title}, best finite D = {name_of(D)} minus inf",
+            interval(found[D], decimals), verdict]
+
+
+def _rises(question: str, title: str, values: Values, decimals: int, sign: int) -> list[str]:
+    """Says whether damage rises with D; `sign` is -1 where a lower value is damage."""
+    slope = trend(values)
+    answer = "not decided" if not slope.is_decided else "yes" if sign * slope.mean > 0 else "no"
+    return [question, f"{title}, slope for a doubling of D", interval(slope, decimals), answer]
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def draw(records: Records, path: Path) -> None:
+    """Writes the questions a to f as one picture of six plots."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter
-    figure, axes = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
-    finite = [c for c in comparison.over_D if not math.isinf(c.D)]
-    spreads = [c.points[c.D] for c in finite]
-    low = [s.mean - s.low for s in spreads]
-    high = [s.high - s.mean for s in spreads]
-    axes[0, 0].errorbar([c.D for c in finite], [s.mean for s in spreads], [low, high], marker="o",
-                        capsize=3, color="black")
-    axes[0, 0].set_xscale("log", base=2)
-    axes[0, 0].set_xticks([c.D for c in finite], [name_of(c.D) for c in finite])
-    for curve in comparison.over_D:
-        if math.isinf(curve.D):
-            s = curve.points[curve.D]
-            axes[0, 0].axhline(s.mean, color="black", linestyle="--", label="D = inf")
-            axes[0, 0].axhspan(s.low, s.high, color="black", alpha=0.1)
-            axes[0, 0].legend()
-    axes[0, 0].set_xlabel("D")
-    looks = {D: look(i) for i, D in enumerate(sorted(c.D for c in comparison.over_D))}
-    for ax, (axis, curves) in zip(axes.flat[1:], comparison.over.items(), strict=False):
-        for curve in curves:
-            xs = sorted(curve.points)
-            places = range(len(xs)) if axis == "bits" else [
-                comparison.group.evaluations(x) if axis == "num_steps" else x for x in xs]
-            ax.plot(places, [curve.points[x].mean for x in xs], label=f"D = {name_of(curve.D)}",
-                    **looks[curve.D].line)
-            ax.set_xticks(list(places), [f"{x:g}" for x in (xs if axis == "bits" else places)])
-        ax.set_xlabel(_AXES[axis])
-        if axis != "noise_alpha":
-            ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 7)))
-            ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.legend()
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7.2), layout="constrained")
+    _draw_base(axes[0, 0], records)
+    of_noise = {0.0: _zero(records)} | {
+        alpha: values for alpha, (_, values, _) in zip(ALPHAS, _noise(records, FRECHET, 2),
+                                                       strict=True)}
+    _draw_lines(axes[0, 1], of_noise, "b. noise in every step, alpha", "Frechet distance added")
+    of_bits = {bits: values for bits, (_, values, _) in zip(
+        ROUNDED, _rounding(records, FRECHET, 3), strict=True)}
+    _draw_lines(axes[0, 2], of_bits, "c. bits of randomly rounded weights",
+                "Frechet distance added")
+    axes[0, 2].set_yscale("symlog", linthresh=0.1)
+    for solver in STEPS:
+        _draw_lines(axes[1, 0], _of_evaluations(records, solver), "d. evaluations (dotted: ipndm)",
+                    "Frechet distance", ":" if solver == "ipndm" else "-",
+                    has_legend=solver == "heun")
+    axes[1, 0].set_xscale("log")
+    axes[1, 0].set_yscale("log")
+    axes[1, 0].set_xticks(EVALUATIONS, map(str, EVALUATIONS))
+    axes[1, 0].minorticks_off()
+    _draw_over_D(axes[1, 1], _off_level(records), "e. PSNR of restored digits, dB")
+    _draw_over_D(axes[1, 2], [*_early(records), ("120 kimg", records.values(FRECHET), 3)],
+                 "f. Frechet distance")
+    axes[1, 2].set_yscale("log")
+    axes[1, 2].legend(fontsize=8, loc="upper right")
+    axes[1, 2].set_ylim(0.1, 10)
     for ax in axes.flat:
-        ax.set_ylabel(comparison.group.title)
         ax.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
-def show_samples(runs: list[RunRecord], path: Path) -> None:
-    """Writes images of the same seeds, a row per D."""
+def _zero(records: Records) -> Values:
+    return {D: dict.fromkeys(by_seed, 0.0) for D, by_seed in records.values(FRECHET).items()}
+
+
+def _errorbar(ax, xs: Sequence[float], points: Sequence[Mapping[str, float]], **style) -> None:
+    means = [statistics.fmean(by_seed.values()) for by_seed in points]
+    spreads = [statistics.stdev(by_seed.values()) if len(by_seed) > 1 else 0 for by_seed in points]
+    ax.errorbar(xs, means, spreads, capsize=3, **style)
+
+
+def _places(dims: Sequence[float]) -> list[int]:
+    return list(range(len(dims)))
+
+
+def _draw_base(ax, records: Records) -> None:
+    values = records.values(FRECHET)
+    dims = list(values)
+    _errorbar(ax, _places(dims), list(values.values()), marker="o", color="black",
+              label="Frechet distance")
+    ax.set_xticks(_places(dims), map(name_of, dims))
+    ax.set_xlabel("a. D")
+    ax.set_ylabel("Frechet distance")
+    other = ax.twinx()
+    accuracy = records.values(ACCURACY)
+    _errorbar(other, _places(dims), list(accuracy.values()), marker="s", color="tab:blue",
+              linestyle="--", label="class accuracy")
+    other.set_ylabel("class accuracy", color="tab:blue")
+
+
+def _draw_over_D(ax, columns: Sequence[tuple[str, Values, int]], label: str) -> None:
+    for number, (title, values, _) in enumerate(columns):
+        dims = list(values)
+        style = look(number)
+        _errorbar(ax, _places(dims), list(values.values()), label=title, marker=style.mark,
+                  linewidth=1, markersize=4)
+    ax.set_xticks(_places(dims), map(name_of, dims))
+    ax.set_xlabel("D")
+    ax.set_ylabel(label)
+    ax.legend(fontsize=8, loc="center right")
+
+
+def _draw_lines(ax, by_x: Mapping[float, Values], x_label: str, y_label: str,
+                linestyle: str = "-", *, has_legend: bool = True) -> None:
+    dims = list(next(iter(by_x.values())))
+    for number, D in enumerate(dims):
+        xs = [x for x, values in by_x.items() if D in values]
+        _errorbar(ax, xs, [by_x[x][D] for x in xs], marker=look(number).mark, markersize=4,
+                  linewidth=1, linestyle=linestyle, color=f"C{number}",
+                  label=f"D = {name_of(D)}" if has_legend else None)
+    ax.set_xlabel(x_label)
+    ax.set_ylabel(y_label)
+    if has_legend:
+        ax.legend(fontsize=8)
+
+
+def show_samples(folder: Path, path: Path) -> None:
+    """Writes digits of the same seeds, a row for each D: as they are at the left, noisy right."""
     import numpy as np
-    import PIL.Image
 
     from images.grid import image_grid, save_png
-    rows = []
-    for run in runs:
-        [folder, *_] = sorted(run.path.glob("ckpt_*/000000"))
-        names = sorted(folder.glob("*.png"))[:_IMAGES]
-        rows.append([np.asarray(PIL.Image.open(name)).transpose(2, 0, 1) for name in names])
-    save_png(path, image_grid(rows, [f"D = {name_of(run.D)}" for run in runs]))
+    with np.load(folder / SAMPLES) as file:
+        dims = [name.removeprefix("D") for name in file.files]
+        rows = [list(file[f"D{D}"]) for D in dims]
+    save_png(path, image_grid(rows, [f"D = {D}" for D in dims], split=len(rows[0]) // 2,
+                              min_side=_SIDE))
+
+
+def written(page: str, records: Records) -> str:
+    """Returns the text of the page with its tables made anew."""
+    return _TABLE.sub(lambda match: f"{match[1]}{TABLES[match[2]](records)}\n{match[3]}", page)
 
 
 @click.command(context_settings=HELP_NAMES)
-@click.argument("run_dirs", nargs=-1, required=True)
-@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), default="docs", show_default=True, help="Folder for the pictures.")
-def main(run_dirs: tuple[str, ...], out: Path) -> None:
-    """Prints the tables of the study and writes its pictures."""
+@click.option("--records", metavar="DIR", type=click.Path(path_type=Path), default="docs/results", show_default=True, help="Records of the runs, as docs/study.py keeps them.")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), default="docs", show_default=True, help="Folder of the pictures, and of results.md, whose tables are made anew.")
+@click.option("--only", metavar="TABLE", type=click.Choice(list(TABLES)), help="Print this table only, and write nothing.")
+def main(records: Path, out: Path, only: str | None) -> None:
+    """Makes the tables and pictures of results.md from the records of the study."""
     with user_errors():
-        runs = sorted((RunRecord.read(path) for path in run_dirs), key=lambda run: run.D)
-        comparisons = compare(runs)
-        if not comparisons:
-            raise UserError(f"{', '.join(run_dirs)}: no scores; run the study first")
-        for comparison in comparisons:
-            print(f"{comparison.group.title}\n\n{table(comparison)}\n")
-        first = next((c for c in comparisons if c.group.metric in _DRAWN), comparisons[0])
-        draw(first, out / "results-scores.png")
-        show_samples(runs, out / "results-samples.png")
+        found = Records.read(records)
+        if only:
+            print(TABLES[only](found))
+            return
+        page = out / PAGE
+        if not page.is_file():
+            raise UserError(f"{page}: no such file; name the folder of results.md by --out")
+        text = written(page.read_text(encoding="utf-8"), found)
+        with atomic_write(page) as file:
+            file.write(text.encode())
+        draw(found, out / "results-scores.png")
+        if (records / SAMPLES).exists():
+            show_samples(records, out / "results-samples.png")
+        print(f"{page}: {len(_TABLE.findall(text))} tables; {out}/results-scores.png, "
+              "results-samples.png")
 
 
 if __name__ == "__main__":

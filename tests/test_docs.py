@@ -39,6 +39,7 @@ from sampling.sampling_options import sampling_options
 
 results, toy = load_script("docs/results.py"), load_script("docs/toy.py")
 phantoms, phases = load_script("docs/phantoms.py"), load_script("docs/phases.py")
+study, off_level = load_script("docs/study.py"), load_script("docs/off_level.py")
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/README.md"]
 SCRIPTS = {f"{name}.py": importlib.import_module(name).main
            for name in ("train", "distill", "generate", "generate_alpha", "generate_steps",
@@ -46,6 +47,7 @@ SCRIPTS = {f"{name}.py": importlib.import_module(name).main
                         "sweep", "report", "runs")}
 SCRIPTS |= {"docs/toy.py": toy.main, "docs/results.py": results.main,
             "docs/phantoms.py": phantoms.main, "docs/phases.py": phases.main,
+            "docs/study.py": study.main, "docs/off_level.py": off_level.main,
             "benchmarks": benchmarks}
 PRESETS = {f"generate_{name}.py" for name in ("alpha", "steps", "quant")}  # of generate.py
 SAMPLING_FLAGS = {flag for option in sampling_options(lambda: None).__click_params__
@@ -413,7 +415,7 @@ def run_documented(script, documented):
         assert args[0] in ("ref", "classifier") or re.search(shown, output)
     elif script in ("checkpoint_tool.py", "report.py", "runs.py"):
         run(script, args)
-    elif script in ("docs/results.py", "benchmarks"):
+    elif script in ("docs/results.py", "docs/study.py", "benchmarks"):
         pass  # need a study, and minutes: tests/test_results.py and test_benchmarks.py run them
     elif script == "sweep.py":  # tests/reports/test_study.py runs a study
         assert "fid.py gen" in run(script, ["--dry-run", *args])
@@ -546,7 +548,8 @@ def test_migration_names_every_flag_and_existing_imports():
     for script, command in SCRIPTS.items():
         if script in PRESETS | {"distill.py", "likelihood.py", "checkpoint_tool.py", "sweep.py",
                                 "report.py", "runs.py", "docs/toy.py", "docs/results.py",
-                                "docs/phantoms.py", "docs/phases.py", "benchmarks"}:
+                                "docs/phantoms.py", "docs/phases.py", "docs/study.py",
+                                "docs/off_level.py", "benchmarks"}:
             continue  # the references have no counterpart; the flags are those of generate.py
         for each in (command, *getattr(command, "commands", {}).values()):
             flags = {flag for option in each.params for flag in option.opts if flag[0] == "-"}

@@ -60,8 +60,8 @@ def test_h_is_help(script, invoke):
         assert short.exit_code == 0 and short.stdout == long.stdout and "Usage:" in long.stdout
 
 
-@pytest.mark.parametrize("path", ["docs/phantoms.py", "docs/phases.py", "docs/results.py",
-                                  "docs/toy.py"])
+@pytest.mark.parametrize("path", ["docs/off_level.py", "docs/phantoms.py", "docs/phases.py",
+                                  "docs/results.py", "docs/study.py", "docs/toy.py"])
 def test_h_is_help_of_the_scripts_of_the_pages(path, invoke):
     main = load_script(path).main
     short, long = (invoke(main, flag) for flag in ("-h", "--help"))

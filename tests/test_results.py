@@ -1,42 +1,276 @@
-"""docs/results.py: the table and pictures follow from what the runs have recorded."""
+"""The study of docs/results.md: its commands, records and tables, and states off their level."""
 
+import json
 import math
+import re
+import shlex
 
+import numpy as np
 import PIL.Image
 import pytest
-from run_dirs import sweep_lines, write_run
-from scripts import load_script
+import scipy.stats
+import torch
+from run_dirs import score_line, write_lines, write_run
+from scripts import ROOT, load_script, run_script
 
-results = load_script("docs/results.py")
+import dataset_tool
+import distill
+import fid
+import generate
+import sweep
+from pfgmpp.kernel import PerturbationKernel
+from reports.run_record import RunRecord
+
+results, study = load_script("docs/results.py"), load_script("docs/study.py")
+off_level = load_script("docs/off_level.py")
+DIMS = (4, 16, 64, math.inf)
+SEEDS = ("0", "1", "2")
+NUDGE = {"0": -0.2, "1": 0.0, "2": 0.3}  # of all scores of a training seed
 
 
-def test_rows_are_D_and_columns_are_points(tmp_path, invoke):
+def score(D, seed, damage=0.0, metric="frechet_distance", **settings):
+    """Returns a line of metrics.jsonl: 1, more for small D, and `damage` on top."""
+    value = 1 + NUDGE[seed] + (0.0 if math.isinf(D) else 1 / D) + damage
+    return score_line(D, value, "0-9", 120, metric=metric, **settings)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Records in which alpha = 0.4 adds 0.3 log2 D + 0.1 (seed), and rounding draws have a mean."""
+    root = tmp_path_factory.mktemp("records")
+    for D in DIMS:
+        for k, seed in enumerate(SEEDS):
+            size = 8.0 if math.isinf(D) else math.log2(D)
+            lines = [score(D, seed), score(D, seed, 0.3 * size + 0.1 * k, noise_alpha=0.4),
+                     *(score(D, seed, draw, bits=4, rounding_seed=n)
+                       for n, draw in enumerate((1.0, 2.0, 6.0))),
+                     score(D, seed, 50, bits=4), score(D, seed, 7.0) | {"seeds": "10-19"},
+                     score(D, seed, 9.0) | {"network": "network-snapshot-000020.pt"}]
+            write_run(root / f"digits-D{D:g}-seed{seed}", D, lines, seeds=(), seed=int(seed))
+    return results.Records.read(root)
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+
+def test_a_value_is_the_mean_over_seed_ranges_of_the_newest_network(records):
+    found = records.values("frechet_distance")
+    assert list(found) == list(DIMS)
+    for D in DIMS:
+        low = 1 + (0 if math.isinf(D) else 1 / D)
+        assert found[D] == pytest.approx({s: low + NUDGE[s] + 3.5 for s in SEEDS})
+
+
+def test_earlier_networks_are_values_of_their_own(records):
+    assert records.values("frechet_distance", kimg=20)[math.inf]["1"] == pytest.approx(10)
+
+
+def test_rounding_is_the_mean_of_random_draws_without_the_nearest(records):
+    damage = records.damage("frechet_distance", bits=4)
+    assert all(value == pytest.approx(3) for by_seed in damage.values()
+               for value in by_seed.values())
+
+
+def test_damage_is_over_the_same_seeds_and_its_trend_is_the_slope(records):
+    damage = records.damage("frechet_distance", alpha=0.4)
+    assert damage[16] == pytest.approx({"0": 1.2, "1": 1.3, "2": 1.4})
+    slope = results.trend(damage)
+    assert list(slope.by_seed.values()) == pytest.approx([0.3] * 3)
+
+
+def test_trend_is_of_each_training_seed_and_of_finite_D_only():
+    rng = np.random.default_rng(0)
+    values = {D: dict(zip(SEEDS, rng.normal(size=3), strict=True)) for D in (2, *DIMS)}
+    slope = results.trend(values)
+    for seed in SEEDS:
+        expected = scipy.stats.linregress(np.log2(DIMS[:3]), [values[D][seed] for D in DIMS[:3]])
+        assert slope.by_seed[seed] == pytest.approx(expected.slope)
+
+
+def test_differences_are_those_of_a_paired_t_test():
+    rng = np.random.default_rng(1)
+    values = {D: dict(zip(SEEDS, rng.normal(size=3), strict=True)) for D in DIMS}
+    for D, difference in results.to_inf(values).items():
+        test = scipy.stats.ttest_rel(list(values[D].values()), list(values[math.inf].values()))
+        low, high = test.confidence_interval(0.95)
+        assert (difference.mean - difference.half_width,
+                difference.mean + difference.half_width) == pytest.approx((low, high))
+
+
+def test_cells_are_mean_and_deviation_and_decided_differences_are_bold():
+    assert results.cell({"0": 1.0, "1": 2.0, "2": 4.5}, 2) == "2.50 ± 1.80"
+    one = {"0": 1.0, "1": 1.2, "2": 1.1}
+    assert results.interval(results.Difference(one), 2) == "**+1.10 ± 0.25**"
+    undecided = results.Difference({"0": -1.0, "1": 1.2, "2": 0.1})
+    assert results.interval(undecided, 2) == "+0.10 ± 2.73"
+
+
+@pytest.mark.parametrize("values, is_lower_better, answer", [
+    ({4: (1.0, 1.1, 1.2), math.inf: (2.0, 2.1, 2.3)}, True, "yes"),
+    ({4: (1.0, 1.1, 1.2), math.inf: (2.0, 2.1, 2.3)}, False, "no"),
+    ({4: (1.0, 1.1, 1.2), math.inf: (2.0, 0.1, 1.3)}, True, "not decided")])
+def test_the_best_finite_D_is_compared_with_inf(values, is_lower_better, answer):
+    values = {D: dict(zip(SEEDS, each, strict=True)) for D, each in values.items()}
+    row = results._best("q", "score", values, 2, is_lower_better)
+    assert row[1] == "score, best finite D = 4 minus inf" and row[-1] == answer
+
+
+@pytest.mark.parametrize("slope, sign, answer", [
+    (1, 1, "yes"), (1, -1, "no"), (-1, -1, "yes"), (-1, 1, "no"), (0, 1, "not decided")])
+def test_damage_rises_where_the_slope_is_decided(slope, sign, answer):
+    values = {D: {s: slope * math.log2(D) + NUDGE[s] * D for s in SEEDS} for D in (4, 8, 16)}
+    values = {D: {s: v - NUDGE[s] * D * 0.9 for s, v in each.items()} for D, each in values.items()}
+    assert results._rises("q", "damage", values, 2, sign)[-1] == answer
+
+
+def test_the_tables_of_the_page_are_those_of_its_records():
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert results.written(page, results.Records.read(ROOT / "docs/results")) == page
+    assert {match[2] for match in results._TABLE.finditer(page)} == set(results.TABLES)
+
+
+def test_the_pictures_are_drawn_from_the_records(tmp_path, invoke):
     pytest.importorskip("matplotlib")
-    runs = [write_run(tmp_path / f"D{D}", D, sweep_lines(D, base))
-            for D, base in ((math.inf, 20), (2, 10))]
-    result = invoke(results.main, *runs, f"--out={tmp_path}")
-    assert result.exit_code == 0, result.output
-    rows = [line.strip("| ").split(" | ") for line in result.output.splitlines() if "|" in line]
-    assert rows == [["D", "18 steps, 3 ranges", "18 steps, 1 range", "alpha 0.1, 1 range",
-                     "alpha 0.2, 1 range", "10 steps, 1 range", "5 bits, 1 range"],
-                    ["---"] * 7,
-                    ["2", "11 (10 to 12)", "10", "15", "19", "14", "13"],
-                    ["inf", "21 (20 to 22)", "20", "25", "29", "24", "23"]]
+    (tmp_path / "results.md").write_bytes((ROOT / "docs/results.md").read_bytes())
+    done = invoke(results.main, f"--out={tmp_path}", f"--records={ROOT / 'docs/results'}")
+    assert done.exit_code == 0, done.output
     assert PIL.Image.open(tmp_path / "results-scores.png").width > 800
     assert PIL.Image.open(tmp_path / "results-samples.png").height > 100
 
 
-def test_the_picture_compares_equal_seeds(tmp_path, monkeypatch):
-    axes = pytest.importorskip("matplotlib.axes")
-    drawn, plot = [], axes.Axes.plot
-    monkeypatch.setattr(axes.Axes, "plot", lambda self, x, y, **style: (
-        drawn.append(y), plot(self, x, y, **style)))
-    run = write_run(tmp_path / "run", 2, sweep_lines(2, 10))
-    [comparison] = results.compare([results.RunRecord.read(run)])
-    results.draw(comparison, tmp_path / "scores.png")
-    assert [y for y in drawn if len(y) > 1] == [[10, 15, 19], [14, 10], [13, 10]]
+def test_no_records_and_no_page_get_one_line(tmp_path, invoke):
+    done = invoke(results.main, f"--records={tmp_path}")
+    assert done.exit_code == 1 and "no records of runs; python docs/study.py" in done.output
+    done = invoke(results.main, f"--out={tmp_path}", f"--records={ROOT / 'docs/results'}")
+    assert done.exit_code == 1 and "results.md: no such file" in done.output
 
 
-def test_runs_without_scores_get_one_line(tmp_path, invoke):
-    result = invoke(results.main, write_run(tmp_path / "run"), f"--out={tmp_path}")
-    assert result.exit_code and "no scores; run the study first" in result.output
+# --------------------------------------------------------------------------------------- commands
+
+
+MAINS = {"sweep.py": sweep.main, "distill.py": distill.main, "generate.py": generate.main,
+         "docs/off_level.py": off_level.main}
+
+
+@pytest.mark.parametrize("size", [study.FULL, study.TINY], ids=["full", "tiny"])
+def test_every_command_of_the_study_is_one_that_scripts_take(size):
+    for line, _ in study.commands("runs", "0,1", size):
+        script, *words = shlex.split(line)
+        if script == "fid.py":
+            fid.main.commands[words[0]].make_context(words[0], words[1:])
+        elif script == "dataset_tool.py":
+            assert words.pop(0) == "split"
+            dataset_tool.split.make_context("split", words)
+        else:
+            context = MAINS[script].make_context(script, words)
+            if script == "sweep.py":
+                sweep.train.main.make_context("train.py", [
+                    *context.params["train_options"], "--outdir=a", "--data=b"])
+
+
+def test_the_kept_records_say_what_the_whole_ones_say(tmp_path):
+    line = score(16, "1", 2.5, noise_alpha=0.1, solver="ipndm") | {
+        "date": "2026-12-01", "detector_sha256": "ab", "stderr": 0.25}
+    run = write_run(tmp_path / "runs/digits-D16-seed1", 16, [line, line], seeds=(), seed=1)
+    nearest = {"metric": "c_t", "value": -1.23456789, "network": "network-snapshot-000120.pt",
+               "sampler": line["sampler"]}
+    (run / "nearest-found").mkdir()
+    write_lines(run / "nearest-found/metrics.jsonl", [nearest])
+    assert study.keep_records(tmp_path / "runs", tmp_path / "kept") == 1
+    kept = RunRecord.read(tmp_path / "kept/digits-D16-seed1")
+    whole, [first, second] = RunRecord.read(run).scores[0], kept.scores
+    for name in ("metric", "kimg", "D", "num", "seeds", "num_steps", "noise_alpha", "bits",
+                 "detector", "reference", "other"):
+        assert getattr(first, name) == getattr(whole, name), name
+    assert first.value == pytest.approx(whole.value, rel=1e-5)
+    assert (second.metric, second.value) == ("c_t", -1.23457)
+    assert kept.options == RunRecord.read(run).options
+    text = (tmp_path / "kept/digits-D16-seed1/metrics.jsonl").read_text()
+    assert len(text.splitlines()) == 2 and "date" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.scripts
+def test_the_study_runs_and_goes_on(tmp_path):
+    """At a tiny size, from a folder that has the examples only."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    args = ["docs/study.py", "--tiny", "--train-seeds=0,1", "--records=kept"]
+    assert "kept: records of" in run_script(*args, cwd=tmp_path).stdout
+    kept = results.Records.read(tmp_path / "kept")
+    assert {kind: len(runs) for kind, runs in kept.runs.items()} == {
+        "digits": 6, "digits-small": 4, "digits-ect": 4}
+    assert kept.held_out["class_accuracy"] > 0.95
+    for name, make in results.TABLES.items():
+        if name not in ("rounding", "rounding_differences", "answers"):  # of fewer bits
+            assert "| 8 |" in make(kept) or "| 2 |" in make(kept), name
+    with np.load(tmp_path / "kept/samples.npz") as file:
+        assert {name: file[name].shape for name in file.files} == {
+            f"D{D}": (20, 1, 8, 8) for D in ("2", "8", "inf")}
+    before = {path: path.read_bytes() for path in tmp_path.glob("runs/*/metrics.jsonl")}
+    again = run_script(*args, cwd=tmp_path).stdout
+    assert {path: path.read_bytes() for path in before} == before
+    assert not re.search(r": (training|scores|alpha|steps|images|likelihood)$", again, re.M)
+
+
+# -------------------------------------------------------------------------------------- off level
+
+
+@pytest.fixture(scope="module")
+def images():
+    return 0.8 * torch.rand([400, 1, 8, 8], generator=torch.Generator().manual_seed(0)) - 0.4
+
+
+@pytest.mark.parametrize("error, factor", [
+    ("gaussian", 1.0), ("half", 0.5), ("twice", 2.0), ("uniform", 1.0)])
+def test_errors_have_the_deviation_that_they_are_named_for(images, error, factor):
+    x, S = off_level.disturbed(images, error, 0.5, 8, seed=3)
+    found = (x - images).flatten()
+    assert S == 0.5 and float(found.std()) == pytest.approx(factor * 0.5, rel=0.02)  # 25,600 values
+    assert abs(float(found.mean())) < 4 * factor * 0.5 / math.sqrt(found.numel())
+    if error == "uniform":
+        assert float(found.abs().max()) <= 0.5 * math.sqrt(3)
+        assert scipy.stats.kstest(found, "uniform", [-math.sqrt(0.75), math.sqrt(3)]).pvalue > 0.01
+    else:
+        assert scipy.stats.kstest(found / (0.5 * factor), "norm").pvalue > 0.01
+
+
+@pytest.mark.parametrize("D", [4, math.inf])
+def test_kernel_errors_have_the_law_of_the_kernel(images, D):
+    x, _ = off_level.disturbed(images, "kernel", 0.5, D, seed=3)
+    squared = ((x - images) / 0.5).square().flatten(1).sum(1).double()
+    law = scipy.stats.chi2(64) if math.isinf(D) else scipy.stats.f(64, D, scale=64)
+    assert scipy.stats.kstest(squared, law.cdf).pvalue > 0.01
+    assert PerturbationKernel(D).D == D
+
+
+def test_blur_keeps_constants_and_its_level_is_its_own_error(images):
+    x, S = off_level.disturbed(images, "blur", 0.5, 8, seed=3)
+    assert pytest.approx(float((x - images).square().mean().sqrt())) == S
+    flat = torch.full([1, 2, 8, 8], 0.3)
+    assert torch.allclose(off_level.disturbed(flat, "blur", 0.5, 8, seed=3)[0], flat, atol=1e-6)
+    impulse = torch.zeros([1, 1, 5, 5])
+    impulse[0, 0, 2, 2] = 16
+    expected = torch.outer(*[torch.tensor([0.0, 1, 2, 1, 0])] * 2)
+    assert torch.equal(off_level.disturbed(impulse, "blur", 0.5, 8, seed=3)[0][0, 0], expected)
+
+
+def test_psnr_is_that_of_scikit_image(images):
+    metrics = pytest.importorskip("skimage.metrics")
+    x, _ = off_level.disturbed(images[:5], "gaussian", 0.5, 8, seed=3)
+    expected = [metrics.peak_signal_noise_ratio(y.numpy(), each.numpy(), data_range=2.0)
+                for y, each in zip(images, x, strict=False)]
+    assert off_level.mean_psnr(x, images[:5]) == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+def test_what_is_recorded_is_not_recorded_twice(tmp_path):
+    record = {"seeds": "0", "reference_sha256": "ab", "value": 3.0,
+              "sampler": {"weights": "cd", "off_level": "blur, input", "level": 0.5,
+                          "num_steps": 9}}
+    path = tmp_path / "metrics.jsonl"
+    assert not off_level.is_recorded(path, [record])
+    path.write_text(json.dumps(record | {"value": 4.0}) + "\n")
+    assert off_level.is_recorded(path, [record])
+    for change in ({"seeds": "1"}, {"reference_sha256": "x"},
+                   {"sampler": record["sampler"] | {"weights": "x"}},
+                   {"sampler": record["sampler"] | {"level": 1.0}}):
+        assert not off_level.is_recorded(path, [record | change])

@@ -1,0 +1,133 @@
+"""States off their level: how well networks of several D restore images with errors of other kinds.
+
+    y held-out image    x state that the sampler begins with    S deviation of its error x - y
+
+    gaussian     x = y + S z            Gaussian noise, which is what D = inf is trained for
+    kernel       x = y + S sqrt(D/c) z  noise of the network's own kernel
+    half, twice  x = y + S/2 z, y + 2 S z    the sampler begins at S all the same
+    uniform      x = y + S u            u uniform in [-sqrt(3), sqrt(3)]
+    blur         x = y after a binomial filter; S is the root mean square of x - y over all images
+
+The sampler solves from S to 0 by Heun's method. The result is the PSNR of restored images, where
+
+there is not computed again.
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402 - the path above
+import torch.nn.functional as F  # noqa: E402
+
+from checkpoints import checkpoint  # noqa: E402
+from checkpoints.names import find_network, kimg_of_network  # noqa: E402
+from dnnlib.atomic import append_line  # noqa: E402
+from dnnlib.cli import HELP_NAMES, FiniteNumber, run, user_errors  # noqa: E402
+from dnnlib.util import json_value  # noqa: E402
+from images.dataset import ImageFolderDataset  # noqa: E402
+from metrics.score_names import SCORES_FILE  # noqa: E402
+from pfgmpp.kernel import PerturbationKernel  # noqa: E402
+from pfgmpp.samplers import sampler  # noqa: E402
+
+ERRORS = ("gaussian", "kernel", "half", "twice", "uniform", "blur")
+_SPAN = 2.0  # of values in [-1, 1]
+
+
+def disturbed(y: torch.Tensor, error: str, S: float, D: float, seed: int
+              ) -> tuple[torch.Tensor, float]:
+    """Returns images [B, C, H, W] with an error of one of `ERRORS`, and its deviation."""
+    rng = torch.Generator().manual_seed(seed)
+    z = torch.randn(y.shape, generator=rng)
+    if error == "blur":
+        blurred = _blurred(y)
+        return blurred, float((blurred - y).square().mean().sqrt())
+    if error == "kernel":
+        return y + PerturbationKernel(D).sample(tuple(y.shape), S, rng), S
+    if error == "uniform":
+        return y + S * math.sqrt(3) * (2 * torch.rand(y.shape, generator=rng) - 1), S
+    return y + {"gaussian": 1.0, "half": 0.5, "twice": 2.0}[error] * S * z, S
+
+
+def _blurred(y: torch.Tensor) -> torch.Tensor:
+    """Returns images [B, C, H, W] after the binomial filter (1, 2, 1)/4 along both sides."""
+    taps = torch.tensor([0.25, 0.5, 0.25])
+    weight = torch.outer(taps, taps).expand(y.shape[1], 1, 3, 3)
+    return F.conv2d(F.pad(y, (1, 1, 1, 1), mode="replicate"), weight, groups=y.shape[1])
+
+
+def mean_psnr(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Returns the peak signal-to-noise ratio in dB, mean over images [B, C, H, W]."""
+    errors = (x - y).square().flatten(1).mean(1)
+    return float((10 * torch.log10(_SPAN**2 / errors)).mean())
+
+
+def scores(network: str, data: ImageFolderDataset, level: float, num_steps: int, seed: int
+           ) -> list[dict]:
+    """Returns a record for each of `ERRORS`, and one of the state itself, as `sampler` 'none'."""
+    content = checkpoint.load(network)
+    net = checkpoint.build_ema(content)
+    D = net.D or math.inf
+    images, labels = data.get_batch(range(len(data)))[:2]
+    y = data.scaling.to_network(torch.from_numpy(images))
+    class_labels = torch.from_numpy(labels) if net.label_dim else None
+    common = {"D": D, "weights": checkpoint.digest(checkpoint.sampling_weights(content))}
+    found = []
+    for error in ERRORS:
+        x, S = disturbed(y, error, level, D, seed)
+        with torch.inference_mode():
+            restored = sampler(net, torch.zeros_like(x), class_labels, num_steps=num_steps,
+                               sigma_max=S, init=x, init_noise=0.0)
+        for name, state, steps in (("input", x, None), ("restored", restored, num_steps)):
+            found.append({
+                "metric": "psnr", "value": mean_psnr(state, y), "what": name,
+                "network": str(network), "kimg": float(kimg_of_network(Path(network).name) or 0),
+                "num": len(data), "seeds": str(seed), "range": [-1.0, 1.0],
+                "reference": str(data.path), "reference_sha256": data.fingerprint,
+                "sampler": {**common, "off_level": f"{error}, {name}", "level": round(S, 6),
+                            "num_steps": steps}})
+    return found
+
+
+def is_recorded(path: Path, found: list[dict]) -> bool:
+    """Says whether a file of scores has the first of these records, but for its value."""
+    def key(record: dict) -> tuple:
+        settings = {name: record["sampler"].get(name)
+                    for name in ("weights", "off_level", "level", "num_steps")}
+        return record["seeds"], record["reference_sha256"], settings
+    lines = path.read_text().splitlines() if path.exists() else []
+    return any(key(json.loads(line)) == key(found[0]) for line in lines if '"off_level"' in line)
+
+
+@click.command(context_settings=HELP_NAMES)
+@click.argument("run_dirs", nargs=-1, required=True)
+@click.option("--data", metavar="ZIP|DIR", required=True, help="Held-out images, with labels if the networks take them.")
+@click.option("--level", metavar="S", type=FiniteNumber(min=0, min_open=True), default=0.5, show_default=True, help="Deviation of the errors, on the networks' scale.")
+@click.option("--steps", metavar="INT", type=click.IntRange(min=1), default=9, show_default=True, help="Steps of the solver.")
+@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the errors.")
+def main(run_dirs: tuple[str, ...], data: str, level: float, steps: int, seed: int) -> None:
+    """Measures how well networks restore images with errors that are off their level."""
+    with user_errors():
+        dataset = ImageFolderDataset(data, use_labels=True)
+        for run_dir in run_dirs:
+            network = find_network(run_dir)
+            path = Path(network).parent / SCORES_FILE
+            found = scores(network, dataset, level, steps, seed)
+            if not is_recorded(path, found):
+                date = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+                append_line(path, "\n".join(json.dumps(json_value(record | date))
+                                            for record in found))
+            print(f"{run_dir}: " + ", ".join(
+                f"{record['sampler']['off_level'].split(',')[0]} {record['value']:.2f} dB"
+                for record in found if record["what"] == "restored"), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
