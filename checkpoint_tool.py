@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dnnlib.cli import CONTEXT, HELP_NAMES, FiniteNumber, Range, run, user_errors
+from dnnlib.cli import CONTEXT, HELP_NAMES, Range, run, user_errors
 from dnnlib.util import json_value
 
 _key_option = click.option(
@@ -105,7 +105,7 @@ def _plain(value):
               help="Values of its floating-point data that became -1 and 1, if not recorded.")
 @click.option("--cond-scale", metavar="LO,HI", type=Range(),
               help="The same for its condition images.")
-@click.option("--sigma-max", metavar="FLOAT", type=FiniteNumber(min=0, min_open=True),
+@click.option("--sigma-max", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True),
               help="Noise level where sampling starts, if not recorded.")
 @click.option("--half", is_flag=True, help="Store the weights as float16, in half the space.")
 @_key_option
