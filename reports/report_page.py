@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import io
 import math
+import statistics
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -162,9 +163,13 @@ def _family_names(runs: Sequence[RunRecord], found: Sequence[Family]) -> list[st
 
 
 def _decimals(spreads: Iterable[Spread], digits: int = 4) -> int:
-    """Returns the decimals that show the largest value with so many digits."""
-    largest = max((abs(value) for spread in spreads for value in spread.values), default=0)
-    return min(max(digits - 1 - math.floor(math.log10(largest)), 0), 10) if largest else 0
+    """Returns the decimals that show a usual value with so many digits: the median of the means.
+
+    One network that failed has scores a million times larger.
+    """
+    sizes = [size for spread in spreads if (size := max(map(abs, spread.values), default=0))]
+    usual = statistics.median_high(sizes) if sizes else 0
+    return min(max(digits - 1 - math.floor(math.log10(usual)), 0), 10) if usual else 0
 
 
 def _spread(spread: Spread | None, decimals: int) -> str:
@@ -414,7 +419,8 @@ def _difference_cards(comparison: Comparison, names: Sequence[str]) -> list[Card
     decimals = _decimals(spread for _, spread in _base_points(comparison))
     rows = [[names[curve.run], *(_difference(found.get(curve.run), decimals, comparison.group)
                                  for _, found in columns)]
-            for curve in comparison.over_D if any(curve.run in found for _, found in columns)]
+            for curve in sorted(comparison.over_D, key=lambda curve: curve.D or 0)
+            if any(curve.run in found for _, found in columns)]
     return [Card("Differences to D = inf", header=["run", *(title for title, _ in columns)],
                  rows=rows, caption=_OF_DIFFERENCES)] if rows else []
 
@@ -424,6 +430,8 @@ def _difference(difference: Difference | None, decimals: int, group: ScoreGroup)
         return ""
     if difference.half_width is None:
         return f"{difference.mean:+.{decimals}f}\none seed"
+    if difference.half_width > 0:  # two digits of it
+        decimals = min(max(1 - math.floor(math.log10(difference.half_width)), 0), 10)
     return (f"{difference.mean:+.{decimals}f} ± {difference.half_width:.{decimals}f}\n"
             f"{difference.verdict(group.is_lower_better)}")
 
