@@ -28,6 +28,8 @@ from dnnlib.cli import (
     user_errors,
     verbosity_options,
 )
+from dnnlib.plugins import plugin_option
+from dnnlib.registry import names_of
 from metrics.score_names import OF_PAIRS, SCORES_FILE
 from sampling.folders import CKPT_PREFIX, SWEPT, FolderName, seed_of, strays
 from sampling.sampling_options import sampling_options
@@ -89,9 +91,10 @@ def _switch(*names: str, help: str):
 
 
 def _parse_metrics(ctx, param, value: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(value.split(",")))
-    if unknown := [name for name in names if name not in _METRICS]:
-        raise click.BadParameter(f"{unknown[0]!r}: must be a list of {', '.join(_METRICS)}")
+    names, known = tuple(dict.fromkeys(value.split(","))), names_of(_METRICS, "metric")
+    if unknown := [name for name in names if name not in known]:
+        raise click.BadParameter(f"{unknown[0]!r}: must be a list of {', '.join(known)}; "
+                                 "--plugin=FILE adds others")
     return names
 
 
@@ -125,6 +128,7 @@ def _detector_options(command):
                      help="Number of processes that read images ahead; 0 reads in the main "
                           "process  "
                           "[default: up to 3]"),
+        plugin_option(),
     )):
         command = option(command)
     return command
@@ -719,7 +723,10 @@ def _check_metrics(ref_path: str | None, metrics: tuple[str, ...], bootstrap: in
 
 def _needing_classes(metrics: tuple[str, ...], per_class: bool) -> str | None:
     """Returns the flag for which images must have classes; None for none."""
-    return "--per-class" if per_class else "--metrics=ca" if "ca" in metrics else None
+    from metrics.metrics import metrics_that_need
+
+    asking = metrics_that_need("hits", metrics)
+    return "--per-class" if per_class else f"--metrics={asking[0]}" if asking else None
 
 
 def _place_of_features(kept: str | None, num_scores: int) -> Path | None:

@@ -23,6 +23,7 @@ from dnnlib.cli import (
     user_errors,
     verbosity_options,
 )
+from dnnlib.plugins import plugin_option
 from sampling.folders import FolderName, gen_seed_of, is_zip
 from sampling.sampling_options import check_given, sampling_options
 from sampling.sweeps import sweep_points
@@ -80,6 +81,7 @@ def _parse_quantiles(ctx, param, value: str | None) -> tuple[float, ...] | None:
 @click.option("--align", type=click.BOOL, callback=_refuse, expose_value=False, hidden=True)
 @click.option("--align_precond", type=click.BOOL, callback=_refuse, expose_value=False, hidden=True)
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to sample.")
+@plugin_option()
 @cache_dir_option
 @verbosity_options
 def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use_pickle, edm,

@@ -20,6 +20,7 @@ from dnnlib.cli import (
     user_errors,
     verbosity_options,
 )
+from dnnlib.plugins import plugin_option
 from metrics.score_names import SCORES_FILE
 
 _MAX_NAME_BYTES = 80  # of the network's and of the data set's name in that of a table
@@ -53,6 +54,7 @@ def _refuse_guidance(ctx, param, value) -> None:
 @click.option("--gnet", callback=_refuse_guidance, expose_value=False, hidden=True)
 @click.option("--guidance-interval", callback=_refuse_guidance, expose_value=False, hidden=True)
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="Where to compute.")
+@plugin_option()
 @cache_dir_option
 @verbosity_options
 def main(network: str, data: str, val_data: str | None, count: int, steps: int, probes: int,

@@ -27,6 +27,7 @@ from dnnlib.cli import (
     run,
     user_errors,
 )
+from dnnlib.plugins import Plugin, Registered, plugin_option
 from dnnlib.util import counted, format_time, is_url, shown_bytes
 from sampling.sampling_options import check_alpha
 from sampling.sweeps import CONSISTENCY, FULL_BITS, MAX_FEW_STEPS, SOLVERS
@@ -40,7 +41,7 @@ if TYPE_CHECKING:  # imported late: help is instant
 _ROOT = Path(__file__).resolve().parent
 # Flags of train.py that this script gives itself, or that would keep it from going on with a run.
 _NOT_FOR_TRAINING = {"--outdir", "--name", "--data", "--pfgmpp", "--aug_dim", "--resume", "--desc",
-                     "--nosubdir", "--transfer", "--device", "--dry-run", "-n"}
+                     "--nosubdir", "--transfer", "--device", "--dry-run", "-n", "--plugin"}
 
 
 class _Command(click.Command):
@@ -69,7 +70,7 @@ class _Command(click.Command):
 @click.option("--seeds", metavar="LIST", type=IntList(), default="0-49999", help="Seeds of the images to score.")
 @click.option("--ranges", metavar="INT", type=click.IntRange(min=1), default=1, help="Number of seed ranges at the default point; see fid.py.")
 @click.option("--base-steps", metavar="INT", type=click.IntRange(min=1), help="Number of steps at the default point.  [default: 18; few-step networks have their own]")
-@click.option("--solver", type=click.Choice(SOLVERS), help="Solver for all scores and images; see generate.py.  [default: heun; consistency for few-step networks]")
+@click.option("--solver", type=Registered(SOLVERS, "solver"), help="Solver for all scores and images; see generate.py.  [default: heun; consistency for few-step networks]")
 @click.option("--order", metavar="INT", type=click.IntRange(1, 4), help="Order of ipndm.  [default: 3]")
 @click.option("--alpha", metavar="LIST", type=NumberList(float, 0), help="Also score with noise of these strengths before each step.")
 @click.option("--steps", metavar="LIST", type=NumberList(int, 1), help="Also score with these numbers of steps.")
@@ -83,6 +84,7 @@ class _Command(click.Command):
 @click.option("--report", metavar="HTML", help="File for the report.  [default: OUTDIR/report.html]")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the remaining commands and what they will take, then exit.")
 @click.option("--rate", metavar="IMG_PER_S", type=FiniteNumber(min=0, min_open=True), help="Images per second in training, from which --dry-run estimates the hours.  [default: measured on existing runs of the study]")
+@plugin_option(is_exposed=True)
 @click.argument("train_options", metavar="[-- TRAIN_OPTIONS]", nargs=-1, type=click.UNPROCESSED)
 def main(outdir, data, aug_dims, train_seeds, name, runs, nproc, report, dry_run, rate,
          train_options, **scoring):
@@ -121,7 +123,7 @@ def main(outdir, data, aug_dims, train_seeds, name, runs, nproc, report, dry_run
         dims = _parse_dims(aug_dims) if aug_dims else []
         _check_options(train_options, bool(runs), scoring["ref"], train_seeds)
         trainings = [_Training.of(Path(outdir, f"{name or Path(data).stem}-D{D:.15g}"), D, seed,
-                                  data, scoring["device"], train_options)
+                                  data, scoring["device"], scoring["plugin"], train_options)
                      for seed in train_seeds or [None] for D in dims]
         folders = [Path(folder) for folder in runs.split(",")] if runs else [
             training.run_dir for training in trainings]
@@ -293,16 +295,18 @@ class _Training:
 
     @classmethod
     def of(cls, run_dir: Path, D: float, seed: int | None, data: str, device: str,
-           extra: Sequence[str]) -> "_Training":
+           plugin: Plugin | None, extra: Sequence[str]) -> "_Training":
         """Returns the run of a D and a seed, which is 0 if None and not among `extra`."""
         from reports.study import train_step
         noise = ["--pfgmpp=0"] if math.isinf(D) else ["--pfgmpp=1", f"--aug_dim={D:.17g}"]
         if seed is not None:
             run_dir = run_dir.with_name(f"{run_dir.name}-seed{seed}")
         words = [f"--seed={seed or 0}", *extra, f"--outdir={run_dir.parent}",
-                 f"--name={run_dir.name}", f"--data={data}", f"--device={device}", *noise]
+                 f"--name={run_dir.name}", f"--data={data}", f"--device={device}", *noise,
+                 *([plugin.flag] if plugin else [])]
         context = train.main.make_context("train.py", list(words))
-        asked = context.params | {"precision": precision_of(context)}
+        asked = context.params | {"precision": precision_of(context),
+                                  "plugin_sha256": plugin and plugin.sha256}
         return cls(run_dir, train_step(run_dir, ["train.py", *words], asked), context, asked)
 
 

@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 
 from dnnlib.cli import BAD_USAGE, CONTEXT, UserError, describe, run, user_errors
+from dnnlib.plugins import Registered
 from sampling.sweeps import DENOISER_SOLVERS
 from training.config import TrainConfig
 from training.launch import check_flags, config_values, finish_config, launch
@@ -90,8 +91,9 @@ def _use_config(ctx, param, value: str | None) -> None:
 @click.option("--stf", type=_BOOL, default=False, help="Train on stable targets: the posterior mean given the noisy image, over a reference batch (with --cond=1, over its images of the same class). Requires --augment=0.")
 @click.option("--rbatch", metavar="INT", type=int, default=4096, help="Size of the --stf reference batch, including the training batch.")
 @click.option("--lsun", type=_BOOL, default=False, help="Use noise levels for 256x256 images, which are 380/80 times higher.")
-@click.option("--P_mean", "P_mean", metavar="FLOAT", type=float, default=-1.2, help="Mean of ln sigma in training, with --precond=edm. Latents and 512x512 images need other values; EDM2 uses -0.4.")
-@click.option("--P_std", "P_std", metavar="FLOAT", type=float, default=1.2, help="Standard deviation of ln sigma in training, with --precond=edm. EDM2 uses 1.0.")
+@click.option("--loss", type=Registered(["vp", "ve", "edm"], "loss"), help="Noise levels and weights in training.  [default: as --precond]")
+@click.option("--P_mean", "P_mean", metavar="FLOAT", type=float, default=-1.2, help="Mean of ln sigma in training, with the edm loss. Latents and 512x512 images need other values; EDM2 uses -0.4.")
+@click.option("--P_std", "P_std", metavar="FLOAT", type=float, default=1.2, help="Standard deviation of ln sigma in training, with the edm loss. EDM2 uses 1.0.")
 @click.option("--cond-image", type=_BOOL, default=False, help="Train with the data set's condition images.")
 @click.option("--cond-c-in", type=_BOOL, default=False, help="Multiply condition images by c_in, as the PFGM++ forks for CT images do. Requires --cond-image=1.")
 @options(PATCHES, ARCHITECTURE, LENGTH)
@@ -100,7 +102,7 @@ def _use_config(ctx, param, value: str | None) -> None:
 @click.option("--augment", metavar="FLOAT", type=float, default=0.12, help="Augmentation probability; 0 turns augmentation off.")
 @click.option("--label-dropout", metavar="FLOAT", type=float, default=0, help="Share of labels to drop, so that --guidance works without a second network. Requires --cond=1.")
 @options(PERFORMANCE, OUTPUT)
-@click.option("--eval-solver", type=click.Choice(DENOISER_SOLVERS), default="heun", help="Solver for scores and sample grids; see generate.py.")
+@click.option("--eval-solver", type=Registered(DENOISER_SOLVERS, "solver"), default="heun", help="Solver for scores and sample grids; see generate.py.")
 @click.option("--eval-steps", metavar="INT", type=int, default=18, help="Solver steps for scores and sample grids.")
 @click.option("--val-data", metavar="ZIP|DIR", help="Held-out data set. Each tick reports the loss on it.  [default: none]")
 @click.option("--val-num", metavar="INT", type=int, default=2048, help="Maximum number of held-out images to use, chosen at random.")

@@ -326,7 +326,8 @@ def checked_skeleton(config: Any) -> Precond:
     require(type(config) is dict, f"describes its network by {shown(config)}")
     for key, known in (("class_name", PRECONDS), ("model_type", MODELS)):
         require(type(config.get(key)) is str and config[key] in known,
-                f"asks for the {key} {shown(config.get(key))}; known are {', '.join(known)}")
+                f"asks for the {key} {shown(config.get(key))}, which is not known (known are "
+                f"{', '.join(known)}); if it is of a plugin, give --plugin=FILE")
     published = config["class_name"] in _PRECOND_RULES and config["model_type"] in _MODEL_RULES
     rules = (_BASE_RULES | _OWN_RULES | _PRECOND_RULES.get(config["class_name"], {})
              | _MODEL_RULES.get(config["model_type"], {}))

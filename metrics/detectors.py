@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dnnlib.registry import Registry
 from dnnlib.util import file_sha256
 from metrics import dinov2, inception
 from metrics.classifier import Perceptron
@@ -252,11 +253,23 @@ def _way_out(shape: torch.Size, is_8bit: bool) -> str:
     return f"use {', or '.join(ways)}"
 
 
-DETECTORS: dict[str, type[Detector]] = {
+DETECTORS: Registry[type[Detector]] = Registry("detector", {
     "inception": Inception,
     "dinov2": DinoV2,
     "pixels": Pixels,
-}
+})
+
+
+def _names_of_plugin(spec: str) -> tuple[str, str] | None:
+    """Returns (name, distance_name) of a plugin's detector, which tell its file; None of others.
+
+    Kept features and statistics of references are only used again by the detector of this name.
+    """
+    digest = DETECTORS.origins.get(spec)
+    if digest is None:
+        return None
+    name = f"{spec}:{digest[:16]}"
+    return name, title("frechet_distance", name)
 
 
 def detector_class(spec: str) -> type[Detector]:
@@ -295,6 +308,8 @@ def describe_detector(spec: str) -> tuple[str, str]:
         OSError: the weight file can't be read or downloaded.
     """
     kind = detector_class(spec)
+    if names := _names_of_plugin(spec):
+        return names
     if spec in DETECTORS:
         return kind.name, kind.distance_name
     if kind is Pixels:
@@ -330,4 +345,7 @@ def build_detector(spec: str, device: torch.device | str = "cpu") -> Detector:
         return DinoV2(device, place)
     if spec.endswith(".npz"):
         return Classifier(device, spec)
-    return DETECTORS[spec](device) if spec in DETECTORS else Inception(device, path=spec)
+    detector = DETECTORS[spec](device) if spec in DETECTORS else Inception(device, path=spec)
+    if names := _names_of_plugin(spec):
+        detector.name, detector.distance_name = names
+    return detector

@@ -21,7 +21,14 @@ from metrics.detectors import (
     describe_detector,
     detector_class,
 )
-from metrics.metrics import METRICS, FeatureSet, Images, dataset_features
+from metrics.metrics import (
+    METRICS,
+    FeatureSet,
+    Images,
+    check_names,
+    dataset_features,
+    metrics_that_need,
+)
 from metrics.per_class import classes_to_score, scores_by_class
 from metrics.references import MAX_BANK, Reference, load_reference, save_reference
 from metrics.score_names import INCEPTION
@@ -46,6 +53,7 @@ class Evaluator:
         self._data: Images | None = None
         self._reference: Reference | None = None
         self._digest: str | None = None
+        check_names()
         check_classifies(detector, self.metrics)
         if isinstance(reference, str):
             self._load(reference, detector)
@@ -187,9 +195,9 @@ class Evaluator:
 
 def check_classifies(detector: str, metrics: Iterable[str]) -> None:
     """Raises ValueError if a detector lacks the classes that metrics need."""
-    if "is" in metrics:
+    if metrics_that_need("classes", metrics):
         detector_class(detector).check_classes()
-    if "ca" in metrics:
+    if metrics_that_need("hits", metrics):
         detector_class(detector).check_recognises()
 
 

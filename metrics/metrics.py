@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from dnnlib.progress import Progress
+from dnnlib.registry import Registry
 from metrics.detectors import Detector, no_images
 from metrics.distances import (
     density_coverage,
@@ -160,14 +161,30 @@ def _class_accuracy(images: FeatureSet, reference: Reference) -> tuple[float]:
     return (images.hits.share(),)
 
 
-METRICS: dict[str, Metric] = {
+METRICS: Registry[Metric] = Registry("metric", {
     "fid": Metric("moments", ("fid",), False, _frechet),
     "kid": Metric("bank", ("kid", "kid_std"), True, _kernel),
     "pr": Metric("bank", ("precision", "recall"), True, _precision_recall),
     "dc": Metric("bank", ("density", "coverage"), True, _density_coverage),
     "is": Metric("classes", ("is", "is_std"), False, _inception_score),
     "ca": Metric("hits", ("class_accuracy",), False, _class_accuracy),
-}
+})
+
+
+def metrics_that_need(needed: str, metrics: Iterable[str]) -> list[str]:
+    """Returns those of the metrics that need this of the images, see `Metric`."""
+    return [name for name in metrics if METRICS[name].needs == needed]
+
+
+def check_names() -> None:
+    """Raises ValueError where a metric that was added calls a value like one of the others."""
+    taken: dict[str, str] = {}
+    for name, metric in METRICS.items():
+        for value in metric.values:
+            if value in taken:
+                raise ValueError(f"metric {name}: its value {value!r} is called like one of "
+                                 f"{taken[value]}; give it another name")
+            taken[value] = name
 
 
 def collect(batches: Iterable[tuple[torch.Tensor, Sequence[int]]], *, image_shape: Sequence[int],

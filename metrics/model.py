@@ -22,7 +22,7 @@ from dnnlib.util import format_ranges
 from images.given_images import GivenImages, as_numpy, given_images
 from images.scaling import Scaling
 from metrics.evaluator import check_asked
-from metrics.metrics import METRICS
+from metrics.metrics import METRICS, metrics_that_need
 from metrics.score_names import recorded_name
 from metrics.score_report import warn_if_few
 from metrics.scoring import network_features, open_evaluator
@@ -292,9 +292,10 @@ class Model:
             raise ValueError(f"seeds: {len(numbers)} image, at least 2 needed")
         sampler.check_seeds(numbers)
         asked = None
-        if "ca" in names:
+        if asking := metrics_that_need("hits", names):
             if sampler.label_kind != "classes":
-                raise ValueError(f"metrics=ca: {self.file.source} has no classes; leave ca out")
+                raise ValueError(f"metrics={asking[0]}: {self.file.source} has no classes; "
+                                 f"leave {asking[0]} out")
             asked = sampler.classes(numbers)
         configure_backends("fp32")
         evaluator = open_evaluator(detector, _given(ref), names, self.device,

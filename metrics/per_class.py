@@ -34,7 +34,7 @@ def classes_to_score(classes: Sequence[int], reference_classes: Sequence[int],
     Raises:
         ValueError: no class has enough.
     """
-    least = _LEAST[metric]
+    least = _LEAST.get(metric, 2)
     own, real = (Counter(np.asarray(side).tolist()) for side in (classes, reference_classes))
     everywhere = sorted(own | real)
     enough = [k for k in everywhere if min(own[k], real[k]) >= least]

@@ -1,9 +1,10 @@
 """The scores that a file has, so that none is computed again: which of its lines are of what.
 
 Two records are of one score if they agree in `_IDENTITY`: of the same metric, images, detector and
-reference. Images are the same if their number, seeds and sampler are; of the latter, which is what
-generate.json says, the hashes of the weights and of the network are a part. Lines that are damaged,
-or whose values are no finite numbers, are left out.
+reference, and the same file where a plugin has added the metric. Images are the same if their
+number, seeds and sampler are; of the latter, which is what generate.json says, the hashes of the
+weights and of the network are a part. Lines that are damaged, or whose values are no finite
+numbers, are left out.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from typing import Any
 from dnnlib.util import json_value
 
 _IDENTITY = ("metric", "num", "seeds", "sampler", "detector", "detector_sha256",
-             "reference_sha256")
+             "reference_sha256", "plugin")
 # Of generate.json, what decides no image.
 _NO_SETTINGS = ("subdirs", "names", "not_finite")
 Record = dict[str, Any]

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.atomic import append_line
+from dnnlib.registry import origin_record
 from dnnlib.util import format_table, json_value
 from metrics.evaluator import Evaluator
+from metrics.metrics import METRICS
 from metrics.recorded_scores import RecordedScores
 from metrics.score_names import LOWER_IS_BETTER, recorded_name, title
 
@@ -60,7 +62,7 @@ class ScoreLog:
         if path is None or not values:
             return True
         date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        records = [json_value({"metric": self._name(name), "value": value,
+        records = [json_value({"metric": self._name(name), "value": value, **self._origin(name),
                                **of_value.get(name, {}), **self._facts(details), "date": date})
                    for name, value in values.items()]
         try:
@@ -107,7 +109,14 @@ class ScoreLog:
         return self._recorded[path]
 
     def _plain(self, name: str, details: dict[str, Any]) -> dict[str, Any]:
-        return json_value({"metric": self._name(name), **self._facts(details)})
+        return json_value({"metric": self._name(name), **self._origin(name),
+                           **self._facts(details)})
+
+    @staticmethod
+    def _origin(value: str) -> dict[str, str]:
+        """Returns which file a value's metric comes from, if a plugin has added it."""
+        return origin_record(*((METRICS, name) for name, metric in METRICS.items()
+                               if value in metric.values))
 
     def _facts(self, details: dict[str, Any]) -> dict[str, Any]:
         return {**details, "detector": self._detector.name,

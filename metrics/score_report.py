@@ -12,7 +12,7 @@ from dnnlib.util import format_ranges, format_table
 from metrics.detectors import Detector
 from metrics.distances import SUBSET_SIZE
 from metrics.evaluator import Evaluator, check_asked
-from metrics.metrics import METRICS, FeatureSet
+from metrics.metrics import METRICS, FeatureSet, metrics_that_need
 from metrics.per_class import mean_over_classes
 from metrics.score_log import Score, ScoreLog
 from metrics.scoring import Scored, open_evaluator
@@ -81,7 +81,7 @@ class ScoreReport:
     @staticmethod
     def needs_asked(metrics: Iterable[str]) -> bool:
         """Whether metrics need the class that each image should be of."""
-        return "ca" in metrics
+        return bool(metrics_that_need("hits", metrics))
 
     def check_asked(self, num_classes: int, images: str, *, is_part: bool = False) -> None:
         """Raises ValueError if class accuracy is wanted and the detector has other classes.

@@ -32,7 +32,7 @@ from metrics.evaluator import (
     check_classifies,
     check_made_for,
 )
-from metrics.metrics import FeatureSet
+from metrics.metrics import FeatureSet, metrics_that_need
 from metrics.references import Reference, load_reference
 from metrics.unfinished import SAVE_SEC, UnfinishedSums
 from pfgmpp.samplers import SampleBatch
@@ -125,11 +125,11 @@ def check_scoring(detector: str, reference: str, metrics: Iterable[str],
         elif kind is not Inception:  # which has weights
             built = build_detector(detector, "cpu")
             built.dim_of(dataset.image_shape, dataset.scale)
-        if "ca" in metrics and not dataset.has_onehot_labels:
+        if metrics_that_need("hits", metrics) and not dataset.has_onehot_labels:
             raise ValueError("has no classes, which class accuracy needs")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if "ca" in metrics:
+    if metrics_that_need("hits", metrics):
         check_asked(built, dataset.label_dim, name)
     if is_url(reference):
         return

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from dnnlib.registry import Registry
 from pfgmpp.kernel import PerturbationKernel, per_image, scaled_noise
 from pfgmpp.schedules import vp_sigma
 from torch_utils.misc import default_generator
@@ -245,4 +246,5 @@ class VPLoss(DenoisingLoss):
         return vp_sigma(1 + u * (self.epsilon_t - 1), self.beta_d, self.beta_min)
 
 
-LOSSES: dict[str, type[DenoisingLoss]] = {"edm": EDMLoss, "ve": VELoss, "vp": VPLoss}
+LOSSES: Registry[type[DenoisingLoss]] = Registry(
+    "loss", {"edm": EDMLoss, "ve": VELoss, "vp": VPLoss})

@@ -22,12 +22,14 @@ from collections.abc import Sequence
 
 import torch
 
+from dnnlib.registry import Registry
 from pfgmpp.few_steps import FewStep
 from pfgmpp.kernel import PerturbationKernel, per_image
 from pfgmpp.schedules import iddpm_levels, vp_sigma, vp_sigma_inv, vp_sigma_range
 from pfgmpp.unets import DhariwalUNet, SongUNet, check_choice, image_size
 
-MODELS: dict[str, type[torch.nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+MODELS: Registry[type[torch.nn.Module]] = Registry(
+    "network", {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet})
 
 
 class Precond(torch.nn.Module):
@@ -295,10 +297,10 @@ class EDMPrecond(Precond):
         return c_skip, c_out, 1 / total.sqrt(), sigma.log() / 4
 
 
-PRECONDS: dict[str, type[Precond]] = {
+PRECONDS: Registry[type[Precond]] = Registry("preconditioner", {
     "EDMPrecond": EDMPrecond, "VPPrecond": VPPrecond, "VEPrecond": VEPrecond,
     "iDDPMPrecond": iDDPMPrecond,
-}
+})
 
 
 def known_levels(config: dict) -> tuple[float, float]:
@@ -310,6 +312,9 @@ def known_levels(config: dict) -> tuple[float, float]:
     values = {name: config.get(name, parameter.default) for name, parameter in parameters.items()}
     if "beta_d" in values:
         return vp_sigma_range(values["epsilon_t"], values["beta_d"], values["beta_min"])
+    if not {"sigma_min", "sigma_max"} <= values.keys():
+        raise ValueError(f"network class {config['class_name']}: its constructor must name "
+                         "sigma_min and sigma_max, the levels that it knows")
     return values["sigma_min"], values["sigma_max"]
 
 
@@ -327,7 +332,8 @@ def build_network(config: dict) -> Precond:
     kwargs = dict(config)
     name = kwargs.pop("class_name", None)
     if name not in PRECONDS:
-        raise ValueError(f"network class {name!r}: must be one of {', '.join(PRECONDS)}")
+        raise ValueError(f"network class {name!r} is not known (known are {', '.join(PRECONDS)}); "
+                         "if it is of a plugin, give --plugin=FILE")
     try:
         net = PRECONDS[name](**kwargs).to(memory_format=torch.channels_last)
     except TypeError as error:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 
+from dnnlib.registry import Registry
 from pfgmpp.schedules import Schedule
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -257,13 +258,35 @@ def _corrected(
     return (-h).exp() * x + constant * before + linear * (slope - bend * h) + square * bend
 
 
-SOLVERS = {"euler": euler, "heun": heun, "ppfm": ppfm}  # of the equation along any schedule
-MULTISTEP = {"ipndm": ipndm, "dpmpp2m": dpmpp2m, "unipc": unipc}  # of the equation in sigma
+# Of the equation along any schedule, and of that in sigma.
+SOLVERS: Registry[Callable] = Registry("solver", {"euler": euler, "heun": heun, "ppfm": ppfm})
+MULTISTEP: Registry[Callable] = Registry(
+    "solver", {"ipndm": ipndm, "dpmpp2m": dpmpp2m, "unipc": unipc})
 
 
 def num_evaluations(solver: str | None, num_steps: int) -> int:
-    """Returns how often a solver evaluates the network; None is Heun's method."""
+    """Returns how often a solver evaluates the network; None is Heun's method.
+
+    Solvers that are not this project's own are run on one number, to count.
+    """
+    added = {name: registry[name] for registry in (SOLVERS, MULTISTEP) for name in registry.added}
+    if solver in added:
+        return _counted(added[solver], num_steps)
     return 2 * num_steps - 1 if solver in (None, "heun", "ppfm") else num_steps
+
+
+def _counted(solve: Callable, num_steps: int) -> int:
+    """Returns how often a solver evaluates D(x) = 0 in so many steps, the last one to 0."""
+    count = 0
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return torch.zeros_like(x)
+
+    levels = torch.arange(num_steps, -1, -1, dtype=torch.float64)
+    solve(denoise, torch.ones([1, 1, 1, 1], dtype=torch.float64), levels)
+    return count
 
 
 def watched(

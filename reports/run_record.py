@@ -38,6 +38,7 @@ SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"), 
 _NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs", "nfe",
                  "rounding_seed",  # of draws at one number of bits, as seeds are of images
                  "network", "gnet_network",  # hashes, as that of the weights
+                 "network_plugin", "gnet_plugin",  # likewise
                  # These are of the data of the network.
                  "scale", "empty_classes", "empty_class_numbers", "class_counts",
                  "levels"}  # of few-step networks, which follow from num_steps
@@ -47,6 +48,7 @@ _TICK_KEYS = {"kimg": "Progress/kimg", "loss": "Loss/loss", "val_loss": "Loss/va
 _SCORE_PREFIX = "Metrics/"
 _OF_CLASS = "of class"  # a setting of scores of the images of classes
 MEAN_OF_CLASSES = "mean"  # its value for the mean over classes
+OF_PLUGIN = ("plugin", "metric of")  # settings of a plugin's solvers and metrics
 REPORT_PREFIX = "report_"  # of folders of images that are too few to be scored
 
 
@@ -295,7 +297,8 @@ def _score(line: dict, D: float | None) -> Score | None:
         weights=str(sampler.get("weights") or ""),
         nfe=_whole(line.get("nfe") or sampler.get("nfe")),
         network=source if line.get("network") else "",
-        other=_other_settings(sampler) + _pair_settings(line) + _class_setting(line), **text)
+        other=_other_settings(sampler) + _pair_settings(line) + _class_setting(line)
+        + _metric_setting(line), **text)
 
 
 def _kimg_of(source: str) -> float | None:
@@ -332,6 +335,11 @@ def _class_setting(line: dict) -> tuple[tuple[str, str], ...]:
     """Returns the class whose images alone were scored, or 'mean', as a setting of its own."""
     of_class = line.get("of_class")
     return () if of_class is None else ((_OF_CLASS, str(of_class)),)
+
+
+def _metric_setting(line: dict) -> tuple[tuple[str, str], ...]:
+    """Returns the file that a plugin's metric comes from, as a setting of its own."""
+    return ((OF_PLUGIN[1], str(line["plugin"])),) if line.get("plugin") else ()
 
 
 def _D_of(options: dict) -> float | None:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.names import newest_network
+from dnnlib.plugins import Plugin
 from dnnlib.util import format_ranges
 from images.image_files import GENERATE_RECORD
-from reports.run_record import REPORT_PREFIX, RunRecord, Score, read_json, read_scores
+from reports.run_record import OF_PLUGIN, REPORT_PREFIX, RunRecord, Score, read_json, read_scores
 from sampling.folders import FolderName, image_name
 from sampling.sweeps import CONSISTENCY, FULL_BITS
 from training.config import OPTIONS_FILE
@@ -73,6 +74,7 @@ class Study:
     likelihood: int | None = None  # how many images of `val_data` it is measured of
     likelihood_metric: str = "bits_per_dim"  # what it is recorded as, by the type of the data
     val_data: str | None = None
+    plugin: Plugin | None = None
 
     def steps_of(self, run_dir: Path) -> list[Step]:
         """Returns the steps that score a run and sample it for the report."""
@@ -109,7 +111,12 @@ class Study:
         """Returns the command that scores the images of `seeds`."""
         same = [f"--{key}={getattr(self, key)}" for key in ("ref", "metrics", "detector", "device")]
         return ["fid.py", "gen", f"--network={network}", *same, f"--seeds={seeds}", *self._solver,
-                *flags]
+                *flags, *self._plugin]
+
+    @property
+    def _plugin(self) -> list[str]:
+        """The flag of the plugin, if there is one."""
+        return [self.plugin.flag] if self.plugin else []
 
     @property
     def _solver(self) -> list[str]:
@@ -160,7 +167,7 @@ class Study:
                 and self._is_of(score, network)]
         return None if done else [
             "likelihood.py", f"--network={network}", f"--data={self.val_data}",
-            f"--count={self.likelihood}", f"--device={self.device}"]
+            f"--count={self.likelihood}", f"--device={self.device}", *self._plugin]
 
     def _is_of(self, score: Score, network: Path) -> bool:
         """Says whether a score is of the weights that a network has now, as far as is recorded."""
@@ -179,11 +186,12 @@ class Study:
         method = tuple((name, str(value)) for name, value in given.items())
         plain = [tuple(sorted(method + start))
                  for start in [(), *([_LSUN_START] if _is_lsun(run_dir) else [])]]
+        own = {(name, self.plugin.sha256[:16]) for name in OF_PLUGIN} if self.plugin else set()
         scores = [score for score in (read_scores(run_dir) if run_dir.is_dir() else [])
-                  if score.other in plain
+                  if tuple(item for item in score.other if item not in own) in plain
                   and all(getattr(score, name) == value for name, value in sought.items())]
         found = {score.metric for score in scores if self._is_of(score, network)}
-        return all(found & _RECORDED[metric] for metric in self.metrics.split(","))
+        return all(found & _recorded_as(metric) for metric in self.metrics.split(","))
 
     def _image_words(self, run_dir: Path) -> list[str] | None:
         network, tag = network_of(run_dir)
@@ -192,7 +200,7 @@ class Study:
             return None
         return ["generate.py", f"--network={network}", f"--outdir={folder}", "--subdirs",
                 f"--seeds=0-{self.images - 1}", f"--steps={self._base(run_dir)}", *self._solver,
-                f"--device={self.device}"]
+                f"--device={self.device}", *self._plugin]
 
     def _base(self, run_dir: Path) -> int:
         """Returns the steps of the default point of a run."""
@@ -213,6 +221,14 @@ class Study:
                              "remove this folder")
         return all(any((folder / image_name(seed, subdirs=True, extension=extension)).exists()
                        for extension in (".png", ".npy")) for seed in range(self.images))
+
+
+def _recorded_as(metric: str) -> set[str]:
+    """Returns the names of which one shows that a metric is recorded."""
+    if metric in _RECORDED:
+        return _RECORDED[metric]
+    from metrics.metrics import METRICS  # of a plugin, which has imported it
+    return set(METRICS[metric].values)
 
 
 def _few_step(run_dir: Path) -> dict[str, Any] | None:

@@ -42,6 +42,7 @@ from sampling.network_sampler import (
     NetworkFile,
     UsageError,
     open_network,
+    plugin_record,
     recorded_label_kind,
     recorded_scaling,
 )
@@ -292,7 +293,7 @@ class NetworkLikelihood:
             "seed": seed,
             **{name: float(f"{level:.9g}") for name, level in (
                 ("sigma_min", rising[0]), ("sigma_max", rising[-1]))},
-            "precision": precision, "device": device.type}
+            "precision": precision, "device": device.type, **plugin_record(net)}
         cond_scaling = recorded_scaling(content, source, "cond_scale", net.cond_channels) \
             if net.cond_channels else None
         return cls(net, device, tuple(rising), scaling, cond_scaling,

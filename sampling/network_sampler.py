@@ -15,6 +15,7 @@ from checkpoints.checkpoint import highest_level
 from checkpoints.names import find_network
 from dnnlib import console
 from dnnlib.cli import flag_errors
+from dnnlib.registry import origin_record
 from dnnlib.util import format_ranges, json_value
 from images.dataset import ImageFolderDataset
 from images.given_images import GivenImages
@@ -22,7 +23,7 @@ from images.image_files import error_prefix
 from images.scaling import EIGHT_BIT, Scaling
 from pfgmpp.few_steps import FewStep
 from pfgmpp.guidance import EVERYWHERE, GuidedDenoiser, guided
-from pfgmpp.networks import Precond
+from pfgmpp.networks import MODELS, PRECONDS, Precond
 from pfgmpp.samplers import (
     CONSISTENCY,
     ImagesOfSeeds,
@@ -35,6 +36,7 @@ from pfgmpp.samplers import (
 )
 from pfgmpp.schedules import default_range
 from pfgmpp.sizes import TiledDenoiser, size_multiple
+from pfgmpp.solvers import MULTISTEP, SOLVERS
 from sampling.labels import (
     DrawnClasses,
     GivenLabels,
@@ -231,6 +233,8 @@ class NetworkSampler:
                     "class": class_idx, "precision": precision, "device": device.type, "D": net.D,
                     **_recorded_sampler(sampler, net),
                     **_recorded_rounding(bits, rounding_seed),
+                    **plugin_record(net), **origin_record((SOLVERS, sampler.solver),
+                                                          (MULTISTEP, sampler.solver)),
                     **({"compile": True} if compiled else {})}
         _warn_of_init_sigma(net, init_sigma, scaling)
         denoiser, extra = _with_guidance(net, source, guidance, gnet, guidance_interval,
@@ -617,6 +621,11 @@ def _recorded_sampler(sampler: SamplerConfig, net: Precond) -> dict[str, Any]:
     return settings
 
 
+def plugin_record(net: Precond, key: str = "network_plugin") -> dict[str, str]:
+    """Returns what is recorded, as `key`, of the plugin that a network's classes come from."""
+    return origin_record((PRECONDS, type(net).__name__), (MODELS, net.model_type), key=key)
+
+
 def _check_is_denoiser(net: Precond, source: str, encode: str | None, measure: str | None) -> None:
     """Raises UsageError where a few-step network can't do what is asked."""
     if net.few_step is None:
@@ -895,7 +904,8 @@ def _with_guidance(
                              f"{source} on {kind}; give a guide with labels of its kind, or "
                              "without any")
         settings |= {"gnet": file.digest,
-                     "gnet_network": checkpoint.digest(guide.config)[:16]}
+                     "gnet_network": checkpoint.digest(guide.config)[:16],
+                     **plugin_record(guide, "gnet_plugin")}
     elif not net.label_dim:
         raise UsageError(f"--guidance={guidance:g}: {source} has no labels to be guided by; give a "
                          "second network with --gnet")

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from dnnlib.cli import BAD_USAGE, FiniteNumber, NumberList, UserError
+from dnnlib.plugins import Registered
 from sampling.sweeps import CONSISTENCY, FULL_BITS, MULTISTEP, SOLVERS
 
 _OF_GRIDS = {"steps": "--steps", "sigma_min": "--sigma_min", "sigma_max": "--sigma_max",
@@ -126,7 +127,7 @@ _OPTIONS = (
     click.option("--S_min", "S_min", metavar="FLOAT", type=click.FloatRange(min=0), default=0, help="Lowest noise level that is churned."),
     click.option("--S_max", "S_max", metavar="FLOAT", type=click.FloatRange(min=0), default=math.inf, help="Highest noise level that is churned."),
     click.option("--S_noise", "S_noise", metavar="FLOAT", type=click.FloatRange(min=0), default=1, help="Factor on the churn noise."),
-    click.option("--solver", type=click.Choice(SOLVERS), help="Solver. For N steps, heun and ppfm evaluate the network 2N-1 times, the others N times. ppfm is Heun's method with the published code's mistake, to reproduce its results (docs/restoration.md).  [default: heun; consistency for few-step networks]"),
+    click.option("--solver", type=Registered(SOLVERS, "solver"), help="Solver. For N steps, heun and ppfm evaluate the network 2N-1 times, the others N times. ppfm is Heun's method with the published code's mistake, to reproduce its results (docs/restoration.md).  [default: heun; consistency for few-step networks]"),
     click.option("--order", metavar="INT", type=click.IntRange(1, 4), help="Order of ipndm.  [default: 3]"),
     click.option("--sigmas", metavar="LIST|FILE", type=_Levels(), help="Your own noise levels instead of a grid, falling, without the final 0."),
     click.option("--disc", "discretization", type=click.Choice(["vp", "ve", "iddpm", "edm"]), help="Grid of noise levels.  [default: edm]"),

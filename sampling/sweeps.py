@@ -12,7 +12,7 @@ from sampling.folders import suffix
 MULTISTEP = ("ipndm", "dpmpp2m", "unipc")  # see pfgmpp/solvers.py
 CONSISTENCY = "consistency"  # see pfgmpp/few_steps.py
 DENOISER_SOLVERS = ("heun", "euler", "ppfm", *MULTISTEP)
-SOLVERS = (*DENOISER_SOLVERS, CONSISTENCY)
+SOLVERS = (*DENOISER_SOLVERS, CONSISTENCY)  # and those that a plugin adds
 MAX_FEW_STEPS = 64  # evaluations of a few-step network, see pfgmpp/few_steps.py
 FULL_BITS = 32  # and above: the weights as they are
 

@@ -21,6 +21,7 @@ import torch
 from click.testing import CliRunner
 from dicom_slices import dicom, stored
 from pickle_assembler import zip_file
+from plugin_files import parts_of_extending, registries_kept
 from published_archives import write_cifar10, write_lmdb, write_mnist
 from published_files import ForkDenoiser, fork_state
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
@@ -91,10 +92,14 @@ def test_documented_command_parses(words, tmp_path):
     script, args = script_and_args(words)
     (tmp_path / "training_options.json").write_text('{"data": "data.zip"}')
     args = [re.sub("(?<=--config=).*/", f"{tmp_path}/", arg) for arg in args]
+    if any(arg.startswith("--plugin=") for arg in args):
+        (tmp_path / "my_parts.py").write_text(parts_of_extending())
+        args = [arg.replace("--plugin=", f"--plugin={tmp_path}/") for arg in args]
     command = SCRIPTS[script]
     if args and args[0] in getattr(command, "commands", ()):
         command, args = command.commands[args[0]], args[1:]
-    command.make_context(script, list(args))
+    with registries_kept():
+        command.make_context(script, list(args))
 
 
 def test_every_script_is_documented_with_both_launchers():
@@ -261,6 +266,7 @@ def make_world(root):
     write_bare_weights(root / "downloads")
     write_images(root / "photos", ["cats", "dogs"], 8, 36, 40)
     write_tables(root / "downloads")
+    (root / "my_parts.py").write_text(parts_of_extending())
     (root / "examples").mkdir()
     for network in (ROOT / "examples").glob("*.pt"):
         (root / "examples" / network.name).symlink_to(network)
@@ -448,8 +454,9 @@ def run_commands(found, tmp_path, monkeypatch):
     commands = [script_and_args(words) for _, words in found]
     first = ["docs/phantoms.py", "dataset_tool.py"]  # else in their order
     commands.sort(key=lambda command: first.index(command[0]) if command[0] in first else 2)
-    for script, args in commands:
-        run_documented(script, args)
+    with registries_kept():
+        for script, args in commands:
+            run_documented(script, args)
 
 
 @pytest.mark.slow

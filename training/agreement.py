@@ -17,7 +17,7 @@ from training.trainer import Trainer, dataset_record
 
 # What may differ between machines: where files lie, but not whether there are any, and how each of
 # them reads its data.
-_PATHS = {"data", "transfer", "teacher", "eval_ref", "eval_pairs", "val_data"}
+_PATHS = {"data", "transfer", "teacher", "eval_ref", "eval_pairs", "val_data", "plugin"}
 _OWN_OPTIONS = {"workers"}
 _ROOT = Path(__file__).resolve().parent.parent
 _ROOMS = ("dnnlib", "torch_utils", "images", "pfgmpp", "checkpoints", "sampling", "metrics",

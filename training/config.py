@@ -11,10 +11,11 @@ import types
 import typing
 from collections.abc import Sequence
 
+from dnnlib.registry import Registry, names_of, takes_keyword
 from dnnlib.util import json_value, require
 from sampling.sweeps import DENOISER_SOLVERS, SOLVERS
 
-ARCHITECTURES: dict[str, dict] = {
+ARCHITECTURES: Registry[dict] = Registry("architecture", {
     "ddpmpp": {
         "model_type": "SongUNet", "embedding_type": "positional", "encoder_type": "standard",
         "decoder_type": "standard", "channel_mult_noise": 1, "resample_filter": [1, 1],
@@ -26,8 +27,9 @@ ARCHITECTURES: dict[str, dict] = {
         "model_channels": 128, "channel_mult": [2, 2, 2],
     },
     "adm": {"model_type": "DhariwalUNet", "model_channels": 192, "channel_mult": [1, 2, 3, 4]},
-}
+})
 PRECONDITIONERS = {"vp": "VPPrecond", "ve": "VEPrecond", "edm": "EDMPrecond"}
+LOSSES = ("vp", "ve", "edm")  # see pfgmpp/loss.py
 LOG_SINKS = ("tensorboard", "wandb")  # see training/log_sinks.py
 LR_DECAYS = ("none", "rsqrt", "cosine")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -56,12 +58,13 @@ class TrainConfig:
     cond_c_in: bool = False
     arch: str = "ddpmpp"
     precond: str = "edm"
+    loss: str | None = None  # None = that of precond
     pfgmpp: bool = False
     aug_dim: float = 128.0
     stf: bool = False
     rbatch: int = 4096
     lsun: bool = False
-    P_mean: float = -1.2  # of ln sigma, with precond='edm'
+    P_mean: float = -1.2  # of ln sigma, with the loss 'edm'
     P_std: float = 1.2
     duration: float = 200.0  # Mimg
     batch: int = 512
@@ -109,6 +112,8 @@ class TrainConfig:
     val_num: int = 2048
     seed: int = 0
     transfer: str | None = None
+    plugin: str | None = None  # a file that was run first, see dnnlib/plugins.py
+    plugin_sha256: str | None = None
     preset: str | None = None  # a name in presets.PRESETS, whose values are in the other fields
 
     method = None  # not a field here: training/distill_config.py has few-step methods
@@ -116,16 +121,21 @@ class TrainConfig:
     method_defaults: typing.ClassVar[dict] = {}  # that differ from those of the fields
 
     def __post_init__(self):
-        require(self.arch in ARCHITECTURES, f"--arch={self.arch}", " or ".join(ARCHITECTURES))
+        for name, own, kinds in (("arch", ARCHITECTURES.own, ("architecture", "network")),
+                                 ("loss", LOSSES, ("loss",))):
+            value, known = getattr(self, name), names_of(own, *kinds)
+            require(value is None or value in known, f"--{name}={value}", " or ".join(known))
         require(self.precond != "iddpm", "--precond=iddpm", "edm, ve or vp; no training loss is "
                 "published for iddpm (such networks can be sampled)")
-        require(self.precond in PRECONDITIONERS, f"--precond={self.precond}", "edm, ve or vp")
+        preconds = names_of(PRECONDITIONERS, "preconditioner")
+        require(self.precond in preconds, f"--precond={self.precond}", " or ".join(preconds))
         require(not self.pfgmpp or self.aug_dim > 0, f"--aug_dim={self.aug_dim:g}",
                 "positive; leave out --pfgmpp for D = inf")
         require(not self.stf or self.rbatch >= self.batch, f"--rbatch={self.rbatch}",
                 f"at least --batch={self.batch}, whose images it contains")
-        require(not self.lsun or self.precond == "edm", f"--lsun=1 with --precond={self.precond}",
-                "used with --precond=edm")
+        flag = "loss" if self.loss else "precond"
+        given, is_fixed = f"--{flag}={getattr(self, flag)}", self.loss_name in ("ve", "vp")
+        require(not self.lsun or not is_fixed, f"--lsun=1 with {given}", f"used with --{flag}=edm")
         require(not self.stf or not self.cond_image, "--stf=1 with --cond-image=1", "used one "
                 "without the other: stable targets know nothing of the condition")
         require(not self.stf or not self.augment > 0, f"--stf=1 with --augment={self.augment:g}",
@@ -134,14 +144,14 @@ class TrainConfig:
                 "--cond-image=1: without conditions there is nothing to multiply")
         require(self.cond or not self.label_dropout, f"--label-dropout={self.label_dropout:g}",
                 "used with --cond=1: there are no labels to drop")
-        require(self.sigma_data == 0.5 or self.precond == "edm", f"--sigma-data with --precond="
-                f"{self.precond}", "used with --precond=edm")
+        require(self.sigma_data == 0.5 or self.precond not in ("ve", "vp"),
+                f"--sigma-data with --precond={self.precond}", "used with --precond=edm")
         self._check_patches()
         for name in ("P_mean", "P_std"):
             value = getattr(self, name)
-            require(value == _default(name) or self.precond == "edm" or self.method is not None,
-                    f"--{name}={value:g} with --precond={self.precond}", "used with --precond=edm: "
-                    "the noise levels of ve and vp have another law")
+            require(value == _default(name) or not is_fixed or self.method is not None,
+                    f"--{name}={value:g} with {given}", f"used with --{flag}=edm: the noise levels "
+                    "of ve and vp have another law")
         require(math.isfinite(self.P_mean), f"--P_mean={self.P_mean:g}", "finite")
         for name in ("duration", "batch", "tick", "lr", "max_bad_steps", "snap", "dump",
                      "P_std"):
@@ -161,7 +171,7 @@ class TrainConfig:
                 "or --eval and --eval-pairs, or all three")
         require(self.eval_pairs != "", "--eval-pairs=", "a data set; leave it out for none")
         require(self.eval_num >= 2, f"--eval-num={self.eval_num}", "2 or more")
-        solvers = DENOISER_SOLVERS if self.method is None else SOLVERS
+        solvers = names_of(DENOISER_SOLVERS if self.method is None else SOLVERS, "solver")
         require(self.eval_solver in solvers, f"--eval-solver={self.eval_solver}",
                 f"one of {', '.join(solvers)}")
         require(self.eval_steps is None or self.eval_steps >= 1,
@@ -233,6 +243,21 @@ class TrainConfig:
         """Returns what `to_dict` does, without options that decide nothing."""
         unused = self.unused_options
         return {name: value for name, value in self.to_dict().items() if name not in unused}
+
+    @property
+    def loss_name(self) -> str:
+        """The loss; unless one is named, that of the preconditioner, and edm for a plugin's."""
+        return self.loss or (self.precond if self.precond in LOSSES else "edm")
+
+    @property
+    def class_name(self) -> str:
+        """The class of the preconditioner; those of a plugin are named by their class."""
+        return PRECONDITIONERS.get(self.precond, self.precond)
+
+    @property
+    def _architecture(self) -> dict:
+        """Keywords of the architecture; a plugin's class of networks needs none."""
+        return ARCHITECTURES.get(self.arch, {"model_type": self.arch})
 
     @property
     def D(self) -> float:
@@ -310,7 +335,7 @@ class TrainConfig:
         optional = {
             "D": self.aug_dim if self.pfgmpp else None,
             "augment_dim": AUGMENT_DIM if self.augment > 0 else None,
-            "sigma_data": self.sigma_data if self.precond == "edm" else None,
+            "sigma_data": self.sigma_data if self._has_sigma_data else None,
             "label_dropout": self.label_dropout or None, "cond_channels": cond_channels or None,
             "cond_c_in": self.cond_c_in or None,
             "model_channels": self.cbase, "num_blocks": self.nblock,
@@ -319,17 +344,28 @@ class TrainConfig:
         }
         self._check_ares(img_resolution)
         return {
-            "class_name": PRECONDITIONERS[self.precond], "img_resolution": img_resolution,
+            "class_name": self.class_name, "img_resolution": img_resolution,
             "img_channels": img_channels, "label_dim": label_dim, "pfgmpp": self.pfgmpp,
-            "dropout": self.dropout, **ARCHITECTURES[self.arch],
+            **({"dropout": self.dropout} if self.dropout or self.arch in ARCHITECTURES.own else {}),
+            **self._architecture,
             **{key: value for key, value in optional.items() if value is not None},
         }
+
+    @property
+    def _has_sigma_data(self) -> bool:
+        """Whether the preconditioner is told the standard deviation of the data."""
+        if self.precond in PRECONDITIONERS:
+            return self.precond == "edm"
+        from pfgmpp.networks import PRECONDS  # which a plugin has imported
+        return takes_keyword(PRECONDS[self.precond], "sigma_data")
 
     def _check_ares(self, img_resolution: int | Sequence[int]) -> None:
         """Raises ValueError, naming those there are, for an attention resolution that is not there.
 
         A level is named by the longer side of its image, as the U-Nets do.
         """
+        if self.arch not in ARCHITECTURES.own:
+            return  # a plugin's network may have other levels
         size = img_resolution if isinstance(img_resolution, Sequence) else [img_resolution]
         levels = len(self.cres or ARCHITECTURES[self.arch]["channel_mult"])
         if any(side % 2 ** (levels - 1) for side in size):

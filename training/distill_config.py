@@ -17,9 +17,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from dnnlib.registry import names_of
 from dnnlib.util import require
 from sampling.sweeps import MAX_FEW_STEPS
-from training.config import PRECONDITIONERS, TrainConfig
+from training.config import TrainConfig
 
 METHODS = ("ect", "cd", "ipfm")
 OPTIMIZERS = ("radam", "adam")
@@ -42,8 +43,8 @@ _OF_METHOD = {"ect": ("P_mean", "P_std", "ect_q", "ect_k", "ect_b", "ect_c", "ec
               "cd": ("cd_scales", "cd_metric", "cd_decay"),
               "ipfm": ("P_mean", "P_std", "ipfm_alpha", "ipfm_steps", "sigma_init", "aux_lr")}
 # Options of train.py that distill.py does not have.
-_OF_DENOISERS = {"stf", "rbatch", "augment", "label_dropout", "transfer", "eval_solver", "val_data",
-                 "val_num", "teacher_network"}
+_OF_DENOISERS = {"loss", "stf", "rbatch", "augment", "label_dropout", "transfer", "eval_solver",
+                 "val_data", "val_num", "teacher_network"}
 # What a teacher decides.
 _OF_NETWORK = {"arch", "precond", "cbase", "cres", "nblock", "ares", "sigma_data"}
 
@@ -136,8 +137,7 @@ class DistillConfig(TrainConfig):
     @property
     def _precond(self) -> str:
         """The class of the network."""
-        return self.teacher_network["class_name"] if self.teacher_network else (
-            PRECONDITIONERS[self.precond])
+        return self.teacher_network["class_name"] if self.teacher_network else self.class_name
 
     @property
     def _known_levels(self) -> tuple[float, float]:
@@ -179,8 +179,9 @@ class DistillConfig(TrainConfig):
             network.pop(name, None)
         if self.used_boundary:
             network["boundary"] = self.used_boundary
-        return network | {"dropout": self.dropout,
-                          "few_step": FewStep.of(self.method, self.first_level).to_dict()}
+        if self.dropout or network.get("model_type") not in names_of((), "network"):
+            network["dropout"] = self.dropout  # of which a plugin's class may know nothing
+        return network | {"few_step": FewStep.of(self.method, self.first_level).to_dict()}
 
     @property
     def method_defaults(self) -> dict[str, Any]:

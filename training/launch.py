@@ -40,6 +40,12 @@ def precision_of(ctx: click.Context) -> str:
     return precision or "fp32"
 
 
+# Keywords of networks that follow from flags, and what to do where a class does not take one.
+_OF_MODEL = {
+    "dropout": "give --dropout=0", "augment_dim": "give --augment=0",
+    "label_dropout": "leave --label-dropout out", "model_channels": "leave --cbase out",
+    "channel_mult": "leave --cres out", "num_blocks": "leave --nblock out",
+    "attn_resolutions": "leave --ares out"}
 # Flags that say how a run starts, not what it trains.
 _OF_START = {"outdir", "name", "desc", "nosubdir", "device", "resume", "override_options",
              "dry_run", "rate", "quiet", "verbose"}
@@ -57,7 +63,9 @@ def config_values(ctx: click.Context) -> dict[str, Any]:
     flags = ctx.params
     values = {name: value for name, value in flags.items()
               if name not in _OF_START | {"fp16", "compile_"}}
+    plugin = flags["plugin"]
     return values | {"precision": precision_of(ctx), "compile": flags["compile_"],
+                     "plugin": plugin and plugin.path, "plugin_sha256": plugin and plugin.sha256,
                      "seed": flags["seed"] or 0, "log": flags["log"] or ()}
 
 
@@ -127,6 +135,7 @@ def launch(
         from torch_utils import distributed
         from training import agreement
         from training import resume as resuming
+        from training.objectives import build_loss
         from training.sigma_data import settle_sigma_data
 
     with user_errors(), contextlib.ExitStack() as starting, \
@@ -151,6 +160,8 @@ def launch(
             net = _network(config, dataset)
             if net.few_step:
                 _check_levels(config, net)
+            else:
+                build_loss(config, net)  # refuses options that it does not take
             agreement.check_data(dataset)
             if state:
                 state = resuming.settle_data(config, dataset, state, override=override)
@@ -263,8 +274,20 @@ def _network(config, dataset):
     from images.image_files import error_prefix
     from pfgmpp.networks import build_network
     with torch.device("meta"), error_prefix(f"--patch={config.patch}: " if config.patch else ""):
-        return build_network(config.network(dataset.resolution, dataset.num_channels,
-                                            dataset.label_dim, dataset.cond_channels))
+        network = config.network(dataset.resolution, dataset.num_channels, dataset.label_dim,
+                                 dataset.cond_channels)
+        _check_keywords(network)
+        return build_network(network)
+
+
+def _check_keywords(network: dict[str, Any]) -> None:
+    """Raises UserError for an option whose keyword a plugin's class of networks does not take."""
+    from dnnlib.registry import takes_keyword
+    from pfgmpp.networks import MODELS
+    name = network.get("model_type")
+    for key, remedy in _OF_MODEL.items() if name in MODELS.added else ():
+        if key in network and not takes_keyword(MODELS[name], key):
+            raise UserError(f"network class {name}: takes no {key}; {remedy}", BAD_USAGE)
 
 
 def _check_levels(config, net) -> None:
@@ -358,6 +381,7 @@ def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Pa
     outdir.mkdir(parents=True, exist_ok=True)
     words = [dataset_name, "cond" if config.cond else "uncond",
              *([config.method] if config.method else [config.arch, config.precond]),
+             *([config.loss] if config.loss else []),
              f"gpus{distributed.get_world_size()}", f"batch{config.batch}", config.precision]
     text = "-".join(words + ([desc] if desc else []))
     return numbered_dir(outdir, text)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dnnlib.registry import takes_keyword
 from pfgmpp.consistency import ConsistencyDistillationLoss, ConsistencyTuningLoss
 from pfgmpp.distillation import GeneratorDraws, GeneratorLoss
 from pfgmpp.loss import LOSSES, DenoisingLoss
@@ -156,12 +157,25 @@ class Generation(Objective):
 
 
 def build_loss(config: TrainConfig, net: Precond) -> DenoisingLoss:
-    """Returns the denoising loss of the run's preconditioner, at the run's D."""
-    kwargs: dict[str, Any] = {"pfgmpp": config.pfgmpp, "D": config.aug_dim}
-    if config.precond == "edm":
-        kwargs |= {"sigma_data": net.sigma_data, "lsun": config.lsun, "P_mean": config.P_mean,
-                   "P_std": config.P_std}
-    return LOSSES[config.precond](**kwargs)
+    """Returns the denoising loss of a run, at the run's D.
+
+    Of the keywords of `EDMLoss` it gets those that it takes.
+
+    Raises:
+        ValueError: an option is set for which it takes no keyword.
+    """
+    make, usual = LOSSES[config.loss_name], TrainConfig  # whose attributes are the defaults
+    given = {"pfgmpp": config.pfgmpp, "D": config.aug_dim, "lsun": config.lsun,
+             "P_mean": config.P_mean, "P_std": config.P_std,
+             "sigma_data": getattr(net, "sigma_data", 0.5)}
+    kwargs = {name: value for name, value in given.items() if takes_keyword(make, name)}
+    would_matter = {"pfgmpp": config.pfgmpp, "D": config.pfgmpp, "lsun": config.lsun,
+                    "P_mean": config.P_mean != usual.P_mean, "P_std": config.P_std != usual.P_std}
+    for name in [name for name, matters in would_matter.items() if matters and name not in kwargs]:
+        flag = "--aug_dim" if name == "D" else f"--{name}"
+        raise ValueError(f"{flag}={given[name]:g}: the loss {config.loss_name} takes no {name}; "
+                         f"leave {flag} out")
+    return make(**kwargs)
 
 
 def build_objective(config: TrainConfig, net: Precond, teacher: Precond | None = None,

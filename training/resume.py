@@ -40,6 +40,7 @@ RESUME_MAY_CHANGE = {
     "seed": "taken from the state; another one is refused",
     "transfer": "decides where a run begins, not how it continues",
     "teacher": "a file may move: its weights are compared",
+    "plugin": "a file may move: its content is compared",
     "preset": "a name: what it stands for is compared",
     "duration": "how long, not how: to train for longer is a reason to resume; compared with "
                 "--lr-decay=cosine, which ends there",
@@ -288,6 +289,10 @@ def changed_options(now: TrainConfig, then: dict[str, Any], typed: Container[str
                 continue  # the default follows --precision, which differs and is named
             if name == "teacher_sha256":
                 changed.append(f"--teacher={now.teacher or 'none'} (other weights in the state)")
+                continue
+            if name == "plugin_sha256":
+                other = "none" if before[name] is None else "other content"
+                changed.append(f"--plugin={now.plugin or 'none'} ({other} in the state)")
                 continue
             is_default = name not in typed and given[name] == usual[name]
             if is_default and name in of_method:

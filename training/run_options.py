@@ -14,6 +14,7 @@ from dnnlib.cli import (
     cache_dir_option,
     verbosity_options,
 )
+from dnnlib.plugins import Registered, plugin_option
 from training.config import LOG_SINKS, LR_DECAYS
 
 _BOOL = click.BOOL
@@ -50,8 +51,8 @@ def _parse_sigma_data(ctx, param, value: str) -> float | None:
 
 
 ARCHITECTURE = (
-    click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]), default="ddpmpp", help="Network architecture."),
-    click.option("--precond", type=click.Choice(["vp", "ve", "edm", "iddpm"]), default="edm", help="Preconditioning and loss; iddpm cannot be trained."),
+    click.option("--arch", type=Registered(["ddpmpp", "ncsnpp", "adm"], "architecture", "network"), default="ddpmpp", help="Network architecture."),
+    click.option("--precond", type=Registered(["vp", "ve", "edm", "iddpm"], "preconditioner"), default="edm", help="Preconditioning and loss; iddpm cannot be trained."),
     click.option("--cbase", metavar="INT", type=int, help="Channel multiplier.  [default: by architecture]"),
     click.option("--cres", metavar="LIST", type=IntList(unique=False), help="Channels per resolution, e.g. 1,2,2,2.  [default: by architecture]"),
     click.option("--nblock", metavar="INT", type=int, help="Residual blocks per resolution.  [default: by architecture]"),
@@ -119,6 +120,7 @@ START = (
     click.option("--override-options", is_flag=True, help="Resume even if options that affect the results have changed."),
     click.option("-n", "--dry-run", is_flag=True, help="Print the options and what the run will take, then exit."),
     click.option("--rate", metavar="IMG_PER_S", type=FiniteNumber(min=0, min_open=True), help="Images per second over all processes, from which --dry-run estimates the hours."),
+    plugin_option(is_exposed=True),
     verbosity_options,
 )
 

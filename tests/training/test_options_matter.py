@@ -26,7 +26,7 @@ LEARNED = {
     "cond": (True, {}), "cond_image": (True, {}), "cond_c_in": (True, {"cond_image": True}),
     "patch": (4, {}), "patches": (3, {"patch": 4}), "arch": ("ddpmpp", {}), "precond": ("ve", {}),
     "pfgmpp": (True, {}), "aug_dim": (3.0, {"pfgmpp": True}), "stf": (True, {"rbatch": 16}),
-    "rbatch": (24, {"stf": True}), "lsun": (True, {}), "P_mean": (-0.4, {}),
+    "rbatch": (24, {"stf": True}), "lsun": (True, {}), "loss": ("ve", {}), "P_mean": (-0.4, {}),
     "P_std": (1.0, {}), "batch": (16, {}), "cbase": (16, {}),
     "cres": ((1, 1), {}), "nblock": (2, {}), "ares": ((8,), {}), "lr": (2e-2, {}),
     "lr_rampup": (1e-4, {}), "lr_decay": ("rsqrt", {"lr_decay_start": 8e-6}),
@@ -57,6 +57,7 @@ ELSEWHERE = {
     "eval_pairs": "pairs_are_denoised_by_one_evaluation_at_their_noise",
     **dict.fromkeys(("eval_solver", "eval_steps"), "grids_and_scores_are_sampled_as_asked"),
     **dict.fromkeys(("val_data", "val_num"), "a_run_reports_the_held_out_loss_of_its_snapshots"),
+    **dict.fromkeys(("plugin", "plugin_sha256"), "a_run_records_its_file_and_goes_on_only_with_it"),
     "preset": "a_preset_is_a_run_that_can_be_built",
 }
 
