@@ -366,6 +366,7 @@ SMALLER = {
     "docs/toy.py": ["--train-steps=2", "--samples=20"],
     "docs/phantoms.py": ["--num=4", "--side=36"],
     "docs/phases.py": ["--num=5"],
+    "docs/off_level.py": ["--steps=1"],
     "likelihood.py": ["--steps=2", "--count=4", "--device=cpu"],
     "distill.py": ["--duration=0.000016", "--batch=8", "--workers=0", "--samples=0", "--seed=0",
                    "--device=cpu"],
