@@ -678,7 +678,7 @@ def test_every_option_is_free_or_compared_or_in_the_network():
     assert compared & of_training == {
         "stf", "rbatch", "lsun", "batch", "lr", "lr_rampup", "ema", "dropout", "augment", "xflip",
         "patch", "patches", "precision", "ls", "P_mean", "P_std", "clip_grad", "lr_decay",
-        "lr_decay_start"}
+        "lr_decay_start", "loss", "plugin_sha256"}
     assert compared - of_training == {
         "method", "optim", "teacher_sha256", "ect_q", "ect_k", "ect_b", "ect_c", "ect_double",
         "cd_scales", "cd_metric", "cd_decay", "ipfm_alpha", "ipfm_steps", "aux_lr"}
