@@ -53,10 +53,11 @@ class Size:
     low_dims: str = "1,2"
     bits: str = "4,5,6,8"
     likelihood: int = NUM_HELD_OUT
+    early: str = "0000[24]0"  # numbers in the names of earlier networks
 
 
 FULL = Size()
-TINY = Size(0.002, 0.002, 0.002, 16, 1, "8,inf", "2", "4", 2)  # to try the commands
+TINY = Size(0.002, 0.002, 0.002, 16, 1, "8,inf", "2", "4", 2, "000000")  # to try the commands
 
 
 class Command(NamedTuple):
@@ -99,7 +100,8 @@ def commands(outdir: str, seeds: str, size: Size) -> Iterator[Command]:
 def _early_and_few_steps(outdir: str, seeds: str, size: Size) -> Iterator[Command]:
     numbers = IntList()(seeds)
     runs = [f"{outdir}/digits-D{D}-seed{seed}" for seed in numbers for D in size.dims.split(",")]
-    of_snapshots = " ".join(f"'--network={each}/network-snapshot-0000[24]0.pt'" for each in runs)
+    of_snapshots = " ".join(f"'--network={each}/network-snapshot-{size.early}.pt'"
+                            for each in runs)
     yield Command(
         f"fid.py gen {of_snapshots} --ref={DATA} --metrics=fid,kid,ca --detector={JUDGE} "
         f"--seeds=0-{size.num - 1} --device=cpu")

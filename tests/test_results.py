@@ -209,7 +209,8 @@ def test_the_study_runs_and_goes_on(tmp_path):
         "digits": 6, "digits-small": 4, "digits-ect": 4}
     assert kept.held_out["class_accuracy"] > 0.95
     for name, make in results.TABLES.items():
-        if name not in ("rounding", "rounding_differences", "answers"):  # of fewer bits
+        # One finite D has no trend, and there are fewer bits.
+        if name not in ("rounding", "answers") and not name.endswith("differences"):
             assert "| 8 |" in make(kept) or "| 2 |" in make(kept), name
     with np.load(tmp_path / "kept/samples.npz") as file:
         assert {name: file[name].shape for name in file.files} == {
