@@ -23,6 +23,7 @@ import sweep
 import train
 from dnnlib.plugins import load_plugin
 from dnnlib.registry import Registry, names_of, takes_keyword
+from metrics.evaluator import check_classifies
 from pfgmpp.solvers import SOLVERS, euler, heun, num_evaluations
 
 RUN = [*TINY_RUN, "--device=cpu", "--tick=0.008", "--duration=0.000024"]
@@ -348,6 +349,8 @@ def test_what_a_metric_needs_decides_which_detectors_and_images_it_takes(
         write(plugin, PARTS.replace('Metric("moments"', f'Metric("{needs}"'))
         done = invoke(fid.calc, *words)
         assert done.exit_code == 1 and message in done.output, done.output
+        with pytest.raises(ValueError, match=message):  # before any image is read
+            check_classifies("pixels", ["shift"])
     write(plugin)
     done = invoke(fid.calc, *words, "--per-class")
     assert done.exit_code == 0 and re.search(r"^mean +0\b", done.output, re.M), done.output
