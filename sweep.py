@@ -141,9 +141,9 @@ def main(outdir, data, aug_dims, train_seeds, name, runs, nproc, report, dry_run
         for folder in folders:
             steps += study.steps_of(folder)
         steps.append(report_step(out, folders))
-        _run_steps(steps, nproc, dry_run)
+        left = _run_steps(steps, nproc, dry_run)
         if dry_run:
-            _print_plan(steps, trainings, folders, data, rate)
+            _print_plan(left, trainings, folders, data, rate)
 
 
 def _parse_dims(text: str) -> list[float]:
@@ -310,15 +310,14 @@ class _Training:
         return cls(run_dir, train_step(run_dir, ["train.py", *words], asked), context, asked)
 
 
-def _print_plan(steps: Sequence["Step"], trainings: Sequence[_Training], folders: Sequence[Path],
+def _print_plan(left: Sequence[tuple["Step", list[str]]], trainings: Sequence[_Training], folders: Sequence[Path],
                 data: str | None, rate: float | None) -> None:
     """Prints what the steps that are left will take: images, evaluations, bytes and hours."""
     from images.dataset import ImageFolderDataset
     from reports.study import images_to_train, measured_rate
     from training.estimate import Estimate, run_bytes
-    left = [(step, words) for step in steps if (words := step.words()) is not None]
-    names = {id(step) for step, _ in left}
-    to_train = [each for each in trainings if id(each.step) in names]
+    steps = [step for step, _ in left]
+    to_train = [each for each in trainings if each.step in steps]
     num_images = sum(images_to_train(each.run_dir, each.asked) for each in to_train)
     evaluations = sum(step.evaluations(words) for step, words in left)
     backward = 3.0  # how much longer a training step takes than an evaluation, roughly
@@ -349,18 +348,23 @@ def _launched(words: Sequence[str], nproc: int | None) -> list[str]:
     return [sys.executable, *launch, str(_ROOT / words[0]), *words[1:]]
 
 
-def _run_steps(steps: Sequence["Step"], nproc: int | None, dry_run: bool) -> None:
+def _run_steps(steps: Sequence["Step"], nproc: int | None, dry_run: bool
+               ) -> list[tuple["Step", list[str]]]:
+    """Returns the steps that were not done, which were run unless `dry_run`, with their words."""
+    left = []
     for i, step in enumerate(steps, 1):
         words = step.words()
         click.echo(f"[{i}/{len(steps)}] {step.title}" + ("" if words else ": there already"))
         if words is None:
             continue
+        left.append((step, words))
         command = _launched(words, nproc)
         click.echo(shlex.join(command))
         code = 0 if dry_run else _run_script(command)
         if code:
             raise UserError(f"step {i} of {len(steps)} ({step.title}) failed with exit code "
                             f"{code}; run the same command to go on from there", max(code, 1))
+    return left
 
 
 def _run_script(command: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ from click.core import ParameterSource
 from dnnlib.cli import BAD_USAGE, CONTEXT, UserError, describe, run, user_errors
 from dnnlib.plugins import Registered
 from sampling.sweeps import DENOISER_SOLVERS
-from training.config import TrainConfig
+from training.config import LOSSES, TrainConfig
 from training.launch import check_flags, config_values, finish_config, launch
 from training.presets import PRESETS
 from training.run_options import (
@@ -91,7 +91,7 @@ def _use_config(ctx, param, value: str | None) -> None:
 @click.option("--stf", type=_BOOL, default=False, help="Train on stable targets: the posterior mean given the noisy image, over a reference batch (with --cond=1, over its images of the same class). Requires --augment=0.")
 @click.option("--rbatch", metavar="INT", type=int, default=4096, help="Size of the --stf reference batch, including the training batch.")
 @click.option("--lsun", type=_BOOL, default=False, help="Use noise levels for 256x256 images, which are 380/80 times higher.")
-@click.option("--loss", type=Registered(["vp", "ve", "edm"], "loss"), help="Noise levels and weights in training.  [default: as --precond]")
+@click.option("--loss", type=Registered(LOSSES, "loss"), help="Noise levels and weights in training.  [default: as --precond]")
 @click.option("--P_mean", "P_mean", metavar="FLOAT", type=float, default=-1.2, help="Mean of ln sigma in training, with the edm loss. Latents and 512x512 images need other values; EDM2 uses -0.4.")
 @click.option("--P_std", "P_std", metavar="FLOAT", type=float, default=1.2, help="Standard deviation of ln sigma in training, with the edm loss. EDM2 uses 1.0.")
 @click.option("--cond-image", type=_BOOL, default=False, help="Train with the data set's condition images.")

@@ -71,26 +71,23 @@ class FeatureSet:
         assert "hits" not in needs or len(asked) == count, "a class for each image"
         self.hits = ClassHits(asked) if "hits" in needs else None
         self.features: torch.Tensor | None = None  # [n, d] on rank 0, after `finish`
+        self._are_finite = torch.tensor(True)  # asked at the end: nothing waits for the device
 
     def append(self, images: torch.Tensor, numbers: Sequence[int]) -> None:
         """Adds images [B, C, H, W] of these numbers, uint8 or float32."""
         self.append_features(self.detector(images), numbers)
 
     def append_features(self, features: torch.Tensor, numbers: Sequence[int]) -> None:
-        """Adds features [B, d] of images of these numbers.
-
-        Raises:
-            ValueError: they are not finite.
-        """
-        if not torch.isfinite(features).all():
-            raise ValueError(f"detector {self.detector.name}: features of an image are not finite; "
-                             "its weights may be damaged")
+        """Adds features [B, d] of images of these numbers."""
+        self._are_finite = torch.isfinite(features).all() & self._are_finite
         if self.moments:
             self.moments.append(features)
         if self.bank:
             self.bank.append(features, numbers)
-        for sums in filter(None, (self.classes, self.hits)):
-            sums.append(self.detector.logits(features), numbers)
+        if self.classes or self.hits:
+            logits = self.detector.logits(features)
+            for sums in filter(None, (self.classes, self.hits)):
+                sums.append(logits, numbers)
 
     def add(self, batches: Iterable[tuple[torch.Tensor, Sequence[int]]],
             progress: Progress) -> None:
@@ -110,7 +107,14 @@ class FeatureSet:
         dist.raise_first(error)
 
     def finish(self) -> None:
-        """Merges what the ranks have."""
+        """Merges what the ranks have.
+
+        Raises:
+            ValueError: features are not finite. All ranks raise it.
+        """
+        if not all(dist.gather_objects(bool(self._are_finite))):
+            raise ValueError(f"detector {self.detector.name}: features of an image are not finite; "
+                             "its weights may be damaged")
         if self.moments:
             self.moments.all_reduce()
         for sums in filter(None, (self.classes, self.hits)):

@@ -163,9 +163,9 @@ def _family_names(runs: Sequence[RunRecord], found: Sequence[Family]) -> list[st
 
 
 def _decimals(spreads: Iterable[Spread], digits: int = 4) -> int:
-    """Returns the decimals that show a usual value with so many digits: the median of the means.
+    """Returns the decimals that show a usual value with so many digits.
 
-    One network that failed has scores a million times larger.
+    That is the median of the largest values: one network may have failed, and score millions.
     """
     sizes = [size for spread in spreads if (size := max(map(abs, spread.values), default=0))]
     usual = statistics.median_high(sizes) if sizes else 0

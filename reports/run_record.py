@@ -31,9 +31,9 @@ _SAMPLES_NAME = re.compile(rf"samples-({KIMG})\.png")
 _TOTAL_LINE = re.compile(r"^total +\S+ +([\d,]+)$", re.M)  # of the table of parameters in log.txt
 # The defaults of sampler settings, see pfgmpp.samplers.SamplerConfig.
 SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"), ("S_noise", 1),
-                     ("precision", "fp32"), ("solver", "heun"), ("discretization", "edm"),
-                     ("schedule", "linear"), ("scaling", "none"), ("order", 3),
-                     ("init_noise", 1), ("blend", 1)]
+                    ("precision", "fp32"), ("solver", "heun"), ("discretization", "edm"),
+                    ("schedule", "linear"), ("scaling", "none"), ("order", 3),
+                    ("init_noise", 1), ("blend", 1)]
 # The first three are the axes of sweeps; comparisons ignore the others.
 _NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs", "nfe",
                  "rounding_seed",  # of draws at one number of bits, as seeds are of images

@@ -102,9 +102,9 @@ class Study:
             return self.likelihood * _EVALUATIONS_OF_LIKELIHOOD
         images = self.images if words[0] == "generate.py" else len(self.seeds)
         points = len(given.get("alpha", given.get("bits", "")).split(","))
-        is_heun = (self.solver in (None, "heun", "ppfm")
-                   and not _few_step(Path(given["network"]).parent))
-        once = sum(2 * number - 1 if is_heun else number for number in steps)
+        from pfgmpp.solvers import num_evaluations  # imports PyTorch
+        solver = CONSISTENCY if _few_step(Path(given["network"]).parent) else self.solver
+        once = sum(num_evaluations(solver, number) for number in steps)
         return images * once * points * int(given.get("ranges", 1))
 
     def score_words(self, network: Path, seeds: str, *flags: str) -> list[str]:

@@ -277,7 +277,7 @@ def make_world(root):
     np.savez(root / "digits.npz", digits.images.astype(np.uint16)[..., None], digits.target)
     write_restored(root)
     write_ct_network(root)
-    for name in ("digits", "digits-D8-seed0"):
+    for name in ("digits", "digits-D8-seed0", "digits-Dinf-seed0"):
         (root / "runs" / name).mkdir()
         write_snapshot(root / f"runs/{name}/network-snapshot-000000.pt", shape=(1, 8, 8),
                        label_dim=10, dataset={"scale": {"center": [8.0], "spread": [8.0]}})

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import re
 import shutil
 import zipfile
@@ -503,14 +504,15 @@ def test_the_shipped_digits_are_those_of_scikit_learn():
     assert data.scale == {"center": [8.0], "spread": [8.0]}
 
 
-def test_features_that_are_not_finite_are_refused():
-    class Broken(Pixels):
-        def __call__(self, images):
-            return super().__call__(images) / 0
-
-    found = FeatureSet(2, Broken(), ["fid"])
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_features_that_are_not_finite_are_refused(lost):
+    images = torch.zeros(3, 1, 4, 4)
+    images[lost, 0, 1, 2] = math.nan if lost else math.inf
+    found = FeatureSet(3, Pixels(), ["fid"])
+    found.append(images[:2], [0, 1])
+    found.append(images[2:], [2])
     with pytest.raises(ValueError, match="detector pixels: features of an image are not finite"):
-        found.append(torch.zeros(2, 1, 4, 4), [0, 1])
+        found.finish()
 
 
 @pytest.mark.parametrize("flag, words", [

@@ -291,6 +291,22 @@ def test_images_that_are_not_finite_have_no_score(diverged, tmp_path, invoke):
     assert "4 of 4 images have values that are not finite, so there is no score" in result.stderr
 
 
+def test_floats_that_are_not_finite_have_no_score_either(diverged, tmp_path, invoke):
+    """Their features are not finite, and yet it is the seeds that are named, not the detector."""
+    scale = {"center": [8.0], "spread": [8.0]}
+    content = checkpoint.load(diverged) | {"dataset": {"scale": scale}}
+    checkpoint.save(tmp_path / "net.pt", {key: value for key, value in content.items()
+                                          if key != "version"})
+    (tmp_path / "ref").mkdir()
+    for i in range(4):
+        np.save(tmp_path / f"ref/{i}.npy", np.full([3, 8, 8], i, np.uint16))
+    (tmp_path / "ref/dataset.json").write_text(json.dumps({"labels": None, "scale": scale}))
+    result = invoke(fid.main, "gen", f"--network={tmp_path / 'net.pt'}", "--seeds=0-3", "--steps=2",
+                    f"--ref={tmp_path / 'ref'}", "--detector=pixels", "--device=cpu")
+    assert result.exit_code == 1
+    assert "4 of 4 images have values that are not finite, so there is no score" in result.stderr
+
+
 def test_a_network_is_named_by_its_run_directory(unbalanced, tmp_path, invoke):
     content = unbalanced.read_bytes()
     for name in ("network-snapshot-000009.pt", "network-snapshot-000010.pt",
