@@ -35,7 +35,6 @@ from sampling.folders import CKPT_PREFIX, SWEPT, FolderName, seed_of, strays
 from sampling.sampling_options import sampling_options
 
 _METRICS = ("fid", "kid", "pr", "dc", "is", "ca")
-_WITHOUT_REFERENCE = {"is", "ca"}
 _RUN_OPTIONS = "training_options.json"  # of a run directory
 _MAX_NAMED = 6  # folders in a message
 _MAX_WORKERS = 3  # by default; a GPU's Inception waits for no more
@@ -712,10 +711,13 @@ def _report_pairs(paired, scores, values: tuple[float, float], clip: bool, image
 
 def _check_metrics(ref_path: str | None, metrics: tuple[str, ...], bootstrap: int | None,
                    per_class: bool) -> None:
-    comparing = [name for name in metrics if per_class or name not in _WITHOUT_REFERENCE]
-    if ref_path is None and comparing:
-        raise UserError("Missing option '--ref': reference statistics (.npz) or the data set, "
-                        f"needed by {', '.join(comparing)}", BAD_USAGE)
+    if ref_path is None:
+        from metrics.metrics import metrics_that_compare
+
+        comparing = metrics if per_class else metrics_that_compare(metrics)
+        if comparing:
+            raise UserError("Missing option '--ref': reference statistics (.npz) or the data set, "
+                            f"needed by {', '.join(comparing)}", BAD_USAGE)
     if bootstrap is not None and "fid" not in metrics:
         raise UserError(f"--bootstrap with --metrics={','.join(metrics)}: finds the interval of fid; "
                         "name fid too, or leave --bootstrap out", BAD_USAGE)

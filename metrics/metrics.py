@@ -138,6 +138,7 @@ class Metric:
     values: tuple[str, ...]  # the names that they are recorded by, for Inception's features
     needs_reference_features: bool  # whether the reference's mean and covariance are not enough
     compute: Callable[[FeatureSet, Reference], tuple[float, ...]]
+    needs_reference: bool = True  # else `compute` may get None for it
 
 
 def _frechet(images: FeatureSet, reference: Reference) -> tuple[float]:
@@ -170,14 +171,19 @@ METRICS: Registry[Metric] = Registry("metric", {
     "kid": Metric("bank", ("kid", "kid_std"), True, _kernel),
     "pr": Metric("bank", ("precision", "recall"), True, _precision_recall),
     "dc": Metric("bank", ("density", "coverage"), True, _density_coverage),
-    "is": Metric("classes", ("is", "is_std"), False, _inception_score),
-    "ca": Metric("hits", ("class_accuracy",), False, _class_accuracy),
+    "is": Metric("classes", ("is", "is_std"), False, _inception_score, needs_reference=False),
+    "ca": Metric("hits", ("class_accuracy",), False, _class_accuracy, needs_reference=False),
 })
 
 
 def metrics_that_need(needed: str, metrics: Iterable[str]) -> list[str]:
     """Returns those of the metrics that need this of the images, see `Metric`."""
     return [name for name in metrics if METRICS[name].needs == needed]
+
+
+def metrics_that_compare(metrics: Iterable[str]) -> list[str]:
+    """Returns those of the metrics that compare the images with a reference."""
+    return [name for name in metrics if METRICS[name].needs_reference]
 
 
 def check_names() -> None:

@@ -22,7 +22,7 @@ from dnnlib.util import format_ranges
 from images.given_images import GivenImages, as_numpy, given_images
 from images.scaling import Scaling
 from metrics.evaluator import check_asked
-from metrics.metrics import METRICS, metrics_that_need
+from metrics.metrics import METRICS, metrics_that_compare, metrics_that_need
 from metrics.score_names import recorded_name
 from metrics.score_report import warn_if_few
 from metrics.scoring import network_features, open_evaluator
@@ -52,7 +52,6 @@ _MAX_NAMED = 6  # seeds in a message
 _FLAGS = {"steps": "num_steps", "alpha": "noise_alpha", "disc": "discretization",
           "labels": "label_source", "compile": "compiled"}
 _OF_NETWORK = ("source", "device", "key", "pfgmpp", "aug_dim", "precision", "built")  # of `load`
-_WITHOUT_REFERENCE = ("is", "ca")  # metrics
 _Images = Any  # a data set's path, or images in memory, see images/given_images.py
 _Seeds = int | Iterable[int] | None
 
@@ -274,7 +273,8 @@ class Model:
         Only of Inception's features a distance is called fid, else frechet_distance.
 
         Args:
-            ref: reference statistics or the data set; not needed by 'is' and 'ca'.
+            ref: reference statistics or the data set; not needed by 'is', 'ca', and other metrics
+                with needs_reference=False.
             metrics: 'fid', 'kid', 'pr', 'dc', 'is', 'ca': one, several with commas, or a list.
             detector: what makes features of images, as --detector of fid.py.
             seeds: one for each image.
@@ -391,7 +391,7 @@ def _metric_names(metrics: str | Sequence[str], ref: _Images) -> tuple[str, ...]
     names = tuple(dict.fromkeys(metrics.split(",") if isinstance(metrics, str) else metrics))
     if not names or not set(names) <= set(METRICS):
         raise ValueError(f"metrics={','.join(names)}: must be of {', '.join(METRICS)}")
-    comparing = [name for name in names if name not in _WITHOUT_REFERENCE]
+    comparing = metrics_that_compare(names)
     if ref is None and comparing:
         raise ValueError(f"ref: {', '.join(comparing)} needs reference statistics or the data set")
     return names

@@ -24,6 +24,7 @@ import train
 from dnnlib.plugins import load_plugin
 from dnnlib.registry import Registry, names_of, takes_keyword
 from metrics.evaluator import check_classifies
+from pfgmpp import load
 from pfgmpp.solvers import SOLVERS, euler, heun, num_evaluations
 
 RUN = [*TINY_RUN, "--device=cpu", "--tick=0.008", "--duration=0.000024"]
@@ -354,6 +355,25 @@ def test_what_a_metric_needs_decides_which_detectors_and_images_it_takes(
     write(plugin)
     done = invoke(fid.calc, *words, "--per-class")
     assert done.exit_code == 0 and re.search(r"^mean +0\b", done.output, re.M), done.output
+
+
+def test_a_metric_without_reference_scores_images_alone(invoke, plugin, tmp_path, dataset_zip):
+    words = [f"--images={dataset_zip}", "--num=40", "--detector=pixels", f"--plugin={plugin}",
+             "--metrics=shift", "--device=cpu", "--workers=0"]
+    done = invoke(fid.calc, *words)
+    assert done.exit_code == 2 and "needed by shift" in done.output, done.output
+    write(plugin, PARTS.replace("False, shift)", "False, shift, needs_reference=False)")
+          .replace("- reference.mu", "- (0 if reference is None else 9)"))
+    forget()
+    alone = invoke(fid.calc, *words)
+    against = invoke(fid.calc, *words, f"--ref={dataset_zip}")
+    assert (alone.exit_code, against.exit_code) == (0, 0), alone.output + against.output
+    values = [float(done.output.split()[-1]) for done in (alone, against)]
+    assert 0 < values[0] < 9 < values[1]
+    net = load(write_snapshot(tmp_path / "net.pt"), device="cpu")
+    assert net.score(metrics="shift", seeds=8, steps=2, detector="pixels")["mean_shift"] > 0
+    with pytest.raises(ValueError, match="fid needs reference"):
+        net.score(metrics="shift,fid", seeds=8, steps=2, detector="pixels")
 
 
 def test_a_study_gives_the_file_to_its_scripts_and_runs_it_once(
