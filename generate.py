@@ -29,6 +29,7 @@ from sampling.sampling_options import check_given, sampling_options
 from sampling.sweeps import sweep_points
 
 _MAX_SHOWN = 64  # images in a grid
+_MAX_SEARCHED = 512  # seeds, for equally many images of each class
 _MAX_NAMED = 6  # seeds or states in a message
 _DEFAULT_SEEDS = 64  # --seeds=0-63
 
@@ -156,7 +157,7 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
                 if rows and not failed and distributed.get_rank() == 0:
                     _save_rows(sampler, folder, rows, is_movie=interpolate is not None)
                 if save_images and distributed.get_rank() == 0:
-                    _save_pictures(sampler, folder, made[:min(batch, _MAX_SHOWN)], window)
+                    _save_pictures(sampler, folder, made, min(batch, _MAX_SHOWN), window)
                 distributed.barrier()
             if bad:
                 raise ValueError("not all images are there, see the warnings above")
@@ -481,20 +482,28 @@ def _save_rows(sampler, folder: Path, columns: int, *, is_movie: bool) -> None:
     save_gif(folder / PICTURES / "interpolation.gif", [image_grid([[p]]) for p in pictures])
 
 
-def _save_pictures(sampler, folder, seeds, window: tuple[float, float] | None) -> None:
-    """Writes a grid of the images of `seeds` and a movie of how they came about.
+def _save_pictures(sampler, folder, seeds, most: int,
+                   window: tuple[float, float] | None) -> None:
+    """Writes a grid of the images of up to `most` seeds and a movie of their sampling.
 
-    Of images of several sizes those are shown that have the size of the first.
+    It shows equally many images of each class if it can, and of images of several sizes only those
+    that have the size of the first.
     """
-    from images.grid import save_gif, save_png, square_grid
+    from images.grid import even_classes, save_gif, save_png, square_grid
     from images.image_files import PICTURES
     from images.scaling import display_window
     (folder / PICTURES).mkdir(exist_ok=True)
-    seeds = [seed for seed in seeds if sampler.shape_of(seed) == sampler.shape_of(seeds[0])]
-    classes = sampler.classes(seeds)
+    seeds = [seed for seed in itertools.islice(seeds, _MAX_SEARCHED)
+             if sampler.shape_of(seed) == sampler.shape_of(seeds[0])]
+    parts = [sampler.classes(seeds[i:i + most]) for i in range(0, len(seeds), most)]
+    classes = None if None in parts else [k for part in parts for k in part]
+    chosen = classes and even_classes(classes, most)
+    if chosen is None:
+        chosen = range(min(len(seeds), most))
+    classes = classes and [classes[i] for i in chosen]
     shown = window and display_window(*window)
     frames = [square_grid(images.numpy(), classes, sampler.class_names)
-              for images in sampler.trajectory(seeds, shown)]
+              for images in sampler.trajectory([seeds[i] for i in chosen], shown)]
     save_png(folder / PICTURES / "grid.png", frames[-1])
     save_gif(folder / PICTURES / "movie.gif", frames)
 

@@ -73,10 +73,8 @@ def _use_config(ctx, param, value: str | None) -> None:
         options = check_options(found)
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"--config={value}: {describe(error)}", BAD_USAGE) from error
-    if "sigma_data" in options and options["sigma_data"] is None:
-        options["sigma_data"] = "auto"
     ctx.default_map = {_PARAMETERS.get(key, key): option for key, option in options.items()
-                       if option is not None}
+                       if option is not None or key == "sigma_data"}
 
 
 @click.command(cls=_Command, context_settings=CONTEXT)

@@ -113,9 +113,7 @@ def main() -> None:
     data, held_out = OUT / "digits-train.zip", OUT / "digits-held-out.zip"
     run(f"python dataset_tool.py split {SOURCE} --val=0.2 --dest={data} --val-dest={held_out}")
     run(f"python train.py --outdir={OUT}/runs --name=digits-8 --resume=auto --data={data} "
-        "--cond=1 --pfgmpp=1 --aug_dim=8 --arch=ncsnpp --cbase=32 --cres=1 --nblock=2 --batch=128 "
-        "--lr=2e-3 --lr-rampup=0.005 --ema=0.005 --dropout=0 --augment=0 --sigma-data=auto "
-        f"--duration={MIMG:g} --tick=10 --snap=10 --dump=4 --samples=16 --seed=0 --device=cpu")
+        f"--preset=digits8 --pfgmpp=1 --aug_dim=8 --duration={MIMG:g} --seed=0 --device=cpu")
     network = OUT / "runs" / "digits-8" / f"network-snapshot-{int(MIMG * 1e3):06d}.pt"
     found = {
         "samples of the trained network": scores(

@@ -1,5 +1,6 @@
 """Grids of images as PNG files, rows labelled, and as animations."""
 
+import collections
 import functools
 import math
 import unicodedata
@@ -42,8 +43,7 @@ def image_grid(
     zoom = max(-(-min_side // highest), 1)
     height, width = (max(sides) * zoom + _GAP for sides in zip(*shapes, strict=True))
     font_size = min(max(height // 4, 10), _MAX_FONT)
-    fonts = [_font_for(label, font_size) or PIL.ImageFont.load_default(font_size)
-             for label in labels]
+    fonts = [_font_for(label, font_size) or _font(None, font_size) for label in labels]
     margin = math.ceil(max(map(PIL.ImageFont.FreeTypeFont.getlength, fonts, labels), default=0))
     margin += font_size * 2 // 3 if margin else 0
     columns = max(len(row) for row in rows)
@@ -75,7 +75,9 @@ def image_grid(
                                  y + (height - _GAP - foot - shown.height) // 2))
             if captions:
                 draw.text((x + (width - _GAP) // 2, top + (i + 1) * height), captions[i][j],
-                          fill="black", anchor="md", font_size=caption_size)
+                          fill="black", anchor="md",
+                          font=_font_for(captions[i][j], caption_size)
+                          or _font(None, caption_size))
     return canvas
 
 
@@ -104,30 +106,65 @@ def _enlarged(image: np.ndarray, zoom: int) -> PIL.Image.Image:
 
 def square_grid(images: np.ndarray, classes: Sequence[int] | None = None,
                 names: Sequence[str] | None = None) -> PIL.Image.Image:
-    """Returns one picture of uint8 images [B, C, H, W], about as square as even rows allow.
+    """Returns one picture of uint8 images [B, C, H, W], about as square as full rows allow.
 
-    With up to 16 `classes` among the images, each begins a row of its own, labelled by its name or
-    number.
+    If there are up to 16 `classes` with equally many images each, every class begins a row, which
+    is labelled by its name or number. Otherwise the images are sorted by class, and each has the
+    label of its class below it.
     """
-    columns = _num_columns(len(images))
-    found = sorted(set(classes or ()))
-    groups = {"": range(len(images))}
-    if 0 < len(found) <= _MAX_CLASSES:
-        groups = {class_label(k, names): [i for i, own in enumerate(classes) if own == k]
-                  for k in found}
-    rows, labels = [], []
-    for label, numbers in groups.items():
-        for start in range(0, len(numbers), columns):
-            rows.append([images[i] for i in numbers[start:start + columns]])
-            labels.append("" if start else label)
-    return image_grid(rows, labels)
+    if classes is None:
+        return image_grid(_lines(images, _num_columns(len(images), len(images))))
+    groups = [[i for i, own in enumerate(classes) if own == k] for k in sorted(set(classes))]
+    labels = [class_label(classes[numbers[0]], names) for numbers in groups]
+    if len(groups) <= _MAX_CLASSES and len(set(map(len, groups))) == 1:
+        columns = _num_columns(len(groups[0]), len(images))
+        lines = [_lines(numbers, columns) for numbers in groups]
+        return image_grid([[images[i] for i in line] for group in lines for line in group],
+                          [text for label, group in zip(labels, lines, strict=True)
+                           for text in (label, *[""] * (len(group) - 1))])
+    shown = [(images[i], label) for label, numbers in zip(labels, groups, strict=True)
+             for i in numbers]
+    lines = _lines(shown, _num_columns(len(images), len(images)))
+    return image_grid([[image for image, _ in line] for line in lines],
+                      captions=[[label for _, label in line] for line in lines])
 
 
-def _num_columns(count: int) -> int:
-    """Returns columns that make all rows full, if there are such of at most twice the rows."""
+def even_classes(classes: Sequence[int], most: int) -> list[int] | None:
+    """Returns positions of equally many images of each class, at most `most` in total, in order.
+
+    They are the first of their classes, in numbers that fill rows. Returns None if there are too
+    many classes for rows of their own, or if this would leave out more than a quarter of the images
+    that could be shown.
+    """
+    counts = collections.Counter(classes)
+    size = min(min(counts.values()), most // len(counts))
+    size -= size % 4 if size > 8 else 0
+    if len(counts) > _MAX_CLASSES or 4 * size * len(counts) < 3 * min(most, len(classes)):
+        return None
+    seen: collections.Counter = collections.Counter()
+    chosen = []
+    for i, own in enumerate(classes):
+        if seen[own] < size:
+            seen[own] += 1
+            chosen.append(i)
+    return chosen
+
+
+def _lines(values: Sequence, columns: int) -> list[Sequence]:
+    return [values[start:start + columns] for start in range(0, len(values), columns)]
+
+
+def _num_columns(size: int, count: int) -> int:
+    """Returns the number of columns for groups of `size` images, of `count` images in total.
+
+    Rows are full if some number of columns allows that and the picture stays about square.
+    """
     root = math.ceil(math.sqrt(count))
-    full = [columns for columns in range(root, 2 * root) if count % columns == 0]
-    return full[0] if full and full[0] <= 2 * (count // full[0]) else root
+    if size <= root:
+        return size
+    full = [columns for columns in range(root // 2 + 1, 2 * root)
+            if size % columns == 0 and columns <= 3 * (count // columns)]
+    return min(full, key=lambda columns: (abs(columns - root), -columns), default=root)
 
 
 def class_label(number: int, names: Sequence[str] | None) -> str:

@@ -42,10 +42,10 @@ class RunCommand(click.Command):
                             hint=self.first_command()) from error
 
 
-def _parse_sigma_data(ctx, param, value: str) -> float | None:
-    """Returns the number, None for 'auto'."""
+def _parse_sigma_data(ctx, param, value: str | float | None) -> float | None:
+    """Returns the number, or None for 'auto', as which presets and configs have it too."""
     try:
-        return None if value == "auto" else float(value)
+        return None if value in (None, "auto") else float(value)
     except ValueError:
         raise click.BadParameter(f"{value}: must be a number or auto") from None
 

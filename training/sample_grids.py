@@ -127,4 +127,4 @@ def _grid_layout(trainer: Trainer) -> tuple[list[int], int, int]:
     if trainer.dataset.has_onehot_labels and not trainer.dataset.cond_channels:
         classes = np.unique(trainer.dataset.class_numbers)[:min(count, _GRID_MAX_ROWS)].tolist()
     rows = len(classes) or min(math.isqrt(count), _GRID_MAX_ROWS)
-    return classes, rows, count // rows
+    return classes, rows, -(-count // rows) if classes else count // rows

@@ -22,7 +22,7 @@ from training.presets import PRESETS
 from training.trainer import Trainer
 
 DATA = {"cifar10": (32, 0), "ffhq64": (64, 0), "afhqv2": (64, 0), "imagenet64": (64, 1000),
-        "lsun256": (256, 0), "emoji32": (32, 9)}
+        "lsun256": (256, 0), "emoji32": (32, 9), "digits8": (8, 10)}
 
 
 def options(*args):
