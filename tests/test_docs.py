@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,38 @@ def test_the_script_of_published_settings_prints_commands_that_parse(what, image
         if script == "train.py":
             assert (params["duration"], params["pfgmpp"]) == (images, D != "inf")
             assert params["aug_dim"] == 128  # the default where it is not used
+
+
+@pytest.mark.slow
+def test_the_script_of_published_settings_runs_and_runs_again(tmp_path):
+    """From an archive to scores and pictures in one process each; again, nothing is left to do."""
+    images = (np.arange(20 * 3072) % 251).astype(np.uint8).reshape(20, 32, 32, 3)
+    write_cifar10(tmp_path / "cifar.tar.gz", images, np.arange(20) % 10)
+    tiny = "--cbase=8 --cres=1 --nblock=1 --ares=none --batch=8 --duration=0.000016 --workers=0"
+    env = os.environ | {
+        "GPUS": "1", "SOURCE": str(tmp_path / "cifar.tar.gz"), "DATA": str(tmp_path / "cifar.zip"),
+        "RUNS": str(tmp_path / "runs"), "SEEDS": "0-19", "CUDA_VISIBLE_DEVICES": "",
+        "TRAIN": f"{tiny} --augment=0 --tick=0.008 --samples=0 --device=cpu",
+        "SAMPLE": "--solver=ipndm --steps=3 --device=cpu", "SCORE": "--detector=pixels",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+    def run():
+        done = subprocess.run(["bash", str(ROOT / "examples/published.sh"), "cifar10-cond"],
+                              text=True, env=env, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert run().count("\n$ ") + 1 == 4
+    folder = tmp_path / "runs/cifar10-cond-2048"
+    kept = {path: path.read_bytes() for path in folder.rglob("*")
+            if path.suffix in (".pt", ".png", ".jsonl")}
+    assert len(list((folder / "pictures").glob("*.png"))) == 64
+    scores = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [score["seeds"] for score in scores] == ["0-19", "20-39", "40-59"]
+    assert all(score["sampler"]["D"] == 2048 for score in scores)
+    again = run()
+    assert "Nothing to do" in again and "dataset_tool.py" not in again
+    assert {path: path.read_bytes() for path in kept} == kept
 
 
 def test_the_script_of_published_settings_refuses_other_names():
