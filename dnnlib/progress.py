@@ -63,6 +63,7 @@ class Progress:
         self._rate = self._best_rate = self._window_sec = 0.0
         self._window_count = 0
         self._is_stage = is_stage
+        self._other: tuple[str, int, float | None] | None = None
         self._start = self._last_update = time.monotonic()
         self._first_line = self._start + (LINE_SEC if first_line_sec is None else first_line_sec)
         self._has_line = False
@@ -109,6 +110,13 @@ class Progress:
         """Shows `text` at the end of the bar."""
         self._bar.set_postfix_str(text, refresh=False)
 
+    def set_other_work(self, name: str, count: int, sec_each: float | None) -> None:
+        """Adds work to the time left that comes between what is counted, such as evaluations.
+
+        Without `sec_each`, the lines only name it.
+        """
+        self._other = (name, count, sec_each) if count else None
+
     def restart_clock(self) -> None:
         """Leaves the time since the last update out of the speed: other work was done in it."""
         self._last_update = time.monotonic()
@@ -150,8 +158,19 @@ class Progress:
         if rate:
             parts.append(f"{rate:.3g} {self._unit}/s")
             if self._total is not None:
-                parts.append(f"{self._bar.format_interval((self._total - self._done) / rate)} left")
+                parts.append(self._time_left(max(self._total - self._done, 0) / rate))
         return (f"{self._title}: " if self._title else "") + ", ".join(parts)
+
+    def _time_left(self, sec: float) -> str:
+        if self._other is None:
+            return f"{self._bar.format_interval(sec)} left"
+        name, count, sec_each = self._other
+        name = name if count == 1 else f"{name}s"
+        if sec_each is None:
+            return f"{self._bar.format_interval(sec)} and {count} {name} left"
+        each = self._bar.format_interval(sec_each)
+        return (f"{self._bar.format_interval(sec + count * sec_each)} left with {count} {name} of "
+                f"{each}")
 
     def _number(self, value: int) -> str:
         return self._bar.format_sizeof(value) if self._is_scaled else str(value)

@@ -295,6 +295,13 @@ class TrainConfig:
         eval_nimg = self.eval * 1e3
         return nimg // eval_nimg > max(nimg - self.tick_nimg, 0) // eval_nimg
 
+    def num_evals_after(self, nimg: int) -> int:
+        """Returns how many evaluations follow after `nimg` images: one is at the end."""
+        if self.eval is None or nimg >= self.total_nimg:
+            return 0
+        ticks = range(self.batch, self.total_nimg, self.tick_nimg)
+        return 1 + sum(nimg < tick and self.is_eval_due(tick) for tick in ticks)
+
     def rounds(self, world_size: int) -> tuple[int, int]:
         """Returns (micro-batch per process, accumulation rounds) for this many processes.
 

@@ -213,6 +213,7 @@ def _run(trainer: Trainer, run_dir: Path, evaluators: Evaluators,
     with contextlib.closing(ticks), signals.deferred(), Progress(
             config.total_nimg, "Training", initial=trainer.cur_nimg, is_scaled=True,
             watch_speed=trainer.device.type == "cpu") as progress:
+        ticks.announce_evaluations(progress)
         if ticks.resume():
             ticks.run(progress)
         while trainer.cur_nimg < config.total_nimg:
@@ -238,6 +239,7 @@ class TickRunner:
         self._agreement = distributed.HostAgreement(trainer.device)
         self._start_time = self._tick_start_time = time.time()
         self._tick_start_nimg, self._maintenance_sec = trainer.cur_nimg, 0.0
+        self._evaluation_sec: float | None = None  # of the last one
 
     @property
     def is_due(self) -> bool:
@@ -267,8 +269,12 @@ class TickRunner:
         if has_eval or has_snapshot or self._validation:
             with self._stops_at_once(), trainer.average_in_fp32():
                 scores = {VALIDATION_LOSS: self._validation()} if self._validation else {}
+                evaluation_started = time.time()
                 for evaluator in self._evaluators if has_eval else ():
                     scores |= self._evaluate(evaluator, progress)
+                if has_eval:
+                    self._evaluation_sec = time.time() - evaluation_started
+                    self.announce_evaluations(progress)
                 pictures = sample_grid(trainer) if has_snapshot else None
         self._maintenance_sec += time.time() - started
         numbers = self._report(tick, scores, progress)
@@ -287,6 +293,12 @@ class TickRunner:
                 self._files.look()
             self._files.raise_if_writes_failed(last=done)
         self._maintenance_sec = time.time() - self._tick_start_time
+
+    def announce_evaluations(self, progress: Progress) -> None:
+        """Lets the time left include the evaluations that are still to come."""
+        if self._evaluators:
+            progress.set_other_work("evaluation", self._trainer.config.num_evals_after(
+                self._trainer.cur_nimg), self._evaluation_sec)
 
     def _evaluate(self, evaluator: Evaluator | PairEvaluator, progress: Progress
                   ) -> dict[str, float]:

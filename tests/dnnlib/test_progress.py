@@ -135,6 +135,21 @@ def test_the_speed_and_what_is_left_are_those_of_the_last_work(monkeypatch):
     assert bar._line() == "Training: 6400 of 64000 img, 128 img/s, 07:30 left"
 
 
+def test_the_time_left_includes_evaluations_and_never_falls_below_zero(monkeypatch):
+    clock = Clock(monkeypatch)
+    bar = Progress(64 * 1000, "Training")
+    clock.work(bar, 100, 0.5)
+    bar.set_other_work("evaluation", 4, None)
+    assert bar._line().endswith("128 img/s, 07:30 and 4 evaluations left")
+    bar.set_other_work("evaluation", 3, 65.0)
+    assert bar._line().endswith("128 img/s, 10:45 left with 3 evaluations of 01:05")
+    clock.work(bar, 901, 0.5)
+    bar.set_other_work("evaluation", 1, 65.0)
+    assert bar._line().endswith("128 img/s, 01:05 left with 1 evaluation of 01:05")
+    bar.set_other_work("evaluation", 0, 65.0)
+    assert bar._line().endswith("64064 of 64000 img, 128 img/s, 00:00 left")
+
+
 def test_work_within_work_is_the_one_that_is_told(stdout):
     out = stdout(io.StringIO())
     with Progress(8, "outer"):

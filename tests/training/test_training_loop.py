@@ -185,6 +185,19 @@ def test_ticks_are_a_function_of_the_images_seen():
     assert [short.tick_at(64 * (k + 1)) for k in range(3)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("tick, every, duration", [
+    (0.1, 0.3, 0.002), (0.1, 0.05, 0.001), (0.3, 5.0, 0.002), (0.064, 0.5, 0.00192)])
+def test_the_evaluations_to_come_are_those_that_the_loop_makes(tick, every, duration):
+    config = TrainConfig(data="x", batch=64, tick=tick, eval=every, eval_ref="x",
+                         duration=duration)
+    positions = range(64, config.total_nimg + 64, 64)
+    due = [nimg for nimg in positions if nimg >= config.total_nimg
+           or (config.tick_at(nimg) is not None and config.is_eval_due(nimg))]
+    assert len(due) >= 1
+    for nimg in (0, *positions):
+        assert config.num_evals_after(nimg) == sum(nimg < later for later in due)
+
+
 def test_options_round_trip_through_json():
     config = TrainConfig(data="x", pfgmpp=True, aug_dim=math.inf, cres=(1, 2), batch_gpu=4,
                          ls=2.0, duration=1.5)
