@@ -79,7 +79,8 @@ def write_grid(data: Path, network: Path, target: Path) -> None:
         members = np.flatnonzero(dataset.class_numbers == k)[:COLUMNS]
         real = dataset.scaling.to_network(torch.from_numpy(dataset.get_batch(members)[0]))
         rows.append([*_shown(real), *_digits(network, range(COLUMNS), k)])
-    save_png(target, image_grid(rows, [str(k) for k in range(10)], split=COLUMNS, min_side=SIDE))
+    save_png(target, image_grid(rows, [str(k) for k in range(10)], split=COLUMNS, min_side=SIDE,
+                                halves=["real", "sampled"]))
 
 
 def write_noise(target: Path) -> None:
@@ -87,7 +88,8 @@ def write_noise(target: Path) -> None:
     from images.grid import image_grid, save_png
     rows = [[image for alpha in (0.0, NOISE) for k in range(10)
              for image in _digits(ROOT / network, [k], k, alpha)] for network in SHIPPED.values()]
-    save_png(target, image_grid(rows, [f"D = {D}" for D in SHIPPED], split=10, min_side=SIDE))
+    save_png(target, image_grid(rows, [f"D = {D}" for D in SHIPPED], split=10, min_side=SIDE,
+                                halves=["as usual", f"with noise in every step, alpha = {NOISE}"]))
 
 
 def _digits(network: Path, seeds, k: int, alpha: float = 0.0) -> list:

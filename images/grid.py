@@ -29,14 +29,16 @@ _NO_LETTER = "\uffff"  # which no font has
 def image_grid(
     rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), split: int | None = None,
     titles: Sequence[str] = (), min_side: int = _MIN_SIDE, captions: Sequence[Sequence[str]] = (),
+    halves: Sequence[str] = (),
 ) -> PIL.Image.Image:
     """Returns one picture of the rows, on white.
 
     Images are uint8 [C, H, W], of which only the first channel is shown unless C is 3. Smaller ones
     stand in the middle of the place that the largest need. Labels stand at the left of the rows,
     titles above the columns; these may have several lines. `captions` are rows of lines that stand
-    under the images. There is a wider gap before the column `split`. Small images are enlarged by a
-    whole factor to a height of at least `min_side`.
+    under the images. There is a wider gap before the column `split`; `halves` are two lines that
+    stand above the columns at both sides of it. Small images are enlarged by a whole factor to a
+    height of at least `min_side`.
     """
     shapes = [image.shape[1:] for row in rows for image in row]
     highest = max(height for height, _ in shapes)
@@ -52,7 +54,10 @@ def image_grid(
     caption_size = _fitting_size([text for row in captions for text in row], width)
     foot = round(caption_size * _LINE) if captions else 0
     height += foot
-    top = round(max((title.count("\n") + 1 for title in titles), default=0) * title_size * _LINE)
+    heads = [(halves[0], 0, split), (halves[1], split, columns)] if halves else []
+    head_size = min((_fitting_size([text], (end - start) * width) for text, start, end in heads),
+                    default=0)
+    top = round(head_size * _LINE) + round(max((title.count("\n") + 1 for title in titles), default=0) * title_size * _LINE)
     size = margin + columns * width + extra + _GAP, top + len(rows) * height + _GAP
     canvas = PIL.Image.new("RGB", size, "white")
     draw = PIL.ImageDraw.Draw(canvas)
@@ -61,6 +66,9 @@ def image_grid(
         return margin + column * width + _GAP + (
             extra if split is not None and column >= split else 0)
 
+    for text, start, end in heads:
+        draw.text(((left(start) + left(end - 1) + width - _GAP) // 2, round(head_size * _LINE)),
+                  text, fill="black", anchor="md", font_size=head_size)
     for j, title in enumerate(titles):
         draw.text((left(j) + (width - _GAP) // 2, top), title, fill="black", anchor="md",
                   align="center", font_size=title_size)
