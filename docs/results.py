@@ -1,4 +1,4 @@
-"""The tables and pictures of docs/results.md, from the records in docs/results/.
+"""The tables and pictures of docs/results.md and results/tables.md, from docs/results/.
 
     value     of a network: the mean over seed ranges of its samples, or over rounding draws
     cell      mean over training seeds, +- their standard deviation
@@ -14,7 +14,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -28,7 +28,6 @@ from reports.report_plots import look  # noqa: E402
 from reports.run_record import RunRecord, read_scores  # noqa: E402
 from reports.training_seeds import Difference  # noqa: E402
 
-PAGE = "results.md"
 SAMPLES = "samples.npz"
 FRECHET, KERNEL, ACCURACY, BITS_PER_DIM = (
     "frechet_distance", "kernel_distance", "class_accuracy", "bits_per_dim")
@@ -36,6 +35,8 @@ ALPHAS, ROUNDED = (0.1, 0.2, 0.4), (4, 5, 6, 8)
 EVALUATIONS = (5, 7, 9, 13, 35)  # of the network, for an image
 STEPS = {"heun": (3, 4, 5, 7, 18), "ipndm": EVALUATIONS}
 ERRORS = ("gaussian", "kernel", "half", "twice", "uniform", "blur")
+_ERROR_NAMES = {"half": "half the noise", "twice": "twice the noise", "uniform": "uniform noise",
+                "blur": "blur"}
 EARLY = (20, 40)  # kimg
 LOW = 4  # below this D, the preconditioner's variance of the noise is wrong or infinite
 Values = Mapping[float, Mapping[str, float]]  # by D, then by training seed
@@ -273,7 +274,7 @@ def _early_accuracy(records: Records) -> list[tuple[str, Values, int]]:
 
 TABLES: dict[str, Table] = {
     "answers": lambda records: markdown([["question", "measured", "figure", "answer"],
-                                         *answers(records)]),
+                                         *_named_once(answers(records))]),
     "base": lambda records: over_D([*_base(records), *_likelihood(records)]),
     "base_differences": lambda records: differences([*_base(records), *_likelihood(records)]),
     "low": lambda records: over_D([
@@ -299,6 +300,8 @@ TABLES: dict[str, Table] = {
     "early_differences": lambda records: differences(
         [*_early(records), *_early_accuracy(records)]),
 }
+# The tables of each page, whose names are relative to the folder of the pages.
+PAGES = {"results.md": {"answers"}, "results/tables.md": set(TABLES) - {"answers"}}
 
 
 # ------------------------------------------------------------------------------------- answers
@@ -309,20 +312,21 @@ def answers(records: Records) -> Iterator[list[str]]:
     of_base = [*_base(records), *_likelihood(records)]
     for (title, values, decimals), is_lower_better in zip(
             of_base, (True, True, False, True), strict=True):
-        yield _best("a. Is there a best finite D?", title, values, decimals, is_lower_better)
-    noise = "b. Does the damage by noise in every step rise with D?"
+        yield _best("a. Is a finite D better than D = inf?", title, values, decimals,
+                    is_lower_better)
+    noise = "b. Does noise in every step do more damage at larger D?"
     for title, values, decimals in _noise(records, FRECHET, 2):
         yield _rises(noise, f"Frechet distance, {title}", values, decimals + 1, 1)
     title, values, decimals = _noise(records, ACCURACY, 3)[-1]
     yield _rises(noise, f"class accuracy, {title}", values, decimals + 1, -1)
     for title, values, decimals in _rounding(records, FRECHET, 3):
-        yield _rises("c. Does the damage by rounded weights rise with D?",
+        yield _rises("c. Do rounded weights do more damage at larger D?",
                      f"Frechet distance, {title}", values, decimals + 1, 1)
     for title, values, decimals in _evaluations(records):
         if not title.endswith(", 35"):
-            yield _rises("d. Does it take more evaluations at larger D?",
-                         f"log2 of the Frechet distance, {title}", logarithms(values),
-                         decimals + 1, 1)
+            yield _rises("d. Are images from few evaluations worse at larger D?",
+                         f"log2 of the Frechet distance, {title} evaluations",
+                         logarithms(values), decimals + 1, 1)
     for title, values, decimals in _few_steps(records):
         sign = -1 if "accuracy" in title else 1
         yield _rises("d. Are few-step networks worse at larger D?", title, values, decimals + 1,
@@ -330,11 +334,19 @@ def answers(records: Records) -> Iterator[list[str]]:
     for title, values, decimals in _off_level_loss(records):
         if title == "kernel":  # on the level of each network
             continue
-        yield _rises("e. Does a state off its level lose more at larger D?", f"PSNR, {title}",
-                     values, decimals + 1, -1)
+        yield _rises("e. Is an image off its level restored worse at larger D?",
+                     f"PSNR, {_ERROR_NAMES[title]}", values, decimals + 1, -1)
     for title, values, decimals in _early(records):
         yield _rises("f. Are early or small networks worse at larger D?",
                      f"Frechet distance, {title}", values, decimals + 1, 1)
+
+
+def _named_once(rows: Iterable[list[str]]) -> Iterator[list[str]]:
+    """Yields the rows, without the question where it is that of the row above."""
+    above = None
+    for question, *cells in rows:
+        yield ["" if question == above else question, *cells]
+        above = question
 
 
 def _best(question: str, title: str, values: Values, decimals: int, is_lower_better: bool
@@ -344,15 +356,14 @@ def _best(question: str, title: str, values: Values, decimals: int, is_lower_bet
     found = to_inf(values)
     D = min(found, key=lambda D: sign * found[D].mean)
     verdict = {"better": "yes", "worse": "no"}.get(found[D].verdict(is_lower_better), "not decided")
-    return [question, f"{title}, best finite D = {name_of(D)} minus inf",
-            interval(found[D], decimals), verdict]
+    return [question, f"{title}, D = {name_of(D)} minus inf", interval(found[D], decimals), verdict]
 
 
 def _rises(question: str, title: str, values: Values, decimals: int, sign: int) -> list[str]:
     """Says whether damage rises with D; `sign` is -1 where a lower value is damage."""
     slope = trend(values)
     answer = "not decided" if not slope.is_decided else "yes" if sign * slope.mean > 0 else "no"
-    return [question, f"{title}, slope for a doubling of D", interval(slope, decimals), answer]
+    return [question, title, interval(slope, decimals), answer]
 
 
 # ------------------------------------------------------------------------------------ pictures
@@ -383,6 +394,7 @@ def draw(records: Records, path: Path) -> None:
     axes[1, 0].set_xticks(EVALUATIONS, map(str, EVALUATIONS))
     axes[1, 0].minorticks_off()
     _draw_over_D(axes[1, 1], _off_level(records), "e. PSNR of restored digits, dB")
+    axes[1, 1].legend(fontsize=8, ncols=3, loc="center", bbox_to_anchor=(0.5, 0.78))  # in the gap
     _draw_over_D(axes[1, 2], [*_early(records), ("120 kimg", records.values(FRECHET), 3)],
                  "f. Frechet distance")
     axes[1, 2].set_yscale("log")
@@ -460,32 +472,56 @@ def show_samples(folder: Path, path: Path) -> None:
                               min_side=_SIDE))
 
 
-def written(page: str, records: Records) -> str:
-    """Returns the text of the page with its tables made anew."""
+def written(page: str, names: Collection[str], records: Records) -> str:
+    """Returns the text of a page with its tables made anew.
+
+    Raises:
+        ValueError: it does not have each of the named tables once, or has others.
+    """
+    found = [match[2] for match in _TABLE.finditer(page)]
+    if wrong := sorted(set(names) ^ set(found) | {name for name in found if found.count(name) > 1}):
+        raise ValueError(f"tables that are missing, repeated or unknown: {', '.join(wrong)}; each "
+                         "stands once, between <!-- table: NAME --> and <!-- end -->")
     return _TABLE.sub(lambda match: f"{match[1]}{TABLES[match[2]](records)}\n{match[3]}", page)
+
+
+def write_pages(folder: Path, records: Records) -> None:
+    """Writes the tables of all pages anew, or none where a page is wrong.
+
+    Raises:
+        UserError: a page is not there.
+        ValueError: tables of a page are missing, repeated or unknown.
+    """
+    texts = {}
+    for name, tables in PAGES.items():
+        page = folder / name
+        if not page.is_file():
+            raise UserError(f"{page}: no such file; name the folder of results.md by --out")
+        try:
+            texts[page] = written(page.read_text(encoding="utf-8"), tables, records)
+        except ValueError as error:
+            raise ValueError(f"{page}: {error}") from error
+    for page, text in texts.items():
+        with atomic_write(page) as file:
+            file.write(text.encode())
 
 
 @click.command(context_settings=HELP_NAMES)
 @click.option("--records", metavar="DIR", type=click.Path(path_type=Path), default="docs/results", show_default=True, help="Records of the runs, as docs/study.py keeps them.")
-@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), default="docs", show_default=True, help="Folder of the pictures, and of results.md, whose tables are made anew.")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), default="docs", show_default=True, help="Folder of the pictures, results.md and results/tables.md, whose tables are made anew.")
 @click.option("--only", metavar="TABLE", type=click.Choice(list(TABLES)), help="Print this table only, and write nothing.")
 def main(records: Path, out: Path, only: str | None) -> None:
-    """Makes the tables and pictures of results.md from the records of the study."""
+    """Makes the tables and pictures of results.md and results/tables.md from the study's records."""
     with user_errors():
         found = Records.read(records)
         if only:
             print(TABLES[only](found))
             return
-        page = out / PAGE
-        if not page.is_file():
-            raise UserError(f"{page}: no such file; name the folder of results.md by --out")
-        text = written(page.read_text(encoding="utf-8"), found)
-        with atomic_write(page) as file:
-            file.write(text.encode())
+        write_pages(out, found)
         draw(found, out / "results-scores.png")
         if (records / SAMPLES).exists():
             show_samples(records, out / "results-samples.png")
-        print(f"{page}: {len(_TABLE.findall(text))} tables; {out}/results-scores.png, "
+        print(f"{out}: {', '.join(PAGES)}: {len(TABLES)} tables; results-scores.png, "
               "results-samples.png")
 
 

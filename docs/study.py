@@ -1,4 +1,4 @@
-"""The study of docs/results.md in one command, from the data to the records that the page shows.
+"""The study of docs/results.md in one command, from the data to the records that the pages show.
 
 It runs the project's own scripts as a user would type them. Each of them leaves out what is done,
 so after a failure or a stop the same command goes on. -n shows the commands, and what the studies
@@ -154,7 +154,7 @@ def keep_samples(outdir: Path, dest: Path, dims: str, seed: int) -> None:
 
 
 def keep_records(outdir: Path, dest: Path) -> int:
-    """Writes what the page needs of every run to folders of the same names; returns how many."""
+    """Writes what the pages need of every run to folders of the same names; returns how many."""
     runs = sorted(path.parent for path in outdir.glob(f"*/{SCORES_FILE}"))
     for run_dir in runs:
         files = [run_dir / SCORES_FILE, run_dir / "nearest-found" / SCORES_FILE]

@@ -42,7 +42,7 @@ from sampling.sampling_options import sampling_options
 results, toy = load_script("docs/results.py"), load_script("docs/toy.py")
 phantoms, phases = load_script("docs/phantoms.py"), load_script("docs/phases.py")
 study, off_level = load_script("docs/study.py"), load_script("docs/off_level.py")
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/README.md"]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples/README.md"]
 SCRIPTS = {f"{name}.py": importlib.import_module(name).main
            for name in ("train", "distill", "generate", "generate_alpha", "generate_steps",
                         "generate_quant", "fid", "likelihood", "dataset_tool", "checkpoint_tool",

@@ -1,4 +1,4 @@
-"""The study of docs/results.md: its commands, records and tables, and states off their level."""
+"""The study of docs/results.md: its commands, records, tables and pages, and docs/off_level.py."""
 
 import json
 import math
@@ -114,7 +114,7 @@ def test_cells_are_mean_and_deviation_and_decided_differences_are_bold():
 def test_the_best_finite_D_is_compared_with_inf(values, is_lower_better, answer):
     values = {D: dict(zip(SEEDS, each, strict=True)) for D, each in values.items()}
     row = results._best("q", "score", values, 2, is_lower_better)
-    assert row[1] == "score, best finite D = 4 minus inf" and row[-1] == answer
+    assert row[1] == "score, D = 4 minus inf" and row[-1] == answer
 
 
 @pytest.mark.parametrize("slope, sign, answer", [
@@ -125,17 +125,60 @@ def test_damage_rises_where_the_slope_is_decided(slope, sign, answer):
     assert results._rises("q", "damage", values, 2, sign)[-1] == answer
 
 
-def test_the_tables_of_the_page_are_those_of_its_records():
-    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    assert results.written(page, results.Records.read(ROOT / "docs/results")) == page
-    assert {match[2] for match in results._TABLE.finditer(page)} == set(results.TABLES)
+def test_a_question_is_named_once_and_its_rows_follow():
+    rows = [["a", "1"], ["a", "2"], ["b", "3"], ["b", "4"], ["a", "5"]]
+    assert [row[0] for row in results._named_once(rows)] == ["a", "", "b", "", "a"]
 
 
-def test_the_pictures_are_drawn_from_the_records(tmp_path, invoke):
+@pytest.fixture(scope="module")
+def kept_records():
+    return results.Records.read(ROOT / "docs/results")
+
+
+@pytest.mark.parametrize("name, tables", results.PAGES.items())
+def test_the_tables_of_the_pages_are_those_of_the_records(kept_records, name, tables):
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert results.written(page, tables, kept_records) == page
+
+
+def test_every_table_is_on_one_page():
+    assert sorted(name for tables in results.PAGES.values() for name in tables) == sorted(
+        results.TABLES)
+
+
+@pytest.mark.parametrize("name, change, wrong", [
+    ("results.md", lambda page: page.replace("table: answers", "table: base"), "answers, base"),
+    ("results.md", lambda page: page.replace("<!-- end -->", ""), "answers"),
+    ("results/tables.md", lambda page: page.replace("table: low", "low"), "low"),
+    ("results/tables.md", lambda page: page + page[page.index("<!-- table: early_d"):],
+     "early_differences"),
+    ("results/tables.md", lambda page: page.replace("table: low", "table: lower"), "low, lower")])
+def test_a_table_that_is_missing_or_repeated_is_named_and_no_page_changes(
+        tmp_path, invoke, name, change, wrong):
+    write_pages(tmp_path, {name: change})
+    before = {page: (tmp_path / page).read_bytes() for page in results.PAGES}
+    done = invoke(results.main, f"--out={tmp_path}", f"--records={ROOT / 'docs/results'}")
+    assert done.exit_code == 1 and f"{tmp_path / name}: tables that are missing" in done.output
+    assert f"unknown: {wrong}; each" in done.output
+    assert before == {page: (tmp_path / page).read_bytes() for page in results.PAGES}
+
+
+def write_pages(folder, changes):
+    """Writes the pages with some of them changed, and without a number in their tables."""
+    (folder / "results").mkdir()
+    for name in results.PAGES:
+        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        text = re.sub(r" ± [\d.]+", "", text)
+        (folder / name).write_text(changes.get(name, str)(text), encoding="utf-8")
+
+
+def test_the_pages_and_pictures_are_made_from_the_records(tmp_path, invoke):
     pytest.importorskip("matplotlib")
-    (tmp_path / "results.md").write_bytes((ROOT / "docs/results.md").read_bytes())
+    write_pages(tmp_path, {})
     done = invoke(results.main, f"--out={tmp_path}", f"--records={ROOT / 'docs/results'}")
     assert done.exit_code == 0, done.output
+    assert (tmp_path / "results/tables.md").read_bytes() == (
+        ROOT / "docs/results/tables.md").read_bytes()
     assert PIL.Image.open(tmp_path / "results-scores.png").width > 800
     assert PIL.Image.open(tmp_path / "results-samples.png").height > 100
 
@@ -145,6 +188,9 @@ def test_no_records_and_no_page_get_one_line(tmp_path, invoke):
     assert done.exit_code == 1 and "no records of runs; python docs/study.py" in done.output
     done = invoke(results.main, f"--out={tmp_path}", f"--records={ROOT / 'docs/results'}")
     assert done.exit_code == 1 and "results.md: no such file" in done.output
+    (tmp_path / "results.md").write_bytes((ROOT / "docs/results.md").read_bytes())
+    done = invoke(results.main, f"--out={tmp_path}", f"--records={ROOT / 'docs/results'}")
+    assert done.exit_code == 1 and "results/tables.md: no such file" in done.output
 
 
 # --------------------------------------------------------------------------------------- commands
