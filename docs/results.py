@@ -320,13 +320,13 @@ def answers(records: Records) -> Iterator[list[str]]:
     title, values, decimals = _noise(records, ACCURACY, 3)[-1]
     yield _rises(noise, f"class accuracy, {title}", values, decimals + 1, -1)
     for title, values, decimals in _rounding(records, FRECHET, 3):
-        yield _rises("c. Do rounded weights do more damage at larger D?",
-                     f"Frechet distance, {title}", values, decimals + 1, 1)
+        yield _rises("c. Do rounded weights do more damage at larger D? (Frechet distance)",
+                     title, values, decimals + 1, 1)
     for title, values, decimals in _evaluations(records):
         if not title.endswith(", 35"):
-            yield _rises("d. Are images from few evaluations worse at larger D?",
-                         f"log2 of the Frechet distance, {title} evaluations",
-                         logarithms(values), decimals + 1, 1)
+            yield _rises("d. Are images from few evaluations worse at larger D? (log2 of the "
+                         "Frechet distance)", f"{title} evaluations", logarithms(values),
+                         decimals + 1, 1)
     for title, values, decimals in _few_steps(records):
         sign = -1 if "accuracy" in title else 1
         yield _rises("d. Are few-step networks worse at larger D?", title, values, decimals + 1,
@@ -334,11 +334,11 @@ def answers(records: Records) -> Iterator[list[str]]:
     for title, values, decimals in _off_level_loss(records):
         if title == "kernel":  # on the level of each network
             continue
-        yield _rises("e. Is an image off its level restored worse at larger D?",
-                     f"PSNR, {_ERROR_NAMES[title]}", values, decimals + 1, -1)
+        yield _rises("e. Is an image off its level restored worse at larger D? (PSNR)",
+                     _ERROR_NAMES[title], values, decimals + 1, -1)
     for title, values, decimals in _early(records):
-        yield _rises("f. Are early or small networks worse at larger D?",
-                     f"Frechet distance, {title}", values, decimals + 1, 1)
+        yield _rises("f. Are early or small networks worse at larger D? (Frechet distance)",
+                     title, values, decimals + 1, 1)
 
 
 def _named_once(rows: Iterable[list[str]]) -> Iterator[list[str]]:
