@@ -315,7 +315,7 @@ def gen(network: tuple[str, ...], ref_path: str | None, metrics: tuple[str, ...]
     """
     _check_metrics(ref_path, metrics, bootstrap, per_class)
     with user_errors():
-        from checkpoints.names import find_networks
+        from checkpoints.names import PUBLISHED, find_networks, found_note
         from metrics.network_scores import score_networks, seed_ranges
         from metrics.score_report import ScoreReport
         from sampling.network_sampler import NetworkFile, NetworkSampler, UsageError
@@ -331,8 +331,9 @@ def gen(network: tuple[str, ...], ref_path: str | None, metrics: tuple[str, ...]
             if len(sources) > 1:
                 dist.print0(f"Networks   {len(sources)}, {sources[0]} to {sources[-1]}")
             elif sources[0] not in network:
-                newest = f", the newest of {network[0]}" if os.path.isdir(network[0]) else ""
-                dist.print0(f"Network    {sources[0]}{newest}")
+                is_pattern = not os.path.isdir(network[0]) and network[0] not in PUBLISHED
+                note = sources[0] if is_pattern else found_note(network[0], sources[0])
+                dist.print0(f"Network    {note}")
             points, seed_lists = sweep_points(steps, alpha, bits), seed_ranges(seeds, ranges)
             num_scores = len(sources) * len(points) * len(seed_lists)
             kept_place = _place_of_features(kept_features, num_scores)

@@ -304,13 +304,16 @@ def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds, *, is
             is asked for.
     """
     from checkpoints.checkpoint import state_tag, training_states
-    from checkpoints.names import find_network
+    from checkpoints.names import find_network, found_note
     gen_seed = gen_seed_of(seeds)
     if network is not None:
         found = find_network(network)
         if found != network:
-            console.say(f"Network    {found}, the newest of {network}")
+            console.say(f"Network    {found_note(network, found)}")
         return [(found, outdir / str(FolderName("000000", gen_seed)) if is_sweep else outdir)]
+    if not outdir.is_dir():
+        raise ValueError(f"--outdir={outdir}: no such run directory; without --network, generate.py "
+                         "samples the training states of a run; name one, or a --network")
     if is_edm:
         states = [(path, "000000") for path in sorted(outdir.glob("network-snapshot-*.pkl"))]
         if len(states) != 1:
@@ -319,9 +322,6 @@ def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds, *, is
     else:
         states = [(path, state_tag(path))
                   for path in training_states(outdir, "pkl" if is_pickle else "pt")]
-    if not outdir.is_dir():
-        raise ValueError(f"--outdir={outdir}: no such run directory; name one, or a network with "
-                         "--network")
     chosen = [(path, tag) for path, tag in states if ckpt <= int(tag.split(".")[0]) <= end_ckpt]
     if not chosen:
         raise ValueError(
@@ -489,6 +489,7 @@ def _save_pictures(sampler, folder, seeds, most: int,
     It shows equally many images of each class if it can, and of images of several sizes only those
     that have the size of the first.
     """
+    from dnnlib.util import counted
     from images.grid import even_classes, save_gif, save_png, square_grid
     from images.image_files import PICTURES
     from images.scaling import display_window
@@ -506,6 +507,8 @@ def _save_pictures(sampler, folder, seeds, most: int,
               for images in sampler.trajectory([seeds[i] for i in chosen], shown)]
     save_png(folder / PICTURES / "grid.png", frames[-1])
     save_gif(folder / PICTURES / "movie.gif", frames)
+    console.say(f"{folder / PICTURES}: {counted(len(chosen), 'image')} in grid.png, and how they "
+                "are sampled in movie.gif")
 
 
 def cli() -> None:

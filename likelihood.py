@@ -90,7 +90,7 @@ def main(network: str, data: str, val_data: str | None, count: int, steps: int, 
         raise UserError(f"--exact with --probes={probes}: exact traces take no random vectors; "
                         "leave one of them out", BAD_USAGE)
     with user_errors():
-        from checkpoints.names import find_network
+        from checkpoints.names import find_network, found_note
         from dnnlib.util import is_url
         from sampling.network_likelihood import LikelihoodData, NetworkLikelihood, UsageError
         from torch_utils import distributed as dist
@@ -98,7 +98,7 @@ def main(network: str, data: str, val_data: str | None, count: int, steps: int, 
         with dist.process_group(device) as chosen_device:
             given, network = network, dist.run_on_rank0(find_network, network)
             if network != given:
-                dist.print0(f"Network    {network}, the newest of {given}")
+                dist.print0(f"Network    {found_note(given, network)}")
             default = None if is_url(network) else Path(network).parent / SCORES_FILE
             path = Path(out) if out else default
             dist.run_on_rank0(_check_place, path, bool(out))

@@ -47,6 +47,12 @@ def kimg_of_network(name: str) -> str | None:
     return match and match["kimg"]
 
 
+def found_note(given: str | os.PathLike, found: str) -> str:
+    """Returns what to print about the file that `find_network` found, with where it is from."""
+    is_published = found == PUBLISHED.get(str(given))
+    return f"{found} ({given})" if is_published else f"{found}, the newest of {given}"
+
+
 def find_network(source: str | os.PathLike) -> str:
     """Returns the file that is meant: of a run directory the newest network.
 

@@ -277,7 +277,8 @@ def _download(url: str, target: Path, sha256: str | None, verbose: bool) -> str:
                 raise OSError(f"{url}: sha256 is {found}, expected {sha256}")
             return found
     except requests.RequestException as error:
-        raise OSError(f"{url}: {_reason(error)}") from error
+        raise OSError(f"{url}: {_reason(error)}; try again, or download it by other means and name "
+                      "the file") from error
 
 
 def _reason(error: Exception) -> str:

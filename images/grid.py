@@ -57,7 +57,8 @@ def image_grid(
     heads = [(halves[0], 0, split), (halves[1], split, columns)] if halves else []
     head_size = min((_fitting_size([text], (end - start) * width) for text, start, end in heads),
                     default=0)
-    top = round(head_size * _LINE) + round(max((title.count("\n") + 1 for title in titles), default=0) * title_size * _LINE)
+    title_lines = max((title.count("\n") + 1 for title in titles), default=0)
+    top = round(head_size * _LINE) + round(title_lines * title_size * _LINE)
     size = margin + columns * width + extra + _GAP, top + len(rows) * height + _GAP
     canvas = PIL.Image.new("RGB", size, "white")
     draw = PIL.ImageDraw.Draw(canvas)

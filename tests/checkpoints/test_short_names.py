@@ -4,7 +4,7 @@ import pytest
 from snapshots import write_snapshot
 
 from checkpoints import checkpoint
-from checkpoints.names import PUBLISHED, find_network, find_networks
+from checkpoints.names import PUBLISHED, find_network, find_networks, found_note
 
 CIFAR = "edm-cifar10-cond-vp"
 
@@ -29,10 +29,13 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / CIFAR).write_bytes(b"x")
     assert find_network(CIFAR) == CIFAR
+    assert found_note(CIFAR, PUBLISHED[CIFAR]) == f"{PUBLISHED[CIFAR]} ({CIFAR})"
     (tmp_path / CIFAR).unlink()
     (tmp_path / CIFAR).mkdir()
     (tmp_path / CIFAR / "network-snapshot-000001.pt").write_bytes(b"x")
-    assert find_network(CIFAR) == f"{CIFAR}/network-snapshot-000001.pt"
+    newest = f"{CIFAR}/network-snapshot-000001.pt"
+    assert find_network(CIFAR) == newest
+    assert found_note(CIFAR, newest) == f"{newest}, the newest of {CIFAR}"
 
 
 def test_a_wrong_short_name_is_told_the_right_ones():

@@ -80,7 +80,9 @@ def test_unequal_classes_are_sorted_with_captions_and_leave_no_row_half_empty():
 
 def test_equal_classes_fill_their_rows():
     images = np.stack([np.full([3, 64, 64], 10 * i, np.uint8) for i in range(24)])
-    shown = np.asarray(grid.square_grid(images, [i % 3 for i in range(24)]))[:, -(4 * 66 + 2):]
+    shown = np.asarray(grid.square_grid(images, [i % 3 for i in range(24)]))
+    labels, shown = shown[:, :-(4 * 66 + 2)], shown[:, -(4 * 66 + 2):]
+    assert [(labels[y:y + 66] < 100).any() for y in range(0, 6 * 66, 66)] == [True, False] * 3
     assert tiles(shown, 66, 66, 4) == [[10 * (3 * (4 * line + i) + k) for i in range(4)]
                                        for k in range(3) for line in range(2)]
 
@@ -105,6 +107,8 @@ def test_generate_shows_its_own_images_by_class(count, columns, tmp_path, invoke
     result = invoke(generate.main, f"--network={network}", f"--outdir={tmp_path}", "--steps=1",
                     f"--seeds=0-{count - 1}", "--save_images", "--device=cpu")
     assert result.exit_code == 0, result.output
+    num_shown = 60 if count == 100 else count
+    assert f"{tmp_path}/vis: {num_shown} images in grid.png, and how" in result.output
     drawn = NetworkSampler.open(str(network), torch.device("cpu"), num_steps=1).classes(
         range(count))
     shown = np.asarray(PIL.Image.open(tmp_path / "vis/grid.png"))[..., 0]

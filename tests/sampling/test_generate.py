@@ -269,38 +269,11 @@ def test_images_that_are_not_square_come_out_as_they_are(tmp_path, invoke):
             if name != "grid.png"} == {(4, 12)}
     grid = np.asarray(PIL.Image.open(tmp_path / "out/vis/grid.png"))
     images = read(tmp_path / "out")
-    for i in range(3):  # enlarged 16 times, two columns, gaps of 2 pixels
-        y, x = 2 + (i // 2) * 66, 2 + (i % 2) * 194
+    for i in range(3):  # enlarged 16 times, three columns, gaps of 2 pixels
+        y, x = 2, 2 + i * 194
         shown = grid[y:y + 64:16, x:x + 192:16, 0].astype(int)
         assert np.abs(shown - images[f"00000{i}.png"]).max() <= 1
     assert "3 of 3 images are there" in invoke(generate.main, *args).output
-
-
-def test_the_grid_of_a_class_conditional_network_has_a_row_for_each_class(tmp_path, invoke):
-    network = write_snapshot(tmp_path / "classes.pt", label_dim=3)
-    args = [f"--network={network}", "--steps=2", "--seeds=0-8", f"--outdir={tmp_path / 'out'}"]
-    assert invoke(generate.main, *args, "--save_images").exit_code == 0
-    classes = NetworkSampler.open(str(network), torch.device("cpu")).classes(range(9))
-    assert len(set(classes)) == 3
-    images = read(tmp_path / "out")
-    grid = np.asarray(PIL.Image.open(tmp_path / "out/vis/grid.png"))
-    side = images["000000.png"].shape[0]
-    zoom = -(-64 // side)
-    step = side * zoom + 2
-    margin = grid.shape[1] - 2 - 3 * step
-    assert margin > 8
-    y = 2
-    for k in range(3):
-        own = [i for i in range(9) if classes[i] == k]
-        for start in range(0, len(own), 3):
-            label = grid[y:y + step - 2, :margin]
-            assert (label.min() < 100) == (start == 0), "the class stands at its first row"
-            for column, i in enumerate(own[start:start + 3]):
-                x = margin + 2 + column * step
-                shown = grid[y:y + side * zoom:zoom, x:x + side * zoom:zoom].astype(int)
-                assert np.abs(shown - images[f"00000{i}.png"]).max() <= 1
-            y += step
-    assert y == grid.shape[0]
 
 
 def test_the_movie_begins_with_noise_and_rests_on_the_images(snapshot, tmp_path, invoke):
@@ -519,3 +492,13 @@ def test_networks_of_large_images_start_from_380_on_the_edm_grid(tmp_path, optio
     plain = write_snapshot(tmp_path / "plain.pt")
     assert NetworkSampler.open(str(plain), torch.device("cpu"),
                                **options).sampler.sigma_max == options.get("sigma_max")
+
+
+def test_without_a_network_a_folder_that_is_no_run_is_told_what_is_missing(tmp_path, invoke):
+    for more in ([], ["--seeds=0-3"], ["--edm=1"], ["--use_pickle=1"]):
+        result = invoke(generate.main, f"--outdir={tmp_path / 'new'}", *more)
+        assert result.exit_code == 1
+        assert result.output == (
+            f"Error: --outdir={tmp_path / 'new'}: no such run directory; without --network, "
+            "generate.py samples the training states of a run; name one, or a --network\n")
+    assert list(tmp_path.iterdir()) == []
