@@ -35,10 +35,10 @@ from sampling.folders import CKPT_PREFIX, SWEPT, FolderName, seed_of, strays
 from sampling.sampling_options import sampling_options
 
 _METRICS = ("fid", "kid", "pr", "dc", "is", "ca")
-_RUN_OPTIONS = "training_options.json"  # of a run directory
+_RUN_OPTIONS = "training_options.json"  # in a run directory
 _MAX_NAMED = 6  # folders in a message
-_MAX_WORKERS = 3  # by default; a GPU's Inception waits for no more
-_MAX_LAYERS, _MAX_WIDTH = 8, 4096  # of a classifier: those of metrics/classifier.py
+_MAX_WORKERS = 3  # default; more don't speed up Inception on a GPU
+_MAX_LAYERS, _MAX_WIDTH = 8, 4096  # of a classifier, as in metrics/classifier.py
 _PAIR_DEFAULT = ("psnr", "ssim", "rmse", "mae")
 
 
@@ -80,11 +80,11 @@ def main() -> None:
         --val-data=datasets/digits8-val.zip --dest=digits8-judge.npz
     python fid.py gen --network=runs/digits --detector=digits8-judge.npz --metrics=ca \\
         --seeds=0-999
-    """  # noqa: D301 - \b is click's mark for lines to leave alone
+    """  # noqa: D301 - \b is click's mark for lines that must not be rewrapped
 
 
 def _switch(*names: str, help: str):
-    """An option that is on as `--name` and as the references' `--name=True`."""
+    """An option that is set by `--name`, or by `--name=True` as in EDM and PFGM++."""
     return click.option(*names, type=bool, is_flag=False, flag_value=True, default=False,
                         metavar="[BOOL]", help=help)
 
@@ -99,7 +99,7 @@ def _parse_metrics(ctx, param, value: str) -> tuple[str, ...]:
 
 def _parse_gen_seed(ctx, param, value: tuple[int, ...]) -> tuple[int, ...]:
     if not set(value) <= {1, 2, 3}:
-        raise click.BadParameter("must be 1, 2, 3 or a list of them such as 1,2,3")
+        raise click.BadParameter("must be 1, 2, 3 or a list of these, such as 1,2,3")
     return value
 
 
@@ -221,7 +221,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
             if kept_files := dist.run_on_rank0(find_feature_files, images):
                 flag = needing_classes or ("--features" if kept_features is not None else None)
                 if flag:
-                    raise UserError(f"{flag}: --images={images} holds features, without classes; "
+                    raise UserError(f"{flag}: --images={images} holds features without classes; "
                                     f"leave {flag.split('=')[-1]} out", BAD_USAGE)
                 _score_kept(kept_files, ref_path, metrics, out, num, bootstrap, detector, chosen_device,
                             batch, workers)
@@ -240,8 +240,8 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
                         _refuse_strays(dataset)
                         if len(dataset) < num:
                             raise UnscorableError(
-                                f"{job.path}: {len(dataset)} images, but --count={num}; make more, "
-                                f"or score these with --count={len(dataset)}",
+                                f"{job.path}: {len(dataset)} images, but --count={num}; make more "
+                                f"images, or score these with --count={len(dataset)}",
                                 f"{len(dataset)} images")
                         enough.append((job, dataset))
                     except (NoImagesError, UnscorableError) as error:
@@ -276,7 +276,7 @@ def calc(images: str, ref_path: str | None, metrics: tuple[str, ...], out: str |
             report.print_table()
             if left_out:
                 more = ", ..." if len(left_out) > _MAX_NAMED else ""
-                raise ValueError(f"{len(left_out)} of {len(jobs)} folders were not scored by "
+                raise ValueError(f"{len(left_out)} of {len(jobs)} folders were not scored with "
                                  f"--count={num}: {', '.join(left_out[:_MAX_NAMED])}{more}")
 
 
@@ -381,7 +381,7 @@ def ref(data: str, dest: str, features: bool, batch: int, detector: str, device:
         from torch_utils import distributed as dist
         from torch_utils.misc import configure_backends
 
-        detector_class(detector)  # refuses what is none before the data are read
+        detector_class(detector)  # checks the name before the data are read
         with dist.process_group(device) as chosen_device:
             with dist.rank0_first():
                 dataset = ImageFolderDataset(data)
@@ -448,8 +448,8 @@ def classifier(data: str, val_data: str, dest: str, hidden: tuple[int, ...], shi
 
         require_package()
         if not dest.endswith(".npz"):
-            raise ValueError(f"--dest={dest}: must be a file called *.npz")
-        with flag_errors("--dest", dest, "name another file"):
+            raise ValueError(f"--dest={dest}: must be a file with extension .npz")
+        with flag_errors("--dest", dest, "give another file"):
             check_writable(dest)
         images, held_out = open_labelled(data, "--data"), open_labelled(val_data, "--val-data")
         check_trainable(images, held_out, shift)
@@ -516,8 +516,8 @@ def pairs(images: str, truth: str, input_: str | None, metrics: tuple[str, ...] 
         for spec in dict.fromkeys(metric_files):
             name, function = load_metric(spec)
             if name in own_metrics:
-                raise ValueError(f"--metric-file={spec}: another file has given a {name}; give one "
-                                 "of the functions another name")
+                raise ValueError(f"--metric-file={spec}: another file already defines {name}; "
+                                 "rename one of the functions")
             own_metrics[name] = function
         folder = _folder_of_files("pairs", out, images, truth)
         paired = Pairs(images, truth, input_, pair_by)
@@ -533,10 +533,11 @@ def pairs(images: str, truth: str, input_: str | None, metrics: tuple[str, ...] 
                 chosen.remove(name)
         functions = {name: PAIRED_METRICS[name] for name in chosen} | own_metrics
         if not functions:
-            raise ValueError("--metrics=: must name a metric, unless --metric-file gives one")
+            raise ValueError("--metrics=: must have at least one metric, unless --metric-file is "
+                             "given")
         source = "--range"
         if value_range is None:
-            with flag_errors("--truth", truth, "give --range=LO,HI in the unit of the data"):
+            with flag_errors("--truth", truth, "give --range=LO,HI in the units of the data"):
                 value_range = value_range_of(paired.truth.scaling)
             source = "8 bits" if paired.truth.scaling.is_8bit else "the scale of --truth"
         counts = f"{len(paired)} images, paired by {paired.partners.found_by}"
@@ -618,16 +619,16 @@ def nearest(images: str, data: str, held_out: str | None, rows: int,
 def _report_nearest(sets: list, features: list, detector, rows: int,
                     window: tuple[float, float] | None, folder: Path | None,
                     is_folder_given: bool) -> None:
-    """Finds nearest training images, prints a summary, and writes it, a table and a picture.
+    """Finds the nearest training images, prints a summary, and writes it, a table and a picture.
 
     Args:
         sets: generated images, training images and, if given, held-out images.
-        features: theirs.
-        detector: what has computed them.
-        rows: how many the picture has.
-        window: of values that it shows.
-        folder: where files go; None for none.
-        is_folder_given: it is --out.
+        features: the features of each set.
+        detector: the detector that computed the features.
+        rows: the number of rows of the picture.
+        window: center and width of the values that the picture shows.
+        folder: folder for the files; None writes none.
+        is_folder_given: whether the folder was given by --out.
     """
     from dnnlib.atomic import append_line
     from metrics.nearest import copy_distance, nearest_neighbours, nearness
@@ -650,7 +651,7 @@ def _report_nearest(sets: list, features: list, detector, rows: int,
     for line in summary_lines(summary):
         console.result(line)
     if folder is None:
-        click.echo("Files      none, because --images is a file; --out=DIR keeps them")
+        click.echo("Files      none, because --images is a file; give --out=DIR to write them")
         return
     click.echo(f"Files      {write_nearest(folder, images, data, found, rows, window)}")
     path = str(images.path)
@@ -663,10 +664,11 @@ def _report_nearest(sets: list, features: list, detector, rows: int,
 
 
 def _folder_of_files(kind: str, out: str | None, images: str, *others: str | None) -> Path | None:
-    """Returns where files about images go: --out, or KIND_NAME beside them; None for a file.
+    """Returns the folder for files about images: --out, or KIND_NAME beside them; None for a file.
 
     Raises:
-        ValueError: inside of images, among which the picture would be one more.
+        ValueError: the folder is inside one of the image folders, so the picture would be read as
+            an image.
         OSError: files can't be written there.
     """
     from dnnlib.atomic import check_writable
@@ -676,29 +678,29 @@ def _folder_of_files(kind: str, out: str | None, images: str, *others: str | Non
         return None
     folder = Path(out) if out is not None else source.with_name(f"{kind}_{source.name}")
     if out == "" or (folder.exists() and not folder.is_dir()):
-        raise ValueError(f"--out={out}: must be a folder, which is made if need be")
+        raise ValueError(f"--out={out}: must be a folder, which is created if needed")
     for path in filter(os.path.isdir, filter(None, (images, *others))):
         if folder.resolve().is_relative_to(Path(path).resolve()):
-            raise ValueError(f"--out={folder}: lies inside {path}, of which the picture would become "
-                             "an image; name a folder outside of it")
+            raise ValueError(f"--out={folder}: is inside {path}, so the picture would be read as "
+                             "one of its images; give a folder outside it")
     try:
         check_writable(folder / SCORES_FILE)
     except OSError as error:
-        raise OSError(f"--out={folder}: {describe(error)}; name another folder") from error
+        raise OSError(f"--out={folder}: {describe(error)}; give another folder") from error
     return folder
 
 
 def _report_pairs(paired, scores, values: tuple[float, float], clip: bool, images: str,
                   folder: Path | None, is_folder_given: bool,
                   window: tuple[float, float] | None) -> None:
-    """Prints the summary of paired scores, and writes it and the scores of each image."""
+    """Prints the summary of paired scores, and writes it with the scores of each image."""
     from dnnlib.atomic import append_line
     from metrics.pair_files import summary_lines, summary_records, write_scores
 
     for line in summary_lines(scores):
         console.result(line)
     if folder is None:
-        click.echo("Files      none, because --images is a file; --out=DIR keeps the scores")
+        click.echo("Files      none, because --images is a file; give --out=DIR to write them")
         return
     window = window or (sum(values) / 2, values[1] - values[0])
     click.echo(f"Files      {write_scores(folder, paired, scores, values, window)}")
@@ -720,12 +722,12 @@ def _check_metrics(ref_path: str | None, metrics: tuple[str, ...], bootstrap: in
             raise UserError("Missing option '--ref': reference statistics (.npz) or the data set, "
                             f"needed by {', '.join(comparing)}", BAD_USAGE)
     if bootstrap is not None and "fid" not in metrics:
-        raise UserError(f"--bootstrap with --metrics={','.join(metrics)}: finds the interval of fid; "
-                        "name fid too, or leave --bootstrap out", BAD_USAGE)
+        raise UserError(f"--bootstrap with --metrics={','.join(metrics)}: needs fid, whose "
+                        "interval it estimates; add fid, or leave --bootstrap out", BAD_USAGE)
 
 
 def _needing_classes(metrics: tuple[str, ...], per_class: bool) -> str | None:
-    """Returns the flag for which images must have classes; None for none."""
+    """Returns the flag that needs images with classes; None if no flag does."""
     from metrics.metrics import metrics_that_need
 
     asking = metrics_that_need("hits", metrics)
@@ -733,10 +735,11 @@ def _needing_classes(metrics: tuple[str, ...], per_class: bool) -> str | None:
 
 
 def _place_of_features(kept: str | None, num_scores: int) -> Path | None:
-    """Returns where --features goes: a file for one score, a folder for several; None for none.
+    """Returns the path of --features: a file for one score, a folder for several; None without it.
 
     Raises:
-        ValueError: it is the other of the two, or can't be written.
+        ValueError: it is a file instead of a folder, or the other way round.
+        OSError: it can't be written.
     """
     from dnnlib.atomic import check_writable
 
@@ -744,14 +747,14 @@ def _place_of_features(kept: str | None, num_scores: int) -> Path | None:
         return None
     path, is_file = Path(kept), kept.lower().endswith(".npz")
     if num_scores == 1 and (not is_file or path.is_dir()):
-        raise ValueError(f"--features={kept}: must be a file called *.npz")
+        raise ValueError(f"--features={kept}: must be a file with extension .npz")
     if num_scores > 1 and (is_file or path.is_file()):
         raise ValueError(f"--features={kept}: must be a folder, because there are {num_scores} "
                          "scores")
     try:
         check_writable(path if is_file else path / "features.npz")
     except OSError as error:
-        raise OSError(f"--features={kept}: {describe(error)}; name another place") from error
+        raise OSError(f"--features={kept}: {describe(error)}; give another path") from error
     return path
 
 
@@ -766,7 +769,7 @@ def _keep_features(found, detector, dataset, facts: dict, path: Path) -> None:
 def _score_kept(files: Sequence[str], ref_path: str | None, metrics: tuple[str, ...],
                 out: str | None, num: int, bootstrap: int | None, detector: str, device,
                 batch: int, workers: int) -> None:
-    """Scores features that --features has kept in files, by one detector."""
+    """Scores features of one detector that --features has kept in files."""
     from metrics.detectors import describe_detector
     from metrics.feature_files import load_on_rank0, of_features
     from metrics.score_report import Job, ScoreReport
@@ -793,7 +796,7 @@ def _score_kept(files: Sequence[str], ref_path: str | None, metrics: tuple[str, 
 
 
 def _jsonl_of_images(images: str) -> Path | None:
-    """Returns the file for scores of a folder: in its run, else in itself; None for a file."""
+    """Returns the scores file of a folder, in its run or else in itself; None for a file."""
     path = Path(os.path.abspath(images))
     if not path.is_dir():
         return None
@@ -802,7 +805,7 @@ def _jsonl_of_images(images: str) -> Path | None:
 
 
 def _facts_of_images(dataset, seed: int) -> dict:
-    """Returns what is recorded of the images in a folder or ZIP: seeds, sampler, the choice."""
+    """Returns what is recorded about the images in a folder or ZIP: seeds, sampler, the choice."""
     from dnnlib.util import format_ranges
 
     names, records = dataset.all_names, dataset.sample_records()
@@ -818,7 +821,7 @@ def _facts_of_images(dataset, seed: int) -> dict:
 
 def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: float,
                   sweeps: set[str]) -> list:
-    """Returns the folders of a run directory to score, jobs in order; none if it isn't one."""
+    """Returns the folders of a run directory to score, in order; none if it isn't one."""
     from images.image_files import check_finished
     from metrics.score_report import Job
 
@@ -830,8 +833,8 @@ def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: f
              ] if os.path.isdir(images) else []
     if not names:
         if sweeps or gen_seeds != (1,):
-            raise ValueError(f"{images}: no run directory with ckpt_* folders, which --gen_seed, "
-                             "--alpha, --steps and --quant choose from")
+            raise ValueError(f"{images}: not a run directory with ckpt_* folders, among which "
+                             "--gen_seed, --alpha, --steps and --quant choose")
         if os.path.exists(os.path.join(images, _RUN_OPTIONS)):
             raise ValueError(f"{images}: a run directory without ckpt_* folders of images; make them "
                              f"with generate.py --outdir={images}, or score a network with 'fid.py "
@@ -839,15 +842,15 @@ def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: f
         return []
     parsed = {name: FolderName.parse(name) for name in sorted(names)}
     if strange := [name for name, parts in parsed.items() if parts is None]:
-        click.echo(f"Warning: {strange[0]} and {len(strange)} folders in all are not named by "
-                   "generate.py and are not scored", err=True)
+        click.echo(f"Warning: folders with names not from generate.py are not scored: {strange[0]} "
+                   f"({len(strange)} in total)", err=True)
     folders = {parts: name for name, parts in parsed.items() if parts is not None}
     chosen = [parts for parts in folders if parts.gen_seed in gen_seeds
               and first <= float(parts.kimg) <= last and parts.swept == sweeps]
     if not chosen:
         there = sorted({_sweep_flags(parts.swept) for parts in folders})
-        raise ValueError(f"{images}: none of {len(names)} ckpt_* folders (such as {min(names)}) is "
-                         f"of --gen_seed={','.join(map(str, gen_seeds))}, {_sweep_flags(sweeps)}, "
+        raise ValueError(f"{images}: none of {len(names)} ckpt_* folders (such as {min(names)}) "
+                         f"has --gen_seed={','.join(map(str, gen_seeds))}, {_sweep_flags(sweeps)}, "
                          f"and {first:.15g} to {last:.15g} kimg; there is "
                          f"{' and '.join(there) or 'none of generate.py'}")
     _warn_of_missing_ranges(chosen, gen_seeds)
@@ -856,7 +859,7 @@ def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: f
 
 
 def _warn_of_missing_ranges(chosen: Sequence[FolderName], gen_seeds: tuple[int, ...]) -> None:
-    """Names the ranges of seeds that were asked for and are not there, for each network."""
+    """Warns of the requested seed ranges that are missing, for each network."""
     groups: dict[tuple, list[FolderName]] = {}
     for parts in chosen:
         groups.setdefault(parts.point, []).append(parts)
@@ -865,13 +868,13 @@ def _warn_of_missing_ranges(chosen: Sequence[FolderName], gen_seeds: tuple[int, 
         missing = [str(dataclasses.replace(found[0], gen_seed=number)) for number in gen_seeds
                    if number not in there]
         if missing:
-            click.echo(f"Warning: {found[0]}: of --gen_seed={','.join(map(str, gen_seeds))} there "
+            click.echo(f"Warning: {found[0]}: for --gen_seed={','.join(map(str, gen_seeds))} there "
                        f"is no {' and no '.join(missing)}; its lowest score is that of "
                        f"{len(found)}", err=True)
 
 
 class UnscorableError(ValueError):
-    """A folder of a run that can't be scored, which keeps no other from it; `short` says why."""
+    """A folder of a run can't be scored, but others can; `short` says why."""
 
     def __init__(self, message: str, short: str):
         super().__init__(message)
@@ -879,25 +882,25 @@ class UnscorableError(ValueError):
 
 
 def _refuse_strays(dataset) -> None:
-    """Raises ValueError for a folder of generate.py with images that are not of its making.
+    """Raises ValueError for a folder of generate.py with images that it did not make.
 
-    UnscorableError where the network has made images that are not finite.
+    Raises UnscorableError if the network has made images that are not finite.
     """
     records = dataset.sample_records()
     if not records:
         return
     if len(records) > 1:
         raise ValueError(f"{dataset.path}: holds the images of {len(records)} networks or settings "
-                         f"({', '.join(sorted(records)[:_MAX_NAMED])}); score each folder by itself")
+                         f"({', '.join(sorted(records)[:_MAX_NAMED])}); score each folder "
+                         "separately")
     [(top, record)] = records.items()
     below = [name.removeprefix(top) if name.startswith(top) else f"/{name}"
              for name in dataset.all_names]
     subdirs = record.get("subdirs")
     found = strays(below, subdirs if isinstance(subdirs, bool) else None)
-    if found and record.get("names") != "inputs":  # which may be any
-        raise ValueError(f"{dataset.path}: {found[0].lstrip('/')} is not one of the images that "
-                         f"generate.json describes, and so are {len(found)} files in all; move "
-                         "them away")
+    if found and record.get("names") != "inputs":  # names of inputs can be anything
+        raise ValueError(f"{dataset.path}: holds files that generate.json does not describe: "
+                         f"{found[0].lstrip('/')} ({len(found)} in total); move them away")
     _refuse_not_finite(dataset, record)
 
 
@@ -910,12 +913,12 @@ def _refuse_not_finite(dataset, record: dict) -> None:
 
 
 def _sweep_flags(sweeps: set[str]) -> str:
-    """Returns the flags that choose folders swept over all of these."""
+    """Returns the flags that choose folders of a sweep over all of these settings."""
     return " ".join(f"--{name}" for name in SWEPT if name in sweeps) or "no sweep"
 
 
 def cli() -> None:
-    """Runs the command; where pip has installed it, the console script."""
+    """Runs the command; entry point of the console script."""
     run(main)
 
 

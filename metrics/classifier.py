@@ -1,12 +1,13 @@
-"""A classifier of small images, a multilayer perceptron on their pixels, and its file.
+"""A classifier of small images, which is a multilayer perceptron on their pixels, and its file.
 
-    B batch    N numbers of an image as networks see it    K classes
+    B batch    N values of an image, scaled as for networks    K classes
     h_0 = x [B, N],    h_i = relu(h_(i-1) W_i + b_i),    logits = h_L W_(L+1) + b_(L+1) [B, K]
 
-Its features are h_L. The file is a plain .npz: `format`, `image_shape` [3], for images that are not
-8-bit the `scale` [2, C or 1] (what became 0, and what became 1 after that), `weights_1`, `biases_1`
-and so on, and how many of the `held_out` images it recognises, the `accuracy`. Nothing in it is
-unpickled, and sizes are checked before memory is asked for.
+Its features are h_L. The file is a plain .npz with `format`, `image_shape` [3], `weights_1`,
+`biases_1` and so on, the number of `held_out` images and the `accuracy` on them. For images that
+are not 8-bit it also holds their `scale` [2, C or 1], which is (center, spread): center maps to 0,
+and center + spread to 1. Nothing in it is unpickled, and sizes are checked before memory is
+allocated.
 """
 
 import math
@@ -23,8 +24,8 @@ from dnnlib.atomic import atomic_write
 from images.scaling import Scaling
 from metrics.npz_arrays import read_npz_array
 
-MAX_PIXELS = 3 * 64 * 64  # numbers of an image
-MAX_WIDTH, MAX_LAYERS = 4096, 8  # units of a layer; layers, that of the classes among them
+MAX_PIXELS = 3 * 64 * 64  # values per image
+MAX_WIDTH, MAX_LAYERS = 4096, 8  # units of a layer; layers, including that of the classes
 _FORMAT = "pfgmpp-classifier-1"
 
 
@@ -33,21 +34,21 @@ class Perceptron:
     """A trained classifier.
 
     Raises:
-        ValueError: the shapes of its layers don't fit together, or values are not finite.
+        ValueError: the shapes of its layers don't match, or values are not finite.
     """
 
     weights: tuple[torch.Tensor, ...]  # W_i [in, out], float32
     biases: tuple[torch.Tensor, ...]  # b_i [out], float32
     image_shape: tuple[int, int, int]  # channels, height, width
-    scale: dict[str, Any] | None  # of images that are not 8-bit
+    scale: dict[str, Any] | None  # scale of the images; None if they are 8-bit
     accuracy: float = 0.0  # share of held-out images whose class it recognises
-    num_held_out: int = 0  # of these images
+    num_held_out: int = 0  # number of these images
 
     def __post_init__(self):
         width = math.prod(self.image_shape)
         if len(self.image_shape) != 3 or min(self.image_shape) < 1 or width > MAX_PIXELS:
             raise ValueError(f"image_shape is {list(self.image_shape)}, expected [C, H, W] of at "
-                             f"most {MAX_PIXELS} numbers")
+                             f"most {MAX_PIXELS} values")
         if not 2 <= len(self.weights) <= MAX_LAYERS:
             raise ValueError(f"{len(self.weights)} layers, expected 2 to {MAX_LAYERS}")
         for number, (weights, biases) in enumerate(
@@ -63,26 +64,26 @@ class Perceptron:
         if self.num_classes < 2:
             raise ValueError(f"{self.num_classes} class, at least 2 needed")
         if not 0 <= self.accuracy <= 1 or self.num_held_out < 0:
-            raise ValueError("accuracy and held_out are no share of a number of images")
+            raise ValueError("accuracy must be in [0, 1], and held_out a number of images")
 
     @property
     def feature_dim(self) -> int:
-        """Units of the last hidden layer."""
+        """The number of units of the last hidden layer."""
         return len(self.weights[-1])
 
     @property
     def num_classes(self) -> int:
-        """Classes that it tells apart."""
+        """The number of classes that it distinguishes."""
         return len(self.biases[-1])
 
     def to(self, device: torch.device) -> "Perceptron":
-        """Returns the same on a device."""
+        """Returns a copy on a device."""
         return replace(self, weights=tuple(w.to(device) for w in self.weights),
                        biases=tuple(b.to(device) for b in self.biases))
 
     @torch.no_grad()
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns h_L [B, feature_dim] of images as networks see them, flattened, [B, N]."""
+        """Returns h_L [B, feature_dim] of flattened images [B, N], scaled as for networks."""
         for weights, biases in zip(self.weights[:-1], self.biases[:-1], strict=True):
             x = torch.addmm(biases, x, weights).relu()
         return x
@@ -93,10 +94,10 @@ class Perceptron:
         return torch.addmm(self.biases[-1], features, self.weights[-1])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the file, into a folder that is made if needed.
+        """Writes the file, and creates its folder if needed.
 
         Raises:
-            OSError: it can't be written; what was there is still there.
+            OSError: it can't be written; an existing file is then left unchanged.
         """
         arrays = {"format": np.array(_FORMAT), "image_shape": np.array(self.image_shape),
                   "accuracy": np.array(self.accuracy, np.float64),
@@ -112,16 +113,16 @@ class Perceptron:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Perceptron":
-        """Reads a file of `save`, onto the CPU.
+        """Reads a file that `save` wrote, onto the CPU.
 
         Raises:
             OSError: it can't be read.
-            ValueError: it holds something else.
+            ValueError: it is not such a file.
         """
         try:
             with zipfile.ZipFile(path) as archive:
                 return _read(archive)
-        # The last two: an unknown compression method, an encrypted member.
+        # The last two are raised by an unknown compression method and an encrypted member.
         except (ValueError, TypeError, KeyError, EOFError, OverflowError, zipfile.BadZipFile,
                 NotImplementedError, RuntimeError) as error:
             reason = str(error).strip("'\"").split("\n")[0] or type(error).__name__

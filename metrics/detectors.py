@@ -2,8 +2,8 @@
 
 Images are uint8, or float32 in about [-1, 1] where the data are not 8-bit.
 
-A detector also knows what a Frechet distance between its features is called. Only Inception's is
-an FID.
+A detector also knows the name of a Frechet distance between its features. Only that of Inception is
+called FID.
 """
 
 import math
@@ -19,26 +19,26 @@ from metrics import dinov2, inception
 from metrics.classifier import Perceptron
 from metrics.score_names import CLASSIFIER, DINOV2, INCEPTION, title
 
-FEATURES_VERSION = 1  # of what detectors make of the same images; part of the names of kept files
+FEATURES_VERSION = 1  # raised when a detector's features change; part of the names of cached files
 # A covariance of this many features takes 1.2 GB: 64x64 RGB images.
 MAX_PIXEL_FEATURES = 3 * 64 * 64
-_USUAL_PIXEL_FEATURES = 3 * 32 * 32  # whose distance takes seconds
-_POOLED = re.compile(r"pixels:([1-9]\d{0,5})")  # the pixels of images that are made smaller
+_USUAL_PIXEL_FEATURES = 3 * 32 * 32  # a distance of so many features takes seconds
+_POOLED = re.compile(r"pixels:([1-9]\d{0,5})")  # the pixels of downsampled images
 
 
 def no_images(image_shape: Sequence[int], is_8bit: bool) -> torch.Tensor:
-    """Returns an empty batch of images of this shape, by which a detector tells what it takes."""
+    """Returns an empty batch of images of this shape, to test whether a detector takes them."""
     return torch.empty([0, *image_shape], dtype=torch.uint8 if is_8bit else torch.float32)
 
 
 class Detector:
     """A callable from images [B, C, H, W], uint8 or float32, to float features [B, feature_dim]."""
 
-    name: str  # what statistics files call it
-    distance_name: str  # what a Frechet distance between its features is called
+    name: str  # its name in statistics files
+    distance_name: str  # the name of a Frechet distance between its features
     weights_sha256: str | None = None  # of the weight file, if there is one
-    feature_dim: int | None = None  # length of a feature vector; None where the first batch decides
-    num_classes: int | None = None  # of the data, where it tells these apart
+    feature_dim: int | None = None  # length of a feature vector; None until the first batch sets it
+    num_classes: int | None = None  # number of classes of the data, if it distinguishes them
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)  # where features are computed and returned
@@ -47,7 +47,7 @@ class Detector:
         """Returns the features; an empty batch is allowed and gives [0, feature_dim].
 
         Raises:
-            ValueError: images of a kind or size that the detector does not take.
+            ValueError: the detector does not take images of this kind or size.
         """
         raise NotImplementedError
 
@@ -60,7 +60,7 @@ class Detector:
 
         Args:
             image_shape: channels, height and width.
-            scale: that of images that are not 8-bit; None of those that are.
+            scale: scale of the images; None if they are 8-bit.
 
         Raises:
             ValueError: the detector does not take such images.
@@ -85,14 +85,14 @@ class Detector:
 
     @classmethod
     def check_recognises(cls) -> None:
-        """Raises ValueError if the detector can't tell the classes of the data apart."""
-        raise ValueError(f"detector {cls.name}: was not trained on the classes of the data, as "
-                         "class accuracy needs; give --detector=FILE.npz that 'fid.py classifier' "
-                         "has written")
+        """Raises ValueError if the detector can't distinguish the classes of the data."""
+        raise ValueError(f"detector {cls.name}: class accuracy needs a detector that was trained "
+                         "on the classes of the data; give --detector=FILE.npz that 'fid.py "
+                         "classifier' has written")
 
 
 class _OfPhotographs(Detector):
-    """A network `_network` that was trained on photographs: 8-bit images of 1 or 3 channels."""
+    """A detector whose `_network` was trained on photographs: 8-bit images of 1 or 3 channels."""
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         self.check_kind(images.shape[1], images.dtype == torch.uint8)
@@ -102,17 +102,17 @@ class _OfPhotographs(Detector):
     def check_kind(cls, channels: int, is_8bit: bool) -> None:
         if not is_8bit or channels not in (1, 3):
             kind = "8-bit" if is_8bit else "floating-point or 16-bit"
-            raise ValueError(f"detector {cls.name}: takes 8-bit images of 1 or 3 channels, these "
-                             f"are {kind} of {channels}; use --detector=pixels (pixels:K makes "
-                             "large ones smaller by K), or 'fid.py pairs', which compares each "
+            raise ValueError(f"detector {cls.name}: takes 8-bit images of 1 or 3 channels, but "
+                             f"these are {kind} of {channels}; use --detector=pixels (pixels:K "
+                             "downsamples large ones by K), or 'fid.py pairs', which compares each "
                              "image with its truth")
 
 
 class Inception(_OfPhotographs):
     """The 2048 pooled features of Inception-v3, which FID is defined by.
 
-    Without a local file at `path` they are computed by the published weights. Other weights of the
-    same graph are allowed, but then neither the features nor the distance have these names.
+    They are computed with the published weights, unless `path` names a local file. Other weights of
+    the same graph are allowed, but then the features and the distance have other names.
     """
 
     name = INCEPTION
@@ -138,8 +138,8 @@ class Inception(_OfPhotographs):
 class DinoV2(_OfPhotographs):
     """The class token of DINOv2, 1024 numbers, which FD-DINOv2 is defined by.
 
-    The weights are those of `dinov2.find_weights(place)`. By others than the published ones,
-    neither the features nor the distance have these names.
+    The weights are those of `dinov2.find_weights(place)`. If they are not the published ones, the
+    features and the distance have other names.
     """
 
     name = DINOV2
@@ -155,11 +155,11 @@ class DinoV2(_OfPhotographs):
 
 
 class Pixels(Detector):
-    """The pixels themselves, flattened: x/127.5 - 1 of 8 bits, else as networks see them.
+    """The pixels themselves, flattened: x/127.5 - 1 of 8-bit images, else scaled as for networks.
 
-    They give a plain distance between small images, which needs no download and says little about
-    how the images look. With a `factor` they are means over squares of so many pixels a side, and
-    this is part of the name.
+    They give a plain distance between small images, which needs no download but says little about
+    how the images look. With a `factor` the features are means over squares of `factor` pixels a
+    side, and the factor is part of the name.
     """
 
     name = "pixels"
@@ -175,11 +175,11 @@ class Pixels(Detector):
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         is_8bit, (channels, height, width) = images.dtype == torch.uint8, images.shape[1:]
         if height % self._factor or width % self._factor:
-            raise ValueError(f"detector {self.name}: the sides of {width}x{height} images are no "
+            raise ValueError(f"detector {self.name}: the sides of {width}x{height} images are not "
                              f"multiples of {self._factor}; give a factor of both")
         self.feature_dim = channels * height * width // self._factor**2
         if self.feature_dim > MAX_PIXEL_FEATURES:
-            raise ValueError(f"detector {self.name}: {self.feature_dim} numbers per image, at most "
+            raise ValueError(f"detector {self.name}: {self.feature_dim} values per image, at most "
                              f"{MAX_PIXEL_FEATURES} (64x64 RGB); {_way_out(images.shape, is_8bit)}")
         features = _as_networks_see(images, self.device)
         if self._factor > 1 and len(features):
@@ -188,9 +188,9 @@ class Pixels(Detector):
 
 
 class Classifier(Detector):
-    """The last hidden layer of a classifier of small images that 'fid.py classifier' has trained.
+    """The last hidden layer of a classifier of small images, trained by 'fid.py classifier'.
 
-    It takes images of the shape and the scale of its training data.
+    It takes only images with the shape and the scale of its training data.
     """
 
     name = CLASSIFIER
@@ -208,16 +208,16 @@ class Classifier(Detector):
         is_8bit, known = images.dtype == torch.uint8, self._network
         if tuple(images.shape[1:]) != known.image_shape or is_8bit != (known.scale is None):
             raise ValueError(f"detector {self.name}: was trained on "
-                             f"{_shown(known.image_shape, known.scale is None)}, these are "
-                             f"{_shown(images.shape[1:], is_8bit)}; train one on such images by "
+                             f"{_shown(known.image_shape, known.scale is None)}, but these are "
+                             f"{_shown(images.shape[1:], is_8bit)}; train one on such images with "
                              "'fid.py classifier'")
         return known.hidden(_as_networks_see(images, self.device).flatten(1))
 
     def dim_of(self, image_shape: Sequence[int], scale: dict[str, Any] | None) -> int:
         dim = super().dim_of(image_shape, scale)
         if scale != self._network.scale:
-            raise ValueError(f"detector {self.name}: was trained on images of another scale; "
-                             "dataset_tool.py must have made both data sets with the same --scale")
+            raise ValueError(f"detector {self.name}: was trained on images of another scale; make "
+                             "both data sets with the same --scale of dataset_tool.py")
         return dim
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
@@ -229,7 +229,7 @@ class Classifier(Detector):
 
 
 def _as_networks_see(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Returns images [B, C, H, W], uint8 or float32, as float32, about [-1, 1], on the device."""
+    """Returns images [B, C, H, W], uint8 or float32, as float32 in about [-1, 1] on the device."""
     values = images.to(device, torch.float32)
     return values / 127.5 - 1 if images.dtype == torch.uint8 else values
 
@@ -241,7 +241,7 @@ def _shown(shape: Sequence[int], is_8bit: bool) -> str:
 
 
 def _way_out(shape: torch.Size, is_8bit: bool) -> str:
-    """Says how images that have too many pixels can be scored."""
+    """Returns advice on how images that have too many pixels can be scored."""
     _, channels, height, width = shape
     ways = ["--detector=inception"] if is_8bit and channels in (1, 3) else []
     factor = next((k for k in range(2, math.gcd(height, width) + 1)
@@ -261,9 +261,10 @@ DETECTORS: Registry[type[Detector]] = Registry("detector", {
 
 
 def _names_of_plugin(spec: str) -> tuple[str, str] | None:
-    """Returns (name, distance_name) of a plugin's detector, which tell its file; None of others.
+    """Returns (name, distance_name) of a plugin's detector, or None for other detectors.
 
-    Kept features and statistics of references are only used again by the detector of this name.
+    The names identify the plugin's file, because kept features and reference statistics are reused
+    only by the detector of the same name.
     """
     digest = DETECTORS.origins.get(spec)
     if digest is None:
@@ -273,10 +274,10 @@ def _names_of_plugin(spec: str) -> tuple[str, str] | None:
 
 
 def detector_class(spec: str) -> type[Detector]:
-    """Returns the class of what `build_detector(spec)` makes.
+    """Returns the class of the detector that `build_detector(spec)` makes.
 
     Raises:
-        ValueError: `spec` is none of what `build_detector` takes.
+        ValueError: `build_detector` does not take this `spec`.
     """
     if _POOLED.fullmatch(spec):
         return Pixels
@@ -293,18 +294,18 @@ def detector_class(spec: str) -> type[Detector]:
 
 
 def _dinov2_place(spec: str) -> str:
-    """Returns the folder or name of 'dinov2:PLACE'; '' of all else."""
+    """Returns the folder or name in 'dinov2:PLACE'; '' for any other spec."""
     name, _, place = spec.partition(":")
     return place if name == DINOV2 else ""
 
 
 def describe_detector(spec: str) -> tuple[str, str]:
-    """Returns (name, distance_name) of what `build_detector(spec)` makes, without making it.
+    """Returns (name, distance_name) of the detector `build_detector(spec)`, without making it.
 
-    Weights of DINOv2 that are named on the hub are downloaded.
+    DINOv2 weights that are named on the hub are downloaded.
 
     Raises:
-        ValueError: `spec` is none of what `build_detector` takes.
+        ValueError: `build_detector` does not take this `spec`.
         OSError: the weight file can't be read or downloaded.
     """
     kind = detector_class(spec)
@@ -331,9 +332,9 @@ def describe_detector(spec: str) -> tuple[str, str]:
 def build_detector(spec: str, device: torch.device | str = "cpu") -> Detector:
     """Returns the detector called `spec`.
 
-    That is a name in `DETECTORS`; 'pixels:K' with the factor of `Pixels`; 'dinov2:PLACE' with a
-    folder or a name on the Hugging Face hub; the path of a classifier (.npz); or that of weights
-    for Inception (.pth).
+    `spec` is a name in `DETECTORS`; 'pixels:K' with the factor of `Pixels`; 'dinov2:PLACE' with a
+    folder or a name on the Hugging Face hub; the path of a classifier (.npz); or the path of
+    weights for Inception (.pth).
 
     Raises:
         ValueError: there is no such detector, or the file holds something other than its weights.

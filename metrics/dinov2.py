@@ -3,12 +3,12 @@
     B batch    C channels    H W image size    d width of the network    M side of the trained grid
 
 Oquab et al. 2023 (arXiv 2304.07193), ViT-L/14, as Stein et al. 2023 (arXiv 2306.04675) and Karras
-et al. 2024 (EDM2, arXiv 2312.02696) used it. The network itself is that of Hugging Face
-transformers, an optional package. Scores are comparable only between programs that do the rest
-alike, so these are kept:
+et al. 2024 (EDM2, arXiv 2312.02696) used it. The network itself comes from Hugging Face
+transformers, an optional package. Scores are comparable only between programs that agree on the
+rest, so these details are kept:
 
 - images are resized to 224x224 by an antialiased bicubic filter with a = -0.5, in floating point,
-  neither rounded nor clipped (EDM2's way; that of Stein et al. rounds to 8 bits), then scaled to
+  neither rounded nor clipped (as in EDM2; Stein et al. round to 8 bits), then scaled to
   (x/255 - mean)/deviation of ImageNet;
 - the trained M x M position embedding is interpolated as the authors of DINOv2 do: a bicubic filter
   with a = -0.75 that reads position (i + 1/2) M/(16 + 0.1) - 1/2, where transformers reads
@@ -39,10 +39,10 @@ WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_SHA256 = "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23"
 FETCH = f"hf download {HUB_NAME} {WEIGHTS_FILE} --revision {HUB_REVISION} --local-dir dinov2"
 CONFIG_FILE = "config.json"
-# What CONFIG_FILE says of the published weights, where it isn't what transformers takes by default.
+# The values in CONFIG_FILE of the published weights that are not transformers' defaults.
 _CONFIG = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
            "image_size": 518, "patch_size": 14}
-# Settings that change what a network computes; the rest is about training or other uses.
+# Settings that change what a network computes; the others concern training or other uses.
 _CONFIG_KEYS = (*_CONFIG, "mlp_ratio", "hidden_act", "layer_norm_eps", "num_channels", "qkv_bias",
                 "use_swiglu_ffn", "use_mask_token")
 
@@ -54,22 +54,22 @@ _ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class Weights:
-    """A weight file, and what is known of it."""
+    """A weight file with its hash and its configuration."""
 
     path: str
     sha256: str  # of the file
-    config: Mapping[str, Any]  # its network in the words of transformers' Dinov2Config
+    config: Mapping[str, Any]  # its network, as arguments of transformers' Dinov2Config
 
     @property
     def name(self) -> str:
-        """What a detector with these weights is called."""
+        """The name of a detector with these weights."""
         return DINOV2 if self.sha256 == WEIGHTS_SHA256 else f"{DINOV2}:{self.sha256[:16]}"
 
 
 def require_package() -> None:
     """Raises OSError if transformers isn't installed."""
     if importlib.util.find_spec("transformers") is None:
-        raise OSError(f"detector {DINOV2}: needs another package: pip install transformers")
+        raise OSError(f"detector {DINOV2}: needs transformers: pip install transformers")
 
 
 def check_place(place: str) -> None:
@@ -81,12 +81,12 @@ def check_place(place: str) -> None:
 
 
 def find_weights(place: str | None = None) -> Weights:
-    """Returns the weights in a folder, or on the hub by name, from where they are downloaded.
+    """Returns the weights in a folder, or those of a name on the hub, which are downloaded.
 
-    Without a `place` they are the published ones. Those need no CONFIG_FILE wherever they lie.
+    Without a `place` they are the published ones. Those need no CONFIG_FILE in any folder.
 
     Raises:
-        ValueError: there is nothing of that kind, or the published file isn't what it should be.
+        ValueError: there is no such folder or name, or the published file has another hash.
         OSError: a file can't be read or downloaded, or a package is missing.
     """
     require_package()
@@ -104,8 +104,8 @@ def find_weights(place: str | None = None) -> Weights:
         return Weights(path, digest, _CONFIG)
     if os.path.isdir(place) and not os.path.isfile(os.path.join(place, CONFIG_FILE)):
         raise OSError(f"{path}: not the published file of {HUB_NAME} (sha256 {digest[:16]}..., "
-                      f"expected {WEIGHTS_SHA256[:16]}...): if it should be, fetch it again; other "
-                      f"weights need their {CONFIG_FILE} beside them, as save_pretrained() of "
+                      f"expected {WEIGHTS_SHA256[:16]}...); if it should be, download it again; "
+                      f"other weights need a {CONFIG_FILE} beside them, as save_pretrained() of "
                       "transformers writes it")
     return Weights(path, digest, _read_config(_file_of(place, CONFIG_FILE)))
 
@@ -116,14 +116,14 @@ def _file_of(place: str, name: str) -> str:
     path = os.path.join(place, name)
     if not os.path.isfile(path):
         raise OSError(f"{place}: holds no {name}; put the published file of {HUB_NAME} here, or "
-                      "other weights by save_pretrained() of transformers (files of pickles, such "
+                      "write other weights with save_pretrained() of transformers (pickles, such "
                       "as pytorch_model.bin, are not read)")
     return path
 
 
 def _hub_file(repository: str, name: str, revision: str | None = None,
               sha256: str | None = None) -> str:
-    """Returns the path of a file of the hub: in its own cache, or downloaded to ours."""
+    """Returns the path of a file of the hub: in the hub's cache, or downloaded to ours."""
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
     cached = try_to_load_from_cache(repository, name, revision=revision)
     if isinstance(cached, str):
@@ -136,11 +136,11 @@ def _hub_file(repository: str, name: str, revision: str | None = None,
             return file.name
     except OSError as error:
         if repository == HUB_NAME:
-            advice = (f"DINOv2 weights: fetch {name} by '{FETCH}' on another machine, and name the "
-                      f"folder as the detector {DINOV2}:FOLDER")
+            advice = (f"DINOv2 weights: download {name} with '{FETCH}' on another machine, and "
+                      f"give the folder as the detector {DINOV2}:FOLDER")
         else:
-            advice = (f"detector {DINOV2}:{repository}: no such folder, so it was looked up on the "
-                      "Hugging Face hub, where it can't be read; give a folder that is there, with "
+            advice = (f"detector {DINOV2}:{repository}: there is no such folder, and it can't be "
+                      "read from the Hugging Face hub; give an existing folder with "
                       f"{WEIGHTS_FILE} and {CONFIG_FILE}")
         raise OSError(f"{advice} ({error})") from error
 
@@ -153,8 +153,8 @@ def _read_config(path: str) -> dict[str, Any]:
         raise ValueError(f"{path}: not JSON: {error}") from error
     kind = found.get("model_type") if isinstance(found, dict) else None
     if kind != "dinov2":
-        raise ValueError(f"{path}: of a model of type {kind!r}, but only 'dinov2' is computed; "
-                         "networks with registers are another type")
+        raise ValueError(f"{path}: the model has type {kind!r}, but must have 'dinov2' (networks "
+                         "with registers are another type)")
     return {key: found[key] for key in _CONFIG_KEYS if key in found}
 
 
@@ -165,20 +165,20 @@ class DinoV2:
         """Reads the weight file, in float32.
 
         Raises:
-            ValueError: it is damaged, or doesn't fit its configuration.
+            ValueError: it is damaged, or doesn't match its configuration.
         """
         self.device = torch.device(device)
         try:
             network = _build(weights.config, _load_state(weights.path))
             patch, width = network.embeddings.patch_embeddings.projection.kernel_size
             if patch != width or RESOLUTION % patch:
-                raise ValueError(f"patches of {width}x{patch} pixels, which must be square and "
-                                 f"divide {RESOLUTION}")
+                raise ValueError(f"patches of {width}x{patch} pixels; must be square and divide "
+                                 f"{RESOLUTION}")
             positions = position_embedding(network.embeddings.position_embeddings.detach(),
                                            RESOLUTION // patch)
         except ValueError as error:
             raise ValueError(f"{weights.path}: {error}") from error
-        # One of the size that images have is taken as it is.
+        # The network uses an embedding of the size of the images without interpolating it.
         network.embeddings.position_embeddings = torch.nn.Parameter(positions)
         self._network = network.to(self.device).eval().requires_grad_(False)
         self.feature_dim: int = network.config.hidden_size
@@ -204,12 +204,12 @@ def resize(images: torch.Tensor) -> torch.Tensor:
 def position_embedding(trained: torch.Tensor, side: int) -> torch.Tensor:
     """Returns the embedding [1, 1 + side^2, d] of a class token and side x side patches.
 
-    `trained` is [1, 1 + M^2, d]. As in the published model, the scale is that of a side that is
-    larger by 0.1, without which results of some sides would have been of another size.
+    `trained` is [1, 1 + M^2, d]. As in the published model, the scale factor is that of a side
+    larger by 0.1, so that rounding never gives a result of another size.
     """
     grid_side = math.isqrt(trained.shape[1] - 1)
     if grid_side**2 != trained.shape[1] - 1:
-        raise ValueError(f"positions of {trained.shape[1] - 1} patches, which are no square")
+        raise ValueError(f"positions of {trained.shape[1] - 1} patches, which do not form a square")
     if grid_side == side:
         return trained
     grid = trained[:, 1:].unflatten(1, (grid_side, grid_side)).permute(0, 3, 1, 2)
@@ -232,7 +232,7 @@ def _load_state(path: str) -> dict[str, torch.Tensor]:
 def _build(config: Mapping[str, Any], state: dict[str, torch.Tensor]) -> torch.nn.Module:
     """Returns the network of a configuration with these weights, in float32.
 
-    Versions of transformers name its parts otherwise than files do; from_pretrained knows how.
+    Some versions of transformers name its parts differently from files; from_pretrained maps them.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import Dinov2Config, Dinov2Model
@@ -244,7 +244,7 @@ def _build(config: Mapping[str, Any], state: dict[str, torch.Tensor]) -> torch.n
     except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError,
             StrictDataclassError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{CONFIG_FILE} is not of a DINOv2: {reason}") from error
+        raise ValueError(f"{CONFIG_FILE} does not describe a DINOv2: {reason}") from error
     if any(found[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")):
         counts = ", ".join(f"{len(found[f'{kind}_keys'])} {kind}"
                            for kind in ("missing", "unexpected", "mismatched"))
@@ -254,7 +254,7 @@ def _build(config: Mapping[str, Any], state: dict[str, torch.Tensor]) -> torch.n
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps transformers from printing a progress bar and a table of what didn't fit."""
+    """Keeps transformers from printing a progress bar and a table of mismatched tensors."""
     from transformers.utils import logging
     before, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
@@ -269,7 +269,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Has products of matrices and convolutions of a GPU computed in full float32."""
+    """Makes a GPU compute matrix products and convolutions in full float32."""
     matmul = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, False
     try:

@@ -13,33 +13,35 @@ With S = A A^T the eigenvalues of S1 S2 are the squared singular values of A1^T 
     tr sqrt(S1 S2) = sum of the singular values of A1^T A2.
 
 These are the roots of the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2), but found without
-squaring: an eigenvalue that should be 0 comes out as 1e-16, its root as 1e-8, and a covariance of
-few images has up to d of them. Nothing is ever complex, and no rank is too low. Where both are far
-from singular the eigenvalues of A1^T S2 A1, with A1 from Cholesky's factorisation, are exact enough
-and found in a third of the time.
+squaring. With squaring, an eigenvalue that should be 0 comes out as 1e-16 and its root as 1e-8, and
+a covariance of few images has up to d of them. The singular values are always real, for any rank.
+Where both covariances are far from singular, the eigenvalues of A1^T S2 A1, with A1 from the
+Cholesky factorisation, are accurate enough and take a third of the time.
 
 The kernel distance, KID for Inception's features (Binkowski et al. 2018, arXiv 1801.01401), is the
-squared maximum mean discrepancy of the kernel k(x, y) = (x.y/d + 1)^3, without bias:
+unbiased estimate of the squared maximum mean discrepancy of the kernel k(x, y) = (x.y/d + 1)^3:
 
     mean_(i != j) k(x_i, x_j) + mean_(i != j) k(y_i, y_j) - 2 mean_ij k(x_i, y_j)
 
-averaged over random subsets of both. It can be below 0.
+It is averaged over random subsets of both, and can be negative.
 
 Precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991): a set covers a point that lies
 within the distance from one of its members to that member's k-th nearest neighbour in the set.
-Precision is the share of generated images that the real ones cover, recall the other way round.
+Precision is the share of generated images that the real ones cover, and recall the share of real
+images that the generated ones cover.
 
-An outlier among the real ones reaches far, and so covers generated images that resemble none.
-Density and coverage (Naeem et al. 2020, arXiv 2002.09797) count how many real images cover a
-generated one, and how many cover any, where r_j is the distance of y_j to its k-th neighbour:
+An outlier among the real ones has a large radius, and so covers generated images that resemble no
+real one. Density and coverage (Naeem et al. 2020, arXiv 2002.09797) instead count how many real
+images cover a generated one, and how many real images cover at least one. With r_j the distance of
+y_j to its k-th neighbour,
 
     density = 1/(k m) sum_ij [|x_i - y_j| <= r_j]    coverage = 1/n sum_j [min_i |x_i - y_j| <= r_j]
 
-If x and y are of one law, whatever it is, they are on average
+If x and y have the same distribution, whichever it is, their means are
 
     1    and    1 - C(n - 1, k)/C(m + n - 1, k), about 1 - (n/(m + n))^k,
 
-as y_j covers no x_i where its k nearest images of all others are real. Density can exceed 1.
+because y_j covers no x_i if its k nearest images among all others are real. Density can exceed 1.
 """
 
 import numpy as np
@@ -47,14 +49,14 @@ import torch
 
 Array = torch.Tensor | np.ndarray
 
-# Ratio of pivots from which squaring is harmless: it costs about eps/ratio of the trace.
+# Squaring is harmless above this ratio of pivots: its error is about eps/ratio of the trace.
 _WELL_CONDITIONED = 1e-7
-NUM_SUBSETS = 100  # this and the next two: as torch-fidelity, so that scores agree
+NUM_SUBSETS = 100  # this and the next two are those of torch-fidelity, so that scores agree
 SUBSET_SIZE = 1000
 SUBSET_SEED = 2020
 NUM_NEIGHBOURS = 3  # of precision and recall
 NUM_DENSITY_NEIGHBOURS = 5  # of density and coverage
-_CHUNK_ROWS = 1024  # rows of a distance matrix at a time: 200 MB against 50,000 columns
+_CHUNK_ROWS = 1024  # rows of a distance matrix per chunk: 200 MB for 50,000 columns
 
 
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
@@ -91,7 +93,7 @@ def _quick_factor(sigma: torch.Tensor) -> torch.Tensor | None:
 
 
 def covariance_factor(sigma: torch.Tensor) -> torch.Tensor:
-    """Returns A [d, rank] with A A^T = sigma; eigenvalues that are rounding errors are left out."""
+    """Returns A [d, rank] with A A^T = sigma, without eigenvalues that are rounding errors."""
     values, vectors = torch.linalg.eigh(sigma)
     keep = values > values[-1].abs() * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, keep] * values[keep].sqrt()
@@ -102,7 +104,7 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor, *, subsets: int = NUM_SUBS
     """Returns mean and standard deviation, over random subsets, of the kernel distance in float64.
 
     Features of the generated images are x [m, d], those of the real ones y [n, d]. `seed` chooses
-    the subsets, each of `size` images, but of at most m and n.
+    the subsets. Each has `size` images, or min(m, n) if that is smaller.
 
     Raises:
         ValueError: fewer than two images on a side, or features of different lengths.
@@ -145,9 +147,9 @@ def precision_recall(x: torch.Tensor, y: torch.Tensor, *, k: int = NUM_NEIGHBOUR
 
 def density_coverage(x: torch.Tensor, y: torch.Tensor, *, k: int = NUM_DENSITY_NEIGHBOURS,
                      device: torch.device | str = "cpu") -> tuple[float, float]:
-    """Returns density, at least 0 and perhaps above 1, and coverage in [0, 1].
+    """Returns density, which is at least 0 and can exceed 1, and coverage in [0, 1].
 
-    Arguments and errors are those of `precision_recall`, but there may be any number of x.
+    Arguments and errors are those of `precision_recall`, except that one generated image suffices.
     """
     _check_features(x, y, least=1)
     if len(y) <= k:
@@ -164,9 +166,9 @@ def density_coverage(x: torch.Tensor, y: torch.Tensor, *, k: int = NUM_DENSITY_N
 
 def _centred(x: torch.Tensor, y: torch.Tensor,
              device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns both on a device, less the mean of y.
+    """Returns both on a device, minus the mean of y.
 
-    Distances are differences of squares, in which centred features lose fewer digits.
+    Distances are computed as differences of squares, which lose fewer digits if centred.
     """
     centre = y.to(torch.float64).mean(0).to(torch.float32)
     return x.to(device) - centre.to(device), y.to(device) - centre.to(device)

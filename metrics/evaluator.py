@@ -1,6 +1,6 @@
-"""A detector, a reference and metrics: what scores images, checked before anything is computed.
+"""Scoring of images with a detector, a reference and metrics, which are checked beforehand.
 
-Under torchrun every method is called on all ranks; the reference is on rank 0.
+Under torchrun every method is called on all ranks. The reference is on rank 0.
 """
 
 import contextlib
@@ -36,13 +36,14 @@ from torch_utils import distributed as dist
 
 
 class Evaluator:
-    """Scores sets of images by `metrics` against one reference, by a detector of `build_detector`.
+    """Scores sets of images with `metrics` against one reference.
 
-    The reference is a file or address of statistics, a data set, or None where no metric needs one.
-    Errors call it `name`. With `by_class` it must be a data set with classes.
+    `detector` is a name for `build_detector`. The reference is a file or address of statistics, a
+    data set, or None where no metric needs one. Errors call it `name`. With `by_class` it must be a
+    data set with classes.
 
     Raises:
-        ValueError: detector, reference and metrics do not fit.
+        ValueError: detector, reference and metrics do not match.
         OSError: a file can't be read.
     """
 
@@ -73,14 +74,14 @@ class Evaluator:
 
     def check(self, image_shape: Sequence[int], images: str,
               scale: dict[str, Any] | None = None) -> None:
-        """Raises ValueError on all ranks if images of this shape, called `images`, can't be scored.
+        """Raises ValueError on all ranks if images of this shape can't be scored.
 
-        `scale` is that of images that are not 8-bit. It must be the reference's.
+        Errors call the images `images`. `scale`, None for 8-bit images, must be the reference's.
         """
         error = None
         try:
             self._check(image_shape, images, scale)
-        except ValueError as caught:  # rank 0 alone may have the reference
+        except ValueError as caught:  # only rank 0 has the reference
             error = caught
         dist.raise_first(error)
 
@@ -99,9 +100,9 @@ class Evaluator:
                              f"{'x'.join(map(str, image_shape))} images of {images}")
 
     def prepare(self, batch: int, workers: int) -> None:
-        """Computes the statistics of a reference that is a data set, or takes them from the cache.
+        """Computes the statistics of a reference data set, or takes them from the cache.
 
-        One rank takes up to `batch` images at a time; `workers` processes read ahead.
+        A rank processes up to `batch` images at a time, and `workers` processes read ahead.
         """
         if self._data is not None:
             self._data.share_fingerprint()
@@ -112,7 +113,7 @@ class Evaluator:
             self._digest = self._data.fingerprint
 
     def evaluate(self, images: FeatureSet) -> dict[str, float]:
-        """Returns the values of the metrics that images were gathered for, the same on every rank.
+        """Returns the values of the metrics that `images` was made for, the same on every rank.
 
         Raises:
             ValueError: too few images.
@@ -126,7 +127,7 @@ class Evaluator:
         return values
 
     def interval(self, images: FeatureSet, draws: int) -> FrechetInterval:
-        """Returns how sure the Frechet distance is of images whose features are kept.
+        """Returns the Frechet distance of images whose features are kept, with its interval.
 
         Raises:
             ValueError: too few images or draws.
@@ -137,11 +138,11 @@ class Evaluator:
 
     def evaluate_classes(self, images: FeatureSet, classes: Sequence[int]
                          ) -> dict[int, dict[str, float]]:
-        """Returns the values of each class by itself, of images whose features are kept.
+        """Returns the values of each class separately, for images whose features are kept.
 
         Args:
-            images: what was gathered of all classes.
-            classes: that of each image.
+            images: the images of all classes.
+            classes: the class of each image.
 
         Raises:
             ValueError: no class has enough images on both sides.
@@ -151,10 +152,10 @@ class Evaluator:
             images.metrics))
 
     def check_classes(self, classes: Sequence[int], metrics: Iterable[str]) -> None:
-        """Warns of classes that have too few images to be scored by themselves.
+        """Warns of classes that have too few images for a score of their own.
 
         Raises:
-            ValueError: that is all of them.
+            ValueError: all classes have too few.
         """
         dist.run_on_rank0(self._check_classes, classes, metrics)
 
@@ -162,22 +163,22 @@ class Evaluator:
         for name in metrics:
             _, left_out = classes_to_score(classes, self._real_classes, name)
             if left_out:
-                dist.warn0(f"classes {format_ranges(left_out)} have too few images on a side for "
-                           f"{name} and are left out of it")
+                dist.warn0(f"classes {format_ranges(left_out)} have too few generated or real "
+                           f"images for {name} and are left out of it")
 
     @property
     def _real_classes(self) -> np.ndarray:
-        """The classes of the images of the reference whose features are kept."""
+        """The classes of those reference images whose features are kept."""
         return self._data.class_numbers[kept_numbers(len(self._data))]
 
     @property
     def class_names(self) -> Sequence[str] | None:
-        """What the classes of a reference that is a data set are called, if they have names."""
+        """The class names of a reference data set, if it has them."""
         return self._data and self._data.class_names
 
     @property
     def reference_count(self) -> int | None:
-        """The number of images of the reference, on rank 0 and if known; None elsewhere."""
+        """The number of images of the reference; None if unknown, and on other ranks than 0."""
         return self._reference.count if self._reference else None
 
     @property
@@ -188,7 +189,7 @@ class Evaluator:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What is recorded of the reference beside each score, as plain JSON data."""
+        """What is recorded about the reference with each score, as plain JSON data."""
         return {"reference": self._name if self._digest else None, "reference_sha256": self._digest,
                 "reference_num": self.reference_count}
 
@@ -203,13 +204,13 @@ def check_classifies(detector: str, metrics: Iterable[str]) -> None:
 
 def check_asked(detector: Detector, num_classes: int, images: str, *, is_part: bool = False
                 ) -> None:
-    """Raises ValueError if a detector does not know the classes that images should be of.
+    """Raises ValueError if a detector does not know the intended classes of images.
 
     Args:
-        detector: one that tells the classes of the data apart.
-        num_classes: how many the images may be of.
-        images: what errors call them.
-        is_part: there may be more classes, of which there are no images.
+        detector: a detector that distinguishes the classes of the data.
+        num_classes: the number of classes of the images.
+        images: what errors call the images.
+        is_part: whether the data may have more classes than these images.
     """
     known = detector.num_classes
     if num_classes > known or (num_classes < known and not is_part):
@@ -219,13 +220,13 @@ def check_asked(detector: Detector, num_classes: int, images: str, *, is_part: b
 
 
 def check_made_for(reference: Reference, path: str, detector: str, metrics: Iterable[str]) -> None:
-    """Raises ValueError if statistics are of another detector, or lack what metrics need."""
+    """Raises ValueError if statistics belong to another detector, or lack what metrics need."""
     name, _ = describe_detector(detector)
     if reference.detector != name:
         is_of_hash = re.fullmatch(r"\w+:[0-9a-f]{16}", reference.detector)
         advice = ("the weights that have this hash" if is_of_hash
                   else f"--detector={reference.detector}")
-        given = (f"the default is {INCEPTION}" if detector == INCEPTION else f"given is {name}"
+        given = (f"the default is {INCEPTION}" if detector == INCEPTION else f"not {name}"
                  if detector == name else f"--detector={detector} is {name}")
         raise ValueError(f"{path}: made with the detector {reference.detector}; give {advice} "
                          f"({given})")
@@ -233,39 +234,39 @@ def check_made_for(reference: Reference, path: str, detector: str, metrics: Iter
         if METRICS[metric].needs_reference_features and reference.features is None:
             raise ValueError(
                 f"{path}: holds no features, which --metrics={metric} needs; give the data "
-                "set itself as --ref, or make the file by 'fid.py ref --features'")
+                "set itself as --ref, or make the file with 'fid.py ref --features'")
 
 
 def check_alike(reference: Reference | Images, name: str, image_shape: Sequence[int], images: str,
                 scale: dict[str, Any] | None) -> None:
-    """Raises ValueError if a reference is of another size or scale than the images.
+    """Raises ValueError if a reference differs from the images in size or scale.
 
     Args:
         reference: statistics or a data set.
-        name: what errors call it.
+        name: what errors call the reference.
         image_shape: channels, height and width of the images.
-        images: what errors call them.
-        scale: that of the images, if they are not 8-bit.
+        images: what errors call the images.
+        scale: scale of the images; None if they are 8-bit.
     """
     known = reference.image_shape
     if reference.scale != scale:
-        raise ValueError(f"{name}: of another scale than the images of {images}; give a "
+        raise ValueError(f"{name}: has another scale than the images of {images}; give a "
                          "reference that dataset_tool.py made with the same --scale")
     if known and tuple(known[1:]) != tuple(image_shape[1:]):
-        raise ValueError(f"{name}: of {known[2]}x{known[1]} images, but those of "
+        raise ValueError(f"{name}: its images are {known[2]}x{known[1]}, but those of "
                          f"{images} are {image_shape[2]}x{image_shape[1]}; give a reference of "
                          "that size")
 
 
 def dataset_reference(images: Images, detector: Detector, *, with_features: bool, batch: int,
                       workers: int) -> Reference:
-    """Returns the statistics of a data set, on rank 0 with features if asked for.
+    """Returns the statistics of a data set, with features on rank 0 if `with_features` is set.
 
     For a large data set, the features of 50,000 evenly spaced images are kept.
 
     Raises:
-        ValueError: fewer than two images, or one that can't be read.
-        OSError: likewise.
+        ValueError: there are fewer than two images, or an image can't be decoded.
+        OSError: an image can't be read.
     """
     if len(images) < 2:
         raise ValueError(f"{len(images)} image, at least 2 needed")
@@ -281,7 +282,7 @@ def dataset_reference(images: Images, detector: Detector, *, with_features: bool
 
 
 def kept_numbers(count: int) -> np.ndarray:
-    """Returns the numbers of the images of a reference whose features are kept, of `count`."""
+    """Returns the numbers of those of `count` reference images whose features are kept."""
     if count <= MAX_BANK:
         return np.arange(count)
     return torch.linspace(0, count - 1, MAX_BANK).long().numpy()
@@ -289,7 +290,7 @@ def kept_numbers(count: int) -> np.ndarray:
 
 def cached_reference(images: Images, detector: Detector, *, with_features: bool, batch: int,
                      workers: int) -> Reference | None:
-    """Returns `dataset_reference` on rank 0, kept in the cache folder between calls."""
+    """Returns `dataset_reference` on rank 0; the cache folder keeps it between calls."""
     key = f"{images.content_key}-{detector.name.replace(':', '-')}-{FEATURES_VERSION}"
     path = cache_dir("references") / f"{key}{'-features' if with_features else ''}.npz"
     reference = None
@@ -305,6 +306,6 @@ def cached_reference(images: Images, detector: Detector, *, with_features: bool,
     try:
         save_reference(path, reference)
     except OSError as error:
-        dist.warn0(f"{path} can't be written ({error}): the reference will be computed again next "
+        dist.warn0(f"{path} can't be written ({error}); the reference will be computed again next "
                    "time")
     return reference

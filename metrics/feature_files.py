@@ -1,8 +1,8 @@
-"""Features of images in a file, so that another metric needs no new images.
+"""Features of images in a file, so that other metrics can be computed without new images.
 
 An .npz holds `features` [n, d] float32 in the order of the images, the name of the `detector`,
-and `facts`, which are JSON: what records say of the images, their shape and scale, and the hash of
-the detector's weights. Nothing is unpickled, and sizes are checked before memory is asked for.
+and `facts` as JSON: what records say about the images, their shape and scale, and the hash of the
+detector's weights. Nothing is unpickled, and sizes are checked before memory is allocated.
 """
 
 import dataclasses
@@ -32,23 +32,23 @@ _OF_FILE = ("image_shape", "scale", "detector_sha256")  # facts that records don
 
 @dataclasses.dataclass(frozen=True)
 class KeptFeatures:
-    """The features of a set of images, all that is needed to score it."""
+    """The features of a set of images, with all that is needed to score it."""
 
     features: torch.Tensor  # [n, d] float32
-    detector: str  # name of what made them
-    facts: dict[str, Any]  # what records say of the images, as plain JSON data
+    detector: str  # name of the detector that computed them
+    facts: dict[str, Any]  # what records say about the images, as plain JSON data
     image_shape: tuple[int, int, int]  # channels, height, width
-    scale: dict[str, Any] | None = None  # of images that are not 8-bit
+    scale: dict[str, Any] | None = None  # scale of the images; None if they are 8-bit
     detector_sha256: str | None = None  # of the detector's weights
 
     def __len__(self) -> int:
         return len(self.features)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the .npz, into a folder that is made if needed.
+        """Writes the .npz, and creates its folder if needed.
 
         Raises:
-            OSError: it can't be written; what was there is still there.
+            OSError: it can't be written; an existing file is then left unchanged.
         """
         facts = {"image_shape": list(self.image_shape), "scale": self.scale,
                  "detector_sha256": self.detector_sha256, "facts": self.facts}
@@ -58,16 +58,16 @@ class KeptFeatures:
                 np.savez(file, features=self.features.numpy(), detector=np.array(self.detector),
                          facts=np.array(json.dumps(json_value(facts))))
         except OSError as error:
-            raise OSError(f"--features={path}: can't be written ({error.strerror or error}), "
-                          "though the score is there; name another place and run again") from error
+            raise OSError(f"--features={path}: can't be written ({error.strerror or error}), but "
+                          "the score is recorded; give another path and run again") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "KeptFeatures":
-        """Reads a file of `save`.
+        """Reads a file that `save` wrote.
 
         Raises:
             OSError: it can't be read.
-            ValueError: it holds something else.
+            ValueError: it is not such a file.
         """
         try:
             with zipfile.ZipFile(path) as archive:
@@ -82,33 +82,34 @@ class KeptFeatures:
             known = json.loads(str(facts))
             shape, scale, digest = (known[name] for name in _OF_FILE)
             if not isinstance(known["facts"], dict) or len(shape) != 3:
-                raise ValueError("facts are not those of features")
-        # The last two: an unknown compression method, an encrypted member.
+                raise ValueError("facts does not describe images")
+        # The last two are raised by an unknown compression method and an encrypted member.
         except (ValueError, TypeError, KeyError, EOFError, RecursionError, zipfile.BadZipFile,
                 zlib.error, NotImplementedError, RuntimeError) as error:
             reason = str(error).strip("'\"").split("\n")[0] or type(error).__name__
-            raise ValueError(f"{path}: not features that --features has kept: {reason}") from error
+            raise ValueError(f"{path}: not a features file of --features: {reason}") from error
         return cls(torch.from_numpy(features.astype(np.float32)), str(detector), known["facts"],
                    tuple(map(int, shape)), scale, digest)
 
     def check_made_by(self, detector: Detector, path: str | os.PathLike) -> None:
-        """Raises ValueError if another detector has made the features in the file `path`."""
+        """Raises ValueError if another detector computed the features in the file `path`."""
         self.check_name(detector.name, path)
         if self.detector_sha256 != detector.weights_sha256:
-            raise ValueError(f"{path}: features by other weights of detector {detector.name}; give "
-                             "the weights that made them")
+            raise ValueError(f"{path}: features of detector {detector.name} with other weights; "
+                             "give the weights that computed them")
 
     def check_name(self, detector: str, path: str | os.PathLike) -> None:
-        """Raises ValueError if a detector of another name has made the features."""
+        """Raises ValueError if a detector of another name computed the features."""
         if self.detector != detector:
             raise ValueError(f"{path}: features of detector {self.detector}; give "
-                             f"--detector={self.detector} in place of {detector}")
+                             f"--detector={self.detector} instead of {detector}")
 
 
 def find_feature_files(path: str | os.PathLike) -> list[str]:
-    """Returns the .npz of features that a path names: itself, or those of a folder of nothing else.
+    """Returns the files of features that a path names.
 
-    There are none if it is anything else.
+    These are the path itself, or the files of a folder that holds nothing else. For any other path
+    there are none.
     """
     if not os.path.isdir(path):
         return [str(path)] if _is_feature_file(path) else []
@@ -128,11 +129,11 @@ def _is_feature_file(path: str | os.PathLike) -> bool:
 
 
 def load_on_rank0(path: str | os.PathLike) -> tuple[KeptFeatures, int]:
-    """Returns what a file holds, and of how many images: only rank 0 has their features.
+    """Returns the content of a file and the number of images; only rank 0 has their features.
 
     Raises:
         OSError: it can't be read.
-        ValueError: it holds something else.
+        ValueError: it is not a file of features.
     """
     own: list[KeptFeatures] = []
 
@@ -146,7 +147,7 @@ def load_on_rank0(path: str | os.PathLike) -> tuple[KeptFeatures, int]:
 
 def of_features(kept: KeptFeatures, count: int, detector: Detector, metrics: Iterable[str], *,
                 keeps_features: bool = False, asked: Sequence[int] | None = None) -> FeatureSet:
-    """Returns what `metrics` need of `count` images, of which this rank has these features.
+    """Returns what `metrics` need of `count` images; `kept` has the features on this rank.
 
     For `asked` see `FeatureSet`. Under torchrun every rank calls it.
     """

@@ -3,7 +3,7 @@
     B batch    C channels    H W image size    features [B, 2048] = mean over the last 8x8 map
 
 Szegedy et al. 2015 (arXiv 1512.00567) as Heusel et al. 2017 (arXiv 1706.08500) used it. Scores are
-comparable only between programs that run this very graph, so its peculiarities are kept:
+comparable only between programs that run exactly this graph, so its peculiarities are kept:
 
 - images are resized to 299x299 as TensorFlow 1 did: bilinear, source position j*W/299 without the
   half-pixel shift, clamped at the border, no smoothing when shrinking; then scaled (x - 128)/128;
@@ -11,8 +11,8 @@ comparable only between programs that run this very graph, so its peculiarities 
 - the last block (Mixed_7c) pools by maximum where the others pool by mean.
 
 The network is the table `NETWORK` below. Its names are those of the published weight file, which
-are torchvision's. Batch norm is folded into the convolutions when the weights are loaded, in
-float64, and activations are kept channels-last.
+are torchvision's. When the weights are loaded, batch norm is folded into the convolutions in
+float64. Activations are kept channels-last.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ BN_EPS = 1e-3
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution without bias, batch norm, ReLU. `pad` is (top and bottom, left and right)."""
+    """A convolution without bias, then batch norm and ReLU. `pad` is (vertical, horizontal)."""
 
     name: str
     channels: int
@@ -149,7 +149,7 @@ NETWORK: Steps = (
 def run(steps: Steps, x: torch.Tensor, apply_conv: ApplyConv, prefix: str = "") -> torch.Tensor:
     """Returns the output of `steps` on `x` [B, C, H, W].
 
-    `apply_conv(x, name, conv)` computes one convolution unit, called by its full name.
+    `apply_conv(x, name, conv)` computes one convolution unit; `name` is its full name.
     """
     for step in steps:
         if isinstance(step, Conv):
@@ -172,12 +172,12 @@ def conv_shapes() -> dict[str, tuple[int, int, int, int]]:
                 for s, p, k in zip(x.shape[2:], conv.pad, conv.kernel, strict=True)]
         return x.new_zeros([1, conv.channels, *size])
 
-    run(NETWORK, torch.zeros(1, 3, 75, 75), record)  # the smallest input that reaches the end
+    run(NETWORK, torch.zeros(1, 3, 75, 75), record)  # the smallest possible input
     return shapes
 
 
 def state_shapes() -> dict[str, tuple[int, ...]]:
-    """Returns the name and shape of every tensor of the weight file."""
+    """Returns the shape of every tensor of the weight file, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in conv_shapes().items():
         shapes[f"{name}.conv.weight"] = shape
@@ -219,7 +219,7 @@ class InceptionV3:
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Returns logits [B, 1008] float64 of features [B, 2048].
 
-        Without the bias, as the Inception score was defined by its authors' code.
+        The bias is left out, as in the code of the Inception score's authors.
         """
         return features.to(torch.float64) @ self._class_weight.T
 
@@ -241,13 +241,13 @@ def resize(x: torch.Tensor, size: int) -> torch.Tensor:
 def _taps(length: int, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Returns the two source positions of each target position, and the weight of the second."""
     position = torch.arange(size, dtype=torch.float64, device=device) * length / size
-    below = position.long()  # the floor: positions are never negative, and below `length`
+    below = position.long()  # the floor, because positions are in [0, length)
     return below, (below + 1).clamp(max=length - 1), (position - below).to(torch.float32)
 
 
 def _fold(state: Mapping[str, torch.Tensor], name: str,
           device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns weight and bias of the convolution that equals convolution, then batch norm."""
+    """Returns weight and bias of a convolution that equals the convolution with batch norm."""
     weight = state[f"{name}.conv.weight"].double()
     gain, bias, mean, var = (state[f"{name}.bn.{key}"].double()
                              for key in ("weight", "bias", "running_mean", "running_var"))
@@ -259,7 +259,7 @@ def _fold(state: Mapping[str, torch.Tensor], name: str,
 
 def _check_state(state: Mapping[str, torch.Tensor]) -> None:
     expected = state_shapes()
-    # Counters that some versions of PyTorch write beside each batch norm; unused.
+    # Some versions of PyTorch write a counter for each batch norm, which is not used.
     names = {name for name in state if not name.endswith(".num_batches_tracked")}
     if names != expected.keys():
         missing, unknown = sorted(expected.keys() - names), sorted(names - expected.keys())
@@ -274,13 +274,13 @@ def _check_state(state: Mapping[str, torch.Tensor]) -> None:
 
 
 def load_weights(path: str | None = None) -> dict[str, torch.Tensor]:
-    """Returns the content of a weight file; nothing in it is run.
+    """Returns the content of a weight file, without running any code in it.
 
-    Without a `path` it is the published file, from the cache folder or downloaded to it.
+    Without a `path` it is the published file, which is downloaded to the cache folder if needed.
 
     Raises:
         OSError: the file can't be read or downloaded.
-        ValueError: it is no weight file, or not the published one where that is asked for.
+        ValueError: it is not a weight file, or not the published one if `path` is None.
     """
     source, data = _read_weights(path)
     digest = hashlib.sha256(data).hexdigest()
@@ -304,6 +304,6 @@ def _read_weights(path: str | None) -> tuple[str, bytes]:
         with dnnlib.util.open_url(WEIGHTS_URL, sha256=WEIGHTS_SHA256) as file:
             return file.name, file.read()
     except OSError as error:
-        raise OSError(f"Inception weights: fetch {WEIGHTS_FILE} on another machine and put it at "
-                      f"{by_hand}, or name a copy of it as the detector; the detector 'pixels' "
-                      f"needs none ({error})") from error
+        raise OSError(f"Inception weights: download {WEIGHTS_FILE} on another machine and put it "
+                      f"at {by_hand}, or give a copy of it as the detector; the detector 'pixels' "
+                      f"needs no weights ({error})") from error

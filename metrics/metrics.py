@@ -1,14 +1,14 @@
-"""Scores of a set of images by name: what each needs of the features, in one pass over the images.
+"""The metrics by name, and what each needs of the features, gathered in one pass over the images.
 
     fid    Frechet distance of mean and covariance             Heusel et al. 2017
     kid    kernel distance, mean and deviation over subsets    Binkowski et al. 2018
     pr     precision and recall                                Kynkaanniemi et al. 2019
     dc     density and coverage                                Naeem et al. 2020
     is     Inception score, mean and deviation over splits     Salimans et al. 2016
-    ca     class accuracy: share of images that a classifier recognises as the class asked for
+    ca     class accuracy: share of images that a classifier recognises as their intended class
 
-docs/metrics.md has the definitions. Under torchrun every function here is called on all ranks, and
-scores are returned by rank 0.
+docs/metrics.md defines them. Under torchrun every function here is called on all ranks, and rank 0
+returns the scores.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -38,26 +38,26 @@ class Images(Protocol):
 
     image_shape: Sequence[int]
     fingerprint: str
-    content_key: str  # also of a subset, of mirrored copies and of how files are read
-    scale: dict[str, Any] | None  # of images that are not 8-bit
+    content_key: str  # depends also on the subset, mirrored copies and how files are read
+    scale: dict[str, Any] | None  # scale of the images; None if they are 8-bit
     has_onehot_labels: bool  # whether images have classes
-    class_numbers: np.ndarray  # theirs, [n]
-    class_names: Sequence[str] | None  # what classes are called
+    class_numbers: np.ndarray  # class of each image, [n]
+    class_names: Sequence[str] | None  # None if the classes have no names
 
     def __len__(self) -> int: ...
 
     def share_fingerprint(self) -> None:
-        """Finds the fingerprint once for all ranks, each of which calls it."""
+        """Computes the fingerprint once for all ranks, each of which must call it."""
 
     def get_scored(self, indices: Sequence[int]) -> np.ndarray:
-        """Returns images [B, C, H, W]: uint8, or where `scale` is given float32, about [-1, 1]."""
+        """Returns images [B, C, H, W]: uint8, or float32 in about [-1, 1] if `scale` is given."""
 
 
 class FeatureSet:
-    """What the wanted metrics need of one set of `count` images over all ranks.
+    """What metrics need of one set of `count` images over all ranks.
 
-    With `keeps_features` the features are kept whether a metric needs them or not. `asked` is the
-    class that each image should be of, [count], for class accuracy.
+    With `keeps_features` the features are kept even if no metric needs them. `asked` is the
+    intended class of each image, [count], for class accuracy.
     """
 
     def __init__(self, count: int, detector: Detector, metrics: Iterable[str], *,
@@ -71,14 +71,14 @@ class FeatureSet:
         assert "hits" not in needs or len(asked) == count, "a class for each image"
         self.hits = ClassHits(asked) if "hits" in needs else None
         self.features: torch.Tensor | None = None  # [n, d] on rank 0, after `finish`
-        self._are_finite = torch.tensor(True)  # asked at the end: nothing waits for the device
+        self._are_finite = torch.tensor(True)  # read only at the end, to avoid device syncs
 
     def append(self, images: torch.Tensor, numbers: Sequence[int]) -> None:
-        """Adds images [B, C, H, W] of these numbers, uint8 or float32."""
+        """Adds images [B, C, H, W], uint8 or float32, which have these numbers."""
         self.append_features(self.detector(images), numbers)
 
     def append_features(self, features: torch.Tensor, numbers: Sequence[int]) -> None:
-        """Adds features [B, d] of images of these numbers."""
+        """Adds features [B, d] of the images with these numbers."""
         self._are_finite = torch.isfinite(features).all() & self._are_finite
         if self.moments:
             self.moments.append(features)
@@ -94,8 +94,7 @@ class FeatureSet:
         """Adds this rank's batches of images, each with the numbers of its images.
 
         Raises:
-            ValueError: an image can't be read. All ranks raise the same.
-            OSError: likewise.
+            ValueError, OSError: an image can't be read. All ranks raise the same error.
         """
         error = None
         try:
@@ -114,7 +113,7 @@ class FeatureSet:
         """
         if not all(dist.gather_objects(bool(self._are_finite))):
             raise ValueError(f"detector {self.detector.name}: features of an image are not finite; "
-                             "its weights may be damaged")
+                             "the detector's weights may be damaged")
         if self.moments:
             self.moments.all_reduce()
         for sums in filter(None, (self.classes, self.hits)):
@@ -124,7 +123,7 @@ class FeatureSet:
 
     @property
     def sums(self) -> dict[str, Sums]:
-        """All that is kept of the images so far, by names."""
+        """The sums over the images so far, by name."""
         kept = {"moments": self.moments, "bank": self.bank, "classes": self.classes,
                 "hits": self.hits}
         return {name: sums for name, sums in kept.items() if sums is not None}
@@ -135,10 +134,10 @@ class Metric:
     """A metric: what it needs, the names of its values, and how they are computed."""
 
     needs: str  # 'moments', 'bank', 'classes' or 'hits' of the images
-    values: tuple[str, ...]  # the names that they are recorded by, for Inception's features
+    values: tuple[str, ...]  # recorded names of its values, for Inception's features
     needs_reference_features: bool  # whether the reference's mean and covariance are not enough
     compute: Callable[[FeatureSet, Reference], tuple[float, ...]]
-    needs_reference: bool = True  # else `compute` may get None for it
+    needs_reference: bool = True  # if False, `compute` may get None as the reference
 
 
 def _frechet(images: FeatureSet, reference: Reference) -> tuple[float]:
@@ -177,22 +176,22 @@ METRICS: Registry[Metric] = Registry("metric", {
 
 
 def metrics_that_need(needed: str, metrics: Iterable[str]) -> list[str]:
-    """Returns those of the metrics that need this of the images, see `Metric`."""
+    """Returns the metrics for which `Metric.needs` is `needed`."""
     return [name for name in metrics if METRICS[name].needs == needed]
 
 
 def metrics_that_compare(metrics: Iterable[str]) -> list[str]:
-    """Returns those of the metrics that compare the images with a reference."""
+    """Returns the metrics that compare the images with a reference."""
     return [name for name in metrics if METRICS[name].needs_reference]
 
 
 def check_names() -> None:
-    """Raises ValueError where a metric that was added calls a value like one of the others."""
+    """Raises ValueError if an added metric uses the value name of another metric."""
     taken: dict[str, str] = {}
     for name, metric in METRICS.items():
         for value in metric.values:
             if value in taken:
-                raise ValueError(f"metric {name}: its value {value!r} is called like one of "
+                raise ValueError(f"metric {name}: its value {value!r} has the name of a value of "
                                  f"{taken[value]}; give it another name")
             taken[value] = name
 
@@ -201,15 +200,14 @@ def collect(batches: Iterable[tuple[torch.Tensor, Sequence[int]]], *, image_shap
             count: int, detector: Detector, metrics: Iterable[str], is_8bit: bool = True,
             title: str | None = None, keeps_features: bool = False,
             asked: Sequence[int] | None = None) -> FeatureSet:
-    """Returns what `metrics` need of all images, split over ranks and merged again.
+    """Returns what `metrics` need of all images, which are split over the ranks.
 
     `batches` are this rank's images [B, C, H, W], uint8 or, unless `is_8bit`, float32. Each batch
-    comes with the numbers of its images among 0 ... count-1, which all ranks share. `title` stands
-    before the progress bar; for `asked` see `FeatureSet`.
+    comes with the numbers of its images among 0 ... count-1, which all ranks share. `title` is the
+    text before the progress bar. For `asked` see `FeatureSet`.
 
     Raises:
-        ValueError: an image can't be read. All ranks raise the same.
-        OSError: likewise.
+        ValueError, OSError: an image can't be read. All ranks raise the same error.
     """
     features = FeatureSet(count, detector, metrics, keeps_features=keeps_features, asked=asked)
     # No image: fixes the number of features on a rank that gets none.
@@ -224,15 +222,14 @@ def dataset_features(images: Images, detector: Detector, *, metrics: Iterable[st
                      batch: int, workers: int, title: str | None = None,
                      keeps_features: bool = False, asked: Sequence[int] | None = None
                      ) -> FeatureSet:
-    """Returns what `metrics` need of a data set, by `collect`.
+    """Returns what `metrics` need of a data set, see `collect`.
 
-    One rank takes up to `batch` images at a time. `workers` processes read ahead; with 0, images
+    A rank processes up to `batch` images at a time. `workers` processes read ahead; with 0, images
     are read when they are needed.
 
     Raises:
-        ValueError: the detector does not take such images, or one can't be read. All ranks raise
-            the same.
-        OSError: likewise.
+        ValueError: the detector does not take such images, or an image can't be decoded.
+        OSError: an image can't be read. All ranks raise the same error.
     """
     detector.dim_of(images.image_shape, images.scale)
     own = [numbers for numbers in dist.split_for_rank(range(len(images)), batch) if numbers]
@@ -244,7 +241,7 @@ def dataset_features(images: Images, detector: Detector, *, metrics: Iterable[st
 
 
 class _PixelsOnly:
-    """A data set without its labels, as detectors take it."""
+    """A data set without its labels, which detectors don't use."""
 
     def __init__(self, images: Images):
         self._images = images

@@ -1,8 +1,8 @@
-"""A trained network as one object for Python, `pfgmpp.load`: it samples, measures and is scored.
+"""The Python interface to a trained network, `pfgmpp.load`: sampling, likelihoods and scores.
 
-It gives the settings of the scripts to the classes that they use themselves, so that results are
-theirs: `sample` makes generate.py's images, `likelihood` the values of likelihood.py, `score` those
-of `fid.py gen`. It lies in this room because it needs both the sampler and the scores.
+It passes the scripts' settings to the classes that the scripts use, so results are the same:
+`sample` returns the images of generate.py, `likelihood` the values of likelihood.py, and `score`
+those of `fid.py gen`. It is in this package because it needs both the sampler and the scores.
 """
 
 import dataclasses
@@ -44,9 +44,9 @@ from torch_utils import distributed
 from torch_utils.misc import configure_backends
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-_NUM_SEEDS = 16  # that are sampled where none are named
-_NUM_SCORED = 50_000  # of a score, as in papers
-_NUM_MEASURED = 64  # images of a data set whose likelihood is measured
+_NUM_SEEDS = 16  # seeds that are sampled by default
+_NUM_SCORED = 50_000  # images of a score, as in papers
+_NUM_MEASURED = 64  # images of a data set whose likelihood is measured by default
 _MAX_NAMED = 6  # seeds in a message
 # Flags of generate.py whose keywords of `NetworkSampler.open` have other names.
 _FLAGS = {"steps": "num_steps", "alpha": "noise_alpha", "disc": "discretization",
@@ -59,20 +59,20 @@ _Seeds = int | Iterable[int] | None
 def load(source: str | os.PathLike, device: str | torch.device = "auto", *,
          key: str | None = None, pfgmpp: bool | None = None, aug_dim: float | None = None,
          precision: str = "fp32") -> "Model":
-    """Returns a trained network, ready to use; no code of the file is run.
+    """Returns a trained network, ready to use; no code in the file is run.
 
     Args:
-        source: a snapshot, a training state, a published file, or the address of one; of a run
-            directory the newest network is taken.
+        source: a snapshot, a training state, a published file, or the address of one. For a run
+            directory, the newest network is loaded.
         device: 'cpu', 'cuda', 'cuda:1', or 'auto' for a GPU if there is one.
-        key: which network of a file that holds several, see `checkpoint.load`.
-        pfgmpp: for files that do not record D, see `checkpoint.resolve_D`.
-        aug_dim: likewise.
+        key: which network to load from a file that holds several, see `checkpoint.load`.
+        pfgmpp: whether a file that does not record D is of PFGM++, see `checkpoint.resolve_D`.
+        aug_dim: the D of a file that does not record it, see `checkpoint.resolve_D`.
         precision: arithmetic inside the network: 'fp32', 'tf32', 'bf16' or 'fp16'.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it holds no network, or an argument does not fit.
+        OSError: `source` can't be read.
+        ValueError: it holds no network, or an argument does not match it.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}")
@@ -87,20 +87,21 @@ def load(source: str | os.PathLike, device: str | torch.device = "auto", *,
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Model:
-    """A network of a file, on a device; made by `load`.
+    """A trained network on a device; made by `load`.
 
-    Seeds are a number n, which stands for the seeds 0 to n - 1, or any whole numbers. Images are
-    the path of a data set, or pictures, arrays or tensors, see images/given_images.py: 8-bit, or
-    floats in the units of the network's data. Floats for a network of 8-bit images go from -1 to 1.
+    Seeds are a number n, which stands for the seeds 0 to n - 1, or any integers. Images are the
+    path of a data set, or pictures, arrays or tensors (see images/given_images.py). They are 8-bit,
+    or floats in the units of the network's data. Floats for a network of 8-bit images are in
+    [-1, 1].
 
-    `options` are the flags of generate.py, with _ for -, such as `S_churn=40` or `guidance=2`; only
-    --class is `class_idx`. Errors name the flags.
+    `options` are the flags of generate.py with _ in place of -, such as `S_churn=40` or
+    `guidance=2`, except that --class is `class_idx`. Errors name the flags.
 
     Attributes:
-        net: the averaged network, a denoiser (x, sigma, class_labels) of images about [-1, 1].
-        device: where it computes.
+        net: the averaged network, a denoiser (x, sigma, class_labels) of images in about [-1, 1].
+        device: the device of the network.
         precision: its arithmetic.
-        scaling: from the units of its data to [-1, 1] and back.
+        scaling: the map from the units of its data to [-1, 1] and back.
     """
 
     file: NetworkFile
@@ -112,7 +113,7 @@ class Model:
 
     @property
     def D(self) -> float:
-        """Augmented dimensions, inf for diffusion."""
+        """The number of augmented dimensions, inf for diffusion."""
         return self.net.D
 
     @property
@@ -127,27 +128,27 @@ class Model:
 
     @property
     def sigma_data(self) -> float | None:
-        """The deviation of the data that it assumes; None of a preconditioner that assumes none."""
+        """The standard deviation of data that the preconditioner assumes; None if it has none."""
         return getattr(self.net, "sigma_data", None)
 
     @property
     def num_classes(self) -> int:
-        """How many classes it knows; 0 without labels, and where they are vectors."""
+        """The number of classes; 0 without labels, and if labels are vectors."""
         return self.net.label_dim if recorded_label_kind(self.content) == "classes" else 0
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What the classes are called, () without names."""
+        """The names of the classes; () if they have none."""
         return recorded_class_names(self.content)
 
     @property
     def is_few_step(self) -> bool:
-        """Whether it is no denoiser, but makes images in a few evaluations."""
+        """Whether it makes images in a few evaluations, instead of being a denoiser."""
         return self.net.few_step is not None
 
     @property
     def kimg(self) -> float | None:
-        """Thousands of images that it was trained on; None where the file does not say."""
+        """Thousands of images that it was trained on; None if the file does not record it."""
         nimg = (self.content.get("progress") or {}).get("cur_nimg")
         return None if nimg is None else nimg / 1000
 
@@ -160,19 +161,19 @@ class Model:
 
     def sample(self, seeds: _Seeds = None, steps: int | None = None, solver: str | None = None, *,
                class_idx: int | str | None = None, batch: int = 64, **options: Any) -> Samples:
-        """Returns the images that generate.py makes of the same seeds and settings.
+        """Returns the images that generate.py makes from the same seeds and settings.
 
         Args:
-            seeds: one for each image; None is 16, or one for each given image or latent.
-            steps: number of noise levels; None is 18, or a few-step network's own number.
-            solver: None is Heun's method, or 'consistency' for few-step networks.
+            seeds: one for each image; None means 16, or one for each given image or latent.
+            steps: number of noise levels; None means 18, or a few-step network's own number.
+            solver: None means Heun's method, or 'consistency' for few-step networks.
             class_idx: a class number, 'uniform' or 'data'.
-            batch: the most images at a time.
-            options: see `Model`. Images may be in memory: `init_image`, `cond_image`. So may
-                `labels` of seeds, and `latents` of `encode`.
+            batch: the maximum number of images at a time.
+            options: see `Model`. The images `init_image` and `cond_image` may be in memory, and so
+                may the `labels` of the seeds and the `latents` that `encode` returns.
 
         Raises:
-            ValueError: a setting does not fit, or an image has values that are not finite.
+            ValueError: a setting is not allowed, or an image has values that are not finite.
             OSError: a file can't be read.
             TypeError: there is no such option.
         """
@@ -194,21 +195,23 @@ class Model:
     def restore(self, images: _Images, *, level: float | None = None, sigma: float | None = None,
                 measure: str | None = None, mask: Any = None, seeds: _Seeds = None,
                 steps: int | None = None, solver: str | None = None, **options: Any) -> Samples:
-        """Returns restored images: of noisy ones, or of what was measured of them.
+        """Returns images restored from noisy images or from measurements.
 
-        Without `measure`, sampling starts at the images themselves, which must be about as noisy as
-        is said (--init-image --init-noise=0); with it, their noise may be 0.
+        Without `measure`, sampling starts at the images themselves (--init-image --init-noise=0),
+        and `level` or `sigma` must be about their noise. With `measure`, the noise may be 0.
 
         Args:
             images: the noisy images or measurements, of one size.
-            level: their noise, a deviation in the data's units, such as 40 of 255.
+            level: standard deviation of their noise in the data's units, such as 40 of 255.
             sigma: the same in the network's scale.
             measure: 'denoise', 'inpaint' or 'downsample:K', see docs/restoration.md.
-            mask: of 'inpaint': an array, picture or file, white or not 0 where pixels are known.
-            seeds: one for each result; seed k restores image k mod n of n. None is one for each.
+            mask: for 'inpaint', an array, picture or file that is white or not 0 where pixels are
+                known.
+            seeds: one for each result; seed k restores image k mod n of n. None means one for each
+                image.
             steps: see `sample`.
-            solver: likewise.
-            options: likewise.
+            solver: see `sample`.
+            options: see `sample`.
 
         Raises:
             ValueError, OSError, TypeError: as for `sample`.
@@ -221,15 +224,15 @@ class Model:
 
     def encode(self, images: _Images, steps: int | None = None, solver: str | None = None, *,
                batch: int = 64, **options: Any) -> Latents:
-        """Returns the latents from which `sample(latents=...)` comes back to these images.
+        """Returns the latents from which `sample(latents=...)` reproduces these images.
 
         Args:
-            images: of the network's size. A network with classes needs their labels: those of the
-                data set, `labels` or `class_idx`.
-            steps: more of them bring images back better; see `sample`.
+            images: images of the network's size. A network with classes needs their labels: those
+                of the data set, `labels` or `class_idx`.
+            steps: more steps reproduce the images more accurately; see `sample`.
             solver: see `sample`.
-            batch: likewise.
-            options: likewise.
+            batch: see `sample`.
+            options: see `sample`.
 
         Raises:
             ValueError, OSError, TypeError: as for `sample`.
@@ -241,16 +244,16 @@ class Model:
 
     def likelihood(self, images: _Images, labels: Any = None, *, count: int | None = None,
                    steps: int = 32, batch: int = 16, seed: int = 0, **options: Any) -> Measured:
-        """Returns how likely images are, as likelihood.py: `mean`, `stderr`, `unit`, `values`.
+        """Returns the likelihood of images, as likelihood.py: `mean`, `stderr`, `unit`, `values`.
 
         Args:
-            images: whole numbers for bits/dim.
-            labels: of images in memory, if the network takes them; a data set has its own.
-            count: how many to measure, chosen by the seed; None is all that are in memory, and 64
-                of a data set.
-            steps: of the Runge-Kutta method, an even number.
-            batch: the most images at a time.
-            seed: of the choice of images, the noise and the random vectors.
+            images: the images; bits/dim need integer values.
+            labels: labels of images in memory, if the network takes them; a data set has its own.
+            count: how many images to measure, chosen by the seed. None means all images in memory,
+                or 64 images of a data set.
+            steps: number of steps of the Runge-Kutta method, which must be even.
+            batch: the maximum number of images at a time.
+            seed: seed of the choice of images, the noise and the random vectors.
             options: `probes`, `exact`, `dequantize`, `cond`, as the flags of likelihood.py.
 
         Raises:
@@ -270,17 +273,17 @@ class Model:
               workers: int = 0, **options: Any) -> dict[str, float]:
         """Returns the scores of `fid.py gen` for the same settings, by the names that it records.
 
-        Only of Inception's features a distance is called fid, else frechet_distance.
+        The distance is called fid for Inception's features, and frechet_distance for others.
 
         Args:
-            ref: reference statistics or the data set; not needed by 'is', 'ca', and other metrics
-                with needs_reference=False.
+            ref: reference statistics or the data set. 'is', 'ca' and other metrics with
+                needs_reference=False do not need it.
             metrics: 'fid', 'kid', 'pr', 'dc', 'is', 'ca': one, several with commas, or a list.
-            detector: what makes features of images, as --detector of fid.py.
+            detector: the detector, as --detector of fid.py.
             seeds: one for each image.
-            batch: the most images at a time.
+            batch: the maximum number of images at a time.
             workers: processes that read the images of a data set ahead.
-            options: `steps`, `solver` and those of `sample`.
+            options: `steps`, `solver` and the options of `sample`.
 
         Raises:
             ValueError, OSError, TypeError: as for `sample`.
@@ -314,14 +317,14 @@ class Model:
                 for name, value in evaluator.evaluate(found).items()}
 
     def _sampler(self, **options: Any) -> NetworkSampler:
-        """Returns the network with settings that have been checked, by the names of the flags."""
+        """Returns the sampler of the network, after checking the settings by their flag names."""
         named = {_FLAGS.get(name, name): value for name, value in options.items()}
         _check_names(named, NetworkSampler.open, "sample", SamplerConfig)
         named = {name: value for name, value in named.items() if value is not None}
         for name in _IN_MEMORY.keys() & named.keys():
             named[name] = _IN_MEMORY[name](named[name])
         if isinstance(named.get("mask"), (str, os.PathLike)) and named.get("measure") == "inpaint":
-            named["measure"] = f"inpaint:{os.fspath(named.pop('mask'))}"  # as the flag has it
+            named["measure"] = f"inpaint:{os.fspath(named.pop('mask'))}"  # the flag's syntax
         is_own = {"bits", "compiled"} & named.keys()  # these change the network itself
         return NetworkSampler.open(self.file, self.device, precision=self.precision,
                                    built=None if is_own else (self.content, self.net), **named)
@@ -336,12 +339,12 @@ def _device(device: str | torch.device) -> torch.device:
                          ) from None
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={str(device)!r}: there are {torch.cuda.device_count()} GPUs, "
-                         "numbered from 0; name one of these")
+                         "numbered from 0; give one of these")
     return place
 
 
 def _numbers(seeds: _Seeds, default: int) -> list[int]:
-    """Returns seeds as a list; raises ValueError for none, TypeError for what are no integers."""
+    """Returns seeds as a list; raises ValueError if there are none, TypeError for non-integers."""
     seeds = default if seeds is None else as_numpy(seeds)
     try:
         count = operator.index(seeds)
@@ -350,8 +353,8 @@ def _numbers(seeds: _Seeds, default: int) -> list[int]:
     else:
         found = list(range(count))
     if not found:
-        raise ValueError(f"seeds={seeds}: names none; give a number of images, 1 or more, or seeds "
-                         "such as range(16)")
+        raise ValueError(f"seeds={seeds}: there are no seeds; give a number of images, 1 or more, "
+                         "or seeds such as range(16)")
     return found
 
 
@@ -362,18 +365,18 @@ def _positive(batch: int) -> int:
 
 
 def _values(images: _Images) -> _Images:
-    """Returns the images of samples in the units of their data; all else as it is."""
+    """Returns the images of `Samples` in the units of their data; anything else unchanged."""
     return images.data() if isinstance(images, Samples) else images
 
 
 def _labels(labels: Any) -> Any:
-    """Returns labels in memory as lists, of which errors show one line; a path as it is."""
+    """Returns labels in memory as lists, which errors show in one line; a path unchanged."""
     labels = as_numpy(labels)
     return labels.tolist() if isinstance(labels, np.ndarray) else labels
 
 
 def _file(network: Any) -> Any:
-    """Returns the file of a model; all else as it is."""
+    """Returns the file of a `Model`; anything else unchanged."""
     return network.file if isinstance(network, Model) else network
 
 
@@ -381,25 +384,26 @@ def _given(images: _Images) -> _Images:
     return given_images(_values(images))
 
 
-# How options become what `NetworkSampler.open` takes, where they may be in memory.
+# How options that may be in memory are converted for `NetworkSampler.open`.
 _IN_MEMORY = {"init_image": _given, "cond_image": _given, "encode": _given, "mask": as_numpy,
               "label_source": _labels, "gnet": _file}
 
 
 def _metric_names(metrics: str | Sequence[str], ref: _Images) -> tuple[str, ...]:
-    """Returns the names of metrics; raises ValueError for others, or without their reference."""
+    """Returns the names of metrics; raises ValueError if one is unknown or lacks its reference."""
     names = tuple(dict.fromkeys(metrics.split(",") if isinstance(metrics, str) else metrics))
     if not names or not set(names) <= set(METRICS):
-        raise ValueError(f"metrics={','.join(names)}: must be of {', '.join(METRICS)}")
+        raise ValueError(f"metrics={','.join(names)}: must be among {', '.join(METRICS)}")
     comparing = metrics_that_compare(names)
     if ref is None and comparing:
-        raise ValueError(f"ref: {', '.join(comparing)} needs reference statistics or the data set")
+        raise ValueError(f"ref: {', '.join(comparing)} needs a reference; give reference "
+                         "statistics or the data set")
     return names
 
 
 def _check_names(options: dict[str, Any], function: Any, method: str, config: type | None = None
                  ) -> None:
-    """Raises TypeError for options that neither a function nor a dataclass of settings takes."""
+    """Raises TypeError for options that neither `function` nor the dataclass `config` takes."""
     names = {parameter.name for parameter in inspect.signature(function).parameters.values()
              if parameter.kind is not inspect.Parameter.VAR_KEYWORD} - set(_OF_NETWORK)
     names |= {field.name for field in dataclasses.fields(config)} | set(_FLAGS) if config else set()

@@ -1,25 +1,25 @@
-"""How near generated images come to single training images: copies and memorisation.
+"""How close generated images are to individual training images: copies and memorisation.
 
     x_i [d] features of image i of m    y_j [d] features of training image j of n
     d_i distance of x_i to its nearest training image    e_i to its second nearest
     h_l distance of held-out image l of H to its nearest training image
 
-A copy is an image with d_i = 0 up to rounding. It is memorised if d_i < e_i/3 (Yoon et al. 2023;
-Gu et al. 2023, arXiv 2310.02664): a new image lies about as far from several training images, a
-replica has one that is much nearer than all others. A training set with duplicates hides replicas
-of them from this rule, except copies.
+An image is a copy if d_i = 0 up to rounding. It is memorised if d_i < e_i/3 (Yoon et al. 2023;
+Gu et al. 2023, arXiv 2310.02664): a new image is about equally far from several training images,
+whereas a replica is much closer to one than to all others. If a training image has duplicates, this
+rule misses replicas of it that are not exact copies.
 
-Images of the data's law that were not trained on show which distances are usual. Of a network that
-copies nothing 5% of the images are nearer than the 5% quantile of the h_l; a larger share are too
-near, however far the others are. The statistic of Meehan et al. 2020 (arXiv 2004.05675) compares
-all distances, by the ranks of Mann and Whitney,
+Held-out images from the data distribution show which distances are usual. If a network copies
+nothing, 5% of its images are closer than the 5% quantile of the h_l. If the share is larger, it
+makes images that are too close, however far the others are. The statistic of Meehan et al. 2020
+(arXiv 2004.05675) compares all distances, by the ranks of Mann and Whitney,
 
     C_T = (P - 1/2) / sqrt((m + H + 1)/(12 m H)),    P = share of pairs (i, l) with d_i > h_l,
 
-where an equal pair counts half. It is about Normal(0, 1) where d and h are of one law; below -3
-generated images are systematically nearer to the training images than new ones are, and above 3
-they are further away, as blurred or bad ones are. (Meehan et al. do so in each cell of a partition
-and average; here is one cell.)
+where a pair of equal distances counts half. It is about Normal(0, 1) if d and h have the same
+distribution. Below -3 generated images are systematically closer to the training images than new
+ones are. Above 3 they are farther away, as blurred or bad images are. (Meehan et al. average this
+over the cells of a partition; here there is only one cell.)
 """
 
 import math
@@ -36,12 +36,13 @@ from metrics.metrics import Images
 
 MEMORISED_RATIO = 1 / 3
 TAIL = 0.05
-# Of the root mean square distance of training images to their mean: above the rounding of features
-# of one image in other batches, below what one level of one pixel in a 64x64 RGB image makes.
+# A share of the root mean square distance of training images from their mean. It is larger than the
+# rounding differences of one image between batches, and smaller than the effect of one level of one
+# pixel in a 64x64 RGB image.
 _COPY_SHARE = 1e-4
-_ROWS, _COLUMNS = 1024, 16384  # of distances at a time
-_SPARE = 4  # neighbours more than asked for, among which rounding can't change who is nearest
-_DIFFERENCES = 1 << 24  # numbers at a time
+_ROWS, _COLUMNS = 1024, 16384  # of a block of the distance matrix
+_SPARE = 4  # extra candidates, so that rounding can't drop one of the k nearest
+_DIFFERENCES = 1 << 24  # values per chunk
 
 
 @dataclass(frozen=True)
@@ -54,29 +55,29 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How held-out images lie beside the training images, and generated ones beside these."""
+    """How close held-out images are to training images, and how generated images compare."""
 
     num: int
-    median: float  # of their distances
-    copies: int  # of them that are training images
-    nearer: float  # share of the generated images at most at the 5% quantile of the held-out ones
+    median: float  # median of their distances
+    copies: int  # number of them that are copies of training images
+    nearer: float  # share of generated images within the 5% quantile of the held-out distances
     c_t: float
 
 
 @dataclass(frozen=True)
 class Nearness:
-    """How near images come to training images."""
+    """How close images are to training images."""
 
     num: int
-    median: float  # of the distances to the nearest training image
+    median: float  # median distance to the nearest training image
     copies: int
-    memorised: float  # share of the images, copies among them
+    memorised: float  # share of memorised images, including copies
     held_out: HeldOut | None = None
 
 
 def check_comparable(detector: Detector, data: Images, data_name: str,
                      sets: Mapping[str, Images]) -> None:
-    """Raises ValueError if a data set and sets of images, by name, have no comparable features."""
+    """Raises ValueError unless features of a data set and of named image sets are comparable."""
     def dim(images: Images, name: str) -> int:
         try:
             detector.check_kind(images.image_shape[0], images.scale is None)
@@ -88,9 +89,9 @@ def check_comparable(detector: Detector, data: Images, data_name: str,
     for name, images in sets.items():
         check_alike(data, data_name, images.image_shape, name, images.scale)
         if dim(images, name) != expected:
-            raise ValueError(f"{name}: images of {images.image_shape[0]} channels, but those of "
+            raise ValueError(f"{name}: images have {images.image_shape[0]} channels, but those of "
                              f"{data_name} have {data.image_shape[0]}; detector {detector.name} "
-                             "compares images of equal channels")
+                             "needs the same number of channels")
 
 
 @torch.no_grad()
@@ -98,12 +99,12 @@ def nearest_neighbours(x: torch.Tensor, y: torch.Tensor, k: int, *,
                        device: torch.device | str = "cpu") -> Neighbours:
     """Returns the k nearest rows of y [n, d] for each row of x [m, d], found on `device`.
 
-    Candidates are found by squared distances in float32, which near zero are rounding errors. Their
-    distances are then computed from differences in float64, so that equal rows are at 0. Of equal
-    distances the lower number comes first.
+    Candidates are found by squared distances in float32, which are rounding errors near zero. Their
+    distances are then computed from differences in float64, so that equal rows have distance 0.
+    Ties are sorted by number.
 
     Raises:
-        ValueError: features of different lengths, or fewer than k rows of y.
+        ValueError: features have different lengths, or y has fewer than k rows.
     """
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"{x.shape[1]} features can't be compared with {y.shape[1]}")
@@ -120,7 +121,7 @@ def nearest_neighbours(x: torch.Tensor, y: torch.Tensor, k: int, *,
 
 def _candidates(x: torch.Tensor, y: torch.Tensor, k: int,
                 device: torch.device | str) -> list[torch.Tensor]:
-    """Returns the numbers of the k nearest rows of y, up to rounding, for rows of x in parts."""
+    """Returns the numbers of the k nearest rows of y, up to rounding, for chunks of rows of x."""
     centre = y.double().mean(0).float().to(device)
     parts = [part.to(device) - centre for part in x.split(_ROWS)]
     best: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(parts)
@@ -140,17 +141,17 @@ def _candidates(x: torch.Tensor, y: torch.Tensor, k: int,
 
 
 def copy_distance(y: torch.Tensor) -> float:
-    """Returns the distance up to which features are those of a copy of a training image."""
+    """Returns the largest distance from a training image at which an image counts as its copy."""
     return _COPY_SHARE * math.sqrt(y.double().var(0, correction=0).sum().item())
 
 
 def nearness(found: Neighbours, up_to: float, held_out: Neighbours | None = None) -> Nearness:
-    """Returns how near images come to training images.
+    """Returns how close images are to training images.
 
     Args:
-        found: their two nearest training images, or more.
-        up_to: the distance at which they are copies.
-        held_out: the nearest of held-out images.
+        found: at least the two nearest training images of each image.
+        up_to: the largest distance of a copy, from `copy_distance`.
+        held_out: the nearest training images of held-out images.
     """
     nearest, second = found.distances[:, 0], found.distances[:, 1]
     is_copy = nearest <= up_to

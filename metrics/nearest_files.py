@@ -1,9 +1,9 @@
-"""What is written of nearest training images: lines, a table, and a picture.
+"""Output of 'fid.py nearest': text lines, a table and a picture of nearest training images.
 
-    nearest.csv    one line an image: image, nearest, distance, second, second_distance
-    nearest.png    rows of an image and its nearest training images, those nearest of all first
+    nearest.csv    one line per image: image, nearest, distance, second, second_distance
+    nearest.png    each row has an image and its nearest training images; closest rows first
 
-Distances are those of features.
+Distances are between features.
 """
 
 import csv
@@ -23,21 +23,21 @@ from metrics.nearest import TAIL, Nearness, Neighbours
 
 TABLE, PICTURE = "nearest.csv", "nearest.png"
 SHOWN = 5  # training images beside each image
-_MIN_SIDE, _MAX_SIDE = 96, 256  # pixels of images in the picture, which are enlarged or reduced
+_MIN_SIDE, _MAX_SIDE = 96, 256  # pixels; images in the picture are resized to this range
 _MAX_CAPTION = 20  # characters of a name
-_FEW = 100  # held-out images, of which the 5% quantile is a guess
+_FEW = 100  # with fewer held-out images, the 5% quantile is unreliable
 
 
 def write_nearest(folder: Path, images: ImageFolderDataset, data: ImageFolderDataset,
                   found: Neighbours, rows: int, window: tuple[float, float] | None) -> str:
-    """Writes both files into a folder, which is made if need be; returns what to say of them.
+    """Writes both files, and returns a text that names them.
 
     Args:
-        folder: where they go; what is there is replaced.
-        images: what was looked at.
+        folder: folder for the files, created if needed; existing files are replaced.
+        images: the images that were examined.
         data: the training images.
         found: the nearest training images of each image.
-        rows: images in the picture, at most.
+        rows: the maximum number of rows of the picture.
         window: center and width of the values that are shown; by default the recorded scales.
 
     Raises:
@@ -65,9 +65,10 @@ def _table(names: Sequence[str], training_names: Sequence[str], found: Neighbour
 
 def picture(images: ImageFolderDataset, data: ImageFolderDataset, found: Neighbours, rows: int,
             window: tuple[float, float] | None = None) -> PIL.Image.Image:
-    """Returns rows of an image, then its nearest training images with their distances.
+    """Returns rows of an image and its nearest training images with their distances.
 
-    The images are those with the smallest distances. Arguments and errors are `write_nearest`'s.
+    The images are those with the smallest distances. Arguments and errors are as for
+    `write_nearest`.
     """
     def shown(dataset: ImageFolderDataset, number: int) -> np.ndarray:
         scaling = display_window(*window) if window and not dataset.scaling.is_8bit else \
@@ -86,7 +87,7 @@ def picture(images: ImageFolderDataset, data: ImageFolderDataset, found: Neighbo
 
 
 def _caption(name: str, number: int) -> str:
-    """Returns the end of a name, or the number where the font may lack letters of it."""
+    """Returns the end of a name, or the number if the font may lack letters of the name."""
     stem = PurePosixPath(name).stem
     if not (stem.isascii() and stem.isprintable()):
         return str(number)
@@ -94,7 +95,7 @@ def _caption(name: str, number: int) -> str:
 
 
 def summary_lines(found: Nearness) -> list[str]:
-    """Returns what to say of the nearness of images, one line of them and one of held-out ones."""
+    """Returns a line about the images and, if there are held-out images, a line about those."""
     lines = [f"nearest: median distance {found.median:.5g} ({_images(found.num)}), "
              f"{found.copies} exact {'copy' if found.copies == 1 else 'copies'}, "
              f"{found.memorised:.2%} memorised (nearest under 1/3 of the second)"]
@@ -110,19 +111,19 @@ def _images(num: int) -> str:
 
 
 def warnings(found: Nearness) -> list[str]:
-    """Returns what makes doubtful what held-out images say."""
+    """Returns warnings about held-out images that make the comparison unreliable."""
     held, texts = found.held_out, []
     if held and held.copies:
         texts.append(f"{held.copies} of {_images(held.num)} of --held-out are copies of training "
-                     "images, so their distances are too small; take these out")
+                     "images, which makes their distances too small; remove them")
     if held and held.num < _FEW:
-        texts.append(f"--held-out has {_images(held.num)}: the 5% that are nearest are too few to "
-                     f"compare with; {_FEW} or more are needed")
+        texts.append(f"--held-out has {_images(held.num)}, so its 5% quantile is unreliable; give "
+                     f"at least {_FEW}")
     return texts
 
 
 def summary_records(found: Nearness) -> list[dict[str, Any]]:
-    """Returns for each number plain JSON data: metric, value and what it was compared with."""
+    """Returns plain JSON data for each value: metric, value and what it was compared with."""
     held = found.held_out
     beside = {"held_out": held.median, "held_out_num": held.num} if held else {}
     records = [{"metric": "nearest_distance", "value": found.median, **beside},

@@ -1,4 +1,4 @@
-"""Scores of many networks, settings and ranges of seeds, of which none is computed twice."""
+"""Scores of many networks, settings and ranges of seeds; none is computed twice."""
 
 import hashlib
 import json
@@ -23,12 +23,12 @@ from sampling.sweeps import SweepPoint
 from torch_utils import distributed as dist
 from torch_utils.misc import configure_backends
 
-_SEEDS_AT_ONCE = 256  # whose classes are drawn together
+_SEEDS_AT_ONCE = 256  # seeds whose classes are drawn together
 _MAX_NAMED = 4  # networks in a message
 
 
 def seed_ranges(seeds: Sequence[int], count: int) -> list[list[int]]:
-    """Returns `seeds`, then as many seeds after them in the same pattern, and so on."""
+    """Returns `count` ranges of seeds: `seeds`, then equally many that continue its pattern."""
     span = max(seeds) - min(seeds) + 1
     return [[seed + i * span for seed in seeds] for i in range(count)]
 
@@ -41,28 +41,29 @@ def score_networks(
     features: Path | None = None, needing_classes: str | None = None,
     are_seeds_default: bool = False,
 ) -> None:
-    """Scores every network at every point and range; each file is read once.
+    """Scores every network at every point and range, and reads each file once.
 
-    A network that can't be opened or scored is warned of, and the others are scored.
+    If a network can't be opened or scored, there is a warning, and the others are scored.
 
     Args:
         sources: paths or addresses of networks.
         points: settings of the sampler.
-        ranges: seeds, one for each image of a score.
-        open_sampler: makes a sampler of a file and a setting.
+        ranges: ranges of seeds; a range has one seed for each image of a score.
+        open_sampler: makes a sampler from a file and a setting.
         open_report: makes the report, given the first sampler and its name.
-        batch: the most images at a time on one rank.
-        out: the file of scores; None is metrics.jsonl beside each network.
-        key: which network of files that hold several.
-        again: compute scores that are in the file, too.
-        needing_classes: the flag that only networks with classes can be scored by; None for none.
-        are_seeds_default: nobody has asked for these seeds; means are then made of all inputs.
-        features: where the features are kept: a file .npz for a single score, else a folder.
+        batch: the maximum number of images at a time on one rank.
+        out: the file of scores; None means metrics.jsonl beside each network.
+        key: which network to load from files that hold several.
+        again: compute scores again that the file already has.
+        needing_classes: the flag that needs networks with classes; None if no flag does.
+        are_seeds_default: whether the user gave no seeds; means are then made of all inputs.
+        features: where the features are kept: a .npz file for a single score, else a folder.
 
     Raises:
-        ValueError: at the end if networks were not scored; UsageError at once for the first.
-        OSError: the only network can't be read, or scores can't be recorded: at once where that is
-            known, else at the end.
+        ValueError: networks were not scored (raised at the end).
+        UsageError: the first network can't be scored with these options (raised at once).
+        OSError: the only network can't be read, or scores can't be recorded (raised at once if that
+            is known in advance, else at the end).
     """
     report, failed = None, {}
     is_single = len(sources) * len(points) * len(ranges) == 1
@@ -102,40 +103,40 @@ def score_networks(
     if failed:
         named = ", ".join(labels[source] for source in list(failed)[:_MAX_NAMED])
         more = ", ..." if len(failed) > _MAX_NAMED else ""
-        raise ValueError(f"not scored, see the warnings above: {len(failed)} of {len(sources)} "
-                         f"networks, {named}{more}")
+        raise ValueError(f"{len(failed)} of {len(sources)} networks were not scored, see the "
+                         f"warnings above: {named}{more}")
     if report is not None and report.has_lost_scores:
         raise OSError("not all scores could be recorded, see the warnings above")
 
 
 def _check_places(sources: Sequence[str], out: Path | None) -> None:
-    """Raises OSError where scores can't be recorded; warns where there is no place for them."""
+    """Raises OSError if scores can't be recorded; warns if there is no file for them."""
     if out is None and any(map(is_url, sources)):
-        dist.warn0("the scores of networks at addresses are not recorded, and their unfinished "
-                   "ranges not kept; --out=FILE.jsonl does both")
+        dist.warn0("scores and unfinished ranges of networks at addresses are not kept; give "
+                   "--out=FILE.jsonl to keep them")
     for path in dict.fromkeys(_scores_file(source, out) for source in sources):
         try:
             if path is not None:
                 check_writable(path)
         except OSError as error:
-            raise OSError(f"{path}: {describe(error)}, so scores can't be recorded; name another "
-                          "file by --out") from error
+            raise OSError(f"{path}: {describe(error)}, so scores can't be recorded; give another "
+                          "file as --out") from error
 
 
 def _scores_file(source: str, out: Path | None) -> Path | None:
-    """Returns the file that gets the scores of a network; None for one at an address."""
+    """Returns the file for the scores of a network; None for a network at an address."""
     if out is not None:
         return out
     return None if is_url(source) else Path(source).parent / SCORES_FILE
 
 
 class _NoReportError(ValueError):
-    """What keeps all networks from being scored."""
+    """An error that prevents all networks from being scored."""
 
 
 def _opened(open_report: Callable[[str, NetworkSampler], ScoreReport], source: str,
             sampler: NetworkSampler) -> ScoreReport:
-    """Returns the report; raises _NoReportError for detectors and references that don't do."""
+    """Returns the report; raises _NoReportError if the detector or reference can't be used."""
     try:
         return open_report(source, sampler)
     except (ValueError, OSError) as error:
@@ -146,14 +147,14 @@ class _Job(NamedTuple):
     """One range of seeds of one network at one setting."""
 
     name: Job
-    facts: dict[str, Any]  # what its record says
+    facts: dict[str, Any]  # contents of its record
     path: Path | None  # the file of its scores
-    feature_name: str  # of its file in a folder of features
+    feature_name: str  # name of its file in a folder of features
 
     @classmethod
     def of(cls, file: NetworkFile, point: SweepPoint, sampler: NetworkSampler,
            seeds: Sequence[int], label: str, out: Path | None) -> "_Job":
-        """Returns the job; `out` is the file of all scores, None for one beside the network."""
+        """Returns the job; `out` is the file of all scores, or None for a file by the network."""
         facts = {"network": file.source, "num": len(seeds), "seeds": format_ranges(seeds),
                  "sampler": sampler.settings}
         shown = [label, *point.suffix.split("_")[1:], "seeds", facts["seeds"]]
@@ -165,16 +166,16 @@ class _Job(NamedTuple):
 
 
 def _digest(facts: dict[str, Any]) -> str:
-    """Returns a hash of what decides the images."""
+    """Returns a hash of the facts that determine the images."""
     known = [settings_of_images(facts.get("sampler")), facts.get("seeds"), facts.get("num")]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def _score(job: _Job, sampler: NetworkSampler, seeds: Sequence[int], report: ScoreReport,
            batch: int, again: bool, kept_at: Path | None) -> None:
-    """Scores one range of one sampler, unless that is recorded.
+    """Scores one range of one sampler, unless its score is already recorded.
 
-    `kept_at` is the file of its features, which are not computed if they are there; None for none.
+    `kept_at` is the file of its features, which are then loaded if possible; None for no file.
     """
     kept = None if again or kept_at is None else _load_features(kept_at, job, report.detector)
     missing = report.missing(job.name, job.facts, job.path, again=again)
@@ -218,31 +219,31 @@ def _classes(sampler: NetworkSampler, seeds: Sequence[int]) -> list[int]:
 
 
 def _load_features(path: Path, job: _Job, detector: Detector) -> KeptFeatures | None:
-    """Returns the features of a job, if there is such a file.
+    """Returns the features of a job, or None if the file does not exist.
 
     Raises:
-        ValueError: they are of other images or of another detector.
+        ValueError: they belong to other images or to another detector.
     """
     if not dist.run_on_rank0(path.exists):
         return None
     kept, _ = load_on_rank0(path)
     kept.check_made_by(detector, path)
     if _digest(kept.facts) != _digest(job.facts):
-        raise ValueError(f"--features={path}: holds features of other images, by its seeds or "
-                         "settings; name another file, or give --again to replace it")
+        raise ValueError(f"--features={path}: holds features of images with other seeds or "
+                         "settings; give another file, or --again to replace it")
     return kept
 
 
 def _key(facts: dict[str, Any], report: ScoreReport) -> dict[str, Any]:
-    """Returns what decides the features of a range."""
+    """Returns what determines the features of a range."""
     return {"images": _digest(facts),
             "detector": [report.detector.name, report.detector.weights_sha256, FEATURES_VERSION]}
 
 
 def _labels(sources: Sequence[str]) -> list[str]:
-    """Returns what distinguishes the paths: what follows the folder that they share.
+    """Returns labels that distinguish the paths: the parts after their common folder.
 
-    A single one needs no name.
+    A single path needs no label.
     """
     if len(sources) == 1:
         return [""]

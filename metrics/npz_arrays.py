@@ -1,4 +1,4 @@
-"""Arrays of an .npz, which nothing unpickles and whose sizes are checked before memory is taken."""
+"""Arrays of an .npz, read without unpickling and with sizes checked before memory is allocated."""
 
 import math
 import zipfile
@@ -13,18 +13,18 @@ _KINDS = {"f": "floats", "i": "integers", "U": "text"}
 
 def read_npz_array(archive: zipfile.ZipFile, name: str, kind: str,
                    most_rows: int = MAX_FEATURES, most_bytes: int = MAX_FEATURES) -> np.ndarray:
-    """Returns one array of an .npz after its header has been found plausible.
+    """Returns one array of an .npz after checking its header.
 
     Args:
         archive: the .npz.
-        name: of the array, without '.npy'.
-        kind: of its type, as NumPy calls it: 'f', 'i' or 'U'.
-        most_rows: the most that its first dimension may have; the second has MAX_FEATURES at most.
-        most_bytes: the most that one number or text may have.
+        name: name of the array, without '.npy'.
+        kind: NumPy's character for its kind of type: 'f', 'i' or 'U'.
+        most_rows: maximum of the first dimension; that of the second is MAX_FEATURES.
+        most_bytes: maximum size of one number or text.
 
     Raises:
         KeyError: there is no such array.
-        ValueError: it is another array than it should be.
+        ValueError: the array has another type, or is too large or damaged.
     """
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as member:
@@ -37,6 +37,6 @@ def read_npz_array(archive: zipfile.ZipFile, name: str, kind: str,
         if dtype.itemsize > most_bytes:
             raise ValueError(f"{name} has type {dtype}, at most {most_bytes} bytes")
         if member.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
-            raise ValueError(f"{name} has shape {list(shape)}, but not the bytes of it")
+            raise ValueError(f"{name} has shape {list(shape)}, but another number of bytes")
     with archive.open(info) as member:
         return np.lib.format.read_array(member, allow_pickle=False)

@@ -1,6 +1,6 @@
-"""What is written of paired scores: a table, JSON lines, and a picture of some pairs.
+"""Output of 'fid.py pairs': a table, JSON lines and a picture of some pairs.
 
-    pairs.csv      one line an image: image, truth, its scores, those of its input, low, high
+    pairs.csv      one line per image: image, truth, its scores, those of its input, low, high
     pairs.jsonl    the same: {"image": ..., "truth": ..., "psnr": ..., "input": {...}, "range": ...}
     pairs.png      rows of input, output, truth, and output - truth
 
@@ -25,22 +25,22 @@ from images.scaling import display_window
 from metrics.pairs import Pairs, PairScore, Summary
 
 TABLE, LINES, PICTURE = "pairs.csv", "pairs.jsonl", "pairs.png"
-_ROWS = 6  # of the picture, at most
-_MIN_SIDE, _MAX_SIDE = 160, 512  # pixels of images in it, which are enlarged or reduced
+_ROWS = 6  # maximum number of rows of the picture
+_MIN_SIDE, _MAX_SIDE = 160, 512  # pixels; images in the picture are resized to this range
 _MAX_LABEL = 16  # characters
-_SHOWN_SHARE = 0.995  # of the differences in the picture are inside of its scale
-_DIGITS = {"psnr": 2, "ssim": 4, "ssim_uniform": 4}  # after the point
+_SHOWN_SHARE = 0.995  # share of the differences in the picture that are within its scale
+_DIGITS = {"psnr": 2, "ssim": 4, "ssim_uniform": 4}  # after the decimal point
 
 
 def write_scores(folder: Path, pairs: Pairs, scores: Sequence[PairScore],
                  value_range: tuple[float, float], window: tuple[float, float]) -> str:
-    """Writes all three files into a folder, which is made if need be; returns what to say of them.
+    """Writes all three files, and returns a text that describes them.
 
     Args:
-        folder: where they go; what is there is replaced.
-        pairs: what was scored.
-        scores: what `pairs.score` has returned.
-        value_range: what it was given.
+        folder: folder for the files, created if needed; existing files are replaced.
+        pairs: the pairs that were scored.
+        scores: the scores that `pairs.score` returned.
+        value_range: the range that `pairs.score` was given.
         window: see `picture`.
 
     Raises:
@@ -78,9 +78,9 @@ def _line(score: PairScore, value_range: tuple[float, float]) -> bytes:
 
 
 def summary_lines(scores: Sequence[PairScore]) -> list[str]:
-    """Returns a line for each metric, such as 'psnr 43.42 +- 0.31 (16 images)', then the inputs'.
+    """Returns a line per metric, such as 'psnr 43.42 +- 0.31 (16 images)', then the inputs' lines.
 
-    After +- stands the sample standard deviation over the images.
+    The number after +- is the sample standard deviation over the images.
     """
     lines = [f"{name} {_shown(name, summary)}" for name, summary in _summaries(scores).items()]
     return lines + [f"input {name} {_shown(name, summary)}"
@@ -88,7 +88,7 @@ def summary_lines(scores: Sequence[PairScore]) -> list[str]:
 
 
 def summary_records(scores: Sequence[PairScore]) -> list[dict[str, Any]]:
-    """Returns for each metric plain JSON data: metric, value, std and what else is known."""
+    """Returns plain JSON data for each metric: metric, value, std and other known facts."""
     of_input = _summaries(scores, of_input=True)
     records = []
     for name, own in _summaries(scores).items():
@@ -118,12 +118,12 @@ def _shown(name: str, summary: Summary) -> str:
 
 
 def picture(pairs: Pairs, window: tuple[float, float]) -> tuple[PIL.Image.Image, float]:
-    """Returns a picture of evenly spread pairs, and the difference that is black or white in it.
+    """Returns a picture of evenly spaced pairs, and the difference that is black or white in it.
 
     Args:
         pairs: images, truths and perhaps inputs.
-        window: center and width of the values that are shown, in the data's units. Differences have
-            a scale of their own, on which 0 is gray; nearly all of those shown are inside of it.
+        window: center and width of the values that are shown, in the data's units. Differences are
+            shown on a separate scale, which has gray at 0 and includes nearly all of them.
 
     Raises:
         ValueError: an image can't be read.
@@ -144,7 +144,7 @@ def picture(pairs: Pairs, window: tuple[float, float]) -> tuple[PIL.Image.Image,
 
 
 def _rounded_up(value: float) -> float:
-    """Returns the least of 1, 2 and 5 times a power of ten that is no smaller; 0 for 0."""
+    """Returns the value rounded up to 1, 2 or 5 times a power of ten; 0 for 0."""
     if not value:
         return 0.0
     power = 10.0 ** math.floor(math.log10(value))
@@ -152,7 +152,7 @@ def _rounded_up(value: float) -> float:
 
 
 def _label(name: str, number: int) -> str:
-    """Returns the end of a name, or the number where the font may lack letters of it."""
+    """Returns the end of a name, or the number if the font may lack letters of the name."""
     stem = PurePosixPath(name).stem
     if not (stem.isascii() and stem.isprintable()):
         return str(number)

@@ -1,14 +1,14 @@
-"""Scores of one image against its truth: PSNR, SSIM, errors, and functions of the user's own.
+"""Scores of one image against its truth: PSNR, SSIM, errors, and the user's own functions.
 
-    mse    mean of (image - truth)^2 over all numbers
+    mse    mean of (image - truth)^2 over all values
     psnr   10 log10((hi - lo)^2 / mse), in dB
     rmse   sqrt(mse), in the units of the data
-    mae    mean of |image - truth|, likewise
+    mae    mean of |image - truth|, in the units of the data
     ssim   structural similarity, Wang et al. 2004
 
-[lo, hi] is the range of the data, which PSNR and SSIM are relative to. SSIM is no function of the
-difference: it is taken of v - lo, so that data in Hounsfield units give that of the same data on
-[0, 1]. docs/metrics.md has both kinds of SSIM written out.
+PSNR and SSIM are relative to the range [lo, hi] of the data. SSIM depends on more than the
+difference, so it is computed on v - lo: data in Hounsfield units then have the same SSIM as when
+they are rescaled to [0, 1]. docs/metrics.md gives the formulas of both kinds of SSIM.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ from dnnlib import console, signals
 from dnnlib.cli import describe
 from dnnlib.util import shown
 
-# From (image, truth, (lo, hi)) to a number. Images are float64 [C, H, W] in the data's units.
+# Maps (image, truth, (lo, hi)) to a number. Images are float64 [C, H, W] in the data's units.
 PairedMetric = Callable[[np.ndarray, np.ndarray, tuple[float, float]], float]
 
-SSIM_WINDOWS = {"ssim": 11, "ssim_uniform": 7}  # pixels a side
+SSIM_WINDOWS = {"ssim": 11, "ssim_uniform": 7}  # side in pixels
 
 
 def rmse(image: np.ndarray, truth: np.ndarray, value_range: tuple[float, float]) -> float:
@@ -45,7 +45,7 @@ def mae(image: np.ndarray, truth: np.ndarray, value_range: tuple[float, float]) 
 
 
 def psnr(image: np.ndarray, truth: np.ndarray, value_range: tuple[float, float]) -> float:
-    """Returns the ratio of the range to the root mean squared difference in dB; inf for equals."""
+    """Returns the ratio of the range to the RMS difference in dB; inf for equal images."""
     low, high = value_range
     error = rmse(image, truth, value_range)
     return 20 * math.log10((high - low) / error) if error else math.inf
@@ -53,7 +53,7 @@ def psnr(image: np.ndarray, truth: np.ndarray, value_range: tuple[float, float])
 
 def _ssim(image: np.ndarray, truth: np.ndarray, value_range: tuple[float, float],
           **window) -> float:
-    """Returns the mean of the map of SSIM where the window lies inside, and over channels."""
+    """Returns the mean of the SSIM map, over channels and where the window lies in the image."""
     from skimage.metrics import structural_similarity
 
     low, high = value_range
@@ -61,9 +61,9 @@ def _ssim(image: np.ndarray, truth: np.ndarray, value_range: tuple[float, float]
                                        channel_axis=0, **window))
 
 
-# "ssim" is of Wang et al. 2004: Gaussian weights of 11x11 pixels and population covariances.
-# "ssim_uniform" is what scikit-image gives unless told otherwise: 7x7 equal weights and sample
-# covariances. K1 = 0.01 and K2 = 0.03 in both.
+# "ssim" is that of Wang et al. 2004: Gaussian weights of 11x11 pixels and population covariances.
+# "ssim_uniform" is scikit-image's default: 7x7 equal weights and sample covariances. Both have
+# K1 = 0.01 and K2 = 0.03.
 PAIRED_METRICS: dict[str, PairedMetric] = {
     "psnr": psnr,
     "ssim": functools.partial(_ssim, gaussian_weights=True, sigma=1.5,
@@ -75,7 +75,7 @@ PAIRED_METRICS: dict[str, PairedMetric] = {
 
 
 def ssim_problem(metric: str, sizes: Sequence[tuple[int, int]]) -> str | None:
-    """Says what keeps images of these heights and widths from SSIM; None if nothing does."""
+    """Returns why images of these heights and widths can't have an SSIM; None if they can."""
     if importlib.util.find_spec("skimage") is None:
         return "needs scikit-image, which is not installed: pip install scikit-image"
     side, least = SSIM_WINDOWS[metric], min(map(min, sizes))
@@ -85,9 +85,9 @@ def ssim_problem(metric: str, sizes: Sequence[tuple[int, int]]) -> str | None:
 
 
 class MetricOfFile:
-    """A function of the user's own; an error of its code becomes one line.
+    """A user's function; an error in its code is reported in one line.
 
-    It gets copies of image and truth, because it may write into them.
+    It gets copies of image and truth, because it may modify them.
     """
 
     def __init__(self, where: str, file: str, function: PairedMetric):
@@ -95,10 +95,10 @@ class MetricOfFile:
 
     def __call__(self, image: np.ndarray, truth: np.ndarray,
                  value_range: tuple[float, float]) -> float:
-        """Returns what the function does.
+        """Returns what the function returns.
 
         Raises:
-            ValueError: it has raised an error.
+            ValueError: the function raised an error.
         """
         with _errors_of_user(self._where, self._file):
             return self._function(image.copy(), truth.copy(), value_range)
@@ -106,7 +106,7 @@ class MetricOfFile:
 
 @contextlib.contextmanager
 def _errors_of_user(where: str, file: str) -> Iterator[None]:
-    """Turns any error of the user's code into a ValueError that says where in the file it was.
+    """Turns any error of the user's code into a ValueError that gives the line in the file.
 
     With --verbose its traceback is printed.
     """
@@ -127,17 +127,17 @@ def _errors_of_user(where: str, file: str) -> Iterator[None]:
 
 
 def load_metric(spec: str) -> tuple[str, PairedMetric]:
-    """Returns the name and the function of FILE.py:FUNCTION, of which the file is run.
+    """Returns the name and the function of FILE.py:FUNCTION, and runs the file for that.
 
     Raises:
-        ValueError: it can't be read or run, has no such function, or the name is one of ours.
+        ValueError: the file can't be read or run or lacks the function, or the name is taken.
     """
     path, colon, name = spec.rpartition(":")
     if not colon or not path.endswith(".py") or not name.isidentifier():
         raise ValueError(f"--metric-file={spec}: must be FILE.py:FUNCTION, a function of (image, "
                          "truth, value_range)")
     if name in PAIRED_METRICS:
-        raise ValueError(f"--metric-file={spec}: {name} is a metric of --metrics already; give the "
+        raise ValueError(f"--metric-file={spec}: {name} is already a metric of --metrics; give the "
                          "function another name")
     module_name = f"_metric_file_{Path(path).stem}_{zlib.crc32(os.path.abspath(path).encode())}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
@@ -148,16 +148,16 @@ def load_metric(spec: str) -> tuple[str, PairedMetric]:
     function = getattr(module, name, None)
     if not callable(function):
         there = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise ValueError(f"--metric-file={spec}: no function {name} there"
-                         f"{'; there is ' + ', '.join(there[:6]) if there else ''}")
+        raise ValueError(f"--metric-file={spec}: the file has no function {name}"
+                         f"{'; it has ' + ', '.join(there[:6]) if there else ''}")
     return name, MetricOfFile(f"--metric-file={spec}", module_spec.origin, function)
 
 
 def as_number(value: object, metric: str) -> float:
-    """Returns what a metric has given as a float; raises ValueError where it is no number."""
+    """Returns the value of a metric as a float; raises ValueError if it is not a number."""
     try:
         number = float(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # the middle two of several
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # long arrays: the middle two
         number = math.nan
     if math.isnan(number):
         raise ValueError(f"{metric} gave {shown(value)}; must be a number")

@@ -1,11 +1,11 @@
-"""Images beside their truths: which belong together, and their scores.
+"""Pairs of images and their truths: which belong together, and their scores.
 
-Pairs are found by name, without extension and, if that is enough, without folder; or by order. If
-generate.py has named images by their seeds and not after their inputs, as generate.json in their
-folder says, seed k belongs to truth k mod n of n, as with --init-image and --cond-image.
+Pairs are found by name, without the extension and, if that is unique, without the folder; or by
+order. If generate.json in the images' folder says that generate.py named them by their seeds, seed
+k belongs to truth k mod n of n, as with --init-image and --cond-image.
 
-Values are compared in the units of the data, as they are stored. The measurement that each image
-was made of can be scored beside it; it is called the input.
+Values are compared in the units of the data, as they are stored. The measurement from which an
+image was made can be scored beside it; it is called the input.
 """
 
 import math
@@ -29,16 +29,16 @@ from sampling.folders import image_name, seed_of
 from sampling.seed_images import CONDITIONS_WORD
 
 PAIRINGS = ("auto", "name", "order")
-_REMEDY = "name a folder or ZIP of images"
-_NUMBERED = re.compile(r"img\d{8}")  # names that dataset_tool.py gives, which any data set has
-_UNIT_FACTOR = 50  # spans that differ by more are of different units
-_SURE_CORRELATION = 0.8  # above which a line says how images follow from their truths
+_REMEDY = "give a folder or ZIP of images"
+_NUMBERED = re.compile(r"img\d{8}")  # names that dataset_tool.py gives to images of any data set
+_UNIT_FACTOR = 50  # if spans differ by more, the units are different
+_SURE_CORRELATION = 0.8  # above this correlation, the fitted line is trusted
 _USUAL_SLOPES = 0.5, 2.0
-_LIKE_SIDE = 16  # to which images are reduced that are compared with other truths
-_BLOCK, _NUM_BLOCKS = 32, 8  # of images in a row that are, and of such blocks
-_LEAST_GAIN = 1e-3  # of correlation, beside half of what is missing
-_OFFSET_SHARE = 0.1  # of the truths' span, above which the two may have other zeros ...
-_REST_SHARE = 0.1  # ... if so little of the squared error is left beside the line
+_LIKE_SIDE = 16  # side to which images are reduced for comparison with other truths
+_BLOCK, _NUM_BLOCKS = 32, 8  # consecutive images per compared block, and number of blocks
+_LEAST_GAIN = 1e-3  # gain in correlation that another truth must give in any case
+_OFFSET_SHARE = 0.1  # offsets above this share of the truths' span suggest another zero ...
+_REST_SHARE = 0.1  # ... if the line leaves less than this share of the squared error
 
 
 class Partners(NamedTuple):
@@ -46,7 +46,7 @@ class Partners(NamedTuple):
 
     numbers: list[int]
     found_by: str  # 'name', 'order' or 'seed'
-    doubt: str | None = None  # what speaks against it, a line
+    doubt: str | None = None  # a line that says why the pairs may be wrong
 
 
 class PairScore(NamedTuple):
@@ -59,16 +59,16 @@ class PairScore(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Scores of several images: mean and sample standard deviation of those that are finite."""
+    """Scores of several images: mean and sample standard deviation of the finite ones."""
 
-    mean: float  # inf where none is finite
-    std: float | None  # None where fewer than two are finite
+    mean: float  # inf if none is finite
+    std: float | None  # None if fewer than two are finite
     num_finite: int
     num_infinite: int  # of images that equal their truth
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Summary":
-        """Returns that of at least one value."""
+        """Returns the summary of at least one value."""
         finite = [value for value in values if math.isfinite(value)]
         std = statistics.stdev(finite) if len(finite) > 1 else None
         return cls(statistics.fmean(finite) if finite else math.inf, std, len(finite),
@@ -79,15 +79,15 @@ class Pairs:
     """Images of one folder or ZIP with their truths in another and, if given, their inputs.
 
     Args:
-        images: what to score.
+        images: the images to score.
         truth: the truths. If it is a paired data set, they are its images.
-        input: the measurements that the images were made of, or 'cond' for the condition images of
-            `truth`.
-        by: of `PAIRINGS`; see `partners`.
+        input: the measurements from which the images were made, or 'cond' for the condition images
+            of `truth`.
+        by: one of `PAIRINGS`; see `partners`.
 
     Raises:
         OSError: one of them can't be read.
-        ValueError: not images, of other sizes, channels or kinds, or without partners.
+        ValueError: one holds no images, sizes, channels or kinds differ, or partners are missing.
     """
 
     def __init__(self, images: str | os.PathLike, truth: str | os.PathLike,
@@ -121,7 +121,7 @@ class Pairs:
 
     @property
     def truth(self) -> ImageFolderDataset:
-        """The truths, of which there may be more."""
+        """The truths; there may be more of them than images."""
         return self._truth.dataset
 
     @property
@@ -133,21 +133,21 @@ class Pairs:
         """Returns an image, its truth and, if there are any, its input: float64 [C, H, W].
 
         Raises:
-            ValueError: one can't be read.
+            ValueError: one of them can't be read.
         """
         return [source.read(numbers[number]) for source, numbers in self._sources.items()]
 
     def score(self, metrics: Mapping[str, PairedMetric], value_range: tuple[float, float], *,
               clip: bool = False) -> tuple[list[PairScore], list[str]]:
-        """Returns the scores of all images, in order, and warnings of what looks wrong.
+        """Returns the scores of all images, in order, and warnings about what looks wrong.
 
         Args:
-            metrics: by name.
-            value_range: the least and the largest value that data have.
+            metrics: the metrics by name.
+            value_range: the smallest and the largest value of the data.
             clip: clip images, truths and inputs to the range first.
 
         Raises:
-            ValueError: an image can't be read, is of another unit, or a metric gives no number.
+            ValueError: an image can't be read, units differ, or a metric returns no number.
         """
         compared = [source for source in self._sources if source != self._truth]
         found, checks = [], [_UnitCheck() for _ in compared]
@@ -177,14 +177,14 @@ class Pairs:
         return found, warnings
 
     def warnings_of_partners(self) -> list[str]:
-        """Returns what speaks against how partners were found, a line each."""
+        """Returns warnings that pairs may be wrong, one line each."""
         return list(filter(None, (*self._doubts, self._warning_of_source())))
 
     def _warning_of_source(self) -> str | None:
-        """Returns a line if images seem to be made of another paired data set than the truths'.
+        """Returns a line if images seem to be made from another paired data set than the truths.
 
-        generate.py records what it started from. A folder of measurements has no truths, so where
-        the record doesn't say that it was a paired data set, numbers as names have to.
+        generate.py records its source. A folder of measurements has no truths, so if the record
+        doesn't say whether the source was a paired data set, names that are numbers must tell.
         """
         if not self.truth.has_conditions:
             return None
@@ -196,9 +196,9 @@ class Pairs:
             if made_of and (is_numbered or is_of_pairs) and not any(
                     source.dataset.fingerprint in made_of
                     for source in filter(None, (self._truth, self._input))):
-                return (f"{self._images.where}: by generate.json they were made of another data "
-                        f"set than {self._truth.where}, and it is by numbers that they are paired; "
-                        "are these their truths?")
+                return (f"{self._images.where}: generate.json says that they were made from "
+                        f"another data set than {self._truth.where}, but they are paired by "
+                        "numbers; are these their truths?")
         return None
 
     def _warnings_of_likeness(self, source: "_Source", likeness: "_Likeness") -> Iterator[str]:
@@ -244,13 +244,13 @@ class _Source:
         return (conditions[0] if conditions else images)[0].astype(np.float64)
 
     def check_kind(self, truth: "_Source") -> None:
-        """Raises ValueError if these can't be compared with the truths."""
+        """Raises ValueError if the images can't be compared with the truths."""
         if self.channels != truth.channels:
             raise ValueError(f"{self.where}: {_channels(self.channels)}, but {truth.where} has "
-                             f"{truth.channels}; images that are compared have the same channels")
+                             f"{truth.channels}; both must have the same channels")
         if self.scaling.is_8bit and not truth.scaling.is_8bit:
             raise ValueError(f"{self.where}: 8-bit images, but those of {truth.where} have more "
-                             "bits and so another unit; give both in the unit of the data")
+                             "bits and so another unit; give both in the units of the data")
 
 
 def _channels(count: int) -> str:
@@ -258,7 +258,7 @@ def _channels(count: int) -> str:
 
 
 class _UnitCheck:
-    """Whether images that come one by one seem to be of the unit of their truths.
+    """Checks whether images, which are added one by one, seem to have the unit of their truths.
 
     A line is fitted to all pixels by least squares, image ~ slope * truth + offset.
     """
@@ -267,7 +267,7 @@ class _UnitCheck:
         self._ends = [math.inf, -math.inf], [math.inf, -math.inf]  # of the images, of the truths
         self._count = self._num_equal = self._num_pixels = 0
         self._means = np.zeros(2)  # of the images, of the truths
-        self._scatter = np.zeros([2, 2])  # sums of products of what differs from the means
+        self._scatter = np.zeros([2, 2])  # sums of products of deviations from the means
 
     def add(self, image: np.ndarray, truth: np.ndarray) -> None:
         """Takes an image and its truth."""
@@ -279,7 +279,7 @@ class _UnitCheck:
         means = values.mean(axis=1)
         shift, total = means - self._means, self._num_pixels + image.size
         values -= means[:, None]
-        # Of two sets of pixels together, Chan et al. 1983: no large sums are subtracted.
+        # The merge of two sets by Chan et al. 1983, which subtracts no large sums.
         self._scatter += values @ values.T + (
             np.outer(shift, shift) * self._num_pixels * image.size / total)
         self._means += shift * image.size / total
@@ -291,21 +291,21 @@ class _UnitCheck:
         if other and not 1 / _UNIT_FACTOR <= own / other <= _UNIT_FACTOR:
             (low, high), (true_low, true_high) = self._ends
             raise ValueError(f"{where}: values from {low:.6g} to {high:.6g}, but those of {truth} "
-                             f"are from {true_low:.6g} to {true_high:.6g}; both must be in one "
-                             "unit, that of the data, in which generate.py writes images")
+                             f"are from {true_low:.6g} to {true_high:.6g}; both must be in the "
+                             "units of the data, in which generate.py writes images")
 
     def warnings(self, where: str, truth: str) -> Iterator[str]:
-        """Yields what is suspicious, a line each."""
+        """Yields warnings, one line each."""
         if self._num_equal:
             yield (f"{where}: {self._num_equal} of {self._count} images equal their truths of "
-                   f"{truth} in every number; are they the truths themselves?")
+                   f"{truth} in every value; are they the truths themselves?")
         slope, offset, correlation = self._line()
         if self._is_other(slope, correlation):
             yield (f"{where}: values are about {slope:.4g} times those of {truth} {offset:+.5g} "
                    f"(correlation {correlation:.3f}); are they in the same unit?")
 
     def _line(self) -> tuple[float, float, float]:
-        """Returns slope, offset and correlation of the line; 0 of the last where there is none."""
+        """Returns slope, offset and correlation of the line; the correlation is 0 if undefined."""
         (of_images, of_both), (_, of_truths) = self._scatter
         if not of_images or not of_truths:
             return 1.0, 0.0, 0.0
@@ -314,12 +314,12 @@ class _UnitCheck:
             of_both / math.sqrt(of_images * of_truths))
 
     def _is_other(self, slope: float, correlation: float) -> bool:
-        """Whether a line of this slope and correlation tells of another unit or zero."""
+        """Whether a line of this slope and correlation indicates another unit or zero."""
         if abs(correlation) <= _SURE_CORRELATION:
             return False
         if not _USUAL_SLOPES[0] <= slope <= _USUAL_SLOPES[1]:
             return True
-        # Where the truths lie, and not at 0: less contrast is no other zero.
+        # The shift at the mean of the truths, not at 0: lower contrast is not another zero.
         shift = self._means[0] - self._means[1]
         (of_images, of_both), (_, of_truths) = self._scatter
         squares = of_images - 2 * of_both + of_truths + self._num_pixels * shift**2
@@ -329,9 +329,10 @@ class _UnitCheck:
 
 
 class _Likeness:
-    """Whether images that come one by one are more like the truths of others than like their own.
+    """Checks whether images, added one by one, resemble truths of others more than their own.
 
-    Reduced images of one shape are correlated with all truths; of many images, blocks in a row.
+    Reduced images of one shape are correlated with all truths. If there are many images, only
+    blocks of consecutive ones are compared.
 
     Args:
         num: how many images there will be.
@@ -343,7 +344,7 @@ class _Likeness:
         self.count = 0
 
     def add(self, number: int, image: np.ndarray, truth: np.ndarray) -> None:
-        """Takes the image of a number and its truth, both [C, H, W]."""
+        """Adds the image with this number and its truth, both [C, H, W]."""
         if number % self._stride >= _BLOCK:
             return
         self.count += 1
@@ -352,11 +353,12 @@ class _Likeness:
             self._found.setdefault(image.shape, []).append((number, *reduced))
 
     def better(self) -> list[tuple[int, int, float, float]]:
-        """Returns the images that are more like another truth, in their order.
+        """Returns the images that resemble another truth more than their own, in order.
 
-        Each is (its number, that of the image whose truth it is, the correlation with its own
-        truth, that with the other one). At least half of what was missing to 1 is gained, and the
-        image of the other truth is not like it either: alike truths prove nothing.
+        Each is (its number, the number of the other truth, the correlation with its own truth, the
+        correlation with the other truth). The other truth must at least halve the distance of the
+        correlation from 1, both for this image and for its own image, because truths that resemble
+        each other prove nothing.
         """
         found = []
         for group in self._found.values():
@@ -371,9 +373,9 @@ class _Likeness:
 
 
 def _reduced(values: np.ndarray) -> np.ndarray:
-    """Returns means over blocks of [C, H, W] as a vector of mean 0 and length 1; 0 for even ones.
+    """Returns means over blocks of [C, H, W] as a vector of mean 0 and length 1.
 
-    Noise averages out in them.
+    Noise averages out in them. The vector is 0 if all means are equal.
     """
     for axis in (1, 2):
         side = values.shape[axis]
@@ -388,8 +390,9 @@ def _reduced(values: np.ndarray) -> np.ndarray:
 def partners(images: _Source, others: _Source, by: str = "auto") -> Partners:
     """Returns the partners of images among others.
 
-    With 'auto' they go by name where every image has a partner of its name, and by order where none
-    has one and nothing shows that the order is another one.
+    With 'auto' images are paired by name if every image has a partner of its name. They are paired
+    by seed if all are named by seeds. They are paired by order if no image has a partner of its
+    name and nothing shows that the order differs.
 
     Raises:
         ValueError: an image has no partner, or there is more than one way to find it.
@@ -397,12 +400,12 @@ def partners(images: _Source, others: _Source, by: str = "auto") -> Partners:
     names, there = images.dataset.all_names, others.dataset.all_names
     by_name, num_named = _by_name(names, there)
     by_order = _by_order(images.dataset, len(there))
-    counts = (f"{images.where} has {len(names)} images and {others.where} {len(there)}, and "
-              f"{num_named} have a partner of their name")
+    counts = (f"{images.where} has {len(names)} images, {others.where} has {len(there)}, and "
+              f"{num_named} have a partner of the same name")
     if by == "auto" and by_name and by_order and by_order.found_by == "seed" \
             and by_name.numbers != by_order.numbers:
-        raise ValueError(f"{images.where}: by their names images have other partners in "
-                         f"{others.where} than by their seeds (image 0 is that of seed 0); give "
+        raise ValueError(f"{images.where}: names and seeds give images different partners in "
+                         f"{others.where} (by seed, image 0 is that of seed 0); give "
                          "--pair-by=name or --pair-by=order")
     if by_name and by != "order":
         return by_name
@@ -412,12 +415,12 @@ def partners(images: _Source, others: _Source, by: str = "auto") -> Partners:
             _refuse_lost_seeds(images)
             return by_order._replace(doubt=_doubt_of_order(images, others))
         return by_order
-    raise ValueError(f"{counts}; give each one of its name, without regard to the extension, or as "
-                     "many with --pair-by=order")
+    raise ValueError(f"{counts}; give each image a partner of the same name (extensions are "
+                     "ignored), or equally many images and --pair-by=order")
 
 
 def _by_name(names: Sequence[str], others: Sequence[str]) -> tuple[Partners | None, int]:
-    """Returns partners by name if every image has one, and how many have one."""
+    """Returns partners by name, or None if an image has none, and the number that have one."""
     keys: tuple[Callable[[str], str], ...] = (
         lambda name: composed(os.path.splitext(name)[0]),
         lambda name: composed(PurePosixPath(name).stem))
@@ -426,7 +429,7 @@ def _by_name(names: Sequence[str], others: Sequence[str]) -> tuple[Partners | No
         numbers = {key(name): number for number, name in enumerate(others)}
         own = list(map(key, names))
         if len(numbers) < len(others) or len(set(own)) < len(own):
-            continue  # folders or extensions tell images of one name apart
+            continue  # names are unique only with folders or extensions
         found = [numbers.get(name) for name in own]
         most = max(most, len(found) - found.count(None))
         if None not in found:
@@ -435,9 +438,9 @@ def _by_name(names: Sequence[str], others: Sequence[str]) -> tuple[Partners | No
 
 
 def _by_order(images: ImageFolderDataset, num_others: int) -> Partners | None:
-    """Returns partners by seed where all images are named by one, else by order; None for none.
+    """Returns partners by seed if all images are named by seeds, else by order.
 
-    By order there must be as many.
+    By order, both sides must have equally many images; otherwise None is returned.
     """
     records = images.sample_records()
     seeds = [seed_of(name, records) for name in images.all_names]
@@ -447,14 +450,14 @@ def _by_order(images: ImageFolderDataset, num_others: int) -> Partners | None:
 
 
 def _refuse_lost_seeds(images: _Source) -> None:
-    """Raises ValueError for images that seem to be named by seeds, but for what says so.
+    """Raises ValueError for images that seem to be named by seeds without a record that says so.
 
-    In the order of seeds 0 to n - 1 they have the partners of their seeds anyway.
+    Seeds 0 to n - 1 in order are accepted, because order and seeds then give the same partners.
     """
     records, names = images.dataset.sample_records(), images.dataset.all_names
     if named := [name for name in names if seed_of(name, records) is not None]:
         raise ValueError(f"{images.where}: {len(named)} of {len(names)} images are named by seeds, "
-                         f"such as {named[0]}, and the others are not; score them by themselves, "
+                         f"such as {named[0]}, and the others are not; score them separately, "
                          "or give --pair-by=order")
     files = [name.rpartition("/")[2] for name in names]
     stems = [os.path.splitext(file)[0] for file in files]
@@ -466,45 +469,45 @@ def _refuse_lost_seeds(images: _Source) -> None:
     if not is_named:
         raise ValueError(
             f"{images.where}: {names[0]} and the others seem to be named by seeds that are not 0 "
-            f"to {len(names) - 1}, but there is no generate.json, which says so; keep it beside "
+            f"to {len(names) - 1}, but there is no generate.json that says so; keep it beside "
             "them, or give --pair-by=order or --pair-by=name")
 
 
 def _doubt_of_order(images: _Source, others: _Source) -> str | None:
-    """Returns a line where names, of several, are not numbers that rise alike on both sides."""
+    """Returns a line unless names on both sides are numbers that rise in the same steps."""
     sides = [[os.path.splitext(name)[0] for name in source.dataset.all_names]
              for source in (images, others)]
     if len(sides[0]) == 1:
         return None
     example = f"{images.dataset.all_names[0]} with {others.dataset.all_names[0]}"
-    remedy = f"such as {example}; is this right? --pair-by=order says yes"
+    remedy = f"such as {example}; if this is right, give --pair-by=order"
     if any(len(set(map(words_of, side))) > 1 or not numbers_of(side[0]) for side in sides):
-        return (f"{images.where}: no image has a partner of its name in {others.where}, so they "
-                f"are paired in the order of their names, {remedy}")
+        return (f"{images.where}: no image has a partner of the same name in {others.where}, so "
+                f"they are paired in the order of their names, {remedy}")
     own, other = ([numbers_of(name) for name in side] for side in sides)
     steps = {a[-1] - b[-1] for a, b in zip(own, other, strict=True)}
     if len(steps) > 1 or own != sorted(own) or other != sorted(other):
-        return (f"{images.where}: the numbers in its names do not run as those of {others.where}, "
+        return (f"{images.where}: the numbers in its names do not match those of {others.where}, "
                 f"and images are paired in the order of their names, {remedy}")
     return None
 
 
 def value_range_of(scaling: Scaling) -> tuple[float, float]:
-    """Returns the values that become -1 and 1 for networks, between which data are.
+    """Returns the range of the data: the values that become -1 and 1 for networks.
 
-    They are 0 and 255 of 8 bits, and 0 and 65535 of 16 bits without a recorded scale.
+    They are 0 and 255 for 8 bits, and 0 and 65535 for 16 bits without a recorded scale.
 
     Raises:
-        ValueError: floating-point data without a recorded scale, or channels of other ranges;
-            without saying where.
+        ValueError: floating-point data have no recorded scale, or the ranges of channels differ.
+            The message does not name the file.
     """
     if scaling == default_scaling(np.float32):
-        raise ValueError("no scale of these floating-point images is recorded, which would tell "
-                         "the range of their values")
+        raise ValueError("the floating-point images have no recorded scale, which would give the "
+                         "range of their values")
     if scaling.is_8bit:
         return 0.0, 255.0
     ends = {(center - spread, center + spread)
             for center, spread in zip(scaling.center, scaling.spread, strict=True)}
     if len(ends) > 1:
-        raise ValueError("the channels have scales of their own, and so no one range")
+        raise ValueError("the channels have different scales, and so no common range")
     return ends.pop()

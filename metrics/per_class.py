@@ -1,9 +1,9 @@
-"""Scores of each class by itself, from kept features and the classes of the images.
+"""Scores of each class separately, from kept features and the classes of the images.
 
 A score of class c compares generated images of c with real ones of c. The mean of the distances
-over classes is the intra-FID of Miyato and Koyama 2018 (arXiv 1802.05637): unlike the FID of all
-images it rises where images are of another class than they should be. Each is of fewer images than
-the FID of all, and so is biased further upwards: compare at equal numbers in each class.
+over classes is the intra-FID of Miyato and Koyama 2018 (arXiv 1802.05637). Unlike the FID of all
+images, it rises if images show another class than they should. Each distance uses fewer images than
+the FID of all and so is biased further upwards. Compare only at equal numbers in each class.
 """
 
 from collections import Counter
@@ -24,12 +24,12 @@ _LEAST = {"fid": 2, "kid": 2, "pr": NUM_NEIGHBOURS + 1, "dc": NUM_DENSITY_NEIGHB
 
 def classes_to_score(classes: Sequence[int], reference_classes: Sequence[int],
                      metric: str) -> tuple[list[int], list[int]]:
-    """Returns the classes that have enough images on both sides, and the others; both rising.
+    """Returns the classes that have enough images on both sides, and the others, each sorted.
 
     Args:
-        classes: of the generated images, [m].
-        reference_classes: of the real ones, [n].
-        metric: which needs the images.
+        classes: classes of the generated images, [m].
+        reference_classes: classes of the real images, [n].
+        metric: the metric, which decides how many images are enough.
 
     Raises:
         ValueError: no class has enough.
@@ -47,25 +47,25 @@ def classes_to_score(classes: Sequence[int], reference_classes: Sequence[int],
 def scores_by_class(features: torch.Tensor, classes: Sequence[int],
                     reference_features: torch.Tensor, reference_classes: Sequence[int],
                     detector: Detector, metrics: Sequence[str]) -> dict[int, dict[str, float]]:
-    """Returns the values of metrics by their names, for each class that has images for one.
+    """Returns the values of metrics by name, for each class that has enough images for a metric.
 
     Which classes these are depends on the metric, see `classes_to_score`.
 
     Args:
-        features: of the generated images, [m, d].
-        classes: theirs, [m].
-        reference_features: of the real images, [n, d].
-        reference_classes: theirs, [n].
-        detector: what has computed the features.
+        features: features of the generated images, [m, d].
+        classes: their classes, [m].
+        reference_features: features of the real images, [n, d].
+        reference_classes: their classes, [n].
+        detector: the detector that computed the features.
         metrics: names of metrics.
 
     Raises:
-        ValueError: a metric for which no class has enough images, or lengths differ.
+        ValueError: no class has enough images for a metric, or lengths differ.
     """
     sides = (features, np.asarray(classes)), (reference_features, np.asarray(reference_classes))
     for part, numbers in sides:
         if len(part) != len(numbers):
-            raise ValueError(f"{len(numbers)} classes of {len(part)} images")
+            raise ValueError(f"{len(numbers)} classes were given for {len(part)} images")
     enough = {name: classes_to_score(classes, reference_classes, name)[0] for name in metrics}
     scores: dict[int, dict[str, float]] = {}
     for k in sorted(set().union(*enough.values())):
@@ -80,7 +80,7 @@ def scores_by_class(features: torch.Tensor, classes: Sequence[int],
 
 
 def mean_over_classes(scores: dict[int, dict[str, float]]) -> dict[str, float]:
-    """Returns the mean of each value over the classes that have it, each counted once."""
+    """Returns the mean of each value over the classes that have it, with equal weights."""
     names = dict.fromkeys(name for values in scores.values() for name in values)
     return {name: float(np.mean([values[name] for values in scores.values() if name in values]))
             for name in names}
@@ -88,7 +88,7 @@ def mean_over_classes(scores: dict[int, dict[str, float]]) -> dict[str, float]:
 
 def feature_set(features: torch.Tensor, detector: Detector, metrics: Iterable[str],
                 asked: Sequence[int] | None = None) -> FeatureSet:
-    """Returns what metrics need of images whose features [n, d] are at hand, on this rank alone.
+    """Returns what metrics need of images with features [n, d], all of which are on this rank.
 
     For `asked` see `FeatureSet`.
     """

@@ -1,10 +1,10 @@
-"""The scores that a file has, so that none is computed again: which of its lines are of what.
+"""Lookup of scores that a file already has, so that none is computed again.
 
-Two records are of one score if they agree in `_IDENTITY`: of the same metric, images, detector and
-reference, and the same file where a plugin has added the metric. Images are the same if their
-number, seeds and sampler are; of the latter, which is what generate.json says, the hashes of the
-weights and of the network are a part. Lines that are damaged, or whose values are no finite
-numbers, are left out.
+Two records belong to the same score if they agree in `_IDENTITY`: in metric, images, detector and
+reference, and in the plugin file if a plugin added the metric. Images are the same if their number,
+seeds and sampler are the same. The sampler is the content of generate.json, which includes the
+hashes of the weights and of the network. Damaged lines, and values that are not finite numbers, are
+ignored.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from dnnlib.util import json_value
 
 _IDENTITY = ("metric", "num", "seeds", "sampler", "detector", "detector_sha256",
              "reference_sha256", "plugin")
-# Of generate.json, what decides no image.
+# Entries of generate.json that do not affect the images.
 _NO_SETTINGS = ("subdirs", "names", "not_finite")
 Record = dict[str, Any]
 
@@ -33,20 +33,20 @@ class RecordedScores:
         except OSError:
             return
         for line in text.splitlines():
-            with contextlib.suppress(ValueError, RecursionError):  # damaged: the score is not known
+            with contextlib.suppress(ValueError, RecursionError):  # damaged lines are ignored
                 record = json.loads(line)
                 if isinstance(record, dict) and _is_number(record.get("value")):
                     self.add(record)
 
     def add(self, record: Record) -> None:
-        """Takes one more record, of plain JSON data."""
+        """Adds a record, which is plain JSON data."""
         self._records.setdefault(_identity(record), []).append(record)
 
     def find(self, record: Record, bootstrap: int | None = None) -> Record | None:
-        """Returns the last record of a score of all classes; None if there is none.
+        """Returns the last record of a score over all classes; None if there is none.
 
         Args:
-            record: what it must agree with.
+            record: the record that it must match.
             bootstrap: the number of draws for its interval; None if it needs no interval.
         """
         fitting = [found for found in self._all(record) if found.get("of_class") is None and (
@@ -54,7 +54,7 @@ class RecordedScores:
         return fitting[-1] if fitting else None
 
     def of_classes(self, record: Record) -> dict[int | str, Record]:
-        """Returns the last records of scores of classes by themselves, and of their mean."""
+        """Returns the last record of each per-class score and of their mean."""
         return {found["of_class"]: found for found in self._all(record)
                 if type(found.get("of_class")) in (int, str)}
 
@@ -63,7 +63,7 @@ class RecordedScores:
 
 
 def settings_of_images(sampler: Any) -> Any:
-    """Returns what a record says of the sampler, but for what decides no image, as plain JSON."""
+    """Returns the sampler entry of a record as plain JSON, without what does not affect images."""
     if not isinstance(sampler, Mapping):
         return sampler
     return json_value({key: value for key, value in sampler.items() if key not in _NO_SETTINGS})

@@ -1,10 +1,11 @@
-"""Reference statistics: what generated images are compared with, and its files.
+"""Reference statistics, with which generated images are compared, and their files.
 
-An .npz holds float64 `mu` [d] and `sigma` [d, d], and optionally the name of the `detector`
-(absent: inception), the `image_shape` [3] and `count` of the images, their `features` [n, d], and
-of images that are not 8-bit the `scale` [2, C or 1]: what became 0, and what became 1 after that.
-A .pkl is one of EDM2: {"num_images": n, "fid": {"mu": ..., "sigma": ...}, "fd_dinov2": {...}}.
-Nothing in a file is run, and sizes are checked before memory is asked for.
+An .npz holds float64 `mu` [d] and `sigma` [d, d], and optionally the name of the `detector` (if
+absent, inception), the `image_shape` [3] and `count` of the images, and their `features` [n, d].
+For images that are not 8-bit it also holds their `scale` [2, C or 1], which is (center, spread):
+center maps to 0, and center + spread to 1. A .pkl is one of EDM2:
+{"num_images": n, "fid": {"mu": ..., "sigma": ...}, "fd_dinov2": {...}}.
+No code in a file is run, and sizes are checked before memory is allocated.
 """
 
 import functools
@@ -24,21 +25,21 @@ from dnnlib import plain_pickle
 from dnnlib.atomic import atomic_write
 from metrics.npz_arrays import MAX_FEATURES, read_npz_array
 
-MAX_BANK = 50_000  # images whose features are kept: 410 MB of Inception's
+MAX_BANK = 50_000  # images whose features are kept: 410 MB for Inception
 
 _REQUIRED = ("mu", "sigma")
 _ARRAYS = {"mu": "f", "sigma": "f", "detector": "U", "image_shape": "i", "count": "i",
            "features": "f", "scale": "f"}
 _MOST_ROWS = {"features": MAX_BANK}
-_PICKLED = {"fid": "inception", "fd_dinov2": "dinov2"}  # entries of EDM2's files, and detectors
+_PICKLED = {"fid": "inception", "fd_dinov2": "dinov2"}  # detectors of the entries of EDM2's files
 _PICKLE_MAGIC = b"\x80"
 _MAX_PICKLE_BYTES = 1 << 30  # EDM2's have 42 MB
-_READ_BYTES = 1 << 20  # at a time, for the hash
+_READ_BYTES = 1 << 20  # block size for the hash
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are compared with."""
+    """Statistics with which generated images are compared."""
 
     mu: np.ndarray  # mean of the features, [d] float64
     sigma: np.ndarray  # their covariance, [d, d] float64
@@ -51,7 +52,7 @@ class Reference:
 
 
 def save_reference(path: str | os.PathLike, reference: Reference) -> None:
-    """Writes an .npz of what is known, into a folder that is made if needed."""
+    """Writes a reference as .npz without its unknown entries, and creates its folder if needed."""
     arrays = {"mu": reference.mu, "sigma": reference.sigma,
               "detector": np.array(reference.detector)}
     for name in ("image_shape", "count", "features"):
@@ -66,21 +67,21 @@ def save_reference(path: str | os.PathLike, reference: Reference) -> None:
 
 
 def load_reference(path: str, detector: str = "inception") -> Reference:
-    """Reads a file or http(s) address: of `save_reference`, EDM or PFGM++, or a .pkl of EDM2.
+    """Reads a file or http(s) address: an .npz of `save_reference`, EDM or PFGM++, or EDM2's .pkl.
 
-    Of an .npz all is taken that it holds; of a .pkl, which may hold the statistics of several
-    detectors, those of the one called `detector`.
+    An .npz is read completely. A .pkl may hold the statistics of several detectors, of which those
+    of `detector` are returned.
 
     Raises:
         OSError: it can't be read or downloaded.
-        ValueError: it holds something else.
+        ValueError: it is not such a file, or has no statistics of `detector`.
     """
     try:
         with dnnlib.util.open_url(path) as file:
             is_pickle = file.read(1) == _PICKLE_MAGIC
             if not is_pickle and not zipfile.is_zipfile(file):
-                raise ValueError("neither a whole .npz nor a pickle of protocol 2 or later; save "
-                                 "an older pickle again by pickle.dump(value, file, protocol=4)")
+                raise ValueError("neither a complete .npz nor a pickle of protocol 2 or later; "
+                                 "save an older pickle with pickle.dump(value, file, protocol=4)")
             found = _read_pickle(file) if is_pickle else {detector: _read_npz(file)}
             file.seek(0)
             digest = hashlib.sha256()
@@ -88,30 +89,30 @@ def load_reference(path: str, detector: str = "inception") -> Reference:
                 digest.update(block)
         if detector in found:
             return _checked_reference(found[detector], digest.hexdigest())
-    # The last two: an unknown compression method, an encrypted member.
+    # The last two are raised by an unknown compression method and an encrypted member.
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError,
             RuntimeError) as error:
         reason = str(error).strip("'\"").split("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: not reference statistics: {reason}") from error
-    raise ValueError(f"{path}: holds statistics of {' and '.join(found)}, but none of detector "
+    raise ValueError(f"{path}: holds statistics of {' and '.join(found)}, but not of detector "
                      f"{detector}; give --detector={' or --detector='.join(found)}")
 
 
 def _read_npz(file: IO[bytes]) -> dict[str, np.ndarray]:
-    """Returns the arrays of an .npz that make a reference."""
+    """Returns the arrays in an .npz that form a reference."""
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
-        if "arr_0.npy" in names and "mu.npy" not in names:  # local ones are data sets
-            raise ValueError("images (arr_0); download the file and name it as --ref")
+        if "arr_0.npy" in names and "mu.npy" not in names:  # local files are opened as data sets
+            raise ValueError("it holds images (arr_0); download the file and give it as --ref")
         return {name: read_npz_array(archive, name, kind, _MOST_ROWS.get(name, MAX_FEATURES))
                 for name, kind in _ARRAYS.items() if name in _REQUIRED or f"{name}.npy" in names}
 
 
 def _read_pickle(file: IO[bytes]) -> dict[str, dict[str, np.ndarray]]:
-    """Returns the arrays that make a reference, by the names of the detectors; at least one."""
+    """Returns the arrays that form a reference, by the names of the detectors; at least one."""
     size = file.seek(0, os.SEEK_END)
     if size > _MAX_PICKLE_BYTES:
-        raise ValueError(f"a pickle of {size} bytes, at most {_MAX_PICKLE_BYTES}")
+        raise ValueError(f"a pickle of {size} bytes, at most {_MAX_PICKLE_BYTES} are allowed")
     file.seek(0)
     content = plain_pickle.loads(file.read())
     entries = {key: content[key] for key in _PICKLED if key in content} if isinstance(
@@ -139,14 +140,14 @@ def _pickled_statistics(key: str, entry: object) -> dict[str, np.ndarray]:
 
 
 def _checked_reference(arrays: dict[str, np.ndarray], digest: str) -> Reference:
-    """Returns the reference of an .npz; raises ValueError if its arrays don't fit together."""
+    """Returns the reference of these arrays; raises ValueError if they are inconsistent."""
     mu, sigma, features = arrays["mu"], arrays["sigma"], arrays.get("features")
     if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
         raise ValueError(f"mu has shape {list(mu.shape)} and sigma {list(sigma.shape)}, "
                          "expected [d] and [d, d]")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError("mu or sigma has values that are not finite")
-    tolerance = 1e-5 * np.abs(sigma).max()  # a covariance in float32 is symmetric to 1e-6
+    tolerance = 1e-5 * np.abs(sigma).max()  # float32 covariances are symmetric to 1e-6
     if np.abs(sigma - sigma.T).max() > tolerance or sigma.diagonal().min() < -tolerance:
         raise ValueError("sigma is not a covariance")
     if features is not None and (features.ndim != 2 or features.shape[1] != len(mu)

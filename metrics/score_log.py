@@ -1,8 +1,9 @@
-"""How scores are reported: one JSON line each as they come, and a table at the end.
+"""Records of scores: a JSON line for each as soon as it is known, and a table at the end.
 
     {"metric": "fid", "value": 1.91, "images": ..., "num": 50000, "detector": "inception", ...}
 
-Names are those of metrics/score_names.py. What a file has already need not be computed again.
+The names are those of metrics/score_names.py. Scores that a file already has are not computed
+again.
 """
 
 import json
@@ -24,7 +25,7 @@ from metrics.score_names import LOWER_IS_BETTER, recorded_name, title
 
 @dataclass(frozen=True)
 class Score:
-    """The values of one set of images: `group` holds the seed ranges of one network together."""
+    """The values of one set of images; the seed ranges of one network share a `group`."""
 
     label: str
     group: str
@@ -32,32 +33,33 @@ class Score:
 
 
 class ScoreLog:
-    """The scores of one evaluator, and the files that have a JSON line for each."""
+    """The scores of one evaluator, and the files that record them."""
 
     def __init__(self, evaluator: Evaluator):
         self._detector, self._reference = evaluator.detector, evaluator.record
         self._scores: list[Score] = []
-        self._recorded: dict[Path, RecordedScores] = {}  # what is in files that were looked at
+        self._recorded: dict[Path, RecordedScores] = {}  # contents of files read so far
 
     @property
     def distance_name(self) -> str:
-        """What a Frechet distance of these features is called."""
+        """The name of a Frechet distance between these features."""
         return self._detector.distance_name
 
     @property
     def has_more_than_one_value(self) -> bool:
-        """Whether a table would say more than the one Frechet distance."""
+        """Whether a table would contain more than a single Frechet distance."""
         return len(self._scores) > 1 or any(set(s.values) != {"fid"} for s in self._scores)
 
     def add(self, score: Score) -> None:
-        """Takes the scores of one set of images into the table."""
+        """Adds the scores of one set of images to the table."""
         self._scores.append(score)
 
     def record(self, path: Path | None, values: dict[str, float], details: dict[str, Any],
                **of_value: dict[str, Any]) -> bool:
-        """Appends a JSON line a value to a file, if there is one; returns False where it can't.
+        """Appends a JSON line per value to a file; returns False if it can't be written.
 
-        `details` go into each, and `of_value` into those of some values, by their names.
+        `details` go into every line, and the entries of `of_value` into the line of that value.
+        With None as the path nothing is written.
         """
         if path is None or not values:
             return True
@@ -78,13 +80,13 @@ class ScoreLog:
 
     def recorded(self, path: Path | None, names: Sequence[str], details: dict[str, Any],
                  bootstrap: int | None = None) -> dict[str, dict[str, Any]]:
-        """Returns the records of those values that a file has, of the same images and reference.
+        """Returns the records in a file that match these values, images and the reference.
 
         Args:
-            path: the file; None for none.
-            names: of values.
-            details: what the record says of the images.
-            bootstrap: the draws for the interval that a record of fid must have; None for none.
+            path: the file, or None.
+            names: names of values.
+            details: what the record says about the images.
+            bootstrap: the number of draws for the interval of fid; None if it needs no interval.
         """
         if path is None:
             return {}
@@ -95,7 +97,7 @@ class ScoreLog:
 
     def recorded_classes(self, path: Path | None, names: Sequence[str], details: dict[str, Any]
                          ) -> dict[int | str, dict[str, float]]:
-        """Returns those values of classes by themselves, and their means, that a file has."""
+        """Returns the per-class values, and their means, that a file has."""
         found: dict[int | str, dict[str, float]] = {}
         for name in names if path is not None else ():
             records = self._in_file(path).of_classes(self._plain(name, details))
@@ -114,7 +116,7 @@ class ScoreLog:
 
     @staticmethod
     def _origin(value: str) -> dict[str, str]:
-        """Returns which file a value's metric comes from, if a plugin has added it."""
+        """Returns the plugin file that added a value's metric, if there is one."""
         return origin_record(*((METRICS, name) for name, metric in METRICS.items()
                                if value in metric.values))
 
@@ -126,7 +128,7 @@ class ScoreLog:
         return recorded_name(value, self._detector.name)
 
     def table(self) -> str:
-        """Returns all scores as text, with the lowest and the mean of each group of several."""
+        """Returns all scores as text, with the lowest and the mean of each group with several."""
         columns = [name for name in self._scores[0].values if not name.endswith("_std")]
         rows = [["images", *map(self.title, columns)]]
         groups: dict[str, list[Score]] = {}
@@ -140,7 +142,7 @@ class ScoreLog:
         return format_table(rows)
 
     def title(self, name: str) -> str:
-        """Returns what readers see for a value of a metric."""
+        """Returns the title of a value of a metric."""
         return title(self._name(name), self._detector.name)
 
 

@@ -1,6 +1,6 @@
-"""What scores are called, the same in files, reports and on the console; needs no PyTorch.
+"""The names of scores in files, in reports and on the console; needs no PyTorch.
 
-Files have recorded names, `metric` in metrics.jsonl and `Metrics/NAME` in stats.jsonl:
+Files use recorded names, `metric` in metrics.jsonl and `Metrics/NAME` in stats.jsonl:
 
     fid, kid, kid_std, precision, recall, density, coverage, is, is_std
     class_accuracy                                            by a classifier of the data's classes
@@ -8,13 +8,13 @@ Files have recorded names, `metric` in metrics.jsonl and `Metrics/NAME` in stats
     bits_per_dim, nats_per_dim                                of images, by likelihood.py
     psnr, ssim, ssim_uniform, rmse, mae                       of images and their truths
 
-For readers there are titles, such as FID and pixels Frechet distance. Only the features of the
-published Inception weights make an FID or KID, and only those of the published DINOv2 an FD-DINOv2.
+Readers see titles, such as FID and pixels Frechet distance. Only the features of the published
+Inception weights give an FID or KID, and only those of the published DINOv2 an FD-DINOv2.
 """
 
-SCORES_FILE = "metrics.jsonl"  # of a run or folder, or beside a network
+SCORES_FILE = "metrics.jsonl"  # in a run or folder, or beside a network
 INCEPTION, DINOV2 = "inception", "dinov2"  # the detectors with the published weights
-CLASSIFIER = "classifier"  # one that fid.py has trained; its name goes on with a colon and a hash
+CLASSIFIER = "classifier"  # prefix of the name of a trained classifier; a colon and a hash follow
 _NETWORKS = {INCEPTION: "Inception", DINOV2: "DINOv2"}
 _GENERAL = {"fid": "frechet_distance", "kid": "kernel_distance", "kid_std": "kernel_distance_std"}
 _TITLES = {"fid": "FID", "kid": "KID", "is": "IS", "precision": "precision",
@@ -27,16 +27,16 @@ OF_PAIRS = ("psnr", "ssim", "ssim_uniform", "rmse", "mae")
 LOWER_IS_BETTER = ("fid", "kid", *_TITLES_OF_FEATURES, *LIKELIHOODS, "rmse", "mae")
 HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage", "class_accuracy", "psnr",
                     "ssim", "ssim_uniform")
-DISTANCES = ("fid", "frechet_distance")  # by which networks are compared first
+DISTANCES = ("fid", "frechet_distance")  # the scores by which networks are first compared
 
 
 def recorded_name(value: str, detector: str) -> str:
-    """Returns the recorded name of a value of a metric, by the features of a detector."""
+    """Returns the recorded name of a metric's value with the features of a detector."""
     return value if detector == INCEPTION else _GENERAL.get(value, value)
 
 
 def title(metric: str, detector: str) -> str:
-    """Returns what readers see for a recorded name; '' stands for an unknown detector."""
+    """Returns the title for a recorded name; '' stands for an unknown detector."""
     name = _TITLES_OF_FEATURES.get(metric)
     if name is None:
         return _TITLES.get(metric, metric.replace("_", " "))

@@ -1,4 +1,4 @@
-"""What a command of scores says as they come, and at its end; and what it warns of before."""
+"""The console output of scoring commands: scores as they come, a table, and warnings."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -19,12 +19,12 @@ from metrics.scoring import Scored, open_evaluator
 from torch_utils import distributed as dist
 from torch_utils.misc import configure_backends
 
-_FEW_IMAGES = 2048  # the covariance of Inception's features is singular below
-_MEAN = "mean"  # over classes, in place of the number of one
+_FEW_IMAGES = 2048  # with fewer images, the covariance of Inception's features is singular
+_MEAN = "mean"  # stands for the mean over classes, in place of a class number
 
 
 class Job(NamedTuple):
-    """A set of images to score; those of one `group` are the seed ranges of one network."""
+    """A set of images to score; the seed ranges of one network share a `group`."""
 
     path: str
     label: str
@@ -38,10 +38,10 @@ class ScoreReport:
 
     Args:
         detector, reference, metrics, device, sets, batch, workers: see `open_evaluator`.
-        num: how many images each score is of.
-        is_single: there is only one score to print.
+        num: the number of images of each score.
+        is_single: whether there is only one score to print.
         bootstrap: draws for the interval of a Frechet distance; None for no interval.
-        per_class: score the images of each class by themselves, too.
+        per_class: whether each class is also scored separately.
     """
 
     def __init__(self, detector: str, reference: str | None, metrics: tuple[str, ...],
@@ -61,30 +61,30 @@ class ScoreReport:
 
     @property
     def detector(self) -> Detector:
-        """What makes the features."""
+        """The detector that computes the features."""
         return self._evaluator.detector
 
     @property
     def is_per_class(self) -> bool:
-        """Whether classes are scored by themselves, too."""
+        """Whether each class is also scored separately."""
         return self._per_class
 
     @property
     def keeps_features(self) -> bool:
-        """Whether the features themselves are needed, beside what metrics need."""
+        """Whether the features themselves are needed, even if no metric needs them."""
         return self._bootstrap is not None or self._per_class
 
     def check(self, images: Scored, name: str) -> None:
-        """Raises ValueError if images, called `name`, can't be scored."""
+        """Raises ValueError if images can't be scored; the message calls them `name`."""
         self._evaluator.check(images.image_shape, name, images.scale)
 
     @staticmethod
     def needs_asked(metrics: Iterable[str]) -> bool:
-        """Whether metrics need the class that each image should be of."""
+        """Whether metrics need the intended class of each image."""
         return bool(metrics_that_need("hits", metrics))
 
     def check_asked(self, num_classes: int, images: str, *, is_part: bool = False) -> None:
-        """Raises ValueError if class accuracy is wanted and the detector has other classes.
+        """Raises ValueError if class accuracy is requested and the detector has other classes.
 
         For the arguments see `evaluator.check_asked`.
         """
@@ -93,15 +93,15 @@ class ScoreReport:
 
     def missing(self, job: Job, facts: dict[str, Any], path: Path | None, *,
                 again: bool) -> tuple[str, ...]:
-        """Returns the metrics whose values for a job a file does not have.
+        """Returns the metrics whose values for a job are missing in a file.
 
-        If it has them all they are printed, and the job is done.
+        If none is missing, the values are printed, and the job is done.
 
         Args:
             job: the images.
-            facts: what the record says of them.
-            path: the file; None for none.
-            again: take nothing from it.
+            facts: what the record says about them.
+            path: the file, or None.
+            again: ignore the values in the file.
         """
         return dist.run_on_rank0(self._missing, job, facts, path, again)
 
@@ -116,7 +116,7 @@ class ScoreReport:
         missing = tuple(metric for metric in self._metrics
                         if not there.keys() >= set(METRICS[metric].values))
         if not missing:
-            console.say(f"Recorded   {job.label}: in {path}; --again computes it anew")
+            console.say(f"Recorded   {job.label}: in {path}; --again computes it again")
             self._tell(job, there)
             if self._per_class:
                 self._tell_classes(job, by_class)
@@ -124,14 +124,14 @@ class ScoreReport:
 
     def add(self, job: Job, found: FeatureSet, facts: dict[str, Any], path: Path | None,
             classes: Sequence[int] | None = None) -> None:
-        """Scores the features of a job, prints its distance as the references do, and records all.
+        """Scores the features of a job, prints its distance like EDM and PFGM++, and records all.
 
         Args:
             job: the images.
-            found: their features, as all metrics need them or just those that were missing.
-            facts: what else the record says of them.
-            path: the file that gets a JSON line a value; None for none.
-            classes: the class of each image, where classes are scored by themselves.
+            found: what all metrics, or only the missing ones, need of the images.
+            facts: what else the record says about the images.
+            path: the file that gets a JSON line per value, or None.
+            classes: the class of each image, if classes are scored separately.
         """
         with console.timed("distances"):
             values = self._evaluator.evaluate(found)
@@ -166,11 +166,11 @@ class ScoreReport:
             self._num_lost += not self._log.record(path, values, {**facts, "of_class": number})
         means = mean_over_classes(by_class)
         classes = {name: {"classes": format_ranges(k for k in by_class if name in by_class[k])}
-                   for name in means}  # for a metric may need more images than a class has
+                   for name in means}  # a class may have too few images for a metric
         self._num_lost += not self._log.record(path, means, {**facts, "of_class": _MEAN}, **classes)
 
     def check_classes(self, classes: Sequence[int]) -> None:
-        """Warns of classes with too few images; raises ValueError if that is all of them."""
+        """Warns of classes with too few images; raises ValueError if all have too few."""
         self._evaluator.check_classes(classes, self._metrics)
 
     def _tell(self, job: Job, records: dict[str, dict[str, Any]]) -> None:
@@ -192,7 +192,7 @@ class ScoreReport:
         self._log.add(Score(job.label, job.group, values))
 
     def _tell_classes(self, job: Job, values: dict[int | str, dict[str, float]]) -> None:
-        """Prints the scores of classes and their mean as a table."""
+        """Prints the scores of the classes and their mean as a table."""
         names, called = _value_names(self._metrics), self._evaluator.class_names or ()
         rows = [["class", *map(self._log.title, names)]]
         for number, of_class in values.items():
@@ -204,7 +204,7 @@ class ScoreReport:
         console.result(f"\n{heading}{format_table(rows)}\n")
 
     def print_table(self) -> None:
-        """Prints all scores where there are several values."""
+        """Prints a table of all scores if there are several values."""
         if dist.get_rank() == 0 and self._log.has_more_than_one_value:
             console.result("\n" + self._log.table())
 
@@ -220,26 +220,26 @@ def _value_names(metrics: Sequence[str]) -> list[str]:
 
 def warn_if_few(count: int, detector: str, metrics: Sequence[str],
                 num_reference: int | None = None) -> None:
-    """Warns of images or, if their number is known, of references that are too few for an FID."""
+    """Warns if there are too few images, or too few reference images, for an FID."""
     if "fid" not in metrics:
         return
     is_reference_small = num_reference is not None and num_reference < _FEW_IMAGES
     if count >= _FEW_IMAGES:
         if is_reference_small:
-            dist.warn0(f"the reference is of {num_reference} images, fewer than {_FEW_IMAGES}: the "
-                       "distance is biased upwards; compare with the same reference only")
+            dist.warn0(f"the reference has {num_reference} images, fewer than {_FEW_IMAGES}, so "
+                       "the distance is biased upwards; compare only with the same reference")
     else:
-        reason = f"are fewer than {_FEW_IMAGES}: the distance is biased upwards"
+        reason = f"are fewer than {_FEW_IMAGES}, so the distance is biased upwards"
         if detector == "inception":
-            reason = (f"are fewer than the {_FEW_IMAGES} features: their covariance is singular "
+            reason = (f"are fewer than the {_FEW_IMAGES} features, so their covariance is singular "
                       "and FID is biased upwards")
-        more = f", and with this reference of {num_reference} images" if is_reference_small else ""
-        dist.warn0(f"{count} images {reason}; compare at equal numbers only{more}")
+        more = f" and with this reference of {num_reference} images" if is_reference_small else ""
+        dist.warn0(f"{count} images {reason}; compare only at equal numbers{more}")
 
 
 def _warn_of_small_subsets(evaluator: Evaluator, num: int) -> None:
-    """Warns where there are too few images for the subsets of KID."""
+    """Warns if there are too few images for the subsets of KID."""
     kept = evaluator.num_reference_features
     if kept is not None and "kid" in evaluator.metrics and min(kept, num) < SUBSET_SIZE:
         dist.warn0(f"KID is computed on subsets of {min(kept, num)} images instead of "
-                   f"{SUBSET_SIZE}, because there are no more; compare at equal numbers only")
+                   f"{SUBSET_SIZE}, because there are no more; compare only at equal numbers")

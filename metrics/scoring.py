@@ -42,7 +42,7 @@ _MAX_NAMED = 6  # seeds in a message
 
 
 class NonFiniteSamplesError(ValueError):
-    """Samples whose values are not finite, which no score should hide."""
+    """An error for samples whose values are not finite, so that no score hides them."""
 
 
 class Scored(Protocol):
@@ -67,22 +67,22 @@ def open_evaluator(
     device: torch.device,
     sets: dict[str, Scored], *, batch: int, workers: int, by_class: bool = False,
 ) -> Evaluator:
-    """Returns the evaluator for images of these sets; what can't be scored is refused at once.
+    """Returns the evaluator for these sets of images, after checking that all can be scored.
 
     Args:
         detector: see `metrics.detectors.build_detector`.
         reference: statistics (.npz or .pkl, or their address), a data set (folder, .zip or .npz
             of images), images in memory, or None.
         metrics: names of the metrics.
-        device: where to compute.
-        sets: the images to score, by what errors call them.
-        batch: the most images of a reference data set at a time.
-        workers: processes that read them ahead.
-        by_class: whether classes are scored by themselves, for which the reference must be a data
-            set that has such.
+        device: the device for the computation.
+        sets: the images to score, by the names that errors use.
+        batch: the maximum number of images of a reference data set at a time.
+        workers: processes that read the images of a reference data set ahead.
+        by_class: whether classes are scored separately. The reference must then be a data set with
+            classes.
 
     Raises:
-        ValueError: detector, reference, metrics and images do not fit.
+        ValueError: detector, reference, metrics and images do not match.
         OSError: a file can't be read.
     """
     for name, images in sets.items():  # before weights are downloaded
@@ -102,18 +102,18 @@ def open_evaluator(
 
 
 def scored_name(name: str, patch: int | None) -> str:
-    """Returns what errors call the data of networks that are trained on them or on patches."""
+    """Returns the name that errors use for the data of networks trained on images or patches."""
     return name if patch is None else f"{name} in patches (--patch={patch})"
 
 
 def check_scoring(detector: str, reference: str, metrics: Iterable[str],
                   dataset: ImageFolderDataset, name: str) -> None:
-    """Refuses what `open_evaluator` would refuse for networks trained on a data set called `name`.
+    """Raises the errors of `open_evaluator` for networks trained on a data set called `name`.
 
-    No weights of detectors are loaded, but by a reference file some are read for their hash.
+    No detector is built. With a reference file, some weights are read to compute their hash.
 
     Raises:
-        ValueError: detector, reference, metrics and images do not fit.
+        ValueError: detector, reference, metrics and images do not match.
         OSError: a file can't be read.
     """
     try:
@@ -122,7 +122,7 @@ def check_scoring(detector: str, reference: str, metrics: Iterable[str],
         check_classifies(detector, metrics)
         if kind is DinoV2:
             dinov2.require_package()
-        elif kind is not Inception:  # which has weights
+        elif kind is not Inception:  # Inception would load weights
             built = build_detector(detector, "cpu")
             built.dim_of(dataset.image_shape, dataset.scale)
         if metrics_that_need("hits", metrics) and not dataset.has_onehot_labels:
@@ -141,11 +141,11 @@ def check_scoring(detector: str, reference: str, metrics: Iterable[str],
 
 
 def _is_data(reference: str | GivenImages) -> bool:
-    """Whether a reference is a data set; an .npz of images that has statistics too is not."""
+    """Whether a reference is a data set; an .npz that holds both images and statistics is not."""
     if isinstance(reference, GivenImages):
         return True
     if os.path.isfile(reference) and is_npz(reference):
-        with contextlib.suppress(OSError, ValueError):  # reading statistics says what is wrong
+        with contextlib.suppress(OSError, ValueError):  # reported when statistics are read
             contents = npz_contents(reference)
             return "images" in contents and "statistics" not in contents
     return os.path.isdir(reference) or reference.endswith(".zip")
@@ -156,17 +156,17 @@ def network_features(
     batch: int, title: str | None = None, unfinished: UnfinishedSums | None = None,
     keeps_features: bool = False, asked: Sequence[int] | None = None,
 ) -> FeatureSet:
-    """Returns what `metrics` need of the images of `seeds`, as they would be written and read.
+    """Returns what `metrics` need of the images of `seeds`, as if they were written and read.
 
     Args:
-        sampler: where the images come from.
+        sampler: the source of the images.
         seeds: one for each image.
-        detector: what makes features of them.
+        detector: the detector that computes their features.
         metrics: names of the metrics.
-        batch: the most images at a time on one rank.
+        batch: the maximum number of images at a time on one rank.
         title: the text before the progress bar.
-        unfinished: where sums are kept every few minutes, and from which this goes on.
-        keeps_features: keep the features whether a metric needs them or not.
+        unfinished: where sums are saved every few minutes, and from where they are resumed.
+        keeps_features: keep the features even if no metric needs them.
         asked: the class of the image of each seed, for class accuracy.
 
     Raises:
@@ -208,7 +208,7 @@ def network_features(
             _refuse_lost(lost, len(seeds))
             seconds = dist.broadcast_object(time.monotonic() - start)
             at_once = max(1, round(SAVE_SEC * len(part) / max(seconds, 1e-6)))
-            if seconds >= SAVE_SEC / 2 and unfinished.is_kept:  # what follows may be killed too
+            if seconds >= SAVE_SEC / 2 and unfinished.is_kept:  # the next step may be killed too
                 unfinished.save(features, rounds[0][0][0] if rounds else len(seeds))
     features.finish()
     return features
@@ -217,8 +217,8 @@ def network_features(
 def _rounds(count: int, done: int, batch: int) -> list[list[list[int]]]:
     """Returns the batches of all ranks, round by round, of images from number `done` to `count`.
 
-    After whole rounds they are those of a command that begins at 0, for batches are as even as can
-    be: images of batches of another size are not equal to the last digit.
+    If `done` is after whole rounds, the batches equal those of a command that begins at 0. This
+    matters because images differ in the last digit if the size of their batch differs.
     """
     if done == count:
         return []
@@ -228,7 +228,7 @@ def _rounds(count: int, done: int, batch: int) -> list[list[list[int]]]:
 
 
 def _refuse_lost(lost: Sequence[int], count: int) -> None:
-    """Raises NonFiniteSamplesError on all ranks if one of them has lost images, given by seeds."""
+    """Raises NonFiniteSamplesError on all ranks if one of them has lost images, given by seed."""
     seeds = sorted(seed for part in dist.gather_objects(list(lost)) for seed in part)
     if seeds:
         more = ", ..." if len(seeds) > _MAX_NAMED else ""

@@ -1,4 +1,4 @@
-"""What is kept of the features of images, accumulated over batches and ranks.
+"""Statistics of the features of images, accumulated over batches and ranks.
 
     d number of features    n number of images    f_i [d] features of image i
 
@@ -11,16 +11,16 @@ and ranks are merged by the update of Chan, Golub and LeVeque (1983),
 
     M = M_a + M_b + n_a n_b/(n_a + n_b) (mu_b - mu_a)(mu_b - mu_a)^T,    sigma = M/(n-1).
 
-So large terms never cancel, unlike in sum f f^T - n mu mu^T, which loses the digits of
-mean^2/variance and can give a constant feature a variance below zero.
+So large terms never cancel. The formula sum f f^T - n mu mu^T would lose log10(mean^2/variance)
+digits, and could give a constant feature a negative variance.
 
 `FeatureBank` keeps the features themselves, for metrics that compare images one by one.
 `ClassStatistics` sum class probabilities for the Inception score. Both put images in the order of
 their numbers, so that neither the batches nor the number of ranks changes a result. `ClassHits`
-count the images of the class that was asked for.
+count the images that show their intended class.
 
-Each can be given away as `arrays`, and go on from such: then rank 0 has all that was appended so
-far, and the other ranks begin anew.
+Each can be saved as `arrays` and restored from them. Rank 0 then has all that was appended so far,
+and the other ranks are empty.
 """
 
 import math
@@ -37,18 +37,18 @@ SPLIT_SEED = 2020  # that of torch-fidelity, so that scores agree
 
 
 class Sums(Protocol):
-    """What is kept of the features of images; `count` is how many were appended here."""
+    """Statistics of the features of images; `count` is the number appended on this rank."""
 
     count: int
 
     def merge_to_rank0(self) -> None:
-        """Gives rank 0 what all ranks have; the others begin anew. Every rank calls it."""
+        """Moves what all ranks have to rank 0 and empties the others. Every rank must call it."""
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns what was appended so far, on rank 0 after `merge_to_rank0`."""
+        """Returns the statistics so far, on rank 0 after `merge_to_rank0`."""
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Takes what `arrays` returned, after an append of no images has fixed all lengths.
+        """Restores what `arrays` returned. An append of no images must have fixed all lengths.
 
         Raises:
             ValueError: the arrays are not of this form.
@@ -57,7 +57,7 @@ class Sums(Protocol):
 
 def _checked(arrays: Mapping[str, np.ndarray], name: str, shape: Sequence[int | None]
              ) -> torch.Tensor:
-    """Returns an array as a tensor; raises ValueError unless it has this shape, None for any."""
+    """Returns an array as a tensor; raises ValueError if its shape differs. None is any length."""
     array = arrays.get(name)
     if array is None or len(array.shape) != len(shape) or any(
             length not in (None, given) for length, given in zip(shape, array.shape, strict=True)):
@@ -75,9 +75,9 @@ class FeatureStatistics:
 
     @torch.no_grad()
     def append(self, features: torch.Tensor) -> None:
-        """Adds features [n, d] of any float type; the sums stay on their device.
+        """Adds features [n, d] of any float type; the sums stay on the features' device.
 
-        With n = 0 it only fixes d, which a rank without images needs before `all_reduce`.
+        With n = 0 this only fixes d, which a rank without images needs before `all_reduce`.
         """
         features = features.to(torch.float64)
         n, d = features.shape
@@ -88,7 +88,7 @@ class FeatureStatistics:
         batch_mean = features.mean(0)
         shift = batch_mean - self._mean
         total = self.count + n
-        # The merge's outer product is one more row of the matrix product.
+        # The outer product of the merge is one more row of the matrix product.
         merge = shift * math.sqrt(self.count * n / total)
         rows = torch.cat([features - batch_mean, merge[None]])
         self._scatter.addmm_(rows.T, rows)
@@ -154,9 +154,9 @@ class FeatureBank:
         self._numbers.extend(numbers)
 
     def gather(self) -> torch.Tensor | None:
-        """Returns the features of all ranks [n, d] in the order of their numbers, on rank 0.
+        """Returns the features of all ranks [n, d] in the order of their numbers.
 
-        None on the others. Every rank must call it.
+        They are returned on rank 0, and None on the others. Every rank must call it.
         """
         self.merge_to_rank0()
         return self._features[0] if dist.get_rank() == 0 else None
@@ -181,9 +181,9 @@ class FeatureBank:
 
 
 class ClassStatistics:
-    """Sums over class probabilities p(c|i) of the images of each of `NUM_SPLITS` random splits.
+    """Sums of class probabilities p(c|i) over the images of each of `NUM_SPLITS` random splits.
 
-    It is made for the number of images that will come; `seed` assigns them to splits.
+    `count` is the total number of images, and `seed` assigns them to splits.
     """
 
     def __init__(self, count: int, seed: int = SPLIT_SEED):
@@ -241,14 +241,14 @@ class ClassStatistics:
 
 
 class ClassHits:
-    """The number of images in which a classifier sees the class that was asked for.
+    """The number of images that a classifier recognises as their intended class.
 
-    It is made for the classes of all images that will come, in the order of their numbers.
+    `asked` holds the intended classes of all images, in the order of their numbers.
     """
 
     def __init__(self, asked: Sequence[int]):
         self._asked = torch.as_tensor(np.asarray(asked, np.int64))
-        self._num = torch.zeros(2, dtype=torch.int64)  # images, and those that were recognised
+        self._num = torch.zeros(2, dtype=torch.int64)  # images, and recognised images
 
     @property
     def count(self) -> int:

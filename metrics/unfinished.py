@@ -1,8 +1,8 @@
-"""What a killed command goes on from: the sums of a range of images that is not finished.
+"""Saved sums of an unfinished range of images, from which a killed command resumes.
 
-A file `fid-unfinished-KEY.npz` beside the scores holds what was kept of the first images of the
-range, and is removed when the range is scored. KEY stands for the images and the detector. Under
-torchrun every function is called on all ranks; the file is rank 0's.
+A file `fid-unfinished-KEY.npz` beside the scores holds the sums over the first images of the range.
+It is removed when the range is scored. KEY identifies the images and the detector. Under torchrun
+every function is called on all ranks, and rank 0 has the file.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ from dnnlib.atomic import atomic_write
 from metrics.metrics import FeatureSet
 from torch_utils import distributed as dist
 
-SAVE_SEC = 120.0  # between two times that sums are written
-_DONE = "done"  # how many images the sums are of
+SAVE_SEC = 120.0  # time between two saves
+_DONE = "done"  # the number of images in the sums
 
 
 class UnfinishedSums:
     """The sums of one range of images.
 
     Args:
-        folder: where the file goes; None keeps nothing.
-        key: what decides the features, as plain JSON data.
+        folder: folder for the file; None saves nothing.
+        key: what determines the features, as plain JSON data.
     """
 
     def __init__(self, folder: Path | None, key: dict[str, Any]):
@@ -37,14 +37,14 @@ class UnfinishedSums:
 
     @property
     def is_kept(self) -> bool:
-        """Whether there is a place for them."""
+        """Whether the sums are saved to a file."""
         return self._path is not None
 
     def restored(self, make: Callable[[], FeatureSet]) -> tuple[FeatureSet, int]:
-        """Returns what the file holds, and of how many images it is.
+        """Returns the saved sums and their number of images.
 
-        Without a file, or with one that is damaged, these are what `make` returns, and 0. `make`
-        returns a set of no images, in which the number of features is fixed.
+        If there is no file, or it is damaged, these are the result of `make` and 0. `make` returns
+        a set of no images in which the number of features is fixed.
         """
         features = make()
         is_there = self._path is not None and dist.get_rank() == 0 and self._path.exists()
@@ -54,8 +54,8 @@ class UnfinishedSums:
                 done = self._restore(features)
             except (OSError, ValueError, TypeError, KeyError, EOFError,
                     zipfile.BadZipFile) as error:
-                dist.warn0(f"{self._path}: can't be read ({error}), so this range begins anew")
-                features = make()  # some of it may be there already
+                dist.warn0(f"{self._path}: can't be read ({error}), so this range starts over")
+                features = make()  # the first one may be partly restored
         return features, dist.broadcast_object(done)
 
     def _restore(self, features: FeatureSet) -> int:
@@ -63,20 +63,20 @@ class UnfinishedSums:
             arrays = dict(file)
         done = int(arrays[_DONE])
         if not 0 < done <= features.count:
-            raise ValueError(f"of {done} images")
+            raise ValueError(f"it has {done} images")
         missing = [name for name in features.sums if not any(
             key.startswith(f"{name}.") for key in arrays)]
         if missing:
-            raise ValueError("of other metrics")
+            raise ValueError("it has other metrics")
         for name, sums in features.sums.items():
             sums.restore({key.removeprefix(f"{name}."): array for key, array in arrays.items()
                           if key.startswith(f"{name}.")})
             if sums.count != done:
-                raise ValueError(f"of {done} and of {sums.count} images")
+                raise ValueError(f"it has {done} and {sums.count} images")
         return done
 
     def save(self, features: FeatureSet, done: int) -> None:
-        """Writes the sums of the first `done` images, which rank 0 has from then on."""
+        """Writes the sums over the first `done` images, which are moved to rank 0."""
         for sums in features.sums.values():
             sums.merge_to_rank0()
         dist.run_on_rank0(self._save, features, done)
@@ -89,8 +89,8 @@ class UnfinishedSums:
             with atomic_write(self._path) as file:
                 np.savez(file, **{_DONE: np.array(done)}, **arrays)
         except OSError as error:
-            dist.warn0(f"{self._path} can't be written ({error}): if this command is stopped, the "
-                       "range begins anew")
+            dist.warn0(f"{self._path} can't be written ({error}); if this command is stopped, the "
+                       "range starts over")
 
     def remove(self) -> None:
         """Removes the file, if there is one."""

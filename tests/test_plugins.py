@@ -339,14 +339,14 @@ def test_a_metric_must_not_call_its_value_like_another(invoke, plugin, tmp_path,
                   f"--ref={dataset_zip}", "--seeds=0-3", "--steps=2", "--detector=pixels",
                   f"--plugin={plugin}", "--device=cpu", "--workers=0")
     assert done.exit_code == 1
-    assert "metric shift: its value 'fid' is called like one of fid" in done.output
+    assert "metric shift: its value 'fid' has the name of a value of fid" in done.output
 
 
 def test_what_a_metric_needs_decides_which_detectors_and_images_it_takes(
         invoke, plugin, tmp_path, dataset_zip):
     words = [f"--images={dataset_zip}", f"--ref={dataset_zip}", "--num=40", "--detector=pixels",
              f"--plugin={plugin}", "--metrics=shift", "--device=cpu", "--workers=0"]
-    for needs, message in (("classes", "has no classes"), ("hits", "was not trained on")):
+    for needs, message in (("classes", "has no classes"), ("hits", "needs a detector")):
         write(plugin, PARTS.replace('Metric("moments"', f'Metric("{needs}"'))
         done = invoke(fid.calc, *words)
         assert done.exit_code == 1 and message in done.output, done.output
@@ -372,7 +372,7 @@ def test_a_metric_without_reference_scores_images_alone(invoke, plugin, tmp_path
     assert 0 < values[0] < 9 < values[1]
     net = load(write_snapshot(tmp_path / "net.pt"), device="cpu")
     assert net.score(metrics="shift", seeds=8, steps=2, detector="pixels")["mean_shift"] > 0
-    with pytest.raises(ValueError, match="fid needs reference"):
+    with pytest.raises(ValueError, match="fid needs a reference"):
         net.score(metrics="shift,fid", seeds=8, steps=2, detector="pixels")
 
 

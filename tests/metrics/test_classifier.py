@@ -137,7 +137,7 @@ def test_class_accuracy_goes_on_from_unfinished_sums(tmp_path, judge, capsys):
     [path] = (tmp_path / "kept").iterdir()
     np.savez(path, **{**np.load(path), "hits.num": np.zeros(3, np.int64)})
     assert kept.restored(lambda: hits_of(detector, []))[1] == 0
-    assert "begins anew" in capsys.readouterr().err
+    assert "starts over" in capsys.readouterr().err
 
 
 @pytest.mark.long
@@ -173,7 +173,7 @@ def test_kept_features_give_the_class_accuracy_of_the_images(tmp_path, judge, ca
     assert values_in(tmp_path / "a.jsonl").items() >= values_in(tmp_path / "b.jsonl").items()
     assert "--metrics=ca: --images=" in (text := refused(
         capsys, "calc", f"--images={kept}", "--count=10", "--metrics=ca", f"--detector={judge}",
-        *CPU, code=2)) and "holds features, without classes; leave ca out" in text
+        *CPU, code=2)) and "holds features without classes; leave ca out" in text
 
 
 def test_classes_by_themselves_have_an_accuracy_each(tmp_path, judge):
@@ -205,8 +205,8 @@ def test_reports_take_a_higher_class_accuracy_for_better(tmp_path):
 
 
 @pytest.mark.parametrize("detector, words", [
-    ("pixels", "detector pixels: was not trained on the classes of the data"),
-    ("inception", "detector inception: was not trained on the classes of the data"),
+    ("pixels", "detector pixels: class accuracy needs a detector that was trained"),
+    ("inception", "detector inception: class accuracy needs a detector that was trained"),
 ])
 def test_detectors_without_the_classes_of_the_data_are_refused(tmp_path, capsys, detector, words):
     data = write_levels(tmp_path / "x.zip", LEVELS, LABELS)
@@ -249,7 +249,7 @@ def test_networks_that_could_not_be_scored_are_refused_before_they_are_trained(t
         check(three)
     with pytest.raises(ValueError, match="^the data: has no classes"):
         check(none)
-    with pytest.raises(ValueError, match="^the data: detector pixels: was not trained on the"):
+    with pytest.raises(ValueError, match="^the data: detector pixels: class accuracy needs"):
         check(two, "pixels")
 
 
@@ -265,7 +265,7 @@ SCALED = {"center": [8.0], "spread": [8.0]}
 
 
 @pytest.mark.parametrize("shape, scale, image, of_images, words", [
-    ((1, 8, 8), None, (3, 8, 8), None, "8-bit 8x8 images of 1 channel, these are .* of 3 channels"),
+    ((1, 8, 8), None, (3, 8, 8), None, "8-bit 8x8 images of 1 channel, but these .* of 3"),
     ((1, 8, 8), None, (1, 8, 6), None, "8x8 .* these are 8-bit 6x8"),
     ((1, 8, 8), None, (1, 8, 8), SCALED, "these are floating-point or 16-bit"),
     ((1, 8, 8), SCALED, (1, 8, 8), None, "these are 8-bit"),
@@ -464,15 +464,15 @@ def test_what_no_classifier_can_be_trained_on_is_refused(tmp_path, capsys, monke
     assert "--data=" in (text := words(found["none"])) and "has no class numbers" in text
     assert "has no class numbers" in words(found["vectors"])
     assert "--val-data=" in (text := words(data, found["none"])) and "no class numbers" in text
-    assert "15552 numbers an image, at most 12288" in words(found["big"])
-    assert "two classes or more" in words(found["one"])
+    assert "15552 values per image" in words(found["big"])
+    assert "at least two classes" in words(found["one"])
     assert "of every class from 0 to 2" in words(gap)
-    assert "another shape or scale" in words(data, found["small"])
+    assert "differ in shape or scale" in words(data, found["small"])
     assert "has an image of class 2, but" in words(data, found["three"])
     assert "is --data itself" in words(data, tmp_path / "../" / tmp_path.name / "x.zip")
-    assert "must be a file called *.npz" in words(data, data, tmp_path / "new.pt")
+    assert "must be a file with extension .npz" in words(data, data, tmp_path / "new.pt")
     (tmp_path / "file").write_text("")
-    assert "name another file" in words(data, data, tmp_path / "file/new.npz")
+    assert "give another file" in words(data, data, tmp_path / "file/new.npz")
     assert (fid._MAX_LAYERS, fid._MAX_WIDTH) == (classifier.MAX_LAYERS, classifier.MAX_WIDTH)
     for hidden in ("0", "5000", "1,1,1,1,1,1,1,1"):
         assert "must be 1 to 7 numbers from 1 to 4096" in words(
@@ -480,7 +480,7 @@ def test_what_no_classifier_can_be_trained_on_is_refused(tmp_path, capsys, monke
     monkeypatch.setattr("metrics.classifier_training._MAX_BYTES", 1 << 10)
     assert "or --shift=0" in words(data)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "needs another package: pip install scikit-learn" in words(data)
+    assert "needs scikit-learn: pip install scikit-learn" in words(data)
     assert not (tmp_path / "new.npz").exists()
 
 

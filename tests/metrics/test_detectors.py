@@ -232,7 +232,7 @@ def test_pixels_are_scaled_to_minus_one_to_one():
 
 def test_pixels_refuses_images_whose_covariance_does_not_fit():
     Pixels()(torch.zeros(0, MAX_PIXEL_FEATURES, 1, 1, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="49152 numbers per image, at most 12288"):
+    with pytest.raises(ValueError, match="49152 values per image, at most 12288"):
         Pixels()(torch.zeros(0, 3, 128, 128, dtype=torch.uint8))
 
 
@@ -248,7 +248,7 @@ def test_pixels_of_a_factor_are_means_over_squares_and_bear_its_name(dtype):
     assert detector.distance_name == "pixels:4 Frechet distance" == describe_detector("pixels:4")[1]
     assert build_detector("pixels:1").name == "pixels"
     assert detector(torch.empty(0, 3, 8, 12)).shape == (0, 18)
-    with pytest.raises(ValueError, match="12x9 images are no multiples of 4"):
+    with pytest.raises(ValueError, match="12x9 images are not multiples of 4"):
         detector(torch.zeros(0, 3, 9, 12))
 
 

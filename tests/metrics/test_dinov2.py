@@ -334,7 +334,7 @@ def refused(capsys, tmp_path):
 def test_a_missing_package_is_named_before_anything_is_downloaded(refused, monkeypatch):
     monkeypatch.setattr(dnnlib.util, "open_url", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "needs another package: pip install transformers" in refused("dinov2")
+    assert "needs transformers: pip install transformers" in refused("dinov2")
 
 
 @pytest.mark.parametrize("place", ["nowhere", "./no/where", "a/b/c", "0123456789abcdef", "/no/w"])
@@ -368,15 +368,15 @@ def test_a_damaged_folder_is_refused_in_one_line(refused, copy):
         {f"x.{key}" if key == name else key: value for key, value in good.items()})
     kernel = "embeddings.patch_embeddings.projection.weight"
     positions = "embeddings.position_embeddings"
-    assert "patches of 15x15 pixels, which must be square and divide 224" in given(
+    assert "patches of 15x15 pixels; must be square and divide 224" in given(
         good | {kernel: torch.zeros(32, 3, 15, 15), positions: torch.zeros(1, 34**2 + 1, 32)},
         patch_size=15)
-    assert "positions of 74 patches, which are no square" in given(
+    assert "positions of 74 patches, which do not form a square" in given(
         good | {positions: torch.zeros(1, 75, 32)}, image_size=[28, 518])
     assert f"Error: {weights}: " in given(num_attention_heads=5)
-    assert "config.json is not of a DINOv2: " in given(hidden_size="wide")
-    assert "config.json is not of a DINOv2: " in given(hidden_act="no such function")
-    assert "of a model of type 'dinov2_with_registers', but only 'dinov2' is computed" in given(
+    assert "config.json does not describe a DINOv2: " in given(hidden_size="wide")
+    assert "config.json does not describe a DINOv2: " in given(hidden_act="no such function")
+    assert "the model has type 'dinov2_with_registers', but must have 'dinov2'" in given(
         model_type="dinov2_with_registers")
     for text in ("{", "[]"):
         config.write_text(text)
@@ -385,21 +385,21 @@ def test_a_damaged_folder_is_refused_in_one_line(refused, copy):
     weights.write_bytes(weights.read_bytes()[:-1])
     assert "not a complete safetensors file" in refused(f"dinov2:{copy}")
     config.unlink()
-    assert "other weights need their config.json beside them" in refused(f"dinov2:{copy}")
+    assert "other weights need a config.json beside them" in refused(f"dinov2:{copy}")
 
 
 def test_pickles_are_not_read(refused, tmp_path):
     (tmp_path / "pickled").mkdir()
     torch.save({"x": math.sqrt}, tmp_path / "pickled/pytorch_model.bin")
     assert "pickled: holds no model.safetensors; put the published file of facebook/dinov2-large " \
-        "here, or other weights by save_pretrained() of transformers (files of pickles" in refused(
+        "here, or write other weights with save_pretrained() of transformers (pickles" in refused(
             f"dinov2:{tmp_path / 'pickled'}")
 
 
 def test_weights_without_a_configuration_are_compared_with_the_published_file(refused, tmp_path):
     line = refused(f"dinov2:{tmp_path}")
     assert f"{tmp_path}: holds no model.safetensors; put the published file of facebook/dinov2-l" \
-        "arge here, or other weights by save_pretrained()" in line
+        "arge here, or write other weights with save_pretrained()" in line
     (tmp_path / "model.safetensors").write_bytes(b"<!doctype html>")
     digest = hashlib.sha256(b"<!doctype html>").hexdigest()
     assert f"{tmp_path}/model.safetensors: not the published file of facebook/dinov2-large " \
@@ -465,14 +465,14 @@ def test_without_a_network_an_error_says_what_to_put_where(refused, monkeypatch,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     reason = "not downloaded, because HF_HUB_OFFLINE is set" if offline else "no network"
     line = refused("dinov2")
-    assert "Error: DINOv2 weights: fetch model.safetensors by 'hf download facebook/dinov2-large " \
-        f"model.safetensors --revision {dinov2.HUB_REVISION} --local-dir dinov2' on another " \
-        "machine, and name the folder as the detector dinov2:FOLDER " \
-        f"({PUBLISHED_URL}: {reason})" in line
+    assert "Error: DINOv2 weights: download model.safetensors with 'hf download " \
+        f"facebook/dinov2-large model.safetensors --revision {dinov2.HUB_REVISION} " \
+        "--local-dir dinov2' on another machine, and give the folder as the detector " \
+        f"dinov2:FOLDER ({PUBLISHED_URL}: {reason})" in line
     line = refused("dinov2:downloads/nothere")
-    assert line.startswith("Error: detector dinov2:downloads/nothere: no such folder, so it was "
-                           "looked up on the Hugging Face hub, where it can't be read; give a "
-                           "folder that is there, with model.safetensors and config.json (")
+    assert line.startswith("Error: detector dinov2:downloads/nothere: there is no such folder, and "
+                           "it can't be read from the Hugging Face hub; give an existing folder "
+                           "with model.safetensors and config.json (")
     assert line.endswith(f"{reason})")
 
 
@@ -484,7 +484,7 @@ def test_a_hub_that_does_not_answer_is_one_line_and_no_wait(tmp_path):
          "--detector=dinov2", "--device=cpu"], capture_output=True, text=True, timeout=120,
         env=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)})
     [line] = done.stderr.strip().splitlines()
-    assert line.startswith("Error: DINOv2 weights: fetch model.safetensors by 'hf download ")
+    assert line.startswith("Error: DINOv2 weights: download model.safetensors with 'hf download ")
     assert line.endswith(f"/{dinov2.HUB_REVISION}/model.safetensors: [Errno 111] Connection "
                          "refused)")
     assert done.returncode == 1

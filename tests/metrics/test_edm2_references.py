@@ -47,9 +47,9 @@ def test_single_precision_becomes_double_and_the_count_may_be_missing(tmp_path):
 
 
 @pytest.mark.parametrize("content, detector, text", [
-    (WHOLE, "pixels", "holds statistics of inception and dinov2, but none of detector pixels; give "
+    (WHOLE, "pixels", "holds statistics of inception and dinov2, but not of detector pixels; give "
                       "--detector=inception or --detector=dinov2"),
-    ({"fid": WHOLE["fid"]}, "dinov2", "holds statistics of inception, but none of detector dinov2; "
+    ({"fid": WHOLE["fid"]}, "dinov2", "holds statistics of inception, but not of detector dinov2; "
                                       "give --detector=inception"),
 ])
 def test_a_detector_that_the_file_is_not_of_is_named_with_others(tmp_path, content, detector, text):

@@ -134,7 +134,7 @@ def test_scores_of_few_images_by_inception_come_with_a_warning(data, tmp_path, m
     assert "Warning: 200 images are fewer than the 2048 features" in err
     args = [f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}", "--num=200", *PIXELS]
     fid.main(["calc", *args], standalone_mode=False)
-    assert "Warning: 200 images are fewer than 2048: " in capsys.readouterr().err
+    assert "Warning: 200 images are fewer than 2048, " in capsys.readouterr().err
 
 
 def test_other_files_beside_the_images_are_skipped(data, run, tmp_path):
@@ -203,13 +203,13 @@ def test_a_run_without_a_fitting_folder_is_refused(fails, data, tmp_path):
     root, _ = data
     (tmp_path / "ckpt_000005").mkdir()
     args = ("calc", f"--ref={root / 'ref.npz'}", *PIXELS)
-    assert "none of 1 ckpt_* folders (such as ckpt_000005) is of --gen_seed=2" in fails(
+    assert "none of 1 ckpt_* folders (such as ckpt_000005) has --gen_seed=2" in fails(
         *args, f"--images={tmp_path}", "--gen_seed=2")
     for name in ("ckpt_000005_steps_4_quant_5", "ckpt_000005_alpha_0.1"):
         (tmp_path / name).mkdir()
     assert "0 to inf kimg; there is --alpha and --steps --quant and no sweep" in fails(
         *args, f"--images={tmp_path}", "--steps")
-    assert "no run directory with ckpt_* folders" in fails(
+    assert "not a run directory with ckpt_* folders" in fails(
         *args, f"--images={root / 'images'}", "--steps")
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -232,7 +232,7 @@ def no_detector(monkeypatch):
 def test_fewer_images_than_num_are_refused_with_the_counts(fails, data, no_detector):
     root, _ = data
     args = ("calc", f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}", *PIXELS)
-    assert "images: 200 images, but --count=50000; make more, or score these with --count=200" in \
+    assert "images: 200 images, but --count=50000; make more images, or score these with" in \
         fails(*args)
     assert "--num" in fails(*args, "--num=1", exit_code=2)
 
@@ -246,7 +246,7 @@ def test_an_unfinished_folder_of_a_run_is_left_out_and_named(data, tmp_path, inv
     assert done.exit_code == 1 and [
         json.loads(line)["images"][-7:] for line in
         (tmp_path / "metrics.jsonl").read_text().splitlines()] == ["_000001", "1000001"]
-    assert ("Error: 2 of 4 folders were not scored by --count=4: ckpt_000002 (3 images), "
+    assert ("Error: 2 of 4 folders were not scored with --count=4: ckpt_000002 (3 images), "
             "ckpt_2500000 (2 images)\n") in done.stderr
     done = invoke(fid.main, *args, "--num=5")
     assert done.exit_code == 1 and "ckpt_2500000: 2 images, but --count=5" in done.stderr
@@ -262,8 +262,8 @@ def test_an_empty_or_diverged_folder_of_a_run_is_left_out_and_named(data, tmp_pa
     args = ["calc", f"--ref={root / 'ref.npz'}", "--num=4", *PIXELS]
     done = invoke(fid.main, *args, f"--images={tmp_path}")
     assert done.exit_code == 1 and "/ckpt_000001, " in done.stdout
-    assert ("2 of 3 folders were not scored by --count=4: ckpt_000002 (no images), ckpt_000003 (2 "
-            "images that are not finite)") in done.stderr
+    assert ("2 of 3 folders were not scored with --count=4: ckpt_000002 (no images), ckpt_000003 "
+            "(2 images that are not finite)") in done.stderr
     done = invoke(fid.main, *args, f"--images={tmp_path / 'ckpt_000003'}")
     assert done.exit_code == 1 and "not finite, so it has no score" in done.stderr
     done = invoke(fid.main, *args, f"--images={tmp_path / 'nowhere'}")
@@ -295,11 +295,11 @@ def test_missing_ranges_and_strange_folders_are_named(data, tmp_path, invoke):
     assert done.exit_code == 0
     warnings = [line for line in done.stderr.splitlines() if "fewer than" not in line]
     assert warnings == [
-        "Warning: ckpt_old and 1 folders in all are not named by generate.py and are not scored",
-        "Warning: ckpt_000001: of --gen_seed=1,2,3 there is no ckpt_3_000001; its lowest score is "
+        "Warning: folders with names not from generate.py are not scored: ckpt_old (1 in total)",
+        "Warning: ckpt_000001: for --gen_seed=1,2,3 there is no ckpt_3_000001; its lowest score is "
         "that of 2",
-        "Warning: ckpt_000002: of --gen_seed=1,2,3 there is no ckpt_2_000002 and no ckpt_3_000002; "
-        "its lowest score is that of 1"]
+        "Warning: ckpt_000002: for --gen_seed=1,2,3 there is no ckpt_2_000002 and no ckpt_3_000002"
+        "; its lowest score is that of 1"]
     assert "ckpt_000002_alpha_1e+06, " in invoke(fid.main, *args, "--alpha").stdout
 
 
@@ -323,7 +323,8 @@ def test_images_that_are_not_of_the_record_are_refused(data, tmp_path, invoke, s
     args = ["calc", f"--images={folder}", f"--ref={root / 'ref.npz'}", "--num=4", *PIXELS]
     done = invoke(fid.main, *args)
     if is_stray[{False: 0, True: 1, None: 2}[subdirs]]:
-        assert done.exit_code == 1 and f"{folder}: {stray} is not one of the images" in done.stderr
+        assert done.exit_code == 1 and f"{folder}: holds files that generate.json does " \
+            f"not describe: {stray} (" in done.stderr
     else:
         assert done.exit_code == 0
 
@@ -335,14 +336,14 @@ def test_small_references_are_told_and_recorded(data, tmp_path, invoke, monkeypa
             "--metrics=fid,kid", f"--out={tmp_path / 'm.jsonl'}", *PIXELS]
     done = invoke(fid.main, *args)
     count = len(list((root / "images").rglob("*.png")))
-    assert f"equal numbers only, and with this reference of {count} images\n" in done.stderr
+    assert f"only at equal numbers and with this reference of {count} images\n" in done.stderr
     assert "Warning: KID is computed on subsets of 10 images instead of 1000" in done.stderr
     assert {json.loads(line)["reference_num"]
             for line in (tmp_path / "m.jsonl").read_text().splitlines()} == {count}
     monkeypatch.setattr(score_report, "_FEW_IMAGES", count + 1)
     done = invoke(fid.main, "calc", f"--images={root / 'more'}", f"--num={count + 1}",
                   f"--ref={root / 'images'}", f"--out={tmp_path / 'm.jsonl'}", *PIXELS)
-    assert f"Warning: the reference is of {count} images, fewer than {count + 1}" in done.stderr
+    assert f"Warning: the reference has {count} images, fewer than {count + 1}" in done.stderr
 
 
 def test_statistics_of_one_image_are_refused(fails, tmp_path, no_detector):
@@ -363,14 +364,14 @@ def test_a_reference_of_another_detector_than_the_given_is_refused(fails, data):
     root, _ = data
     line = fails("calc", f"--images={root / 'images'}", f"--ref={root / 'ref.npz'}", "--num=200",
                  "--detector=pixels:2")
-    assert line.endswith("give --detector=pixels (given is pixels:2)")
+    assert line.endswith("give --detector=pixels (not pixels:2)")
 
 
 def test_a_reference_of_another_image_size_is_refused(fails, data, tmp_path):
     root, _ = data
     write_images(tmp_path, 4, size=5)
     line = fails("calc", f"--images={tmp_path}", f"--ref={root / 'ref.npz'}", "--num=4", *PIXELS)
-    assert "of 6x6 images, but those of" in line and "are 5x5" in line
+    assert "its images are 6x6, but those of" in line and "are 5x5" in line
     with np.load(root / "ref.npz") as ref:  # as those of the references, which record no size
         np.savez(tmp_path / "old.npz", **{k: ref[k] for k in ("mu", "sigma", "detector")})
     line = fails("calc", f"--images={tmp_path}", f"--ref={tmp_path / 'old.npz'}", "--num=4",

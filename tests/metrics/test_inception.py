@@ -175,7 +175,7 @@ def test_offline_error_says_which_file_to_put_where(tmp_path, monkeypatch):
     with pytest.raises(OSError) as caught:
         build_detector("inception")
     message = str(caught.value)
-    assert message.startswith(f"Inception weights: fetch {inception.WEIGHTS_FILE} on another ")
+    assert message.startswith(f"Inception weights: download {inception.WEIGHTS_FILE} on another ")
     assert "\n" not in message and message.endswith(": no network)")
     for part in (inception.WEIGHTS_URL, str(tmp_path / inception.WEIGHTS_FILE), "pixels"):
         assert part in message

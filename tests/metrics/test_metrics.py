@@ -332,7 +332,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(data, capsys, 
         capsys, *args, f"--ref={ref}", "--gen_seed=1,4", code=2)
     small = write_dataset(tmp_path / "small.zip", num=50, side=4)
     for reference in (ref, data / "real.zip"):
-        assert re.search(r"8x8 images, but those of .*small.zip are 4x4", refused(
+        assert re.search(r"8x8, but those of .*small.zip are 4x4", refused(
             capsys, "calc", f"--images={small}", f"--ref={reference}", "--num=50", *PIXELS))
 
 
@@ -444,7 +444,7 @@ def test_an_evaluator_names_what_does_not_fit(data):
     real = open_data(data / "real.zip")
     evaluator = Evaluator("pixels", real, ["fid"], torch.device("cpu"), "real")
     evaluator.check([3, 8, 8], "own")
-    with pytest.raises(ValueError, match="^real: of 8x8 images, but those of own are 6x4; "):
+    with pytest.raises(ValueError, match="^real: its images are 8x8, but those of own are 6x4; "):
         evaluator.check([3, 4, 6], "own")
 
 
@@ -594,6 +594,6 @@ def test_images_of_another_scale_than_the_reference_are_refused(data, ours, thei
     real = open_data(data / "real.zip")
     evaluator = Evaluator("pixels", real, ["fid"], torch.device("cpu"), "real")
     evaluator._data = SimpleNamespace(image_shape=[3, 8, 8], scale=theirs)
-    with pytest.raises(ValueError, match="^real: of another scale than the images of own"):
+    with pytest.raises(ValueError, match="^real: has another scale than the images of own"):
         evaluator.check([3, 8, 8], "own", ours)
     evaluator.check([3, 8, 8], "own", theirs)

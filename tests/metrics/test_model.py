@@ -288,8 +288,8 @@ def test_class_accuracy_asks_for_the_classes_of_the_seeds(model, tmp_path):
 @pytest.mark.parametrize("call, words", [
     (lambda m: m.sample(steps=0), r"--steps=0: must be at least 1"),
     (lambda m: m.sample(S_churn=-1), "S_churn=-1"),
-    (lambda m: m.sample([]), r"seeds=\[\]: names none"),
-    (lambda m: m.sample(0), "seeds=0: names none; give a number of images, 1 or more"),
+    (lambda m: m.sample([]), r"seeds=\[\]: there are no seeds"),
+    (lambda m: m.sample(0), "seeds=0: there are no seeds; give a number of images, 1 or more"),
     (lambda m: m.sample(2, batch=0), "batch=0: must be 1 or more"),
     (lambda m: m.sample(class_idx=2), "--class=2: must be between 0 and 1"),
     (lambda m: m.sample(labels=[0, 2]), "labels: class numbers from 0 to 2; the network has 0..1"),
@@ -315,8 +315,8 @@ def test_class_accuracy_asks_for_the_classes_of_the_seeds(model, tmp_path):
      "floating-point or 16-bit, but the network was trained on 8-bit"),
     (lambda m: m.likelihood(np.zeros([1, 3, 8, 8], np.uint8)), "given images: has no labels"),
     (lambda m: m.likelihood("nowhere.zip", [0]), "a data set has its labels in dataset.json"),
-    (lambda m: m.score(), "ref: fid needs reference statistics or the data set"),
-    (lambda m: m.score(metrics="fix"), "metrics=fix: must be of fid, kid"),
+    (lambda m: m.score(), "ref: fid needs a reference; give"),
+    (lambda m: m.score(metrics="fix"), "metrics=fix: must be among fid, kid"),
     (lambda m: m.score("nowhere.zip", seeds=1), "1 image, at least 2 needed"),
     (lambda m: m.score("nowhere.zip", seeds=2, detector="pixels"), "nowhere.zip")])
 def test_a_mistake_is_one_line(model, call, words):

@@ -283,12 +283,12 @@ def test_what_can_not_be_compared_is_one_line(world, capsys):
     small = write_dataset(world / "small.zip", side=4)
     gray = write_dataset(world / "gray.zip", channels=1)
     write_images(world / "one", images_of(5, 1))
-    assert re.search(r"train: of 8x8 images, but those of .*small.zip are 4x4",
+    assert re.search(r"train: its images are 8x8, but those of .*small.zip are 4x4",
                      refused(f"--images={small}", train))
-    assert re.search(r"gray.zip: images of 1 channels, but those of .*train have 3",
+    assert re.search(r"gray.zip: images have 1 channels, but those of .*train have 3",
                      refused(own, train, f"--held-out={gray}"))
     assert re.search(r"one: 1 image, at least 2 needed", refused(own, f"--data={world / 'one'}"))
-    assert "lies inside" in refused(own, train, f"--out={world / 'train/x'}")
+    assert "is inside" in refused(own, train, f"--out={world / 'train/x'}")
     assert re.search("nowhere", refused(own, f"--data={world / 'nowhere'}"))
     assert not (world / "nearest_own").exists()
 

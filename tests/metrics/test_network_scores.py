@@ -249,7 +249,7 @@ def test_a_damaged_network_does_not_keep_others_from_being_scored(run, data, cap
     assert caught.value.code == 1
     assert f"Warning: {path} is not scored: " in err
     assert err.rstrip().splitlines()[-1].endswith(
-        "not scored, see the warnings above: 1 of 3 networks, network-snapshot-999000.pt")
+        "1 of 3 networks were not scored, see the warnings above: network-snapshot-999000.pt")
     assert len(values(run)) == 2
 
 
@@ -358,7 +358,7 @@ def test_damaged_sums_are_not_used(run, data, stopping, sampled, capsys):
     sampled.clear()
     gen(run, data, **one)
     assert sampled == list(range(9))
-    assert re.search(r"Warning: \S+npz: can't be read \(.*\), so this range begins anew",
+    assert re.search(r"Warning: \S+npz: can't be read \(.*\), so this range starts over",
                      capsys.readouterr().err)
 
 
@@ -381,7 +381,7 @@ def test_sums_of_another_form_are_not_used(tmp_path, capsys):
                         "moments.scatter": np.zeros([2])}.items():
         np.savez(path, **{**arrays, name: other})
         found, done = kept.restored(make)
-        assert done == 0 and found.moments.count == 0 and "begins anew" in capsys.readouterr().err
+        assert done == 0 and found.moments.count == 0 and "starts over" in capsys.readouterr().err
     np.savez(path, **arrays)
     found, done = kept.restored(make)
     assert done == 3 and torch.equal(found.moments.mean(), torch.tensor([2.0, 3.0]).double())
@@ -489,7 +489,7 @@ def test_features_of_other_images_are_refused_and_replaced_when_asked(run, data,
     args = ["gen", f"--network={run / 'network-snapshot-000010.pt'}", f"--ref={data}", file]
     for other in (["--seeds=1-9"], ["--seeds=0-8", "--steps=3"],
                   ["--seeds=0-8", "--bits=3", "--rounding-seed=0"]):
-        assert re.search("f.npz: holds features of other images.*--again",
+        assert re.search("f.npz: holds features of images with other seeds.*--again",
                          refused(capsys, *args, *FAST, *other))
     assert (tmp_path / "f.npz").read_bytes() == before
     gen(run, data, file, "--seeds=1-9", "--again", **ONE)
@@ -510,7 +510,7 @@ def test_features_of_several_scores_go_to_a_folder(run, data, sampled, tmp_path,
     assert "must be a folder, because there are 3 scores" in refused(
         capsys, *common, f"--features={tmp_path / 'f.npz'}")
     [*_, one] = sorted(map(str, run.glob("*.pt")))
-    assert "must be a file called *.npz" in refused(
+    assert "must be a file with extension .npz" in refused(
         capsys, "gen", f"--network={one}", *common[2:], f"--features={folder}")
 
 
@@ -536,9 +536,9 @@ def damaged_features(path, **changes):
     (lambda path: damaged_features(path, features=np.zeros([9, 2, 2], np.float32)), "has shape"),
     (lambda path: damaged_features(path, features=np.zeros([9, 192])), None),
     (lambda path: damaged_features(path, features=np.full([9, 192], np.nan)), "not finite"),
-    (lambda path: damaged_features(path, features=np.array([None])), "not features"),
-    (lambda path: damaged_features(path, facts=np.array("{}")), "not features"),
-    (lambda path: damaged_features(path, facts=np.array("[" * 100_000)), "not features"),
+    (lambda path: damaged_features(path, features=np.array([None])), "not a features file"),
+    (lambda path: damaged_features(path, facts=np.array("{}")), "not a features file"),
+    (lambda path: damaged_features(path, facts=np.array("[" * 100_000)), "not a features file"),
     (lambda path: damaged_features(path, detector=np.array("other")), "features of detector other"),
     (lambda path: np.savez_compressed(path, **np.load(path)), "compressed"),
 ])
@@ -672,7 +672,7 @@ def test_scores_of_classes_are_not_taken_for_those_of_all(run, data, sampled):
     (["--per-class", "--ref=plain.zip"], "--ref=.*plain.zip has no classes"),
     (["--per-class", "--network=plain.pt"], "plain.pt has no classes; leave --per-class out"),
     (["--bootstrap=39"], "39 is not in the range x>=40"),
-    (["--bootstrap", "--metrics=kid"], "--bootstrap with --metrics=kid: finds the interval of fid"),
+    (["--bootstrap", "--metrics=kid"], "--bootstrap with --metrics=kid: needs fid"),
 ])
 def test_what_has_no_classes_or_interval_is_refused(run, data, tmp_path, capsys, args, words):
     write_dataset(tmp_path / "plain.zip", classes=0)
@@ -693,7 +693,7 @@ def test_the_first_network_may_be_the_damaged_one(run, data, capsys):
     with pytest.raises(SystemExit) as caught:
         fid.main(["gen", f"--network={run / '*.pt'}", f"--ref={data}", "--seeds=0-8", *FAST])
     assert caught.value.code == 1 and len(values(run)) == 2
-    assert "not scored, see the warnings above: 1 of 3" in capsys.readouterr().err
+    assert "1 of 3 networks were not scored" in capsys.readouterr().err
 
 
 def test_a_reference_that_does_not_do_is_told_once(run, tmp_path, capsys):
@@ -837,7 +837,7 @@ def test_scores_without_a_place_are_refused_before_sampling(run, data, sampled, 
     one = ["gen", f"--network={run / 'network-snapshot-000010.pt'}", f"--ref={data}", "--seeds=0-8",
            *FAST]
     for out in (tmp_path, tmp_path / "file" / "m.jsonl"):
-        assert re.search(f"^Error: {out}: .*scores can't be recorded; name another file by --out",
+        assert re.search(f"^Error: {out}: .*scores can't be recorded; give another file as --out",
                          refused(capsys, *one, f"--out={out}"))
     assert not sampled
 
@@ -862,8 +862,8 @@ def test_features_that_find_no_room_lose_no_score(run, data, capsys, monkeypatch
     monkeypatch.setattr(feature_files.np, "savez", full)
     line = refused(capsys, "gen", f"--network={run / 'network-snapshot-000010.pt'}",
                    f"--ref={data}", "--seeds=0-8", f"--features={tmp_path / 'f.npz'}", *FAST)
-    assert re.search(r"--features=\S+f.npz: can't be written \(No space left on device\), though "
-                     "the score is there", line)
+    assert re.search(r"--features=\S+f.npz: can't be written \(No space left on device\), but "
+                     "the score is recorded", line)
     assert len(lines(run)) == 1
 
 
@@ -883,7 +883,7 @@ def test_a_network_that_one_process_refuses_is_left_out_by_all(run, data):
     ranks = run_ranks("fid.py", "gen", f"--network={run / '*.pt'}", f"--ref={data}",
                       "--seeds=0-8", "--batch=2", *FAST, processes=2)
     assert 1 in {rank.returncode for rank in ranks}
-    assert "not scored, see the warnings above: 1 of 4" in "".join(rank.stderr for rank in ranks)
+    assert "1 of 4 networks were not scored" in "".join(rank.stderr for rank in ranks)
     assert len(values(run)) == 3
 
 
@@ -893,7 +893,7 @@ def test_a_folder_of_features_is_scored_as_a_whole(run, data, tmp_path, capsys):
     capsys.readouterr()
     args = ["calc", f"--images={tmp_path / 'features'}", f"--ref={data}", "--count=9",
             "--device=cpu"]
-    assert re.search(r"features of detector pixels; give --detector=pixels in place of inception",
+    assert re.search(r"features of detector pixels; give --detector=pixels instead of inception",
                      refused(capsys, *args))  # before weights of Inception are looked for
     fid.main([*args, "--detector=pixels", f"--out={tmp_path / 'm.jsonl'}"], standalone_mode=False)
     found = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
@@ -922,7 +922,7 @@ def test_a_part_of_the_images_is_told(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("num, words", [
-    (9, "Warning: classes 1 have too few images on a side for dc and are left out of it"),
+    (9, "Warning: classes 1 have too few generated or real images for dc and are left out of it"),
     (5, "no class has 6 generated and 6 real images, which dc needs")])
 def test_classes_of_images_that_are_too_few_are_told_before_features_are_computed(
         data, tmp_path, capsys, monkeypatch, num, words):

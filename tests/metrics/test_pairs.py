@@ -222,7 +222,7 @@ def test_images_of_generate_belong_to_the_truths_of_their_seeds(tmp_path):
     numbered = [f"{i:06d}" for i in range(6)]
     assert found_partners(tmp_path, seeds, numbered, is_generated=True) == ("name", [0, 3, 5])
     args = tmp_path, ["000003"], [f"{i:06d}" for i in range(1, 7)]
-    with pytest.raises(ValueError, match="other partners.*than by their seeds.*--pair-by=name or"):
+    with pytest.raises(ValueError, match="names and seeds give.*different.*--pair-by=name or"):
         found_partners(*args, is_generated=True)
     assert found_partners(*args, is_generated=True, by="name") == ("name", [2])
     assert found_partners(*args, is_generated=True, by="order") == ("seed", [3])
@@ -273,8 +273,8 @@ def test_images_made_of_another_paired_data_set_are_doubted(
     ("abx", "abcd", "auto"), ("abc", "ab", "auto"), ("pq", "abc", "order"), ("pqr", "abc", "name")])
 def test_images_without_partners_are_refused(tmp_path, names, others, by):
     named = len(set(names) & set(others))
-    with pytest.raises(ValueError, match=rf"--images=.* has {len(names)} images and --truth=.*"
-                       rf" {len(others)}, and {named} have a partner of their name; give each"):
+    with pytest.raises(ValueError, match=rf"--images=.* has {len(names)} images, --truth=.*"
+                       rf" has {len(others)}, and {named} have a partner of the same name; give"):
         found_partners(tmp_path, names, others, by=by)
 
 
@@ -345,10 +345,10 @@ def test_names_fit_whether_accents_are_letters_of_their_own_or_not(tmp_path, for
 
 
 @pytest.mark.parametrize("names, others, doubt", [
-    ("pqr", "abc", "no image has a partner of its name"),
-    (["a1", "b2"], ["x1", "x2"], "no image has a partner of its name"),
-    ([f"x{i}" for i in range(1, 12)], [f"y{i:02d}" for i in range(1, 12)], "do not run as those"),
-    (["x1", "x2", "x4"], ["y1", "y2", "y3"], "do not run as those"),
+    ("pqr", "abc", "no image has a partner of the same name"),
+    (["a1", "b2"], ["x1", "x2"], "no image has a partner of the same name"),
+    ([f"x{i}" for i in range(1, 12)], [f"y{i:02d}" for i in range(1, 12)], "do not match those"),
+    (["x1", "x2", "x4"], ["y1", "y2", "y3"], "do not match those"),
     (["x0", "x1", "x2"], ["y1", "y2", "y3"], None), (["s/x007"], ["y"], None),
     (["x7", "x8"], ["000000", "000001"], None), (["a/01", "a/02"], ["1", "2"], None)])
 def test_an_order_that_names_do_not_show_is_doubted(run, tmp_path, names, others, doubt):
@@ -359,7 +359,7 @@ def test_an_order_that_names_do_not_show_is_doubted(run, tmp_path, names, others
             "--metrics=mae"]
     done = run(*args)
     assert "paired by order\n" in done.out and len(done.err.splitlines()) == bool(doubt)
-    assert (doubt or "") in done.err and ("--pair-by=order says yes" in done.err) == bool(doubt)
+    assert (doubt or "") in done.err and ("give --pair-by=order" in done.err) == bool(doubt)
     assert run(*args, "--pair-by=order").err == ""
     assert (doubt or "") in run(*args, f"--input={tmp_path}/truth").err
 
@@ -465,7 +465,7 @@ def test_float_data_have_the_range_of_their_recorded_scale_or_need_one(run, fail
     assert f"\npsnr {values.mean() - 20 * math.log10(2):.2f} +-" in out
     (root / "truth/dataset.json").unlink()
     error = fails(*args)
-    assert error.startswith(f"Error: --truth={root}/truth: no scale") and "--range=LO,HI" in error
+    assert error.startswith(f"Error: --truth={root}/truth: the f") and "--range=LO,HI" in error
     assert line in run(*args, "--range=-1024,3071").out
 
 
@@ -485,7 +485,7 @@ def test_images_of_another_unit_are_refused_and_nothing_is_written(fails, ct, lo
                          for t in truths])
     error = fails(f"--images={root}/out", f"--truth={root}/truth", "--metrics=psnr")
     assert f"--images={root}/out: values from {low:.6g} to {high:.6g}, but those of" in error
-    assert "from -1000 to 1000; both must be in one unit" in error
+    assert "from -1000 to 1000; both must be in the units of the data" in error
     assert not (root / "pairs_out").exists() and not (root / "out/metrics.jsonl").exists()
 
 
@@ -675,7 +675,7 @@ def test_what_takes_an_npz_says_so_and_calls_it_a_file(run, tmp_path):
     path = tmp_path / "a.npz"
     np.savez(path, RNG(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8))
     out = run(f"--images={path}", f"--truth={path}", f"--input={path}").out
-    assert "none, because --images is a file; --out=DIR keeps the scores" in out
+    assert "none, because --images is a file; give --out=DIR to write them" in out
     metavars = {name: {option.name: option.metavar for option in command.params}
                 for name, command in fid.main.commands.items()}
     for command, option in [("pairs", "images"), ("pairs", "truth"), ("pairs", "input_"),
@@ -718,7 +718,7 @@ def test_scoring_twice_gives_the_same(run, ct):
 @pytest.mark.parametrize("place", ["out", "out/scores", "truth/scores"])
 def test_files_never_go_among_the_images(fails, ct, place):
     root, *_ = ct
-    assert "name a folder outside of it" in fails(
+    assert "give a folder outside it" in fails(
         f"--images={root}/out", f"--truth={root}/truth", f"--out={root}/{place}")
 
 
@@ -740,8 +740,8 @@ def test_what_is_missing_is_named_with_its_flag(fails, ct):
         assert fails(*words).startswith(f"Error: {flag}={root}/gone: no such folder or ZIP")
     assert "has no condition images" in fails(
         f"--images={root}/truth", f"--truth={root}/out", "--input=cond")
-    assert "must name a metric" in fails(f"--images={root}/out", f"--truth={root}/truth",
-                                         "--metrics=")
+    assert "must have at least one metric" in fails(
+        f"--images={root}/out", f"--truth={root}/truth", "--metrics=")
 
 
 def test_images_that_came_out_infinite_have_no_score(fails, ct):
@@ -878,7 +878,7 @@ def test_two_functions_of_one_name_are_refused(fails, ct, metric_file):
     shutil.copy(metric_file, root / "copy.py")
     error = fails(f"--images={root}/out", f"--truth={root}/truth",
                   f"--metric-file={metric_file}:worst", f"--metric-file={root}/copy.py:worst")
-    assert f"--metric-file={root}/copy.py:worst: another file has given a worst" in error
+    assert f"--metric-file={root}/copy.py:worst: another file already defines worst" in error
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -907,9 +907,9 @@ def test_the_example_of_the_page_gives_lpips_what_it_wants(run, tmp_path, monkey
 
 
 @pytest.mark.parametrize("content, spec, expected", [
-    ("x = 1\n", "m.py:f", "no function f there"),
-    ("def g(): 0\n", "m.py:f", "no function f there; there is g"),
-    ("f = 1\n", "m.py:f", "no function f there"), ("", "m.py", "must be FILE.py:FUNCTION"),
+    ("x = 1\n", "m.py:f", "has no function f"),
+    ("def g(): 0\n", "m.py:f", "has no function f; it has g"),
+    ("f = 1\n", "m.py:f", "has no function f"), ("", "m.py", "must be FILE.py:FUNCTION"),
     ("", "m.txt:f", "must be FILE.py:FUNCTION"),
     ("", "m.py:psnr", "give the function another name"),
     ("import not_there\n", "m.py:f", "No module named 'not_there'"),

@@ -88,7 +88,7 @@ def test_as_many_images_as_a_metric_needs_are_enough_and_one_less_is_not(name):
 
 
 def test_classes_of_another_number_of_images_are_refused():
-    with pytest.raises(ValueError, match="47 classes of 48 images"):
+    with pytest.raises(ValueError, match="47 classes were given for 48 images"):
         scores_by_class(features(CLASSES, 0), CLASSES[1:], features(REAL, 1), REAL, Pixels(),
                         ["fid"])
 

@@ -343,7 +343,7 @@ def test_pairs_need_a_range_and_an_interval(data, tmp_path, invoke):
     write_pairs(tmp_path / "plain", [(8, 8)] * 3, scale=None)
     args = [f"--outdir={tmp_path / 'out'}", *TINY_RUN, f"--eval-pairs={tmp_path / 'plain'}"]
     result = invoke(train.main, f"--data={tmp_path / 'plain'}", *args, "--eval=1")
-    assert result.exit_code == 1 and "of the training data, no scale of these" in result.output
+    assert result.exit_code == 1 and "training data, the floating-point images" in result.output
     for flags in ([], ["--eval=1", "--eval-pairs="]):
         result = invoke(train.main, f"--data={data / 'train'}", *args, *flags)
         assert result.exit_code == 2 and "--eval" in result.output
