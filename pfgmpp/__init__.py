@@ -7,18 +7,19 @@ few_steps    levels and sampler of networks that take a few evaluations
 samplers     from unit-scale latents, or seeds, to images, and back
 likelihood   the density of images that a denoiser implies
 guidance     a denoiser pushed away from a worse one
-measurement  a denoiser of images of which a noisy measurement is known
+measurement  a denoiser for images of which a noisy measurement is known
 sizes        images of other sizes than the network was trained on
-wrapping     what denoisers around a network share
+wrapping     base class of denoisers that wrap a network
 loss         how noise levels are drawn and weighted; targets
-consistency  losses that make a consistency function: tuning and distillation
-distillation losses that make a generator by an auxiliary denoiser
-augment      images moved at random, and labels that tell the network how
+consistency  losses that train a consistency function: tuning and distillation
+distillation losses that train a generator with an auxiliary denoiser
+augment      random transforms of images, and labels that describe them to the network
 unets        SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM)
-networks     the preconditioners that make denoisers of them
+networks     the preconditioners that turn U-Nets into denoisers
 
-`from pfgmpp import load` gives a trained network as one object, see metrics/model.py. It is found
-when it is asked for: this room imports none of the later ones, and `import pfgmpp` not even torch.
+`from pfgmpp import load` gives the function that returns a trained network as one object, see
+metrics/model.py. It is imported only when it is accessed: this package imports none of the packages
+that build on it, and `import pfgmpp` does not even import torch.
 """
 
 import importlib
@@ -34,7 +35,7 @@ __all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    """Returns what is named in `_HOMES`."""
+    """Returns the object with a name in `_HOMES`."""
     if name not in _HOMES:
         raise AttributeError(f"module 'pfgmpp' has no attribute {name!r}")
     if not _HOMES[name].startswith("pfgmpp."):
@@ -48,7 +49,7 @@ def __dir__() -> list[str]:
 
 
 def _check_rooms() -> None:
-    """Raises ImportError if Python would find another module under the name of a room."""
+    """Raises ImportError if Python finds another module under the name of one of our packages."""
     for room in _ROOMS:
         spec = importlib.util.find_spec(room)
         places = [] if spec is None else spec.submodule_search_locations or [spec.origin]

@@ -1,11 +1,11 @@
-r"""Non-leaking augmentation: random flips and one random warp, whose parameters the network sees.
+r"""Non-leaking augmentation: random flips and one random warp, whose parameters the network knows.
 
     B batch    C H W image shape    p gate probability    w, tx, ty ~ Normal(0, 1)
     theta, r ~ U[-pi, pi)    q output position    x source position    t shift in pixels
 
-The pipe of EDM (Karras et al. 2022, arXiv 2206.00364, appendix F.2), after StyleGAN2-ADA (Karras et
-al. 2020, arXiv 2006.06676, appendix B). Each transform has a gate that opens with probability p
-times its multiplier. Content moves as follows, in this order, about the centre of the image:
+This is the pipe of EDM (Karras et al. 2022, arXiv 2206.00364, appendix F.2), after StyleGAN2-ADA
+(Karras et al. 2020, arXiv 2006.06676, appendix B). Each transform has a gate that opens with
+probability p times its multiplier. The transforms act in this order, about the centre of the image:
 
     x-flip, y-flip   a fair coin each; exact mirroring of pixels
     scale            by s = 2^(0.2 w)
@@ -18,22 +18,22 @@ All but the flips are one affine map q = A R s x + t, and the output at q is the
 
     x = 1/s R^-1 A^-1 (q - t).
 
-Coordinates are pixels, so a rotation is one whatever the shape of the image, and W and H of the
-translation are the image's own. All channels, however many, move alike.
+Coordinates are in pixels, so images of any shape are rotated without distortion. W and H of the
+translation are those of the image. All channels are transformed alike.
 
-The source continues beyond its edges by reflection, without end. To resample it with little
-aliasing, the image is upsampled 2x, read bilinearly, and downsampled 2x, both with the sym6 wavelet
-filter h. That filter is orthonormal, so the two passes undo each other where the map is the
-identity. Its largest tap is h[5], so fine sample 2j lies at pixel j, and
+The source is extended beyond its edges by endless reflection. To resample it with little aliasing,
+the image is upsampled 2x, read bilinearly, and downsampled 2x. Both filters are the sym6 wavelet
+filter h. It is orthonormal, so the two passes undo each other where the map is the identity. Its
+largest tap is h[5], so fine sample 2j lies at pixel j, and
 
     fine[n] = sqrt(2) sum_j h[n - 2j + 5] image[j]
     image[i] = 1/sqrt(2) sum_k h[k] fine[2i - 5 + k].
 
 The reflected image has period 2(W-1) along x, so one period of fine samples holds all of it, and
-coordinates are wrapped into that period. No map, however extreme, reads outside; no size depends
-on the draws, and nothing waits for the device.
+coordinates are wrapped into that period. Even extreme maps never read outside. No size depends on
+the draws, so the host never waits for the device.
 
-The labels [B, 9] tell the network what was done; all zero means an image as it is:
+The labels [B, 9] tell the network what was done; all zeros mean an unchanged image:
 
     x-flip, y-flip, w of scale, cos theta - 1, sin theta, w cos r, w sin r of anisotropy, tx, ty.
 """
@@ -47,7 +47,7 @@ import torch
 import torch.nn.functional as F
 
 LABEL_DIM = 9
-_XFLIP_ALWAYS = 1e8  # EDM's multiplier: the gate is open at any p > 0, and the coin alone decides
+_XFLIP_ALWAYS = 1e8  # EDM's multiplier: the gate is open at any p > 0, so only the coin decides
 
 # Low-pass filter of the sym6 wavelet (Daubechies 1992, least asymmetric, 6 vanishing moments), as
 # tabulated in PyWavelets: pywt.Wavelet("sym6").dec_lo. Sum sqrt(2), orthonormal to its even shifts.
@@ -61,9 +61,9 @@ _PEAK = 5  # the largest tap, which lies within 0.1 of the filter's centroid
 
 @dataclasses.dataclass(frozen=True)
 class AugmentDraws:
-    """What happens to each image, after the gates: [B] tensors, zero where a gate is closed.
+    """The transform of each image, after the gates: [B] tensors, zero where a gate is closed.
 
-    `draws[a:b]` are the draws of images a to b; any index of a [B] tensor will do.
+    `draws[a:b]` are the draws of images a to b - 1; any index of a [B] tensor works.
     """
 
     xflip: torch.Tensor  # bool
@@ -71,7 +71,7 @@ class AugmentDraws:
     scale: torch.Tensor  # w
     theta: torch.Tensor
     aniso: torch.Tensor  # w
-    aniso_angle: torch.Tensor  # r; means nothing where w = 0
+    aniso_angle: torch.Tensor  # r; has no effect where w = 0
     tx: torch.Tensor
     ty: torch.Tensor
 
@@ -81,7 +81,7 @@ class AugmentDraws:
 
     @staticmethod
     def cat(parts: Sequence["AugmentDraws"]) -> "AugmentDraws":
-        """Returns the draws of several batches one after the other."""
+        """Returns the concatenated draws of several batches."""
         return AugmentDraws(*(torch.cat([getattr(part, field.name) for part in parts])
                               for field in dataclasses.fields(AugmentDraws)))
 
@@ -127,7 +127,7 @@ class AugmentPipe:
 
     @classmethod
     def standard(cls, p: float) -> "AugmentPipe":
-        """Returns the pipe of EDM's training: half of all images x-flipped, all else at rate p."""
+        """Returns the pipe of EDM's training: half of all images x-flipped, the rest at rate p."""
         return cls(
             p, xflip=_XFLIP_ALWAYS, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1
         )
@@ -140,13 +140,13 @@ class AugmentPipe:
     ) -> AugmentDraws:
         """Returns random draws for `batch` images on the generator's device.
 
-        Every variate is drawn whether its gate opens or not: the stream never depends on the
-        settings, nor one image on another.
+        Every variate is drawn even if its gate is closed, so the random stream does not depend on
+        the settings, and no image depends on another.
 
         Args:
-            batch: number of images; ranks draw for all of them and take their slices.
-            rng: source of all randomness; None is the default generator of `device`.
-            device: where to draw; only read without `rng`.
+            batch: number of images; each rank draws for all images and takes its slice.
+            rng: source of all randomness; None means the default generator of `device`.
+            device: where to draw; used only without `rng`.
         """
         device = device if rng is None else rng.device
         uniform = torch.rand([11, batch], generator=rng, device=device)
@@ -177,9 +177,9 @@ class AugmentPipe:
         """Returns the augmented images [B, C, H, W] and their labels [B, 9], both float32.
 
         Args:
-            images: float32 [B, C, H, W], of any number of channels, square or not.
-            draws: what to do, on the images' device; None draws it.
-            rng: where to draw from; None is the default generator of the images' device.
+            images: float32 [B, C, H, W], with any number of channels, square or not.
+            draws: the transforms, on the images' device; None draws them.
+            rng: source of the draws; None means the default generator of the images' device.
         """
         if draws is None:
             draws = self.draw(len(images), rng, images.device)
@@ -204,7 +204,7 @@ class AugmentPipe:
 def warp(images: torch.Tensor, linear: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """Returns images [B, C, H, W] whose value at q is the reflected source's at linear q + offset.
 
-    The filters are matrix products and follow PyTorch's TF32 setting; coordinates never do.
+    The filters are matrix products and follow PyTorch's TF32 setting. Coordinates are always exact.
 
     Args:
         images: float32 [B, C, H, W].
@@ -240,7 +240,8 @@ def _sampling_grid(
 ) -> torch.Tensor:
     """Returns where to read the upsampled period, for grid_sample: [B, 2H+10, 2W+10, 2] float32.
 
-    Positions are counted in periods from the middle of the stored one, where wrapping is rounding.
+    Positions are in periods from the middle of the stored one, so wrapping subtracts the nearest
+    integer.
     """
     qx, qy = (_fine_positions(size, linear.device) for size in (width, height))
     axes = []
@@ -262,7 +263,7 @@ def _fine_positions(size: int, device: torch.device) -> torch.Tensor:
 
 
 def _num_read(size: int) -> int:
-    """Returns how many fine samples the downsampler reads along an axis."""
+    """Returns the number of fine samples that the downsampler reads along an axis."""
     return 2 * (size - 1) + len(SYM6)
 
 
@@ -275,8 +276,8 @@ def _period(size: int) -> int:
 def _upsampler(size: int, device: torch.device) -> torch.Tensor:
     """Returns the matrix [2*period+1, size] from an axis to one period of it upsampled 2x.
 
-    The period is centred on the image; its first fine sample comes again as its last, so that
-    bilinear reads need no wrapping. Built without a copy from the host.
+    The period is centred on the image. Its first fine sample is repeated as its last, so that
+    bilinear reads need no wrapping. The matrix is built on the device, not copied from the host.
     """
     period = _period(size)
     fine = torch.arange(2 * period + 1, device=device)[:, None] - (size - 1)  # n

@@ -2,10 +2,10 @@
 
     B batch    N = C*H*W    y clean image    (s, z) scale and direction of a path    t > r levels
 
-A path of the family is x_t = y + t s z with s = sqrt(D/c), c ~ chi^2_D, fixed along it (s = 1 at
-D = inf). Its mean velocity given x is the right-hand side of the ODE at every D, so all that is
-known of consistency functions f(x, t) for diffusion carries over once both ends of a step share
-(s, z):
+A path of the family is x_t = y + t s z, where s = sqrt(D/c) with c ~ chi^2_D is fixed along the
+path (s = 1 at D = inf). Its mean velocity given x is the right-hand side of the ODE at every D. So
+all results on consistency functions f(x, t) for diffusion carry over, provided that both ends of a
+step share (s, z):
 
     ect   |f(y + t s z, t) - f(y + r s z, r)|^2 in expectation, with r close below t. Easy
           consistency tuning (Geng et al. 2024, arXiv 2406.14548) draws ln t ~ Normal(P_mean,
@@ -13,19 +13,19 @@ known of consistency functions f(x, t) for diffusion carries over once both ends
 
               r = max(0, t (1 - q^-(j+1) (1 + k / (1 + e^(b t)))))
 
-          so that the first stages denoise (r = 0, where f(x_0, 0) = y) and later ones are ever more
-          consistent. The loss of an image is sqrt(L) / (t - r), L the squared distance, or
-          (sqrt(L + c^2) - c) / (t - r) with c > 0. Of a network with a boundary B, where
-          f(x_B, B) = x_B, paths end there: t is B plus what is drawn, and r at least B.
-    cd    the distance of f(x_i, t_i) and f_target(x_(i+1), t_(i+1)) with x_i = y + t_i s z and
-          x_(i+1) by one step of the teacher's ODE from it, of Heun's method, on a grid of levels
+          so that the first stages denoise (r = 0, where f(x_0, 0) = y) and later stages enforce
+          consistency ever more. The loss of an image is sqrt(L) / (t - r), where L is the squared
+          distance, or (sqrt(L + c^2) - c) / (t - r) with c > 0. If the network has a boundary B,
+          where f(x_B, B) = x_B, paths end there: t is B plus the drawn value, and r is at least B.
+    cd    the distance between f(x_i, t_i) and f_target(x_(i+1), t_(i+1)), where x_i = y + t_i s z
+          and x_(i+1) follows from it by one Heun step of the teacher's ODE on a grid of levels
           (Song et al. 2023, arXiv 2303.01469; at finite D Hein et al. 2025, PFCM). The distance is
-          L or, by default, the pseudo-Huber one sqrt(L + c^2) - c with c = 0.00054 sqrt(N) (Song
-          and Dhariwal 2023, arXiv 2310.14189). At the lowest level f_target is the identity, for
-          there paths end; without that, f + 1 would be as consistent as f.
+          L or, by default, the pseudo-Huber distance sqrt(L + c^2) - c with c = 0.00054 sqrt(N)
+          (Song and Dhariwal 2023, arXiv 2310.14189). At the lowest level f_target is the identity,
+          because paths end there. Without this condition, f + 1 would be as consistent as f.
 
-The end at r carries no gradient. Both ends see the same dropout masks, labels and condition: what
-differs between them is the level alone, or the gradient's variance would not fall with t - r.
+No gradient flows through the end at r. Both ends see the same dropout masks, labels and condition.
+If they differed in more than the level, the variance of the gradient would not fall with t - r.
 """
 
 import math
@@ -41,15 +41,15 @@ from torch_utils.misc import default_generator
 HUBER_PER_SQRT_N = 0.00054  # Song and Dhariwal 2023
 # The square root has no derivative at 0, where both ends agree.
 _TINY = 1e-12
-_LEAST_GAP = 1e-5  # of r below t, relative: float32 keeps two digits of their difference
+_LEAST_GAP = 1e-5  # smallest (t - r)/t; float32 then keeps two digits of the difference
 
 
 class ConsistencyTuningLoss(EDMLoss):
     """The loss of easy consistency tuning at the stage that `nimg` images have reached.
 
-    Args (beyond EDMLoss's, whose defaults are others here): q, k, b: of r(t), see above.
-    stage_nimg: images of a stage. c: of the distance; 0 is the square root. boundary: level at
-    which the network returns its input.
+    Args (beyond EDMLoss's, whose defaults differ here): q, k, b: constants of r(t), see above.
+    stage_nimg: images per stage. c: constant of the distance; with 0 it is the square root.
+    boundary: level at which the network returns its input.
     """
 
     def __init__(self, P_mean: float = -1.1, P_std: float = 2.0, q: float = 2.0, k: float = 8.0,
@@ -82,17 +82,17 @@ class ConsistencyTuningLoss(EDMLoss):
             images: clean images [B, C, H, W] in [-1, 1], or vectors [B, N].
             labels: one-hot or real labels [B, label_dim], or None.
             draws: variates of these images; None draws them from PyTorch's default generator.
-            condition: what the network is told of each image, [B, cond_channels, H, W].
-            nimg: images seen so far, which decide the stage.
-            frozen: what to evaluate at r, without a gradient, in place of `net`: the same network
-                without the wrapper that gathers its gradients.
+            condition: condition images of the network, [B, cond_channels, H, W].
+            nimg: number of images seen so far, which determines the stage.
+            frozen: the function to evaluate at r, without a gradient, in place of `net`: the same
+                network without the wrapper that gathers its gradients.
         """
         if draws is None:
             draws = self.draw(images.shape, default_generator(images.device))
         t = draws.sigma + self.boundary
         r = self.lower_level(t, nimg)
         kwargs = {} if condition is None else {"condition": condition}
-        end = images  # of paths, where the network is the identity
+        end = images  # the ends of the paths, where the network is the identity
         if self.boundary:
             end = images + scaled_noise(draws.z, self.boundary, draws.scale)
 
@@ -115,8 +115,8 @@ class ConsistencyDistillationLoss(DenoisingLoss):
     """The loss of consistency distillation along the teacher's Heun steps.
 
     Args (beyond the base's): teacher: a denoiser (x, sigma, labels), frozen. levels: noise levels
-    above 0, falling to the one at which paths end. target: the consistency function at the lower
-    level; None is the network itself. metric: 'huber' or 'l2'.
+    above 0, falling to the level at which paths end. target: the consistency function at the lower
+    level; None means the network itself. metric: 'huber' or 'l2'.
     """
 
     def __init__(self, teacher: Callable, levels: torch.Tensor, target: Callable | None = None,
@@ -126,7 +126,7 @@ class ConsistencyDistillationLoss(DenoisingLoss):
         self.levels = levels.to(torch.float32)
 
     def sample_sigma(self, batch, rng):
-        """Returns levels of the grid, all but the lowest, equally often, [batch] float32."""
+        """Returns uniformly drawn levels of the grid except the lowest, [batch] float32."""
         index = torch.randint(len(self.levels) - 1, [batch], generator=rng, device=rng.device)
         return self.levels.to(rng.device)[index]
 
@@ -142,7 +142,7 @@ class ConsistencyDistillationLoss(DenoisingLoss):
     ) -> torch.Tensor:
         """Returns the loss of each image, [B]. Arguments as for `ConsistencyTuningLoss`.
 
-        `nimg` decides nothing here. Where there is no `target`, `frozen` or `net` is evaluated.
+        `nimg` has no effect here. Without a `target`, `frozen` or else `net` is evaluated.
         """
         if draws is None:
             draws = self.draw(images.shape, default_generator(images.device))
@@ -172,8 +172,8 @@ def distance(a: torch.Tensor, b: torch.Tensor, c: float) -> torch.Tensor:
 
 
 def dropout_seed() -> int:
-    """Returns a seed by which two passes of a network draw the same dropout masks.
+    """Returns a seed with which two passes of a network draw the same dropout masks.
 
-    It comes from PyTorch's default generator on the CPU, as what the masks are drawn from does.
+    It comes from PyTorch's default generator on the CPU, from which masks are seeded as well.
     """
     return int(torch.randint(1 << 62, [], device="cpu"))

@@ -1,20 +1,21 @@
-"""Distillation into a generator by an auxiliary denoiser, at every D (ipfm).
+"""Distillation into a generator with an auxiliary denoiser, at every D (ipfm).
 
     x = G(K_D(sigma_0), sigma_0) generated image    n = K_D(sigma)    T, S at (x + n, sigma)
 
-The auxiliary denoiser S learns what the generator G makes, the teacher T knows the data; where they
-agree at every level, so do the two distributions. In turn
+The auxiliary denoiser S learns the distribution of the generator G, and the teacher T knows that of
+the data. If they agree at every level, the two distributions are equal. In turn
 
     S minimises  lambda(sigma) |S(x + n, sigma) - x|^2
     G minimises  w [ (T - S).(T - x) - alpha |T - S|^2 ]
 
-with lambda = 1/sigma^2 + 1/sigma_data^2, ln sigma ~ Normal(P_mean, P_std), and w one over the mean
-absolute error |x - T| of an image, taken as a number. The second moves G through x and through T's
-and S's inputs; their weights get no gradient. alpha = 1/2 is half of |T - x|^2 - |S - x|^2, the
-loss of inverse Poisson flow matching (Shlenskii and Korotin 2025, arXiv 2509.22454). alpha = 1 is
-that of score identity distillation (Zhou et al. 2024, arXiv 2404.04057): its expectation is 0
-everywhere, its gradient is not, and it is the more stable one. Only the kernel's noise depends on
-D, for the denoiser is E[y|x] at every D.
+with lambda = 1/sigma^2 + 1/sigma_data^2 and ln sigma ~ Normal(P_mean, P_std). The weight w is one
+over the mean absolute error |x - T| of an image, treated as a constant. The gradient of the second
+loss reaches G through x and through the inputs of T and S, whose weights get no gradient. With
+alpha = 1/2 the loss is half of |T - x|^2 - |S - x|^2, that of inverse Poisson flow matching
+(Shlenskii and Korotin 2025, arXiv 2509.22454). With alpha = 1 it is that of score identity
+distillation (Zhou et al. 2024, arXiv 2404.04057). Its expectation is 0 everywhere but its gradient
+is not, and it is more stable. Only the kernel's noise depends on D, because the denoiser is E[y|x]
+at every D.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from pfgmpp.loss import EDMLoss, LossDraws
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorDraws:
-    """The variates of a batch: of the latents, unit-scale, and of the noise that is added."""
+    """The variates of a batch: unit-scale latents, and the noise that is added."""
 
     z: torch.Tensor  # [B, C, H, W] float32, standard normal
     scale: torch.Tensor  # [B] float64, the kernel's sqrt(D/c)
@@ -40,14 +41,14 @@ class GeneratorDraws:
 
     @staticmethod
     def cat(parts: Sequence["GeneratorDraws"]) -> "GeneratorDraws":
-        """Returns the variates of several batches one after the other."""
+        """Returns the concatenated variates of several batches."""
         return GeneratorDraws(torch.cat([part.z for part in parts]),
                               torch.cat([part.scale for part in parts]),
                               LossDraws.cat([part.noise for part in parts]))
 
 
 class GeneratorLoss(EDMLoss):
-    """The two losses of distillation by an auxiliary denoiser.
+    """The two losses of distillation with an auxiliary denoiser.
 
     Args (beyond EDMLoss's): sigma_init: level of the generator's input. alpha: see above.
     """
@@ -72,7 +73,7 @@ class GeneratorLoss(EDMLoss):
 
     def of_auxiliary(self, auxiliary: Callable, x: torch.Tensor, noise: LossDraws,
                      labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        """Returns lambda |S(x + n) - x|^2 per pixel, [B, C, H, W]; x is taken as given."""
+        """Returns lambda |S(x + n) - x|^2 per pixel, [B, C, H, W]; x gets no gradient."""
         x = x.detach()
         sigma = per_image(noise.sigma, x.ndim)
         denoised = auxiliary(x + scaled_noise(noise.z, noise.sigma, noise.scale), sigma, labels,
@@ -100,9 +101,9 @@ class GeneratorLoss(EDMLoss):
     def through_generator(self, teacher: Callable, auxiliary: Callable, x: torch.Tensor,
                           noise: LossDraws, labels: torch.Tensor | None = None, **kwargs: Any
                           ) -> torch.Tensor:
-        """Returns `of_generator`, [B], whose gradient reaches G's weights through x and no others.
+        """Returns `of_generator`, [B], whose gradient reaches only G's weights, through x.
 
-        The gradient in x is taken first, and the graphs of T and S are freed with it.
+        The gradient in x is computed first, which frees the graphs of T and S.
         """
         leaf = x.detach().requires_grad_()
         loss = self.of_generator(teacher, auxiliary, leaf, noise, labels, **kwargs)

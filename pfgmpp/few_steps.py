@@ -2,18 +2,18 @@
 
     f(x, sigma) clean image    K_D(sigma) noise of the kernel    n number of levels
 
-A consistency function, or a generator that was distilled, gives a clean image at once. More levels
-sigma_0 > sigma_1 > ... > sigma_(n-1) mend it (Song et al. 2023, arXiv 2303.01469, Algorithm 1):
+A consistency function, or a distilled generator, gives a clean image in one evaluation. More levels
+sigma_0 > sigma_1 > ... > sigma_(n-1) improve it (Song et al. 2023, arXiv 2303.01469, Algorithm 1):
 
     x_0 = K_D(sigma_0)    y_i = f(x_i, sigma_i)    x_(i+1) = y_i + K_D(sigma_(i+1))
 
-The noise between evaluations belongs to the network's own D, with a new direction and a new radius:
-Gaussian noise would give states that training at finite D has never seen. Which levels are good
+The noise between evaluations has the network's own D, with a new direction and a new radius.
+Gaussian noise would give states that do not occur in training at finite D. Which levels are good
 depends on how the network was trained:
 
     ect, cd   sigma_0 = 80 and, for n = 2, 0.821 (Geng et al. 2024, arXiv 2406.14548). More levels
               lie around the second, each a factor of 4 below the one before it.
-    ipfm      n equal steps from sigma_0 towards 0.002, without the last
+    ipfm      n equal steps from sigma_0 to 0.002, which itself is left out
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ import torch
 from pfgmpp.loss import EDM_SIGMA_MAX
 
 METHODS = ("ect", "cd", "ipfm")
-_MIDDLE = 0.821 / EDM_SIGMA_MAX  # second level of a consistency function, over the first
-_FACTOR = 4.0  # between its further levels
-_LOWEST = 0.002  # level towards which those of generators fall
+_MIDDLE = 0.821 / EDM_SIGMA_MAX  # second level of a consistency function over its first level
+_FACTOR = 4.0  # ratio of its further levels
+_LOWEST = 0.002  # end of the levels of generators, not included
 _DEFAULT_STEPS = {"ect": 2, "cd": 2, "ipfm": 1}
 _MAX_LEVELS = 64
 
@@ -39,7 +39,7 @@ class FewStep:
     """How a few-step network was made, one of METHODS, and the levels to sample it at.
 
     Raises:
-        ValueError: another method, or levels that do not fall, of a number from 1 to 64.
+        ValueError: the method is unknown, or `levels` are not 1 to 64 falling levels.
     """
 
     method: str
@@ -58,15 +58,15 @@ class FewStep:
 
     @classmethod
     def of(cls, method: str, sigma_max: float = EDM_SIGMA_MAX) -> "FewStep":
-        """Returns the usual levels of a method from `sigma_max` on."""
+        """Returns a method with its usual levels, from `sigma_max` down."""
         return cls(method, few_step_levels(method, sigma_max, _DEFAULT_STEPS[method]))
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "FewStep":
-        """Returns what `to_dict` wrote.
+        """Returns the object from which `to_dict` made a record.
 
         Raises:
-            ValueError: not such a record.
+            ValueError: it is not such a record.
         """
         try:
             if type(record) is not dict or type(record["levels"]) not in (list, tuple) or not (
@@ -82,7 +82,7 @@ class FewStep:
         return {"method": self.method, "levels": list(self.levels)}
 
     def of_steps(self, num_steps: int) -> tuple[float, ...]:
-        """Returns the levels of `num_steps` evaluations: the recorded ones, or as many as asked."""
+        """Returns the levels for `num_steps` evaluations: the recorded ones, or the usual ones."""
         if num_steps == len(self.levels):
             return self.levels
         return few_step_levels(self.method, self.levels[0], num_steps)
@@ -102,7 +102,7 @@ def few_step_levels(method: str, sigma_max: float, num_steps: int) -> tuple[floa
         return tuple(sigma_max - i * step for i in range(num_steps))
     if num_steps == 1:
         return (sigma_max,)
-    factor = min(_FACTOR, _MIDDLE ** (-2 / num_steps))  # many levels must be closer together
+    factor = min(_FACTOR, _MIDDLE ** (-2 / num_steps))  # many levels lie closer together
     middle = (num_steps - 2) / 2
     return (sigma_max, *(sigma_max * _MIDDLE * factor ** (middle - i)
                          for i in range(num_steps - 1)))
@@ -114,12 +114,12 @@ def consistency(
     noise_like: Callable[[torch.Tensor], torch.Tensor],
     watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Returns the images [B, ...] that a few-step network makes of states x.
+    """Returns the images [B, ...] that a few-step network makes from states x.
 
     Args:
         denoise: f(x, sigma) with sigma of shape [].
         x: the states at sigmas[0], [B, ...].
-        sigmas: noise levels, and then 0, on x's device.
+        sigmas: noise levels, followed by 0, on x's device.
         noise_like: draws unit-scale noise of the kernel, of the shape and dtype of its argument.
         watch: called with (state, sigma) before each evaluation.
     """

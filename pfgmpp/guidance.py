@@ -5,17 +5,18 @@
     D(x; sigma) = D_guide(x; sigma) + w (D_main(x; sigma) - D_guide(x; sigma))     lo < sigma <= hi
     D(x; sigma) = D_main(x; sigma)                                                 elsewhere
 
-w = 1 is the network as it is, w = 0 the guide. The guide is
+w = 1 is the unguided network, and w = 0 the guide. The guide is
 
     the same network without its label     classifier-free guidance (Ho and Salimans 2022,
                                            arXiv 2207.12598); the network must have been trained
-                                           with `label_dropout`, so that it knows no label
+                                           with `label_dropout`, so that it works without labels
     a smaller or less trained network      autoguidance (Karras et al. 2024, arXiv 2406.02507)
 
 and the interval is that of Kynkaanniemi et al. 2024, arXiv 2404.07724. The slope (x - D)/sigma is
-linear in D, so at every number of augmented dimensions the slopes are combined like the denoisers,
-and solvers see one more denoiser. At D = inf that follows the density p_main^w p_guide^(1-w) at
-each noise level; at finite D the slope is no gradient of a log density, and no such law is known.
+affine in D, so for any number of augmented dimensions the slopes are combined like the denoisers,
+and for solvers the result is an ordinary denoiser. For diffusion its slope is that of the density
+p_main^w p_guide^(1-w) at each noise level. For finitely many augmented dimensions the slope is not
+the gradient of a log density, and no such relation is known.
 """
 
 import math
@@ -29,9 +30,9 @@ EVERYWHERE = (0.0, math.inf)
 
 
 class GuidedDenoiser(Wrapper):
-    """What `guided` returns: a denoiser for samplers, with the attributes of its network.
+    """The denoiser that `guided` returns, with the attributes of its network.
 
-    Its range of noise levels is that which network and guide share.
+    Its range of noise levels is the intersection of those of the network and the guide.
     """
 
     def __init__(self, net: Any, guidance: float, gnet: Any, interval: tuple[float, float]):
@@ -48,14 +49,14 @@ class GuidedDenoiser(Wrapper):
     ) -> torch.Tensor:
         """Returns the denoised images [B, C, H, W].
 
-        Each image is guided or not by its own noise level. With an interval, the host waits for the
-        levels.
+        The noise level of each image decides whether it is guided. With an interval, the host waits
+        for the levels.
 
         Args:
             x: noisy images [B, C, H, W].
             sigma: noise level of shape [], [B] or [B, 1, 1, 1].
-            class_labels: [B, label_dim], or None where the network has none.
-            condition: [B, cond_channels, H, W], which the guide sees too if it takes one.
+            class_labels: [B, label_dim], or None if the network has no labels.
+            condition: [B, cond_channels, H, W], passed to the guide too if it takes one.
         """
         if self.guidance == 1:
             return evaluate(self.net, x, sigma, class_labels, condition)
@@ -88,7 +89,7 @@ class GuidedDenoiser(Wrapper):
     def _without_and_with_labels(self, x, sigma, class_labels, condition):
         """Returns (D without labels, D with labels) by one evaluation of 2B images."""
         if class_labels is None:
-            raise ValueError("guidance without class_labels: give the labels to be guided towards")
+            raise ValueError("guidance without class_labels: give the labels to guide towards")
         sigma = torch.as_tensor(sigma)
         labels = torch.cat([torch.zeros_like(class_labels), class_labels])
         return evaluate(
@@ -104,29 +105,29 @@ def guided(
     Args:
         net: a preconditioned network, or a denoiser with such attributes.
         guidance: w, 0 or more.
-        gnet: the guide, another network for images of the same shape and of the same D. None is
-            `net` without its labels.
-        interval: noise levels (lo, hi] at which to guide; elsewhere `net` alone is evaluated.
+        gnet: the guide, another network with the same image shape and D. None means `net` without
+            its labels.
+        interval: noise levels (lo, hi] at which to guide; elsewhere only `net` is evaluated.
 
     Raises:
-        ValueError: values out of range, a guide that does not fit, a few-step network, or no
-            guide for a network without labels.
+        ValueError: a value is out of range, the guide does not match, a network is a few-step
+            network, or a network without labels has no guide.
     """
     low, high = interval
     if not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance={guidance:g}: must be a finite number from 0 on (1 is none)")
+        raise ValueError(f"guidance={guidance:g}: must be 0 or more, and finite (1 is no guidance)")
     if not 0 <= low < high:
         raise ValueError(f"guidance interval {low:g},{high:g}: must be LO,HI with 0 <= LO < HI")
     for which, each in (("network", net), ("guide", gnet)):
         few_step = getattr(each, "few_step", None)
         if few_step is not None:
-            raise ValueError(f"the {which} is a few-step network ({few_step.method}), which is no "
-                             "denoiser; give the denoiser that it was made from")
+            raise ValueError(f"the {which} is a few-step network ({few_step.method}), not a "
+                             "denoiser; give the denoiser from which it was made")
     if gnet is not None:
         _check_guide(net, gnet)
     elif guidance != 1 and not net.label_dim:
-        raise ValueError(f"guidance={guidance:g} of a network without labels: it needs a second "
-                         "network as its guide (gnet)")
+        raise ValueError(f"guidance={guidance:g}: the network has no labels; give a second network "
+                         "as its guide (gnet)")
     return GuidedDenoiser(net, guidance, gnet, (float(low), float(high)))
 
 
@@ -134,13 +135,13 @@ def _check_guide(net: Any, gnet: Any) -> None:
     for name in ("image_shape", "D"):
         ours, theirs = getattr(net, name), getattr(gnet, name)
         if ours != theirs:
-            raise ValueError(f"the guide has {name} {theirs}, the network {ours}: they must agree")
+            raise ValueError(f"the guide has {name} {theirs}, the network {ours}; they must agree")
     pairs = {"label_dim": (net.label_dim, gnet.label_dim),
              "cond_channels": (_cond_channels(net), _cond_channels(gnet))}
     for name, (ours, theirs) in pairs.items():
         if theirs not in (0, ours):
-            raise ValueError(f"the guide has {name} {theirs}, the network {ours}: they must agree, "
-                             "or the guide have 0")
+            raise ValueError(f"the guide has {name} {theirs}, the network {ours}; they must agree, "
+                             "or that of the guide must be 0")
 
 
 def _cond_channels(net: Any) -> int:

@@ -1,4 +1,4 @@
-r"""The perturbation kernel of PFGM++, of which Gaussian diffusion and PFGM are two values of D.
+r"""The perturbation kernel of PFGM++; Gaussian diffusion and PFGM are two values of its D.
 
     B batch    C H W image shape    N = C*H*W data dimension
     D number of augmented dimensions, any real in (0, inf]
@@ -15,15 +15,16 @@ independent chi-square variate c with D degrees of freedom as
 
     n = sigma * sqrt(D/c) * z.
 
-D -> inf sends the factor to 1: Gaussian diffusion (EDM). D = 1 is PFGM. The law is a scale family
-in sigma for every D, which is why nothing else in a diffusion code has to know about D: the
-probability-flow ODE is dx/dsigma = (x - E[y|x])/sigma throughout, and a sampler starts at sigma_max
+As D -> inf the factor tends to 1, which is Gaussian diffusion (EDM). D = 1 is PFGM. The law is a
+scale family in sigma for every D, so nothing else in a diffusion code has to know D: the
+probability-flow ODE is always dx/dsigma = (x - E[y|x])/sigma, and a sampler starts at sigma_max
 times a unit-scale draw.
 
-Given its factor, the noise is Gaussian of variance v = sigma^2 D/c: the law is a mixture of
-Gaussians, with v inverse-gamma of shape D/2 and scale D sigma^2/2. The Gaussian is conjugate to it,
-so given the noise v is inverse-gamma again, of shape (N+D)/2 and scale (D sigma^2 + |n|^2)/2. That
-is what a stochastic sampler needs to stay within the family (pfgmpp/solvers.py, `churn`).
+Given its factor, the noise is Gaussian with variance v = sigma^2 D/c. So the law is a mixture of
+Gaussians, where v is inverse-gamma with shape D/2 and scale D sigma^2/2. This prior is conjugate to
+the Gaussian, so given the noise, v is again inverse-gamma, with shape (N+D)/2 and scale
+(D sigma^2 + |n|^2)/2. A stochastic sampler needs this to stay within the family (pfgmpp/solvers.py,
+`churn`).
 
 For data points y_i the ideal denoiser E[y|x] = sum_i w_i y_i is known in closed form:
 
@@ -55,8 +56,8 @@ class PerturbationKernel:
     def scale(self, batch: int, rng: torch.Generator) -> torch.Tensor:
         """Returns sqrt(D/c) for c ~ chi^2_D, [batch] float64 on the generator's device.
 
-        Ones at D = inf, where nothing is drawn. Heavy-tailed below D = 2 and always positive and
-        finite in float64.
+        At D = inf it is 1 and nothing is drawn. It is heavy-tailed below D = 2, and always positive
+        and finite in float64.
         """
         ones = torch.ones([batch], dtype=torch.float64, device=rng.device)
         if math.isinf(self.D):
@@ -85,7 +86,7 @@ class PerturbationKernel:
     ) -> torch.Tensor:
         """Returns a draw of `scale`'s sqrt(D/c) given the noise that it made, [B] float64.
 
-        With u ~ chi^2_(N+D) it is sqrt((D + |n|^2/sigma^2) / u). Ones at D = inf, where nothing is
+        With u ~ chi^2_(N+D) it is sqrt((D + |n|^2/sigma^2) / u). At D = inf it is 1 and nothing is
         drawn.
 
         Args:
@@ -105,7 +106,7 @@ class PerturbationKernel:
     def log_density(self, noise: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Returns log p(n) of noise [B, ...] of level `sigma`, in nats, [B] float64.
 
-        With the law's constant, Gamma((N+D)/2) / (Gamma(D/2) (pi D)^(N/2)) for finite D.
+        It includes the normalisation, Gamma((N+D)/2) / (Gamma(D/2) (pi D)^(N/2)) for finite D.
         """
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device=noise.device).flatten()
         squared = noise.to(torch.float64).flatten(1).square().sum(dim=1)  # [B]
@@ -131,17 +132,17 @@ class PerturbationKernel:
         self, x: torch.Tensor, sigma: float | torch.Tensor, data: torch.Tensor,
         eligible: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Returns how probable each of `data` is given x, [B, M] float64 of sum 1 over M.
+        """Returns the posterior probability of each of `data` given x, [B, M] float64.
 
-        Distances come from a matrix product, |x|^2 + |y|^2 - 2 x.y, in float64, where its
-        cancellation is harmless; no [B, M, N] array is formed.
+        Distances come from a matrix product, |x|^2 + |y|^2 - 2 x.y, whose cancellation is harmless
+        in float64. No [B, M, N] array is formed.
 
         Args:
             x: perturbed images [B, ...].
             sigma: noise level, a number or a tensor of shape [], [B] or [B, 1, 1, 1].
             data: clean images [M, ...].
-            eligible: bool [B, M], which points y is uniform over for each x, one at least. None
-                is all of them.
+            eligible: bool [B, M], the points over which y is uniform for each x, at least one. None
+                means all of them.
         """
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1, 1)
         points = data.to(torch.float64).flatten(1)  # [M, N]
@@ -154,7 +155,7 @@ class PerturbationKernel:
         return logits.softmax(dim=1)
 
     def _log_profile(self, squared: torch.Tensor, N: int) -> torch.Tensor:
-        """Returns the log density of unit-scale noise of squared norm `squared`, less that of 0."""
+        """Returns the log density of unit-scale noise of squared norm `squared` minus that at 0."""
         if math.isinf(self.D):
             return -squared / 2
         return -(N + self.D) / 2 * torch.log1p(squared / self.D)
@@ -162,8 +163,8 @@ class PerturbationKernel:
     def _constant(self, N: int) -> float:
         """Returns the log density of unit-scale noise at 0.
 
-        Beyond D = 1e4 by the first terms of Stirling's series, for the difference of two large
-        logarithms would lose what is asked for: ln Gamma(a + N/2) - ln Gamma(a) with a = D/2.
+        Beyond D = 1e4 it is computed with the first terms of Stirling's series, because
+        ln Gamma(a + N/2) - ln Gamma(a), with a = D/2, would lose its digits to cancellation.
         """
         gaussian = -N / 2 * math.log(2 * math.pi)
         if math.isinf(self.D):
@@ -179,10 +180,10 @@ class PerturbationKernel:
 def scaled_noise(
     z: torch.Tensor, sigma: float | torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """Returns sigma * scale * z for each image, formed in float64 and rounded once to z's dtype.
+    """Returns sigma * scale * z for each image, computed in float64 and rounded once to z's dtype.
 
-    A product beyond the dtype's range, possible where D is far below 1, saturates at the largest
-    finite value.
+    A product beyond the dtype's range, which can occur if D is far below 1, saturates at the
+    largest finite value.
     """
     sigma = per_image(torch.as_tensor(sigma, dtype=torch.float64, device=z.device), z.ndim)
     limit = torch.finfo(z.dtype).max

@@ -12,11 +12,11 @@ D.2):
     log p(x_min) = log p(x_max) + N ln(sigma_max/sigma_min) - int tr J dl
 
 Only the last term is numerical. It is integrated together with the path, by the classical
-Runge-Kutta method of order 4 in l. The equation is the same for every D, which enters by the prior
-alone: the density of the kernel at sigma_max (pfgmpp/kernel.py, `log_density`).
+Runge-Kutta method of order 4 in l. The equation is the same for every D, which enters only through
+the prior: the density of the kernel at sigma_max (pfgmpp/kernel.py, `log_density`).
 
-tr J is exact by N products e_i^T J, or unbiased from a few e^T J e with random signs e (Hutchinson
-1989), each one backward pass of the network.
+tr J is computed exactly by N products e_i^T J, or estimated without bias from a few e^T J e with
+random signs e (Hutchinson 1989). Each product takes one backward pass of the network.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,13 +29,13 @@ from pfgmpp.solvers import Denoiser
 # (denoise, x, sigma, place) -> (D(x; sigma) [B, ...], tr J [B]); see `Evaluation`.
 Traced = tuple[torch.Tensor, torch.Tensor]
 Trace = Callable[[Denoiser, torch.Tensor, torch.Tensor, int], Traced]
-LogDensity = Callable[[torch.Tensor], torch.Tensor]  # of states [B, ...], [B]
+LogDensity = Callable[[torch.Tensor], torch.Tensor]  # from states [B, ...] to [B]
 EVALUATIONS_A_STEP = 4
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Densities of images, and where the equation has taken them."""
+    """Densities of images, and the states at the end of their paths."""
 
     log_p: torch.Tensor  # at the lowest level, in nats, [B] float64
     end: torch.Tensor  # states at the highest level, [B, ...] float64
@@ -50,11 +50,11 @@ def log_likelihood(
     Args:
         denoise: D(x, sigma) with sigma of shape [], differentiable in x.
         x: states [B, ...] at sigmas[0].
-        sigmas: rising noise levels, two at least.
+        sigmas: rising noise levels, at least two.
         log_prior: log density of states at sigmas[-1].
-        trace: `exact_trace`, or what `hutchinson` returns. It is told the place of an evaluation
-            in the grid: 2i at level i, 2i + 1 between levels i and i + 1.
-        stride: 2 for every second level of a grid, so that places are those of the whole grid.
+        trace: `exact_trace`, or a function that `hutchinson` returns. It gets the place of an
+            evaluation in the grid: 2i at level i, 2i + 1 between levels i and i + 1.
+        stride: 2 for every second level of a grid, so that places are those of the full grid.
     """
     levels = torch.as_tensor(sigmas, dtype=torch.float64).log()
     x = x.to(torch.float64)
@@ -93,11 +93,11 @@ def exact_trace(
 
 
 def hutchinson(probes_at: Callable[[int], Iterable[torch.Tensor]]) -> Trace:
-    """Returns a trace that is estimated by e^T J e, averaged over probes: unbiased.
+    """Returns an unbiased estimator of the trace: e^T J e, averaged over probes.
 
     Args:
-        probes_at: returns the probes of a place of the grid, each [B, ...] of -1 and 1. Probes that
-            differ from place to place average out along the path.
+        probes_at: returns the probes for a place in the grid, each [B, ...] of -1 and 1. If probes
+            differ between places, their errors average out along the path.
     """
     def trace(
         denoise: Denoiser, x: torch.Tensor, sigma: torch.Tensor, place: int

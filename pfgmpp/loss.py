@@ -10,15 +10,15 @@ perturbation kernel of any D; the laws differ in how sigma is drawn and in the w
     VE    ln sigma ~ uniform between ln sigma_min and ln sigma_max   1/sigma^2
     VP    t ~ uniform between epsilon_t and 1, sigma = sigma_VP(t)   1/sigma^2
 
-A stable target (Xu et al. 2023, arXiv 2302.00670) takes the place of y by its mean over a reference
-batch, given x: less variance, the same minimiser in the limit. Whatever else the network is told
-belongs to the posterior. With one-hot labels that is E[y|x,k], the mean over the images of the own
-class k. No other image shares a condition image or augmentation labels, so a reference batch is
-refused with either.
+A stable target (Xu et al. 2023, arXiv 2302.00670) replaces y by its posterior mean given x over a
+reference batch. It has less variance, and in the limit the same minimiser. The posterior must be
+conditioned on all other inputs of the network. With one-hot labels it is E[y|x,k], the mean over
+the images of the same class k. No other image shares a condition image or augmentation labels, so
+a reference batch is not allowed with either.
 
-What image i of a step draws does not depend on how the batch is split over ranks and rounds of
-gradient accumulation: images draw in blocks of DRAW_BLOCK consecutive ones, each with a seed of its
-own, and every rank draws only the blocks that it needs.
+The draws of image i of a step do not depend on how the batch is split over ranks and rounds of
+gradient accumulation. Draws are made in blocks of DRAW_BLOCK consecutive images. Each block has its
+own seed, and every rank draws only the blocks that it needs.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ from pfgmpp.kernel import PerturbationKernel, per_image, scaled_noise
 from pfgmpp.schedules import vp_sigma
 from torch_utils.misc import default_generator
 
-DRAW_BLOCK = 16  # images that draw together; another number would be other draws
-EDM_SIGMA_MAX, LSUN_SIGMA_MAX = 80.0, 380.0  # highest levels of samplers, which --lsun relates
+DRAW_BLOCK = 16  # images drawn together; another number would change all draws
+EDM_SIGMA_MAX, LSUN_SIGMA_MAX = 80.0, 380.0  # highest levels of samplers; --lsun uses their ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LossDraws:
     sigma: torch.Tensor  # [B] float32
     z: torch.Tensor  # [B, C, H, W] float32, standard normal
     scale: torch.Tensor  # [B] float64, the kernel's sqrt(D/c)
-    augment: Any = None  # what the augmentation pipe drew
+    augment: Any = None  # draws of the augmentation pipe
 
     def __getitem__(self, index: slice) -> "LossDraws":
         augment = None if self.augment is None else self.augment[index]
@@ -52,7 +52,7 @@ class LossDraws:
 
     @staticmethod
     def cat(parts: Sequence["LossDraws"]) -> "LossDraws":
-        """Returns the variates of several batches one after the other."""
+        """Returns the concatenated variates of several batches."""
         if len(parts) == 1:
             return parts[0]
         augment = None if parts[0].augment is None else (
@@ -62,7 +62,7 @@ class LossDraws:
 
 
 class DenoisingLoss:
-    """Base of the three losses; a subclass says how sigma is drawn and weighted.
+    """Base of the three losses; a subclass defines how sigma is drawn and weighted.
 
     Args:
         pfgmpp: whether the noise is that of PFGM++ with `D` augmented dimensions, else Gaussian.
@@ -85,8 +85,8 @@ class DenoisingLoss:
     ) -> LossDraws:
         """Returns the variates for images of `shape` [B, C, H, W].
 
-        The chi-square variate comes last, for it alone takes a number of draws that depends on D:
-        one seed gives the same augmentation, noise level and direction at every D.
+        The chi-square variate is drawn last, because only its number of draws depends on D. So one
+        seed gives the same augmentation, noise level and direction at every D.
         """
         can_draw = hasattr(augment_pipe, "draw")
         augment = augment_pipe.draw(shape[0], rng) if can_draw else None
@@ -102,9 +102,9 @@ class DenoisingLoss:
 
         Args:
             first: position of the first image in the batch.
-            last: position after the last one.
+            last: position after the last image.
             image_shape: [C, H, W].
-            seeded: returns the generator of a block, images DRAW_BLOCK * k and those that follow.
+            seeded: returns the generator of block k, which begins at image DRAW_BLOCK * k.
             augment_pipe: as for `draw`.
         """
         parts = []
@@ -123,22 +123,22 @@ class DenoisingLoss:
         """Returns the unreduced loss [B, C, H, W].
 
         Args:
-            net: denoiser (x, sigma, labels, augment_labels=...) -> denoised; it takes condition=...
-                where a condition is given.
+            net: denoiser (x, sigma, labels, augment_labels=...) -> denoised; with a condition it
+                also takes condition=...
             images: clean images [B, C, H, W] in [-1, 1], or vectors [B, N].
-            labels: one-hot or real labels [B, label_dim], or None; one-hot with a reference.
+            labels: one-hot or real labels [B, label_dim], or None; with a reference, one-hot.
             augment_pipe: AugmentPipe, any other function images -> (images, labels), or None.
             draws: variates of these images; None draws them from PyTorch's default generator.
             reference: clean images [R, C, H, W] over which the stable target is the posterior mean.
-                It must contain the images themselves. None makes the clean image the target.
-            reference_labels: one-hot labels of the reference [R, label_dim], where the images have
+                It must contain the images themselves. With None, the clean image is the target.
+            reference_labels: one-hot labels of the reference [R, label_dim], if the images have
                 labels.
-            condition: what the network is told of each image, [B, cond_channels, H, W]. It is
-                augmented like the image and gets no noise.
+            condition: condition images of the network, [B, cond_channels, H, W]. They are augmented
+                like the images and get no noise.
 
         Raises:
-            ValueError: a reference batch with a condition, with augmentation, or with labels on
-                one side alone.
+            ValueError: a reference batch is given with a condition, with augmentation, or with
+                labels on only one side.
         """
         eligible = None if reference is None else _same_class(
             labels, reference_labels, augment_pipe, condition)
@@ -162,21 +162,21 @@ def _same_class(
     labels: torch.Tensor | None, reference_labels: torch.Tensor | None, augment_pipe: Any,
     condition: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Returns which reference images are of each image's class, bool [B, R]; None without labels.
+    """Returns which reference images have each image's class, bool [B, R]; None without labels.
 
     Raises:
-        ValueError: the network is told what the mean over a reference batch can't know.
+        ValueError: the network has an input on which the reference mean can't be conditioned.
     """
     if condition is not None:
         raise ValueError("stable targets with a condition image: the mean over a reference "
-                         "batch knows nothing of the condition; leave one of them out")
+                         "batch ignores the condition; leave one of them out")
     if augment_pipe is not None:
-        raise ValueError("stable targets with augmentation: the mean over a reference batch knows "
-                         "nothing of augmentation labels; leave one of them out")
+        raise ValueError("stable targets with augmentation: the mean over a reference batch "
+                         "ignores augmentation labels; leave one of them out")
     dims = [0 if given is None else given.shape[1] for given in (labels, reference_labels)]
     if dims[0] != dims[1]:
         raise ValueError(f"stable targets with labels of {dims[0]} dimensions and reference_labels "
-                         f"of {dims[1]}: give the reference images labels of the same kind")
+                         f"of {dims[1]}; give the reference images labels of the same kind")
     return labels @ reference_labels.T > 0.5 if dims[0] else None
 
 
@@ -184,7 +184,7 @@ def _augment_alike(
     pipe: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], images: torch.Tensor,
     condition: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Returns (images, condition, labels), both moved in the same way: channels of one image."""
+    """Returns (images, condition, labels), both transformed alike as channels of one image."""
     if condition is None:
         images, labels = pipe(images)
         return images, None, labels
@@ -196,8 +196,9 @@ def _augment_alike(
 class EDMLoss(DenoisingLoss):
     """Log-normal noise levels, as in EDM.
 
-    Args (beyond the base's): P_mean, P_std: of ln sigma. sigma_data: standard deviation of the
-    data. lsun: multiply sigma by 380/80, for 256x256 images, whose details survive more noise.
+    Args (beyond the base's): P_mean, P_std: mean and standard deviation of ln sigma. sigma_data:
+    standard deviation of the data. lsun: multiply sigma by 380/80, for 256x256 images, in which
+    details remain visible under more noise.
     """
 
     def __init__(self, P_mean: float = -1.2, P_std: float = 1.2, sigma_data: float = 0.5,

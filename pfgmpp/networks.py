@@ -6,11 +6,11 @@ A preconditioner turns a raw network F into a denoiser,
 
     D_theta(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma)),
 
-so that F sees inputs and targets of about unit variance (Karras et al. 2022, arXiv 2206.00364,
-Table 1). A network with a condition image, such as a low-resolution or masked copy of what is
-wanted, sees it beside the noisy one: F([c_in x, condition]; c_noise). With `cond_c_in` the
-condition is scaled too, F(c_in [x, condition]; c_noise), as in the forks of PFGM++ for CT images
-(Hein et al. 2023, arXiv 2312.09754).
+so that inputs and targets of F have about unit variance (Karras et al. 2022, arXiv 2206.00364,
+Table 1). A condition image, such as a low-resolution or masked copy of the target, is concatenated
+to the noisy image: F([c_in x, condition]; c_noise). With `cond_c_in` the condition is scaled too,
+F(c_in [x, condition]; c_noise), as in the forks of PFGM++ for CT images (Hein et al. 2023, arXiv
+2312.09754).
 
 Names of classes, keywords and parameters are those of the published EDM and PFGM++ checkpoints. F
 runs in `compute_dtype`, everything around it in float32.
@@ -38,15 +38,15 @@ class Precond(torch.nn.Module):
     Args:
         img_resolution: image side, or [height, width].
         img_channels: image channels, any number. Vectors of N numbers are images of N channels
-            and one pixel, for a model that takes such.
+            and one pixel, for a model that takes those.
         label_dim: class or condition labels, 0 = unconditional.
         use_fp16: run F in float16 on CUDA.
         model_type: a name in `MODELS`: 'SongUNet' or 'DhariwalUNet'.
         pfgmpp: whether the network was trained on PFGM++ noise of `D` augmented dimensions.
-        D: augmented dimensions; without `pfgmpp` the attribute D is inf whatever is given here.
+        D: augmented dimensions; without `pfgmpp` it is ignored, and the attribute D is inf.
         cond_channels: channels of the condition image, 0 = none.
-        cond_c_in: whether the condition is multiplied by c_in as x is.
-        few_step: for a network that samples in a few evaluations, what `FewStep.to_dict` returns;
+        cond_c_in: whether the condition is multiplied by c_in like x.
+        few_step: the result of `FewStep.to_dict` for a network that samples in a few evaluations;
             None for a denoiser.
         **model_kwargs: keywords of the model.
     """
@@ -75,7 +75,7 @@ class Precond(torch.nn.Module):
         self.label_dim = label_dim
         self.few_step = None if few_step is None else FewStep.from_dict(few_step)
         self.pfgmpp = bool(pfgmpp)
-        self.D = PerturbationKernel(D if pfgmpp else math.inf).D  # refuses what is not in (0, inf]
+        self.D = PerturbationKernel(D if pfgmpp else math.inf).D  # checks that D is in (0, inf]
         self.N = math.prod(self.image_shape)
         self.compute_dtype = torch.float16 if use_fp16 else torch.float32
         self.model_type, self.model_kwargs = model_type, model_kwargs
@@ -90,7 +90,7 @@ class Precond(torch.nn.Module):
 
     @property
     def optional_hyperparameters(self) -> dict:
-        """The subclass's keywords that are kept only where they differ from their defaults."""
+        """The subclass's keywords that are recorded only if they differ from their defaults."""
         return {}
 
     @property
@@ -104,7 +104,7 @@ class Precond(torch.nn.Module):
 
     @property
     def config(self) -> dict:
-        """Class name and constructor keywords, plain data from which `build_network` rebuilds."""
+        """Class name and constructor keywords, as plain data for `build_network`."""
         return {
             "class_name": type(self).__name__, "img_resolution": self.img_resolution,
             "img_channels": self.img_channels, "label_dim": self.label_dim,
@@ -136,13 +136,12 @@ class Precond(torch.nn.Module):
             x: noisy images [B, C, H, W]; vectors may also come as [B, N].
             sigma: noise level of any dtype, of shape [], [B] or [B, 1, 1, 1].
             class_labels: one-hot or real labels [B, label_dim]; None means zeros.
-            force_fp32: run F in float32 whatever `compute_dtype` says.
+            force_fp32: run F in float32, regardless of `compute_dtype`.
             augment_labels: [B, augment_dim]; None means not augmented.
-            condition: [B, cond_channels, H, W], in about [-1, 1], where the network has one.
+            condition: [B, cond_channels, H, W], in about [-1, 1], if the network needs one.
 
         Raises:
-            ValueError: a condition that the network has not, or the other way round, or of another
-                shape.
+            ValueError: the condition is missing, not expected, or has another shape.
         """
         x = x.to(torch.float32)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
@@ -153,7 +152,7 @@ class Precond(torch.nn.Module):
                 class_labels.to(torch.float32).reshape(-1, self.label_dim))
         dtype = torch.float32 if force_fp32 else self.compute_dtype
         if dtype == torch.float16 and x.device.type != "cuda":
-            dtype = torch.float32  # half precision on the CPU is slower and gains nothing
+            dtype = torch.float32  # half precision on the CPU is slower and has no benefit
 
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         inner = self._with_condition(x, condition, c_in)
@@ -165,7 +164,7 @@ class Precond(torch.nn.Module):
 
     def _with_condition(self, x: torch.Tensor, condition: torch.Tensor | None,
                         c_in: torch.Tensor | float) -> torch.Tensor:
-        """Returns what F sees of x and the condition, which must be there where it belongs."""
+        """Returns the input of F for x and the condition, after checking the condition."""
         if condition is None:
             if self.cond_channels:
                 raise ValueError(f"condition=None: the network needs a condition image of "
@@ -262,14 +261,14 @@ class iDDPMPrecond(Precond):  # noqa: N801 - the name users know
 class EDMPrecond(Precond):
     """EDM (Karras et al. 2022): unit variance of the network's input and target at every sigma.
 
-    D_theta(x; 0) = x, as a consistency function must have it. With a boundary b the same holds at
+    D_theta(x; 0) = x, as a consistency function requires. With a boundary b the same holds at
     sigma = b (Song et al. 2023, arXiv 2303.01469, appendix C):
 
         c_skip = sigma_data^2 / ((sigma - b)^2 + sigma_data^2)
         c_out = (sigma - b) sigma_data / sqrt(sigma^2 + sigma_data^2)
 
     Args (beyond the base's): sigma_min, sigma_max: range of noise levels. sigma_data: standard
-    deviation of the data. boundary: b. boundary_in_training: whether b counts in training mode too.
+    deviation of the data. boundary: b. boundary_in_training: whether b also holds in training mode.
     """
 
     default_model_type = "DhariwalUNet"
@@ -304,9 +303,9 @@ PRECONDS: Registry[type[Precond]] = Registry("preconditioner", {
 
 
 def known_levels(config: dict) -> tuple[float, float]:
-    """Returns the lowest and the highest noise level that a network of a configuration knows.
+    """Returns the lowest and the highest noise level that a network with a configuration knows.
 
-    Not of iDDPM, whose levels are in its weights.
+    This does not work for iDDPM, whose levels are in its weights.
     """
     parameters = inspect.signature(PRECONDS[config["class_name"]]).parameters
     values = {name: config.get(name, parameter.default) for name, parameter in parameters.items()}
@@ -319,7 +318,7 @@ def known_levels(config: dict) -> tuple[float, float]:
 
 
 def network_D(config: dict) -> float:
-    """Returns the augmented dimensions that a network's configuration stands for."""
+    """Returns the number of augmented dimensions in a network's configuration."""
     return float(config.get("D", 128)) if config.get("pfgmpp") else math.inf
 
 
@@ -327,18 +326,18 @@ def build_network(config: dict) -> Precond:
     """Returns a freshly initialised network from what `Precond.config` returned.
 
     Raises:
-        ValueError: an unknown class, model or keyword.
+        ValueError: a class, model or keyword is unknown.
     """
     kwargs = dict(config)
     name = kwargs.pop("class_name", None)
     if name not in PRECONDS:
-        raise ValueError(f"network class {name!r} is not known (known are {', '.join(PRECONDS)}); "
-                         "if it is of a plugin, give --plugin=FILE")
+        raise ValueError(f"network class {name!r}: must be one of {', '.join(PRECONDS)}; if it "
+                         "comes from a plugin, give --plugin=FILE")
     try:
         net = PRECONDS[name](**kwargs).to(memory_format=torch.channels_last)
     except TypeError as error:
         raise ValueError(f"{name}: {error}") from None
     for parameter in net.parameters():
-        if parameter.shape[2:] == (1, 1):  # used as a matrix, by which its gradient has strides
+        if parameter.shape[2:] == (1, 1):  # used as a matrix, which sets its gradient's strides
             parameter.data = parameter.data.flatten(1)[:, :, None, None]
     return net

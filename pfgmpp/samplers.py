@@ -2,21 +2,20 @@
 
     B batch    C channels    H W pixels    N = C*H*W    D augmented dimensions
 
-Image k is a function of (network, seed k, sampler settings) alone. Each seed has its own generator
-on the sampling device, which draws in this order: the normal vector z [C, H, W]; the class where
-there are classes; the chi-square variate where D is finite; then, at every step, the sampler's own
-noise, if it uses any, that of churn or of few-step networks, followed by a chi-square variate where
-D is finite. So one seed shows the same class and direction at every D, and D = inf gives EDM's
-images.
+Image k depends only on (network, seed k, sampler settings). Each seed has its own generator on the
+sampling device, which draws in this order: the normal vector z [C, H, W]; the class, if there are
+classes; the chi-square variate, if D is finite; then, at every step, the noise of churn or of
+few-step networks if it is used, followed by a chi-square variate if D is finite. So one seed gives
+the same class and direction at every D, and D = inf gives EDM's images.
 
-Sampling may also begin at a given image y, at a level sigma below sigma_max: the state there is
-y + sigma * latents, which is what noise of the kernel makes of y, and the sampler goes on from it
-(Meng et al. 2021, SDEdit, arXiv 2108.01073, at D = inf). Where y is noisy itself, a factor
-`init_noise` of 0 takes it for the state. After each step the state x may be drawn back to y,
+Sampling may also begin at a given image y, at a level sigma below sigma_max. The state there is
+y + sigma * latents, which is y with noise of the kernel, and the sampler continues from it (Meng et
+al. 2021, SDEdit, arXiv 2108.01073, at D = inf). If y is itself noisy, `init_noise` = 0 makes y the
+state. After each step the state x may be pulled back to y,
 
     x <- w x + (1 - w) y
 
-(Hein et al. 2024, PPFM, arXiv 2312.09754, who call it hijacking and regularising).
+(Hein et al. 2024, PPFM, arXiv 2312.09754, who call these hijacking and regularising).
 """
 
 import dataclasses
@@ -54,21 +53,21 @@ PosteriorScale = Callable[[PerturbationKernel, torch.Tensor, torch.Tensor], torc
 KernelScale = Callable[[PerturbationKernel], torch.Tensor]  # [B] float64
 CONSISTENCY = "consistency"  # the solver of few-step networks, see pfgmpp/few_steps.py
 ImagesOfSeeds = Callable[[Sequence[int]], torch.Tensor]  # [B, C, H, W] float32, about [-1, 1]
-# Returns the denoiser of images that were measured, given the network and the measurements.
-# It also returns the images from which to start, None for pure noise.
+# Returns the denoiser of measured images, given the network and the measurements, and the images
+# from which to start (None for pure noise).
 Measure = Callable[[Precond, torch.Tensor], tuple[Callable, torch.Tensor | None]]
-# Returns the labels [B, label_dim] float32 of seeds, given the classes that they draw, [B].
+# Returns the labels [B, label_dim] float32 of seeds, given the classes [B] that they draw.
 LabelsOfSeeds = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
 _SEED_RANGE = 1 << 32
-_SHOWN_STD = 0.5  # about that of images in [-1, 1]
+_SHOWN_STD = 0.5  # about the standard deviation of images in [-1, 1]
 _OF_INIT = {"init_noise": 1, "blend": 1}  # settings that need images to start from
-_OF_STEPS = {"last": None, "stop_sigma": None, "blend": 1}  # of the equation in sigma
-_OF_LOG_SIGMA = ("dpmpp2m", "unipc")  # they divide by the distance of two levels
+_OF_STEPS = {"last": None, "stop_sigma": None, "blend": 1}  # settings for the equation in sigma
+_OF_LOG_SIGMA = ("dpmpp2m", "unipc")  # solvers that divide by the distance of two levels
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class StackedRandomGenerator:
-    """One generator per seed; draws a batch whose row i depends on seed i alone."""
+    """One generator per seed; row i of a drawn batch depends only on seed i."""
 
     def __init__(self, device: torch.device | str, seeds: Sequence[int]):
         self.generators = [torch.Generator(device) for _ in seeds]
@@ -129,22 +128,22 @@ def sampler(
     condition: torch.Tensor | None = None, init: torch.Tensor | None = None,
     posterior_scale: PosteriorScale = _posterior_scale, kernel_scale: KernelScale | None = None,
 ) -> torch.Tensor:
-    """Returns samples [B, C, H, W] in float64; by default by Heun's method on the EDM grid.
+    """Returns samples [B, C, H, W] in float64; the default is Heun's method on the EDM grid.
 
-    Karras et al. 2022, Algorithms 1 and 2 and Table 1. It works at every D, for the state is s(t)
-    times that of the equation in sigma.
+    See Karras et al. 2022, Algorithms 1 and 2 and Table 1. It works at every D, because the state
+    is s(t) times that of the equation in sigma.
 
     Args:
         net: a preconditioned network, or any denoiser (x, sigma, class_labels) with the attributes
-            sigma_min, sigma_max and round_sigma; and D, without which it is taken for inf.
+            sigma_min, sigma_max, round_sigma and D. Without D, it is assumed to be inf.
         latents: unit-scale draws of the network's prior, [B, C, H, W].
         class_labels: [B, label_dim] or None.
         randn_like: source of the noise that churn adds.
         num_steps: number of noise levels above 0. Heun's method evaluates the network
-            2*num_steps - 1 times, other solvers num_steps times; at finite D once more for every
-            step that is churned.
-        sigma_min: lowest noise level above 0; None is the discretisation's own, 0.002 of 'edm'.
-        sigma_max: highest noise level; None is the discretisation's own, 80 of 'edm'.
+            2*num_steps - 1 times, other solvers num_steps times. At finite D, every churned step
+            takes one more evaluation.
+        sigma_min: lowest noise level above 0; None means the discretisation's own, 0.002 for 'edm'.
+        sigma_max: highest noise level; None means the discretisation's own, 80 for 'edm'.
         rho: how strongly low levels are favoured.
         S_churn: strength of the stochastic part; 0 is deterministic.
         S_min: lowest noise level that is churned.
@@ -156,24 +155,26 @@ def sampler(
         discretization: grid of noise levels: 'vp', 've', 'iddpm' or 'edm'.
         schedule: how sigma depends on time: 'vp', 've' or 'linear'.
         scaling: how the state is scaled: 'vp' or 'none'.
-        order: of 'ipndm', 1 to 4; None is 3.
+        order: order of 'ipndm', 1 to 4; None means 3.
         sigmas: falling noise levels above 0, in place of a grid.
-        noise_alpha: strength of noise added before each step, to see how robust the sampler is.
-        last: take only so many steps, which end at the lowest level above 0. The last is first
-            order.
-        stop_sigma: where the last step ends; None is 0, or the lowest level with `last`.
+        noise_alpha: strength of noise added before each step, to test how robust the sampler is.
+        last: number of steps to take at the end of the grid. The final one is first order and ends
+            at the lowest level above 0.
+        stop_sigma: level at which the final step ends; None means 0, or the lowest level above 0
+            with `last`.
         init_noise: factor on the noise that is added to `init`; 0 starts at the images themselves.
-        blend: w, what is kept of the state after each step; the rest is replaced by `init`.
+        blend: w, the weight of the state after each step; `init` has the weight 1 - w.
         watch: called with (state, sigma) before each step.
         condition: [B, cond_channels, H, W], for networks with a condition image.
-        init: images [B, C, H, W] to which the noise of sigma_max is added at the start; None is 0.
+        init: images [B, C, H, W] to which noise of level sigma_max is added at the start; None
+            means 0.
         posterior_scale: source of the factor of churn's noise at finite D, (kernel, n, sigma) ->
             [B].
         kernel_scale: source of the factor of the noise between evaluations of a few-step network,
             kernel -> [B]; None draws from PyTorch's default generator.
 
     Raises:
-        ValueError: the settings do not go together, or not with the network.
+        ValueError: the settings can't be combined, or don't match the network.
     """
     config = SamplerConfig(num_steps, sigma_min, sigma_max, rho, S_churn, S_min, S_max, S_noise,
                            solver, discretization, schedule, scaling, noise_alpha, order, sigmas,
@@ -190,7 +191,7 @@ def sampler(
         answer = denoise if back is None else lambda x, sigma: back(denoise(x, sigma))
         start = _start(latents, init_noise * levels[0], init)
         return consistency(answer, start, levels, noise_like, watch)
-    # Without them the equation in sigma is solved as it is: a schedule's functions would round.
+    # Without them the equation in sigma is solved directly, because a schedule's functions round.
     path = None if (schedule, scaling) == ("linear", "none") else make_schedule(
         schedule, scaling, *config.grid_range(net))
     times = grid if path is None else torch.cat([path.sigma_inv(grid[:-1]), grid.new_zeros(1)])
@@ -223,7 +224,7 @@ def sampler(
                            schedule_slope(path))
 
 
-# The names of the references. The first had EDM's levels for defaults, which are those of its grid.
+# The function names of EDM and PFGM++. The first had EDM's levels as defaults, which its grid has.
 edm_sampler = ablation_sampler = sampler
 
 
@@ -232,14 +233,15 @@ def encode(
     net: Callable, images: torch.Tensor, class_labels: torch.Tensor | None = None, *,
     config: "SamplerConfig", condition: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the latents from which `sampler` comes to these images, [B, C, H, W] float64.
+    """Returns the latents from which `sampler` makes these images, [B, C, H, W] float64.
 
-    The equation is solved from the lowest level of the grid, whose state an image counts as, to the
-    highest. Up to the error of the steps, sampling from the latents gives the images back.
+    The equation is solved from the lowest level of the grid to the highest. The image is taken as
+    the state at the lowest level. Sampling from the latents reproduces the images up to the error
+    of the steps.
 
     Args:
         net: denoiser, as for `sampler`.
-        images: [B, C, H, W], about [-1, 1].
+        images: [B, C, H, W], in about [-1, 1].
         class_labels: [B, label_dim] for conditional networks.
         config: settings without schedule, scaling and noise, see `SamplerConfig.check_encoding`.
         condition: [B, cond_channels, H, W], for networks with a condition image.
@@ -254,23 +256,23 @@ def encode(
 def _start(
     latents: torch.Tensor, sigma: torch.Tensor, init: torch.Tensor | None
 ) -> torch.Tensor:
-    """Returns noise of level `sigma`, around `init` where there is one: the state to start from.
+    """Returns the initial state: noise of level `sigma`, added to `init` if there is one.
 
-    Noise beyond float32 saturates, as that of the kernel does.
+    Noise beyond the float32 range saturates, like that of the kernel.
     """
     noise = (latents.to(torch.float64) * sigma).clamp(-_FLOAT32_MAX, _FLOAT32_MAX)
     return noise if init is None else init.to(torch.float64) + noise
 
 
 def _blend(init: torch.Tensor, keep: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns what draws a state back to `init`, keeping so much of it."""
+    """Returns a function that pulls a state back to `init`; `keep` is the weight of the state."""
     rest = (1 - keep) * init.to(torch.float64)
     return lambda x: keep * x + rest
 
 
 def _kernel_noise(net: Callable, randn_like: RandnLike, kernel_scale: KernelScale | None
                   ) -> RandnLike:
-    """Returns what draws unit-scale noise of the network's D, of the shape of its argument."""
+    """Returns a function that draws unit-scale noise of the network's D, like its argument."""
     kernel = PerturbationKernel(getattr(net, "D", math.inf))
 
     def noise_like(x: torch.Tensor) -> torch.Tensor:
@@ -300,12 +302,12 @@ def _scaled_churn(net: Callable, denoise: Denoiser, posterior_scale: PosteriorSc
 class SamplerConfig:
     """Settings of the sampler, see `sampler`; None stands for the default.
 
-    None for a noise level means the published value of the discretisation. With `sigmas`, levels of
-    one's own, `num_steps` is their number and the settings of grids are refused. `last` takes the
-    last of the steps only, so that `num_steps` is the number of levels that they are chosen from.
+    None for a noise level means the published value of the discretisation. With user-defined
+    `sigmas`, `num_steps` is their number, and settings of grids are not allowed. `last` takes only
+    the last of the steps, and `num_steps` remains the number of levels of the whole grid.
 
     Raises:
-        ValueError: `sigmas` that are no numbers, or beside settings of a grid.
+        ValueError: `sigmas` are not numbers, or are given with settings of a grid.
     """
 
     num_steps: int = 18
@@ -341,31 +343,31 @@ class SamplerConfig:
                             ("sigma_max", (None,)), ("rho", (7,)),
                             ("discretization", (None, "edm"))):
             if getattr(self, name) not in unset:
-                raise ValueError(f"{name}={getattr(self, name)} with sigmas: these are the noise "
+                raise ValueError(f"{name}={getattr(self, name)} with sigmas: sigmas are the noise "
                                  f"levels; leave {name} out")
         object.__setattr__(self, "sigmas", levels)
         object.__setattr__(self, "num_steps", len(levels))
 
     @classmethod
     def of_few_steps(cls, few_step: FewStep, num_steps: int | None = None) -> "SamplerConfig":
-        """Returns the settings of a few-step network, with its own number of steps or another."""
+        """Returns the settings of a few-step network, by default with its own number of steps."""
         steps = len(few_step.levels) if num_steps is None else num_steps
-        few_step.of_steps(steps)  # refuses a number that is none
+        few_step.of_steps(steps)  # checks the number
         return cls(solver=CONSISTENCY, num_steps=steps)
 
     @property
     def nfe(self) -> int:
-        """How often the network is evaluated for an image, without what churn needs at finite D."""
+        """Network evaluations per image, without those that churn needs at finite D."""
         return num_evaluations(self.solver, self.last or self.num_steps)
 
     def levels(self, net: Precond) -> torch.Tensor:
-        """Returns the noise levels that are stepped through, falling, float64.
+        """Returns the noise levels of the steps, falling, float64.
 
-        They end in 0, or where `last` and `stop_sigma` say.
+        They end at 0, or at the level that `last` and `stop_sigma` determine.
 
         Raises:
-            ValueError: the network does not know them, there are no more than `last` of them above
-                0, or `stop_sigma` is not below the one before it.
+            ValueError: the network does not know them, at most `last` of them are above 0, or
+                `stop_sigma` is not below the level before it.
         """
         levels = self._grid(net)[0]
         if self.last is not None:
@@ -382,11 +384,11 @@ class SamplerConfig:
         return levels
 
     def grid_range(self, net: Precond) -> tuple[float, float]:
-        """Returns the lowest level above 0 and the highest of the grid that steps are taken of."""
+        """Returns the lowest level above 0 and the highest level of the grid."""
         return self._grid(net)[1:]
 
     def _grid(self, net: Precond) -> tuple[torch.Tensor, float, float]:
-        """Returns the levels falling to 0, float64, the lowest above 0 and the highest."""
+        """Returns the levels falling to 0, float64, the lowest level above 0 and the highest."""
         if self.sigmas is None and self.solver != CONSISTENCY:
             return sigma_grid(self.discretization or "edm", net, self.num_steps, self.sigma_min,
                               self.sigma_max, self.rho)
@@ -402,31 +404,31 @@ class SamplerConfig:
                                  f"to start from; give some, or leave {name} out")
 
     def check_encoding(self) -> None:
-        """Raises ValueError where `encode` can't use these settings."""
+        """Raises ValueError if `encode` can't use these settings."""
         if self.solver == CONSISTENCY:
-            raise ValueError(f"solver={self.solver}: few-step networks make images of latents, not "
-                             "latents of images; use the network that they were made from")
+            raise ValueError(f"solver={self.solver}: few-step networks can't encode images; use "
+                             "the network from which they were made")
         if self.num_steps < 2:
-            raise ValueError(f"num_steps={self.num_steps}: must be 2 or more, for there is no "
-                             "encoding without a step between two levels")
+            raise ValueError(f"num_steps={self.num_steps}: must be 2 or more, because encoding "
+                             "needs a step between two levels")
         for name, unused in (("schedule", (None, "linear")), ("scaling", (None, "none")),
                              ("S_churn", (0,)), ("noise_alpha", (0,)), ("last", (None,)),
                            ("stop_sigma", (None,))):
             if getattr(self, name) not in unused:
                 raise ValueError(f"{name}={getattr(self, name)}: encoding solves the equation in "
-                                 f"sigma, without noise; leave {name} out")
+                                 f"sigma without noise; leave {name} out")
 
     def check(self, net: Precond) -> None:
-        """Raises ValueError where these settings can't be used with this network."""
+        """Raises ValueError if these settings can't be used with this network."""
         self.check_solver()
         few_step = getattr(net, "few_step", None)
         if few_step is not None and self.solver != CONSISTENCY:
             raise ValueError(f"solver={self.solver or 'heun'}: a few-step network "
-                             f"({few_step.method}) is no denoiser that a solver could follow; give "
+                             f"({few_step.method}) is not a denoiser, which solvers need; give "
                              f"solver={CONSISTENCY}")
         if few_step is None and self.solver == CONSISTENCY and self.sigmas is None:
             raise ValueError(f"solver={self.solver}: the network records no levels for a few "
-                             "steps; give some by sigmas, or another solver")
+                             "steps; give another solver, or levels as sigmas")
         if min(self.S_churn, self.S_noise, self.noise_alpha) < 0:
             raise ValueError(f"S_churn={self.S_churn:g}, S_noise={self.S_noise:g}, "
                              f"noise_alpha={self.noise_alpha:g}: must be 0 or more")
@@ -437,15 +439,15 @@ class SamplerConfig:
         levels = self.levels(net)[:-1]
         boundary = getattr(net, "boundary", 0)
         if boundary and levels[-1] <= boundary:
-            raise ValueError(f"levels down to {levels[-1]:g}: the network returns its input at "
-                             f"{boundary:g}, its boundary; take levels above it")
+            raise ValueError(f"levels down to {levels[-1]:g}: must be above {boundary:g}, the "
+                             "network's boundary, at which it returns its input")
         if self.solver in _OF_LOG_SIGMA and (levels.diff() == 0).any():
-            raise ValueError(f"num_steps={self.num_steps}: some of these levels are equal once the "
-                             f"network has rounded them, and solver={self.solver} can't step "
-                             "between them; take fewer levels or solver=ipndm")
+            raise ValueError(f"num_steps={self.num_steps}: the network rounds some of these levels "
+                             f"to equal ones, and solver={self.solver} can't step between them; "
+                             "give fewer levels or solver=ipndm")
 
     def check_solver(self) -> None:
-        """Raises ValueError where these settings can't be used together, with any network."""
+        """Raises ValueError if these settings can't be combined, with any network."""
         if type(self.num_steps) is not int:
             raise ValueError(f"num_steps={self.num_steps}: must be a whole number")
         names = [*SOLVERS, *MULTISTEP, CONSISTENCY]
@@ -462,7 +464,7 @@ class SamplerConfig:
         for name, unused in _OF_STEPS.items():
             if scheduled and getattr(self, name) != unused:
                 raise ValueError(f"{scheduled[0]}={getattr(self, scheduled[0])} with "
-                                 f"{name}={getattr(self, name)}: this belongs to the equation in "
+                                 f"{name}={getattr(self, name)}: the latter needs the equation in "
                                  f"sigma; leave {scheduled[0]} out")
         if self.solver in MULTISTEP:
             equation = "solves the equation in sigma; use heun or euler"
@@ -479,7 +481,7 @@ class SamplerConfig:
                    "S_churn": (self.S_churn > 0, noise),
                    "noise_alpha": (self.noise_alpha > 0, noise)}
         if self.solver == CONSISTENCY:
-            grid = "has noise levels of its own"
+            grid = "has its own noise levels"
             reasons |= {"sigma_min": (self.sigma_min is not None, grid),
                         "sigma_max": (self.sigma_max is not None, grid),
                         "rho": (self.rho != 7, grid),
@@ -512,12 +514,12 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class SampleBatch:
-    """Images of consecutive seeds, with the class vector that each was sampled for."""
+    """Images of consecutive seeds, with the class vector for which each was sampled."""
 
     seeds: list[int]
-    images: torch.Tensor  # [B, C, H, W] float64, about [-1, 1]
+    images: torch.Tensor  # [B, C, H, W] float64, in about [-1, 1]
     class_labels: torch.Tensor | None  # [B, label_dim]
-    deviations: torch.Tensor | None = None  # [B, C, H, W], of images that are means of several
+    deviations: torch.Tensor | None = None  # [B, C, H, W], if images are means of several samples
 
     def __getitem__(self, part: slice) -> "SampleBatch":
         labels, deviations = (None if values is None else values[part]
@@ -532,8 +534,8 @@ def draw_latents(
 ) -> tuple[torch.Tensor, torch.Tensor | None, StackedRandomGenerator]:
     """Returns (unit-scale latents [B, C, H, W] float64, class labels or None, the generators).
 
-    Class and latent are drawn even where `class_idx`, `labels` or `latents` override them, so that
-    all else of a seed stays. `size` is the height and width, None for those of the network.
+    Class and latent are drawn even if `class_idx`, `labels` or `latents` override them, so that all
+    other draws of a seed stay the same. `size` is (height, width); None means that of the network.
     """
     channels, *own_size = net.image_shape
     rnd = StackedRandomGenerator(device, seeds)
@@ -561,23 +563,24 @@ def generate_images(
 ) -> Iterator[SampleBatch]:
     """Yields the images of each batch of seeds.
 
-    They have the size of the condition images or of those from which seeds start, which may be any:
-    where the network can't halve it, images are mirrored at their edges (pfgmpp/sizes.py) and
-    cropped at the end.
+    They have the size of the condition images or of those from which seeds start. Any size works:
+    if the network can't halve it, images are padded by reflection (pfgmpp/sizes.py) and cropped at
+    the end.
 
     Args:
         net: the network, on `device`, in evaluation mode; or a denoiser with its attributes, such
-            as pfgmpp/guidance.py makes.
-        batches: seeds of each batch; empty batches are passed over.
-        sampler: settings, checked against the network before.
+            as one of pfgmpp/guidance.py.
+        batches: seeds of each batch; empty batches are skipped.
+        sampler: settings that were checked against the network.
         device: where to draw and to sample.
-        class_idx: sample this class instead of the seeds' own.
+        class_idx: sample this class instead of the seeds' own classes.
         watch: called with (state, sigma) before each step of each batch.
-        conditions: returns the condition images of seeds, for networks that have them.
+        conditions: returns the condition images of seeds, for networks that need them.
         inits: returns the images from which seeds start, at the sampler's sigma_max.
         labels: returns the labels of seeds, given the classes that they draw.
         latents: returns the latents of seeds, in place of those that they draw.
-        measure: takes the images of `inits` for measurements, as pfgmpp/measurement.py does.
+        measure: returns the denoiser for measured images; the images of `inits` are then
+            measurements, see pfgmpp/measurement.py.
         factor: the sides of images over those of their measurements.
     """
     for seeds in batches:
@@ -601,19 +604,19 @@ def generate_images(
 
 def _padding(net: Precond, condition: torch.Tensor | None, init: torch.Tensor | None,
              factor: int) -> Padding:
-    """Returns how images [B, C, H, W] are made such that the network can halve them.
+    """Returns the padding with which the network can halve images [B, C, H, W].
 
     The sides of `init` times `factor` are those of the condition and of samples.
 
     Raises:
-        ValueError: the sizes do not fit to one another.
+        ValueError: the sizes do not match each other.
     """
     sizes = [tuple(side * by for side in images.shape[2:])
              for images, by in ((init, factor), (condition, 1)) if images is not None]
     if len(set(sizes)) > 1:
         (height, width), (other_height, other_width) = sizes
-        raise ValueError(f"images to start from make images of {width}x{height}, but condition "
-                         f"images are {other_width}x{other_height}; they must be of one size")
+        raise ValueError(f"images to start from give samples of {width}x{height}, but condition "
+                         f"images are {other_width}x{other_height}; the sizes must agree")
     size = sizes[0] if sizes else net.image_shape[1:]
     multiple = size_multiple(net)
     return Padding([side // factor for side in size], multiple // math.gcd(multiple, factor))
@@ -627,11 +630,11 @@ def trajectory(
     latents: ImagesOfSeeds | None = None, measure: Measure | None = None, factor: int = 1,
     show: Callable[[torch.Tensor], torch.Tensor] = to_uint8,
 ) -> list[torch.Tensor]:
-    """Returns what the sampler passes through, first to last: uint8 images [B, C, H, W].
+    """Returns the states that the sampler passes through, in order: uint8 images [B, C, H, W].
 
-    A state at level sigma is shown shrunk to the deviation of the data, so that noise fades into
-    the image; the last are the samples. `show` makes uint8 of what networks see. Other arguments
-    as for `generate_images`.
+    A state at level sigma is scaled to the standard deviation of the data, so that noise fades into
+    the image. The last images are the samples. `show` converts images scaled as for networks to
+    uint8. Other arguments are as for `generate_images`.
     """
     frames = []
 
@@ -642,7 +645,7 @@ def trajectory(
                               watch=watch, conditions=conditions, inits=inits, labels=labels,
                               latents=latents, measure=measure, factor=factor)
     height, width = batch.images.shape[2:]
-    # Their padding, which is half before the images, was still there.
+    # The states still have padding, half of it before the images.
     top, left = ((padded - side) // factor // 2 * factor for padded, side in zip(
         frames[0].shape[2:], (height, width), strict=True))
     return [*(frame[:, :, top:top + height, left:left + width] for frame in frames),

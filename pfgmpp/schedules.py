@@ -2,11 +2,13 @@
 
     t time    sigma noise level    s scale of the state    n number of steps    i = 0 .. n-1
 
-A schedule says how sigma and s depend on t (Karras et al. 2022, arXiv 2206.00364, Table 1):
+A schedule defines how sigma and s depend on t (Karras et al. 2022, arXiv 2206.00364, Table 1):
 
-    vp      sigma = sqrt(exp(beta_d t^2/2 + beta_min t) - 1)    s = 1/sqrt(1 + sigma^2) or 1
-    ve      sigma = sqrt(t)                                      likewise
-    linear  sigma = t                                            likewise
+    vp      sigma = sqrt(exp(beta_d t^2/2 + beta_min t) - 1)
+    ve      sigma = sqrt(t)
+    linear  sigma = t
+
+The scale is s = 1/sqrt(1 + sigma^2) or s = 1 for each of them.
 
 A grid is n levels from high to low, float64, to which the sampler appends 0:
 
@@ -25,14 +27,14 @@ import torch
 
 EPSILON_S = 1e-3  # smallest time of the VP sampler (Song et al. 2021)
 IDDPM_LEVELS = {"M": 1000, "C_1": 0.001, "C_2": 0.008}  # Nichol and Dhariwal 2021
-_HIGHEST_GIVEN = 1e6  # level; beyond, float32 has no room for the noise of a small D
+_HIGHEST_GIVEN = 1e6  # highest user-defined level; beyond it, noise of a small D exceeds float32
 _VP_BETA_D, _VP_BETA_MIN = 19.9, 0.1  # Song et al. 2021
 
 TimeFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
 class HasSigmaRange(Protocol):
-    """What a grid needs to know of a network."""
+    """The attributes of a network that a grid needs."""
 
     sigma_min: float
     sigma_max: float
@@ -71,8 +73,9 @@ def vp_sigma_range(epsilon_t: float, beta_d: float, beta_min: float) -> tuple[fl
 def iddpm_levels(M: int, C_1: float, C_2: float, dtype: torch.dtype) -> torch.Tensor:
     """Returns the levels u_0 .. u_M of the improved-DDPM cosine schedule, falling to 0.
 
-    The published levels follow from abar in float32, whose last digit near 1 decides the third of
-    the smallest levels. So abar is float32 here whatever `dtype`, the type of the recursion, is.
+    The published levels follow from abar in float32, whose last digit near 1 affects the third
+    digit of the smallest levels. So abar is always float32 here; `dtype` is only the type of the
+    recursion.
     """
     j = torch.arange(M + 1, dtype=torch.float32, device="cpu")  # also while building on "meta"
     abar = _rounded(torch.sin, torch.pi / 2 * j / M / (C_2 + 1)) ** 2
@@ -84,7 +87,7 @@ def iddpm_levels(M: int, C_1: float, C_2: float, dtype: torch.dtype) -> torch.Te
 
 
 def _rounded(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Returns function(x) rounded to x's type once.
+    """Returns function(x), computed in float64 and rounded once to x's type.
 
     The float32 sine and exponential of vector libraries differ in the last digit from one CPU to
     another; those of float64, rounded to float32, do not.
@@ -97,7 +100,7 @@ def _rounded(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """sigma and s as functions of time, with what a solver needs of them."""
+    """sigma and s as functions of time, with the derivatives and inverse that solvers need."""
 
     sigma: TimeFunction
     sigma_deriv: TimeFunction
@@ -111,7 +114,7 @@ def make_schedule(name: str, scaling: str, sigma_min: float, sigma_max: float) -
 
     Args:
         name: how sigma depends on t.
-        scaling: 'vp' keeps the variance of the state at that of unit data.
+        scaling: 'vp' keeps the variance of the state at 1 for data of unit variance.
         sigma_min: level at time EPSILON_S; used by 'vp'.
         sigma_max: level at time 1; used by 'vp'.
     """
@@ -165,7 +168,7 @@ def edm_sigmas(
     means the single level sigma_max, then 0.
 
     Raises:
-        ValueError: no step, or levels that are not 0 < sigma_min <= sigma_max.
+        ValueError: there is no step, or the levels are not 0 < sigma_min <= sigma_max.
     """
     return sigma_grid("edm", net, num_steps, sigma_min, sigma_max, rho)[0]
 
@@ -174,7 +177,7 @@ def sigma_grid(
     name: str, net: HasSigmaRange, num_steps: int, sigma_min: float | None = None,
     sigma_max: float | None = None, rho: float = 7.0,
 ) -> tuple[torch.Tensor, float, float]:
-    """Returns (the grid `name` as `edm_sigmas` does, sigma_min, sigma_max after clipping).
+    """Returns (the grid `name` like `edm_sigmas`, sigma_min, sigma_max), both after clipping.
 
     None for a level means the grid's own published value.
 
@@ -198,7 +201,7 @@ def sigma_grid(
 
 
 def given_sigmas(net: HasSigmaRange, sigmas: Sequence[float]) -> torch.Tensor:
-    """Returns levels of one's own as `edm_sigmas` does: float64 on the CPU, ending in 0.
+    """Returns user-defined levels like `edm_sigmas`: float64 on the CPU, ending in 0.
 
     They are rounded to those that the network knows.
 
@@ -210,10 +213,11 @@ def given_sigmas(net: HasSigmaRange, sigmas: Sequence[float]) -> torch.Tensor:
         some = [f"{s:g}" for s in sigmas]
         some = [*some[:3], "...", some[-1]] if len(some) > 5 else some
         raise ValueError(f"sigmas={','.join(some)}: must be falling noise levels, above 0 and at "
-                         f"most {_HIGHEST_GIVEN:g}; the step to 0 comes by itself")
+                         f"most {_HIGHEST_GIVEN:g}; the step to 0 is added automatically")
     if sigmas[0] > net.sigma_max or sigmas[-1] < net.sigma_min:
         raise ValueError(f"sigmas={sigmas[0]:.9g} to {sigmas[-1]:.9g}: the network knows levels "
-                         f"from {net.sigma_max:.9g} to {net.sigma_min:.9g}; give such ones")
+                         f"from {net.sigma_max:.9g} to {net.sigma_min:.9g}; give levels in this "
+                         "range")
     levels = net.round_sigma(torch.tensor(sigmas, dtype=torch.float64))
     return torch.cat([levels, levels.new_zeros(1)])
 

@@ -1,12 +1,12 @@
-"""Images of other sizes than the network was trained on: padding, and denoising by tiles.
+"""Images of other sizes than the network was trained on: padding, and denoising in tiles.
 
     B batch    C channels    H W pixels    D augmented dimensions
 
-A U-Net without positions is a convolution: what it has learned on patches it does on images of any
-size that it can halve. So is the noise: a crop of the kernel's noise sigma sqrt(D/c) z, one c for
-the whole image, is the kernel's noise of the same D for the crop, since a part of a multivariate
-Student-t vector is Student-t with the same degrees of freedom. A network that was trained on
-patches at D therefore belongs to whole images at that D.
+A U-Net without position inputs is convolutional, so a network trained on patches works on images of
+any size that it can halve. The noise also carries over: a crop of the kernel's noise
+sigma sqrt(D/c) z, with one c for the whole image, is the kernel's noise of the same D, because a
+part of a multivariate Student-t vector is Student-t with the same degrees of freedom. So a network
+that was trained on patches at D can be used for whole images at the same D.
 """
 
 import math
@@ -19,10 +19,10 @@ from pfgmpp.wrapping import Wrapper, evaluate
 
 
 class Padding:
-    """Mirrors images of a size at their edges until each side is a multiple of a number.
+    """Pads images by reflection until each side is a multiple of a number.
 
-    The edge itself is not repeated: abcd becomes cbabcdcb, and goes on like that where a side grows
-    by more than itself.
+    The edge itself is not repeated: abcd becomes cbabcdcb. The reflection is repeated if a side
+    grows by more than its own length.
     """
 
     def __init__(self, size: Sequence[int], multiple: int):
@@ -31,7 +31,7 @@ class Padding:
         self._before = [(new - old) // 2 for old, new in zip(self.size, self.padded, strict=True)]
 
     def pad(self, images: torch.Tensor, factor: int = 1) -> torch.Tensor:
-        """Returns images [B, C, H, W] of the padded size; all sizes may be larger by a factor."""
+        """Returns images [B, C, H, W] padded; `factor` scales all sizes."""
         if self.padded == self.size:
             return images
         rows, columns = (
@@ -40,23 +40,23 @@ class Padding:
         return images[:, :, rows][:, :, :, columns]
 
     def crop(self, images: torch.Tensor, factor: int = 1) -> torch.Tensor:
-        """Returns the part of padded images that is not padding; undoes `pad`."""
+        """Returns padded images without their padding; undoes `pad`."""
         top, left = (before * factor for before in self._before)
         height, width = (side * factor for side in self.size)
         return images[:, :, top:top + height, left:left + width]
 
 
 def _mirrored(size: int, padded: int, before: int, device: torch.device) -> torch.Tensor:
-    """Returns which row of an image each row of the padded one is."""
+    """Returns the row of an image that each row of the padded image repeats."""
     period = max(2 * (size - 1), 1)
     place = torch.arange(-before, padded - before, device=device) % period
     return torch.minimum(place, period - place) if size > 1 else torch.zeros_like(place)
 
 
 def size_multiple(net: Any) -> int:
-    """Returns what both sides of an image must be multiples of; 1 for a network without halvings.
+    """Returns the number of which both sides of an image must be multiples; 1 without halvings.
 
-    Also for denoisers that wrap one or two, such as those of pfgmpp/guidance.py.
+    `net` may also be a denoiser that wraps one or two networks, as in pfgmpp/guidance.py.
     """
     multiple = 1 << getattr(getattr(net, "model", None), "num_halvings", 0)
     gnet = getattr(net, "gnet", None)
@@ -64,22 +64,22 @@ def size_multiple(net: Any) -> int:
 
 
 class TiledDenoiser(Wrapper):
-    """A denoiser that shows its network one tile of the images at a time, to save memory.
+    """A denoiser that evaluates its network on one tile of the images at a time, to save memory.
 
-    Tiles are squares of side `tile`, cut off at small images. They lie at even distances, overlap
-    by a quarter of their side at least, and are averaged with weights that fall to nearly 0 at
-    their edges as sin^2 does, so that no seam is seen. The attributes are the network's.
+    Tiles are squares of side `tile`, or smaller if the image is smaller. They are evenly spaced and
+    overlap by at least a quarter of their side. They are averaged with sin^2 weights that fall to
+    nearly 0 at their edges, so that there are no visible seams. The attributes are the network's.
 
     Raises:
-        ValueError: the network can't halve such a tile.
+        ValueError: the network can't halve a tile of this size.
     """
 
     def __init__(self, net: Any, tile: int):
         multiple = size_multiple(net)
         if tile < 1 or tile % multiple:
             nearest = max(round(tile / multiple), 1) * multiple
-            raise ValueError(f"tile={tile}: must be a multiple of {multiple}, which the network "
-                             f"can halve; the nearest is {nearest}")
+            raise ValueError(f"tile={tile}: must be a multiple of {multiple}, so that the network "
+                             f"can halve it; the nearest is {nearest}")
         super().__init__(net)
         self.tile = tile
 
@@ -105,7 +105,7 @@ class TiledDenoiser(Wrapper):
         return total / weights
 
     def _slices(self, side: int) -> list[slice]:
-        """Returns where tiles lie on a side."""
+        """Returns the ranges of the tiles along a side."""
         tile = self.tile
         if side <= tile:
             return [slice(0, side)]

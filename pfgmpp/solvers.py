@@ -7,9 +7,9 @@
     dx/dt = (sigma'/sigma + s'/s) x - (sigma' s/sigma) D(x/s; sigma)      with a schedule
 
 (Karras et al. 2022, arXiv 2206.00364, Eq. 4 and Algorithm 1). The first is the second with
-sigma = t and s = 1. They are the same for every number of augmented dimensions, so solvers never
-see it. What happens to the state before each step (churn, or the noise of a robustness study) is
-one more function, `before_step`; with a schedule, times stand where sigmas stand without.
+sigma = t and s = 1. They are the same for any number of augmented dimensions, so solvers do not
+depend on it. A further function, `before_step`, changes the state before each step, for churn or
+the noise of a robustness study. With a schedule, solvers get times in place of sigmas.
 """
 
 import math
@@ -26,7 +26,7 @@ Slope = Callable[[Denoiser, torch.Tensor, torch.Tensor], torch.Tensor]
 RandnLike = Callable[[torch.Tensor], torch.Tensor]
 NoiseScale = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Karras et al. 2022, Algorithm 2: more churn in one step would add noise above the signal.
+# Karras et al. 2022, Algorithm 2: more churn in one step would add more noise than is present.
 _MAX_GAMMA = math.sqrt(2) - 1
 
 
@@ -86,8 +86,8 @@ def heun(
 ) -> torch.Tensor:
     """Returns the solution at the last of `sigmas`, by second-order steps: 2 evaluations each.
 
-    Karras et al. 2022, Algorithm 2. A step to 0 is first order, for the slope there is 0/0, and
-    takes 1. Arguments as for `euler`; `step` takes the place of `heun_step`.
+    See Karras et al. 2022, Algorithm 2. A step to 0 is first order and takes 1 evaluation, because
+    the slope at 0 is 0/0. Arguments are as for `euler`; `step` replaces `heun_step`.
     """
     last = _step_to_zero(sigmas)
     for i in range(len(sigmas) - 1):
@@ -103,10 +103,10 @@ def ppfm(
     denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor,
     before_step: BeforeStep | None = None, slope: Slope = sigma_slope,
 ) -> torch.Tensor:
-    """Returns what `heun` does, but with both evaluations of a step at its first noise level.
+    """Returns the result of `heun` with both evaluations of a step at its first noise level.
 
-    That is how the published code of conditional PPFM samples (Hein et al. 2023, arXiv 2312.09754),
-    and it is no second-order method. It is here so that their results can be had again.
+    The published code of conditional PPFM samples in this way (Hein et al. 2023, arXiv 2312.09754).
+    It is not a second-order method, and is provided only to reproduce their results.
     """
 
     def step(denoise, x, sigma, sigma_next, slope):
@@ -116,9 +116,9 @@ def ppfm(
 
 
 def ending_in_euler(solve: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Returns `heun` or `euler` with a last step that is first order and takes 1 evaluation.
+    """Returns `heun` or `euler` with a first-order last step, which takes 1 evaluation.
 
-    The solvers do so by themselves where that step leads to 0.
+    The solvers already do so if that step leads to 0.
     """
 
     def solved(
@@ -141,10 +141,10 @@ def ipndm(
 
         x_(i+1) = x_i + (sigma_(i+1) - sigma_i) sum_j b_j d_(i-j)        d = (x - D)/sigma
 
-    with the coefficients b of equal steps, whatever the steps are, and of a lower order while
+    with the coefficients b of equal steps even if the steps differ, and of a lower order while
     fewer than `order` slopes are known (Liu et al. 2022, arXiv 2202.09778; Zhang and Chen 2023,
-    arXiv 2204.13902). On EDM's grid that is of second order for `order` >= 2, and at few
-    evaluations better than the coefficients of the true steps. The step to 0 is like the others.
+    arXiv 2204.13902). On EDM's grid this is second order for `order` >= 2, and with few evaluations
+    it is better than the coefficients of the true steps. The step to 0 is like the others.
 
     Args:
         denoise: D(x, sigma) with sigma of shape [].
@@ -162,7 +162,7 @@ def ipndm(
     return x
 
 
-# Of equal steps, the newest slope first; by the number of slopes.
+# Coefficients for equal steps, by the number of slopes; that of the newest slope is first.
 ADAMS_BASHFORTH = {
     1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12),
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
@@ -174,13 +174,13 @@ def dpmpp2m(
 ) -> torch.Tensor:
     """Returns the solution at the last of `sigmas`, by DPM-Solver++(2M): n evaluations.
 
-    Lu et al. 2022, arXiv 2211.01095, Algorithm 2. In l = -ln sigma the equation is dx/dl = D - x,
-    whose linear part is solved exactly:
+    See Lu et al. 2022, arXiv 2211.01095, Algorithm 2. In l = -ln sigma the equation is
+    dx/dl = D - x, whose linear part is solved exactly:
 
         x_(i+1) = e^-h x_i + (1 - e^-h) (D_i + (D_i - D_(i-1))/(2 r))
 
-    with h = l_(i+1) - l_i and r = (l_i - l_(i-1))/h; the first step has D_0 alone. The step to 0
-    returns D. Arguments as for `ipndm`.
+    with h = l_(i+1) - l_i and r = (l_i - l_(i-1))/h. The first step uses only D_0. The step to 0
+    returns D. Arguments are as for `ipndm`.
     """
     levels, last = sigmas.log().neg(), _step_to_zero(sigmas)
     known: list[torch.Tensor] = []  # D of the levels so far, the newest first
@@ -199,14 +199,14 @@ def unipc(
 ) -> torch.Tensor:
     """Returns the solution at the last of `sigmas`, by UniPC of order 2: n evaluations.
 
-    Zhao et al. 2023, arXiv 2302.04867, for the denoised image, with B2(h) = e^h - 1. A step
-    predicts as `dpmpp2m` does. The evaluation at its end, which the next step needs anyway,
-    corrects it: in
+    See Zhao et al. 2023, arXiv 2302.04867, for the denoised image, with B2(h) = e^h - 1. A step
+    predicts like `dpmpp2m`. The evaluation at its end, which the next step needs anyway, corrects
+    it. In
 
-        x_(i+1) = e^-h x_i + int_0^h e^(l-h) D(l) dl        l = -ln sigma from level i on
+        x_(i+1) = e^-h x_i + int_0^h e^(l-h) D(l) dl        l = -ln sigma, counted from level i
 
-    D is then the parabola through D_(i-1), D_i and D_(i+1), which makes the order 3, or in the
-    first step the mean of D_0 and D_1. The step to 0 returns D. Arguments as for `ipndm`.
+    D is then the parabola through D_(i-1), D_i and D_(i+1), which raises the order to 3. In the
+    first step it is the mean of D_0 and D_1. The step to 0 returns D. Arguments are as for `ipndm`.
     """
     levels, last, start = sigmas.log().neg(), _step_to_zero(sigmas), x
     known: list[torch.Tensor] = []  # D of the levels so far, the newest first
@@ -222,7 +222,7 @@ def unipc(
 
 
 def _step_to_zero(sigmas: torch.Tensor) -> int | None:
-    """Returns the number of the step to 0, None without one; a GPU is waited for, so ask first."""
+    """Returns the number of the step to 0, or None. It waits for the GPU, so call it first."""
     return len(sigmas) - 2 if sigmas[-1] == 0 else None
 
 
@@ -232,7 +232,7 @@ def _extrapolated(
 ) -> torch.Tensor:
     """Returns the state at level i + 1 from x at level i, by D there and at i - 1.
 
-    D counts as constant, at what both extrapolate to the middle of the step.
+    D is taken as constant, with the value extrapolated from both to the middle of the step.
     """
     h = levels[i + 1] - levels[i]
     if before is not None:
@@ -258,16 +258,16 @@ def _corrected(
     return (-h).exp() * x + constant * before + linear * (slope - bend * h) + square * bend
 
 
-# Of the equation along any schedule, and of that in sigma.
+# Solvers of the equation along any schedule, and solvers of the equation in sigma.
 SOLVERS: Registry[Callable] = Registry("solver", {"euler": euler, "heun": heun, "ppfm": ppfm})
 MULTISTEP: Registry[Callable] = Registry(
     "solver", {"ipndm": ipndm, "dpmpp2m": dpmpp2m, "unipc": unipc})
 
 
 def num_evaluations(solver: str | None, num_steps: int) -> int:
-    """Returns how often a solver evaluates the network; None is Heun's method.
+    """Returns how often a solver evaluates the network; None means Heun's method.
 
-    Solvers that are not this project's own are run on one number, to count.
+    Solvers of plugins are run on a single number to count their evaluations.
     """
     added = {name: registry[name] for registry in (SOLVERS, MULTISTEP) for name in registry.added}
     if solver in added:
@@ -276,7 +276,7 @@ def num_evaluations(solver: str | None, num_steps: int) -> int:
 
 
 def _counted(solve: Callable, num_steps: int) -> int:
-    """Returns how often a solver evaluates D(x) = 0 in so many steps, the last one to 0."""
+    """Returns how often a solver evaluates D(x) = 0 in `num_steps` steps, the last one to 0."""
     count = 0
 
     def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -306,7 +306,7 @@ def blended(
     before_step: BeforeStep | None, sigmas: torch.Tensor, blend: Callable[[torch.Tensor],
                                                                           torch.Tensor],
 ) -> BeforeStep:
-    """Returns a `before_step` that applies `blend` to what the step before has left."""
+    """Returns a `before_step` that applies `blend` to the result of the previous step."""
 
     def before(x: torch.Tensor, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         x = blend(x) if i else x
@@ -321,8 +321,8 @@ def disturbed(
 ) -> BeforeStep:
     """Returns a `before_step` that adds noise_alpha * sigma * Normal(0, I) before the given one.
 
-    An error of the sampler on purpose (Xu et al. 2023, PFGM++, section 6): the level stays as it
-    is, so the state no longer belongs to it. Arguments as for `churn`.
+    This is a deliberate error of the sampler (Xu et al. 2023, PFGM++, section 6): the level is
+    unchanged, so the state no longer belongs to it. Arguments are as for `churn`.
     """
     starts = sigmas[:-1]
     std = noise_alpha * (schedule.sigma(starts) * schedule.scale(starts) if schedule else starts)
@@ -343,15 +343,15 @@ def churn(
 ) -> BeforeStep:
     """Returns a `before_step` that raises the noise level by a factor 1 + gamma with fresh noise.
 
-    Karras et al. 2022, Algorithm 2: gamma = min(S_churn/n, sqrt(2) - 1) where
-    S_min <= sigma <= S_max, else 0. Fresh noise is Gaussian, which keeps the marginals of Gaussian
-    noise. Where the state's noise is a mixture of Gaussians, `noise_scale` draws by what its own
-    was scaled, given x - D(x; sigma) for the noise, and the fresh one is scaled by the same: one
-    more evaluation in each step that is churned. Noise and scale are drawn at every step, also
-    where they are not used, so that the draws of a seed do not depend on S_min and S_max.
+    See Karras et al. 2022, Algorithm 2: gamma = min(S_churn/n, sqrt(2) - 1) if
+    S_min <= sigma <= S_max, else 0. Fresh noise is Gaussian, which preserves the marginals if the
+    state's noise is Gaussian. If that is a mixture of Gaussians, `noise_scale` draws the scale of
+    the state's noise, estimated as x - D(x; sigma), and the fresh noise gets the same scale. This
+    takes one more evaluation in each churned step. Noise and scale are drawn at every step, even if
+    they are not used, so that the draws of a seed do not depend on S_min and S_max.
 
     Args:
-        sigmas: the solver's noise levels, or times where there is a schedule, on x's device.
+        sigmas: the solver's noise levels, or times if there is a schedule, on x's device.
         randn_like: draws a standard normal tensor like its argument.
         S_churn: strength; 0 is deterministic.
         S_min: lower end of the levels that are churned.
@@ -360,7 +360,7 @@ def churn(
         round_sigma: maps the raised levels to those that the network knows.
         schedule: how levels and the state's scale depend on time.
         denoise: D(x, sigma); needed with `noise_scale`.
-        noise_scale: (n, sigma) -> [B], the scale of noise n of level sigma; None is 1 for all.
+        noise_scale: (n, sigma) -> [B], the scale of noise n of level sigma; None means 1.
     """
     starts = sigmas[:-1]
     levels = schedule.sigma(starts) if schedule else starts
@@ -375,7 +375,7 @@ def churn(
         raised, std = schedule.sigma(raised_starts), schedule.scale(raised_starts)
         scales = schedule.scale(starts)
         ratio = std / scales
-    # A level that isn't churned comes back from a schedule's inverse off by rounding alone.
+    # For a level that isn't churned, a schedule's inverse would only add a rounding error.
     is_churned = inside & (gamma > 0)
     std = std * is_churned * (raised.square() - levels.square()).clamp(min=0).sqrt() * S_noise
 

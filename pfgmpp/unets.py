@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 _SQRT_HALF = math.sqrt(0.5)  # keeps the variance of a sum of two branches
-_SONG_ATTN_GAIN = math.sqrt(0.2)  # of the initial query, key and value projections
+_SONG_ATTN_GAIN = math.sqrt(0.2)  # gain of the initial query, key and value projections
 _ADM_HEAD_CHANNELS = 64
 
 Init = Callable[[Sequence[int], int, int], torch.Tensor]  # (shape, fan_in, fan_out) -> weights
@@ -44,7 +44,7 @@ def _scaled(init: Init, gain: float) -> Init:
     return lambda shape, fan_in, fan_out: gain * init(shape, fan_in, fan_out)
 
 
-_SONG_INIT_ZERO = _scaled(_xavier_uniform, 1e-5)  # of layers before a sum
+_SONG_INIT_ZERO = _scaled(_xavier_uniform, 1e-5)  # for layers before a sum
 
 
 class Linear(torch.nn.Module):
@@ -68,7 +68,7 @@ class Conv2d(torch.nn.Module):
     """Convolution with optional 2x up- or downsampling by a separable filter, in the dtype of x.
 
     `kernel=0` has no convolution, only the resampling. `fused_resample` pads the convolution so
-    that the downsampling filter after it needs no padding of its own.
+    that the subsequent downsampling filter needs no padding.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Conv2d(torch.nn.Module):
         if self.weight is None:
             return x
         weight = self.weight.to(x.dtype)
-        if weight.shape[-1] == 1:  # in channels_last a product of matrices, without a copy
+        if weight.shape[-1] == 1:  # a matrix product in channels_last, without a copy
             return F.linear(x.movedim(1, 3), weight[:, :, 0, 0], bias).movedim(3, 1)
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
@@ -138,7 +138,7 @@ class UNetBlock(torch.nn.Module):
 
         h = conv0(silu(norm0 x));  h = silu(norm1(h) modulated by emb);  x = skip(x) + conv1(h)
 
-    The same block serves both U-Nets; what differs between them is in the keywords.
+    Both U-Nets use this block with different keywords.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class UNetBlock(torch.nn.Module):
         return x
 
     def _modulate(self, h: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """Returns silu of norm1, with the embedding [B, C or 2C, 1, 1] worked in."""
+        """Returns silu of norm1, modulated by the embedding [B, C or 2C, 1, 1]."""
         if not self.adaptive_scale:
             return silu(self.norm1(h + emb))
         scale, shift = emb.chunk(2, dim=1)
@@ -191,7 +191,7 @@ class UNetBlock(torch.nn.Module):
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
-        qkv = self.qkv(x).permute(0, 2, 3, 1)  # pixels before channels: a view in channels_last
+        qkv = self.qkv(x).permute(0, 2, 3, 1)  # pixels before channels, a view in channels_last
         qkv = qkv.reshape(B, H * W, self.num_heads, C // self.num_heads, 3)
         q, k, v = qkv.permute(4, 0, 2, 1, 3).contiguous()  # each [B, heads, H*W, C/heads]
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -227,19 +227,19 @@ class FourierEmbedding(torch.nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a block stands in a U-Net, and what passes through it."""
+    """The position of a block in a U-Net, and the shapes of its inputs and outputs."""
 
     name: str
     kind: str  # stem, down, block (encoder); in0, in1, up, block (decoder)
     size: tuple[int, int]  # height and width of the image there
     in_channels: int
     out_channels: int
-    skip_channels: int = 0  # of the encoder's output that is concatenated to the input
+    skip_channels: int = 0  # channels of the encoder output that is concatenated to the input
     closes: bool = False  # last block of its resolution
 
     @property
     def prefix(self) -> str:
-        """The resolution as names begin with it."""
+        """The resolution as in the prefix of parameter names."""
         return _size_text(self.size)
 
     def attends(self, resolutions: Sequence[int]) -> bool:
@@ -251,7 +251,7 @@ def _encoder_places(
     sizes: Sequence[tuple[int, int]], widths: Sequence[int], num_blocks: int, in_channels: int,
     stem: int,
 ) -> list[_Place]:
-    """Returns the encoder from the image down; each output is also kept for the decoder."""
+    """Returns the encoder from the image down; the decoder also uses each output."""
     places, channels = [], in_channels
     for level, (size, width) in enumerate(zip(sizes, widths, strict=True)):
         kinds = [("down", "down") if level else ("conv", "stem")]
@@ -266,7 +266,7 @@ def _encoder_places(
 def _decoder_places(
     sizes: Sequence[tuple[int, int]], widths: Sequence[int], num_blocks: int, skips: list[int]
 ) -> list[_Place]:
-    """Returns the decoder from the lowest resolution up; `skips` are the encoder's channels."""
+    """Returns the decoder from the lowest resolution up; `skips` are channels of the encoder."""
     places, channels, skips = [], skips[-1], list(skips)
     for size, width in zip(reversed(sizes), reversed(widths), strict=True):
         heads = ["in0", "in1"] if size == sizes[-1] else ["up"]
@@ -280,24 +280,24 @@ def _decoder_places(
 
 
 class _UNet(torch.nn.Module):
-    """The walk that both U-Nets share: down through `enc`, up through `dec`.
+    """The forward pass that both U-Nets share: down through `enc`, up through `dec`.
 
-    A subclass fills the two dicts in the order of the places and gives the embedding, and what
-    happens to the image beside the main path.
+    A subclass fills the two dicts in the order of the places. It defines the embedding, and what
+    happens to the image in parallel to the main path.
 
     Attributes:
         num_halvings: how often the sides of the image are halved; images of any size that can be
-            are taken.
-        checkpoint_blocks: keep only the inputs of blocks for the backward pass, which computes each
-            block a second time. The results are the same, dropout included. It is a
-            setting of a run and no part of the network's configuration.
+            halved so often are accepted.
+        checkpoint_blocks: store only the inputs of blocks for the backward pass, which computes
+            each block a second time. The results are the same, including dropout. This is a
+            setting of a run and not part of the network's configuration.
     """
 
     checkpoint_blocks = False
 
     @property
     def image_weights(self) -> list[str]:
-        """Names of the weights [O, C, k, k] of the layers that see the input image itself."""
+        """Names of the weights [O, C, k, k] of the layers that read the input image directly."""
         return [f"enc.{self._encoder[0].name}.weight"]
 
     def __init__(self, img_resolution: int | Sequence[int], in_channels: int,
@@ -344,15 +344,15 @@ class _UNet(torch.nn.Module):
         raise NotImplementedError
 
     def _mix_input(self, place: _Place, x: torch.Tensor, beside: torch.Tensor):
-        """Returns (x, the image beside the encoder) after a downsampling block."""
+        """Returns (x, the image parallel to the encoder) after a downsampling block."""
         return x, beside
 
     def _mix_output(self, place: _Place, x: torch.Tensor, image: torch.Tensor | None):
-        """Returns the output image after the last block of a resolution, None before there is."""
+        """Returns the output image after the last block of a resolution; None before the first."""
         raise NotImplementedError
 
     def _kept_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Returns the class labels, in training without those that label dropout takes."""
+        """Returns the class labels; in training, label dropout sets some of them to zero."""
         if not (self.training and self.label_dropout):
             return labels
         kept = torch.rand([len(labels), 1], device=labels.device) >= self.label_dropout
@@ -455,7 +455,7 @@ class SongUNet(_UNet):
         return emb
 
     def _build_input(self, place: _Place, channels: int) -> int:
-        """Adds the layers that bring the image in beside the encoder; returns its channels."""
+        """Adds the layers that feed the image to the encoder; returns its channels."""
         width = place.out_channels
         if self.encoder_type == "skip":
             self.enc[f"{place.prefix}_aux_down"] = Conv2d(
@@ -578,13 +578,13 @@ class DhariwalUNet(_UNet):
 
 
 def check_choice(name: str, value: str, allowed: list[str]) -> None:
-    """Raises ValueError where `value` is not one of `allowed`."""
+    """Raises ValueError if `value` is not one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
 
 
 def image_size(img_resolution: int | Sequence[int]) -> tuple[int, int]:
-    """Returns (height, width) of `img_resolution`, one side or [height, width].
+    """Returns (height, width) of `img_resolution`, which is one side or [height, width].
 
     Raises:
         ValueError: it is neither.
@@ -602,7 +602,7 @@ def _size_text(size: tuple[int, int]) -> str:
 
 
 def _check_halvings(size: tuple[int, int], halvings: int) -> None:
-    """Raises ValueError, naming the nearest sizes, where a side can't be halved so often."""
+    """Raises ValueError, naming the nearest sizes, if a side can't be halved `halvings` times."""
     factor = 2**halvings
     if not any(side % factor for side in size):
         return
@@ -617,7 +617,7 @@ def _check_halvings(size: tuple[int, int], halvings: int) -> None:
 
 
 def _nearest(side: int, factor: int) -> str:
-    """Returns 'a or b', the multiples of `factor` about `side`; itself where it is one."""
+    """Returns 'a or b', the multiples of `factor` around `side`; `side` itself if it is one."""
     below = side // factor * factor
     if below == side:
         return f"{side}"

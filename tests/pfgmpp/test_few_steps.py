@@ -231,7 +231,7 @@ def test_the_solver_of_few_steps_refuses_what_it_has_no_use_for(settings):
 @pytest.mark.parametrize("solver", [None, "heun", "euler", "ipndm", "dpmpp2m"])
 def test_a_few_step_network_refuses_solvers(solver):
     net = Net(lambda x, sigma: x, few_step=ECT)
-    with pytest.raises(ValueError, match=r"a few-step network \(ect\) is no denoiser"):
+    with pytest.raises(ValueError, match=r"a few-step network \(ect\) is not a denoiser"):
         SamplerConfig(num_steps=2, solver=solver).check(net)
 
 

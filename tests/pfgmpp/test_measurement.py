@@ -265,7 +265,7 @@ def test_wrong_settings_are_refused():
         MeasuredDenoiser(None, denoise(), torch.zeros(1), -1.0)
     few = Ideal(INF, torch.zeros(1, 1, 1, 1))
     few.few_step = FewStep.of("cd")
-    with pytest.raises(ValueError, match=r"a few-step network \(cd\) gives no mean"):
+    with pytest.raises(ValueError, match=r"a few-step network \(cd\) is not a denoiser"):
         MeasuredDenoiser(few, denoise(), torch.zeros(1), 1.0)
     for factor in (1, 0, 2.0):
         with pytest.raises(ValueError, match=f"downsample:{factor}: must be a whole number"):

@@ -147,7 +147,7 @@ def test_samples_have_the_size_of_what_they_start_from():
 
 
 def test_images_and_conditions_of_two_sizes_are_refused():
-    with pytest.raises(ValueError, match="images of 6x4, but condition images are 5x4"):
+    with pytest.raises(ValueError, match="samples of 6x4, but condition images are 5x4"):
         list(generate_images(Net(), [[0]], sampler=SamplerConfig(), device=CPU,
                              inits=lambda _: normal(1, 1, 4, 6),
                              conditions=lambda _: normal(1, 1, 4, 5)))
@@ -168,7 +168,7 @@ V = normal(1, 1, 4, 6)
     ({"init_noise": -1.0, "init": V}, "init_noise=-1: must be 0 or more"),
     ({"init_noise": INF, "init": V}, "init_noise=inf: must be 0 or more, and finite"),
     ({"blend": 0.5, "init": V, "solver": "ipndm"}, "uses earlier steps, which blending makes"),
-    ({"blend": 0.5, "init": V, "schedule": "vp"}, r"schedule=vp with blend=0\.5: this belongs"),
+    ({"blend": 0.5, "init": V, "schedule": "vp"}, r"schedule=vp with blend=0\.5: the latter needs"),
     ({"last": 1, "init": V, "scaling": "vp", "schedule": "vp"}, "schedule=vp with last=1"),
 ], ids=str)
 def test_settings_that_do_not_go_together_are_refused(settings, words):

@@ -37,9 +37,9 @@ def lines(text, start):
     (["--encode=WORLD/data.zip"], "a few-step network"),
     (["--measure=denoise", "--measure-sigma=0.1", "--init-image=WORLD/data.zip"],
      "a few-step network"),
-    (["--sigma_max=5"], "a few-step network has noise levels of its own; leave --sigma_max out"),
-    (["--rho=5"], "a few-step network has noise levels of its own; leave --rho out"),
-    (["--disc=ve"], "a few-step network has noise levels of its own; leave --disc out"),
+    (["--sigma_max=5"], "a few-step network has its own noise levels; leave --sigma_max out"),
+    (["--rho=5"], "a few-step network has its own noise levels; leave --rho out"),
+    (["--disc=ve"], "a few-step network has its own noise levels; leave --disc out"),
     (["--S_churn=40"], "a few-step network solves no equation; leave --S_churn out"),
     (["--alpha=0.1"], "a few-step network solves no equation; leave --alpha out"),
     (["--schedule=vp"], "a few-step network solves no equation; leave --schedule out"),
@@ -63,7 +63,7 @@ def test_a_few_step_network_guides_nothing(made, tmp_path):
     result = made("denoiser.pt", "--guidance=2", "--gnet=WORLD/cd.pt")
     [line] = lines(result.output, "Error: ")
     assert result.exit_code == 1 and "--gnet=" in line
-    assert "the guide is a few-step network (cd), which is no denoiser" in line
+    assert "the guide is a few-step network (cd), not a denoiser" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -576,7 +576,7 @@ def iddpm_snapshot(path):
     (["--method=cd", "--boundary=0.01"], "must be at most 0.002, the lowest level of the grid"),
     (["--boundary=100"], "must be at most 0.4105, half of the lowest level that is sampled"),
     (["--method=ipfm", "--boundary=30", "--eval-steps=4"],
-     "--eval-steps=4: samples are made at 80 to 20.0015, but the network returns its input at 30"),
+     "--eval-steps=4: samples are made at 80 to 20.0015, but must be above 30"),
     (["--ect-q=inf"], "--ect-q=inf: must be above 1, and finite"),
     (["--eval-steps=65"], "--eval-steps=65: must be at most 64"), (["--teacher="], "--teacher=:"),
     (["--method=ipfm", "--sigma-init=0.002"], "--sigma-init=0.002: must be above 0.002"),
@@ -921,6 +921,6 @@ def test_scripts_of_denoisers_know_a_few_step_run(dataset_zip, run_of, invoke, t
     result = invoke(sweep.main, f"--runs={run}", f"--ref={dataset_zip}", "--detector=pixels",
                     f"--outdir={tmp_path}", "--alpha=0.1")
     assert "--alpha: " in error_of(result, 2) and not list(tmp_path.iterdir())
-    for flag, words in (("--disc=vp", "--disc=vp"), ("--sigmas=80,0.001", "its boundary")):
+    for flag, words in (("--disc=vp", "--disc=vp"), ("--sigmas=80,0.001", "boundary")):
         result = invoke(generate.main, f"--network={run}", f"--outdir={tmp_path / 'out'}", flag)
         assert words in error_of(result, 2 if "disc" in flag else 1)
