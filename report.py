@@ -1,4 +1,4 @@
-"""Writes a report of runs: one HTML file with settings, curves, samples, scores, comparison."""
+"""Writes a report of runs: one HTML file with settings, curves, samples, scores, comparisons."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def main(run_dirs: tuple[str, ...], out: str, title: str | None) -> None:
 
     \b
     python report.py runs/cifar10-128 runs/cifar10-2048 runs/cifar10-inf --out=report.html
-    """  # noqa: D301 - \b is click's mark for lines to leave alone
+    """  # noqa: D301 - \b is click's mark for lines that must not be rewrapped
     with user_errors():
         from reports.report_plots import check_available
         check_available()
@@ -41,7 +41,7 @@ def main(run_dirs: tuple[str, ...], out: str, title: str | None) -> None:
 
 
 def cli() -> None:
-    """Runs the command; where pip has installed it, the console script."""
+    """Runs the command; entry point of the console script."""
     run(main)
 
 

@@ -1,4 +1,4 @@
-"""Lists runs: which go on, which ended and how, how far they are, their scores."""
+"""Lists runs with their state, progress and scores."""
 
 import json
 import math
@@ -12,12 +12,12 @@ from dnnlib.cli import CONTEXT, run, user_errors
 from dnnlib.util import format_table, format_time
 from metrics.score_names import title
 
-if TYPE_CHECKING:  # imported late: help is instant
+if TYPE_CHECKING:  # imported late, so that --help is fast
     from reports.run_state import RunState
 
 _HEADER = ("run", "state", "kimg", "loss", "img/s", "time left", "best score", "D", "preset",
            "last change", "note")
-_NUMBERS = {"kimg", "loss", "img/s", "time left", "D"}  # columns that end at the same place
+_NUMBERS = {"kimg", "loss", "img/s", "time left", "D"}  # right-aligned columns
 
 
 @click.command(context_settings=CONTEXT)
@@ -37,14 +37,14 @@ def main(folder: str, as_json: bool) -> None:
     \b
     python runs.py runs
     python runs.py runs --json | jq '.[] | select(.state == "failed") | .name'
-    """  # noqa: D301 - \b is click's mark for lines to leave alone
+    """  # noqa: D301 - \b is click's mark for lines that must not be rewrapped
     with user_errors():
         from reports.run_state import find_runs
         if not Path(folder).is_dir():
-            raise ValueError(f"{folder}: no such folder; name the one that holds the runs")
+            raise ValueError(f"{folder}: no such folder; give the folder that holds the runs")
         runs = find_runs(Path(folder))
         if not runs and not as_json:
-            raise ValueError(f"{folder}: no runs in it (folders with a training_options.json)")
+            raise ValueError(f"{folder}: contains no runs (folders with a training_options.json)")
     if as_json:
         click.echo(json.dumps([state.to_dict() for state in runs], indent=2))
     else:
@@ -68,14 +68,14 @@ def _row(run: "RunState") -> tuple[str, ...]:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Returns aligned columns; those in which no run has anything are left out."""
+    """Returns aligned columns; empty columns are left out."""
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     texts = [i for i, column in enumerate(columns) if column[0] not in _NUMBERS]
     return format_table(list(zip(*columns, strict=True)), left=texts)
 
 
 def cli() -> None:
-    """Runs the command; where pip has installed it, the console script."""
+    """Runs the command; entry point of the console script."""
     run(main)
 
 

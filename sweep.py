@@ -1,6 +1,6 @@
-"""The study of D in one command: trains a network per D, scores each, writes the report.
+"""The study of D in one command: trains a network per D, scores each, and writes the report.
 
-Composes train.py, fid.py gen, generate.py and report.py; what is there already is not done again.
+It runs train.py, fid.py gen, generate.py and report.py, and skips steps that are already done.
 """
 
 import dataclasses
@@ -34,26 +34,26 @@ from sampling.sweeps import CONSISTENCY, FULL_BITS, MAX_FEW_STEPS, SOLVERS
 from training.config import TrainConfig
 from training.launch import config_values, finish_config, precision_of
 
-if TYPE_CHECKING:  # imported late: help is instant
+if TYPE_CHECKING:  # imported late, so that --help is fast
     from images.dataset import ImageFolderDataset
     from reports.study import Step, Study
 
 _ROOT = Path(__file__).resolve().parent
-# Flags of train.py that this script gives itself, or that would keep it from going on with a run.
+# Flags of train.py that this script sets itself, or that would prevent it from resuming a run.
 _NOT_FOR_TRAINING = {"--outdir", "--name", "--data", "--pfgmpp", "--aug_dim", "--resume", "--desc",
                      "--nosubdir", "--transfer", "--device", "--dry-run", "-n", "--plugin"}
 
 
 class _Command(click.Command):
-    """A command that knows where options of train.py belong."""
+    """A command that tells users to put options of train.py after '--'."""
 
     def parse_args(self, ctx, args):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             if any(error.option_name in option.opts for option in train.main.params):
-                raise UserError(f"{error.option_name}: an option of train.py; options of train.py "
-                                "follow after '--'", BAD_USAGE) from error
+                raise UserError(f"{error.option_name}: is an option of train.py; give options of "
+                                "train.py after '--'", BAD_USAGE) from error
             raise
 
 
@@ -109,7 +109,7 @@ def main(outdir, data, aug_dims, train_seeds, name, runs, nproc, report, dry_run
     \b
     # existing runs
     python sweep.py --runs=runs/a,runs/b --ref=datasets/cifar10-32x32.zip --ranges=3
-    """  # noqa: D301 - \b is click's mark for lines to leave alone
+    """  # noqa: D301 - \b is click's mark for lines that must not be rewrapped
     if bool(runs) == bool(aug_dims) or bool(aug_dims) != bool(data):
         raise UserError("give --data and --aug_dims to train, or --runs", BAD_USAGE)
     scoring["ref"] = scoring["ref"] or data
@@ -118,7 +118,8 @@ def main(outdir, data, aug_dims, train_seeds, name, runs, nproc, report, dry_run
         raise UserError(f"--order={scoring['order']}: only ipndm has orders; give --solver=ipndm",
                         BAD_USAGE)
     if scoring["rounding_seeds"] and not scoring["bits"]:
-        raise UserError("--rounding-seeds: used with --bits", BAD_USAGE)
+        raise UserError("--rounding-seeds: needs --bits; give it, or leave --rounding-seeds out",
+                        BAD_USAGE)
     with user_errors(BAD_USAGE):
         dims = _parse_dims(aug_dims) if aug_dims else []
         _check_options(train_options, bool(runs), scoring["ref"], train_seeds)
@@ -159,19 +160,19 @@ def _parse_dims(text: str) -> list[float]:
 def _check_options(train_options: Sequence[str], is_trained: bool, ref: str | None,
                    train_seeds: Sequence[int] | None) -> None:
     if train_seeds and is_trained:
-        raise ValueError("--train-seeds: with --runs nothing is trained")
+        raise ValueError("--train-seeds: with --runs nothing is trained; leave it out")
     if train_seeds and any(word.partition("=")[0] == "--seed" for word in train_options):
-        raise ValueError("--seed: can't be given to the training of a study with --train-seeds")
+        raise ValueError("--seed: can't be given with --train-seeds; leave one of them out")
     own = [word for word in train_options if word.partition("=")[0] in _NOT_FOR_TRAINING]
     if own or (train_options and is_trained):
         raise ValueError(f"{(own or train_options)[0]}: can't be given to the training of a study"
                          + (": with --runs nothing is trained" if is_trained else ""))
     if ref is None:
-        raise ValueError("--ref: needed with --runs: the data set, or statistics of it")
+        raise ValueError("--ref: needed with --runs; give the data set, or its statistics")
 
 
 def _open_study(scoring: dict, runs: Sequence[Path], dry_run: bool) -> "Study":
-    """Returns the study; what would fail after hours of training is refused at once."""
+    """Returns the study, after checks for what would otherwise fail after hours of training."""
     from reports.report_plots import check_available
     from reports.study import Study, has_network, is_few_step
     for folder in runs:
@@ -192,11 +193,11 @@ def _open_study(scoring: dict, runs: Sequence[Path], dry_run: bool) -> "Study":
 
 
 def _wrong_sampling(scoring: dict, is_few_step: bool) -> tuple[str, str] | None:
-    """Returns a flag by which a network can't be sampled, and why; None if there is none."""
+    """Returns a flag with which a network can't be sampled, and why; None if there is none."""
     solver, steps = scoring["solver"], [*(scoring["steps"] or ()), scoring["base_steps"] or 1]
     if not is_few_step:
         return None if solver != CONSISTENCY else (
-            f"--solver={solver}", "a denoiser, which has no levels of few steps; leave --solver out")
+            f"--solver={solver}", "a denoiser, which has no few-step levels; leave --solver out")
     if scoring["alpha"]:
         return "--alpha", "a few-step network, which solves no equation; leave --alpha out"
     if solver not in (None, CONSISTENCY):
@@ -212,7 +213,7 @@ def _check_report(path: Path) -> None:
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not parent.is_dir():
         raise ValueError(f"--report={path}: {path if path.is_dir() else parent} is a "
-                         f"{'folder' if path.is_dir() else 'file'}; name a file for the report")
+                         f"{'folder' if path.is_dir() else 'file'}; give a file for the report")
 
 
 def _check_scoring(study: "Study", data: str, train_options: Sequence[str]) -> None:
@@ -228,7 +229,7 @@ def _check_scoring(study: "Study", data: str, train_options: Sequence[str]) -> N
         raise ValueError("--cond-image=1: networks with condition images are scored by 'fid.py gen "
                          "--cond-image', not by sweep.py")
     if dataset.has_labels and not dataset.has_onehot_labels:
-        raise ValueError(f"{data}: has label vectors, and networks trained on these are scored by "
+        raise ValueError(f"{data}: has label vectors; networks trained on these are scored by "
                          "'fid.py gen --labels', not by sweep.py")
     check_scoring(study.detector, study.ref, study.metrics.split(","), dataset,
                   scored_name(data, asked["patch"]))
@@ -236,20 +237,20 @@ def _check_scoring(study: "Study", data: str, train_options: Sequence[str]) -> N
 
 def _with_likelihood(study: "Study", data: str | None, runs: Sequence[Path],
                      is_conditional: bool) -> "Study":
-    """Returns the study with what its likelihoods are of.
+    """Returns the study with the settings of its likelihoods.
 
     Raises:
-        ValueError: --likelihood and --val-data are not both given, or do not fit the data.
+        ValueError: only one of --likelihood and --val-data is given, or they don't match the data.
     """
     if (study.likelihood is None) != (study.val_data is None):
-        raise ValueError("--likelihood and --val-data: give both, or neither")
+        raise ValueError("--likelihood and --val-data: give both or neither")
     if study.val_data is None:
         return study
     from images.dataset import ImageFolderDataset
     from reports.study import is_few_step
     for folder in filter(is_few_step, runs):
-        raise UserError(f"--likelihood: {folder} is a run of a few-step network, which has none; "
-                        "leave it out", BAD_USAGE)
+        raise UserError(f"--likelihood: {folder} is a run of a few-step network, which has no "
+                        "likelihood; leave --likelihood out", BAD_USAGE)
     held_out = ImageFolderDataset(study.val_data, use_labels=True)
     if data:
         _check_held_out(held_out, ImageFolderDataset(data, use_labels=True), is_conditional)
@@ -264,24 +265,24 @@ def _check_held_out(held_out: "ImageFolderDataset", data: "ImageFolderDataset",
     def problem() -> str | None:
         if held_out.image_shape != data.image_shape:
             shapes = ["x".join(map(str, each.image_shape)) for each in (held_out, data)]
-            return f"its images are {shapes[0]}, those of --data={data.path} {shapes[1]}"
+            return f"its images are {shapes[0]}, but those of --data={data.path} are {shapes[1]}"
         if held_out.scale != data.scale or held_out.dtype != data.dtype:
-            return f"of another scale or type than --data={data.path}"
+            return f"has another scale or type than --data={data.path}"
         if is_conditional and held_out.label_dim > data.label_dim:
-            return f"has {held_out.label_dim} classes, --data={data.path} has {data.label_dim}"
+            return f"has {held_out.label_dim} classes, but --data={data.path} has {data.label_dim}"
         if is_conditional and not held_out.has_onehot_labels:
-            return "has no classes, which the networks are trained with"
+            return "has no classes, which the networks need"
         if held_out.fingerprint == data.fingerprint:
             return f"is --data={data.path} itself, so nothing is held out"
         return None
     if found := problem():
         raise ValueError(f"--val-data={held_out.path}: {found}; give held-out images of the same "
-                         "data, such as 'dataset_tool.py split' makes")
+                         "data, such as those of 'dataset_tool.py split'")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Training:
-    """A run to be trained: its directory, its step, and the options that it is asked for."""
+    """A run to be trained: its directory, its step, and the given options."""
 
     run_dir: Path
     step: "Step"
@@ -290,13 +291,13 @@ class _Training:
 
     @property
     def config(self) -> "TrainConfig":
-        """What the run trains."""
+        """The configuration of the training."""
         return finish_config(self.context, TrainConfig(**config_values(self.context)))
 
     @classmethod
     def of(cls, run_dir: Path, D: float, seed: int | None, data: str, device: str,
            plugin: Plugin | None, extra: Sequence[str]) -> "_Training":
-        """Returns the run of a D and a seed, which is 0 if None and not among `extra`."""
+        """Returns the run for a D and a seed; None means 0, unless `extra` has a seed."""
         from reports.study import train_step
         noise = ["--pfgmpp=0"] if math.isinf(D) else ["--pfgmpp=1", f"--aug_dim={D:.17g}"]
         if seed is not None:
@@ -312,7 +313,7 @@ class _Training:
 
 def _print_plan(left: Sequence[tuple["Step", list[str]]], trainings: Sequence[_Training], folders: Sequence[Path],
                 data: str | None, rate: float | None) -> None:
-    """Prints what the steps that are left will take: images, evaluations, bytes and hours."""
+    """Prints what the remaining steps will take: images, evaluations, bytes and hours."""
     from images.dataset import ImageFolderDataset
     from reports.study import images_to_train, measured_rate
     from training.estimate import Estimate, run_bytes
@@ -320,7 +321,7 @@ def _print_plan(left: Sequence[tuple["Step", list[str]]], trainings: Sequence[_T
     to_train = [each for each in trainings if each.step in steps]
     num_images = sum(images_to_train(each.run_dir, each.asked) for each in to_train)
     evaluations = sum(step.evaluations(words) for step, words in left)
-    backward = 3.0  # how much longer a training step takes than an evaluation, roughly
+    backward = 3.0  # approximate time of a training step over that of an evaluation
     if to_train:
         config = to_train[0].config
         dataset = ImageFolderDataset(data, use_labels=config.cond, patch=config.patch)
@@ -329,20 +330,20 @@ def _print_plan(left: Sequence[tuple["Step", list[str]]], trainings: Sequence[_T
         backward = found.training_flops / found.forward_flops
         size = sum(run_bytes(each.config, found.parameters) for each in to_train)
         click.echo(f"Training   {counted(len(to_train), 'network')} of {found.parameters:,} "
-                   f"parameters, {num_images:,} images in all")
+                   f"parameters, {num_images:,} images in total")
         click.echo(f"Disk       {shown_bytes(size)}, without pictures and logs")
-    click.echo(f"Scores     {evaluations:,.0f} evaluations of a network, of one image each")
+    click.echo(f"Scores     {evaluations:,.0f} network evaluations of one image each")
     rate = rate or measured_rate(folders)
     if rate is None:
-        click.echo("Time       unknown; give --rate=IMG_PER_S, the images a second in training")
+        click.echo("Time       unknown; give --rate=IMG_PER_S, the training speed in images/s")
         return
     seconds = num_images / rate + evaluations / (rate * backward)
     click.echo(f"Time       {format_time(seconds)} at {rate:.4g} images/s in training and "
-               f"{rate * backward:.4g} evaluations/s, without starts, detectors and files")
+               f"{rate * backward:.4g} evaluations/s, without start-up, detectors and files")
 
 
 def _launched(words: Sequence[str], nproc: int | None) -> list[str]:
-    """Returns the command that runs a script of this folder."""
+    """Returns the command that runs a script in this folder."""
     launch = [] if nproc is None or words[0] == "report.py" else [
         "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "--"]
     return [sys.executable, *launch, str(_ROOT / words[0]), *words[1:]]
@@ -350,11 +351,11 @@ def _launched(words: Sequence[str], nproc: int | None) -> list[str]:
 
 def _run_steps(steps: Sequence["Step"], nproc: int | None, dry_run: bool
                ) -> list[tuple["Step", list[str]]]:
-    """Returns the steps that were not done, which were run unless `dry_run`, with their words."""
+    """Runs the steps that are not done, unless `dry_run`; returns them with their words."""
     left = []
     for i, step in enumerate(steps, 1):
         words = step.words()
-        click.echo(f"[{i}/{len(steps)}] {step.title}" + ("" if words else ": there already"))
+        click.echo(f"[{i}/{len(steps)}] {step.title}" + ("" if words else ": already done"))
         if words is None:
             continue
         left.append((step, words))
@@ -363,12 +364,12 @@ def _run_steps(steps: Sequence["Step"], nproc: int | None, dry_run: bool
         code = 0 if dry_run else _run_script(command)
         if code:
             raise UserError(f"step {i} of {len(steps)} ({step.title}) failed with exit code "
-                            f"{code}; run the same command to go on from there", max(code, 1))
+                            f"{code}; run the same command again to continue", max(code, 1))
     return left
 
 
 def _run_script(command: Sequence[str]) -> int:
-    """Returns the exit code of a script; a signal to stop is passed on, and its end waited for."""
+    """Returns the exit code of a script; passes on stop signals, and waits for its end."""
     with subprocess.Popen(command) as script:
         try:
             return script.wait()
@@ -378,7 +379,7 @@ def _run_script(command: Sequence[str]) -> int:
 
 
 def cli() -> None:
-    """Runs the command; where pip has installed it, the console script."""
+    """Runs the command; entry point of the console script."""
     run(main)
 
 

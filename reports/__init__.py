@@ -1,1 +1,1 @@
-"""What the directories of runs tell: states, scores, comparisons, studies, pages."""
+"""Evaluation of run directories: states, scores, comparisons, studies, report pages."""

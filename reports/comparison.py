@@ -1,10 +1,10 @@
 """Scores of several runs side by side, as plain data; no PyTorch is needed.
 
-Only scores of one group are compared: of one metric, detector, number of images and reference, and
-the same settings of the sampler except steps, alpha and bits. The base point of a group is
-alpha = 0, 32 bits and its most frequent number of steps, at the last kimg at which a run was
-scored. Around it, one setting varies at a time, and every point of a curve is over the same seeds.
-Of scores of classes only the mean over classes is compared.
+Only scores of one group are compared. They share the metric, detector, number of images, reference
+and all sampler settings except steps, alpha and bits. The base point of a group is alpha = 0,
+32 bits and its most frequent number of steps, at the last kimg at which a run was scored. Around
+it, one setting varies at a time, and all points of a curve use the same seeds. Of per-class scores,
+only the mean over classes is compared.
 """
 
 import collections
@@ -18,12 +18,12 @@ from reports.run_record import MEAN_OF_CLASSES, RunRecord, Score
 from sampling.sweeps import FULL_BITS
 
 AXES = ("noise_alpha", "num_steps", "bits", "random_bits")
-_USUAL_STEPS = 18  # of EDM and PFGM++ on CIFAR-10: where two numbers are equally frequent
+_USUAL_STEPS = 18  # of EDM and PFGM++ on CIFAR-10; breaks ties between equally frequent numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreGroup:
-    """What scores must share to be compared."""
+    """The properties that scores must share to be compared."""
 
     metric: str
     detector: str
@@ -46,15 +46,15 @@ class ScoreGroup:
 
     @property
     def title(self) -> str:
-        """Its name for readers."""
+        """The title that readers see."""
         name = title(self.metric, self.detector)
-        is_named = not self.detector or self.metric in LOWER_IS_BETTER  # by the kind of features
+        is_named = not self.detector or self.metric in LOWER_IS_BETTER  # title names the features
         return name if is_named else f"{name} ({self.detector})"
 
     @property
     def evaluations(self) -> Callable[[int], int]:
-        """How often a number of steps evaluates the network: Heun's last step is an Euler step."""
-        if self.metric in LIKELIHOODS:  # four times a step, and once more with half the steps
+        """A function from a number of steps to network evaluations (Heun ends in an Euler step)."""
+        if self.metric in LIKELIHOODS:  # four per step, and again with half the steps
             return lambda num_steps: 6 * num_steps
         if dict(self.other).get("solver", "heun") in ("heun", "ppfm"):
             return lambda num_steps: 2 * num_steps - 1
@@ -69,22 +69,22 @@ class Spread:
 
     @property
     def values(self) -> tuple[float, ...]:
-        """The values alone."""
+        """The values without their seed ranges."""
         return tuple(self.by_seeds.values())
 
     @property
     def mean(self) -> float:
-        """The mean."""
+        """The mean of the values."""
         return math.fsum(self.values) / len(self.values)
 
     @property
     def low(self) -> float:
-        """The smallest."""
+        """The smallest value."""
         return min(self.values)
 
     @property
     def high(self) -> float:
-        """The largest."""
+        """The largest value."""
         return max(self.values)
 
     def over(self, seeds: Iterable[str]) -> "Spread":
@@ -101,9 +101,9 @@ class Curve:
     D: float | None
     kimg: float | None
     points: dict[float, Spread]
-    left_out: tuple[float, ...] = ()  # values of the setting that were only scored over other seeds
-    # Of curves over training seeds: the deviation over seed ranges of the samples, where known, and
-    # the ranges, if all runs have the same.
+    left_out: tuple[float, ...] = ()  # values of the setting that were scored only over other seeds
+    # For curves over training seeds: the standard deviation over seed ranges of the samples, if
+    # known, and the ranges, if all runs have the same.
     of_samples: dict[float, float] = dataclasses.field(default_factory=dict)
     ranges: tuple[str, ...] = ()
 
@@ -113,7 +113,7 @@ class Curve:
         return tuple(next(iter(self.points.values())).by_seeds)
 
     def change(self, x: float, base: float | None) -> Spread | None:
-        """Returns how much the score at x differs from the base's, None if one is unknown."""
+        """Returns the score at x minus the score at the base; None if one of them is unknown."""
         if x not in self.points or base not in self.points:
             return None
         before = self.points[base].by_seeds
@@ -127,25 +127,25 @@ class Comparison:
     group: ScoreGroup
     reference: str  # as it was given
     num_steps: int | None  # of the base point
-    over_D: list[Curve]  # for each run its base point, a curve of one point, over all its seeds
-    # Over 'noise_alpha', 'num_steps', 'bits' and 'random_bits', where a run has two points: of
-    # weights rounded to the nearest and at random. The seeds are those that all points of all runs
+    over_D: list[Curve]  # the base point of each run, as a curve of one point over all its seeds
+    # Curves over 'noise_alpha', 'num_steps', 'bits' (nearest rounding) and 'random_bits' (random
+    # rounding), for runs with at least two points. The seeds are those that all points of all runs
     # share, or else those that all points of a run share.
     over: dict[str, list[Curve]]
-    kimgs: tuple[float, ...] = ()  # at which the runs were scored, of -1 where that is unknown
-    num_draws: tuple[int, ...] = ()  # how many random roundings a value is the mean of
-    # Whether curves are of families of runs and values by training seed: reports/training_seeds.py.
+    kimgs: tuple[float, ...] = ()  # kimg at which the runs were scored; -1 if unknown
+    num_draws: tuple[int, ...] = ()  # numbers of random roundings over which values are averaged
+    # Whether curves are of families, with values by training seed (reports/training_seeds.py).
     has_training_seeds: bool = False
 
     @property
     def base(self) -> dict[str, float | None]:
-        """The base point's value of each setting."""
+        """The value of each setting at the base point."""
         return {"noise_alpha": 0, "num_steps": self.num_steps, "bits": FULL_BITS,
                 "random_bits": FULL_BITS}
 
     @property
     def hardest(self) -> dict[str, float]:
-        """The strongest noise, the fewest steps and the fewest bits, unless they are the base's."""
+        """The strongest noise, the fewest steps and the fewest bits, except those of the base."""
         found = {}
         for axis, curves in self.over.items():
             values = {x for curve in curves for x in curve.points}
@@ -168,7 +168,8 @@ def compare(runs: Sequence[RunRecord]) -> list[Comparison]:
 def over_kimg(run: RunRecord) -> list[tuple[ScoreGroup, int | None, dict[float, Spread]]]:
     """Returns (group, steps, scores by kimg) of a run's networks, without noise and rounding.
 
-    They are over the seed ranges that all share; if there are none, over each one's own.
+    Scores are over the seed ranges that all networks share. If they share none, each network's
+    scores are over its own seed ranges.
     """
     found: dict[tuple, list[Score]] = collections.defaultdict(list)
     for score in run.scores:
@@ -183,7 +184,7 @@ def over_kimg(run: RunRecord) -> list[tuple[ScoreGroup, int | None, dict[float, 
 
 
 def _is_compared(score: Score) -> bool:
-    """Whether it is no deviation, and not of one class among perhaps hundreds."""
+    """Whether a score is neither a standard deviation nor a score of a single class."""
     return not score.metric.endswith("_std") and score.of_class in (None, MEAN_OF_CLASSES)
 
 
@@ -218,7 +219,7 @@ def _compare(group: ScoreGroup, scores: list[tuple[int, Score]]) -> Comparison:
 
 
 def _num_draws(scores: Iterable[tuple[int, Score]]) -> tuple[int, ...]:
-    """Returns the different numbers of random roundings of a run to the same bits."""
+    """Returns the distinct numbers of random roundings, counted per run and number of bits."""
     draws: dict[tuple[int, int], set[int]] = collections.defaultdict(set)
     for run, score in scores:
         if score.rounding_seed is not None:
@@ -229,7 +230,7 @@ def _num_draws(scores: Iterable[tuple[int, Score]]) -> tuple[int, ...]:
 def _over_equal_seeds(curves: Sequence[Curve]) -> list[Curve]:
     """Returns the curves over the seed ranges that all points share, else all points of each run.
 
-    A run whose points share no range keeps those of its most frequent one.
+    If the points of a run share no range, it keeps the points of its most frequent range.
     """
     shared = set.intersection(*(_shared_seeds(curve.points) for curve in curves))
     chosen = []
@@ -261,9 +262,9 @@ def _base_steps(scores: Iterable[Score]) -> int | None:
 
 
 def _spreads(scores: Iterable[Score], key: Callable[[Score], float]) -> dict[float, Spread]:
-    """Returns the values at each key by rising key; for equal seeds the last score counts.
+    """Returns the values at each key, in rising order; for equal seeds the last score counts.
 
-    Of several random roundings the mean is taken.
+    Several random roundings are averaged.
     """
     values: dict[float, dict[str, dict]] = collections.defaultdict(
         lambda: collections.defaultdict(dict))

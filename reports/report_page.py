@@ -1,7 +1,7 @@
-"""A report of runs as one HTML page that refers to nothing outside of itself.
+"""A report of runs as one self-contained HTML page.
 
-This module gathers what is on the page; report.html.jinja is the page, where every text is escaped.
-Pictures, plots and CSV files are inside; there is no script.
+This module gathers the content. The template report.html.jinja lays it out and escapes all text.
+Pictures, plots and CSV files are embedded, and the page has no scripts.
 """
 
 import base64
@@ -33,10 +33,10 @@ from reports.training_seeds import (
 )
 from sampling.sweeps import FULL_BITS
 
-_MAX_GRIDS = 6  # of samples over time
-_MAX_TICKS = 20  # in the table of a run
+_MAX_GRIDS = 6  # grids of samples over time
+_MAX_TICKS = 20  # ticks in the table of a run
 _MAX_SIDE = 1024  # pixels of an embedded picture
-_MAX_PAIRS = 10  # seeds
+_MAX_PAIRS = 10  # seeds whose images are compared
 _MAX_NAME = 60  # characters of a run's name in legends and tables
 _UNSHARED = ("started",)  # settings that differ between any two runs
 _TICK_FIELDS = ("kimg", "loss", "lr", "bad_steps", "images_per_sec", "cpu_mem_gb", "gpu_mem_gb",
@@ -44,11 +44,11 @@ _TICK_FIELDS = ("kimg", "loss", "lr", "bad_steps", "images_per_sec", "cpu_mem_gb
 _TICK_PLOTS = (  # title, column, unit, whether from zero
     ("Loss", "loss", "loss, mean over a tick", False),
     ("Held-out loss", "val_loss", "loss of the averaged weights", False),
-    ("Steps skipped", "bad_steps", "steps without finite gradients, in all", True),
+    ("Steps skipped", "bad_steps", "total steps without finite gradients", True),
     ("Learning rate", "lr", "learning rate", True),
-    ("Speed", "images_per_sec", "images a second", True))
+    ("Speed", "images_per_sec", "images per second", True))
 _MEMORY = {"main memory": "cpu_mem_gb", "GPU, peak of a tick": "gpu_mem_gb"}
-_AXES = {  # title, label of the plot's axis, head of the table's column, a value in words
+_AXES = {  # title, axis label, column header, format of a value in words
     "noise_alpha": ("Noise before each step", "alpha, noise / noise level", "alpha", "alpha {:g}"),
     "num_steps": ("Steps", "network evaluations per image (NFE)", "steps (NFE)", "{:g} steps"),
     "bits": ("Rounded weights", f"bits of the weights; {FULL_BITS}: as trained", "bits",
@@ -56,28 +56,28 @@ _AXES = {  # title, label of the plot's axis, head of the table's column, a valu
     "random_bits": ("Weights rounded at random", f"bits of the weights; {FULL_BITS}: as trained",
                     "bits", "{:g} bits at random")}
 _KIMG = Axis("images seen, kimg")
-_NO_RANKING = ("Losses at different D are not to be ranked: noise of small D has heavy tails, and "
-               "so has its loss.")
+_NO_RANKING = ("Losses at different D cannot be ranked, because noise at small D has heavy "
+               "tails, and so does its loss.")
 _OF_DIFFERENCES = (
-    "Paired by training seed: the mean and its 95% t interval over training seeds. A difference "
-    "is not decided where the interval contains 0. Changes are those from the default point, over "
-    "the same samples.")
-_SEVERAL_KINDS = ("Differences to D = inf are left out: networks with D = inf are of several "
-                  "settings, and none of them is the one to compare with.")
+    "Differences are paired by training seed, and shown as the mean and its 95% t interval over "
+    "training seeds. A difference is not decided if the interval contains 0. Changes are relative "
+    "to the default point, over the same samples.")
+_SEVERAL_KINDS = ("Differences to D = inf are left out, because the networks with D = inf have "
+                  "several settings, so there is no single one to compare with.")
 _NBSP = "\u00a0"  # a space that does not break
 
 
 class Card(NamedTuple):
-    """A plot with what belongs to it.
+    """A plot with its legend, table and texts.
 
     Attributes:
         title: heading.
-        svg: the plot, '' where there is none.
+        svg: the plot; '' if there is none.
         legend: names by series.
         levels: the series that are levels.
-        header: of the table of the same numbers, if any.
-        rows: its cells; the second line of a text is set apart.
-        caption: what else is to be said.
+        header: header of the table of the same values, if there is one.
+        rows: cells of the table; the second line of a text is styled differently.
+        caption: text below the plot.
         notes: warnings.
     """
 
@@ -95,8 +95,8 @@ def render(runs: Sequence[RunRecord], title: str | None = None) -> str:
     """Returns the page.
 
     Args:
-        runs: what to report, in the order of the page.
-        title: heading; the names of the runs where there is none.
+        runs: the runs to report, in the order of the page.
+        title: heading; by default the names of the runs.
     """
     names, comparisons, found = _names(runs), compare(runs), families(runs)
     groups, group_names = range(len(runs)), names
@@ -140,7 +140,7 @@ _TEMPLATES.filters |= {"short": _short, "number": _number, "joined": _joined, "l
 
 
 def _names(runs: Sequence[RunRecord]) -> list[str]:
-    """Returns what runs are called in legends: their names and, if they differ in it, their D."""
+    """Returns the names of runs in legends, with D if the runs differ in D."""
     dims = [run.D for run in runs]
     if None in dims or len(set(dims)) == 1:
         return [_short(run.name) for run in runs]
@@ -152,7 +152,7 @@ def _D_text(D: float) -> str:
 
 
 def _family_names(runs: Sequence[RunRecord], found: Sequence[Family]) -> list[str]:
-    """Returns what families are called: by D if that tells them apart, or else by their runs."""
+    """Returns the names of families: D if that distinguishes them, else their runs."""
     first = [runs[min(family.runs.values())] for family in found]
     dims = [run.D for run in first]
     if None not in dims and len(set(dims)) == len(dims):
@@ -163,9 +163,10 @@ def _family_names(runs: Sequence[RunRecord], found: Sequence[Family]) -> list[st
 
 
 def _decimals(spreads: Iterable[Spread], digits: int = 4) -> int:
-    """Returns the decimals that show a usual value with so many digits.
+    """Returns the number of decimals that shows a typical value with `digits` digits.
 
-    That is the median of the largest values: one network may have failed, and score millions.
+    The typical value is the median of the largest values, because a failed network may have a huge
+    score.
     """
     sizes = [size for spread in spreads if (size := max(map(abs, spread.values), default=0))]
     usual = statistics.median_high(sizes) if sizes else 0
@@ -180,20 +181,20 @@ def _spread(spread: Spread | None, decimals: int) -> str:
 
 
 def _seeds_text(seeds: Sequence[str], unit: str = "seed range") -> str:
-    """Returns seed ranges or training seeds in words: how many, and which."""
+    """Returns the number of seed ranges or training seeds, and the list of them, as text."""
     count = f"1 {unit}" if len(seeds) == 1 else f"{len(seeds)} {unit}s"
     return f"{count} ({', '.join(seeds)})" if all(seeds) else count
 
 
 def _spaced(items: Sequence, count: int) -> list:
-    """Returns at most `count` items, evenly spaced, the first and last among them."""
+    """Returns at most `count` items, evenly spaced, including the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def _line(points: dict[float, Spread], series: int = 0) -> Line:
-    """Returns means, with bars from the lowest to the highest value."""
+    """Returns a line of means, with error bars from the lowest to the highest value."""
     means, lows, highs = zip(*((x.mean, x.low, x.high) for x in points.values()), strict=True)
     return Line(list(points), means, lows, highs, series)
 
@@ -203,9 +204,9 @@ def _data_url(kind: str, content: bytes) -> str:
 
 
 def _picture(path: Path, notes: list[str], alt: str) -> dict[str, Any] | None:
-    """Returns the attributes of an <img>, which hold the picture with at most `_MAX_SIDE` pixels.
+    """Returns the attributes of an <img> that embeds the picture, reduced to `_MAX_SIDE` pixels.
 
-    None, with a note, where it can't be read.
+    If the picture can't be read, None is returned, and `notes` get a line.
     """
     try:
         with open(path, "rb") as file, open_picture(file) as image:
@@ -225,7 +226,7 @@ def _picture(path: Path, notes: list[str], alt: str) -> dict[str, Any] | None:
 
 
 def _glance(run: RunRecord) -> dict[str, Any]:
-    """Returns what the page opens with: a run's latest samples, best score and loss."""
+    """Returns the summary of a run at the top: its latest samples, best score and loss."""
     kimg, path = run.samples[-1] if run.samples else (None, None)
     last, score = run.ticks[-1] if run.ticks else {}, best_score(run.scores)
     said = [_D_text(run.D)] if run.D is not None else []
@@ -239,7 +240,7 @@ def _glance(run: RunRecord) -> dict[str, Any]:
 
 
 def _downloads(runs: Sequence[RunRecord]) -> list[tuple[str, int, str]]:
-    """Returns (what, how many, URL) of scores and ticks; the URL holds them as a CSV file."""
+    """Returns (name, count, URL) for scores and ticks; the URL contains them as a CSV file."""
     scores = [{"run": run.name, **vars(score), "other": _joined(score.other)}
               for run in runs for score in run.scores]
     ticks = [{"run": run.name, **tick} for run in runs for tick in run.ticks]
@@ -255,7 +256,7 @@ def _downloads(runs: Sequence[RunRecord]) -> list[tuple[str, int, str]]:
 
 
 def _differing_settings(runs: Sequence[RunRecord]) -> list[list[str | None]]:
-    """Returns (title, a value per run) of the settings that are not the same for all."""
+    """Returns (title, a value per run) of the settings that differ between runs."""
     titles = dict.fromkeys(title for run in runs for title in run.settings)
     rows = [[title, *(run.settings.get(title) for run in runs)] for title in titles]
     return [row for row in rows if row[0] not in _UNSHARED and len(set(row[1:])) > 1]
@@ -263,9 +264,9 @@ def _differing_settings(runs: Sequence[RunRecord]) -> list[list[str | None]]:
 
 def _tick_cards(runs: Sequence[RunRecord], names: Sequence[str],
                 groups: Sequence[int] = (0,)) -> list[Card]:
-    """Returns a plot of each number of the ticks; of several runs, where it tells them apart.
+    """Returns a plot of each quantity of the ticks; several runs are plotted only if they differ.
 
-    `groups` has the number of each run's group, and `names` the name of each group.
+    `groups` has the group number of each run, and `names` the name of each group.
     """
     cards = []
     for title, column, unit, from_zero in _TICK_PLOTS:
@@ -275,7 +276,7 @@ def _tick_cards(runs: Sequence[RunRecord], names: Sequence[str],
         if not found or len(runs) > 1 and (is_zero or column == "lr"):
             continue
         if is_zero and column == "bad_steps":
-            cards.append(Card(title, caption="None: the gradients of every step were finite."))
+            cards.append(Card(title, caption="None; the gradients of all steps were finite."))
             continue
         lines = [Line(*zip(*points, strict=True), series=groups[i])
                  for i, points in found.items()]
@@ -286,14 +287,14 @@ def _tick_cards(runs: Sequence[RunRecord], names: Sequence[str],
 
 
 def _pairs(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, Any] | None:
-    """Returns the images of the same seeds by every run, None where no two have any."""
+    """Returns the images of the same seeds by every run; None unless two runs have some."""
     found = [(name, run.sample_folder) for name, run in zip(names, runs, strict=True)
              if run.sample_folder]
     settings = found[0][1].settings if found else ()
     same = [(name, folder) for name, folder in found if folder.settings == settings]
     if len(same) < 2:
         return None
-    notes = [f"{name}: left out, its images were made by other settings of the sampler"
+    notes = [f"{name}: left out, because its images were made with other sampler settings"
              for name, folder in found if folder.settings != settings]
     seeds = sorted(set.intersection(*(set(folder.paths) for _, folder in same)))[:_MAX_PAIRS]
     return {
@@ -316,7 +317,7 @@ def _heading(group: ScoreGroup, num_steps: int | None = None) -> str:
 
 
 def _headings(comparisons: Sequence[Comparison]) -> list[str]:
-    """Returns a heading of each, with the reference where nothing else tells two apart."""
+    """Returns a heading for each, with the reference if nothing else distinguishes them."""
     plain = [_heading(comparison.group) for comparison in comparisons]
     return [heading if plain.count(heading) == 1 else
             f"{heading}, detector {comparison.group.detector or 'unknown'}, reference "
@@ -325,13 +326,13 @@ def _headings(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _group(comparison: Comparison, heading: str, names: Sequence[str]) -> dict[str, Any]:
-    """Returns what the page says of one group of scores."""
+    """Returns the content of the page about one group of scores."""
     is_over_D = len(comparison.over_D) > 1 or comparison.has_training_seeds
     seeds = {curve.seeds for axis in comparison.hardest for curve in comparison.over[axis]}
     unit = "training seed" if comparison.has_training_seeds else "seed range"
     notes = []
     if len(comparison.kimgs) > 1:
-        notes.append("The networks compared are of different kimg: " + ", ".join(
+        notes.append("The compared networks were trained for different kimg: " + ", ".join(
             "unknown" if kimg < 0 else _number(kimg) for kimg in comparison.kimgs))
     if comparison.has_training_seeds and [curve.D for curve in comparison.over_D].count(
             math.inf) > 1:
@@ -380,7 +381,7 @@ def _change(change: Spread | None, base: Spread, decimals: int) -> str:
 
 
 def _card_over_D(comparison: Comparison, names: Sequence[str]) -> Card:
-    """Returns finite D as points and D = inf as a level; there is no plot where no D is finite."""
+    """Returns finite D as points and D = inf as a level; without a finite D there is no plot."""
     known = [(curve.D, curve.run, spread) for curve, spread in _base_points(comparison)
              if curve.D is not None]
     levels = {run: Level(spread.mean, spread.low, spread.high, run)
@@ -430,7 +431,7 @@ def _difference(difference: Difference | None, decimals: int, group: ScoreGroup)
         return ""
     if difference.half_width is None:
         return f"{difference.mean:+.{decimals}f}\none seed"
-    if difference.half_width > 0:  # two digits of it
+    if difference.half_width > 0:  # shown with two digits
         decimals = min(max(1 - math.floor(math.log10(difference.half_width)), 0), 10)
     return (f"{difference.mean:+.{decimals}f} ± {difference.half_width:.{decimals}f}\n"
             f"{difference.verdict(group.is_lower_better)}")
@@ -444,7 +445,7 @@ def _card_over(axis: str, comparison: Comparison, names: Sequence[str], unit: st
     if axis == "num_steps":
         places = {x: group.evaluations(x) for x in values}
         ticks = {place: str(place) for place in places.values()}
-    elif axis in ("bits", "random_bits"):  # evenly spaced, for 32 is far off
+    elif axis in ("bits", "random_bits"):  # evenly spaced, because 32 is far from the others
         places = {x: place for place, x in enumerate(values)}
         ticks = {place: f"{x:g}" for x, place in places.items()}
     lines = [_line({places[x]: spread for x, spread in curve.points.items()}, curve.run)
@@ -458,16 +459,16 @@ def _card_over(axis: str, comparison: Comparison, names: Sequence[str], unit: st
     if axis == "random_bits":
         numbers = " to ".join(map(str, sorted({min(comparison.num_draws),
                                                max(comparison.num_draws)})))
-        caption += f" Every value of rounded weights is the mean of {numbers} random roundings."
+        caption += f" Every value for rounded weights is the mean of {numbers} random roundings."
     return Card(title, plot(lines, Axis(label, ticks), group.title), of_runs,
                 header=[head, *of_runs.values()], rows=rows, caption=caption, notes=notes)
 
 
 def _seeds_of(axis: str, curves: Sequence[Curve], names: Sequence[str], unit: str
               ) -> tuple[str, list[str]]:
-    """Returns what the values of a card are over, '' where that is not one thing, and notes."""
+    """Returns a text on the seeds of a card's values, '' if they differ by run, and notes."""
     why = ("its points share no seed range" if unit == "seed range"
-           else "not every training seed has all points, over the same samples")
+           else "not every training seed has all points over the same samples")
     notes = [f"{names[curve.run]}: {why}; left out: "
              + ", ".join(_AXES[axis][-1].format(x) for x in curve.left_out)
              for curve in curves if curve.left_out]
@@ -478,7 +479,7 @@ def _seeds_of(axis: str, curves: Sequence[Curve], names: Sequence[str], unit: st
 
 
 def _ranges(curves: Sequence[Curve]) -> str:
-    """Returns the seed ranges that values of families are over, '' where there is no one answer."""
+    """Returns a text on the seed ranges of families' values, '' if these differ."""
     [ranges, *others] = {curve.ranges for curve in curves}
     return f", each over {_seeds_text(ranges)}" if ranges and not others else ""
 
@@ -487,10 +488,10 @@ def _ranges(curves: Sequence[Curve]) -> str:
 
 
 def _run(run: RunRecord) -> dict[str, Any]:
-    """Returns what the page says of one run."""
+    """Returns the content of the page about one run."""
     notes = list(run.notes)
     grids = [("training images", run.reals)] if run.reals else []
-    # The latest one opens the page.
+    # The latest one is shown at the top of the page.
     grids += [(f"{kimg:g} kimg", path) for kimg, path in _spaced(run.samples, _MAX_GRIDS)[:-1]]
     pictures = [(caption, _picture(path, notes, f"{run.name}, {caption}"))
                 for caption, path in grids]
@@ -514,7 +515,7 @@ def _memory_cards(run: RunRecord) -> list[Card]:
 
 
 def _kimg_cards(run: RunRecord) -> list[Card]:
-    """Returns a plot of each kind of score that several networks of the run have."""
+    """Returns a plot of each group of scores that several networks of the run have."""
     cards = []
     for group, num_steps, points in over_kimg(run):
         if len(points) > 1:

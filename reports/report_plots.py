@@ -1,8 +1,9 @@
-"""How the series of a report look, and plots of them as SVG text for a page.
+"""Plots of a report as SVG text, and the look of their series.
 
-Colours are variables of report.css and nothing from outside is referred to, so that a plot reads in
-light and dark mode and offline. Legends are the page's: of a run's files the names of metrics and
-detectors alone reach matplotlib, which escapes them. It is imported when a plot is drawn.
+Colours are variables of report.css and there are no external references, so a plot works in light
+and dark mode and offline. Legends are part of the page. Of the texts in a run's files, only the
+names of metrics and detectors reach matplotlib, which escapes them. Matplotlib is imported when a
+plot is drawn.
 """
 
 import dataclasses
@@ -12,18 +13,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-_MAX_MARKED = 40  # points; more are a line alone
-_LOG_RATIO = 8  # of the largest to the smallest value: from here on the axis is logarithmic
+_MAX_MARKED = 40  # with more points, a line has no marks
+_LOG_RATIO = 8  # if largest over smallest value is at least this, the axis is logarithmic
 _MAX_NAMED_TICKS = 9
 _MAX_TICKS = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """How a series is drawn: colour, mark (of plots, of legends), dashes, width, size of marks.
+    """How a series is drawn: colour, mark (in plots, in legends), dashes, width, size of marks.
 
-    The colour is a variable of report.css. Where curves coincide all are seen: later ones are
-    thinner, have gaps and smaller marks.
+    The colour is a variable of report.css. Later curves are thinner, with gaps and smaller marks,
+    so that all remain visible where they coincide.
     """
 
     colour: str
@@ -35,7 +36,7 @@ class Look:
 
     @property
     def line(self) -> dict[str, Any]:
-        """What matplotlib's plot() is told of a look, but for its colour."""
+        """The arguments of matplotlib's plot() for this look, except the colour."""
         return {"linewidth": self.width, "linestyle": (0, self.dashes) if self.dashes else "-",
                 "marker": self.mark, "markersize": self.size, "markerfacecolor": "none"}
 
@@ -52,7 +53,7 @@ def look(series: int) -> Look:
     return LOOKS[series % len(LOOKS)]
 
 
-# Matplotlib draws in stand-ins for the variables of the style sheet, which it knows nothing of.
+# Matplotlib does not know the variables of the style sheet, so it draws with placeholder colours.
 _COLOURS = {name: f"#0102{i:02}" for i, name in
             enumerate(["ink", "grid", *(each.colour for each in LOOKS)])}
 _INK, _GRID = _COLOURS["ink"], _COLOURS["grid"]
@@ -83,7 +84,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """A value that holds along the whole axis, dashed, with a band from `low` to `high`."""
+    """A dashed horizontal line along the whole axis, with a band from `low` to `high`."""
 
     y: float
     low: float
@@ -93,7 +94,7 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """The horizontal axis: its label, what its ticks are where not by themselves, its scale."""
+    """The horizontal axis: its label, its ticks if they are not automatic, and its scale."""
 
     label: str
     ticks: dict[float, str] = dataclasses.field(default_factory=dict)
@@ -102,7 +103,7 @@ class Axis:
 
 def check_available(needing: str = "the plots of a report need",
                     package: str = "matplotlib") -> None:
-    """Raises ValueError where a package is not installed; `needing` says what needs it."""
+    """Raises ValueError if a package is not installed; `needing` begins the message."""
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"{needing} {package}, which is not installed: pip install {package}")
 
@@ -112,16 +113,16 @@ def plot(lines: Sequence[Line], axis: Axis, y_label: str, levels: Sequence[Level
     """Returns a plot as an <svg> element.
 
     Args:
-        lines: what to draw.
+        lines: the lines to draw.
         axis: the horizontal axis.
-        y_label: text of the vertical one, which is logarithmic where values differ much.
-        levels: values along the whole axis.
-        from_zero: begin the vertical axis at zero.
+        y_label: label of the vertical axis, which is logarithmic if values differ greatly.
+        levels: horizontal lines along the whole axis.
+        from_zero: whether the vertical axis begins at zero.
     """
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    with matplotlib.style.context(_STYLE, after_reset=True):  # whatever the user's own style is
+    with matplotlib.style.context(_STYLE, after_reset=True):  # independent of the user's style
         axes = Figure().add_subplot(xlabel=axis.label, ylabel=y_label)
         for level in levels:
             colour = _COLOURS[look(level.series).colour]
@@ -173,11 +174,11 @@ def _scale(axes, axis: Axis, values: Sequence[float], from_zero: bool) -> None:
 
 
 def _inline(svg: str) -> str:
-    """Returns an SVG file as an element of a page: no prologue, size or names of its own."""
+    """Returns an SVG file as an element of a page, without its prologue, size and ids."""
     svg = svg[svg.index("<svg"):]
     svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.S)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r'font(?:-size|-family)?: [^;"]*;? ?', "", svg)  # the style sheet has one for all
+    svg = re.sub(r'font(?:-size|-family)?: [^;"]*;? ?', "", svg)  # the style sheet sets the font
     head, rest = svg.split(">", 1)
     view_box = re.search(r'viewBox="[^"]*"', head)[0]
     for name, colour in _COLOURS.items():

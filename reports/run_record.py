@@ -1,11 +1,12 @@
-"""What a run directory tells of its run, as plain data; no PyTorch is needed.
+"""The content of a run directory as plain data; no PyTorch is needed.
 
-    training_options.json    what was trained, where
-    stats.jsonl              one JSON object a tick
-    metrics.jsonl            one JSON object a score
+    training_options.json    what was trained, and where
+    stats.jsonl              one JSON object per tick
+    metrics.jsonl            one JSON object per score
     samples-*.png, ckpt_*/   pictures
 
-Runs can be read while they go on and after they were killed; what is missing or damaged is noted.
+Directories can be read while the run is active and after it was killed. Notes list what is missing
+or damaged.
 """
 
 import collections
@@ -28,7 +29,7 @@ from sampling.sweeps import FULL_BITS
 from training.config import LOG_FILE, OPTIONS_FILE, REALS_FILE, STATS_FILE
 
 _SAMPLES_NAME = re.compile(rf"samples-({KIMG})\.png")
-_TOTAL_LINE = re.compile(r"^total +\S+ +([\d,]+)$", re.M)  # of the table of parameters in log.txt
+_TOTAL_LINE = re.compile(r"^total +\S+ +([\d,]+)$", re.M)  # in the parameter table of log.txt
 # The defaults of sampler settings, see pfgmpp.samplers.SamplerConfig.
 SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"), ("S_noise", 1),
                     ("precision", "fp32"), ("solver", "heun"), ("discretization", "edm"),
@@ -36,59 +37,59 @@ SAMPLER_DEFAULTS = [("rho", 7), ("S_churn", 0), ("S_min", 0), ("S_max", "inf"), 
                     ("init_noise", 1), ("blend", 1)]
 # The first three are the axes of sweeps; comparisons ignore the others.
 _NOT_COMPARED = {"num_steps", "noise_alpha", "bits", "D", "weights", "device", "subdirs", "nfe",
-                 "rounding_seed",  # of draws at one number of bits, as seeds are of images
-                 "network", "gnet_network",  # hashes, as that of the weights
-                 "network_plugin", "gnet_plugin",  # likewise
-                 # These are of the data of the network.
+                 "rounding_seed",  # distinguishes draws at one number of bits
+                 "network", "gnet_network",  # hashes, like that of the weights
+                 "network_plugin", "gnet_plugin",  # hashes
+                 # Properties of the network's data.
                  "scale", "empty_classes", "empty_class_numbers", "class_counts",
-                 "levels"}  # of few-step networks, which follow from num_steps
+                 "levels"}  # of few-step networks; they follow from num_steps
 _TICK_KEYS = {"kimg": "Progress/kimg", "loss": "Loss/loss", "val_loss": "Loss/val",
               "lr": "Progress/lr", "bad_steps": "Progress/bad_steps",
               "cpu_mem_gb": "Resources/cpu_mem_gb", "gpu_mem_gb": "Resources/peak_gpu_mem_gb"}
 _SCORE_PREFIX = "Metrics/"
-_OF_CLASS = "of class"  # a setting of scores of the images of classes
+_OF_CLASS = "of class"  # a setting of per-class scores
 MEAN_OF_CLASSES = "mean"  # its value for the mean over classes
 OF_PLUGIN = ("plugin", "metric of")  # settings of a plugin's solvers and metrics
-REPORT_PREFIX = "report_"  # of folders of images that are too few to be scored
+REPORT_PREFIX = "report_"  # of folders with images for the report, which are too few for scores
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One value of one metric; None and '' stand for what is unknown."""
+    """One value of one metric; None and '' stand for unknown entries."""
 
     metric: str  # its recorded name
     value: float  # finite
     kimg: float | None = None  # thousands of images that the network has seen
     D: float | None = None  # augmented dimensions of the network
-    num: int | None = None  # of images
-    seeds: str = ""  # of the images
+    num: int | None = None  # number of images
+    seeds: str = ""  # seeds of the images
     num_steps: int | None = None
     noise_alpha: float = 0.0  # strength of the noise before each step
-    bits: int = FULL_BITS  # of the weights
-    detector: str = ""  # name of the features
+    bits: int = FULL_BITS  # bits of the weights
+    detector: str = ""  # name of the detector
     reference: str = ""  # as it was given
-    reference_sha256: str = ""  # of its content
+    reference_sha256: str = ""  # hash of its content
     network: str = ""  # its file name; '' if images were scored
-    # Settings of the sampler that are not the default, the range of scores of pairs, and the class.
+    # Sampler settings that are not the default, the range of pair scores, and the class.
     other: tuple[tuple[str, str], ...] = ()
-    weights: str = ""  # sha256 of the network's weights; '' where it is not recorded
-    nfe: int | None = None  # evaluations of the network per image, where it is recorded
-    rounding_seed: int | None = None  # of weights rounded at random; None for the nearest level
+    weights: str = ""  # sha256 of the network's weights; '' if not recorded
+    nfe: int | None = None  # evaluations of the network per image; None if not recorded
+    rounding_seed: int | None = None  # seed of random rounding; None for nearest rounding
 
     @property
     def of_class(self) -> str | None:
-        """The class whose images alone were scored, or 'mean' over classes; None for all images."""
+        """The class of a per-class score, 'mean' for the mean over classes, or None."""
         return dict(self.other).get(_OF_CLASS)
 
     @property
     def is_plain(self) -> bool:
-        """Whether neither noise was added nor weights rounded."""
+        """Whether no noise was added and the weights were not rounded."""
         return self.noise_alpha == 0 and self.bits == FULL_BITS
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleFolder:
-    """Images of one state of a run by seed, and the settings of the sampler."""
+    """Images of one state of a run, by seed, and the sampler settings."""
 
     kimg: float
     settings: tuple[tuple[str, str], ...]
@@ -97,26 +98,26 @@ class SampleFolder:
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What is known of a run.
+    """The recorded data of a run.
 
-    Each tick has its 'kimg', and where recorded 'loss', 'val_loss', 'lr', 'bad_steps',
-    'images_per_sec', 'cpu_mem_gb' and 'gpu_mem_gb'.
+    Each tick has 'kimg' and, if recorded, 'loss', 'val_loss', 'lr', 'bad_steps', 'images_per_sec',
+    'cpu_mem_gb' and 'gpu_mem_gb'.
     """
 
     path: Path
     options: dict[str, Any]  # the training options as they were written, {} if unknown
-    settings: dict[str, str]  # what a report shows of them, the data and the machine, by title
+    settings: dict[str, str]  # options, data and machine as shown in a report, by title
     ticks: list[dict[str, float]]
     scores: list[Score]  # in the order in which they were written
     samples: list[tuple[float, Path]]  # (kimg, picture) by rising kimg
-    notes: list[str]  # what was missing or damaged, one line each
+    notes: list[str]  # what is missing or damaged, one line each
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "RunRecord":
-        """Returns what a run directory tells.
+        """Returns the record of a run directory.
 
         Raises:
-            ValueError: it is no run directory.
+            ValueError: it is not a run directory.
             OSError: it can't be read.
         """
         path, notes = Path(path), []
@@ -124,11 +125,11 @@ class RunRecord:
         samples = sorted((float(match[1]), path / match[0])
                          for match in filter(None, map(_SAMPLES_NAME.fullmatch, names)))
         if not names & {OPTIONS_FILE, STATS_FILE, SCORES_FILE} and not samples:
-            raise ValueError(f"{path}: no run directory (it has no {OPTIONS_FILE}, {STATS_FILE} or "
+            raise ValueError(f"{path}: not a run directory (no {OPTIONS_FILE}, {STATS_FILE} or "
                              f"{SCORES_FILE})")
         record = read_json(path / OPTIONS_FILE)
         if not record:
-            notes.append(f"{OPTIONS_FILE} is missing, empty or damaged: the settings are unknown")
+            notes.append(f"{OPTIONS_FILE} is missing, empty or damaged; the settings are unknown")
         options = _dict(record.get("options"))
         D = _D_of(options)
         lines = _json_lines(path / STATS_FILE, notes)
@@ -148,7 +149,7 @@ class RunRecord:
 
     @property
     def D(self) -> float | None:
-        """Augmented dimensions, inf for diffusion; None if unknown."""
+        """The number of augmented dimensions, inf for diffusion; None if unknown."""
         found = [_D_of(self.options), *(score.D for score in self.scores)]
         return next((D for D in found if D is not None), None)
 
@@ -160,7 +161,7 @@ class RunRecord:
 
     @functools.cached_property
     def sample_folder(self) -> SampleFolder | None:
-        """The images that generate.py made of the newest state outside of a sweep, if any."""
+        """The images that generate.py made with the newest state outside a sweep, if any."""
         found = sorted(((float(name.kimg), entry.path) for entry in os.scandir(self.path)
                         if entry.is_dir() and (name := _images_name(entry.name))), reverse=True)
         for kimg, folder in found:
@@ -181,7 +182,7 @@ def read_scores(run_dir: str | os.PathLike, D: float | None = None,
                 notes: list[str] | None = None) -> list[Score]:
     """Returns the scores in metrics.jsonl of a run; if it is damaged, `notes` get a line.
 
-    `D` is that of networks whose scores do not record it.
+    `D` is used for scores that do not record it.
     """
     lines = _json_lines(Path(run_dir, SCORES_FILE), [] if notes is None else notes, required=False)
     return [score for line in lines if (score := _score(line, D))]
@@ -192,7 +193,7 @@ def _dict(value: Any) -> dict:
 
 
 def _number(value: Any) -> float | None:
-    """Returns a finite number as a float, None for anything else."""
+    """Returns a finite number as a float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -207,7 +208,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _dimensions(value: Any) -> float | None:
-    """Returns a D, None for what can't be one."""
+    """Returns a D as a float; None for anything that can't be one."""
     number = math.inf if value == "inf" else _number(value)
     return number if number is not None and number > 0 else None
 
@@ -221,7 +222,7 @@ def read_json(path: Path) -> dict:
 
 
 def _json_lines(path: Path, notes: list[str], *, required: bool = True) -> list[dict]:
-    """Returns the JSON objects in a file, one a line; `notes` count the lines that are none."""
+    """Returns the JSON objects in a file, one per line; `notes` count the other lines."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -234,8 +235,8 @@ def _json_lines(path: Path, notes: list[str], *, required: bool = True) -> list[
             if isinstance(value := json.loads(line), dict):
                 records.append(value)
     if bad := len(lines) - len(records):
-        notes.append(f"{path.name}: {bad} line{'s' if bad > 1 else ''} left out: not JSON objects "
-                     "(a run that was killed leaves half a line)")
+        notes.append(f"{path.name}: {bad} line{'s' if bad > 1 else ''} ignored, not JSON objects "
+                     "(a killed run may leave half a line)")
     if required and not records:
         notes.append(f"{path.name} holds no ticks")
     return records
@@ -246,7 +247,7 @@ def _mean(line: dict, key: str) -> float | None:
 
 
 def _ticks(lines: Iterable[dict]) -> list[dict[str, float]]:
-    """Returns the numbers of each tick by rising kimg; those that a resumed run repeats win."""
+    """Returns the values of each tick by rising kimg; ticks repeated by a resumed run replace."""
     ticks: list[dict[str, float]] = []
     for line in lines:
         tick = {name: value for name, key in _TICK_KEYS.items()
@@ -262,7 +263,7 @@ def _ticks(lines: Iterable[dict]) -> list[dict[str, float]]:
 
 
 def _scores_of_stats(lines: Iterable[dict], D: float | None, detector: str) -> list[Score]:
-    """Returns the scores by a detector that stats.jsonl holds, the last of each kimg."""
+    """Returns the scores of a detector in stats.jsonl, the last one of each kimg."""
     found = {}
     for line in lines:
         kimg = _mean(line, _TICK_KEYS["kimg"])
@@ -270,7 +271,7 @@ def _scores_of_stats(lines: Iterable[dict], D: float | None, detector: str) -> l
             value = _mean(line, key) if key.startswith(_SCORE_PREFIX) else None
             if value is not None and kimg is not None:
                 name = key.removeprefix(_SCORE_PREFIX)
-                if name.endswith("_frechet_distance"):  # an earlier name began with the detector
+                if name.endswith("_frechet_distance"):  # old names began with the detector
                     name = "frechet_distance"
                 features = "" if name in OF_PAIRS else detector
                 found[name, kimg] = Score(name, value, kimg, D, detector=features)
@@ -278,7 +279,7 @@ def _scores_of_stats(lines: Iterable[dict], D: float | None, detector: str) -> l
 
 
 def _score(line: dict, D: float | None) -> Score | None:
-    """Returns the score of a line of metrics.jsonl, None if it holds none."""
+    """Returns the score in a line of metrics.jsonl; None if it has none."""
     value, metric = _number(line.get("value")), line.get("metric")
     if value is None or not isinstance(metric, str):
         return None
@@ -309,9 +310,9 @@ def _kimg_of(source: str) -> float | None:
 
 
 def _images_name(name: str) -> FolderName | None:
-    """Returns the parts of the name of a folder of the first seed range, outside of sweeps.
+    """Returns the parts of the name of a folder of the first seed range, outside sweeps.
 
-    Folders of images for the report alone have a name of their own: `REPORT_PREFIX` and that one.
+    Folders of images that are only for the report have the prefix `REPORT_PREFIX`.
     """
     found = FolderName.parse(name.removeprefix(REPORT_PREFIX))
     return found if found and found.gen_seed == 1 and not found.swept else None
@@ -324,7 +325,7 @@ def _other_settings(sampler: dict) -> tuple[tuple[str, str], ...]:
 
 
 def _pair_settings(line: dict) -> tuple[tuple[str, str], ...]:
-    """Returns what scores of images and their truths are relative to, as settings of their own."""
+    """Returns the range and other settings to which the scores of image pairs are relative."""
     ends, found = line.get("range"), []
     if isinstance(ends, list) and len(ends) == 2 and None not in map(_number, ends):
         found.append(("range", f"{ends[0]:g} to {ends[1]:g}"))
@@ -332,13 +333,13 @@ def _pair_settings(line: dict) -> tuple[tuple[str, str], ...]:
 
 
 def _class_setting(line: dict) -> tuple[tuple[str, str], ...]:
-    """Returns the class whose images alone were scored, or 'mean', as a setting of its own."""
+    """Returns the class of a per-class score, or 'mean', as a setting."""
     of_class = line.get("of_class")
     return () if of_class is None else ((_OF_CLASS, str(of_class)),)
 
 
 def _metric_setting(line: dict) -> tuple[tuple[str, str], ...]:
-    """Returns the file that a plugin's metric comes from, as a setting of its own."""
+    """Returns the file of a plugin's metric, as a setting."""
     return ((OF_PLUGIN[1], str(line["plugin"])),) if line.get("plugin") else ()
 
 
@@ -349,7 +350,7 @@ def _D_of(options: dict) -> float | None:
 
 
 def _settings(record: dict, D: float | None, log: Path) -> dict[str, str]:
-    """Returns what is worth showing of training_options.json, by title."""
+    """Returns the settings of training_options.json that a report shows, by title."""
     options, data, network, where = (
         collections.defaultdict(lambda: None, _dict(record.get(key)))
         for key in ("options", "dataset", "network", "provenance"))
@@ -365,7 +366,7 @@ def _settings(record: dict, D: float | None, log: Path) -> dict[str, str]:
         "images": data["size"],
         "image shape": "x".join(map(str, shape)) if isinstance(shape, list) else None,
         "patches": options["patch"] and f"{options['patch']}x{options['patch']}, "
-                   f"{options['patches']} an image",
+                   f"{options['patches']} per image",
         "label dimensions": data["label_dim"], "length, Mimg": options["duration"],
         "batch": options["batch"], "learning rate": options["lr"],
         "learning rate ramp, Mimg": options["lr_rampup"], "EMA half-life, Mimg": options["ema"],
@@ -389,7 +390,7 @@ def _text(value: Any) -> str:
 
 
 def _parameters(log: Path) -> str | None:
-    """Returns the number of parameters that the log's table ends with."""
+    """Returns the number of parameters in the last line of the log's table."""
     try:
         found = _TOTAL_LINE.search(log.read_text(encoding="utf-8", errors="replace"))
     except OSError:

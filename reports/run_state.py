@@ -1,9 +1,9 @@
-"""Whether a run is going on, and how it ended: from its lock, its statistics and its log.
+"""The state of a run, from its lock, its statistics and its log.
 
     running    its lock is held
-    finished   it has seen all its images
-    stopped    a signal ended it, after it had written a state
-    failed     it ended otherwise: by an error, or killed
+    finished   it has been trained on all its images
+    stopped    a signal ended it, and it wrote its state
+    failed     it ended in another way: by an error, or killed
 
 No PyTorch is needed.
 """
@@ -23,22 +23,22 @@ from metrics.score_names import DISTANCES, SCORES_FILE
 from reports.run_record import RunRecord, Score
 from training.config import LOG_FILE, OPTIONS_FILE, STATS_FILE
 
-_START = "Run directory  "  # of each start in log.txt
+_START = "Run directory  "  # log.txt has such a line for each start
 _STOPPED, _ERROR = re.compile(r"^Stopped at ", re.M), re.compile(r"^Error: (.*)", re.M)
 _LOG_TAIL_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """A run at a glance; None stands for what is unknown or not there."""
+    """A summary of a run; None stands for an unknown or missing value."""
 
-    name: str  # its folder, as seen from where runs were looked for
+    name: str  # its folder, relative to the searched folder
     state: str  # 'running', 'finished', 'stopped' or 'failed'
     kimg: float  # thousands of images seen at the last tick
     total_kimg: float | None  # of the whole run
     loss: float | None  # of the last tick
-    images_per_sec: float | None  # likewise
-    score: Score | None  # the best of those that were made as the latest was
+    images_per_sec: float | None  # of the last tick
+    score: Score | None  # the best of those made in the same way as the latest one
     D: float | None  # augmented dimensions
     preset: str | None
     changed: datetime.datetime  # when a file of the run was last written
@@ -63,13 +63,13 @@ class RunState:
 
     @property
     def seconds_left(self) -> float | None:
-        """How long a running run will still train at the speed of its last tick, if known."""
+        """The remaining training time of an active run at the speed of its last tick, if known."""
         if self.state != "running" or self.total_kimg is None or not self.images_per_sec:
             return None
         return max(self.total_kimg - self.kimg, 0) * 1e3 / self.images_per_sec
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain data that JSON can hold; an infinite D becomes the string 'inf'."""
+        """Returns plain JSON data; an infinite D becomes the string 'inf'."""
         shown = ("metric", "value", "kimg", "num", "num_steps", "detector")
         score = self.score and {key: getattr(self.score, key) for key in shown}
         return {**vars(self), "seconds_left": self.seconds_left, "D": json_value(self.D),
@@ -78,7 +78,7 @@ class RunState:
 
 
 def find_runs(folder: Path) -> list[RunState]:
-    """Returns the runs under a folder, which may be one itself, in the order of their names.
+    """Returns the runs in and below a folder, sorted by name.
 
     Raises:
         OSError: the folder can't be read.
@@ -88,7 +88,7 @@ def find_runs(folder: Path) -> list[RunState]:
 
 
 def _run_dirs(folder: Path) -> Iterator[Path]:
-    """Yields the run directories, and looks for no others inside them; links are not followed."""
+    """Yields the run directories; their subfolders are not searched, and links not followed."""
     with os.scandir(folder) as entries:
         entries = list(entries)
     if any(entry.name == OPTIONS_FILE for entry in entries):
@@ -110,7 +110,7 @@ def _state(path: Path, is_done: bool) -> tuple[str, str]:
         return "failed", errors[-1]
     if _STOPPED.search(last):
         return "stopped", ""
-    return "failed", "ended without a word: killed, or a crash"
+    return "failed", "ended without a message: killed or crashed"
 
 
 def _log_tail(path: Path) -> str:
@@ -131,7 +131,7 @@ def _total_kimg(options: dict[str, Any]) -> float | None:
 def best_score(scores: Sequence[Score]) -> Score | None:
     """Returns the lowest score of the first distance, else the highest PSNR.
 
-    It is the best among those that were made as the latest was, of images of all classes.
+    Only scores over all classes that were made in the same way as the latest one are compared.
     """
     def how(score: Score) -> tuple:
         return (score.num, score.num_steps, score.detector, score.reference, score.other)

@@ -1,7 +1,7 @@
 """The steps of a study of networks as commands, and which of them are done; needs no PyTorch.
 
-The default point of a network is `base_steps` steps, no noise, all bits. Around it alpha, steps and
-bits vary one at a time.
+The default point of a network has `base_steps` steps, no noise and all bits. Around it, alpha,
+steps and bits vary one at a time.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ from training.config import OPTIONS_FILE
 from training.resume import RESUME_MAY_CHANGE
 
 _NO_TAG = "NNNNNN"
-# Options of train.py that do not change what is learned, or only for how long.
+# Options of train.py that do not affect the training, or only its duration.
 _FREE = RESUME_MAY_CHANGE.keys() - {"data", "seed", "transfer"}
-# What --metrics are recorded as, by the published Inception weights or by other features.
+# The recorded names of --metrics, for the published Inception weights and for other features.
 _RECORDED = {"fid": {"fid", "frechet_distance"}, "kid": {"kid", "kernel_distance"},
              "pr": {"precision"}, "dc": {"density"}, "is": {"is"}, "ca": {"class_accuracy"}}
 _BASE_STEPS = 18
 _LIKELIHOOD_STEPS = 32
-_LIKELIHOOD_SETTINGS = {"probes": "1", "seed": "0", "cond": "True"}  # as the record has them
-# Four evaluations a step and their traces, and half as many steps; a trace takes two more.
+_LIKELIHOOD_SETTINGS = {"probes": "1", "seed": "0", "cond": "True"}  # as they are recorded
+# Four evaluations per step, each with a trace (two more), and again with half as many steps.
 _EVALUATIONS_OF_LIKELIHOOD = 3 * 4 * (_LIKELIHOOD_STEPS + _LIKELIHOOD_STEPS // 2)
 _LSUN_START = (("sigma_max", "380.0"),)
 _FIELDS = {"alpha": "noise_alpha", "steps": "num_steps", "bits": "bits"}
@@ -39,9 +39,10 @@ _FIELDS = {"alpha": "noise_alpha", "steps": "num_steps", "bits": "bits"}
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A titled step; `words()` returns the script and its arguments, None if it is done.
+    """A titled step; `words()` returns the script and its arguments, or None if it is done.
 
-    `evaluations(words)` returns how often these evaluate a network, forward and for one image.
+    `evaluations(words)` returns how often this command evaluates a network, as the equivalent
+    number of forward passes for one image.
     """
 
     title: str
@@ -51,9 +52,9 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """How every network is scored; names are those of the flags of sweep.py.
+    """How every network is scored; the fields are named after the flags of sweep.py.
 
-    `detector_name` is what scores record of `detector`.
+    `detector_name` is the name that scores record for `detector`.
     """
 
     ref: str
@@ -62,7 +63,7 @@ class Study:
     detector_name: str
     seeds: tuple[int, ...]
     ranges: int
-    base_steps: int | None  # None = 18, and of few-step networks their own number
+    base_steps: int | None  # None = 18, or the own number of a few-step network
     alpha: tuple[float, ...] | None
     steps: tuple[int, ...] | None
     bits: tuple[int, ...] | None
@@ -70,9 +71,9 @@ class Study:
     device: str
     solver: str | None = None
     order: int | None = None
-    rounding_seeds: tuple[int, ...] | None = None  # of `bits`; None rounds to the nearest level
-    likelihood: int | None = None  # how many images of `val_data` it is measured of
-    likelihood_metric: str = "bits_per_dim"  # what it is recorded as, by the type of the data
+    rounding_seeds: tuple[int, ...] | None = None  # for `bits`; None rounds to the nearest level
+    likelihood: int | None = None  # number of images of `val_data` to measure
+    likelihood_metric: str = "bits_per_dim"  # its recorded name, which depends on the data
     val_data: str | None = None
     plugin: Plugin | None = None
 
@@ -95,7 +96,7 @@ class Study:
         return steps
 
     def _evaluations(self, words: list[str]) -> float:
-        """Returns how often a command of `steps_of` evaluates a network, for one image."""
+        """Returns how often a command of `steps_of` evaluates a network, as in `Step`."""
         given = dict(word.removeprefix("--").partition("=")[::2] for word in words)
         steps = [int(number) for number in given.get("steps", "0").split(",")]
         if words[0] == "likelihood.py":
@@ -120,7 +121,7 @@ class Study:
 
     @property
     def _solver(self) -> list[str]:
-        """The flags of the solver, none for the usual one."""
+        """The flags of the solver; none for the default solver."""
         return [f"--{name}={value}" for name, value in self._method.items()]
 
     @property
@@ -130,7 +131,7 @@ class Study:
                 if getattr(self, name) not in (None, usual[name])}
 
     def _base_words(self, run_dir: Path) -> list[str] | None:
-        """Returns the command for the seed ranges from the first that is not scored."""
+        """Returns the command for the seed ranges from the first unscored one on."""
         span = max(self.seeds) - min(self.seeds) + 1
         for i in range(self.ranges):
             seeds = format_ranges(seed + i * span for seed in self.seeds)
@@ -141,7 +142,7 @@ class Study:
         return None
 
     def _axis_words(self, run_dir: Path, flag: str, draw: int | None) -> list[str] | None:
-        """Returns one command for all values of an axis that are not scored.
+        """Returns one command for all unscored values of an axis.
 
         `draw` is the seed of random rounding.
         """
@@ -157,7 +158,7 @@ class Study:
         return self.score_words(network_of(run_dir)[0], seeds, *more, f"--{flag}={','.join(left)}")
 
     def _likelihood_words(self, run_dir: Path) -> list[str] | None:
-        """Returns the command that measures the likelihood of held-out images, None if done."""
+        """Returns the command that measures the likelihood of held-out images; None if done."""
         network = network_of(run_dir)[0]
         done = [score for score in (read_scores(run_dir) if run_dir.is_dir() else [])
                 if score.metric == self.likelihood_metric and score.network == network.name
@@ -170,16 +171,16 @@ class Study:
             f"--count={self.likelihood}", f"--device={self.device}", *self._plugin]
 
     def _is_of(self, score: Score, network: Path) -> bool:
-        """Says whether a score is of the weights that a network has now, as far as is recorded."""
+        """Returns whether a score is of a network's current weights, as far as is recorded."""
         return score.weights in ("", _weights_of(network, *_stamp(network)))
 
     def _is_scored(self, run_dir: Path, seeds: str, **point: float) -> bool:
-        """Says whether all metrics of a point are recorded for the run's newest network."""
+        """Returns whether all metrics of a point are recorded for the run's newest network."""
         network = network_of(run_dir)[0]
         sought = {"network": network.name, "seeds": seeds, "reference": self.ref,
                   "detector": self.detector_name, "num_steps": self._base(run_dir),
                   "noise_alpha": 0, "bits": FULL_BITS, "rounding_seed": None, **point}
-        # The sampler of an --lsun network records the highest noise level, which is its own.
+        # --lsun networks have their own highest noise level, which their sampler records.
         few_step = _few_step(run_dir)
         given = self._method if few_step is None else {"few_step": few_step["method"],
                                                        "solver": CONSISTENCY}
@@ -208,10 +209,10 @@ class Study:
         return self.base_steps or (len(few_step["levels"]) if few_step else _BASE_STEPS)
 
     def _has_images(self, folder: Path, network: Path) -> bool:
-        """Says whether the images for the report are there, of this network.
+        """Returns whether the images of this network for the report exist.
 
         Raises:
-            ValueError: they are of another network.
+            ValueError: the images in the folder are of another network.
         """
         record = read_json(folder / GENERATE_RECORD)
         if not record:
@@ -224,22 +225,22 @@ class Study:
 
 
 def _recorded_as(metric: str) -> set[str]:
-    """Returns the names of which one shows that a metric is recorded."""
+    """Returns names, any of which shows that a metric is recorded."""
     if metric in _RECORDED:
         return _RECORDED[metric]
-    from metrics.metrics import METRICS  # of a plugin, which has imported it
+    from metrics.metrics import METRICS  # a plugin's metric; the plugin has already imported it
     return set(METRICS[metric].values)
 
 
 def _few_step(run_dir: Path) -> dict[str, Any] | None:
-    """Returns what makes a run's network a few-step one; None if it is a denoiser."""
+    """Returns the few-step settings of a run's network; None if it is a denoiser."""
     network = read_json(run_dir / OPTIONS_FILE).get("network")
     found = network.get("few_step") if isinstance(network, dict) else None
     return found if isinstance(found, dict) and {"method", "levels"} <= found.keys() else None
 
 
 def is_few_step(run_dir: Path) -> bool:
-    """Says whether a run makes a few-step network."""
+    """Returns whether a run trains a few-step network."""
     return _few_step(run_dir) is not None
 
 
@@ -249,7 +250,7 @@ def _is_lsun(run_dir: Path) -> bool:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Returns size and time of a file, which tell a new one of its name; zeros if there is none."""
+    """Returns size and time of a file, which reveal a replaced file; zeros if there is none."""
     try:
         status = path.stat()
     except OSError:
@@ -259,7 +260,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=64)
 def _weights_of(network: Path, size: int, mtime_ns: int) -> str:
-    """Returns the sha256 of the weights of a network that scores and images record.
+    """Returns the sha256 of a network's weights, as scores and images record it.
 
     Raises:
         OSError, ValueError: it can't be read.
@@ -269,17 +270,17 @@ def _weights_of(network: Path, size: int, mtime_ns: int) -> str:
 
 
 def network_of(run_dir: Path) -> tuple[Path, str]:
-    """Returns a run's newest network and the number in its name; stand-ins if there is none yet."""
+    """Returns a run's newest network and the number in its name; placeholders if there is none."""
     return newest_network(run_dir) or (run_dir / f"network-snapshot-{_NO_TAG}.pt", _NO_TAG)
 
 
 def has_network(run_dir: Path) -> bool:
-    """Says whether a run has a network to score."""
+    """Returns whether a run has a network to score."""
     return newest_network(run_dir) is not None
 
 
 def train_step(run_dir: Path, words: list[str], asked: dict[str, Any]) -> Step:
-    """Returns the step that trains a network in `run_dir`, or continues to.
+    """Returns the step that starts or continues the training of a network in `run_dir`.
 
     `words` is the command without --resume, and `asked` the options of train.py that it sets.
     """
@@ -288,7 +289,7 @@ def train_step(run_dir: Path, words: list[str], asked: dict[str, Any]) -> Step:
 
 
 def images_to_train(run_dir: Path, asked: dict[str, Any]) -> int:
-    """Returns how many images a run of `train_step` is still to be trained on, 0 if none."""
+    """Returns the number of images on which a run of `train_step` must still be trained."""
     total = max(round(asked["duration"] * 1e6), 1)
     if not (run_dir / OPTIONS_FILE).exists():
         return total
@@ -297,26 +298,26 @@ def images_to_train(run_dir: Path, asked: dict[str, Any]) -> int:
 
 
 def measured_rate(runs: Sequence[Path]) -> float | None:
-    """Returns the median of the images a second at which runs were trained, None if unknown."""
+    """Returns the median training speed of runs in images per second; None if unknown."""
     rates = [tick["images_per_sec"] for run in runs if (run / OPTIONS_FILE).exists()
              for tick in RunRecord.read(run).ticks if "images_per_sec" in tick]
     return statistics.median(rates) if rates else None
 
 
 def _is_trained(run_dir: Path, asked: dict[str, Any]) -> bool:
-    """Says whether a run is finished; raises ValueError if it was begun with other settings."""
+    """Returns whether a run is finished; raises ValueError if it was begun with other settings."""
     if not (run_dir / OPTIONS_FILE).exists():
         return False
     run = RunRecord.read(run_dir)
     for key in sorted((run.options.keys() & asked.keys()) - _FREE):
         there, now = run.options[key], asked[key]
-        if key == "sigma_data" and now is None:  # auto: the number was measured
+        if key == "sigma_data" and now is None:  # auto, which records the measured number
             continue
         if key == "data":  # the folders that hold it may have moved
             there, now = Path(there).name, Path(now).name
         if there != (list(now) if isinstance(now, tuple) else now):
-            raise ValueError(f"{run_dir}: was begun with {key} = {there}, and {key} = {now} is "
-                             "asked for; give another --name")
+            raise ValueError(f"{run_dir}: was begun with {key} = {there}, but {key} = {now} was "
+                             "given; give another --name")
     if not run.ticks or not has_network(run_dir):
         return False
     kimg, tag = run.ticks[-1]["kimg"], network_of(run_dir)[1]
@@ -325,7 +326,7 @@ def _is_trained(run_dir: Path, asked: dict[str, Any]) -> bool:
 
 
 def report_step(out: Path, runs: Sequence[Path]) -> Step:
-    """Returns the step that writes the report, which is done while no file of the runs is newer."""
+    """Returns the step that writes the report, which is done if no file of the runs is newer."""
     def words():
         changed = [path.stat().st_mtime for run in runs if run.is_dir() for path in run.iterdir()]
         if out.exists() and out.stat().st_mtime >= max(changed, default=0.0):

@@ -1,13 +1,13 @@
-"""Runs that differ only in their training seed, taken together, and their differences to D = inf.
+"""Families of runs that differ only in their training seed, and their differences to D = inf.
 
-    d_k    value of D minus value of D = inf, both of training seed k = 1..m
+    d_k    value at D minus value at D = inf, both for training seed k = 1..m
     s      standard deviation of d_1..d_m
     95% interval of the difference: mean(d) -+ t s / sqrt(m), t the 97.5% quantile of Student's t
     with m - 1 degrees of freedom
 
-A difference is decided where that interval does not contain 0. It holds for other training seeds
-on the same data; it says nothing of other data or networks. Differences that do not vary at all
-decide nothing: scores that count images, such as class accuracy, agree by chance.
+A difference is decided if that interval does not contain 0. It then holds for other training seeds
+on the same data, but not necessarily for other data or networks. Differences that do not vary at
+all are not decided, because scores that count images, such as class accuracy, can agree by chance.
 """
 
 import collections
@@ -24,24 +24,24 @@ from reports.run_record import RunRecord, read_json
 from training.config import OPTIONS_FILE
 from training.resume import RESUME_MAY_CHANGE
 
-# What is compared although a resumed run may change it.
+# Options that are compared although a resumed run may change them.
 _DECIDES = {"duration", "transfer"}
 _CONFIDENCE = 0.95
-_NO_SPREAD = 1e-9  # of the mean: below it, differences vary by rounding only
+_NO_SPREAD = 1e-9  # relative to the mean; smaller variations of differences are rounding errors
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Runs that differ only in their training seed: the number of each run, by its seed."""
+    """Runs that differ only in their training seed: the number of each run, by seed."""
 
     runs: dict[str, int]
 
 
 def families(runs: Sequence[RunRecord]) -> list[Family]:
-    """Returns the runs by families, in the order of their first members.
+    """Returns the families of runs, in the order of their first members.
 
-    A run whose options are unknown is a family of its own, and so is each of several runs that
-    agree in their seed, too.
+    A run whose options are unknown forms its own family. So does each of several runs that also
+    have the same seed.
     """
     groups: dict[str, list[int]] = collections.defaultdict(list)
     for i, run in enumerate(runs):
@@ -66,7 +66,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
             if name not in RESUME_MAY_CHANGE or name in _DECIDES}
     kept["data"] = Path(str(options.get("data"))).name  # the folders that hold it may differ
     if options.get("teacher"):
-        # A few-step network of each training seed has a teacher of its own, of the same settings.
+        # The few-step networks of a family have different teachers with the same settings.
         of_teacher = _options_of_network(Path(str(options["teacher"])))
         kept["teacher_sha256"] = _settings(of_teacher) if of_teacher else kept["teacher_sha256"]
     return kept
@@ -82,9 +82,9 @@ def _options_of_network(path: Path) -> dict[str, Any]:
 def over_training_seeds(comparison: Comparison, found: Sequence[Family]) -> Comparison:
     """Returns a comparison of families, whose curves have a value for each training seed.
 
-    A value is the mean over seed ranges of the samples: of the base point over those that all runs
-    have, if there are any. A point that not every run of a family has is left out, and an axis
-    without points.
+    A value is the mean over seed ranges of the samples. At the base point these are the ranges that
+    all runs have, if there are any. Points that a run of the family lacks are left out, and so are
+    axes without points.
     """
     over = {axis: _merged(curves, found) for axis, curves in comparison.over.items()}
     return dataclasses.replace(
@@ -95,7 +95,7 @@ def over_training_seeds(comparison: Comparison, found: Sequence[Family]) -> Comp
 
 
 def _over_shared_ranges(curves: Sequence[Curve]) -> list[Curve]:
-    """Returns curves of one point each over the seed ranges that all have, if there are any."""
+    """Returns curves of one point each, over the seed ranges that all share if there are any."""
     shared = set.intersection(*(set(curve.seeds) for curve in curves)) if curves else set()
     return [dataclasses.replace(curve, points={x: spread.over(shared) for x, spread
                                                in curve.points.items()})
@@ -125,7 +125,7 @@ def _merged(curves: Sequence[Curve], found: Sequence[Family]) -> list[Curve]:
 
 
 def _pooled(groups: Sequence[Sequence[float]]) -> float | None:
-    """Returns the deviation within groups of values, None where none has two."""
+    """Returns the pooled standard deviation within groups; None if no group has two values."""
     known = [values for values in groups if len(values) > 1]
     if not known:
         return None
@@ -141,7 +141,7 @@ class Difference:
 
     @classmethod
     def of(cls, values: Mapping[str, float], others: Mapping[str, float]) -> "Difference":
-        """Returns values minus others, of the training seeds that both have."""
+        """Returns values minus others, for the training seeds that both have."""
         return cls({seed: values[seed] - others[seed] for seed in values if seed in others})
 
     @property
@@ -151,7 +151,7 @@ class Difference:
 
     @property
     def half_width(self) -> float | None:
-        """Half the 95% t interval of the mean; None for fewer than two training seeds."""
+        """Half the width of the 95% t interval of the mean; None for fewer than two seeds."""
         return t_half_width(list(self.by_seed.values()))
 
     @property
@@ -173,7 +173,7 @@ def t_half_width(values: Sequence[float]) -> float | None:
     """Returns half the width of the 95% t interval of the mean; None for fewer than two values."""
     if len(values) < 2:
         return None
-    from scipy.special import stdtrit  # Student's quantile; scipy.stats takes a second to import
+    from scipy.special import stdtrit  # Student's t quantile; importing scipy.stats takes a second
     t = float(stdtrit(len(values) - 1, (1 + _CONFIDENCE) / 2))
     return t * statistics.stdev(values) / math.sqrt(len(values))
 
@@ -183,8 +183,8 @@ def differences(curves: Sequence[Curve], x: float | None = None, base: float | N
     """Returns the differences to the family of D = inf, by number of the family.
 
     Args:
-        curves: those of families.
-        x: the point; None is the first of each curve, as in `Comparison.over_D`.
+        curves: the curves of the families.
+        x: the point; None means the first point of each curve, as in `Comparison.over_D`.
         base: if given, the change from this point to x is compared instead of the value at x.
     """
     known = {}
@@ -194,7 +194,7 @@ def differences(curves: Sequence[Curve], x: float | None = None, base: float | N
         if spread is not None:
             known[curve.run] = (curve.D, spread.by_seeds)
     diffusion = [(run, values) for run, (D, values) in known.items() if math.inf == D]
-    if len(diffusion) != 1:  # none, or several kinds of networks: there is no one to compare with
+    if len(diffusion) != 1:  # with none or several families, there is nothing to compare with
         return {}
     [(of_inf, reference)] = diffusion
     found = {run: Difference.of(values, reference) for run, (D, values) in known.items()

@@ -61,8 +61,8 @@ def test_torn_lines_and_missing_keys_are_left_out(tmp_path):
     (run / "stats.jsonl").write_text("\n".join(lines) + '\n{"Loss/loss": {"num": 1, "me')
     record = RunRecord.read(run)
     assert record.column("kimg") == [(1, 1), (2, 2), (3, 3)] and record.column("loss") == [(1, 1.0)]
-    assert record.notes == ["stats.jsonl: 1 line left out: not JSON objects (a run that was killed "
-                            "leaves half a line)"]
+    assert record.notes == ["stats.jsonl: 1 line ignored, not JSON objects (a killed run may "
+                            "leave half a line)"]
 
 
 @pytest.mark.parametrize("line", [
@@ -309,11 +309,11 @@ def rows_below(page, heading):
 
 
 def test_the_comparison_begins_with_scores_and_their_changes_over_equal_seeds(page):
-    rows = rows_below(page, "In short: FID, 10 images")
+    rows = rows_below(page, "Summary: FID, 10 images")
     assert rows[0] == ["run", "score", "seed ranges", "alpha 0.2", "10 steps", "5 bits"]
     assert rows[2] == ["D2 (D = 2)", "11.00|10.00..12.00", "3", "+9.00|+81.8%", "+4.00|+36.4%",
                        "+3.00|+27.3%"]
-    assert page.index("In short") < page.index("<h3>Runs") and "Lower is better." in page
+    assert page.index("Summary: ") < page.index("<h3>Runs") and "Lower is better." in page
 
 
 def test_tables_say_how_many_ranges_a_value_is_of_and_align_their_decimals(page):
@@ -373,7 +373,7 @@ def test_no_skipped_steps_are_a_line_and_no_plot(tmp_path):
     run = write_run(tmp_path / "run")
     assert "<h4>Steps skipped</h4><svg" in report_page.render([RunRecord.read(run)])
     write_lines(run / "stats.jsonl", [tick(1), tick(2)])
-    assert ('<h4>Steps skipped</h4><p class="soft">None: the gradients of every step were finite.'
+    assert ('<h4>Steps skipped</h4><p class="soft">None; the gradients of all steps were finite.'
             in report_page.render([RunRecord.read(run)]))
 
 
@@ -398,7 +398,7 @@ def test_pairs_leave_out_other_settings_of_the_sampler(tmp_path):
     folders = [write_run(tmp_path / str(D), D) for D in (1, 2, 128)]
     (folders[1] / "ckpt_000200/generate.json").write_text(json.dumps(sampler(2, num_steps=5)))
     text = report_page.render([RunRecord.read(folder) for folder in folders])
-    assert "2 (D\u00a0=\u00a02): left out, its images were made by other settings" in text
+    assert "2 (D\u00a0=\u00a02): left out, because its images were made with other" in text
     assert "D\u00a0=\u00a02), seed" not in text and "D\u00a0=\u00a0128), seed 3" in text
 
 
@@ -450,11 +450,11 @@ def test_damage_becomes_notes(tmp_path):
     (run / "reals.png").write_bytes(b"\x89PNG\r\n\x1a\nnot")
     (run / "samples-000000.png").write_text("no picture")
     parsed = assert_offline(report_page.render([RunRecord.read(run)]))
-    for note in ("training_options.json is missing, empty or damaged: the settings are unknown",
+    for note in ("training_options.json is missing, empty or damaged; the settings are unknown",
                  "stats.jsonl holds no ticks", "reals.png can't be read as a picture",
                  "samples-000000.png can't be read as a picture"):
         assert note in parsed.text
-    assert any(text.startswith("metrics.jsonl: 2 lines left out") for text in parsed.text)
+    assert any(text.startswith("metrics.jsonl: 2 lines ignored") for text in parsed.text)
 
 
 def test_runs_with_hardly_anything_are_reported(tmp_path):
@@ -488,7 +488,7 @@ def test_the_command_writes_one_file(runs, tmp_path, invoke):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("none", "none: No such file or directory"), ("empty", "empty: no run directory (it has no"),
+    ("none", "none: No such file or directory"), ("empty", "empty: not a run directory (no"),
     ("file", "file: Not a directory")])
 def test_what_is_no_run_gets_one_line(runs, tmp_path, invoke, name, words):
     (tmp_path / "empty").mkdir()

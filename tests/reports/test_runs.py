@@ -115,7 +115,7 @@ def test_the_best_score_is_never_one_of_classes_or_their_mean(tmp_path, invoke):
 
 def test_where_no_run_has_been_yet_is_one_line(tmp_path, invoke):
     result = invoke(runs.main, tmp_path / "none")
-    assert result.exit_code == 1 and "no such folder; name the one" in result.output
+    assert result.exit_code == 1 and "no such folder; give the folder" in result.output
 
 
 def test_thousands_of_images_are_never_shortened(tmp_path, invoke):

@@ -133,10 +133,10 @@ def test_a_run_is_trained_when_its_last_network_is_there(tmp_path):
     assert not _is_trained(run, {**asked, "duration": 0.0031})
     (run / "training_options.json").write_text(json.dumps({"options": {"sigma_data": 0.75}}))
     assert _is_trained(run, {**asked, "sigma_data": None}), "auto has measured the number"
-    with pytest.raises(ValueError, match="sigma_data = 0.75, and sigma_data = 0.5 is asked for"):
+    with pytest.raises(ValueError, match="sigma_data = 0.75, but sigma_data = 0.5 was given"):
         _is_trained(run, {**asked, "sigma_data": 0.5})
     run = write_run(tmp_path / "other", cres=None)
-    with pytest.raises(ValueError, match="was begun with batch = 32, and batch = 64 is asked for"):
+    with pytest.raises(ValueError, match="was begun with batch = 32, but batch = 64 was given"):
         _is_trained(run, {**asked, "batch": 64})
 
 
@@ -162,16 +162,16 @@ def test_a_network_that_is_not_there_yet_has_a_stand_in(tmp_path):
     (["--data=DATA", "--aug_dims=0,inf"], "--aug_dims=0,inf: must be numbers above 0 or inf"),
     (["--data=DATA", "--aug_dims=2", "--", "--pfgmpp=1"], "--pfgmpp=1: can't be given"),
     (["--data=DATA", "--aug_dims=2", "--", "--no=1"], "No such option"),
-    (["--data=DATA", "--aug_dims=2", "--cbase=16"], "options of train.py follow after '--'"),
+    (["--data=DATA", "--aug_dims=2", "--cbase=16"], "give options of train.py after '--'"),
     (["--data=DATA", "--aug_dims=2", "--solver=ipndm", "--alpha=0,0.1"],
      "--alpha=0.1: --solver=ipndm uses earlier steps"),
     (["--data=DATA", "--aug_dims=2", "--order=2"], "--order=2: only ipndm has orders"),
     (["--data=DATA", "--aug_dims=2", "--train-seeds=0,1", "--", "--seed=3"],
-     "--seed: can't be given to the training of a study with --train-seeds"),
+     "--seed: can't be given with --train-seeds"),
     (["--runs=none", "--ref=DATA", "--train-seeds=0,1"], "--train-seeds: with --runs nothing"),
-    (["--data=DATA", "--aug_dims=2", "--rounding-seeds=0,1"], "--rounding-seeds: used with --bits"),
+    (["--data=DATA", "--aug_dims=2", "--rounding-seeds=0,1"], "--rounding-seeds: needs --bits"),
     (["--data=DATA", "--aug_dims=2", "--detector=pixels", "--likelihood=4"],
-     "--likelihood and --val-data: give both, or neither"),
+     "--likelihood and --val-data: give both or neither"),
     (["--data=DATA", "--aug_dims=2", "--detector=pixels", "--likelihood=4", "--val-data=none"],
      "none"),
     (["--data=DATA", "--aug_dims=2", "--detector=pixels", "--likelihood=4", "--val-data=DATA"],
@@ -192,9 +192,9 @@ def test_mistakes_get_one_line_before_anything_starts(args, words, dataset_zip, 
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda path: write_dataset(path, side=4), "its images are 3x4x4, those of"),
+    (lambda path: write_dataset(path, side=4), "its images are 3x4x4, but those of"),
     (lambda path: write_dataset(path, num=10, classes=0), "has no classes"),
-    (lambda path: write_dataset(path, num=10, classes=3), "has 3 classes, --data="),
+    (lambda path: write_dataset(path, num=10, classes=3), "has 3 classes, but --data="),
     (lambda path: write_dataset(path, num=10), None)], ids=["size", "no", "more", "good"])
 def test_held_out_images_that_do_not_fit_are_refused_before_training(make, words, dataset_zip,
                                                                     tmp_path, invoke):
@@ -320,8 +320,8 @@ def test_a_dry_run_tells_images_bytes_and_hours(dataset_zip, tmp_path, invoke):
             "--train-seeds=0,1", "--detector=pixels", "--seeds=0-9", "--images=0"]
     network = [*TINY_NETWORK, "--batch=8", "--duration=0.001", "--samples=0", "--tick=1"]
     said = invoke(sweep.main, *args, "--rate=100", "--", *network).stdout
-    assert "4 networks of" in said and "4,000 images in all" in said
-    assert f"{4 * 10 * 35:,} evaluations of a network" in said
+    assert "4 networks of" in said and "4,000 images in total" in said
+    assert f"{4 * 10 * 35:,} network evaluations" in said
     # 40 s of training, and evaluations about three times as fast as steps of training.
     assert re.search(r"Time       4[3-6]s at 100 images/s in training", said), said
     assert "Time       unknown; give --rate" in invoke(sweep.main, *args, "--", *network).stdout
@@ -369,7 +369,7 @@ def check_study(outdir, first, second):
     titles_of_plots = set(re.findall("<h4>(.*?)<", page))
     assert {"Over D", "Noise before each step", "Steps"} <= titles_of_plots
     assert page.count("seed 1") == 2
-    assert second.splitlines() == [f"[{i}/11] {title}: there already"
+    assert second.splitlines() == [f"[{i}/11] {title}: already done"
                                    for i, title in enumerate(titles, 1)]
 
 
@@ -440,10 +440,10 @@ def test_scores_of_networks_of_other_data_count(lsun, settings, is_scored, tmp_p
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--detector=pixels", "--ref=SMALL"], "of 4x4 images, but those of"),
+    (["--detector=pixels", "--ref=SMALL"], "its images are 4x4, but those of"),
     (["--detector=pixels", "--ref=REF", "--metrics=kid"], "holds no features, which --metrics=kid"),
     (["--detector=inception", "--ref=REF"], "made with the detector pixels; give"),
-    (["--detector=pixels", "--data=FLOATS"], "of another scale than the images of"),
+    (["--detector=pixels", "--data=FLOATS"], "has another scale than the images of"),
     (["--detector=inception", "--data=FLOATS", "--ref=FLOATS"], "8-bit"),
     (["--detector=pixels", "--metrics=is"], "has no classes"),
     (["--detector=pixels", "--seeds=0"], "at least 2 needed"),

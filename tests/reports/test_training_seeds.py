@@ -179,7 +179,7 @@ def test_rounding_draws_are_one_point_their_mean(tmp_path):
                        "random_bits": {4: (4.0,), 32: (1.0,)}}
     page = render([RunRecord.read(run)])
     assert "Weights rounded at random" in page
-    assert "Every value of rounded weights is the mean of 3 random roundings." in page
+    assert "Every value for rounded weights is the mean of 3 random roundings." in page
 
 
 def test_differences_that_do_not_vary_decide_nothing():
@@ -216,7 +216,7 @@ def test_seeds_of_a_single_D_have_their_mean_on_the_page(tmp_path):
     runs = [RunRecord.read(write_run(tmp_path / str(seed), 8, [score_line(8, BASE[8][seed])],
                                      seed=seed)) for seed in SEEDS]
     page = render(runs)
-    assert f"{np.mean(BASE[8]):.3f}" in page and "In short" in page and "Differences" not in page
+    assert f"{np.mean(BASE[8]):.3f}" in page and "Summary: " in page and "Differences" not in page
 
 
 def test_families_without_a_D_of_their_own_are_called_by_their_runs(tmp_path):
@@ -233,7 +233,7 @@ def test_several_kinds_of_diffusion_and_lengths_are_told(tmp_path):
         for D, lr in ((8, 1e-3), (math.inf, 1e-3), (math.inf, 1e-2)) for seed in (0, 1)]
     page = render(runs)
     assert "Differences to D = inf are left out" in page
-    assert "The networks compared are of different kimg: 100, 200" in page
+    assert "The compared networks were trained for different kimg: 100, 200" in page
 
 
 def test_the_page_tells_training_seeds_and_differences(runs):
