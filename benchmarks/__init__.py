@@ -1,1 +1,1 @@
-"""Measurements that anyone can run; results with machine and date stand in docs/log.md."""
+"""Measurements that anyone can run; docs/log.md has results with machine and date."""

@@ -1,4 +1,4 @@
-"""All benchmarks by one command, `python -m benchmarks`: prints a table, writes JSON."""
+"""All benchmarks in one command, `python -m benchmarks`, which prints a table and writes JSON."""
 
 import contextlib
 import re
@@ -44,7 +44,7 @@ _REFERENCE_FILES = ("training/networks.py", "training/augment.py", "dataset_tool
 
 
 def measure_peaks(device: torch.device, precisions: tuple[str, ...]) -> dict[str, float]:
-    """Returns the most TFLOP/s seen of a large matrix product and a 3x3 convolution."""
+    """Returns the highest measured TFLOP/s of a large matrix product and a 3x3 convolution."""
     size, batch = (8192, 256) if device.type == "cuda" else (1024, 2)
     peaks = {}
     for precision in precisions:
@@ -65,7 +65,7 @@ def measure_peaks(device: torch.device, precisions: tuple[str, ...]) -> dict[str
                 torch.cuda.synchronize()
         ways = {flops: (lambda way=way: waiting(way)) for flops, way in ways.items()}
         first = max(min(seconds) for seconds in in_turn(ways, 1).values())
-        peaks[precision] = max(  # once more where bfloat16 is emulated, which takes seconds
+        peaks[precision] = max(  # only one more run if bfloat16 is emulated, which takes seconds
             flops / min(seconds) / 1e12
             for flops, seconds in in_turn(ways, 1 if first > 0.5 else 6).items())
     return peaks
@@ -85,11 +85,11 @@ def measure_peaks(device: torch.device, precisions: tuple[str, ...]) -> dict[str
 @click.option("--out", metavar="JSON", type=click.Path(dir_okay=False, path_type=Path), default="benchmarks.json", help="Where to write the figures.")
 def main(names, device, threads, repeats, batch, precisions, compiled, chosen_networks, against,
          revision, out):
-    """Measures NAMES, by default all, and prints medians of runs in turn.
+    """Measures NAMES, by default all, and prints medians over alternating runs.
 
-    The ratio is the time of the last side of a group over that of the line, so above 1 is faster
-    than it. A run that is stopped shows what it has measured. Give the command the machine for
-    itself.
+    The ratio is the time of the last side of a group over that of the line, so a line with a ratio
+    above 1 is faster. If the command is stopped, it shows what it has measured. Nothing else should
+    run on the machine.
     """
     with user_errors(), contextlib.ExitStack() as stack:
         chosen = _device(device)
@@ -123,7 +123,7 @@ def main(names, device, threads, repeats, batch, precisions, compiled, chosen_ne
                                          "rows": [row.to_dict(peaks) for row in rows]})
                 except SideError as error:
                     raise ValueError(f"{name}: {error}") from error
-        finally:  # figures are shown also if the rest fails or is stopped
+        finally:  # results are shown even if the rest fails or is stopped
             print(" | ".join(f"{key} {value}" for key, value in where.items()))
             print("peak " + ", ".join(f"{key} {value:.3g} TFLOP/s"
                                       for key, value in peaks.items()))
@@ -138,7 +138,7 @@ def _device(name: str) -> torch.device:
 
 
 def _networks(text: str) -> list[tuple[str, int]]:
-    """Returns ("adm", 64) for "adm-64", for each of a list."""
+    """Returns the networks of a list, such as ("adm", 64) for "adm-64"."""
     found = [re.fullmatch("(ncsnpp|ddpmpp|adm)-(16|32|64|128|256)", item)
              for item in text.split(",") if text]
     if None in found:
@@ -148,11 +148,11 @@ def _networks(text: str) -> list[tuple[str, int]]:
 
 
 def _check(precisions: tuple[str, ...], against: Path | None) -> None:
-    """Raises ValueError, where what is asked for can't be measured."""
+    """Raises ValueError if the requested measurements are not possible."""
     wrong = sorted(set(precisions) - {"fp32", "tf32", "bf16", "fp16"})
     if wrong or "fp32" not in precisions:
-        raise ValueError(f"--precision={','.join(precisions)}: must be of fp32, tf32, bf16, fp16, "
-                         "with fp32 among them, which others are compared with")
+        raise ValueError(f"--precision={','.join(precisions)}: must be a list of fp32, tf32, bf16, "
+                         "fp16 with fp32, the baseline of the others")
     missing = against and next((f for f in _REFERENCE_FILES if not (against / f).is_file()), None)
     if missing:
         raise ValueError(f"--against={against}: not a checkout of EDM, {missing} is missing")

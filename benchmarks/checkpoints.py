@@ -12,7 +12,7 @@ from training.config import TrainConfig
 
 
 def _state() -> dict:
-    """Returns a state of the size and structure of a real one."""
+    """Returns a state with the size and structure of a real one."""
     config = TrainConfig(data="", arch="ncsnpp")
     network = config.network(32, 3, 0)
     net = build_network(network)
@@ -26,7 +26,7 @@ def _state() -> dict:
 
 
 def rows(options: Options) -> list[Row]:
-    """Returns ours, with checksum and fsync, beside torch.save and torch.load as they are."""
+    """Returns our functions, with checksum and fsync, and plain torch.save and torch.load."""
     state = _state()
     with tempfile.TemporaryDirectory() as folder:
         ours, plain = Path(folder, "training-state-000000.pt"), Path(folder, "plain.pt")

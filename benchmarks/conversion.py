@@ -1,6 +1,6 @@
-"""Conversion of JPEGs to a data set of 64x64, start-up of Python included.
+"""Conversion of JPEGs to a 64x64 data set, including the start-up of Python.
 
-The data sets of all sides must be equal, name by name, pixel by pixel and label by label.
+The data sets of all sides must have equal names, pixels and labels.
 """
 
 import functools
@@ -23,7 +23,7 @@ _IMAGES = 1000
 
 
 def write_jpegs(folder: Path, num: int) -> None:
-    """Writes images that compress as photographs do: smooth shapes with a little noise."""
+    """Writes images that compress like photographs: smooth shapes with a little noise."""
     rng = np.random.default_rng(0)
     for i in range(num):
         coarse = PIL.Image.fromarray(rng.integers(0, 256, [16, 16, 3], dtype=np.uint8))
@@ -65,7 +65,7 @@ def _commands(options: Options) -> dict[str, list[str]]:
 
 
 def rows(options: Options) -> list[Row]:
-    """Returns the conversion with one process and with all, and by the others that there are.
+    """Returns the conversion with one process, with all processes, and by the other sides.
 
     Raises:
         AssertionError: the data sets differ in a name, a pixel or a label.

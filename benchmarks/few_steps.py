@@ -1,12 +1,12 @@
-"""Scores of few-step networks by evaluations, beside those of denoisers, and a picture of both.
+"""Scores of few-step networks and of denoisers by number of evaluations, and a picture of both.
 
     python -m benchmarks.few_steps --ref=datasets/emoji-faces-16.zip --out=docs/few-steps.png \
         --networks=examples/emoji16-128.pt,examples/emoji16-128-few-steps.pt
 
-Frechet distances of samples to a data set, means over ranges of seeds. Denoisers are sampled by
-Heun's method and ipndm. The noise between two evaluations of a few-step network is that of the
-kernel, as it should be; in the second line of a network of finite D it is Gaussian, with the same
-levels and normal vectors, to show what that costs.
+The scores are Frechet distances between samples and a data set, averaged over ranges of seeds.
+Denoisers are sampled with Heun's method and ipndm. The noise between two evaluations of a few-step
+network is correctly that of the kernel. To show what Gaussian noise would cost, the second line of
+a network with finite D uses Gaussian noise with the same levels and normal vectors.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ from metrics.scoring import network_features, open_evaluator
 from pfgmpp.samplers import SampleBatch, draw_latents, to_uint8
 from sampling.network_sampler import NetworkSampler
 
-_STEPS = (1, 2, 4)  # of few-step networks
-_SOLVER_STEPS = {"heun": (18, 5, 4, 3), "ipndm": (35, 9, 7, 5)}  # of denoisers
+_STEPS = (1, 2, 4)  # steps of few-step networks
+_SOLVER_STEPS = {"heun": (18, 5, 4, 3), "ipndm": (35, 9, 7, 5)}  # steps of denoisers
 _SHOWN = 12  # seeds in a row of the picture
 
 
 @dataclasses.dataclass(frozen=True)
 class GaussianBetween:
-    """A few-step sampler whose noise between evaluations is Gaussian whatever D is."""
+    """A few-step sampler whose noise between evaluations is Gaussian for any D."""
 
     sampler: NetworkSampler
 
@@ -44,7 +44,7 @@ class GaussianBetween:
 
     @property
     def scaling(self):
-        """Of the data that the network was trained on."""
+        """The scaling of the data on which the network was trained."""
         return self.sampler.scaling
 
     @torch.inference_mode()
@@ -61,7 +61,7 @@ class GaussianBetween:
 
 
 def samplers(network: str, device: torch.device) -> Iterator[tuple[str, NetworkSampler]]:
-    """Yields the ways to sample a network, by the name of their row."""
+    """Yields the ways to sample a network, with the names of their rows."""
     few_step = NetworkSampler.open(network, device).net.few_step
     if few_step is not None:
         for steps in _STEPS:
@@ -86,7 +86,7 @@ def samplers(network: str, device: torch.device) -> Iterator[tuple[str, NetworkS
 @click.option("--out", metavar="PNG", type=click.Path(path_type=Path), help="Picture to write.")
 def main(networks: str, ref: str, detector: str, num: int, ranges: int, batch: int, device: str,
          out: Path | None) -> None:
-    """Prints a table of scores for each network, and draws the same seeds in all of these ways."""
+    """Prints a table of scores for each network, and draws the same seeds sampled in all ways."""
     with user_errors():
         evaluator, rows, labels = None, [], []
         for network in networks.split(","):

@@ -9,7 +9,7 @@ from metrics.distances import frechet_distance
 
 
 def random_covariance(d: int, seed: int) -> torch.Tensor:
-    """Returns the covariance of 3d images whose features have deviations from 0.01 to 2."""
+    """Returns the covariance of 3d images; features have standard deviations from 0.01 to 2."""
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn([3 * d, d], generator=rng, dtype=torch.float64)
     mix = torch.linalg.qr(torch.randn([d, d], generator=rng, dtype=torch.float64))[0]
@@ -23,13 +23,13 @@ def ours(s1: torch.Tensor, s2: torch.Tensor) -> float:
 
 
 def by_sqrtm(s1: torch.Tensor, s2: torch.Tensor) -> float:
-    """Returns the same by the formula as it is written."""
+    """Returns the same distance by direct evaluation of the formula."""
     root = scipy.linalg.sqrtm((s1 @ s2).numpy())
     return float(s1.trace() + s2.trace() - 2 * np.trace(root).real)
 
 
 def rows(options: Options) -> list[Row]:
-    """Returns both ways at the 2048 features of Inception."""
+    """Returns both methods for the 2048 features of Inception."""
     covariances = random_covariance(2048, 0), random_covariance(2048, 1)
     values = {}
     ways = {"ours": lambda: values.update(ours=ours(*covariances)),

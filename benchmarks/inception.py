@@ -1,6 +1,6 @@
-"""Inception features: folded batch norm in channels_last against the network as it is written.
+"""Inception features: folded batch norm in channels_last against the network as published.
 
-Random weights stand for the published ones; speed does not depend on them.
+The weights are random, because the speed does not depend on them.
 """
 
 import math
@@ -41,7 +41,7 @@ def naive(state: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def rows(options: Options) -> list[Row]:
-    """Returns both ways for 16 images on the CPU, 128 on a GPU."""
+    """Returns both implementations for 16 images on the CPU, or 128 on a GPU."""
     device, batch = options.device, 128 if options.device.type == "cuda" else 16
     state = {name: value.to(device) for name, value in random_state().items()}
     network = inception.InceptionV3(state, device)

@@ -1,10 +1,10 @@
-"""Whether long work stays as it begins: memory, open files and speed over time.
+"""Memory, open files and speed of long jobs over time, to check that they stay constant.
 
     python -m benchmarks.load images [--num 50000]     generate.py, then fid.py calc
     python -m benchmarks.load data [--num 1000000]     train.py on a ZIP of tiny images
 
-The scripts run as users run them, on the CPU. Resident memory is that of the script and of all that
-it started, pages that they share counted once (proportional set size); looked at twice a second.
+The scripts run on the CPU in the way users run them. Memory is that of the script and all its child
+processes, with shared pages counted once (proportional set size), and is sampled twice a second.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ SIDE = 8
 
 
 def write_data(path: Path, num: int, side: int, classes: int) -> None:
-    """Writes a ZIP of gray images of four contents, as dataset_tool.py stores them."""
+    """Writes a ZIP of gray images with four different contents, as dataset_tool.py stores them."""
     import PIL.Image
 
     from dnnlib.stored_zip import StoredZip
@@ -81,7 +81,7 @@ def usage(pid: int) -> tuple[float, int]:
 
 
 def watch(title: str, *args: object) -> None:
-    """Runs a script and prints what it used."""
+    """Runs a script and prints its memory and open files."""
     start, samples = time.perf_counter(), []
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=log,
@@ -93,7 +93,7 @@ def watch(title: str, *args: object) -> None:
         if process.returncode:
             raise click.ClickException(log.read().decode())
     seconds = time.perf_counter() - start
-    samples = samples[:-1]  # the last may be of a process that was ending
+    samples = samples[:-1]  # the last one may be of a terminating process
     quarter = max(len(samples) // 4, 1)
     means = [np.mean(samples[quarter * i:quarter * (i + 1)], axis=0) for i in range(4)]
     most = np.max(samples, axis=0)
@@ -104,13 +104,13 @@ def watch(title: str, *args: object) -> None:
 
 @click.group()
 def main() -> None:
-    """Watches long work."""
+    """Measures long jobs."""
 
 
 @main.command()
 @click.option("--num", default=50_000)
 def images(num: int) -> None:
-    """Makes and scores very many small images."""
+    """Generates and scores a large number of small images."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_network(root / "network.pt")
@@ -131,7 +131,7 @@ def images(num: int) -> None:
 @click.option("--num", default=1_000_000)
 @click.option("--kimg", default=20)
 def data(num: int, kimg: int) -> None:
-    """Opens and trains on very many tiny images."""
+    """Opens and trains on a large number of tiny images."""
     from images.dataset import ImageFolderDataset
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
 """Training steps and network evaluations: ours, an older commit's, a reference checkout's.
 
 All sides have the same weights and, for an evaluation, the same input. One network evaluation
-stands for sampling, of which it is all but a few parts in a thousand.
+represents sampling, because it takes all but a few thousandths of its time.
 
-A training step is all of it: draws, augmentation, loss, gradients, Adam, the average of the
-weights. Ours reads its images through the loader as training does; the reference is given a tensor.
+A training step includes everything: draws, augmentation, loss, gradients, Adam and the average of
+the weights. Ours reads its images through the loader, as in training. The reference gets a tensor.
 """
 
 import os
@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-# What a step does beside the network, by EDM's defaults.
+# Settings of a step other than the network, with EDM's defaults.
 _AUGMENT = {"p": 0.12, "xflip": 1e8, "yflip": 1, "scale": 1, "rotate_frac": 1, "aniso": 1,
             "translate_frac": 1}
-_NUM_IMAGES = 256  # of the data set
-_PERTURBED = 0.02  # added to fresh weights, whose last layers are nearly zero
+_NUM_IMAGES = 256  # images of the data set
+_PERTURBED = 0.02  # size of the perturbation of initial weights, some of which are nearly zero
 
 
 # --------------------------------------------------------- cases, run inside a side's own process
@@ -42,7 +42,7 @@ class _Evaluation:
         self._sigma = torch.full([len(self._x)], 0.7, device=self._device)
 
     def prepare(self, settings: dict[str, Any]) -> None:
-        """Sets what the side's precision needs."""
+        """Applies the settings for the side's precision."""
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -54,7 +54,7 @@ class _Evaluation:
 
 
 class OurEvaluation(_Evaluation):
-    """By pfgmpp/networks.py."""
+    """An evaluation with pfgmpp/networks.py."""
 
     def build(self, config: dict[str, Any]) -> torch.nn.Module:
         from pfgmpp.networks import build_network
@@ -69,7 +69,7 @@ class OurEvaluation(_Evaluation):
 
 
 class TheirEvaluation(_Evaluation):
-    """By the reference's class of the same name and keywords."""
+    """An evaluation with the reference's class of the same name and keywords."""
 
     def build(self, config: dict[str, Any]) -> torch.nn.Module:
         return _their_network(config)
@@ -88,7 +88,7 @@ class OurStep:
         from training.config import TrainConfig
         try:
             from training.trainer import Trainer
-        except ImportError:  # before Trainer had a file of its own
+        except ImportError:  # older commits had no separate file for Trainer
             from training.training_loop import Trainer
         device, data = torch.device(settings["device"]), f"{settings['folder']}/data.zip"
         os.environ["PFGMPP_CACHE_DIR"] = settings["folder"]
@@ -112,11 +112,11 @@ class OurStep:
                               for p in self._trainer.net.parameters()]), path)
 
     def close(self) -> None:
-        """Ends what has to end before the process group does."""
+        """Releases what must end before the process group."""
         self._trainer.close()
 
     def busy(self, steps: int) -> float:
-        """Returns the share of the time of some steps in which the GPU computed."""
+        """Returns the share of time in which the GPU computed during `steps` steps."""
         import time
 
         from torch.profiler import ProfilerActivity, profile
@@ -132,9 +132,9 @@ class OurStep:
 
 
 class TheirStep:
-    """The body of the reference's loop, which can't be called alone, around its own parts.
+    """The body of the reference's training loop, copied because it is not a function of its own.
 
-    Modules have the names that they have in EDM.
+    It uses the reference's modules, under the names that they have in EDM.
     """
 
     def __init__(self, settings: dict[str, Any]):
@@ -172,7 +172,7 @@ class TheirStep:
 
 
 def _their_network(config: dict[str, Any]) -> torch.nn.Module:
-    """Returns the reference's network; the keywords that it lacks are at what it does anyway."""
+    """Returns the reference's network; keywords that it lacks must have its fixed values."""
     from training import networks
     kwargs = {key: value for key, value in config.items()
               if key not in ("class_name", "pfgmpp", "D")}
@@ -187,13 +187,13 @@ CPU_NETWORKS = GPU_NETWORKS[:2]
 
 
 def training_rows(options):
-    """Yields the steps of every architecture by every side."""
+    """Yields the training steps of every architecture on every side."""
     for arch, side in _networks(options):
         yield from _rows("training", arch, side, options)
 
 
 def sampling_rows(options):
-    """Yields the evaluations of every architecture by every side."""
+    """Yields the evaluations of every architecture on every side."""
     for arch, side in _networks(options):
         yield from _rows("sampling", arch, side, options)
 
@@ -203,7 +203,7 @@ def _networks(options) -> Sequence[tuple[str, int]]:
 
 
 def _sides(kind, options) -> dict[str, tuple[Path, str, str, bool]]:
-    """Returns root, case, precision and whether it is compiled, by name of the side."""
+    """Returns root, case, precision and whether to compile, by name of the side."""
     from benchmarks.sides import ROOT
 
     case = {"training": "Step", "sampling": "Evaluation"}[kind]
@@ -222,7 +222,7 @@ def _sides(kind, options) -> dict[str, tuple[Path, str, str, bool]]:
 
 
 def _rows(kind, arch, side, options):
-    """Returns the rows of one network; a side that can't run is told and left out."""
+    """Returns the rows of one network; a side that can't run is reported and left out."""
     import contextlib
 
     from benchmarks.sides import Side, SideError
@@ -249,7 +249,7 @@ def _rows(kind, arch, side, options):
                 process.run()  # warms up
                 print(f"{what}, {name}: ready after {time.perf_counter() - start:.0f} s",
                       file=sys.stderr)
-                if case != "TheirStep":  # whose draws are others
+                if case != "TheirStep":  # its random draws differ
                     process.call("save", f"{folder}/{name}.out")
                 process.run()
                 running[name] = process
@@ -282,7 +282,7 @@ def network(arch: str, side: int) -> dict[str, Any]:
 
 
 def write_inputs(common: dict[str, Any]) -> None:
-    """Writes the weights that all sides begin with, and a data set."""
+    """Writes the initial weights of all sides, and a data set."""
     from benchmarks.reading import write_dataset
     from pfgmpp.networks import build_network
 

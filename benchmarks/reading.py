@@ -1,6 +1,6 @@
-"""Reading batches of training data, with one loader worker and a batch of 512, as both sides train.
+"""Reading batches of training data with one loader worker and a batch of 512, as in training.
 
-Timed are eight batches after an epoch, when whatever is kept is there.
+Eight batches are timed after one epoch, when all caches are filled.
 """
 
 import itertools
@@ -18,7 +18,7 @@ _IMAGES, _SIDE, _BATCH, _BATCHES = 20000, 32, 512, 8
 
 
 def write_dataset(path: Path, num: int, side: int) -> None:
-    """Writes a ZIP of stored PNGs of random pixels as dataset_tool.py makes them."""
+    """Writes a ZIP of uncompressed PNGs of random pixels, like those of dataset_tool.py."""
     import io
 
     import PIL.Image
@@ -37,7 +37,7 @@ def write_dataset(path: Path, num: int, side: int) -> None:
 
 class _Reader:
     def __init__(self, settings: dict[str, Any]):
-        import torch.utils.data  # noqa: F401 - not part of what is measured
+        import torch.utils.data  # noqa: F401 - so that the import is not timed
 
         os.environ["PFGMPP_CACHE_DIR"] = settings["cache"]
         start = time.perf_counter()
@@ -54,12 +54,12 @@ class _Reader:
             pass
 
     def start(self) -> float:
-        """Returns the seconds to the first batch."""
+        """Returns the time to the first batch in seconds."""
         return self._started
 
 
 class OurReader(_Reader):
-    """By the packed array, as training reads it."""
+    """Reads the packed array, like training."""
 
     def open(self, path: str):
         from images.dataset import ImageFolderDataset, TrainingOrder
@@ -71,9 +71,9 @@ class OurReader(_Reader):
 
 
 class TheirReader(_Reader):
-    """By the reference's data set with its cache on.
+    """Reads the reference's data set with its cache enabled.
 
-    PyTorch's sampler takes the place of the reference's, which fails on PyTorch 2.13.
+    PyTorch's sampler replaces the reference's, which fails on PyTorch 2.13.
     """
 
     def open(self, path: str):
@@ -89,7 +89,7 @@ class TheirReader(_Reader):
 
 
 def rows(options):
-    """Returns our reader, an older commit's and the reference's, those that there are."""
+    """Returns our reader and, if available, those of an older commit and the reference."""
     import contextlib
 
     from benchmarks.sides import ROOT, Side

@@ -1,4 +1,4 @@
-"""Training steps of one process against the same batch on two gloo processes, on the same cores."""
+"""Training steps with one process against two gloo processes, with equal batch and cores."""
 
 import json
 import os
@@ -15,7 +15,7 @@ _BATCH, _STEPS = 8, 3
 
 
 def rows(options: Options) -> list[Row]:
-    """Returns the steps of NCSN++ 32x32 on two cores, divided in both ways."""
+    """Returns the steps of NCSN++ 32x32 on two cores, with both divisions."""
     what = f"training, ncsnpp 32x32, batch {_BATCH}, two cores"
     ways = {"two processes, one thread each": (2, 1), "one process, two threads": (1, 2)}
     with tempfile.TemporaryDirectory() as folder:
@@ -26,7 +26,7 @@ def rows(options: Options) -> list[Row]:
 
 
 def _steps(folder: str, processes: int, threads: int) -> list[float]:
-    """Returns the seconds of some steps, as rank 0 sees them."""
+    """Returns the durations of some steps in seconds, as measured by rank 0."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc_per_node={processes}", __file__, folder]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
@@ -36,7 +36,7 @@ def _steps(folder: str, processes: int, threads: int) -> list[float]:
 
 
 def _worker(folder: str) -> None:
-    """Takes the steps in a process of torchrun's."""
+    """Runs the steps in a process started by torchrun."""
     import torch
 
     from torch_utils import distributed

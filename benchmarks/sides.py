@@ -1,8 +1,8 @@
-"""Processes that run the same thing by different code: ours, an older commit of ours, a checkout.
+"""Processes that run the same case with different code: ours, an older commit, another checkout.
 
-Each lives in its own checkout, whose packages alone it sees, and is asked for one run at a time, so
-that sides can take turns while each has its own memory. The code that it runs is a class in a file
-of this folder, loaded by its path: `Case(settings)` with `run()`; methods return plain data.
+Each process uses only the packages of its own checkout. It is asked for one run at a time, so sides
+can alternate while each has its own memory. Its code is a class in a file of this folder, which is
+loaded by path: `Case(settings)` with a method `run()`. Methods return plain data.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class SideError(RuntimeError):
-    """A side that can't run what it is asked for."""
+    """An error for a side that can't run the requested case."""
 
 
 class Side:
@@ -29,13 +29,13 @@ class Side:
 
     Args:
         root: the checkout.
-        file: where the class of the case is.
-        case: its name.
-        settings: what it is made with, plain data.
-        threads: of PyTorch's in that process.
+        file: the file with the class of the case.
+        case: name of the class.
+        settings: argument of the class, plain data.
+        threads: number of PyTorch threads in the process.
 
     Raises:
-        SideError: the case can't be made there.
+        SideError: the case can't be created in this checkout.
     """
 
     def __init__(self, root: Path, file: str, case: str, settings: dict[str, Any], threads: int):
@@ -61,17 +61,18 @@ class Side:
         return json.loads(line)
 
     def run(self) -> float:
-        """Returns the seconds of one run."""
+        """Returns the duration of one run in seconds."""
         return self.ask("run")
 
     def call(self, method: str, *args: Any) -> Any:
-        """Returns what a method of the case returns."""
+        """Returns the result of a method of the case."""
         return self.ask([method, *args])
 
     def peak_mb(self) -> float:
-        """Returns the most memory that the process held since the case was begun, in MB.
+        """Returns the peak memory of the process since the case was created, in MB.
 
-        On a GPU what its allocator held; else the resident memory beyond that of the imports.
+        On a GPU this is the memory of the allocator; otherwise it is the resident memory beyond
+        that after the imports.
         """
         return self.ask("peak")
 
@@ -103,7 +104,7 @@ def _serve() -> None:
     """Answers requests on stdin until it ends."""
     root, file, name = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever the code prints is no answer
+    os.dup2(2, 1)  # what the code prints must not mix with the answers
     sys.path[0] = root
     spec = importlib.util.spec_from_file_location("benchmark_case", file)
     module = importlib.util.module_from_spec(spec)
@@ -139,7 +140,7 @@ def _serve() -> None:
 
 
 def _resident_mb(field: str) -> float:
-    """Returns a memory figure of this process as Linux keeps it, NaN elsewhere."""
+    """Returns a memory statistic of this process from Linux; NaN on other systems."""
     try:
         text = Path("/proc/self/status").read_text()
     except OSError:
@@ -148,7 +149,7 @@ def _resident_mb(field: str) -> float:
 
 
 def _forget_peak() -> None:
-    """Begins VmHWM anew: a process starts with that of the one that made it."""
+    """Resets VmHWM, which a process inherits from its parent."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

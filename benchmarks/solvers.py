@@ -1,10 +1,10 @@
-"""What solvers make of few network evaluations: scores of networks, errors, and time.
+"""Solvers at few network evaluations: scores of networks, errors and times.
 
     python -m benchmarks.solvers --ref=datasets/emoji-faces-16.zip --out=docs/solvers.png
 
-Scores are of samples of networks at the same seeds, against a data set. Errors are of an ideal
-denoiser, whose data are known, against a fine solution from the same starts. Times are medians of
-runs in turn, without start-up and files.
+Scores compare samples of the same seeds with a data set. Errors use an ideal denoiser of known
+data, and are relative to an accurate solution from the same starts. Times are medians over
+alternating runs, without start-up and files.
 """
 
 import math
@@ -25,7 +25,7 @@ from pfgmpp.solvers import MULTISTEP, SOLVERS, num_evaluations
 from sampling.network_sampler import NetworkSampler
 
 _ROOT = Path(__file__).resolve().parent.parent
-# Steps of each solver: up to 35 evaluations, and where they differ most.
+# Steps of each solver: up to 35 evaluations, denser where solvers differ most.
 _STEPS = {"heun": (18, 9, 7, 5, 4, 3), "euler": (35, 18, 11, 9, 7, 5),
           "ipndm": (18, 11, 9, 7, 6, 5), "dpmpp2m": (18, 11, 9, 7, 6, 5),
           "unipc": (18, 11, 9, 7, 6, 5)}
@@ -33,7 +33,7 @@ _DIMS = (2.0, 128.0, math.inf)
 _FINE_STEPS = 4000
 _POINTS, _STARTS, _STD = 200, 500, 0.5  # of the ideal denoiser's problem
 _HIGHEST, _LOWEST = 80.0, 0.1  # its noise levels
-_COLUMNS = 3  # of panels in the picture
+_COLUMNS = 3  # columns of panels in the picture
 _IDEAL = "ideal denoiser"
 _MARKS = dict(zip(_STEPS, "osv^D", strict=True))
 
@@ -58,9 +58,9 @@ def scores(network: Path, ref: str, seeds: Sequence[int], detector: str, device:
 def errors(D: float) -> dict[str, dict[int, float]]:
     """Returns the median error of an ideal denoiser's states, {solver: {evaluations: error}}.
 
-    The data are points of the plane, of the deviation of images; the states go from the highest
-    level of EDM's grid to _LOWEST, where they still lie apart from the points. The median passes
-    over starts near the border of two points, which go to the one or to the other.
+    The data are points in the plane, with the standard deviation of images. The states go from the
+    highest level of EDM's grid to _LOWEST, at which they are still separate from the points. The
+    median ignores starts near the border between two points, which may end at either point.
     """
     rng = torch.Generator().manual_seed(0)
     points = _STD * torch.randn([_POINTS, 1, 1, 2], generator=rng, dtype=torch.float64)
@@ -86,7 +86,7 @@ def errors(D: float) -> dict[str, dict[int, float]]:
 
 def times(network: Path, num: int, batch: int, device: torch.device,
           repeats: int) -> dict[str, float]:
-    """Returns the median seconds for `num` images, of ways to sample that take turns."""
+    """Returns the median seconds for `num` images; the ways to sample alternate."""
     ways = {"heun, 18 steps": {"num_steps": 18},
             **{f"{solver}, 7 steps": {"num_steps": 7, "solver": solver}
                for solver in ("ipndm", "dpmpp2m", "unipc")}}
@@ -95,7 +95,7 @@ def times(network: Path, num: int, batch: int, device: torch.device,
     batches = [range(first, min(first + batch, num)) for first in range(0, num, batch)]
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for samples in samplers.values():
-        list(samples.images(batches[:1]))  # the first is slower
+        list(samples.images(batches[:1]))  # warms up
     for _ in range(repeats):
         for name, samples in samplers.items():
             start = time.perf_counter()
@@ -108,7 +108,7 @@ def times(network: Path, num: int, batch: int, device: torch.device,
 def table(found: dict[str, dict[int, float]], digits: int, name: str = "solver") -> str:
     """Returns values as Markdown: a row per solver, a column per number of evaluations.
 
-    `name` is what the rows are, if they are no solvers.
+    `name` is the title of the rows.
     """
     counts = sorted({count for values in found.values() for count in values}, reverse=True)
     rows = [[name, *map(str, counts)], ["---"] * (len(counts) + 1)]
@@ -118,7 +118,7 @@ def table(found: dict[str, dict[int, float]], digits: int, name: str = "solver")
 
 
 def draw(panels: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
-    """Writes a picture of values over evaluations, a panel each."""
+    """Writes a picture with a panel of values over evaluations for each entry of `panels`."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -1,4 +1,4 @@
-"""Start-up: the help of the scripts, and what importing our packages adds to importing PyTorch."""
+"""Start-up: the help of the scripts, and the time to import our packages after PyTorch."""
 
 import functools
 import os
@@ -31,7 +31,7 @@ def rows(options: Options) -> list[Row]:
 
 
 def _timed(what, commands, cwd, baseline, options) -> list[Row]:
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # compiled once, as for any user
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # bytecode is cached, as for users
     ways = {name: functools.partial(subprocess.run, command, cwd=cwd, check=True, env=env,
                                     capture_output=True) for name, command in commands.items()}
     in_turn(ways, 1)

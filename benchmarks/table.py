@@ -1,4 +1,4 @@
-"""Measured rows: what they hold, how they are timed in turn, printed and written."""
+"""Rows of measurements: their content, and how they are timed, printed and written."""
 
 import dataclasses
 import datetime
@@ -19,19 +19,19 @@ from dnnlib.ordered_pool import num_cores
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a benchmark is told; each takes what concerns it.
+    """Options of the benchmarks; each benchmark uses those that apply to it.
 
     Attributes:
-        device: where to compute what a GPU can.
-        threads: of PyTorch's.
+        device: where to run benchmarks that can use a GPU.
+        threads: number of PyTorch threads.
         repeats: timed runs of each side.
         batch: images in a training step or network evaluation.
-        precisions: of ours; fp32 is the one that others are compared with.
+        precisions: precisions of our side; the others are compared with fp32.
         compiled: whether to measure compiled networks too.
         networks: architectures and image sides to measure, such as ("adm", 64); empty for the
             device's own list.
-        reference: a checkout of EDM or of a fork of it.
-        commit: a folder with an older commit of ours, and what to call it.
+        reference: a checkout of EDM or of one of its forks.
+        commit: a folder with an older commit of ours, and its name.
     """
 
     device: torch.device
@@ -47,14 +47,14 @@ class Options:
 
 @dataclasses.dataclass
 class Row:
-    """What one side took for one thing; `ratio` is the baseline's median time over this one's."""
+    """A measurement of one side; `ratio` is the baseline's median time over that of this row."""
 
     what: str
     side: str
     seconds: list[float]
     images: int = 0  # per run
     flops: float = 0.0  # per run
-    arithmetic: str = "fp32"  # names the peak that flops are compared with
+    arithmetic: str = "fp32"  # name of the peak with which flops are compared
     memory_mb: float | None = None
     error: float | None = None  # relative, against float32 or against the baseline
     ratio: float | None = None
@@ -62,7 +62,7 @@ class Row:
 
     @property
     def median(self) -> float:
-        """Median time of a run in seconds."""
+        """The median time of a run in seconds."""
         return statistics.median(self.seconds)
 
     def to_dict(self, peaks: Mapping[str, float]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Row:
 
 
 def in_turn(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Returns the seconds of `repeats` runs of each, one after the other in every round."""
+    """Returns the seconds of `repeats` runs of each way; every round runs all of them once."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, run in ways.items():
@@ -86,7 +86,7 @@ def in_turn(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, li
 
 
 def with_ratios(rows: Iterable[Row], baseline: str) -> list[Row]:
-    """Returns the rows with their ratios to the same thing by the side called `baseline`."""
+    """Returns the rows with their ratios to the side called `baseline`."""
     rows = list(rows)
     base = {row.what: row.median for row in rows if row.side == baseline}
     for row in rows:
@@ -102,7 +102,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def peak_mb(run: Callable[[], Any]) -> float:
-    """Returns how far the resident memory rises while `run` runs, looked at every ms."""
+    """Returns the increase of the resident memory while `run` runs, sampled every millisecond."""
     process, seen, running = psutil.Process(), [], True
 
     def look():
@@ -120,7 +120,7 @@ def peak_mb(run: Callable[[], Any]) -> float:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Returns where the figures come from."""
+    """Returns a description of the machine and the software."""
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
@@ -139,7 +139,7 @@ _HEADS = ("", "time", "images/s", "TFLOP/s", "of peak", "memory MB", "error", "r
 
 
 def format_table(rows: Iterable[Row], peaks: Mapping[str, float]) -> str:
-    """Returns the rows as a table in Markdown, which also reads well as text."""
+    """Returns the rows as a Markdown table that is aligned to be readable as plain text."""
     lines = []
     last = None
     for row in rows:

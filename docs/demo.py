@@ -1,7 +1,7 @@
-"""The main job on real images in a few minutes: divide, train, sample, score, look.
+"""The main workflow on real images in a few minutes: split, train, sample, score, view.
 
-Runs the project's own scripts as a user would type them and stops at the first that fails. Called
-again, it goes on where it was stopped. Everything it makes is in demo/.
+It runs the project's scripts as a user would type them, and stops at the first one that fails. If
+it is run again, it continues where it stopped. All its output is in demo/.
 """
 
 import json
@@ -20,27 +20,27 @@ OUT = Path("demo")
 SOURCE, JUDGE = "examples/digits8.zip", "examples/digits8-judge.npz"
 SHIPPED = {"inf": "examples/digits8-inf.pt", "8": "examples/digits8-8.pt"}
 MIMG = 0.08  # 625 steps of 128 images
-NUM, NUM_HELD_OUT = 512, 359  # images that are scored
+NUM, NUM_HELD_OUT = 512, 359  # numbers of images that are scored
 NOISE = 0.4  # alpha
 COLUMNS = 8
-SIDE = 48  # pixels of the pictures that a digit takes
+SIDE = 48  # side of a digit in the pictures, in pixels
 
 
 def leave_busy_cores_alone() -> None:
-    """Gives the scripts as many threads as other programs leave cores, if they leave too few.
+    """Limits the threads of the scripts to the free cores if other programs keep some busy.
 
-    Threads that wait for one which does not get a core are slower than fewer threads.
+    Fewer threads are faster than threads that wait for one without a core.
     """
     import psutil
 
     loads = psutil.cpu_percent(interval=1.0, percpu=True)
-    if hasattr(os, "sched_getaffinity"):  # only of the cores that this process may use
+    if hasattr(os, "sched_getaffinity"):  # only cores that this process may use
         loads = [loads[core] for core in os.sched_getaffinity(0) if core < len(loads)]
     cores, busy = len(loads), round(sum(loads) / 100)
     if busy and "OMP_NUM_THREADS" not in os.environ:
         threads = max(cores - busy, 1)
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        print(f"Other programs keep {busy} of {cores} cores busy: using {threads} thread(s).")
+        print(f"Other programs keep {busy} of {cores} cores busy; using {threads} thread(s).")
 
 
 def run(command: str) -> str:
@@ -60,14 +60,14 @@ def run(command: str) -> str:
 
 
 def scores(command: str) -> tuple[float, float]:
-    """Returns Frechet distance and class accuracy, in which the table of a command ends."""
+    """Returns Frechet distance and class accuracy, the last columns of a command's table."""
     row = run(f"{command} --metrics=fid,ca --detector={JUDGE}").strip().splitlines()[-1]
     distance, accuracy = re.findall(r"[-+.\deE]+", row)[-2:]
     return float(distance), float(accuracy)
 
 
 def write_grid(data: Path, network: Path, target: Path) -> None:
-    """Writes real digits at the left and samples at the right, one class a row."""
+    """Writes a grid of real digits (left) and samples (right), one class per row."""
     import numpy as np
     import torch
 
@@ -84,7 +84,7 @@ def write_grid(data: Path, network: Path, target: Path) -> None:
 
 
 def write_noise(target: Path) -> None:
-    """Writes the same digits by D = inf and 8, as they are and with noise in every step."""
+    """Writes digits of the same seeds for D = inf and 8, without and with noise in every step."""
     from images.grid import image_grid, save_png
     rows = [[image for alpha in (0.0, NOISE) for k in range(10)
              for image in _digits(ROOT / network, [k], k, alpha)] for network in SHIPPED.values()]
@@ -133,11 +133,11 @@ def main() -> None:
         found[f"shipped network of D = {D}, noise in every step"] = each
     (ROOT / OUT / "scores.json").write_text(json.dumps(found, indent=2) + "\n")
 
-    print("\nShare of images in which a classifier recognises the digit that was asked for, and "
-          "the\nFrechet distance of its features to the training digits:")
+    print("\nShare of images in which a classifier recognises the requested digit, and the\n"
+          "Frechet distance of its features from those of the training digits:")
     for name, (distance, accuracy) in found.items():
         print(f"  {accuracy:7.1%}  {distance:8.3f}  {name}")
-    print(f"\nReal digits (left) beside samples (right), one class a row: {OUT}/grid.png")
+    print(f"\nReal digits (left) and samples (right), one class per row: {OUT}/grid.png")
     print(f"D = inf and D = 8, without and with noise in every step: {OUT}/noise.png")
     print("\nNext:")
     print("  python dataset_tool.py --source=PHOTOS --dest=datasets/photos-32x32.zip "

@@ -1,4 +1,4 @@
-"""Writes docs/*-help.txt: what the scripts print for --help, 100 columns wide."""
+"""Writes docs/*-help.txt: the output of the scripts for --help, 100 columns wide."""
 
 import importlib
 import sys

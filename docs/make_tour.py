@@ -1,4 +1,4 @@
-"""Runs docs/tour.ipynb from top to bottom and stores what its cells show, without Jupyter."""
+"""Runs docs/tour.ipynb from top to bottom and stores the output of its cells, without Jupyter."""
 
 import ast
 import base64
@@ -37,7 +37,7 @@ def executed(notebook: dict[str, Any]) -> dict[str, Any]:
 
 
 def _outputs(code: str, values: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Runs a cell; returns what it prints, then the value of its last line if that is one."""
+    """Runs a cell; returns its printed output, then the value of its last line if it has one."""
     tree = ast.parse(code)
     last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
     printed, value = io.StringIO(), None
@@ -62,10 +62,10 @@ def _lines(text: str) -> list[str]:
 
 
 def main() -> None:
-    """Writes the notebook again."""
+    """Updates the notebook."""
     from dnnlib import progress
 
-    progress.LINE_SEC = math.inf  # lines of progress depend on the machine
+    progress.LINE_SEC = math.inf  # no progress lines, which depend on the machine
     notebook = executed(json.loads(TOUR.read_text(encoding="utf-8")))
     TOUR.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -1,10 +1,10 @@
-"""States off their level: how well networks of several D restore images with errors of other kinds.
+"""States off their level: how well networks of several D restore images with unusual errors.
 
-    y held-out image    x state that the sampler begins with    S deviation of its error x - y
+    y held-out image    x initial state of the sampler    S standard deviation of its error x - y
 
-    gaussian     x = y + S z            Gaussian noise, which is what D = inf is trained for
+    gaussian     x = y + S z            Gaussian noise, on which D = inf is trained
     kernel       x = y + S sqrt(D/c) z  noise of the network's own kernel
-    half, twice  x = y + S/2 z, y + 2 S z    the sampler begins at S all the same
+    half, twice  x = y + S/2 z, y + 2 S z    the sampler nevertheless begins at S
     uniform      x = y + S u            u uniform in [-sqrt(3), sqrt(3)]
     blur         x = y after a binomial filter; S is the root mean square of x - y over all images
 
@@ -38,12 +38,12 @@ from pfgmpp.kernel import PerturbationKernel  # noqa: E402
 from pfgmpp.samplers import sampler  # noqa: E402
 
 ERRORS = ("gaussian", "kernel", "half", "twice", "uniform", "blur")
-_SPAN = 2.0  # of values in [-1, 1]
+_SPAN = 2.0  # range of values in [-1, 1]
 
 
 def disturbed(y: torch.Tensor, error: str, S: float, D: float, seed: int
               ) -> tuple[torch.Tensor, float]:
-    """Returns images [B, C, H, W] with an error of one of `ERRORS`, and its deviation."""
+    """Returns images [B, C, H, W] with an error from `ERRORS`, and its standard deviation."""
     rng = torch.Generator().manual_seed(seed)
     z = torch.randn(y.shape, generator=rng)
     if error == "blur":
@@ -64,14 +64,14 @@ def _blurred(y: torch.Tensor) -> torch.Tensor:
 
 
 def mean_psnr(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Returns the peak signal-to-noise ratio in dB, mean over images [B, C, H, W]."""
+    """Returns the mean peak signal-to-noise ratio of images [B, C, H, W] in dB."""
     errors = (x - y).square().flatten(1).mean(1)
     return float((10 * torch.log10(_SPAN**2 / errors)).mean())
 
 
 def scores(network: str, data: ImageFolderDataset, level: float, num_steps: int, seed: int
            ) -> list[dict]:
-    """Returns a record for each of `ERRORS`, and one of the state itself, as `sampler` 'none'."""
+    """Returns a record for each of `ERRORS`, and one for the state itself, as `sampler` 'none'."""
     content = checkpoint.load(network)
     net = checkpoint.build_ema(content)
     D = net.D or math.inf
@@ -97,7 +97,7 @@ def scores(network: str, data: ImageFolderDataset, level: float, num_steps: int,
 
 
 def is_recorded(path: Path, found: list[dict]) -> bool:
-    """Says whether a file of scores has the first of these records, but for its value."""
+    """Returns whether a file of scores has the first of these records, with any value."""
     def key(record: dict) -> tuple:
         settings = {name: record["sampler"].get(name)
                     for name in ("weights", "off_level", "level", "num_steps")}

@@ -2,14 +2,15 @@
 
     python docs/phantoms.py --dest=phantoms.npy --num=400 --seed=0
 
-An array [n, 2, S, S] float32 in HU is written, slice by slice: channel 0 is the noisy measurement,
+It writes an array [n, 2, S, S] float32 in HU, slice by slice: channel 0 is the noisy measurement,
 channel 1 the truth. A slice is air (-1000) around a body of about 40 HU, with up to seven organs,
-cavities and bones in it. The noise is that of counting photons: with k of them in water,
+cavities and bones in it. The noise is that of photon counting: with k photons in water,
 
     v = 1000 (m / k - 1),    m ~ Poisson(k (y + 1000) / 1000)
 
-so its deviation is 1000 sqrt((y + 1000) / 1000 / k), which is the --noise in water; bone has more
-and air none. It is unbiased, and independent from pixel to pixel, which that of a scanner is not.
+so its standard deviation is 1000 sqrt((y + 1000) / 1000 / k), which in water equals --noise. Bone
+has more noise, and air has none. The noise is unbiased and independent between pixels, unlike that
+of a scanner.
 """
 
 import math
@@ -28,11 +29,11 @@ from dnnlib.cli import HELP_NAMES, flag_errors, run, user_errors  # noqa: E402
 from dnnlib.progress import FIRST_LINE_SEC, Progress  # noqa: E402
 
 AIR, BODY = -1000.0, 40.0
-# Range of values and of half axes (as a share of the body's), and how often they are drawn.
+# Range of values, range of half axes (as a share of the body's), and how often each is drawn.
 TISSUES = {"organ": ((-20, 120), (0.1, 0.4), 5), "fat": ((-110, -70), (0.1, 0.3), 2),
            "lung": ((-850, -700), (0.15, 0.35), 1), "bone": ((300, 900), (0.04, 0.12), 2)}
-_NOISE = 1e-3, 1e5  # HU: of 10^12 photons a pixel, and of one in 10^4 pixels
-_FINE = 4  # pixels a side over which the edges of ellipses are averaged
+_NOISE = 1e-3, 1e5  # HU: from 10^12 photons per pixel, and from one photon per 10^4 pixels
+_FINE = 4  # subpixels per side, over which the edges of ellipses are averaged
 
 
 def phantom(side: int, rng: np.random.Generator) -> np.ndarray:
@@ -54,7 +55,7 @@ def phantom(side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _inside(x, y, center, half, angle) -> np.ndarray:
-    """Returns where an ellipse is."""
+    """Returns a mask of the points inside an ellipse."""
     dx, dy = x - center[0], y - center[1]
     along = (dx * np.cos(angle) + dy * np.sin(angle)) / half[0]
     across = (dy * np.cos(angle) - dx * np.sin(angle)) / half[1]
@@ -62,7 +63,7 @@ def _inside(x, y, center, half, angle) -> np.ndarray:
 
 
 def measure(image: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
-    """Returns a noisy copy of an image in HU, whose deviation in water is `noise`."""
+    """Returns a noisy copy of an image in HU; the standard deviation in water is `noise`."""
     photons = (1000 / noise) ** 2
     return 1000 * (rng.poisson(photons * (image + 1000) / 1000) / photons - 1)
 
@@ -87,7 +88,7 @@ def _parse_noise(ctx: click.Context, param: click.Parameter, value: float) -> fl
 def main(dest: Path, num: int, side: int, noise: float, seed: int) -> None:
     """Writes slices of ellipses in Hounsfield units, each with a noisy copy."""
     with user_errors():
-        with flag_errors("--dest", dest, "name a file"):
+        with flag_errors("--dest", dest, "give a file"):
             check_writable(dest)
             dest.parent.mkdir(parents=True, exist_ok=True)
         squares = 0.0

@@ -1,12 +1,12 @@
-"""The phases of sampling at several D: how far the noise hides which image it was, over its level.
+"""The phases of sampling at several D: how well noise of each level hides the original image.
 
     y image of a data set    x = y + n its noisy copy    r = sigma*sqrt(D)    N data dimension
     spread(sigma)   mean over x of sqrt(tr Cov[y|x])
 
-The posterior is that of the ideal denoiser, y uniform over the data set. Far from the data it is
-all of them, and the spread is that of the data set; near them it is one image, and the spread is 0.
-PFGM++ (Xu et al. 2023, arXiv 2302.04265, section 4) moves the settings of diffusion to any D by
-r = sigma*sqrt(D), since the phases in between then come at the same sigma.
+The posterior is that of the ideal denoiser, with y uniform over the data set. Far from the data it
+covers all images, and the spread is that of the data set. Near the data it is a single image, and
+the spread is 0. PFGM++ (Xu et al. 2023, arXiv 2302.04265, section 4) transfers the settings of
+diffusion to any D by r = sigma*sqrt(D), because the phases in between then occur at the same sigma.
 """
 
 import math
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 DIMS = (8, 64, 512, 4096, math.inf)
 LEVELS = [0.01 * 10 ** (k / 12) for k in range(61)]  # to 1000
-_SHOWN = 0.05, 1000.0  # of both axes, so that a shift has one length on paper
-_LOOKS = [  # of each D; the lines lie on each other, so those below are wider
+_SHOWN = 0.05, 1000.0  # range of both axes, so that a shift has the same length in both
+_LOOKS = [  # for each D; the lines coincide, so the lower ones are wider
     {"color": "#e8a33d", "linewidth": 6.0}, {"color": "#d1495b", "linewidth": 4.4},
     {"color": "#2a9d8f", "linewidth": 3.0}, {"color": "#7fb2e5", "linewidth": 1.8},
     {"color": "black", "linewidth": 1.0, "linestyle": "--"}]
 
 
 def read(path: Path) -> "torch.Tensor":
-    """Returns the images of a data set as networks see them, [M, N] float64."""
+    """Returns the images of a data set, scaled as for networks, [M, N] float64."""
     import torch
 
     from images.dataset import ImageFolderDataset
@@ -47,14 +47,14 @@ def read(path: Path) -> "torch.Tensor":
 
 
 def whole_spread(data: "torch.Tensor") -> float:
-    """Returns sqrt(tr Cov[y]) of data [M, N], the spread where nothing is known of y."""
+    """Returns sqrt(tr Cov[y]) of data [M, N], the spread if nothing is known about y."""
     return float(data.var(dim=0, correction=0).sum().sqrt())
 
 
 def spread(D: float, data: "torch.Tensor", num: int, sigma: float) -> float:
-    """Returns the mean of sqrt(tr Cov[y|x]) over noisy copies of `num` of data [M, N].
+    """Returns the mean of sqrt(tr Cov[y|x]) over noisy copies of `num` images of data [M, N].
 
-    Images and directions of the noise are the same for every D and sigma.
+    The images and the directions of the noise are the same for every D and sigma.
     """
     import torch
 
@@ -65,14 +65,14 @@ def spread(D: float, data: "torch.Tensor", num: int, sigma: float) -> float:
     x = clean + kernel.sample(clean.shape, sigma, rng)
     weights = kernel.posterior_weights(x, sigma, data)
     squares = weights @ data.square().sum(dim=1) - (weights @ data).square().sum(dim=1)
-    return float(squares.clamp(min=0).sqrt().mean())  # below 0 by rounding alone
+    return float(squares.clamp(min=0).sqrt().mean())  # rounding can make them negative
 
 
 def half_level(spreads: Sequence[float], whole: float) -> float:
     """Returns the level at which spreads at LEVELS reach whole/2, interpolated in its logarithm.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they do not reach it.
     """
     for k in range(1, len(LEVELS)):
         low, high = spreads[k - 1:k + 1]
@@ -84,7 +84,7 @@ def half_level(spreads: Sequence[float], whole: float) -> float:
 
 
 def draw(spreads: dict[float, list[float]], whole: float, path: Path) -> None:
-    """Writes the spreads over sigma and over r, as shares of the data's, to a PNG file."""
+    """Writes the spreads over sigma and r, as shares of the spread of the data, to a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -124,13 +124,13 @@ def main(data: Path, out: Path, num: int) -> None:
     """Plots how far noise hides the images of a data set, over sigma and r, for several D."""
     with user_errors():
         check_available("the picture of docs/phases.py needs")
-        with flag_errors("--out", out, "name a file"):
+        with flag_errors("--out", out, "give a file"):
             check_writable(out)
             out.parent.mkdir(parents=True, exist_ok=True)
         points = read(data)
         whole = whole_spread(points)
         if not whole > 0:
-            raise UserError(f"{data}: all images are equal; their spread is 0 at every level")
+            raise UserError(f"{data}: all images are equal, so their spread is 0 at every level")
         click.echo(f"{len(points)} images, N = {points.shape[1]}, spread {whole:.4g}")
         spreads = {}
         for D in DIMS:

@@ -1,12 +1,12 @@
 """The tables and pictures of docs/results.md and results/tables.md, from docs/results/.
 
-    value     of a network: the mean over seed ranges of its samples, or over rounding draws
-    cell      mean over training seeds, +- their standard deviation
-    damage    value at a harder setting minus value at the default one, over the same seeds
-    trend     slope of the damage on log2 D over finite D, found for each training seed
+    value     mean over seed ranges of the samples of a network, or over rounding draws
+    cell      mean over training seeds +- their standard deviation
+    damage    value at a harder setting minus value at the default setting, over the same seeds
+    trend     slope of the damage over log2 D for finite D, computed for each training seed
 
-Differences to D = inf are paired by training seed. Both they and trends have the 95% t interval of
-the mean over training seeds (reports/training_seeds.py), and are decided where it excludes 0.
+Differences to D = inf are paired by training seed. Differences and trends have the 95% t interval
+of the mean over training seeds (reports/training_seeds.py). They are decided if it excludes 0.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ SAMPLES = "samples.npz"
 FRECHET, KERNEL, ACCURACY, BITS_PER_DIM = (
     "frechet_distance", "kernel_distance", "class_accuracy", "bits_per_dim")
 ALPHAS, ROUNDED = (0.1, 0.2, 0.4), (4, 5, 6, 8)
-EVALUATIONS = (5, 7, 9, 13, 35)  # of the network, for an image
+EVALUATIONS = (5, 7, 9, 13, 35)  # network evaluations per image
 STEPS = {"heun": (3, 4, 5, 7, 18), "ipndm": EVALUATIONS}
 ERRORS = ("gaussian", "kernel", "half", "twice", "uniform", "blur")
 _ERROR_NAMES = {"half": "half the noise", "twice": "twice the noise", "uniform": "uniform noise",
@@ -40,8 +40,8 @@ _ERROR_NAMES = {"half": "half the noise", "twice": "twice the noise", "uniform":
 EARLY = (20, 40)  # kimg
 LOW = 4  # below this D, the preconditioner's variance of the noise is wrong or infinite
 Values = Mapping[float, Mapping[str, float]]  # by D, then by training seed
-_LARGE = 1e5  # from here on numbers have an exponent
-_SIDE = 32  # pixels of the picture that a digit takes
+_LARGE = 1e5  # numbers from here on are shown with an exponent
+_SIDE = 32  # side of a digit in the picture, in pixels
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -63,25 +63,25 @@ class Records:
         for path in sorted(folder.glob("*-D*-seed*")):
             runs.setdefault(path.name.rpartition("-D")[0], []).append(RunRecord.read(path))
         if "digits" not in runs:
-            raise ValueError(f"{folder}: no records of runs; python docs/study.py makes them")
+            raise ValueError(f"{folder}: no records of runs; make them with python docs/study.py")
         held_out = {score.metric: score.value for score in read_scores(folder / "held-out")}
         return cls(runs, held_out)
 
     def values(self, metric: str, kind: str = "digits", *, steps: int | None = 18,
                alpha: float = 0.0, bits: int = 32, kimg: int | None = None,
                is_first_range: bool = False, is_low: bool = False, **other: str) -> Values:
-        """Returns the values of a point by D and training seed, of the newest networks.
+        """Returns the values of a point by D and training seed, by default of the newest networks.
 
         Args:
             metric: its recorded name.
-            kind: of the runs.
-            steps: of the solver; None for what has none.
+            kind: the kind of the runs.
+            steps: number of steps; None for scores without steps.
             alpha: strength of the noise before each step.
-            bits: of the weights; fewer than 32 are rounded at random.
-            kimg: of earlier networks.
-            is_first_range: only the seeds that every point has.
-            is_low: only D below `LOW`, which are left out otherwise.
-            other: further settings of the sampler.
+            bits: bits of the weights; fewer than 32 are rounded at random.
+            kimg: kimg of earlier networks.
+            is_first_range: use only the seeds that every point has.
+            is_low: use only D below `LOW`, which are otherwise left out.
+            other: other sampler settings.
         """
         found: dict[float, dict[str, float]] = {}
         for run in self.runs.get(kind, []):
@@ -102,7 +102,7 @@ class Records:
         return next(score.seeds for score in run.scores if score.seeds.startswith("0-"))
 
     def damage(self, metric: str, **point) -> Values:
-        """Returns how much a point differs from the default one, over the same seeds."""
+        """Returns the difference of a point from the default point, over the same seeds."""
         solver = {name: point[name] for name in ("solver",) if name in point}
         base_steps = point.pop("base_steps", 18)
         is_low = {"is_low": point.get("is_low", False)}
@@ -119,7 +119,7 @@ def to_inf(values: Values) -> dict[float, Difference]:
 
 
 def trend(values: Values) -> Difference:
-    """Returns the slope of values on log2 D over finite D from `LOW` on, for each training seed."""
+    """Returns the slope of values over log2 D for finite D from `LOW` on, by training seed."""
     dims = [D for D in values if LOW <= D < math.inf]
     seeds = set.intersection(*(set(values[D]) for D in dims))
     x = [math.log2(D) for D in dims]
@@ -128,13 +128,13 @@ def trend(values: Values) -> Difference:
 
 
 def logarithms(values: Values) -> Values:
-    """Returns the values as powers of two."""
+    """Returns the base-2 logarithms of the values."""
     return {D: {seed: math.log2(value) for seed, value in by_seed.items()}
             for D, by_seed in values.items()}
 
 
 def name_of(D: float) -> str:
-    """Returns D as it is written."""
+    """Returns D as text."""
     return f"{D:g}"
 
 
@@ -142,14 +142,14 @@ def name_of(D: float) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows, the first of which are the titles, as a table."""
+    """Returns rows as a Markdown table; the first row has the titles."""
     head, *body = rows
     return "\n".join("| " + " | ".join(cells) + " |"
                      for cells in [head, ["---"] * len(head), *body])
 
 
 def cell(by_seed: Mapping[str, float] | None, decimals: int) -> str:
-    """Returns mean and standard deviation over training seeds; of large means fewer digits."""
+    """Returns mean and standard deviation over training seeds; large means have fewer digits."""
     if not by_seed:
         return ""
     numbers = list(by_seed.values())
@@ -161,7 +161,7 @@ def cell(by_seed: Mapping[str, float] | None, decimals: int) -> str:
 
 
 def interval(difference: Difference | None, decimals: int) -> str:
-    """Returns mean and half width of the interval, in bold where it is decided."""
+    """Returns mean and half width of the interval, in bold if the difference is decided."""
     if difference is None or difference.half_width is None:
         return ""
     text = f"{difference.mean:+.{decimals}f} ± {difference.half_width:.{decimals}f}"
@@ -177,7 +177,7 @@ def over_D(columns: Sequence[tuple[str, Values, int]]) -> str:
 
 
 def differences(columns: Sequence[tuple[str, Values, int]], *, has_trend: bool = True) -> str:
-    """Returns a table of the differences to D = inf, and at its end the trend of each column."""
+    """Returns a table of the differences to D = inf; the last row has the trend of each column."""
     found = [(title, to_inf(values), trend(values), decimals)
              for title, values, decimals in columns]
     dims = sorted({D for _, by_D, *_ in found for D in by_D})
@@ -225,7 +225,7 @@ def _rounding(records: Records, metric: str, decimals: int) -> list[tuple[str, V
 
 
 def _of_evaluations(records: Records, solver: str) -> dict[int, Values]:
-    """Returns Frechet distances by the number of evaluations."""
+    """Returns the Frechet distances by number of evaluations."""
     other = {} if solver == "heun" else {"solver": solver}
     return {evaluations: records.values(FRECHET, steps=steps, is_first_range=True, **other)
             for steps, evaluations in zip(STEPS[solver], EVALUATIONS, strict=True)}
@@ -237,7 +237,7 @@ def _evaluations(records: Records) -> list[tuple[str, Values, int]]:
 
 
 def _few_steps(records: Records) -> list[tuple[str, Values, int]]:
-    """Scores of few-step networks."""
+    """Returns the scores of few-step networks."""
     return [(f"{what}, {steps} step{'s' if steps > 1 else ''}",
              records.values(metric, "digits-ect", steps=steps, few_step="ect",
                             solver="consistency"), decimals)
@@ -255,7 +255,7 @@ def _off_level(records: Records) -> list[tuple[str, Values, int]]:
 
 
 def _off_level_loss(records: Records) -> list[tuple[str, Values, int]]:
-    """PSNR minus that of Gaussian noise of the right level, which every kind of network knows."""
+    """Returns PSNR minus that for Gaussian noise of the right level, which all networks know."""
     (_, right, _), *others = _off_level(records)
     return [(error, {D: {seed: value - right[D][seed] for seed, value in by_seed.items()}
                      for D, by_seed in values.items()}, decimals)
@@ -308,7 +308,7 @@ PAGES = {"results.md": {"answers"}, "results/tables.md": set(TABLES) - {"answers
 
 
 def answers(records: Records) -> Iterator[list[str]]:
-    """Yields question, what was measured, the figure and the answer."""
+    """Yields rows of question, measured quantity, value and answer."""
     of_base = [*_base(records), *_likelihood(records)]
     for (title, values, decimals), is_lower_better in zip(
             of_base, (True, True, False, True), strict=True):
@@ -332,7 +332,7 @@ def answers(records: Records) -> Iterator[list[str]]:
         yield _rises("d. Are few-step networks worse at larger D?", title, values, decimals + 1,
                      sign)
     for title, values, decimals in _off_level_loss(records):
-        if title == "kernel":  # on the level of each network
+        if title == "kernel":  # this state is on the level of each network
             continue
         yield _rises("e. Is an image off its level restored worse at larger D? (PSNR)",
                      _ERROR_NAMES[title], values, decimals + 1, -1)
@@ -351,7 +351,7 @@ def _named_once(rows: Iterable[list[str]]) -> Iterator[list[str]]:
 
 def _best(question: str, title: str, values: Values, decimals: int, is_lower_better: bool
           ) -> list[str]:
-    """Compares the finite D with the best mean with D = inf."""
+    """Returns a row that compares the finite D of the best mean with D = inf."""
     sign = 1 if is_lower_better else -1
     found = to_inf(values)
     D = min(found, key=lambda D: sign * found[D].mean)
@@ -360,7 +360,7 @@ def _best(question: str, title: str, values: Values, decimals: int, is_lower_bet
 
 
 def _rises(question: str, title: str, values: Values, decimals: int, sign: int) -> list[str]:
-    """Says whether damage rises with D; `sign` is -1 where a lower value is damage."""
+    """Returns a row on whether damage rises with D; `sign` is -1 if a lower value is damage."""
     slope = trend(values)
     answer = "not decided" if not slope.is_decided else "yes" if sign * slope.mean > 0 else "no"
     return [question, title, interval(slope, decimals), answer]
@@ -370,7 +370,7 @@ def _rises(question: str, title: str, values: Values, decimals: int, sign: int) 
 
 
 def draw(records: Records, path: Path) -> None:
-    """Writes the questions a to f as one picture of six plots."""
+    """Writes one picture with a plot for each of the questions a to f."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -461,7 +461,7 @@ def _draw_lines(ax, by_x: Mapping[float, Values], x_label: str, y_label: str,
 
 
 def show_samples(folder: Path, path: Path) -> None:
-    """Writes digits of the same seeds, a row for each D: as they are at the left, noisy right."""
+    """Writes digits of the same seeds, one row per D: without noise at the left, with it right."""
     import numpy as np
 
     from images.grid import image_grid, save_png
@@ -473,7 +473,7 @@ def show_samples(folder: Path, path: Path) -> None:
 
 
 def written(page: str, names: Collection[str], records: Records) -> str:
-    """Returns the text of a page with its tables made anew.
+    """Returns the text of a page with updated tables.
 
     Raises:
         ValueError: it does not have each of the named tables once, or has others.

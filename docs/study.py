@@ -1,7 +1,7 @@
 """The study of docs/results.md in one command, from the data to the records that the pages show.
 
-It runs the project's own scripts as a user would type them. Each of them leaves out what is done,
-so after a failure or a stop the same command goes on. -n shows the commands, and what the studies
+It runs the project's scripts as a user would type them. Each script skips what is already done, so
+the same command continues after a failure or a stop. -n shows the commands, and what the studies
 among them will take.
 """
 
@@ -33,7 +33,7 @@ SAMPLES = "samples.npz"
 FEW_STEP_DIMS = ("8", "16", "64", "inf")
 NETWORK = ("--cond=1 --arch=ncsnpp --cres=1 --batch=128 --lr=2e-3 --lr-rampup=0.005 --dropout=0 "
            "--augment=0 --ema=0.005 --sigma-data=auto --tick=10 --snap=2 --dump=100 --samples=16")
-# What of a score is kept in the repository; hashes of weights and dates are not.
+# Entries of a score that the repository keeps; it keeps no hashes of weights and no dates.
 _KEPT = ("metric", "value", "kimg", "num", "seeds", "detector", "reference", "of_class", "stderr",
          "range", "held_out", "nearest_num")
 _NOT_KEPT = ("weights", "network", "device", "scale", "class_counts", "nfe", "levels")
@@ -42,7 +42,7 @@ _DIGITS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large the study is: lengths of training in Mimg, samples a score, and the sweeps."""
+    """The size of the study: training lengths in Mimg, samples per score, and the sweeps."""
 
     train: float = 0.12
     small: float = 0.06
@@ -53,7 +53,7 @@ class Size:
     low_dims: str = "1,2"
     bits: str = "4,5,6,8"
     likelihood: int = NUM_HELD_OUT
-    early: str = "0000[24]0"  # numbers in the names of earlier networks
+    early: str = "0000[24]0"  # pattern of the numbers in the names of earlier networks
 
 
 FULL = Size()
@@ -61,7 +61,7 @@ TINY = Size(0.002, 0.002, 0.002, 16, 1, "8,inf", "2", "4", 2, "000000")  # to tr
 
 
 class Command(NamedTuple):
-    """A line of words after `python`, and a file by which it is done, if it can't tell itself."""
+    """A line of words after `python`, and a file that shows that it is done, if it can't itself."""
 
     line: str
     done: str = ""
@@ -132,7 +132,7 @@ def _early_and_few_steps(outdir: str, seeds: str, size: Size) -> Iterator[Comman
 def keep_samples(outdir: Path, dest: Path, dims: str, seed: int) -> None:
     """Writes digits of the networks of one training seed, uint8 [20, 1, 8, 8] for each D.
 
-    Seed k shows the digit k: first without noise in the steps, then with the strongest.
+    Seed k shows the digit k: first without noise in the steps, then with the strongest noise.
     """
     import numpy as np
     import torch
@@ -154,7 +154,7 @@ def keep_samples(outdir: Path, dest: Path, dims: str, seed: int) -> None:
 
 
 def keep_records(outdir: Path, dest: Path) -> int:
-    """Writes what the pages need of every run to folders of the same names; returns how many."""
+    """Writes what the pages need of each run to a folder of its name; returns their number."""
     runs = sorted(path.parent for path in outdir.glob(f"*/{SCORES_FILE}"))
     for run_dir in runs:
         files = [run_dir / SCORES_FILE, run_dir / "nearest-found" / SCORES_FILE]
@@ -177,7 +177,7 @@ def keep_records(outdir: Path, dest: Path) -> int:
 
 
 def _slim(line: dict) -> dict:
-    """Returns a record of a score without what the tables do not need."""
+    """Returns the record of a score without entries that the tables do not need."""
     value = line["value"]
     found = {key: line[key] for key in _KEPT if line.get(key) is not None}
     found["value"] = float(f"{value:.{_DIGITS}g}")
@@ -196,13 +196,13 @@ def _slim(line: dict) -> dict:
 @click.option("--tiny", is_flag=True, help="Use far too little of everything, to try the commands.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the commands and what studies will take, and stop.")
 def main(outdir: str, train_seeds: str, records: Path, tiny: bool, dry_run: bool) -> None:
-    """Runs the study of docs/results.md; called again, it goes on where it was stopped."""
+    """Runs the study of docs/results.md; if it was stopped, the same command continues it."""
     with user_errors():
         for command in commands(outdir, train_seeds, TINY if tiny else FULL):
             print(f"\n$ python {command.line}", flush=True)
             words = shlex.split(command.line)
             if command.done and Path(command.done).exists():
-                print("done already")
+                print("already done")
                 continue
             if dry_run and words[0] == "sweep.py" and "--data" in command.line:
                 words.insert(1, "-n")
@@ -212,7 +212,7 @@ def main(outdir: str, train_seeds: str, records: Path, tiny: bool, dry_run: bool
             code = subprocess.run([sys.executable, script, *words[1:]], check=False).returncode
             if code:
                 raise UserError(f"the command above failed with exit code {code}; run this command "
-                                "again to go on from there", max(code, 1))
+                                "again to continue", max(code, 1))
         if not dry_run:
             size, seed = TINY if tiny else FULL, IntList()(train_seeds)[0]
             keep_samples(Path(outdir), records, f"{size.low_dims},{size.dims}", seed)

@@ -1,16 +1,18 @@
-"""Two clusters on a plane in many dimensions, for several D: what is exact, what a network learns.
+"""Two clusters on a plane in many dimensions, at several D: the exact denoiser, and networks.
 
     N = 1000 data dimension    M = 10 dimension of the plane    D augmented dimensions
     u [M] place on the plane    y = A u + 0.01 e data    n noise of level sigma    x = y + n
 
-u is Normal(+1, 0.2^2) or Normal(-1, 0.2^2) in each of its M coordinates, with one fair coin for
-all. A has orthogonal columns of length sqrt(N/M), so that the coordinates of y vary by about 1.
+u is Normal(+1, 0.2^2) in each of its M coordinates, or Normal(-1, 0.2^2) in each, with equal
+probability. A has orthogonal columns of length sqrt(N/M), so that the standard deviation of the
+coordinates of y is about 1.
 
-The data are two Gaussians, and noise of every D is a Gaussian of random variance v
-(pfgmpp/kernel.py), so the ideal denoiser E[y|x] is a closed form for each v, averaged over
-v by quadrature. It shows what sampling is worth without a network's errors.
+The data are a mixture of two Gaussians, and noise of every D is a Gaussian of random variance v
+(pfgmpp/kernel.py). So the ideal denoiser E[y|x] has a closed form for each v, which is averaged
+over v by quadrature. It shows the quality of sampling without a network's errors.
 
-Two pictures are written: toy.png, and noise-norms.png of |n|/(sigma sqrt(N)) at the N of CIFAR-10.
+The script writes two pictures: toy.png, and noise-norms.png of |n|/(sigma sqrt(N)) at the N of
+CIFAR-10.
 """
 
 import contextlib
@@ -40,8 +42,8 @@ N, M = 1000, 10
 SPREAD, ROUGHNESS = 0.2, 0.01  # standard deviations of u in a cluster, and of e
 SIGMA_DATA = 1.0
 ALPHAS = 0.0, 0.2  # noise added before each step, the ends of the published list
-BANDWIDTHS = 2.0, 10.0, 50.0  # places in a cluster are about 9 apart, those in two 64
-RESAMPLINGS = 20  # pairs of real data sets behind a statement of sampling noise
+BANDWIDTHS = 2.0, 10.0, 50.0  # distances are about 9 within a cluster, and 64 between clusters
+RESAMPLINGS = 20  # pairs of real data sets from which sampling noise is estimated
 DIMS = (2, 10, 100, 1000, math.inf)
 SHOWN_DIMS, SHOWN_PATHS = (2, 100, math.inf), 24
 CIFAR_N = 3072
@@ -50,7 +52,7 @@ CPU = torch.device("cpu")
 
 
 class Plane:
-    """The law of the data.
+    """The distribution of the data.
 
     Args:
         N: data dimension.
@@ -71,18 +73,18 @@ class Plane:
         return self.length * u @ self.axes.T + ROUGHNESS * e
 
     def place(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns where x [B, N] is along the line through the clusters, which are at -1 and 1."""
+        """Returns the position of x [B, N] on the line through the clusters, at -1 and 1."""
         return (x.to(torch.float64) @ self.axes).mean(dim=1) / self.length
 
 
 class IdealDenoiser:
-    """E[y|x] of the plane's law under noise of D, [B, N, 1, 1] for any sampler."""
+    """E[y|x] of the data of `Plane` under noise of D, [B, N, 1, 1] for any sampler."""
 
     sigma_min, sigma_max, label_dim = 0.0, math.inf, 0
     round_sigma = staticmethod(torch.as_tensor)
-    # The quadrature over ln v: how far the log density of ln v falls between its middle and its
-    # ends, how much further it goes for states that do not quite belong to their level, and its
-    # spacing in deviations of ln v given x, sqrt(2/(N+D)).
+    # The quadrature over ln v: the drop of the log density of ln v from its middle to its ends, a
+    # margin for states that do not quite belong to their level, and the spacing in standard
+    # deviations of ln v given x, sqrt(2/(N+D)).
     _DEPTH, _MARGIN, _SPACING = 23.0, 0.6, 0.6
 
     def __init__(self, plane: Plane, D: float):
@@ -94,7 +96,7 @@ class IdealDenoiser:
                 return -D / 2 * (log_v + (-log_v).exp() - 1)
 
             step = self._SPACING * math.sqrt(2 / (plane.N + D))
-            ends = -math.sqrt(4 * self._DEPTH / D), 1 + 2 * self._DEPTH / D  # bounds, not tight
+            ends = -math.sqrt(4 * self._DEPTH / D), 1 + 2 * self._DEPTH / D  # loose bounds
             log_v = torch.arange(*ends, step, dtype=torch.float64)
             inside = log_v[log_prior(log_v) > -self._DEPTH]
             self.log_v = torch.arange(float(inside[0]) - self._MARGIN,
@@ -125,8 +127,8 @@ class IdealDenoiser:
 class MLP(torch.nn.Module):
     """F for vectors, as in docs/extending.md, plus a multiple of x that depends on the noise level.
 
-    What is off the plane has more dimensions than a hidden layer; without the multiple it would
-    have to pass through one to be subtracted, and samples would keep it.
+    The part of x off the plane has more dimensions than a hidden layer, so the layers can't
+    subtract it. Without the multiple, samples would keep it.
     """
 
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, width=128):
@@ -148,7 +150,7 @@ MODELS["ToyMLP"] = MLP
 
 
 def train(plane: Plane, D: float, num_steps: int, batch: int = 128) -> EDMPrecond:
-    """Returns a network that has learned to denoise at D; one seed draws the same at every D."""
+    """Returns a network trained to denoise at D; one seed gives the same draws at every D."""
     torch.manual_seed(0)
     noise = {"pfgmpp": not math.isinf(D), "D": D}
     net = EDMPrecond(1, plane.N, model_type="ToyMLP", sigma_data=SIGMA_DATA, **noise)
@@ -171,8 +173,8 @@ def train(plane: Plane, D: float, num_steps: int, batch: int = 128) -> EDMPrecon
 def mmd2(a: torch.Tensor, b: torch.Tensor) -> float:
     """Returns the squared maximum mean discrepancy of two sets of vectors, 0 or more.
 
-    The kernel is the mean of Gaussians of `BANDWIDTHS`. It is the V-statistic, which is positive
-    for two sets of one law too: compare with that.
+    The kernel is the mean of Gaussians of `BANDWIDTHS`. This is the V-statistic, which is positive
+    even for two sets from the same distribution, so compare it with the value for two such sets.
     """
     def kernel(x, y):
         squared = torch.cdist(x, y).square()
@@ -181,16 +183,16 @@ def mmd2(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 class Score(NamedTuple):
-    """What is measured of a set of samples."""
+    """The measured properties of a set of samples."""
 
-    mmd2: float  # to real data
-    spread: float  # standard deviation of u about its cluster, 0.2 in the data
+    mmd2: float  # squared MMD to real data
+    spread: float  # standard deviation of u around its cluster, 0.2 in the data
     off: float  # root mean square off the plane, median over samples; 0.01 in the data
-    share: float  # of the cluster at +1, 0.5 in the data
+    share: float  # share of the cluster at +1, 0.5 in the data
 
 
 def score(plane: Plane, samples: torch.Tensor, real: torch.Tensor) -> Score:
-    """Returns the scores of samples [B, N] against real data of the same number."""
+    """Returns the scores of samples [B, N] against equally many real data."""
     on = samples @ plane.axes
     side = plane.place(samples).sign()
     off = (samples - on @ plane.axes.T).square().sum(dim=1) / (plane.N - plane.M)
@@ -199,14 +201,14 @@ def score(plane: Plane, samples: torch.Tensor, real: torch.Tensor) -> Score:
 
 
 def sample(net: Callable, count: int, alpha: float = 0.0) -> torch.Tensor:
-    """Returns [count, N] float64 samples of the seeds 0, 1, ... by the default sampler."""
+    """Returns samples [count, N] float64 of the seeds 0, 1, ... with the default sampler."""
     [batch] = generate_images(net, [range(count)], sampler=SamplerConfig(noise_alpha=alpha),
                               device=CPU)
     return batch.images.flatten(1)
 
 
 def paths(net: Callable, plane: Plane, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (noise levels [n], places [n, count]) that the seeds 0, 1, ... pass through."""
+    """Returns the noise levels [n] and the positions [n, count] of the paths of seeds 0, 1, ..."""
     levels, places = [], []
 
     def watch(x, sigma):
@@ -277,7 +279,7 @@ def draw_norms(axes, N: int, dims: tuple[float, ...], count: int, ticks: tuple[f
 
 
 def draw_norm_quantiles(axes, N: int, count: int) -> None:
-    """Draws quantiles of |n|/(sigma sqrt(N)) over D, beside those of the Gaussian shell."""
+    """Draws quantiles of |n|/(sigma sqrt(N)) over D, and those of the Gaussian shell."""
     dims = (10 ** torch.linspace(0, 7, 22)).tolist()
     quantiles = torch.tensor([0.01, 0.25, 0.5, 0.75, 0.99])
     low, lower, middle, upper, high = torch.stack(
@@ -304,7 +306,7 @@ def draw_norm_quantiles(axes, N: int, count: int) -> None:
 
 
 def draw_paths(axes, D: float, levels: torch.Tensor, places: torch.Tensor) -> None:
-    """Draws places over the noise level, which falls to the right."""
+    """Draws positions over the noise level, which falls to the right."""
     axes.plot(levels, places, color="#0068a8", linewidth=0.7, alpha=0.8)
     axes.axhline(-1, color="black", linestyle="--", linewidth=0.9)
     axes.axhline(1, color="black", linestyle="--", linewidth=0.9)

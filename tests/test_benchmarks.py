@@ -113,8 +113,8 @@ def test_a_side_that_can_not_be_made_says_why(tmp_path):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--precision=bf16"], "with fp32 among them"),
-    (["--precision=fp32,int8"], "must be of fp32"),
+    (["--precision=bf16"], "fp16 with fp32"),
+    (["--precision=fp32,int8"], "must be a list of fp32"),
     (["--against=."], "not a checkout of EDM"),
     (["--networks=ncsnpp"], "must be a list of ncsnpp-N"),
     (["--against-commit=no-such-revision"], "--against-commit=no-such-revision: "),

@@ -84,7 +84,7 @@ def test_a_place_that_is_none_is_told_before_anything_is_drawn(tmp_path, invoke,
     monkeypatch.setattr(phantoms, "phantom", None)
     done = invoke(phantoms.main, f"--dest={tmp_path}", "--num=1")
     assert done.exit_code == 1
-    assert done.output == f"Error: --dest={tmp_path}: is a folder; name a file\n"
+    assert done.output == f"Error: --dest={tmp_path}: is a folder; give a file\n"
 
 
 def test_long_work_shows_how_far_it_is(tmp_path, invoke, monkeypatch):

@@ -185,7 +185,7 @@ def test_the_pages_and_pictures_are_made_from_the_records(tmp_path, invoke):
 
 def test_no_records_and_no_page_get_one_line(tmp_path, invoke):
     done = invoke(results.main, f"--records={tmp_path}")
-    assert done.exit_code == 1 and "no records of runs; python docs/study.py" in done.output
+    assert done.exit_code == 1 and "make them with python docs/study.py" in done.output
     done = invoke(results.main, f"--out={tmp_path}", f"--records={ROOT / 'docs/results'}")
     assert done.exit_code == 1 and "results.md: no such file" in done.output
     (tmp_path / "results.md").write_bytes((ROOT / "docs/results.md").read_bytes())
