@@ -11,6 +11,7 @@ $(VENV)/.done: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 needed; set PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
+	@echo "The environment is ready. To use it, run: source $(VENV)/bin/activate"
 	@touch $@
 
 setup: $(VENV)/.done
