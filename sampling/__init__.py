@@ -1,1 +1,1 @@
-"""From a trained network and seeds to images, in folders or in memory."""
+"""Sampling from trained networks, and what is written: images in folders, ZIPs or memory."""

@@ -1,11 +1,11 @@
-"""Names of folders of generated images, and of the images in them; needs no PyTorch.
+"""Names of folders of generated images, and of the images in them. Needs no PyTorch.
 
     ckpt_000200                             images of the network after 200 thousand images
-    ckpt_2_000200, ckpt_3_000200            of the second and third range of seeds
-    ckpt_000200_alpha_0.1_steps_12_quant_6  of a point of a sweep, with the parts that are swept
+    ckpt_2_000200, ckpt_3_000200            those of the second and third range of seeds
+    ckpt_000200_alpha_0.1_steps_12_quant_6  those of a sweep point, named by the swept parameters
 
-The image of seed 3021 is 003021.png or .npy; with --subdirs it lies in a folder per thousand,
-003000. Ranges of seeds are 0-49999, 50000-99999, and all beyond.
+The image of seed 3021 is 003021.png or 003021.npy. With --subdirs it lies in a folder per thousand
+seeds, 003000. The ranges of seeds are 0-49999, 50000-99999, and everything above.
 """
 
 import os
@@ -17,20 +17,20 @@ from typing import Any
 from checkpoints.names import KIMG
 
 CKPT_PREFIX = "ckpt_"
-SWEPT = ("alpha", "steps", "quant")  # in the order of names
+SWEPT = ("alpha", "steps", "quant")  # in the order in which names list them
 _NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 _NAME = re.compile(
     rf"ckpt_(?:(?P<gen_seed>[23])_)?(?P<kimg>{KIMG})(?:_alpha_(?P<alpha>{_NUMBER}))?"
     r"(?:_steps_(?P<steps>\d+))?(?:_quant_(?P<quant>\d+))?")
 _EXTENSIONS = (".png", ".npy")
-_RANGE_ENDS = (49_999, 99_999)  # last seeds of the first two ranges
+_RANGE_ENDS = (49_999, 99_999)  # the last seeds of the first two ranges
 
 
 @dataclass(frozen=True)
 class FolderName:
-    """The parts of a folder's name; None for what is not swept."""
+    """The parts of a folder's name. Parameters that are not swept are None."""
 
-    kimg: str  # as in the name of the network
+    kimg: str  # as in the name of the network's file
     gen_seed: int = 1  # range of seeds, 1 to 3
     alpha: str | None = None
     steps: str | None = None
@@ -38,7 +38,7 @@ class FolderName:
 
     @classmethod
     def parse(cls, name: str) -> "FolderName | None":
-        """Returns the parts of a name, None for one that is not of this form."""
+        """Returns the parts of a name, or None if it does not have this form."""
         match = _NAME.fullmatch(name)
         if match is None:
             return None
@@ -50,44 +50,44 @@ class FolderName:
 
     @property
     def swept(self) -> frozenset[str]:
-        """Which of `SWEPT` the folder is a point of."""
+        """The members of `SWEPT` that the name gives a value for."""
         return frozenset(part for part in SWEPT if getattr(self, part) is not None)
 
     @property
     def point(self) -> tuple[float, ...]:
-        """What the seed ranges of one network and one setting share; for sorting."""
+        """A sort key that is the same for all seed ranges of one network and one setting."""
         return (float(self.kimg), *(float(getattr(self, part) or 0) for part in SWEPT))
 
 
 def suffix(alpha: object = None, steps: object = None, quant: object = None) -> str:
-    """Returns what the parts that are swept add to a folder's name."""
+    """Returns the suffix that the swept parameters add to a folder's name."""
     parts = zip(SWEPT, (alpha, steps, quant), strict=True)
     return "".join(f"_{name}_{value}" for name, value in parts if value is not None)
 
 
 def gen_seed_of(seeds: Iterable[int]) -> int:
-    """Returns the range of seeds, 1 to 3, that the largest of these lies in."""
+    """Returns the range, 1 to 3, that contains the largest of these seeds."""
     return 1 + sum(max(seeds) > end for end in _RANGE_ENDS)
 
 
 def is_zip(outdir: str | os.PathLike) -> bool:
-    """Whether images are to go into one ZIP of this name instead of a folder."""
+    """Whether images go into one ZIP of this name instead of a folder."""
     return os.fspath(outdir).lower().endswith(".zip")
 
 
 def image_name(seed: int, *, subdirs: bool, extension: str) -> str:
-    """Returns the name of the image of a seed in its folder."""
+    """Returns the name of a seed's image, relative to its folder."""
     folder = f"{seed - seed % 1000:06d}/" if subdirs else ""
     return f"{folder}{seed:06d}{extension}"
 
 
 def seed_of(name: str, records: Mapping[str, Mapping[str, Any]]) -> int | None:
-    """Returns the seed by which generate.py has named an image; None for any other image.
+    """Returns the seed by which generate.py named an image, or None for any other image.
 
     Args:
-        name: of the image in a data set, with its folders.
-        records: what generate.json says, by folder: '' or ending in '/'. The one in the innermost
-            folder that holds the image tells of it.
+        name: name of the image in a data set, including its folders.
+        records: the content of each generate.json, by folder ('' or ending in '/'). The record of
+            the innermost folder that contains the image applies.
     """
     folders = [folder for folder in records if name.startswith(folder)]
     if not folders:
@@ -101,9 +101,9 @@ def seed_of(name: str, records: Mapping[str, Mapping[str, Any]]) -> int | None:
 
 
 def strays(names: Iterable[str], subdirs: bool | None) -> list[str]:
-    """Returns those of the names of images that generate.py would not have given.
+    """Returns the image names that generate.py would not have given.
 
-    `subdirs` is what generate.json records of them; None where it does not.
+    `subdirs` is the value that generate.json records, or None if it records none.
     """
     found = []
     for name in names:

@@ -1,14 +1,14 @@
-"""A folder of generated images: its names, its record of settings, what is missing, the writers.
+"""A folder of generated images: file names, recorded settings, missing images, and writing.
 
     DIR/generate.json            the settings that all images of the folder share
     DIR/dataset.json             the label of each image, for networks with labels
-    DIR/[SSS000/]SSSSSS.png      the image of a seed, in a subfolder per thousand if asked
-    DIR/[SSS000/]SSSSSS.npy      the same, [C, H, W], where no PNG holds it
-    DIR/NAME.png|npy             instead, where images are named after the inputs they are made of
-    DIR/std/...npy               the deviation of samples, float32, where images are means of some
+    DIR/[SSS000/]SSSSSS.png      the image of a seed, optionally in a subfolder per thousand
+    DIR/[SSS000/]SSSSSS.npy      the same as an array [C, H, W], if a PNG can't hold it
+    DIR/NAME.png|npy             the same, if images are named after the inputs they are made from
+    DIR/std/...npy               standard deviation of the samples, float32, if images are means
 
-Every file appears under its name only when complete, so that a run that was killed is continued by
-running it again. Two runs may fill one folder at the same time: what both make is the same.
+A file gets its name only when it is complete, so running a killed command again continues it. Two
+runs may fill one folder at the same time, because both produce identical images.
 """
 
 import concurrent.futures
@@ -42,55 +42,54 @@ from images.image_files import (
 from sampling.folders import image_name
 from torch_utils import distributed
 
-# What None stands for in a record, so that a default that is spelled out is no other setting.
+# The default that None stands for in a record. Spelling out a default does not change a setting.
 _UNSET = {"solver": "heun", "order": 3, "discretization": "edm", "schedule": "linear",
           "scaling": "none"}
 _NOT_IN_OLD_RECORDS = ("network", "gnet_network", "class_counts", "empty_class_numbers")
 _LABELS_AT_ONCE = 256  # seeds whose labels are drawn together
-_IMAGE = "[0-9]" * 6 + "*"  # the name of an image, but for its extension
+_IMAGE = "[0-9]" * 6 + "*"  # the name of an image without its extension
 
 
 class ImageFolder:
-    """Where the images of one network and one setting of the sampler go.
+    """The folder for the images of one network with one setting of the sampler.
 
-    Images of 1 or 3 channels become PNGs if they are 8-bit. All others become .npy files, of uint8
-    or float32.
+    8-bit images of 1 or 3 channels become PNGs. All others become .npy files of uint8 or float32.
 
     Args:
         path: the folder.
-        shape: (channels, height, width) of all images, or what returns it for a seed.
+        shape: (channels, height, width) of all images, or a function that returns it for a seed.
         subdirs: make a subfolder per thousand seeds.
-        is_8bit: whether they are.
-        stems: the names of the images by seed, without extensions and in place of numbers.
+        is_8bit: whether the images are 8-bit.
+        stems: names of the images by seed, without extensions, used instead of numbers.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int] | Callable[[int], tuple],
                  subdirs: bool, is_8bit: bool = True, stems: Sequence[str] | None = None):
         self.path, self._subdirs, self._stems = path, subdirs, stems
-        self._records, self._made = path, set()  # where the records are; folders that are there
+        self._records, self._made = path, set()  # folder of the records; folders that exist
         self._shape_of = shape if callable(shape) else lambda _: shape
         self._dtype = np.dtype("uint8" if is_8bit else "float32")
         self.has_arrays = not is_8bit or self._shape_of(0)[0] not in (1, 3)
 
     def open(self, settings: dict[str, Any]) -> bool:
-        """Makes the folder and records `settings`, plain JSON data; returns whether it did.
+        """Makes the folder and records `settings`, which are plain JSON data.
 
-        They may be recorded already. Unfinished files of a killed run are removed.
+        Returns False if they were recorded already. Unfinished files of a killed run are removed.
 
         Raises:
             ValueError: the folder holds images made with other or unknown settings.
-            OSError: it can't be made or written.
+            OSError: the folder can't be made or written.
         """
         self._check_stems()
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"--outdir={self.path}: a file, but a folder is needed; name another")
+            raise ValueError(f"--outdir={self.path}: is a file; name a folder instead")
         self.path.mkdir(parents=True, exist_ok=True)
-        # Before looking for the record, which is older than the images.
+        # Images are looked for before the record, because the record is always written first.
         image = self._any_image() or self._any_of_stems()
         record = self.path / GENERATE_RECORD
         if image and not record.exists():
-            raise ValueError(f"{self.path} holds {image} but no {GENERATE_RECORD}, which says how "
-                             "images were made; name another --outdir")
+            raise ValueError(f"{self.path} holds {image}, but no {GENERATE_RECORD} that says how "
+                             "its images were made; name another --outdir")
         for folder in (self.path, *self.path.glob("**/*/")):
             remove_stale(folder)
         if not record.exists():
@@ -101,43 +100,43 @@ class ImageFolder:
         return False
 
     def _check_stems(self) -> None:
-        """Raises ValueError for an image that would be taken for something else."""
+        """Raises ValueError for an image name that is reserved for other files."""
         reserved = f"{DEVIATIONS}/", f"{PICTURES}/", CONDITIONS
         for stem in self._stems or ():
             if stem.startswith(reserved):
-                raise ValueError(f"{stem}: an image of this name would be taken for one of the "
-                                 f"pictures that this writes to {stem.split('/')[0]}/; rename the "
-                                 "folder, or number the images by --seeds")
+                raise ValueError(f"{stem}: an image of this name would be confused with the files "
+                                 f"that are written to {stem.split('/')[0]}/; rename the folder, "
+                                 "or number the images with --seeds")
 
     @staticmethod
     def _check_settings(settings: dict[str, Any], text: bytes, name: str, where: Path) -> None:
-        """Raises ValueError unless the record `text`, called `name`, is of the same settings."""
+        """Raises ValueError unless the record `text`, called `name`, has the same settings."""
         there = parse_json(text, name)
         if not isinstance(there, dict):
             raise ValueError(f"{name}: not a record of settings; remove it or name another "
                              "--outdir")
-        for key in {**settings, **there}:  # some are recorded only where they are used
-            if key in ("nfe", "not_finite"):  # follow from the others, and older folders lack them
+        for key in {**settings, **there}:  # some are recorded only if they are used
+            if key in ("nfe", "not_finite"):  # these follow from the others; old records lack them
                 continue
             if key in _NOT_IN_OLD_RECORDS and key not in there:
                 continue
             now, then = (_UNSET.get(key) if record.get(key) is None else record[key]
                          for record in (settings, there))
             if now != then and key == "weights":
-                raise ValueError(f"{where} holds images of another network (its weights have "
-                                 f"sha256 {str(then)[:8]}..., these {now[:8]}...); name another "
-                                 "--outdir or remove it")
+                raise ValueError(f"{where} holds images of another network (the sha256 of its "
+                                 f"weights is {str(then)[:8]}..., now it is {now[:8]}...); remove "
+                                 "it or name another --outdir")
             if now != then:
-                raise ValueError(f"{where} holds images of another setting ({key}: {then} "
-                                 f"there, {now} now); name another --outdir or remove it")
+                raise ValueError(f"{where} holds images made with another setting ({key}: {then} "
+                                 f"there, {now} now); remove it or name another --outdir")
 
     @contextlib.contextmanager
     def being_filled(self, settings: dict[str, Any]) -> Iterator[None]:
-        """Opens the folder; every rank must call it. After an error it is withdrawn if new.
+        """Opens the folder, and removes it after an error if it is new. All ranks must call this.
 
         Raises:
-            ValueError: as for `open`.
-            OSError: likewise.
+            ValueError: see `open`.
+            OSError: see `open`.
         """
         is_new = distributed.run_on_rank0(self.open, settings)
         try:
@@ -148,35 +147,35 @@ class ImageFolder:
             raise
 
     def finish(self, made: Sequence[int]) -> None:
-        """Gives the images of the seeds `made` their place, where it was another one until now."""
+        """Moves the images of the seeds `made` to their final place, unless they are there."""
 
     def withdraw(self) -> None:
-        """Removes the record, and the folder, if no image has been made to which it belongs."""
+        """Removes the record, and the folder if it is empty, unless an image has been made."""
         if self._any_image() or self._any_of_stems():
             return
         (self.path / GENERATE_RECORD).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # there is something else in it
+        with contextlib.suppress(OSError):  # the folder holds other files
             self.path.rmdir()
 
     def _any_image(self) -> str | None:
-        """Returns the name of a file in the folder that has the form of an image's, if any."""
+        """Returns the name of a file that is named like an image by its seed, or None."""
         pattern = f"[0-9]*/{_IMAGE}" if self._subdirs else _IMAGE
         path = next((path for suffix in (".png", ARRAY_SUFFIX)
                      for path in self.path.glob(pattern + suffix)), None)
         return path and path.relative_to(self.path).as_posix()
 
     def _any_of_stems(self) -> str | None:
-        """Returns the name of an image in the folder that is named as an input is, if any."""
+        """Returns the name of an existing image that is named after an input, or None."""
         return next((self.image_path(seed).relative_to(self.path).as_posix()
                      for seed in range(len(self._stems or ())) if self.image_path(seed).exists()),
                     None)
 
     def image_path(self, seed: int) -> Path:
-        """Returns the name of the image of a seed."""
+        """Returns the path of a seed's image."""
         return self.path / self._name(seed, ARRAY_SUFFIX if self.has_arrays else ".png")
 
     def deviation_path(self, seed: int) -> Path:
-        """Returns the name of the deviations of a seed's image that is a mean."""
+        """Returns the path of the standard deviations of a seed's image, if that is a mean."""
         return self.path / DEVIATIONS / self._name(seed, ARRAY_SUFFIX)
 
     def _name(self, seed: int, extension: str) -> str:
@@ -185,13 +184,13 @@ class ImageFolder:
         return image_name(seed, subdirs=self._subdirs, extension=extension)
 
     def missing(self, seeds: Sequence[int], *, deviations: bool = False) -> list[int]:
-        """Returns those of `seeds` that have no whole image of the right shape yet.
+        """Returns the seeds that have no complete image of the right shape yet.
 
-        With `deviations` these must be there too. Every rank must call it, looks at a share, and
-        gets the same answer.
+        With `deviations`, the array of deviations must be complete, too. All ranks must call this.
+        Each verifies a share of the images, and all get the same answer.
 
         Raises:
-            OSError: a rank has ended.
+            OSError: another rank has ended.
         """
         own = seeds[distributed.get_rank()::distributed.get_world_size()]
         found = distributed.run_by(distributed.get_rank(), self._missing_here, own, deviations)
@@ -199,9 +198,9 @@ class ImageFolder:
         return [seed for seed in seeds if seed in lost]
 
     def _missing_here(self, seeds: Sequence[int], deviations: bool) -> list[int]:
-        """Returns what `missing` does, found by this process alone.
+        """Does the work of `missing` in this process.
 
-        Files are read and checksums computed by threads, which do not wait for each other there.
+        Threads read files and compute checksums, which releases the GIL.
         """
         there = [seed for seed in seeds if self._is_there(self.image_path(seed))]
         world, whole = distributed.get_world_size(), set()
@@ -221,16 +220,16 @@ class ImageFolder:
         return path.exists()
 
     def _content(self, path: Path) -> bytes:
-        """Returns a file of the folder; raises OSError or ValueError where it can't be read."""
+        """Returns the content of a file. Raises OSError or ValueError if it can't be read."""
         return read_regular(path)
 
     def _names(self) -> list[str]:
-        """Returns the names of all files of the folder."""
+        """Returns the names of all files in the folder."""
         return list_files(self.path)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Callable[[Path, bytes], None]]:
-        """Yields a function that writes a file of the folder, which threads may call."""
+        """Yields a thread-safe function that writes a file of the folder."""
         yield self._write
 
     def _write(self, path: Path, data: bytes) -> None:
@@ -241,7 +240,7 @@ class ImageFolder:
             file.write(data)
 
     def record_not_finite(self, seeds: Sequence[int]) -> None:
-        """Adds seeds to those that generate.json says have values that are not finite."""
+        """Adds seeds to the list in generate.json of images with values that are not finite."""
         path = self._records / GENERATE_RECORD
         record = parse_json(path.read_bytes(), str(path))
         record["not_finite"] = sorted({*record.get("not_finite", ()), *seeds})
@@ -249,12 +248,12 @@ class ImageFolder:
 
     def record_labels(self, made: dict[int, Any], labels_of: Callable[[list[int]], list[Any]],
                       class_names: Sequence[str] = ()) -> None:
-        """Writes dataset.json, with a label for each image of the folder.
+        """Writes dataset.json with a label for each image in the folder.
 
         Args:
-            made: labels by seed of the images that this run has made.
+            made: the labels, by seed, of the images made in this run.
             labels_of: returns the labels of other seeds.
-            class_names: what the classes are called.
+            class_names: names of the classes.
         """
         path = self._records / LABELS_NAME
         names = sort_names(self._names()).images
@@ -268,7 +267,7 @@ class ImageFolder:
                      if stem.isascii() and stem.isdecimal()
                      and self.path / name == self.image_path(int(stem))}
         there = {}
-        with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged
+        with contextlib.suppress(OSError, ValueError):  # it does not exist yet, or is damaged
             there = parse_labels(path.read_bytes(), str(path)) or {}
         labels = {seed: there[name] for seed, name in seeds.items() if name in there} | made
         unknown = sorted(seeds.keys() - labels.keys())
@@ -295,7 +294,7 @@ class ImageFolder:
     def _check_array(self, path: Path, shape: tuple[int, int, int], dtype: np.dtype) -> None:
         """Raises OSError or ValueError unless the file is an array of this shape and type."""
         if array_files.decode(self._content(path))[1] != array_files.array_format(shape, dtype):
-            raise ValueError("of another shape or type")
+            raise ValueError("has another shape or type")
 
 
 class ImageWriter:
@@ -309,9 +308,9 @@ class ImageWriter:
 
     def write(self, seeds: list[int], images: np.ndarray,
               deviations: np.ndarray | None = None) -> None:
-        """Takes images [B, C, H, W]; returns when those of the previous call are on disk.
+        """Takes images [B, C, H, W]. Returns when those of the previous call are on disk.
 
-        Images that are means come with their deviations, of the same shape.
+        Images that are means come with their standard deviations, which have the same shape.
 
         Raises:
             OSError: an image of this or the previous call could not be written.
@@ -324,7 +323,7 @@ class ImageWriter:
 
     def _write_one(self, paths: tuple[Path, Path], image: np.ndarray, deviation: np.ndarray | None
                    ) -> None:
-        if deviation is not None:  # first, for an image without it would be made again
+        if deviation is not None:  # written first: an image without it would be made again
             self._put(paths[1], array_files.encode(deviation))
         self._put(paths[0], self._encoded(image))
 

@@ -1,14 +1,14 @@
-"""Generated images in one ZIP instead of a folder, for file systems that count files.
+"""Generated images in one ZIP instead of a folder, for file systems that limit files.
 
     X.zip                      what a folder of images holds (image_writer.py), uncompressed
-    X.zip.parts/               while images are being made:
-        generate.json          as it will be in the ZIP; dataset.json likewise
-        TTTTT-RRRRR.part       what rank R has made in start T, one image behind the other
+    X.zip.parts/               exists while images are being made
+        generate.json          as it will be in the ZIP; so is dataset.json
+        TTTTT-RRRRR.part       the images that rank R has made in start T, one after another
 
-A part is a ZIP without a directory, so a process that is killed leaves every image that it has
-written, and only the last may be torn. The next start writes parts of its own. In the end rank 0
-makes X.zip anew of the X.zip that is there and of the parts, in the order of names, and removes
-these. So X.zip is there only when it is complete, and does not depend on ranks and kills.
+A part is a ZIP without a central directory. A killed process therefore leaves every image that it
+has written, and only the last image may be truncated. The next start writes new parts. At the end,
+rank 0 writes a new X.zip from the existing X.zip and the parts, sorted by name, and removes the
+parts. X.zip is therefore always complete, and does not depend on the number of ranks or on kills.
 """
 
 import contextlib
@@ -30,22 +30,22 @@ _RECORDS = (GENERATE_RECORD, LABELS_NAME)
 
 
 class ImageZip(ImageFolder):
-    """Images in one ZIP; `path` is that of the ZIP, and paths of images begin with it."""
+    """Images in one ZIP. `path` is the path of the ZIP, and paths of images begin with it."""
 
     def __init__(self, path: Path, *args, **kwargs):
         super().__init__(path, *args, **kwargs)
         self._records = path.with_name(path.name + PARTS_SUFFIX)
-        self._places: dict[str, Place] = {}  # what was there when it was opened
+        self._places: dict[str, Place] = {}  # what existed when it was opened
         self._turn = 0
 
     @contextlib.contextmanager
     def being_filled(self, settings: dict[str, Any]) -> Iterator[None]:
-        """Opens the ZIP; every rank must call it. What no image has been written for is removed.
+        """Opens the ZIP, and removes records without images afterwards. All ranks must call this.
 
         Raises:
-            ValueError: it holds images made with other or unknown settings, or another run is
+            ValueError: the ZIP holds images made with other or unknown settings, or another run is
                 writing it.
-            OSError: it can't be read, or nothing can be written beside it.
+            OSError: the ZIP can't be read, or its folder can't be written.
         """
         with contextlib.ExitStack() as on_exit:
             self._places, self._turn = distributed.run_on_rank0(self._open, settings, on_exit)
@@ -53,18 +53,18 @@ class ImageZip(ImageFolder):
 
     def _open(self, settings: dict[str, Any], on_exit: contextlib.ExitStack
               ) -> tuple[dict[str, Place], int]:
-        """Returns where what is there lies, and the number of this start."""
+        """Returns the places of existing files, and the number of this start."""
         self._check_stems()
         if self.path.is_dir():
-            raise ValueError(f"--outdir={self.path}: a folder, but a ZIP of this name would be "
-                             "written; name another")
+            raise ValueError(f"--outdir={self.path}: is a folder, but a ZIP of this name would be "
+                             "written; name another ZIP")
         self._records.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
             held.enter_context(run_lock(self._records))
-            on_exit.callback(self._remove_empty_folder)  # when it is no longer locked
+            on_exit.callback(self._remove_empty_folder)  # once it is no longer locked
             on_exit.enter_context(held.pop_all())
         on_exit.callback(self._remove_unless_needed)
-        self._remove_unless_needed()  # of a run that was killed before its first image
+        self._remove_unless_needed()  # left by a run that was killed before its first image
         remove_stale(self._records)
         zipped = self._zipped()
         self._open_record(settings, zipped)
@@ -75,14 +75,14 @@ class ImageZip(ImageFolder):
         return zipped | self._written(), 1 + max(turns, default=0)
 
     def _open_record(self, settings: dict[str, Any], zipped: dict[str, Place]) -> None:
-        """Compares the settings with those of the ZIP and of its parts; records them there."""
+        """Compares the settings with the records in the ZIP and its parts, and records them."""
         record, text = self._records / GENERATE_RECORD, None
         if GENERATE_RECORD in zipped:
             text = self._read(GENERATE_RECORD, zipped[GENERATE_RECORD])
             self._check_settings(settings, text, f"{self.path}: {GENERATE_RECORD}", self.path)
         elif self.path.exists():
-            raise ValueError(f"{self.path}: is there and holds no {GENERATE_RECORD}, which says "
-                             "how images were made; name another --outdir")
+            raise ValueError(f"{self.path}: exists, but holds no {GENERATE_RECORD} that says how "
+                             "its images were made; name another --outdir")
         if record.exists():
             self._check_settings(settings, record.read_bytes(), str(record), self._records)
         elif text is not None:
@@ -91,17 +91,17 @@ class ImageZip(ImageFolder):
             write_json(record, settings)
 
     def finish(self, made: Sequence[int]) -> None:
-        """Writes the ZIP, with the images of the seeds `made` in this start, and removes the parts.
+        """Writes the ZIP, which includes the images of the seeds `made`, and removes the parts.
 
         Raises:
-            OSError: it can't be written, or the images of another rank can't be seen.
-            ValueError: a member of the ZIP is damaged that was not made again.
+            OSError: the ZIP can't be written, or the images of another rank are not visible.
+            ValueError: a member of the ZIP is damaged and was not made again.
         """
         zipped, written = self._zipped(), self._written()
         unseen = [seed for seed in made if self._name_of(self.image_path(seed)) not in written]
         if unseen:
-            raise OSError(f"{self._records}: {len(unseen)} of {len(made)} images that were written "
-                          "are not to be seen on the machine of rank 0; run again")
+            raise OSError(f"{self._records}: {len(unseen)} of the {len(made)} images written are "
+                          "not visible on the machine of rank 0; run the command again")
         records = {name: (self._records / name).read_bytes() for name in _RECORDS
                    if (self._records / name).exists()}
         is_new = any(self._differs(zipped.get(name), place.read) for name, place in written.items()
@@ -112,8 +112,8 @@ class ImageZip(ImageFolder):
                 self._pack(zipped | written, records)
             except OSError as error:
                 raise OSError(f"{self.path}: can't be written ({error.strerror or error}); its "
-                              f"images are kept in {self._records}: make room, which it needs "
-                              "twice for a moment, and run again") from error
+                              f"images are kept in {self._records}: free space for a second copy "
+                              "of them and run the command again") from error
         self._remove()
 
     def _pack(self, members: dict[str, Place], records: dict[str, bytes]) -> None:
@@ -129,7 +129,7 @@ class ImageZip(ImageFolder):
 
     @staticmethod
     def _differs(place: Place | None, read: Callable[[], bytes]) -> bool:
-        """Whether a member of the ZIP is missing, damaged or of another content than `read`."""
+        """Whether a member of the ZIP is missing, damaged, or not what `read` returns."""
         try:
             return place is None or place.read() != read()
         except ValueError:
@@ -140,12 +140,12 @@ class ImageZip(ImageFolder):
             return place.read()
         except ValueError as error:
             seed = Path(name).stem
-            remedy = f"make it again, by --seeds with {int(seed)} among them" if seed.isdecimal() \
-                else "remove it, or name another --outdir"
+            remedy = f"make it again with --seeds={int(seed)}" if seed.isdecimal() \
+                else "remove it or name another --outdir"
             raise ValueError(f"{self.path}: {name}: {error}; {remedy}") from error
 
     def _zipped(self) -> dict[str, Place]:
-        """Returns where the members of the ZIP lie; none if it isn't there yet."""
+        """Returns the places of the ZIP's members, or none if there is no ZIP yet."""
         if not self.path.exists():
             return {}
         try:
@@ -155,7 +155,7 @@ class ImageZip(ImageFolder):
                              ) from error
 
     def _parts(self) -> list[Path]:
-        """Returns the parts in the order of starts; a file system may not list new ones yet."""
+        """Returns the parts in the order of starts. A file system may not list new ones yet."""
         own = {self._part(rank) for rank in range(distributed.get_world_size())}
         return sorted({*self._records.glob("*.part"), *filter(Path.exists, own)})
 
@@ -163,7 +163,7 @@ class ImageZip(ImageFolder):
         return self._records / f"{self._turn:05d}-{rank:05d}.part"
 
     def _written(self) -> dict[str, Place]:
-        """Returns where what the parts hold lies; of two of a name, the later one."""
+        """Returns the places of the files in the parts. A later file replaces one of its name."""
         return {name: place for part in self._parts()
                 for name, place in written_places(part).items()}
 
@@ -178,12 +178,12 @@ class ImageZip(ImageFolder):
 
     def _content(self, path: Path) -> bytes:
         if not self._is_there(path):
-            raise FileNotFoundError(f"{path}: not there")
+            raise FileNotFoundError(f"{path}: does not exist")
         return self._places[self._name_of(path)].read()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Callable[[Path, bytes], None]]:
-        """Yields a function that adds a file to this rank's part, which threads may call."""
+        """Yields a thread-safe function that adds a file to this rank's part."""
         with contextlib.ExitStack() as on_exit:
             part = _Part(self._part(distributed.get_rank()), on_exit)
             yield lambda path, data: part.write(self._name_of(path), data)
@@ -193,19 +193,19 @@ class ImageZip(ImageFolder):
             self._remove()
 
     def _remove(self) -> None:
-        """Removes the parts, and then the records, which say of what they are."""
+        """Removes the parts first and then the records that describe them."""
         for path in (*self._parts(), *(self._records / name for name in _RECORDS)):
             path.unlink(missing_ok=True)
 
     def _remove_empty_folder(self) -> None:
-        with contextlib.suppress(OSError):  # another run has come, or has removed it
+        with contextlib.suppress(OSError):  # another run is using it, or has removed it
             if [path.name for path in self._records.iterdir()] == [LOCK_NAME]:
                 (self._records / LOCK_NAME).unlink()
                 self._records.rmdir()
 
 
 class _Part:
-    """A part that is made when the first image comes; each image is in the file at once."""
+    """A part, which is created with its first image. Each image is written to the file at once."""
 
     def __init__(self, path: Path, on_exit: contextlib.ExitStack):
         self._path, self._on_exit, self._lock = path, on_exit, threading.Lock()

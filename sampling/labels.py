@@ -1,11 +1,11 @@
-"""What a conditional network is told for each seed: a class that the seed draws, or a given label.
+"""The label that a conditional network is given for each seed: a class the seed draws, or your own.
 
-Every seed draws a class number k of n, uniformly, whatever becomes of it, so that its other draws
-stay. With shares p_0 ... p_(n-1) of the classes it becomes the class j with
+Every seed draws a class number k of n uniformly, even if the number is not used, so that its other
+random numbers stay the same. With class shares p_0 ... p_(n-1), the seed gets the class j with
 
     p_0 + ... + p_(j-1)  <=  (k + v) / n  <  p_0 + ... + p_j,
 
-where v in [0, 1) is a number of the seed's own. With equal shares this is k itself.
+where v in [0, 1) is a second random number of the seed. With equal shares, j = k.
 """
 
 import os
@@ -27,18 +27,18 @@ from images.image_files import (
     read_regular,
 )
 
-_TAG = int.from_bytes(b"class", "big")  # sets v apart from other uses of the seed
+_TAG = int.from_bytes(b"class", "big")  # separates v from other uses of the seed
 
 
 class DrawnClasses:
-    """Labels of seeds whose classes have these shares, which need not add up to 1."""
+    """Labels of seeds whose classes have these shares. The shares need not add up to 1."""
 
     def __init__(self, shares: Sequence[float]):
         bounds = np.cumsum(np.asarray(shares, np.float64))
         self._bounds, self._last = bounds / bounds[-1], int(np.flatnonzero(shares)[-1])
 
     def __call__(self, seeds: Sequence[int], classes: torch.Tensor) -> torch.Tensor:
-        """Returns one-hot labels [B, n] of seeds and the classes that they draw, [B]."""
+        """Returns the one-hot labels [B, n] for seeds and the class numbers [B] they draw."""
         own = [_own_number(seed) for seed in seeds]
         position = (classes.cpu().numpy() + own) / len(self._bounds)
         found = np.searchsorted(self._bounds, position, side="right").clip(max=self._last)
@@ -52,7 +52,7 @@ class GivenLabels:
         self._labels = torch.from_numpy(np.ascontiguousarray(labels, np.float32))
 
     def __call__(self, seeds: Sequence[int], classes: torch.Tensor) -> torch.Tensor:
-        """Returns the labels [B, label_dim] of seeds, whatever classes they draw."""
+        """Returns the labels [B, label_dim] of seeds. The classes that they draw are ignored."""
         return self._labels[[seed % len(self._labels) for seed in seeds]]
 
     @property
@@ -65,12 +65,12 @@ SeedLabels = DrawnClasses | GivenLabels
 
 
 def classes_with_images(counts: Sequence[int] | None) -> DrawnClasses | None:
-    """Returns labels of all classes that have images, equally often; None if every class has."""
+    """Returns labels with equal shares of all classes that have images, or None if all have."""
     return None if counts is None or all(counts) else DrawnClasses([min(n, 1) for n in counts])
 
 
 def _own_number(seed: int) -> float:
-    """Returns v of a seed, uniform in [0, 1)."""
+    """Returns the number v of a seed, uniform in [0, 1)."""
     raw = np.random.PCG64(np.random.SeedSequence([abs(seed), _TAG])).random_raw()
     return (raw >> 11) / (1 << 53)
 
@@ -81,19 +81,18 @@ def _one_hot(classes: torch.Tensor, num_classes: int) -> torch.Tensor:
 
 def read_labels(path: str | os.PathLike | Sequence, label_dim: int, kind: str = "classes"
                 ) -> np.ndarray:
-    """Returns the labels that a file, data set or array holds, float32 [n, label_dim].
+    """Returns the labels in a file, data set or array, float32 [n, label_dim].
 
     Args:
-        path: a data set (a folder or ZIP with dataset.json); or a .npy or .json of class numbers
-            [n] or of vectors [n, label_dim]; or a dataset.json; or the numbers or vectors
-            themselves.
-        label_dim: the length of a label of the network.
-        kind: what the network was trained on, 'classes' or 'vectors'; of vectors no class numbers
-            are taken.
+        path: a data set (a folder or ZIP with dataset.json); a .npy or .json file of class numbers
+            [n] or vectors [n, label_dim]; a dataset.json; or the numbers or vectors themselves.
+        label_dim: length of the network's labels.
+        kind: what the network was trained on, 'classes' or 'vectors'. For 'vectors', class numbers
+            are refused.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it holds no such labels.
+        OSError: the file can't be read.
+        ValueError: it does not hold such labels.
     """
     if not isinstance(path, (str, os.PathLike)):
         return _of_kind(_numbers(path), label_dim, kind, "labels")
@@ -110,8 +109,8 @@ def read_labels(path: str | os.PathLike | Sequence, label_dim: int, kind: str = 
         with open(path, "rb") as file, error_prefix(f"{path}: "):
             shape, _, dtype = read_npy_header(file)
         if dtype.kind not in "iuf" or len(shape) not in (1, 2):
-            raise ValueError(f"{path}: a {dtype.name} array of shape {list(shape)}; labels are "
-                             f"class numbers [n] or vectors [n, {label_dim}]")
+            raise ValueError(f"{path}: is a {dtype.name} array of shape {list(shape)}; labels must "
+                             f"be class numbers [n] or vectors [n, {label_dim}]")
         labels = np.load(path, allow_pickle=False)
     else:
         labels = _json_labels(path)
@@ -121,7 +120,7 @@ def read_labels(path: str | os.PathLike | Sequence, label_dim: int, kind: str = 
 def _of_kind(labels: np.ndarray, label_dim: int, kind: str, where: str | Path) -> np.ndarray:
     with error_prefix(f"{where}: "):
         if labels.ndim == 1 and kind == "vectors":
-            raise ValueError("class numbers, but the network was trained on vectors of "
+            raise ValueError("holds class numbers, but the network was trained on vectors of "
                              f"{label_dim} numbers")
         return _checked(labels, label_dim)
 
@@ -130,7 +129,7 @@ def _numbers(labels: Sequence) -> np.ndarray:
     """Returns labels in memory as an array [n] or [n, label_dim]."""
     try:
         array = np.asarray(as_numpy(labels))
-    except ValueError:  # rows of several lengths
+    except ValueError:  # rows have different lengths
         array = np.array(None)
     if array.dtype.kind not in "iuf" or array.ndim not in (1, 2):
         raise ValueError("labels: must be class numbers [n] or vectors [n, label_dim]")
@@ -150,14 +149,14 @@ def _json_labels(path: Path) -> np.ndarray:
 def _checked(labels: np.ndarray, label_dim: int) -> np.ndarray:
     if labels.ndim == 1:
         if labels.dtype.kind not in "iu":
-            raise ValueError("class numbers must be whole numbers; vectors are [n, label_dim]")
+            raise ValueError("class numbers must be whole numbers; vectors must be [n, label_dim]")
         if not len(labels) or not 0 <= labels.min() <= labels.max() < label_dim:
-            raise ValueError(f"class numbers from {labels.min(initial=0)} to "
-                             f"{labels.max(initial=0)}; the network has 0..{label_dim - 1}")
+            raise ValueError(f"class numbers are {labels.min(initial=0)} to "
+                             f"{labels.max(initial=0)}; the network takes 0 to {label_dim - 1}")
         return _one_hot(torch.from_numpy(labels.astype(np.int64)), label_dim).numpy()
     if not len(labels) or labels.shape[1] != label_dim:
-        raise ValueError(f"labels of shape {list(labels.shape)}; the network takes "
-                         f"[n, {label_dim}]")
+            raise ValueError(f"labels have shape {list(labels.shape)}; the network takes "
+                             f"[n, {label_dim}]")
     if not np.isfinite(labels).all():
         raise ValueError("labels must be finite numbers")
     return labels.astype(np.float32)

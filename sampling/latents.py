@@ -1,12 +1,13 @@
-"""Latents: what images begin with, of unit scale; from a file, from images, or between others.
+"""Latents, from which sampling starts: read from files, encoded from images, or interpolated.
 
 A latent is the state at the highest noise level divided by that level, [C, H, W] float64. At every
-D the sampler takes it along a path of its own to an image, and back (pfgmpp/samplers.py, `encode`).
-A latent of the kernel is a direction, uniform on the sphere, and a length
+D, the sampler maps it to an image along a path of its own, and back (`encode` in
+pfgmpp/samplers.py). A latent drawn from the kernel has a direction, which is uniform on the sphere,
+and a length
 
     |latent| = sqrt(D/c) * |z|        c ~ chi^2_D, z ~ Normal(0, I)
 
-so at finite D, unlike at D = inf, its length is a coordinate of its own (`at_radii`).
+At finite D, unlike at D = inf, the length is therefore an independent coordinate (`at_radii`).
 """
 
 import dataclasses
@@ -28,42 +29,42 @@ from dnnlib.npy_header import read_npy_header
 from images.image_files import DAMAGE
 
 LATENTS_NAME = "latents.npz"
-_NPY, _ZIP = b"\x93NUMPY", b"PK"  # with which the files begin
+_NPY, _ZIP = b"\x93NUMPY", b"PK"  # first bytes of the files
 _ENTRIES = ("latents", "names", "labels", "numbers")
 _RARE, _FAR = 1e-12, 1e6  # see `check_lengths`
-_OPPOSITE = 1e-6  # |a + b| of unit vectors that may be opposite, rounded to float32
+_OPPOSITE = 1e-6  # |a + b| of unit vectors that may be opposite after rounding to float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """Latents by seed: seed k has latent k mod n of these n, and its label if they have labels.
+    """Latents by seed: seed k has latent k mod n of n, and that latent's label if there are labels.
 
     Raises:
-        ValueError: they don't fit together, or are not finite.
+        ValueError: the fields don't fit together, or values are not finite.
     """
 
     latents: torch.Tensor  # [n, C, H, W] float64
-    names: tuple[str, ...]  # what each belongs to
+    names: tuple[str, ...]  # the image or seed that each belongs to
     labels: torch.Tensor | None = None  # [n, label_dim] float32
-    numbers: tuple[int, ...] | None = None  # of their images, which have condition images
+    numbers: tuple[int, ...] | None = None  # of their condition images, for conditional networks
 
     def __post_init__(self):
         shape, n = list(self.latents.shape), len(self.latents) if self.latents.ndim else 0
         if self.latents.ndim != 4 or not self.latents.numel():
-            raise ValueError(f"latents of shape {shape}; must be [n, C, H, W]")
+            raise ValueError(f"latents have shape {shape}; must be [n, C, H, W]")
         if not self.latents.isfinite().all():
             raise ValueError("latents must be finite numbers")
         if len(self.names) != n:
-            raise ValueError(f"{len(self.names)} names of {n} latents; there must be as many")
+            raise ValueError(f"{len(self.names)} names for {n} latents; give one for each latent")
         if self.labels is not None:
             if self.labels.ndim != 2 or len(self.labels) != n:
-                raise ValueError(f"labels of shape {list(self.labels.shape)}; must be "
+                raise ValueError(f"labels have shape {list(self.labels.shape)}; must be "
                                  f"[{n}, label_dim], one-hot for classes")
             if not self.labels.isfinite().all():
                 raise ValueError("labels must be finite numbers")
         if self.numbers is not None and len(self.numbers) != n:
-            raise ValueError(f"{len(self.numbers)} numbers of images of {n} latents; there must "
-                             "be as many")
+            raise ValueError(f"{len(self.numbers)} numbers of images for {n} latents; give one for "
+                             "each latent")
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -73,25 +74,25 @@ class Latents:
         return self.latents[[seed % len(self) for seed in seeds]]
 
     def labels_of(self, seeds: Sequence[int], classes: torch.Tensor) -> torch.Tensor:
-        """Returns the labels of seeds, [B, label_dim], whatever classes they draw."""
+        """Returns the labels of seeds, [B, label_dim]. The classes that they draw are ignored."""
         return self.labels[[seed % len(self) for seed in seeds]]
 
     def numbers_of(self, seeds: Sequence[int]) -> list[int]:
-        """Returns by which number each seed takes its condition image: its own if none is known."""
+        """Returns the number of each seed's condition image: its own number if none is recorded."""
         if self.numbers is None:
             return list(seeds)
         return [self.numbers[seed % len(self)] for seed in seeds]
 
     def find(self, name: str) -> int | None:
-        """Returns which latent has this name, or this number; None if none has.
+        """Returns the index of the latent with this name or number, or None if there is none.
 
         Raises:
-            ValueError: several have it.
+            ValueError: several latents have this name.
         """
         found = [i for i, own in enumerate(self.names) if own == name]
         if len(found) > 1:
-            raise ValueError(f"the name {shown_name(name)} is that of latents "
-                             f"{', '.join(map(str, found))}; give the number of one")
+            raise ValueError(f"latents {', '.join(map(str, found))} all have the name "
+                             f"{shown_name(name)}; give the number of one")
         if found:
             return found[0]
         is_number = name.isascii() and name.isdecimal() and int(name) < len(self)
@@ -99,16 +100,16 @@ class Latents:
 
     @property
     def digest(self) -> str:
-        """A sha256 over latents, labels and numbers."""
+        """A sha256 of latents, labels and numbers."""
         return digest({"latents": self.latents}
                       | ({} if self.labels is None else {"labels": self.labels})
                       | ({} if self.numbers is None else {"numbers": list(self.numbers)}))
 
     def save(self, path: Path) -> None:
-        """Writes a .npz with `latents`, `names` and, if there are any, `labels` and `numbers`.
+        """Writes a .npz with `latents`, `names` and, if present, `labels` and `numbers`.
 
         Raises:
-            OSError: it can't be written.
+            OSError: the file can't be written.
         """
         more = {} if self.labels is None else {"labels": self.labels.numpy()}
         if self.numbers is not None:
@@ -119,15 +120,15 @@ class Latents:
 
 
 def read_latents(path: str | os.PathLike | Latents, shape: Sequence[int]) -> Latents:
-    """Returns what `Latents.save` wrote, or the array `latents` of any .npz, or a .npy array.
+    """Returns latents that `Latents.save` wrote, or the array `latents` of a .npz, or a .npy array.
 
     Args:
-        path: the file; or latents, which are only checked.
+        path: the file, or latents, which are only checked.
         shape: [C, H, W] of the network's images.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it holds no such latents.
+        OSError: the file can't be read.
+        ValueError: it does not hold such latents.
     """
     if isinstance(path, Latents):
         _check_shape(path.latents.shape, shape)
@@ -140,12 +141,12 @@ def read_latents(path: str | os.PathLike | Latents, shape: Sequence[int]) -> Lat
 
 
 def _read_arrays(file: IO[bytes]) -> dict[str, np.ndarray]:
-    """Returns the arrays of a .npz that belong to latents; of a .npy its one as 'latents'."""
+    """Returns the arrays of a .npz that belong to latents, or that of a .npy as 'latents'."""
     start = file.read(len(_NPY))
     if start == _NPY:
         return {"latents": _read_array(file, os.fstat(file.fileno()).st_size, "the array")}
     if not start.startswith(_ZIP):
-        raise ValueError("must be a .npz with an array 'latents', such as --encode writes, or a "
+        raise ValueError("must be a .npz with an array 'latents', as --encode writes it, or a "
                          ".npy array of latents")
     try:
         with zipfile.ZipFile(file) as archive:
@@ -158,15 +159,15 @@ def _read_arrays(file: IO[bytes]) -> dict[str, np.ndarray]:
 
 
 class _WrongEntryError(ValueError):
-    """An entry that is undamaged, but not an array of numbers or text, or not all there."""
+    """An undamaged entry that is incomplete or not an array of numbers or text."""
 
 
 def _read_member(archive: zipfile.ZipFile, name: str, what: str) -> np.ndarray:
     info = archive.getinfo(name)
     if info.flag_bits & 1:
-        raise _WrongEntryError(f"{what} is encrypted; give a .npz that is not")
+        raise _WrongEntryError(f"{what} is encrypted; give a .npz without encryption")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise _WrongEntryError(f"{what} is compressed by method {info.compress_type}; write it "
+        raise _WrongEntryError(f"{what} is compressed with method {info.compress_type}; write it "
                                "with numpy.savez or numpy.savez_compressed")
     with archive.open(info) as member:  # the header says whether the rest is worth reading
         _check_header(member, info.file_size, what)
@@ -182,25 +183,25 @@ def _read_array(file: IO[bytes], size: int, what: str) -> np.ndarray:
 
 
 def _check_header(file: IO[bytes], size: int, what: str) -> None:
-    """Raises ValueError unless an array file of so many bytes is what its header says."""
+    """Raises ValueError unless the file of an array has the size that its header states."""
     try:
         shape, _, dtype = read_npy_header(file)
     except ValueError as error:
         raise _WrongEntryError(f"{what} is not a NumPy array") from error
     if dtype.kind not in "biufcSU":
-        raise _WrongEntryError(f"{what} is an array of {dtype.name}; must be of numbers, or of "
-                               "text for names")
+        raise _WrongEntryError(f"{what} is an array of {dtype.name}; must hold numbers, or text "
+                               "for names")
     claimed, held = math.prod(shape) * dtype.itemsize, size - file.tell()
     if claimed != held:
-        raise _WrongEntryError(f"{what} claims {claimed} bytes, {list(shape)} of {dtype.name}, "
-                               f"but holds {held}; write the file again")
+        raise _WrongEntryError(f"{what} should have {claimed} bytes for {list(shape)} of "
+                               f"{dtype.name}, but has {held}; write the file again")
 
 
 def _latents_of(arrays: dict[str, np.ndarray], shape: Sequence[int]) -> Latents:
-    """Returns latents of the arrays that a file holds; raises ValueError for wrong ones."""
+    """Returns the latents in the arrays of a file. Raises ValueError for arrays that don't fit."""
     latents = arrays.get("latents")
     if latents is None or latents.dtype.kind != "f":
-        raise ValueError("must have floating-point 'latents', such as --encode writes")
+        raise ValueError("must have floating-point 'latents', as --encode writes them")
     _check_shape(latents.shape, shape)
     n = len(latents)
     names = arrays.get("names", np.arange(n))
@@ -210,9 +211,9 @@ def _latents_of(arrays: dict[str, np.ndarray], shape: Sequence[int]) -> Latents:
     numbers = arrays.get("numbers")
     if numbers is not None and (numbers.shape != (n,) or numbers.dtype.kind not in "iu"
                                 or (numbers < 0).any() or (numbers > np.iinfo(np.int64).max).any()):
-        raise ValueError(f"its numbers of images must be whole numbers from 0 on, one for each of "
+        raise ValueError(f"its numbers of images must be whole numbers, 0 or more, one for each of "
                          f"its {n} latents")
-    with np.errstate(over="ignore"):  # what is beyond float64 is refused with what is infinite
+    with np.errstate(over="ignore"):  # overflow becomes inf, which `Latents` refuses
         return Latents(
             torch.from_numpy(latents.astype(np.float64)), tuple(map(_text, names)),
             _labels_of(arrays.get("labels"), n),
@@ -220,14 +221,14 @@ def _latents_of(arrays: dict[str, np.ndarray], shape: Sequence[int]) -> Latents:
 
 
 def _check_shape(given: Sequence[int], shape: Sequence[int]) -> None:
-    """Raises ValueError unless latents of this shape are of images of shape [C, H, W]."""
+    """Raises ValueError unless latents of shape `given` belong to images of shape [C, H, W]."""
     wanted = "x".join(map(str, shape))
     if len(given) != 4 or not given[0]:
         raise ValueError(f"its latents have shape {list(given)}; must be [n, C, H, W], where the "
                          f"network takes {wanted}")
     if list(given[1:]) != list(shape):
         raise ValueError(f"its latents are {'x'.join(map(str, given[1:]))} (channels x height x "
-                         f"width), the network takes {wanted}")
+                         f"width), but the network takes {wanted}")
 
 
 def _labels_of(labels: np.ndarray | None, n: int) -> torch.Tensor | None:
@@ -244,17 +245,17 @@ def _text(name: str | bytes | int) -> str:
 
 
 def check_lengths(latents: Latents, D: float) -> None:
-    """Raises ValueError for a latent that is far longer than any that the kernel draws at this D.
+    """Raises ValueError for a latent far longer than any that the kernel draws at this D.
 
-    The bound on |latent| / sqrt(N) is 1e6 times the radial factor that one draw of 10^12 exceeds.
-    There is none where that factor is beyond the range of numbers, at D far below 1.
+    The bound on |latent| / sqrt(N) is 1e6 times the radial factor that one in 10^12 draws exceeds.
+    There is no bound if that factor overflows, at D far below 1.
     """
     try:
         limit = _FAR * (1 if math.isinf(D) else radial_factor(D, 1 - _RARE))
     except ValueError:
         return
     values = latents.latents.flatten(1)
-    largest = values.abs().amax(dim=1).clamp(min=1e-300)  # by which no square overflows
+    largest = values.abs().amax(dim=1).clamp(min=1e-300)  # divided by it, no square overflows
     lengths = largest * (values / largest[:, None]).square().mean(dim=1).sqrt()
     k = int(lengths.argmax())
     if lengths[k] > limit:
@@ -264,7 +265,7 @@ def check_lengths(latents: Latents, D: float) -> None:
 
 
 def joined(parts: Sequence[tuple[Sequence[int], Latents]], seeds: Sequence[int]) -> Latents:
-    """Returns the latents of (their seeds, latents), in the order of `seeds`."""
+    """Returns the latents of several (their seeds, latents), in the order of `seeds`."""
     place = {seed: (part, i) for own, part in parts for i, seed in enumerate(own)}
     rows = [place[seed] for seed in seeds]
     labels = None if rows[0][0].labels is None else torch.stack(
@@ -275,18 +276,18 @@ def joined(parts: Sequence[tuple[Sequence[int], Latents]], seeds: Sequence[int])
 
 
 def between(ends: Latents, frames: int) -> Latents:
-    """Returns the latents on the way from each end to the next, `frames` of each way.
+    """Returns latents on the paths from each end to the next, `frames` of them per path.
 
-    Directions move along great circles at even speed, lengths evenly in their logarithm, labels
-    along straight lines. An end between two ways is there once.
+    Directions move along great circles at constant speed. Lengths are interpolated linearly in
+    their logarithm, and labels linearly. An end between two paths appears once.
 
     Raises:
-        ValueError: fewer than two ends or frames, an end that is zero, or one that is opposite to
-            the next, so that no great circle is the shortest.
+        ValueError: there are fewer than two ends or frames, an end is zero, or two neighbours are
+            opposite, so that no great circle is the shortest.
     """
     if len(ends) < 2 or frames < 2:
-        raise ValueError(f"{len(ends)} latents, {frames} frames; an interpolation needs 2 or more "
-                         "of each")
+        raise ValueError(f"{len(ends)} latents and {frames} frames; an interpolation needs at "
+                         "least 2 of each")
     polar = _polar(ends)
     made, names, labels = [], [], []
     for i in range(len(ends) - 1):
@@ -303,10 +304,10 @@ def between(ends: Latents, frames: int) -> Latents:
 
 
 def _polar(latents: Latents) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Returns the direction of each latent, of length 1, and the logarithm of its length.
+    """Returns the unit direction of each latent and the logarithm of its length.
 
     Raises:
-        ValueError: one is zero.
+        ValueError: a latent is zero.
     """
     found = []
     for k, latent in enumerate(latents.latents):
@@ -314,7 +315,7 @@ def _polar(latents: Latents) -> list[tuple[torch.Tensor, torch.Tensor]]:
         if largest == 0:
             raise ValueError(f"latent {shown_name(latents.names[k])} is zero and has no direction; "
                              "leave it out")
-        direction = latent / largest  # the squares of which neither overflow nor vanish
+        direction = latent / largest  # its squares neither overflow nor vanish
         length = direction.norm()
         found.append((direction / length, length.log() + largest.log()))
     return found
@@ -322,7 +323,7 @@ def _polar(latents: Latents) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def _between(a: torch.Tensor, log_a: torch.Tensor, b: torch.Tensor, log_b: torch.Tensor,
              t: torch.Tensor) -> torch.Tensor:
-    # The angle by its half's tangent: exact where it is small and where it is nearly pi.
+    # The angle from the tangent of its half is accurate for small angles and near pi.
     angle = 2 * torch.atan2((a - b).norm(), (a + b).norm())
     if angle.sin() < 1e-9:
         direction = torch.lerp(a, b, t)
@@ -332,16 +333,16 @@ def _between(a: torch.Tensor, log_a: torch.Tensor, b: torch.Tensor, log_b: torch
 
 
 def at_radii(directions: Latents, D: float, quantiles: Sequence[float]) -> Latents:
-    """Returns each direction at quantiles of the kernel's radial factor sqrt(D/c), n for each.
+    """Returns each direction at n quantiles of the kernel's radial factor sqrt(D/c).
 
     Args:
-        directions: latents [C, H, W], of which only the directions count. Their length becomes
-            sqrt(N) times the factor, with N = C*H*W: sqrt(N) is nearly the length of z.
+        directions: latents [C, H, W]. Only their directions are used. The new lengths are sqrt(N)
+            times the factor, with N = C*H*W, because |z| is nearly sqrt(N).
         D: augmented dimensions, finite.
-        quantiles: between 0 and 1, rising or not.
+        quantiles: numbers between 0 and 1, in any order.
 
     Raises:
-        ValueError: D or a quantile is outside of its range, or a latent is zero.
+        ValueError: D or a quantile is out of range, or a latent is zero.
     """
     if not len(quantiles):
         raise ValueError("quantiles: must be one or more")
@@ -361,17 +362,17 @@ def radial_factor(D: float, quantile: float) -> float:
 
     Raises:
         ValueError: D is not positive and finite, the quantile is not between 0 and 1, or the
-            factor is beyond the range of numbers.
+            factor overflows or is 0.
     """
-    import scipy.special  # late: nothing else takes its time to load
+    import scipy.special  # late: it is slow to load, and only this function needs it
 
     if not 0 < D < math.inf:
-        raise ValueError(f"D={D:g}: must be a positive number; at D = inf every radius is the same")
+        raise ValueError(f"D={D:g}: must be positive and finite; at D = inf all radii are equal")
     if not 0 < quantile < 1:
         raise ValueError(f"quantile={quantile:g}: must be between 0 and 1")
     chi2 = float(scipy.special.chdtri(D, quantile))
     factor = math.sqrt(D / chi2) if chi2 > 0 else math.inf
     if not 0 < factor < math.inf:
-        raise ValueError(f"quantile={quantile:g} of D={D:g}: this radius is beyond the range of "
-                         "numbers; take another quantile")
+        raise ValueError(f"quantile={quantile:g}: at D={D:g}, this radius is out of the range of "
+                         "floating-point numbers; give another quantile")
     return factor

@@ -1,4 +1,4 @@
-"""A trained network from a file, and how it is sampled."""
+"""Sampling from a trained network: reads its file, checks the settings, makes the images."""
 
 import dataclasses
 import functools
@@ -69,37 +69,37 @@ _FLAGS = {"noise_alpha": "--alpha", "num_steps": "--steps", "discretization": "-
           **{name: f"--{name}" for name in ("solver", "order", "schedule", "scaling", "S_churn",
                                             "S_noise", "sigma_min", "sigma_max", "rho", "sigmas",
                                             "last", "blend")}}
-# Settings that are recorded only where they are used, since older folders have none of them.
+# Settings that are recorded only if they are used, since older records lack them.
 _UNUSED = {"noise_alpha": 0, "order": None, "sigmas": None, "last": None, "stop_sigma": None,
            "init_noise": 1, "blend": 1}
 _REMEDY = "name a data set, a folder or ZIP of images"
-_LOST_SIGMAS = 5  # times sigma_data: noise in which little is left of an image
+_LOST_SIGMAS = 5  # multiple of sigma_data at which noise leaves little of an image
 _Images = str | GivenImages  # a folder or ZIP, or images in memory
 _OpenNetwork = Callable[..., tuple[dict[str, Any], Precond]]
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkFile:
-    """A file of a network as it was read, once for any number of samplers.
+    """A network's file, read once for any number of samplers.
 
-    Under torchrun every rank has it.
+    Under torchrun, every rank holds a copy.
     """
 
     source: str  # its path or address
-    content: dict[str, Any]  # what sampling needs of it
-    digest: str  # hash of the weights that are sampled
+    content: dict[str, Any]  # the parts that sampling needs
+    digest: str  # hash of the sampled weights
 
     @classmethod
     def read(cls, source: "str | NetworkFile", key: str | None = None) -> "NetworkFile":
-        """Returns the file; one that was read already is returned as it is.
+        """Returns the file. A file that has been read already is returned unchanged.
 
         Args:
-            source: a path or address; of a run directory the newest network is taken.
+            source: a path or address. In a run directory, the newest network is used.
             key: which network of a file that holds several, see `checkpoint.load`.
 
         Raises:
-            OSError: it can't be read.
-            ValueError: it holds no network.
+            OSError: the file can't be read.
+            ValueError: it does not hold a network.
         """
         if isinstance(source, NetworkFile):
             return source
@@ -109,25 +109,25 @@ class NetworkFile:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkSampler:
-    """A network with settings that have been checked against it."""
+    """A network with sampler settings that have been checked against it."""
 
-    net: Precond | GuidedDenoiser | TiledDenoiser  # averaged, on `device`, in evaluation mode
+    net: Precond | GuidedDenoiser | TiledDenoiser  # averaged weights, on `device`, evaluation mode
     sampler: SamplerConfig
     device: torch.device
-    class_idx: int | None  # the class to sample, None for the seeds' own
-    settings: dict[str, Any]  # what decides an image beside its seed, as plain JSON data
+    class_idx: int | None  # the class to sample; None if the seeds draw it
+    settings: dict[str, Any]  # everything but the seed that affects an image; plain JSON data
     conditions: ImagesOfSeeds | None = None  # None for a network without condition images
-    inits: SeedImages | None = None  # where sampling starts, None for pure noise
+    inits: SeedImages | None = None  # images from which sampling starts; None for pure noise
     scaling: Scaling = EIGHT_BIT  # of the data that the network was trained on
-    one_size: bool = False  # fill up short batches, so that the network sees only one size
-    labels: SeedLabels | None = None  # of seeds, where they are not one-hot classes as drawn
+    one_size: bool = False  # pad short batches, so that the network sees only one size
+    labels: SeedLabels | None = None  # labels by seed, unless they are classes that seeds draw
     label_kind: str | None = None  # 'classes' or 'vectors'; None without labels
-    class_names: tuple[str, ...] = ()  # what the classes are called, if they have names
-    latents: Latents | None = None  # of seeds, in place of those that they draw
-    encoded: SeedImages | None = None  # images to find the latents of
-    inputs: SeedImages | None = None  # images whose sizes and names the results have
-    measurement: Measurement | None = None  # what `inits` tell of the images, if they are that
-    average: int = 1  # images that are means of so many samples, of an input each
+    class_names: tuple[str, ...] = ()  # names of the classes, if they have any
+    latents: Latents | None = None  # latents by seed, instead of those that the seeds draw
+    encoded: SeedImages | None = None  # images whose latents are to be found
+    inputs: SeedImages | None = None  # images that give the results their sizes and names
+    measurement: Measurement | None = None  # set if `inits` are measurements of the images
+    average: int = 1  # number of samples per input whose mean is the image
 
     @classmethod
     def open(cls, source: str | NetworkFile, device: torch.device, *,
@@ -147,54 +147,53 @@ class NetworkSampler:
              key: str | None = None, compiled: bool = False,
              built: tuple[dict[str, Any], Precond] | None = None, **sampler_options: Any
              ) -> "NetworkSampler":
-        """Returns the network of a snapshot or state, ready to sample.
+        """Returns the network of a snapshot or training state, ready to sample.
 
         Args:
-            source: a path, an address or a file that was read; of a run directory the newest
-                network is taken.
+            source: a path, an address, or a file that has been read. In a run directory, the newest
+                network is used.
             device: where to sample.
-            class_idx: the class to sample; 'data' for classes as often as the data have them; None
-                or 'uniform' for all classes that have images, equally often.
+            class_idx: the class to sample; 'data' for classes as often as in the data; None or
+                'uniform' for all classes that have images, equally often.
             label_source: a file, data set or list of labels by seed, see `labels.read_labels`.
             pfgmpp: for files that do not record D, see `checkpoint.resolve_D`.
-            aug_dim: likewise.
-            precision: arithmetic inside the network. PyTorch's settings of TF32 and of sums in half
-                precision are made to match, for the whole process.
-            bits: what the network's weights are rounded to, see sampling/quantization.py.
-            rounding_seed: makes this rounding stochastic; None is to the nearest level. With 32
-                bits nothing is rounded, and the seed is not recorded.
+            aug_dim: for files that do not record D, see `checkpoint.resolve_D`.
+            precision: precision of the network's arithmetic. PyTorch's settings for TF32 and for
+                sums in half precision are changed accordingly for the whole process.
+            bits: number of bits to round the weights to, see sampling/quantization.py.
+            rounding_seed: rounds at random with this seed; None rounds to the nearest level. With
+                32 bits nothing is rounded, and the seed is not recorded.
             guidance: strength of guidance, see pfgmpp/guidance.py; 1 is none.
-            gnet: the guide, like `source`; None is the network without its labels.
-            guidance_interval: noise levels (lo, hi] at which to guide; None is everywhere.
+            gnet: the guide, given like `source`; None is the network without its labels.
+            guidance_interval: noise levels (lo, hi] at which to guide; None guides everywhere.
             cond_image: folder or ZIP of condition images, or images in memory, see `SeedImages`.
-            init_image: the same of images to start from.
-            init_sigma: the noise level at which to start from them.
+            init_image: folder or ZIP of images to start from, or images in memory.
+            init_sigma: noise level at which to start from them.
             init_level: the same in the data's own units.
-            average: make each image the mean of so many, whose seeds are k, k + n, k + 2n, ...
-                for input k of n.
-            tile: show the network squares of this side, see pfgmpp/sizes.py.
-            measure: what `init_image` has measured of the images, see sampling/restoration.py.
+            average: make each image the mean of this many samples. Those of input k of n have the
+                seeds k, k + n, k + 2n, ...
+            tile: run the network on square tiles of this side, see pfgmpp/sizes.py.
+            measure: how `init_image` measures the images, see sampling/restoration.py.
             measure_sigma: noise of the measurement, in the network's scale.
             measure_level: the same in the data's own units.
             measure_by: how the measurement is used, see pfgmpp/measurement.py.
-            mask: of measure='inpaint', in place of the file in 'inpaint:MASK'.
-            latents: latents by seed or a file of them, see `latents.read_latents`; their labels are
-                those of the seeds unless others are given, and numbers choose condition images.
-            encode: folder or ZIP of images whose latents `encode` finds, with its labels; or images
-                in memory.
+            mask: mask for measure='inpaint', instead of the file in 'inpaint:MASK'.
+            latents: latents by seed, or a file of them, see `latents.read_latents`. Seeds get their
+                labels unless others are given. Their numbers select condition images.
+            encode: images for `encode`, with their labels: a folder or ZIP, or images in memory.
             key: which network of a file that holds several, see `checkpoint.load`.
-            compiled: compile the network, and fill up batches to one size.
-            built: what `open_network` has made of the file, of this precision and not compiled;
-                None makes it anew. Rounding changes it.
+            compiled: compile the network and pad all batches to one size.
+            built: what `open_network` returned for the file at this precision, not compiled. None
+                calls it. Rounding changes its weights.
             sampler_options: fields of `SamplerConfig`.
 
         Raises:
-            ValueError: the file or a setting does not fit; UsageError where a flag does not fit
-                the network or the other flags.
+            ValueError: the file or a setting does not fit.
+            UsageError: a flag does not fit the network or the other flags.
             OSError: a file can't be read.
         """
         if precision == "fp16" and device.type != "cuda":
-            distributed.print0("Note: fp16 is for GPUs; on the CPU the network runs in fp32")
+            distributed.print0("Note: fp16 needs a GPU; on the CPU the network runs in fp32")
         configure_backends(precision)
         open_one = functools.partial(open_network, device=device, pfgmpp=pfgmpp, aug_dim=aug_dim,
                                      precision=precision, compiled=compiled)
@@ -244,7 +243,7 @@ class NetworkSampler:
             sampler.check(denoiser)
         except ValueError as error:
             text = _in_flags(error)
-            if init_sigma is not None:  # it is the highest level
+            if init_sigma is not None:  # the start is the highest level
                 text = text.replace("--sigma_max=", f"{level_flag} is --init-sigma="
                                     if init_level is not None else "--init-sigma=")
             raise ValueError(text) from error
@@ -259,7 +258,7 @@ class NetworkSampler:
         for name, images in (("cond_image", conditions), ("init_image", inits)):
             extra |= {name: images.fingerprint} if images else {}
         if inits is not None and inits.are_conditions:
-            extra["init_of"] = "conditions"  # of the data set that the fingerprint is of
+            extra["init_of"] = "conditions"  # of the data set that has the fingerprint
         measurement = open_measurement(measure, measure_sigma, measure_level, measure_by,
                                        net.img_channels, scaling, starts=init_sigma is not None
                                        or sampler.last is not None, mask=mask)
@@ -302,7 +301,7 @@ class NetworkSampler:
         """Channels, height and width of the images.
 
         Raises:
-            ValueError: they are of different sizes, as those that they are made of.
+            ValueError: their sizes differ, because those of the inputs do.
         """
         if self.inputs is None:
             return self.net.image_shape
@@ -310,14 +309,14 @@ class NetworkSampler:
         if len(shapes) > 1:
             (_, height, width), (_, other_height, other_width), *_ = sorted(shapes)
             raise ValueError(f"the images are of {len(shapes)} sizes, such as {width}x{height} and "
-                             f"{other_width}x{other_height}, but must be of one size here")
+                             f"{other_width}x{other_height}, but must all be of one size here")
         return shapes.pop()
 
     def shape_of(self, seed: int) -> tuple[int, int, int]:
-        """Returns channels, height and width of the image of a seed."""
+        """Returns channels, height and width of a seed's image."""
         if self.inputs is None:
             return self.net.image_shape
-        sizes = (self.inits or self.inputs).sizes  # conditions have the size of the image itself
+        sizes = (self.inits or self.inputs).sizes  # condition images have the size of the result
         height, width = (side * self._factor for side in sizes[seed % len(sizes)])
         return self.net.image_shape[0], height, width
 
@@ -326,9 +325,9 @@ class NetworkSampler:
         return 1 if self.measurement is None else self.measurement.factor
 
     def batches(self, seeds: Sequence[int], size: int) -> list[list[int]]:
-        """Returns this rank's batches of these seeds, of one image size each.
+        """Returns this rank's batches of these seeds. All images of a batch have one size.
 
-        A batch is of at most `size` samples, and so of fewer means.
+        A batch has at most `size` samples, and accordingly fewer images if they are means.
         """
         groups: dict[tuple, list[int]] = {}
         for seed in seeds:
@@ -339,10 +338,10 @@ class NetworkSampler:
         return batches[distributed.get_rank()::distributed.get_world_size()]
 
     def check_seeds(self, seeds: Sequence[int]) -> None:
-        """Raises UsageError for means of seeds beyond the inputs, which would be of others'."""
+        """Raises UsageError for means with seeds beyond the inputs, which repeat other samples."""
         if self.average > 1 and max(seeds) >= len(self.inputs):
             raise UsageError(f"--seeds: names seed {max(seeds)}, but --average makes one mean for "
-                             f"each of {len(self.inputs)} images; name seeds below "
+                             f"each of {len(self.inputs)} inputs; name seeds below "
                              f"{len(self.inputs)}, or leave --seeds out")
 
     @property
@@ -351,16 +350,16 @@ class NetworkSampler:
         return None if self.scaling.is_8bit else self.scaling.to_dict()
 
     def images(self, batches: Iterable[Sequence[int]], most: int = 0) -> Iterator[SampleBatch]:
-        """Yields the images of each batch of seeds, which must be of one image size.
+        """Yields the images of each batch of seeds. All images of a batch must have one size.
 
-        Means of several samples are of the label that the seed itself has.
+        All samples of a mean have the label of the mean's own seed.
 
         Args:
             batches: seeds.
-            most: how many samples of means may be made together; one of each mean in any case.
+            most: maximum number of samples to make at a time for means; at least one per mean.
 
         Raises:
-            ValueError: means for seeds beyond the inputs, whose samples would be those of others.
+            ValueError: seeds of means are beyond the inputs, so that samples would be repeated.
         """
         largest = 0
         for seeds in filter(None, batches):
@@ -373,11 +372,11 @@ class NetworkSampler:
                 yield self._mean(filled, most)[:len(seeds)]
 
     def _mean(self, seeds: Sequence[int], most: int = 0) -> SampleBatch:
-        """Returns the means over `average` samples of the inputs of seeds, and the deviations."""
+        """Returns the means of `average` samples per input, and their standard deviations."""
         self.check_seeds(seeds)
         count = len(self.inputs)  # seeds k, k + count, ... have the same inputs
         labels = self.labels_of(seeds)
-        together = _divisor(self.average, most // len(seeds))  # samples of each at a time
+        together = _divisor(self.average, most // len(seeds))  # samples per mean at a time
         fixed = None if labels is None else lambda *_: labels.repeat(together, 1)
         how = self._how() | {"labels": fixed, "class_idx": None}
         mean = squares = torch.zeros([], dtype=torch.float64, device=self.device)
@@ -392,9 +391,9 @@ class NetworkSampler:
         return SampleBatch(list(seeds), mean, labels, (squares / (self.average - 1)).sqrt())
 
     def encode(self, seeds: Sequence[int]) -> Latents:
-        """Returns the latents of the images of `seeds` among those to encode, and their labels.
+        """Returns the latents, with labels, of images `seeds` of those to encode.
 
-        Their numbers, by which they take their condition images, are the seeds.
+        The seeds become the latents' numbers, which select their condition images.
         """
         images = self.encoded(seeds).to(self.device)
         labels = self.labels_of(seeds)
@@ -405,7 +404,7 @@ class NetworkSampler:
                        None if labels is None else labels.cpu(), tuple(map(int, seeds)))
 
     def draw(self, seeds: Sequence[int]) -> Latents:
-        """Returns the latents that seeds begin with, and their labels."""
+        """Returns the latents from which seeds start, with their labels."""
         found, labels, _ = draw_latents(self.net, seeds, self.device, self.class_idx, self.labels,
                                         self.latents)
         names = tuple(map(str, seeds)) if self.latents is None else tuple(
@@ -415,7 +414,7 @@ class NetworkSampler:
                        tuple(map(int, numbers)))
 
     def decode(self, latents: Latents, seeds: Sequence[int]) -> torch.Tensor:
-        """Returns the images of latents, under the condition images of `seeds`, [B, C, H, W]."""
+        """Returns the images [B, C, H, W] of latents, with the condition images of `seeds`."""
         labels = None if latents.labels is None else latents.labels.to(self.device)
         condition = None if self.conditions is None else self.conditions(seeds).to(self.device)
         with torch.inference_mode():
@@ -423,12 +422,12 @@ class NetworkSampler:
                                        torch.randn_like, condition=condition)
 
     def starting_from(self, latents: Latents, seeds: Sequence[int]) -> "NetworkSampler":
-        """Returns this sampler with other latents, and their labels.
+        """Returns this sampler with other latents and their labels.
 
-        Its seeds are their numbers; latent k has the condition image of seeds[k] of this one.
+        Seed k of the new sampler uses latent k, with the condition image of seeds[k] of this one.
 
         Raises:
-            ValueError: condition images are of another size than latents.
+            ValueError: condition images have another size than latents.
         """
         if self.inputs is not None:
             _check_size_of_latents(self.net, self.inputs)
@@ -441,29 +440,29 @@ class NetworkSampler:
 
     def trajectory(self, seeds: Sequence[int], window: Scaling | None = None
                    ) -> list[torch.Tensor]:
-        """Returns what the sampler passes through, see `samplers.trajectory`.
+        """Returns the images along the sampler's path, see `samplers.trajectory`.
 
-        `window` is what becomes -1 and 1 to be shown, in the data's own units: a scaling.
+        `window` maps the values to show, in the data's own units, to -1 to 1.
         """
         def show(x: torch.Tensor) -> torch.Tensor:
             return EIGHT_BIT.to_data(x if window is None else
                                      window.to_network(self.scaling.to_data(x)))
 
         shown = trajectory(self.net, seeds, **self._how(), show=show)
-        if self.average > 1:  # the way is that of the first sample
+        if self.average > 1:  # the path is that of the first sample
             shown[-1] = show(self._mean(seeds).images).cpu()
         return shown
 
     def classes(self, seeds: Sequence[int]) -> list[int] | None:
-        """Returns the classes of the images of `seeds`; None where labels are no classes."""
+        """Returns the classes of the images of `seeds`, or None if labels are not classes."""
         return self.recorded_labels(self.labels_of(seeds)) if self.label_kind == "classes" else None
 
     def labels_of(self, seeds: Sequence[int]) -> torch.Tensor | None:
-        """Returns the labels of the images of `seeds`, [B, label_dim]; None without labels."""
+        """Returns the labels of the images of `seeds`, [B, label_dim], or None without labels."""
         return draw_latents(self.net, seeds, self.device, self.class_idx, self.labels)[1]
 
     def recorded_labels(self, labels: torch.Tensor) -> list[Any]:
-        """Returns labels [B, label_dim] as `dataset.json` has them: class numbers or lists."""
+        """Returns labels [B, label_dim] in the form of dataset.json: class numbers or lists."""
         is_classes = self.label_kind == "classes"
         return labels.argmax(dim=1).tolist() if is_classes else labels.tolist()
 
@@ -474,7 +473,7 @@ class NetworkSampler:
 
 
 def _divisor(number: int, most: int) -> int:
-    """Returns the largest divisor of a number that is at most `most`, and 1 at least."""
+    """Returns the largest divisor of a number that is at most `most`; at least 1."""
     return max(k for k in range(1, number + 1) if number % k == 0 and k <= max(most, 1))
 
 
@@ -485,11 +484,11 @@ def open_network(
     """Returns the content of a file and its network, ready to be evaluated.
 
     Args:
-        file: where the network comes from.
+        file: the network's file.
         device: where to evaluate it.
         pfgmpp: for files that do not record D, see `checkpoint.resolve_D`.
-        aug_dim: likewise.
-        precision: arithmetic inside the network.
+        aug_dim: for files that do not record D, see `checkpoint.resolve_D`.
+        precision: precision of the network's arithmetic.
         compiled: compile the network.
 
     Raises:
@@ -504,9 +503,9 @@ def open_network(
 
 
 def load_network(source: str, key: str | None = None) -> dict[str, Any]:
-    """Returns what sampling needs of a file, with averaged weights if there are any.
+    """Returns the parts of a file that sampling needs, with averaged weights if there are any.
 
-    It says so if there are none.
+    It prints a note or warning if there are none.
     """
     found = find_network(source)
     content = checkpoint.with_average(checkpoint.load(found, key), found)
@@ -514,12 +513,13 @@ def load_network(source: str, key: str | None = None) -> dict[str, Any]:
         console.say(f"Note: {found} has no averaged weights; those of {content['ema_source']} are "
                     "sampled")
     elif content.get("ema") is None:
-        distributed.warn0(f"{found}: has no averaged weights, and no network-snapshot of the same "
-                          "number lies beside it; the plain weights, which sample worse, are used")
-    if content["network"].get("cond_c_in") and "dataset" not in content:  # not of ours
-        distributed.warn0(f"{found}: does not record the scale of its data and conditions, which "
-                          "are taken for 8-bit images, nor where sampling starts; "
-                          "checkpoint_tool.py convert records both by --scale, --cond-scale and "
+        distributed.warn0(f"{found}: has no averaged weights, and there is no network-snapshot of "
+                          "the same number beside it; the plain weights are used, which sample "
+                          "worse")
+    if content["network"].get("cond_c_in") and "dataset" not in content:  # a foreign file
+        distributed.warn0(f"{found}: does not record the scale of its data and conditions or the "
+                          "level at which sampling starts; 8-bit images are assumed; "
+                          "checkpoint_tool.py convert records them with --scale, --cond-scale and "
                           "--sigma-max")
     unused = {"optimizer", "net"} if content.get("ema") is not None else {"optimizer"}
     return {key: value for key, value in content.items() if key not in unused}
@@ -531,10 +531,10 @@ def _dataset_record(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def recorded_scaling(content: dict[str, Any], source: str, key: str, channels: int) -> Scaling:
-    """Returns the scaling of the data or conditions of a network, 8-bit if none is recorded.
+    """Returns the scaling of a network's data or conditions; 8-bit if none is recorded.
 
     Raises:
-        ValueError: the recorded scaling is invalid, or of another number of channels.
+        ValueError: the recorded scaling is invalid, or has another number of channels.
     """
     record = _dataset_record(content).get(key)
     if record is None:
@@ -549,23 +549,23 @@ def _sampler_config(
     content: dict[str, Any], source: str, options: dict[str, Any], init_image: str | None,
     init_sigma: float | None, level_flag: str,
 ) -> SamplerConfig:
-    """Returns the sampler's settings, with the highest level that the network or the start asks."""
+    """Returns the sampler's settings, with the highest level that the network or start requires."""
     if content["network"].get("few_step") is not None:
         few_step = FewStep.from_dict(content["network"]["few_step"])
         if init_sigma is not None:
             if options.get("sigmas") is not None:
-                raise UsageError(f"{level_flag} with --sigmas: these say where sampling starts; "
+                raise UsageError(f"{level_flag} with --sigmas: both say where sampling starts; "
                                  f"leave {level_flag} out")
             options = options | {"sigmas": (init_sigma,)}
         return _few_step_config(few_step, source, options,
                                 "--sigmas" if init_sigma is None else level_flag)
     if options.get("solver") == CONSISTENCY and options.get("sigmas") is None:
         raise UsageError(f"--solver={CONSISTENCY}: {source} is not a few-step network; leave "
-                         "--solver out, or give the levels to sample it at by --sigmas")
+                         "--solver out, or give its noise levels with --sigmas")
     sampler = SamplerConfig(**options)
     if sampler.sigmas is not None:
         if init_sigma is not None:
-            raise UsageError(f"{level_flag} with --sigmas: these say where sampling starts; leave "
+            raise UsageError(f"{level_flag} with --sigmas: both say where sampling starts; leave "
                              f"{level_flag} out")
         return sampler
     if init_sigma is not None:
@@ -573,7 +573,7 @@ def _sampler_config(
             raise UsageError(f"--sigma_max={sampler.sigma_max:g} with {level_flag}: both say where "
                              "sampling starts; leave --sigma_max out")
         lowest = {"sigma_min": init_sigma} if sampler.num_steps == 1 and init_sigma < _lowest(
-            sampler) else {}  # which a single level is
+            sampler) else {}  # a single level is also the lowest
         return dataclasses.replace(sampler, sigma_max=init_sigma, **lowest)
     is_edm_grid = sampler.discretization in (None, "edm")
     if is_edm_grid and sampler.sigma_max is None:
@@ -590,7 +590,7 @@ def _lowest(sampler: SamplerConfig) -> float:
 
 def _check_lowest(sampler: SamplerConfig, init_sigma: float | None, level_flag: str,
                   scaling: Scaling) -> None:
-    """Raises UsageError where sampling would start below the lowest level."""
+    """Raises UsageError if sampling would start below the lowest level."""
     if init_sigma is None or sampler.sigmas is not None or init_sigma >= _lowest(sampler):
         return
     raise UsageError(f"{level_flag}: starts at {shown_level(init_sigma, scaling)}, below the "
@@ -610,11 +610,11 @@ def _first_level(init_sigma: float | None, init_level: float | None, scaling: Sc
 
 
 def _recorded_sampler(sampler: SamplerConfig, net: Precond) -> dict[str, Any]:
-    """Returns what is recorded of the sampler's settings."""
+    """Returns the sampler's settings as they are recorded."""
     settings = {name: value for name, value in dataclasses.asdict(sampler).items()
                 if name not in _UNUSED or value != _UNUSED[name]}
     if "sigmas" in settings:
-        settings["sigmas"] = list(settings["sigmas"])  # as JSON gives them back
+        settings["sigmas"] = list(settings["sigmas"])  # as it reads back from JSON
     settings["nfe"] = sampler.nfe
     if net.few_step is not None:
         settings |= {"few_step": net.few_step.method, "levels": sampler.levels(net)[:-1].tolist()}
@@ -622,26 +622,26 @@ def _recorded_sampler(sampler: SamplerConfig, net: Precond) -> dict[str, Any]:
 
 
 def plugin_record(net: Precond, key: str = "network_plugin") -> dict[str, str]:
-    """Returns what is recorded, as `key`, of the plugin that a network's classes come from."""
+    """Returns the record, under `key`, of the plugin that defines a network's classes."""
     return origin_record((PRECONDS, type(net).__name__), (MODELS, net.model_type), key=key)
 
 
 def _check_is_denoiser(net: Precond, source: str, encode: str | None, measure: str | None) -> None:
-    """Raises UsageError where a few-step network can't do what is asked."""
+    """Raises UsageError if a few-step network can't do what is asked."""
     if net.few_step is None:
         return
     for flag, value, reason in (
-            ("--encode", encode, "which makes images of latents, not latents of images"),
-            ("--measure", measure, "which gives no mean for a measurement to correct")):
+            ("--encode", encode, "which can't map images to latents"),
+            ("--measure", measure, "which predicts no mean for a measurement to correct")):
         if value is not None:
             raise UsageError(f"{flag}={value}: {source} is a few-step network "
-                             f"({net.few_step.method}), {reason}; use the denoiser that it was "
-                             "made from")
+                             f"({net.few_step.method}), {reason}; use the denoiser it was "
+                             "distilled from")
 
 
 def _check_starts(options: dict[str, Any], init_image: str | None, init_sigma: float | None,
                   level_flag: str, measure: str | None) -> None:
-    """Raises UsageError where the flags of a start from images do not go together."""
+    """Raises UsageError if the flags for starting from images contradict each other."""
     last = options.get("last")
     if init_image is None:
         given = {level_flag: init_sigma, "--last": last, "--measure": measure}
@@ -651,7 +651,7 @@ def _check_starts(options: dict[str, Any], init_image: str | None, init_sigma: f
         for flag, value in given.items():
             if value is not None:
                 raise UsageError(f"{flag} without --init-image: there are no images to start from; "
-                                 f"give some by --init-image=DIR|ZIP, or leave {flag} out")
+                                 f"give them with --init-image=DIR|ZIP, or leave {flag} out")
         return
     starts = [flag for flag, value in ((level_flag, init_sigma), ("--last", last),
                                        ("--sigmas", None if measure else options.get("sigmas")))
@@ -663,10 +663,10 @@ def _check_starts(options: dict[str, Any], init_image: str | None, init_sigma: f
         raise UsageError(f"{level_flag} with --last: both say where sampling starts; leave one of "
                          "them out")
     if measure is not None and options.get("blend", 1) != 1:
-        raise UsageError("--blend with --measure: every evaluation takes the measurement into "
-                         "account already; leave one of them out")
+        raise UsageError("--blend with --measure: every evaluation already uses the measurement; "
+                         "leave one of them out")
     if measure is not None and not starts and options.get("init_noise", 1) != 1:
-        raise UsageError("--init-noise with --measure: sampling starts from noise; give "
+        raise UsageError("--init-noise with --measure: sampling starts from pure noise; give "
                          "--init-sigma or --last to start from the measurement, or leave "
                          "--init-noise out")
 
@@ -675,7 +675,7 @@ def _open_inputs(
     net: Precond, source: str, content: dict[str, Any], init_image: str | None,
     cond_image: str | None, scaling: Scaling,
 ) -> tuple[SeedImages | None, SeedImages | None]:
-    """Returns the condition images and the images to start from, None for those there are not."""
+    """Returns the condition images and the images to start from, each None if not given."""
     conditions = None
     if net.cond_channels:
         cond_scaling = recorded_scaling(content, source, "cond_scale", net.cond_channels)
@@ -690,33 +690,34 @@ def _open_inputs(
 def _check_average(average: int, inits: SeedImages | None, conditions: SeedImages | None,
                    sampler: SamplerConfig, measurement: Measurement | None, *,
                    is_from_latents: bool) -> None:
-    """Raises UsageError where there is no mean to make, or only one of equal images."""
+    """Raises UsageError if there are no samples to average, or if they would all be equal."""
     flag = f"--average={average}"
     if is_from_latents:
         raise UsageError(f"{flag}: each latent makes one image; leave --average out")
     if inits is None and conditions is None:
-        raise UsageError(f"{flag}: makes means of the images that are made of one input; give "
-                         "inputs by --init-image or --cond-image")
+        raise UsageError(f"{flag}: averages the samples of each input, but there are no inputs; "
+                         "give them with --init-image or --cond-image")
     starts_with_noise = inits is None or sampler.init_noise or (
         measurement is not None and not measurement.starts)
     steps_draw = sampler.S_churn or sampler.noise_alpha or (
         sampler.solver == CONSISTENCY and sampler.num_steps > 1)
     if not starts_with_noise and not steps_draw:
-        raise UsageError(f"{flag}: nothing is drawn with --init-noise=0, so all samples of an "
+        raise UsageError(f"{flag}: nothing is random with --init-noise=0, so all samples of an "
                          "input are equal; leave --average out, or add some noise")
 
 
 def _check_size_of_latents(net: Precond, conditions: SeedImages | None) -> None:
-    """Raises ValueError where condition images are of another size than latents."""
+    """Raises ValueError if condition images have another size than latents."""
     own = net.image_shape[1:]
     for size in conditions.sizes if conditions else ():
         if size != own:
             raise ValueError(f"--cond-image={conditions.path}: images are {size[1]}x{size[0]}, but "
-                             f"latents are of the network's {own[1]}x{own[0]}; give such images")
+                             f"latents are {own[1]}x{own[0]} like the network; give images of "
+                             "that size")
 
 
 def _tell_sizes(net: Precond, sampler: "NetworkSampler") -> None:
-    """Says where images are not of the network's size, or of one that it can't halve."""
+    """Prints the sizes of the images if they are not the network's own, and if they are padded."""
     shapes = {sampler.shape_of(k)[1:] for k in range(len(sampler.inputs))}
     if shapes == {net.image_shape[1:]}:
         return
@@ -731,21 +732,20 @@ def _tell_sizes(net: Precond, sampler: "NetworkSampler") -> None:
     distributed.print0(
         f"Size       {of_sizes}, {relation}; the network was trained on "
         f"{shown(net.image_shape[1:])}" + (
-            f". Sides that are no multiples of {multiple} are mirrored at the edges and cropped"
+            f". Sides that are no multiples of {multiple} are padded by reflection, then cropped"
             if padded else ""))
 
 
 def _few_step_config(few_step: FewStep, source: str, options: dict[str, Any], start_flag: str
                      ) -> SamplerConfig:
-    """Returns the settings of a few-step network: its own levels unless others are asked for.
+    """Returns the settings of a few-step network: its own levels unless others are given.
 
-    It warns, naming `start_flag`, of levels above those that the network was made for.
+    It warns, naming `start_flag`, if sampling starts above the network's highest level.
     """
     solver = options.get("solver")
     if solver not in (None, CONSISTENCY):
         raise UsageError(f"--solver={solver}: {source} is a few-step network "
-                         f"({few_step.method}), no denoiser that a solver could follow; leave "
-                         "--solver out")
+                         f"({few_step.method}), which needs no ODE solver; leave --solver out")
     try:
         asked = SamplerConfig(**options | {"solver": CONSISTENCY})
         asked.check_solver()
@@ -764,7 +764,7 @@ def _few_step_config(few_step: FewStep, source: str, options: dict[str, Any], st
 
 
 def _in_flags(error: ValueError) -> str:
-    """Returns what is wrong with a setting of the sampler, in the words of the command line."""
+    """Returns the error of a sampler setting, with names replaced by command-line flags."""
     text = str(error)
     for name, flag in _FLAGS.items():
         text = re.sub(rf"(?<!-)\b{name}(=|\b out|$)", rf"{flag}\1", text)
@@ -772,14 +772,14 @@ def _in_flags(error: ValueError) -> str:
 
 
 def recorded_label_kind(content: dict[str, Any]) -> str | None:
-    """Returns 'classes' or 'vectors', as the file records; classes where it does not."""
+    """Returns 'classes' or 'vectors' as the file records it; 'classes' if it does not."""
     if not content["network"].get("label_dim"):
         return None
     return "vectors" if _dataset_record(content).get("label_kind") == "vectors" else "classes"
 
 
 def recorded_class_names(content: dict[str, Any]) -> tuple[str, ...]:
-    """Returns what a file calls its classes, () where they have no names."""
+    """Returns the class names in a file, or () if there are none."""
     return tuple(_dataset_record(content).get("class_names") or ())
 
 
@@ -787,9 +787,9 @@ def _choose_labels(
     net: Precond, source: str, content: dict[str, Any], kind: str | None,
     choice: int | str | None, label_source: str | Sequence | None, latents: Latents | None,
 ) -> tuple[SeedLabels | None, dict[str, Any]]:
-    """Returns the labels of seeds, None for classes as they are drawn; and what records them.
+    """Returns the labels of seeds, or None for classes that the seeds draw; and their record.
 
-    `latents` have theirs, perhaps, where none are asked for.
+    The labels of `latents` are used, if they have any, when no labels are asked for.
     """
     if kind is None:
         for flag, value in (("class", choice), ("labels", label_source)):
@@ -803,32 +803,32 @@ def _choose_labels(
         counts = _class_counts(content, net.label_dim) if kind == "classes" else None
         if counts and (unseen := sorted({int(row.argmax()) for row in labels if not counts[
                 row.argmax()]})):
-            raise UsageError(f"--labels={label_source}: no image of the data was of class "
+            raise UsageError(f"--labels={label_source}: the training data have no images of class "
                              f"{format_ranges(unseen)}")
         given = GivenLabels(labels)
         return given, {"labels": given.digest}
     if latents is not None and latents.labels is not None and choice is None:
         if latents.labels.shape[1] != net.label_dim:
-            raise ValueError(f"--latents: their labels have {latents.labels.shape[1]} numbers, the "
-                             f"network takes {net.label_dim}; give others by --class or --labels")
+            raise ValueError(f"--latents: their labels have {latents.labels.shape[1]} numbers, but "
+                             f"the network takes {net.label_dim}; give --class or --labels")
         return latents.labels_of, {}
     if kind == "vectors":
         asked = "" if choice is None else f"--class={choice}: "
         raise UsageError(f"{asked}{source} was trained on label vectors of {net.label_dim} "
-                         "numbers; give them by --labels=FILE|DATASET")
+                         "numbers; give them with --labels=FILE|DATASET")
     counts = _class_counts(content, net.label_dim)
     if isinstance(choice, int):
         if not 0 <= choice < net.label_dim:
             raise UsageError(f"--class={choice}: must be between 0 and {net.label_dim - 1}")
         if counts and not counts[choice]:
             present = [number for number, count in enumerate(counts) if count]
-            raise UsageError(f"--class={choice}: no image of the data was of this class; there are "
-                             f"classes {format_ranges(present)}")
+            raise UsageError(f"--class={choice}: the training data have no images of this class; "
+                             f"they have classes {format_ranges(present)}")
         return None, {}
     if choice == "data":
         if not counts:
-            raise UsageError(f"--class=data: {source} does not record how often its data have each "
-                             "class; leave --class out for equal shares")
+            raise UsageError(f"--class=data: {source} does not record how many images each class "
+                             "has; leave --class out for equal shares")
         return DrawnClasses(counts), {"class": "data",
                                       "class_counts": checkpoint.digest(counts)[:16]}
     labels = classes_with_images(counts)
@@ -838,20 +838,20 @@ def _choose_labels(
 
 
 def _labelled(path: _Images) -> _Images:
-    """Returns the path of images to encode, which have labels."""
+    """Returns the path of images to encode. Raises UsageError unless they have labels."""
     with flag_errors("--encode", path, _REMEDY):
         has_labels = ImageFolderDataset(path, use_labels=True).has_labels
     if not has_labels:
-        raise UsageError(f"--encode={path}: has no labels, which the network takes; give --class "
-                         "or --labels")
+        raise UsageError(f"--encode={path}: has no labels, but the network needs them; give "
+                         "--class or --labels")
     return path
 
 
 def _check_begins(given: dict[str, str | None]) -> None:
-    """Raises UsageError if more than one flag says what sampling begins with."""
+    """Raises UsageError if several flags say what sampling starts from."""
     flags = [flag for flag, value in given.items() if value is not None]
     if len(flags) > 1:
-        raise UsageError(f"{' and '.join(flags)}: each says what to begin with; give one of them")
+        raise UsageError(f"{' and '.join(flags)}: each says what to start from; give one of them")
 
 
 def _check_encoding(sampler: SamplerConfig) -> None:
@@ -862,7 +862,7 @@ def _check_encoding(sampler: SamplerConfig) -> None:
 
 
 def _class_counts(content: dict[str, Any], label_dim: int) -> list[int] | None:
-    """Returns how many images of the data each class had; None where the file does not say."""
+    """Returns the number of training images of each class, or None if it is not recorded."""
     counts = _dataset_record(content).get("class_counts")
     is_valid = isinstance(counts, list) and len(counts) == label_dim and any(counts) and all(
         type(count) is int and count >= 0 for count in counts)
@@ -870,7 +870,7 @@ def _class_counts(content: dict[str, Any], label_dim: int) -> list[int] | None:
 
 
 def _recorded_rounding(bits: int, seed: int | None) -> dict[str, int]:
-    """Returns the settings that record how weights are rounded: none where they are not."""
+    """Returns the settings that record the rounding of weights; none if they are not rounded."""
     if bits >= FULL_BITS:
         return {}
     return {"bits": bits} | ({} if seed is None else {"rounding_seed": seed})
@@ -881,16 +881,16 @@ def _with_guidance(
     interval: tuple[float, float] | None, open_one: _OpenNetwork, scaling: Scaling,
     kind: str | None,
 ) -> tuple[Precond | GuidedDenoiser, dict[str, Any]]:
-    """Returns the network under guidance, and the settings that record it: none without."""
+    """Returns the network with guidance and the settings that record it; none without guidance."""
     if guidance == 1:
         for flag, value in (("--gnet", gnet), ("--guidance-interval", interval)):
             if value is not None:
-                raise UsageError(f"{flag} without --guidance: the guide is never asked; give "
+                raise UsageError(f"{flag} without --guidance: the guide would not be used; give "
                                  "--guidance=W with W other than 1")
         return net, {}
     if net.few_step is not None:
-        raise UsageError(f"--guidance={guidance:g}: {source} is a few-step network, whose images "
-                         "no guide can push; leave --guidance out")
+        raise UsageError(f"--guidance={guidance:g}: {source} is a few-step network, which can't be "
+                         "guided; leave --guidance out")
     settings: dict[str, Any] = {"guidance": guidance}
     guide = None
     if gnet is not None:
@@ -900,18 +900,19 @@ def _with_guidance(
         if recorded_scaling(content, gnet, "scale", guide.img_channels) != scaling:
             raise ValueError(f"--gnet={gnet}: was trained on data of another scale than {source}")
         if guide.label_dim and net.label_dim and recorded_label_kind(content) != kind:
-            raise ValueError(f"--gnet={gnet}: was trained on {recorded_label_kind(content)}, "
-                             f"{source} on {kind}; give a guide with labels of its kind, or "
-                             "without any")
+            raise ValueError(f"--gnet={gnet}: was trained on {recorded_label_kind(content)}, but "
+                             f"{source} on {kind}; give a guide with the same kind of labels, or "
+                             "without labels")
         settings |= {"gnet": file.digest,
                      "gnet_network": checkpoint.digest(guide.config)[:16],
                      **plugin_record(guide, "gnet_plugin")}
     elif not net.label_dim:
-        raise UsageError(f"--guidance={guidance:g}: {source} has no labels to be guided by; give a "
+        raise UsageError(f"--guidance={guidance:g}: {source} has no labels to guide with; give a "
                          "second network with --gnet")
     elif not net.config.get("label_dropout"):
         distributed.warn0(f"--guidance={guidance:g}: {source} was trained without --label-dropout, "
-                          "so it knows nothing without a label; --gnet guides by a second network")
+                          "so it has not learned to denoise without a label; --gnet guides with a "
+                          "second network")
     if interval is not None:
         settings["guidance_interval"] = [json_value(float(end)) for end in interval]
     try:
@@ -922,12 +923,12 @@ def _with_guidance(
 
 
 def _of_numbers(conditions: ImagesOfSeeds, latents: Latents) -> ImagesOfSeeds:
-    """Returns the condition images of seeds by the numbers that their latents have."""
+    """Returns condition images selected by the numbers of the latents."""
     return lambda seeds: conditions(latents.numbers_of(seeds))
 
 
 def _warn_of_init_sigma(net: Precond, init_sigma: float | None, scaling: Scaling) -> None:
-    """Warns of a noise level in which nothing of an image is left."""
+    """Warns of a noise level that leaves little of an image."""
     sigma_data = _sigma_data(net)
     if init_sigma is None or init_sigma <= _LOST_SIGMAS * sigma_data:
         return
@@ -935,9 +936,10 @@ def _warn_of_init_sigma(net: Precond, init_sigma: float | None, scaling: Scaling
         f", {init_sigma * scaling.spread[0]:.4g} in the units of the data"
     distributed.warn0(f"--init-sigma={init_sigma:g}: is {init_sigma / sigma_data:.3g} times "
                       f"sigma_data{in_data}, so little is left of the images; the level is in the "
-                      f"networks' scale, where the data have a deviation of {sigma_data:g}")
+                      "networks' scale, where the data have a standard deviation of "
+                      f"{sigma_data:g}")
 
 
 def _sigma_data(net: Precond) -> float:
-    """Returns the deviation of the data that a network assumes; only EDM's say it."""
+    """Returns the standard deviation that a network assumes for its data; 0.5 if not stated."""
     return getattr(net, "sigma_data", 0.5)

@@ -1,6 +1,6 @@
-"""The flags of restoration: noise levels in the data's units, and what --measure names.
+"""The flags of restoration: noise levels in the data's units, and --measure.
 
-See pfgmpp/measurement.py for the mathematics of the latter.
+pfgmpp/measurement.py has the mathematics of measurements.
 """
 
 import dataclasses
@@ -24,24 +24,24 @@ from pfgmpp.sizes import Padding, size_multiple
 from sampling.seed_images import SeedImages, UsageError
 from torch_utils import distributed
 
-_WHITE = 0.5  # of the range of a picture; from there on it is measured
+_WHITE = 0.5  # share of a picture's range from which a pixel counts as measured
 
 
 def sigma_of_level(flag: str, level: float, scaling: Scaling) -> float:
-    """Returns the noise level in the network's scale of one in the data's own units.
+    """Converts a noise level from the data's own units to the network's scale.
 
     Raises:
-        UsageError: channels are scaled differently, so that no one level stands for all.
+        UsageError: channels are scaled differently, so that no single level applies to all.
     """
     if len(set(scaling.spread)) > 1:
-        raise UsageError(f"{flag}={level:g}: the channels of these data have scales of their own, "
-                         f"so one level in their units is not one for the network; give it in the "
-                         f"network's scale by {flag.replace('-level', '-sigma')}")
+        raise UsageError(f"{flag}={level:g}: the channels of these data are scaled differently, so "
+                         f"one level in their units is not one level for the network; give it in "
+                         f"the network's scale with {flag.replace('-level', '-sigma')}")
     return level / scaling.spread[0]
 
 
 def shown_level(sigma: float, scaling: Scaling) -> str:
-    """Returns a noise level in words, in both scales where the data have one of their own."""
+    """Returns a noise level in words, in the network's scale and in the data's units."""
     if len(set(scaling.spread)) > 1:
         return f"sigma {sigma:.4g}"
     unit = "of 255 gray levels" if scaling.is_8bit else "in the data's units"
@@ -50,20 +50,20 @@ def shown_level(sigma: float, scaling: Scaling) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What is known of the images of --init-image, as `samplers.Measure`.
+    """The measurement that gave the images of --init-image, in the form of `samplers.Measure`.
 
-    `starts` says whether sampling begins with them; else it begins with noise.
+    `starts` says whether sampling starts from these images. Otherwise it starts from noise.
     """
 
     kind: str
     sigma: float
     method: str
     starts: bool
-    factor: int = 1  # the sides of images over those of their measurements
+    factor: int = 1  # the side of an image divided by that of its measurement
     mask: torch.Tensor | None = None  # bool [1 or C, H, W], for kind 'inpaint'
 
     def __call__(self, net: Any, v: torch.Tensor) -> tuple[Callable, torch.Tensor | None]:
-        """Returns the denoiser that knows measurements v, and from what it starts."""
+        """Returns a denoiser that uses the measurements v, and the images to start from."""
         operator = self._operator(net, v.device)
         denoiser = MeasuredDenoiser(net, operator, v, self.sigma, self.method)
         return denoiser, operator.inverse(v) if self.starts else None
@@ -78,17 +78,17 @@ class Measurement:
 
     def check(self, inits: SeedImages, source: str, first_level: float, sigma_data: float
               ) -> None:
-        """Raises UsageError if the mask is not of the size of all images.
+        """Raises UsageError if the mask and the images have different sizes.
 
-        It warns of a start from which pixels that were not measured can't be restored.
+        It warns if sampling starts too low to restore pixels that were not measured.
         """
         if self.mask is None:
             return
         if self.starts and first_level < sigma_data:
             distributed.warn0(
                 f"--measure=inpaint: sampling starts at sigma {first_level:.3g}, below sigma_data "
-                f"= {sigma_data:g}: too low for pixels that were not measured, which begin in the "
-                "middle of the data's range; start higher, or from noise")
+                f"= {sigma_data:g}, which is too low to restore pixels that were not measured and "
+                "start at the middle of the data's range; start higher, or from noise")
         size = tuple(self.mask.shape[1:])
         others = [other for other in inits.sizes if other != size]
         if others:
@@ -99,7 +99,7 @@ class Measurement:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What generate.json records, plain JSON data."""
+        """The record in generate.json, plain JSON data."""
         record = {"measure": self.kind, "measure_sigma": self.sigma, "measure_by": self.method}
         if self.factor > 1:
             record["measure_factor"] = self.factor
@@ -109,7 +109,7 @@ class Measurement:
 
     @property
     def mask_digest(self) -> str:
-        """A sha256 over the mask."""
+        """A sha256 of the mask."""
         from checkpoints.checkpoint import digest
         return digest({"mask": self.mask.to(torch.uint8)})
 
@@ -119,37 +119,37 @@ def open_measurement(
     channels: int, scaling: Scaling, *, starts: bool,
     mask: np.ndarray | PIL.Image.Image | None = None,
 ) -> Measurement | None:
-    """Returns what the flags say, None if they say nothing.
+    """Returns the measurement that the flags describe, or None if there is none.
 
     Args:
         measure: 'denoise', 'inpaint:MASK' or 'downsample:K'.
         sigma: noise of the measurement, in the network's scale.
         level: the same in the data's units.
         method: a name in `measurement.METHODS`; None is guidance.
-        channels: of the images.
+        channels: number of channels of the images.
         scaling: of the data that the network was trained on.
         starts: see `Measurement`.
-        mask: where pixels were measured, in place of the MASK of 'inpaint:MASK'.
+        mask: where pixels were measured, instead of the MASK of 'inpaint:MASK'.
 
     Raises:
-        UsageError: flags that do not go together, or of another form.
+        UsageError: flags contradict each other or are malformed.
         OSError: the mask can't be read.
-        ValueError: it is no mask for such images.
+        ValueError: the mask does not fit the images.
     """
     if mask is not None and measure != "inpaint":
-        raise UsageError(f"mask: is for measure='inpaint', but measure is {measure!r}; leave mask "
+        raise UsageError(f"mask: needs measure='inpaint', but measure is {measure!r}; leave mask "
                          "out, or change measure")
     if measure is None:
         for flag, value in (("--measure-sigma", sigma), ("--measure-level", level),
                             ("--measure-by", method)):
             if value is not None:
-                raise UsageError(f"{flag}={value} without --measure: say what was measured by "
-                                 "--measure=denoise|inpaint:MASK|downsample:K")
+                raise UsageError(f"{flag}={value} without --measure: give the kind of measurement "
+                                 "with --measure=denoise|inpaint:MASK|downsample:K")
         return None
     if (sigma is None) == (level is None):
-        raise UsageError(f"--measure={measure}: needs the noise of the measurement; give "
+        raise UsageError(f"--measure={measure}: needs the noise of the measurement; give either "
                          "--measure-sigma in the network's scale or --measure-level in the data's "
-                         "units (one of them, 0 for none)")
+                         "units (0 for no noise)")
     sigma = sigma if level is None else sigma_of_level("--measure-level", level, scaling)
     kind, _, what = measure.partition(":")
     rest = {"sigma": sigma, "method": method or "guidance", "starts": starts}
@@ -164,14 +164,15 @@ def open_measurement(
         return Measurement("inpaint", mask=mask, **rest)
     raise UsageError(f"--measure={measure}: must be denoise, inpaint:MASK with a picture or array "
                      "that is white where pixels were measured, or downsample:K with a whole "
-                     "number K from 2 on")
+                     "number K of at least 2")
 
 
 def _read_mask(source: str | np.ndarray | PIL.Image.Image, channels: int) -> torch.Tensor:
     """Returns the mask in a file, an array or a picture, bool [1 or C, H, W].
 
     Raises:
-        OSError, ValueError: it can't be read, or has another number of channels, or one value.
+        OSError: the mask can't be read.
+        ValueError: it can't be read, has the wrong number of channels, or is empty.
     """
     path = source if isinstance(source, str) else "mask"
     if isinstance(source, str):
@@ -181,17 +182,18 @@ def _read_mask(source: str | np.ndarray | PIL.Image.Image, channels: int) -> tor
     is_picture = isinstance(source, PIL.Image.Image)
     mask = torch.from_numpy(_mask_in_picture(source) if is_picture else _mask_in_array(source))
     if mask.ndim != 3 or len(mask) not in (1, channels):
-        raise ValueError(f"{path}: a mask of shape {list(mask.shape)}; must be [H, W], or "
+        raise ValueError(f"{path}: is a mask of shape {list(mask.shape)}; must be [H, W], or "
                          f"[C, H, W] with C = 1 or the images' {channels}")
     if not mask.any():
-        raise ValueError(f"{path}: nothing is measured; a mask is white where pixels are known")
+        raise ValueError(f"{path}: no pixel is measured; a mask must be white where pixels are "
+                         "known")
     return mask
 
 
 def _mask_in_array(array: np.ndarray) -> np.ndarray:
-    """Returns where an array [H, W], [C, H, W] or [H, W, C] of any numbers is not 0."""
+    """Returns where an array of numbers, [H, W], [C, H, W] or [H, W, C], is not 0."""
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-        raise ValueError("must be an array of numbers or of truth values")
+        raise ValueError("must be an array of numbers or booleans")
     if not np.isfinite(array).all():
         raise ValueError("has values that are not finite; give 0 where nothing is measured")
     if array.ndim == 3 and is_channels_last(array.shape):
@@ -200,7 +202,7 @@ def _mask_in_array(array: np.ndarray) -> np.ndarray:
 
 
 def _mask_in_picture(image: PIL.Image.Image) -> np.ndarray:
-    """Returns where a picture of any mode is white, or nearer to white than to black."""
+    """Returns where a picture of any mode is closer to white than to black."""
     if image.mode in DEEP_MODES:
         values = np.asarray(image).astype(np.float64)
         return (values >= _WHITE * max(values.max(), 1))[None]

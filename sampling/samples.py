@@ -1,4 +1,4 @@
-"""Images that a network has made, in memory: in its own scale, in the data's units, as pictures."""
+"""Images that a network has made, in memory: in its scale, in the data's units, or as pictures."""
 
 import dataclasses
 import io
@@ -17,16 +17,17 @@ _MAX_SHOWN = 64  # images in the picture that a notebook shows
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Images by seed, of one size.
+    """Images by seed, all of one size.
 
     Attributes:
-        seeds: that of each image.
-        images: as the network sees them, about [-1, 1], [B, C, H, W] float64 on the CPU.
-        labels: what the network was told, [B, label_dim] float32; None without labels.
+        seeds: the seed of each image.
+        images: images in the network's scale, about [-1, 1], [B, C, H, W] float64 on the CPU.
+        labels: labels given to the network, [B, label_dim] float32; None without labels.
         scaling: of the data that the network was trained on.
-        classes: the class number of each image; None where labels are no classes.
-        class_names: what the classes are called, () without names.
-        deviations: of images that are means of several samples, as `images`; else None.
+        classes: class number of each image; None if labels are not classes.
+        class_names: names of the classes; () without names.
+        deviations: standard deviations, in the form of `images`, if images are means of samples;
+            otherwise None.
     """
 
     seeds: tuple[int, ...]
@@ -59,37 +60,37 @@ class Samples:
         return self.scaling.to_data(self.images)
 
     def uint8(self, window: tuple[float, float] | None = None) -> torch.Tensor:
-        """Returns the images to look at, [B, C, H, W] from black to white.
+        """Returns the images for display, [B, C, H, W] from black to white.
 
         Args:
-            window: center and width, in the data's units, of the values from black to white; None
-                is what the network sees as -1 to 1.
+            window: center and width, in the data's units, of the values from black to white. None
+                shows what the network sees as -1 to 1.
         """
         shown = self.scaling if window is None else display_window(*window)
         return torch.from_numpy(shown.to_picture(self.data().numpy()))
 
     def pil(self, window: tuple[float, float] | None = None) -> list[PIL.Image.Image]:
-        """Returns `uint8` as pictures: RGB of three channels, else the first channel in gray."""
+        """Returns `uint8` as pictures: RGB for three channels, else the first channel in gray."""
         return [PIL.Image.fromarray(np.ascontiguousarray(
             image.transpose(1, 2, 0) if len(image) == 3 else image[0]))
             for image in self.uint8(window).numpy()]
 
     def grid(self, window: tuple[float, float] | None = None) -> PIL.Image.Image:
-        """Returns one picture of all images, with up to 16 classes in rows that are labelled."""
+        """Returns all images in one picture, with a labelled row per class for up to 16 classes."""
         return square_grid(self.uint8(window).numpy(), self.classes, self.class_names)
 
     def __getitem__(self, part: slice) -> "Samples":
-        """Returns some of the images, of a slice."""
+        """Returns a slice of the images."""
         if not isinstance(part, slice):
-            raise TypeError(f"samples[{part!r}]: must be a slice, such as samples[:8]; one image "
-                            "is samples.images[0] or samples.pil()[0]")
+            raise TypeError(f"samples[{part!r}]: must be a slice, such as samples[:8]; get one "
+                            "image with samples.images[0] or samples.pil()[0]")
         names = "seeds", "images", "labels", "classes", "deviations"
         rows = {name: values[part] for name in names
                 if (values := getattr(self, name)) is not None}
         return dataclasses.replace(self, **rows)
 
     def _repr_png_(self) -> bytes:
-        """Returns what a notebook shows: the grid of the first 64 images."""
+        """Returns the picture for a notebook: a grid of the first 64 images."""
         file = io.BytesIO()
         self[:_MAX_SHOWN].grid().save(file, "PNG")
         return file.getvalue()

@@ -1,6 +1,6 @@
-"""The flags of every script that samples from a network; no PyTorch is needed for their help.
+"""The flags of every script that samples from a network. Their help needs no PyTorch.
 
-`NetworkSampler.open` takes them by their names.
+`NetworkSampler.open` takes the values under their names in Python.
 """
 
 import functools
@@ -42,7 +42,7 @@ class _Interval(click.ParamType):
 
 
 class _Levels(click.ParamType):
-    """Noise levels: numbers with commas between them, or a file of numbers."""
+    """Noise levels: comma-separated numbers, or a file of numbers."""
 
     name = "levels"
 
@@ -53,8 +53,8 @@ class _Levels(click.ParamType):
         levels = _numbers(value)
         if levels is None:
             if not os.path.isfile(value):
-                self.fail(f"{shown!r}: no such file, and no noise levels such as 80,10,1,0.1", param,
-                          ctx)
+                self.fail(f"{shown!r}: must be an existing file, or noise levels such as "
+                          "80,10,1,0.1", param, ctx)
             try:
                 levels = _levels_in(value)
             except (OSError, ValueError, EOFError):
@@ -63,13 +63,13 @@ class _Levels(click.ParamType):
                 self.fail(f"{shown!r}: must be a text file of numbers, UTF-8 and at most 1 MiB, or "
                           "a .npy file of an array [n] of numbers", param, ctx)
         if not levels or not all(a > b for a, b in zip(levels, [*levels[1:], 0.0], strict=True)):
-            self.fail(f"{shown!r}: must be noise levels such as 80,10,1,0.1, falling and above 0; "
-                      "the step to 0 comes by itself", param, ctx)
+            self.fail(f"{shown!r}: must be noise levels above 0 in falling order, such as "
+                      "80,10,1,0.1; the last step, to 0, is added", param, ctx)
         return levels
 
 
 def _numbers(text: str) -> tuple[float, ...] | None:
-    """Returns numbers with commas or white space between them; None for anything else."""
+    """Returns numbers separated by commas or white space, or None for anything else."""
     try:
         return tuple(map(float, text.replace(",", " ").split()))
     except ValueError:
@@ -77,7 +77,7 @@ def _numbers(text: str) -> tuple[float, ...] | None:
 
 
 def _levels_in(path: str) -> tuple[float, ...] | None:
-    """Returns the numbers in a .npy or text file, where '#' begins a comment; None without them."""
+    """Returns the numbers in a .npy or text file with '#' comments, or None for other content."""
     if not path.lower().endswith(".npy"):
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(_MAX_FILE + 1)
@@ -90,7 +90,7 @@ def _levels_in(path: str) -> tuple[float, ...] | None:
 
 
 class _Finite(click.FloatRange):
-    """A number in a range, and not infinite."""
+    """A finite number in a range."""
 
     def convert(self, value, param, ctx):
         number = super().convert(value, param, ctx)
@@ -175,39 +175,39 @@ def sampling_options(command: Callable) -> Callable:
 
 
 def check_given(options: Mapping[str, Any], flags: Mapping[str, str]) -> None:
-    """Raises UserError for a value that is empty, as of a shell variable that is not set.
+    """Raises UserError for an empty value, such as that of an unset shell variable.
 
     Args:
         options: values by their names in Python.
-        flags: the flags that name something, by their names in Python.
+        flags: flags that must not be empty, by their names in Python.
     """
     for name, flag in flags.items():
         if options[name] == "":
-            raise UserError(f"{flag}=: names nothing; give it a value, or leave {flag} out",
+            raise UserError(f"{flag}=: is empty; give it a value, or leave {flag} out",
                             BAD_USAGE)
 
 
 def check_alpha(solver: str | None, alpha: Sequence[float] | None) -> None:
-    """Raises UserError for noise before steps of a solver that it makes useless."""
+    """Raises UserError for --alpha with a solver that can't use it."""
     if solver in MULTISTEP and any(alpha or ()):
-        raise UserError(f"--alpha={max(alpha):g}: --solver={solver} uses earlier steps, which fresh "
-                        "noise makes useless; use heun or euler", BAD_USAGE)
+        raise UserError(f"--alpha={max(alpha):g}: --solver={solver} uses earlier steps, which "
+                        "fresh noise makes useless; use heun or euler", BAD_USAGE)
     if solver == CONSISTENCY and any(alpha or ()):
-        raise UserError(f"--alpha={max(alpha):g}: --solver={solver} solves no equation; leave one "
-                        "of them out", BAD_USAGE)
+        raise UserError(f"--alpha={max(alpha):g}: --solver={solver} does not solve an equation; "
+                        "leave one of them out", BAD_USAGE)
 
 
 def _check_rounding(seed: int | None, bits: Sequence[int] | None) -> None:
-    """Raises UserError for a seed of rounding where no weight is rounded."""
+    """Raises UserError for a seed of rounding if no weights are rounded."""
     if seed is not None and min(bits or [FULL_BITS]) >= FULL_BITS:
         raise UserError(f"--rounding-seed={seed}: no weights are rounded; give --bits below "
                         f"{FULL_BITS}, or leave --rounding-seed out", BAD_USAGE)
 
 
 def _refuse_grids(context: click.Context, options: dict) -> None:
-    """Raises UserError for flags of grids beside --sigmas."""
+    """Raises UserError for flags of grids together with --sigmas."""
     for name, flag in _OF_GRIDS.items():
         typed = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
         if typed or (name == "steps" and len(options["steps"] or ()) > 1):
-            raise UserError(f"{flag} with --sigmas: these are the noise levels; leave {flag} out",
+            raise UserError(f"{flag} with --sigmas: both set the noise levels; leave {flag} out",
                             BAD_USAGE)

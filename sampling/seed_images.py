@@ -1,6 +1,6 @@
-"""The images that sampling begins with or looks at: seed k has image k mod n of n.
+"""Images that sampling starts from or is conditioned on: seed k uses image k mod n of n.
 
-They may be of any size. What is made of an image has its size.
+The images may have any size. Each result has the size of its input.
 """
 
 import functools
@@ -18,20 +18,20 @@ from images.scaling import Scaling
 from torch_utils import distributed
 
 _REMEDY = "name a data set, a folder or ZIP of images"
-CONDITIONS_WORD = "cond"  # as --init-image
-_LOOKED_AT = 8  # images, for their unit
-_LARGEST, _LEAST_SPAN = 50.0, 0.01  # of values as networks see them, usually from -1 to 1
+CONDITIONS_WORD = "cond"  # value of --init-image
+_LOOKED_AT = 8  # images that are checked for their unit
+_LARGEST, _LEAST_SPAN = 50.0, 0.01  # limits in the network's scale, usually -1 to 1
 
 
 class UsageError(ValueError):
-    """A flag that this network has no use for, or that lacks another."""
+    """A flag that does not apply to this network, or that needs another flag."""
 
 
 class SeedImages:
-    """The images of a data set by seed: seed k has image k mod n of its n, by sorted name.
+    """The images of a data set by seed: seed k has image k mod n of n, sorted by name.
 
-    If the data set reads its condition images, these are meant instead. `scaling` is that of the
-    images that are meant.
+    If the data set reads its condition images, those are used instead. `scaling` applies to the
+    images that are used.
     """
 
     def __init__(self, dataset: ImageFolderDataset, scaling: Scaling):
@@ -48,17 +48,17 @@ class SeedImages:
         """Returns the images of a folder or ZIP.
 
         Args:
-            flag: what errors call it.
-            path: a folder or ZIP that `ImageFolderDataset` reads; or images in memory.
-            channels: how many the images must have.
-            scaling: of the data that the network was trained on, in whose units they must be.
-                Floats in memory for a network of 8-bit images are in its own scale, -1 to 1.
-            size: the height and width that they must have; None takes any, also different ones.
+            flag: name of the flag, for errors.
+            path: a folder or ZIP that `ImageFolderDataset` reads, or images in memory.
+            channels: number of channels that the images must have.
+            scaling: of the data that the network was trained on. The images must be in the same
+                units, but for a network of 8-bit images, floats in memory are in -1 to 1.
+            size: height and width that the images must have. None accepts any mix of sizes.
             conditions: use the data set's condition images, if it has any, instead of its images.
 
         Raises:
-            OSError: it can't be read.
-            ValueError: not a data set, or of another shape or kind of numbers.
+            OSError: the images can't be read.
+            ValueError: it is no data set, or has another shape or number format.
         """
         with flag_errors(flag, path, _REMEDY):
             dataset = ImageFolderDataset(path, any_size=size is None)
@@ -72,24 +72,24 @@ class SeedImages:
             else:
                 given = f"{'x'.join(map(str, given))} (channels x height x width)"
                 allowed = "x".join(map(str, (channels, *size)))
-            raise ValueError(f"{flag}={path}: images are {given}, the network takes {allowed}; "
+            raise ValueError(f"{flag}={path}: images are {given}, but the network takes {allowed}; "
                              "convert them with dataset_tool.py")
         if isinstance(path, GivenImages) and scaling.is_8bit and dataset.dtype.kind == "f":
-            scaling = own  # which leaves them as they are: rounding would cut off their noise
+            scaling = own  # keeps the values unchanged: rounding would clip their noise
             _warn_of_no_negatives(f"{flag}={path}", dataset)
         elif own.is_8bit != scaling.is_8bit:
             given, allowed = ("8-bit" if s.is_8bit else "floating-point or 16-bit"
                               for s in (own, scaling))
             raise ValueError(f"{flag}={path}: images are {given}, but the network was trained on "
-                             f"{allowed}; give such images in the same units")
+                             f"{allowed} images; give such images in the same units")
         images = cls(dataset, scaling)
         images.warn_of_unit(f"{flag}={path}")
         return images
 
     def warn_of_unit(self, where: str) -> None:
-        """Warns of values that are far too large or too even for the network's data.
+        """Warns of values that are far too large or too uniform for the network's data.
 
-        A few images are looked at. HU where 0 to 1 is meant, or the other way round, shows.
+        A few images are checked. This reveals HU instead of 0 to 1, or the reverse.
         """
         if self._scaling.is_8bit:
             return
@@ -104,9 +104,9 @@ class SeedImages:
         center, spread = self._scaling.center[0], self._scaling.spread[0]
         what = f"reach {largest:.3g}" if largest > _LARGEST else f"span only {span:.2g}"
         distributed.warn0(
-            f"{where}: values {what} in the network's scale, where its data go from about -1 to 1 "
-            f"({center - spread:.6g} to {center + spread:.6g} in their own unit); are they in "
-            "another unit?")
+            f"{where}: values {what} in the network's scale, but its data range from about -1 to 1 "
+            f"({center - spread:.6g} to {center + spread:.6g} in their own units); check the units "
+            "of the images")
 
     def __call__(self, seeds: Sequence[int]) -> torch.Tensor:
         """Returns the images of `seeds`, [B, C, H, W] float32 in about [-1, 1]."""
@@ -123,21 +123,21 @@ class SeedImages:
 
     @functools.cached_property
     def sizes(self) -> list[tuple[int, int]]:
-        """The height and width of each image; every rank must ask for them.
+        """The height and width of each image. All ranks must access this.
 
         Raises:
-            ValueError: an image can't be read, or is of another kind than the first.
+            ValueError: an image can't be read, or its format differs from that of the first.
         """
         return distributed.run_on_rank0(lambda: self._dataset.sizes)
 
     @property
     def are_targets(self) -> bool:
-        """Whether these are the images of a data set that has condition images too."""
+        """Whether these are the images of a data set that also has condition images."""
         return self._dataset.has_conditions and not self._dataset.cond_shape
 
     @property
     def are_conditions(self) -> bool:
-        """Whether these are the condition images of a data set that has other images too."""
+        """Whether these are the condition images of a data set that also has other images."""
         return self._dataset.cond_shape is not None
 
     @property
@@ -147,7 +147,7 @@ class SeedImages:
 
     @property
     def fingerprint(self) -> str:
-        """A sha256 over the files; every rank must ask for it."""
+        """A sha256 of the files. All ranks must access this."""
         self._dataset.share_fingerprint()
         return self._dataset.fingerprint
 
@@ -155,7 +155,7 @@ class SeedImages:
         """Returns the names of all images without their extensions.
 
         Raises:
-            ValueError: two have the same.
+            ValueError: two names differ only in their extensions.
         """
         names = self._dataset.all_names
         stems = [str(PurePosixPath(name).with_suffix("")) for name in names]
@@ -164,58 +164,60 @@ class SeedImages:
             if first[stem] != number:
                 raise ValueError(
                     f"{self._dataset.path}: {shown_name(names[first[stem]])} and "
-                    f"{shown_name(names[number])} have the same name but for the extension, and so "
-                    "would what is made of them; rename one, or number the images by --seeds")
+                    f"{shown_name(names[number])} differ only in their extension, so their results "
+                    "would have the same name; rename one, or number the images with --seeds")
         return stems
 
 
 def _warn_of_no_negatives(where: str, dataset: ImageFolderDataset) -> None:
-    """Warns of images that go from 0 to 1, as many libraries have them, and not from -1 to 1."""
+    """Warns of images in 0 to 1, which many libraries use, instead of -1 to 1."""
     shown = [dataset.get_batch([k])[0] for k in range(min(len(dataset), _LOOKED_AT))]
     if all(image.min() >= 0 for image in shown) and max(image.max() for image in shown) <= 1:
-        distributed.warn0(f"{where}: all values are between 0 and 1, but floating-point images go "
-                          "from -1 to 1 here; if 0 is black, give 2 * images - 1")
+        distributed.warn0(f"{where}: all values are between 0 and 1, but floating-point images "
+                          "must range from -1 to 1; if 0 is black, give 2 * images - 1")
 
 
 def check_pairs(inits: SeedImages | None, conditions: SeedImages | None, factor: int) -> None:
-    """Checks that images to start from belong to the condition images, one by one.
+    """Checks that the images to start from match the condition images one by one.
 
-    One image goes with all of the others. `factor` is what the sides of `inits` are multiplied by.
+    A single image matches all of the others. `factor` is the ratio of the result's sides to those
+    of `inits`.
 
     Raises:
-        UsageError: other numbers, names of which only some agree, or other sizes.
+        UsageError: their numbers differ, only some of their names match, or their sizes differ.
     """
     if inits is None or conditions is None:
         return
     here, there = (list(map(composed, images.stems())) for images in (inits, conditions))
     if len(here) != len(there) and min(len(here), len(there)) > 1:
-        raise UsageError(f"--init-image: has {len(here)} images, --cond-image {len(there)}; give "
-                         "as many, or one for all")
+        raise UsageError(f"--init-image: has {len(here)} images, but --cond-image has "
+                         f"{len(there)}; give equal numbers, or one image for all")
     if len(here) == len(there) and here != there and set(here) & set(there):
         other = next(a for a, b in zip(here, there, strict=True) if a != b)
-        raise UsageError(f"--init-image: {shown_name(other)} has no partner of its name among "
-                         "--cond-image, but others have; give pairs of equal names, or of names "
-                         "that have nothing in common, which go by order")
+        raise UsageError(f"--init-image: {shown_name(other)} has no image of the same name in "
+                         "--cond-image, but others have; give equal names to the images of a pair, "
+                         "or no equal names at all to pair them in sorted order")
     for k in range(max(len(here), len(there))):
         (height, width), other = inits.sizes[k % len(here)], conditions.sizes[k % len(there)]
         if (height * factor, width * factor) != other:
-            raise UsageError(f"--init-image: {shown_name(inits.names([k])[0])} makes an image of "
-                             f"{width * factor}x{height * factor}, but its condition image is "
-                             f"{other[1]}x{other[0]}; they must be of one size")
+            raise UsageError(f"--init-image: the result of {shown_name(inits.names([k])[0])} would "
+                             f"be {width * factor}x{height * factor}, but its condition image is "
+                             f"{other[1]}x{other[0]}; give images of matching sizes")
 
 
 def open_conditions(cond_channels: int, source: str, cond_image: str | None,
                     scaling: Scaling) -> SeedImages:
-    """Returns the condition images of a network that takes some.
+    """Returns the condition images for a network that needs them.
 
     Args:
-        cond_channels: how many channels the network `source` takes.
-        source: what errors call it.
-        cond_image: the folder or ZIP that is given.
+        cond_channels: number of condition channels of the network.
+        source: name of the network, for errors.
+        cond_image: folder or ZIP of condition images.
         scaling: of the conditions that the network was trained on.
 
     Raises:
-        ValueError: images that don't fit; UsageError for none.
+        ValueError: the images don't fit.
+        UsageError: there are none.
     """
     if cond_image is None:
         raise UsageError(f"{source} needs condition images of {cond_channels} channels; give "
@@ -225,26 +227,27 @@ def open_conditions(cond_channels: int, source: str, cond_image: str | None,
 
 def open_inits(channels: int, cond_channels: int, init_image: str | None, cond_image: str | None,
                scaling: Scaling) -> SeedImages | None:
-    """Returns the images to start from; 'cond' stands for the condition images.
+    """Returns the images to start from. The word 'cond' means the condition images.
 
-    'cond' also names those of a paired data set that --cond-image names for a network without
-    conditions, see `NetworkSampler.open`.
+    If the network takes no conditions, 'cond' means those of the paired data set that --cond-image
+    names, see `NetworkSampler.open`.
 
     Raises:
-        ValueError: images that don't fit; UsageError for 'cond' without condition images.
+        ValueError: the images don't fit.
+        UsageError: 'cond' is given without condition images.
     """
     if init_image is None:
         return None
     if init_image == CONDITIONS_WORD:
         if cond_image is None:
-            raise UsageError("--init-image=cond: needs condition images; give a paired data set by "
-                             "--cond-image=DIR|ZIP (a folder that is called cond is ./cond)")
+            raise UsageError("--init-image=cond: needs condition images; give a paired data set "
+                             "with --cond-image=DIR|ZIP, or write ./cond for a folder named cond")
         return SeedImages.open("--init-image=cond, --cond-image", cond_image, channels, scaling,
                                conditions=True)
     images = SeedImages.open("--init-image", init_image, channels, scaling)
     if images.are_targets:
         way_out = " --cond-image=..." if not cond_channels else ""
         distributed.warn0(f"--init-image={init_image}: has condition images, but sampling starts "
-                          "from its images, which are the targets of its pairs; "
-                          f"--init-image=cond{way_out} starts from the condition images")
+                          "from its images, which are the targets of its pairs; give "
+                          f"--init-image=cond{way_out} to start from the condition images")
     return images

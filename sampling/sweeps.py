@@ -1,6 +1,6 @@
-"""Sweeps over the sampler: every combination of lists of settings; no PyTorch is needed.
+"""Sweeps over sampler settings: all combinations of several lists. Needs no PyTorch.
 
-A folder of a sweep is named after its point, see sampling/folders.py.
+sampling/folders.py names the folder of each combination.
 """
 
 import itertools
@@ -12,16 +12,17 @@ from sampling.folders import suffix
 MULTISTEP = ("ipndm", "dpmpp2m", "unipc")  # see pfgmpp/solvers.py
 CONSISTENCY = "consistency"  # see pfgmpp/few_steps.py
 DENOISER_SOLVERS = ("heun", "euler", "ppfm", *MULTISTEP)
-SOLVERS = (*DENOISER_SOLVERS, CONSISTENCY)  # and those that a plugin adds
+SOLVERS = (*DENOISER_SOLVERS, CONSISTENCY)  # plugins may add more
 MAX_FEW_STEPS = 64  # evaluations of a few-step network, see pfgmpp/few_steps.py
-FULL_BITS = 32  # and above: the weights as they are
+FULL_BITS = 32  # from here on, weights stay unchanged
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One combination; `suffix` is what it adds to the name of a folder, '' outside of a sweep.
+    """One combination of settings.
 
-    `num_steps` None stands for the network's own number.
+    `suffix` is appended to the folder's name and is '' outside of a sweep. `num_steps` None is the
+    network's own number.
     """
 
     num_steps: int | None = None
@@ -31,7 +32,7 @@ class SweepPoint:
 
     @property
     def settings(self) -> dict[str, float]:
-        """What the sampler is told."""
+        """The settings to pass to the sampler."""
         steps = {} if self.num_steps is None else {"num_steps": self.num_steps}
         return {**steps, "noise_alpha": self.noise_alpha, "bits": self.bits}
 
@@ -40,11 +41,11 @@ def sweep_points(
     steps: Sequence[int] | None, alphas: Sequence[float] | None = None,
     bits: Sequence[int] | None = None, *, is_steps_sweep: bool = False,
 ) -> list[SweepPoint]:
-    """Returns all combinations, the last list running fastest.
+    """Returns all combinations. The last list varies fastest.
 
-    Several numbers of steps are a sweep; one number is a sweep only if `is_steps_sweep`; None is
-    the network's own number. `alphas`, strengths of the noise before each step, and `bits` of the
-    weights are None if not swept.
+    Several numbers of steps are a sweep. One number is a sweep only if `is_steps_sweep`, and None
+    is the network's own number. `alphas`, the strengths of the noise before each step, and `bits`
+    of the weights are None if they are not swept.
     """
     points, steps = [], steps or [None]
     for alpha, num_steps, num_bits in itertools.product(alphas or [None], steps, bits or [None]):

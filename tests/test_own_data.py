@@ -656,9 +656,9 @@ def test_check_lists_what_is_wrong_with_arrays_and_conditions(tmp_path, invoke):
 
 @pytest.mark.long
 @pytest.mark.parametrize("which, flags, words", [
-    ("fields", ["--init-image=PLAIN", "--init-sigma=1"], "of 3 channels, the network takes 2"),
+    ("fields", ["--init-image=PLAIN", "--init-sigma=1"], "of 3 channels, but the network takes 2"),
     ("fields", ["--init-image=8BIT", "--init-sigma=1"], "8-bit, but the network was trained on"),
-    ("pairs", ["--cond-image=FIELDS"], "of 2 channels, the network takes 3"),
+    ("pairs", ["--cond-image=FIELDS"], "of 2 channels, but the network takes 3"),
 ])
 def test_given_images_in_other_units_are_refused(field_run, cond_run, tmp_path, invoke, which,
                                                  flags, words):

@@ -278,7 +278,7 @@ def test_a_converted_network_is_sampled_from_its_level_and_writes_hu(D, pairs, t
     path, average = write_state(tmp_path, D), fork(seed=3)
     flags = [f"--cond-image={pairs}", "--seeds=5", "--steps=4"]
     raw = invoke(generate.main, f"--network={path}", f"--outdir={tmp_path / 'raw'}", *flags)
-    assert raw.exit_code == 1 and "checkpoint_tool.py convert records both" in raw.output
+    assert raw.exit_code == 1 and "checkpoint_tool.py convert records them" in raw.output
     convert(invoke, path, tmp_path / "net.pt", *HU)
     done = invoke(generate.main, f"--network={tmp_path / 'net.pt'}", *flags,
                   f"--outdir={tmp_path / 'o'}")

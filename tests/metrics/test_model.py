@@ -222,7 +222,7 @@ def test_floats_are_what_an_8bit_network_sees_and_noise_is_not_cut_off(model, ca
     model.restore(pixels / 255, **how)
     assert "all values are between 0 and 1" in capsys.readouterr().err
     model.restore(pixels * 1.0, **how)
-    assert "are they in another unit?" in capsys.readouterr().err
+    assert "check the units" in capsys.readouterr().err
 
 
 def test_samples_are_images_for_every_method(model):
@@ -292,25 +292,25 @@ def test_class_accuracy_asks_for_the_classes_of_the_seeds(model, tmp_path):
     (lambda m: m.sample(0), "seeds=0: there are no seeds; give a number of images, 1 or more"),
     (lambda m: m.sample(2, batch=0), "batch=0: must be 1 or more"),
     (lambda m: m.sample(class_idx=2), "--class=2: must be between 0 and 1"),
-    (lambda m: m.sample(labels=[0, 2]), "labels: class numbers from 0 to 2; the network has 0..1"),
+    (lambda m: m.sample(labels=[0, 2]), "labels: class numbers are 0 to 2; the network"),
     (lambda m: m.sample(labels=["a"]), r"labels: must be class numbers \[n\] or vectors"),
     (lambda m: m.sample(labels=torch.tensor([0, 1]), class_idx=1),
      r"--class=1 with --labels=\[0, 1\]: give one of them"),
     (lambda m: m.restore(np.zeros([1, 1, 8, 8]), sigma=1), "--init-image=given images: images are "
-     "of 1 channel, the network takes 3"),
+     "of 1 channel, but the network takes 3"),
     (lambda m: m.restore(np.zeros([1, 3, 8, 8])), "needs the level at which to start"),
     (lambda m: m.restore([np.zeros([3, 8, 8]), np.zeros([3, 8, 9])], sigma=1),
      "images are of 2 sizes"),
     (lambda m: m.restore(np.zeros([1, 3, 8, 8]), sigma=1, mask=np.ones([8, 8])),
-     "mask: is for measure='inpaint', but measure is None"),
+     "mask: needs measure='inpaint', but measure is None"),
     (lambda m: m.restore(np.zeros([1, 3, 8, 8]), sigma=1, measure="inpaint", mask=np.zeros([8, 8])),
-     "nothing is measured; a mask is white where pixels are known"),
+     "no pixel is measured; a mask must be white where pixels are known"),
     (lambda m: m.restore(np.zeros([1, 3, 8, 8]), sigma=1, measure="inpaint", mask=np.ones([4, 8])),
      "the mask is 8x4, but images of --init-image=given images are 8x8"),
     (lambda m: m.encode(np.zeros([1, 3, 9, 8]), labels=[0]), "images are 3x9x8"),
     (lambda m: m.encode(np.zeros([1, 3, 8, 8])), "--encode=given images: has no labels"),
     (lambda m: m.sample(latents=m.encode(np.zeros([1, 3, 8, 8]), labels=[0]), labels=[[1, 2, 3]]),
-     r"labels of shape \[1, 3\]"),
+     r"labels have shape \[1, 3\]"),
     (lambda m: m.likelihood(np.zeros([1, 3, 8, 8]), [0]), "--data=given images: images are "
      "floating-point or 16-bit, but the network was trained on 8-bit"),
     (lambda m: m.likelihood(np.zeros([1, 3, 8, 8], np.uint8)), "given images: has no labels"),

@@ -144,7 +144,7 @@ def test_images_of_unknown_making_are_neither_kept_nor_replaced(name, flags, sna
     path.write_bytes(b"mine")
     result = invoke(generate.main, f"--network={snapshot}", f"--outdir={tmp_path}", "--seeds=0-2",
                     "--steps=2", *flags)
-    assert result.exit_code == 1 and f"holds {name} but no generate.json" in result.output
+    assert result.exit_code == 1 and f"holds {name}, but no generate.json" in result.output
     assert path.read_bytes() == b"mine" and not (tmp_path / "generate.json").exists()
 
 
@@ -158,7 +158,7 @@ def test_other_files_in_the_folder_are_left_alone(snapshot, tmp_path, invoke):
 
 @pytest.mark.parametrize("flag, words", [
     ("--network=nowhere.pt", "nowhere.pt: no such file; name a run directory, a network-snap"),
-    ("--outdir=FILE", "a file, but a folder is needed"),
+    ("--outdir=FILE", "is a file; name a folder instead"),
 ])
 def test_paths_that_cannot_be_are_told_with_a_way_out(flag, words, snapshot, tmp_path, invoke):
     (tmp_path / "file").write_text("text")
@@ -440,11 +440,11 @@ def test_starting_from_images_with_little_noise_returns_them(tmp_path, dataset_z
     ("plain", ["--guidance=2"], 2, "--gnet"),
     ("plain", ["--cond-image=GRAY"], 2, "takes no condition"),
     ("conditional", [], 2, "--cond-image=DIR|ZIP"),
-    ("conditional", ["--cond-image=RGB"], 1, "3 channels, the network takes 1"),
+    ("conditional", ["--cond-image=RGB"], 1, "3 channels, but the network takes 1"),
     ("conditional", ["--cond-image=nowhere.zip"], 1, "nowhere.zip"),
     ("plain", ["--init-image=RGB"], 2, "give --init-sigma, --init-level, --sigmas or --last"),
     ("plain", ["--init-sigma=1"], 2, "--init-sigma without --init-image"),
-    ("plain", ["--init-image=GRAY", "--init-sigma=1"], 1, "1 channel, the network takes 3"),
+    ("plain", ["--init-image=GRAY", "--init-sigma=1"], 1, "1 channel, but the network takes 3"),
     ("plain", ["--init-image=RGB", "--init-sigma=1", "--sigma_max=2"], 2, "leave --sigma_max out"),
     ("plain", ["--init-image=RGB", "--init-sigma=0.001"], 2, "--init-sigma: starts at sigma 0.001"),
 ], ids=str)

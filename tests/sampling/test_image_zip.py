@@ -151,7 +151,7 @@ def test_a_damaged_member_that_is_not_made_again_gets_a_line_and_nothing_is_lost
     damage(path, "000001.png")
     damaged = path.read_bytes()
     output = make(path, "--seeds=5-6", code=1)
-    assert "000001.png: damaged" in output and "by --seeds with 1 among them" in output
+    assert "000001.png: damaged" in output and "with --seeds=1" in output
     assert path.read_bytes() == damaged
     output = make(path, "--seeds=1,5,6")
     assert "2 of 3 images are there" in output and alone(path)
@@ -181,7 +181,7 @@ def test_other_settings_are_refused_as_for_folders(root, make, tmp_path):
     path = tmp_path / "one.zip"
     make(path, "--seeds=0-1")
     before = path.read_bytes()
-    assert f"{path} holds images of another setting (S_churn: 0.0 there, 5.0 now)" in make(
+    assert f"{path} holds images made with another setting (S_churn: 0.0 there, 5.0 now)" in make(
         path, "--seeds=0-5", "--S_churn=5", code=1)
     assert "holds images of another network" in make(path, "--seeds=0-1", network="edm", code=1)
     assert "(subdirs: False there, True now)" in make(path, "--seeds=0", "--subdirs", code=1)
@@ -344,8 +344,8 @@ def test_parts_of_other_settings_are_refused_and_kept(make, tmp_path, monkeypatc
     assert f"{path}: can't be written (No space left on device)" in output
     assert f"kept in {parts}" in output and not path.exists()
     before = of_folder(parts)
-    assert f"{parts} holds images of another setting" in make(path, "--seeds=0", "--S_churn=5",
-                                                              code=1)
+    assert f"{parts} holds images made with another setting" in make(
+        path, "--seeds=0", "--S_churn=5", code=1)
     assert of_folder(parts) == before
     assert "1 of 1 images are there" in make(path, "--seeds=1")
     assert set(of_zip(path)) == {f"00000{i}.png" for i in range(3)} | {"dataset.json",
@@ -364,7 +364,7 @@ def test_a_failure_before_the_first_image_leaves_nothing(make, tmp_path, monkeyp
 def test_images_of_another_rank_that_are_not_seen_are_no_finished_zip(make, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageZip, "_parts", lambda self: [])
     output = make(tmp_path / "one.zip", "--seeds=0-2", code=1)
-    assert "3 of 3 images that were written are not to be seen" in output
+    assert "3 of the 3 images written are not visible" in output
     assert not (tmp_path / "one.zip").exists()
 
 

@@ -144,23 +144,23 @@ def test_class_numbers_may_be_given_by_seed_too(unbalanced, tmp_path):
     assert sampler_of(unbalanced, label_source=str(tmp_path / "x.json")).classes(range(5)) == [
         3, 1, 1, 3, 1]
     dataset = write_dataset(tmp_path / "data.zip", num=6, classes=2)
-    with pytest.raises(ValueError, match="no image of the data was of class 0"):
+    with pytest.raises(ValueError, match="the training data have no images of class 0"):
         sampler_of(unbalanced, label_source=str(dataset))
     plain = write_snapshot(tmp_path / "plain.pt", label_dim=2)
     assert sampler_of(plain, label_source=str(dataset)).classes(range(4)) == [0, 1, 0, 1]
 
 
 REFUSED = [
-    ("vectors", [], 2, "give them by --labels=FILE|DATASET"),
+    ("vectors", [], 2, "give them with --labels=FILE|DATASET"),
     ("vectors", ["--class=1"], 2, "--class=1: "),
     ("vectors", ["--class=data"], 2, "label vectors of 3 numbers"),
-    ("unbalanced", ["--class=0"], 2, "no image of the data was of this class; "
-     "there are classes 1,3"),
+    ("unbalanced", ["--class=0"], 2, "have no images of this class; "
+     "they have classes 1,3"),
     ("unbalanced", ["--class=4"], 2, "between 0 and 3"),
     ("unbalanced", ["--class=dog"], 2, "'dog' must be a class number, uniform or data"),
     ("unbalanced", ["--class=1", "--labels=x.json"], 2, "give one of them"),
     ("unbalanced", ["--labels=nowhere"], 1, "nowhere: no such file"),
-    ("plain", ["--class=data"], 2, "does not record how often"),
+    ("plain", ["--class=data"], 2, "does not record how many"),
     ("none", ["--class=uniform"], 2, "unconditional; leave --class out"),
     ("none", ["--labels=x.json"], 2, "unconditional; leave --labels out"),
 ]
@@ -179,8 +179,9 @@ def test_labels_that_do_not_fit_are_refused_in_one_line(network, args, code, wor
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("x.npy", np.zeros([4, 2]), r"labels of shape \[4, 2\]"), ("x.npy", np.zeros([0, 3]), "shape"),
-    ("x.npy", np.array([0.5, 1.5]), "whole numbers"), ("x.npy", np.array([0, 3]), "0..2"),
+    ("x.npy", np.zeros([4, 2]), r"labels have shape \[4, 2\]"),
+    ("x.npy", np.zeros([0, 3]), "shape"),
+    ("x.npy", np.array([0.5, 1.5]), "whole numbers"), ("x.npy", np.array([0, 3]), "0 to 2"),
     ("x.npy", np.full([2, 3], np.nan), "finite"), ("x.npy", np.array(["a"]), "a str"),
     ("x.json", "[]", "list of labels"), ("x.json", "{}", "list of labels"),
     ("x.json", "[1, [1, 2, 3]]", "label 1"), ("x.json", "[", "line 1"),
@@ -370,7 +371,7 @@ def test_sampling_may_start_from_the_condition_images(paired, tmp_path, capsys):
     torch.testing.assert_close(own.inits([0, 1]), expected.float())
     assert capsys.readouterr().err == ""
     sampler_of(path, init_image=str(paired), **given)
-    assert "--init-image=cond starts from the condition images" in capsys.readouterr().err
+    assert "--init-image=cond to start from the condition images" in capsys.readouterr().err
     plain = write_snapshot(tmp_path / "plain.pt", label_dim=0)
     with pytest.raises(ValueError, match="needs condition images; give a paired data set"):
         sampler_of(plain, init_image="cond", init_sigma=1.0)

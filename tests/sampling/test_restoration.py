@@ -70,7 +70,7 @@ def test_each_input_makes_one_image_of_its_name_and_size_in_the_units_of_the_dat
                 "--batch=2")
     assert "Start      at sigma 0.07188, which is 147.2 in the data's units" in text
     assert "3 sizes from 7x16 to 14x10" in text or "3 sizes" in text
-    assert "no multiples of 2 are mirrored" in text
+    assert "no multiples of 2 are padded" in text
     net = NetworkSampler.open(str(root / "net.pt"), CPU).net
     t = [(380 ** (1 / 7) + i / 7 * (0.002 ** (1 / 7) - 380 ** (1 / 7))) ** 7 for i in (6, 7)]
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.npy")) == NAMES
@@ -90,7 +90,7 @@ def test_each_input_makes_one_image_of_its_name_and_size_in_the_units_of_the_dat
     assert "4 of 4 images are there" in make(
         invoke, root, tmp_path, f"--init-image={root / 'noisy'}", *ONE_STEP, "--blend=0.7")
     text = make(invoke, root, tmp_path, f"--init-image={root / 'noisy'}", *ONE_STEP, code=1)
-    assert "images of another setting (blend: 0.7 there" in text
+    assert "images made with another setting (blend: 0.7 there" in text
 
 
 def test_with_seeds_images_are_numbered_and_taken_in_turn(root, tmp_path, invoke):
@@ -251,11 +251,12 @@ def test_scores_are_of_images_of_one_size_only(root, tmp_path, invoke):
     (["INIT", "--measure=denoise"], 2, "needs the noise of the measurement"),
     (["INIT", "--measure-sigma=1", "--last=1"], 2, "--measure-sigma=1.0 without --measure"),
     (["INIT", "--measure=blur", "--measure-sigma=1"], 2, "must be denoise, inpaint:MASK"),
-    (["INIT", "--measure=downsample:1", "--measure-sigma=1"], 2, "whole number K from 2 on"),
+    (["INIT", "--measure=downsample:1", "--measure-sigma=1"], 2, "whole number K of at least 2"),
     (["INIT", "--measure=inpaint:none.png", "--measure-sigma=1"], 1, "No such file"),
     (["INIT", "--measure=inpaint:MASK", "--measure-sigma=1"], 2, "the mask is 8x8, but images"),
-    (["INIT", "--measure=denoise", "--measure-sigma=1", "--init-noise=0"], 2, "starts from noise"),
-    (["--average=3"], 2, "--average=3: makes means"),
+    (["INIT", "--measure=denoise", "--measure-sigma=1", "--init-noise=0"], 2,
+     "starts from pure noise"),
+    (["--average=3"], 2, "--average=3: averages"),
     (["INIT", "--last=1", "--average=3", "--seeds=4"], 1, "name seeds below 4"),
     (["--tile=3"], 2, "--tile=3: must be a multiple of 2"),
     (["INIT", "--last=1", "--init-noise=0", "--average=3"], 2, "all samples of an input are equal"),
@@ -286,7 +287,7 @@ def test_inputs_that_differ_in_their_extension_only_need_numbers(root, tmp_path,
     for name in ("x.npy", "x.NPY"):
         np.save((folder / name).open("wb"), np.zeros((1, 8, 8), np.float32))
     text = make(invoke, root, tmp_path / "out", f"--init-image={folder}", *ONE_STEP, code=1)
-    assert "have the same name but for the extension" in text
+    assert "differ only in their extension" in text
     make(invoke, root, tmp_path / "out", f"--init-image={folder}", *ONE_STEP, "--seeds=0,1")
 
 
@@ -319,7 +320,7 @@ def test_inputs_of_another_unit_are_told(factor, offset, words, root, tmp_path, 
     if words is None:
         assert told == ""
     else:
-        assert words in told and "(-1024 to 3071 in their own unit)" in told
+        assert words in told and "(-1024 to 3071 in their own units)" in told
 
 
 def test_the_picture_of_means_ends_with_the_means(root):
@@ -388,7 +389,7 @@ def test_restored_truths_do_not_pass_for_restored_measurements(paired, root, tmp
     make(invoke, root, tmp_path / "out", f"--init-image={paired}", *ONE_STEP)
     text = make(invoke, root, tmp_path / "out", "--init-image=cond", f"--cond-image={paired}",
                 *ONE_STEP, code=1)
-    assert "images of another setting (init_of: None there, conditions now)" in text
+    assert "images made with another setting (init_of: None there, conditions now)" in text
 
 
 def test_images_to_start_from_are_partners_of_the_condition_images(root, tmp_path, invoke):
@@ -405,10 +406,11 @@ def test_images_to_start_from_are_partners_of_the_condition_images(root, tmp_pat
                       for form in ("NFC", "NFD"))
     one, large = folder("one", "q"), folder("large", "abcd", (8, 12))
     for k, (inits, code, words) in enumerate([
-            (three, 2, "has 3 images, --cond-image 4"), (shifted, 2, "has no partner of its name"),
-            (large, 2, "image of 12x8, but its condition image is 8x8"),
+            (three, 2, "has 3 images, but --cond-image has 4"),
+            (shifted, 2, "has no image of the same name"),
+            (large, 2, "would be 12x8, but its condition image is 8x8"),
             (other, 0, "4 images made"), (four, 0, "4 images made"), (one, 0, "4 images made"),
-            (accents, 2, "has no partner of its name")]):
+            (accents, 2, "has no image of the same name")]):
         conditions = apart if inits is accents else four
         text = make(invoke, root, tmp_path / f"out{k}", f"--init-image={inits}",
                     f"--cond-image={conditions}", "--init-level=60", "--steps=2", "--average=2",
@@ -470,13 +472,13 @@ def test_a_low_start_with_pixels_that_were_not_measured_is_told(root, tmp_path, 
              "measure_sigma": 0.0}
     for start, is_told in (({}, False), ({"init_sigma": 2.0}, False), ({"init_sigma": 0.1}, True)):
         NetworkSampler.open(str(root / "net.pt"), CPU, **given, **start)
-        assert ("too low for pixels" in capsys.readouterr().err) == is_told
+        assert ("too low to restore pixels" in capsys.readouterr().err) == is_told
 
 
 def test_interpolated_latents_need_conditions_of_their_size(root, tmp_path, invoke):
     text = make(invoke, root, tmp_path / "out", "--interpolate=0,1", "--frames=3", "--steps=2",
                 f"--cond-image={root / 'noisy'}", network="cond", code=1)
-    assert "latents are of the network's 8x8; give such images" in text
+    assert "latents are 8x8 like the network; give images of that size" in text
     assert not (tmp_path / "out").exists()
     make(invoke, root, tmp_path / "out", "--interpolate=0,1", "--frames=3", "--steps=2",
          f"--cond-image={root / 'equal'}", network="cond")

@@ -139,7 +139,7 @@ def test_a_record_that_differs_in_any_key_is_refused_by_name(files, tmp_path, in
         if key == "nfe":
             continue
         without = {k: v for k, v in record.items() if k != key}
-        words = "of another network" if key == "weights" else rf"of another setting \({key}: "
+        words = "of another network" if key == "weights" else rf"with another setting \({key}: "
         for changed in ({**record, key: "another"}, without):
             if changed is without and value is None:  # absent says the same as None
                 folder.open(changed)

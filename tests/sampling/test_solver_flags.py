@@ -59,13 +59,13 @@ def test_levels_come_from_the_line_or_a_file(network, tmp_path, invoke):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--sigmas=80,1", "--steps=3"], "--steps with --sigmas: these are the noise levels"),
+    (["--sigmas=80,1", "--steps=3"], "--steps with --sigmas: both set the noise levels"),
     (["--sigmas=80,1", "--sigma_max=3"], "--sigma_max with --sigmas"),
     (["--sigmas=80,1", "--sigma_min=3"], "--sigma_min with --sigmas"),
     (["--sigmas=80,1", "--rho=3"], "--rho with --sigmas"),
     (["--sigmas=80,1", "--disc=vp"], "--disc with --sigmas"),
-    (["--sigmas=80,1,0"], "the step to 0 comes by itself"), (["--sigmas=1,80"], "falling"),
-    (["--sigmas=nowhere.txt"], "no such file, and no noise levels such as"),
+    (["--sigmas=80,1,0"], "the last step, to 0, is added"), (["--sigmas=1,80"], "falling"),
+    (["--sigmas=nowhere.txt"], "must be an existing file, or noise levels such as"),
     (["--sigmas="], "noise levels"),
     (["--order=2"], "--order=2: only ipndm has orders; give --solver=ipndm"),
     (["--solver=ipndm", "--schedule=vp"], "--schedule=vp: --solver=ipndm solves the equation in"),
@@ -134,7 +134,7 @@ def test_noise_of_a_list_is_refused_before_anything_is_made(network, tmp_path, i
     ("empty.npy", b"", "must be a text file of numbers"),
     ("matrix.npy", np.ones([2, 2]), "an array [n] of numbers"),
     ("text.npy", np.array(["80", "1"]), "an array [n] of numbers"),
-    ("empty.txt", b"", "falling and above 0"), ("words.txt", b"eighty", "must be a text file"),
+    ("empty.txt", b"", "above 0 in falling order"), ("words.txt", b"eighty", "must be a text file"),
     ("big.txt", b"80 " + b" " * (1 << 20) + b"1", "at most 1 MiB"),
     ("utf16.txt", "80,1".encode("utf-16"), "must be a text file"),
     ("inf.txt", b"inf 1", "at most 1e+06"), ("huge.txt", b"1e39 1", "at most 1e+06")])

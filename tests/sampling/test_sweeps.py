@@ -228,7 +228,7 @@ def test_images_of_another_draw_of_rounding_need_another_folder(run_dir, tmp_pat
         np.array_equal(made[a][key], made[b][key]) for key in made[a])}
     assert same == {("0", "0 again")}
     for name, then in (("nearest", None), ("0", 0)):
-        words = rf"another setting \(rounding_seed: {then} there, 1 now\); name another --outdir"
+        words = rf"another setting \(rounding_seed: {then} there, 1 now\); remove it or name"
         with pytest.raises(click.ClickException, match=words):
             call(generate.main, *args, f"--outdir={tmp_path / name}", "--rounding-seed=1")
 

@@ -465,7 +465,7 @@ def test_a_snapshot_samples_in_a_few_steps_with_no_more_flags(run_of, invoke, tm
 def test_no_likelihood_follows_from_a_few_step_network(dataset_zip, run_of, invoke, tmp_path):
     result = invoke(likelihood.main, f"--network={newest(run_of('ect'), 'network-snapshot')}",
                     f"--data={dataset_zip}", "--device=cpu", f"--out={tmp_path / 'x.jsonl'}")
-    assert "a few-step network (ect) is no denoiser" in error_of(result, 2)
+    assert "a few-step network (ect), which defines no density" in error_of(result, 2)
     assert not (tmp_path / "x.jsonl").exists()
 
 

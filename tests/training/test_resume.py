@@ -198,7 +198,7 @@ def test_sampling_a_state_of_edm_says_whose_weights_it_takes(has_ema, tmp_path, 
         torch.testing.assert_close(sampler.net.state_dict()[name], value, atol=0.01, rtol=0)
     said = capsys.readouterr()
     assert has_ema == ("network-snapshot-000005.pkl are sampled" in said.out)
-    assert has_ema != ("the plain weights, which sample worse, are used" in said.err)
+    assert has_ema != ("the plain weights are used, which sample worse" in said.err)
 
 
 def test_without_a_snapshot_beside_it_the_average_is_said_to_begin_anew(tmp_path, dataset_zip,
@@ -207,7 +207,7 @@ def test_without_a_snapshot_beside_it_the_average_is_said_to_begin_anew(tmp_path
     result = resumed_run(invoke, dataset_zip, tmp_path / "run", f"--resume={path}")
     assert result.exit_code == 0, result.output
     assert "does not hold random state, data position, averaged weights" in result.output
-    assert "no network-snapshot of the same number lies beside it" in result.output
+    assert "there is no network-snapshot of the same number beside it" in result.output
 
 
 def test_the_loss_scale_of_edm_is_read_beside_the_state_or_asked_for(tmp_path, dataset_zip, invoke):
