@@ -1,1 +1,1 @@
-"""Data on disk: files, arrays and archives as images, conversion, and the training data set."""
+"""Data on disk: images in files, arrays and archives; conversion; and the training data set."""

@@ -1,8 +1,8 @@
-"""Images and labels out of the files in which CIFAR-10, CIFAR-100 and LSUN are published.
+"""Images and labels from the published files of CIFAR-10, CIFAR-100 and LSUN.
 
-CIFAR is a few files of pickles or of records of bytes, in a .tar.gz or in the folder that it
-unpacks to; LSUN is an LMDB database of encoded images. The files are downloads and not trusted:
-nothing in them is run or extracted, and what they unpack to is bounded.
+CIFAR consists of a few pickles or binary files, in a .tar.gz or in the folder it unpacks to. LSUN
+is an LMDB database of encoded images. Downloaded files are not trusted: nothing in them is executed
+or extracted, and their unpacked size is limited.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ import numpy as np
 from dnnlib import plain_pickle
 from images.image_files import DAMAGE, error_prefix, name_problem, read_regular
 
-_NUM_IMAGES = 50_000  # to train on, of CIFAR
+_NUM_IMAGES = 50_000  # training images of CIFAR
 _PIXELS = 3 * 32 * 32
 _MAX_MEMBER_BYTES = 192 << 20  # CIFAR-100's images have 155 MB
 _MAX_BYTES = 512 << 20  # an archive of CIFAR has 186 MB
 _MAX_MEMBERS = 100  # CIFAR-10 has 9
-_MAX_READ = 64 << 10  # at a time: tarfile reads headers of headers whole, and takes them apart
-_FINE, _COARSE = "fine", "coarse"  # names of sets of labels; only CIFAR-100 has the second
+_MAX_READ = 64 << 10  # per read: tarfile reads nested headers whole and parses them
+_FINE, _COARSE = "fine", "coarse"  # names of label sets; only CIFAR-100 has the second
 
 _DAMAGE = (*DAMAGE, tarfile.TarError)
 
@@ -34,35 +34,35 @@ class Arrays(NamedTuple):
     """A whole data set: uint8 images [n, H, W, 3] or [n, H, W], class numbers, class names."""
 
     images: np.ndarray
-    labels: np.ndarray | None  # None where none were read
+    labels: np.ndarray | None  # None if none were read
     class_names: list[str] | None
-    title: str  # what the data set is called
-    expected: int | None = None  # images that it is published with; None if that is not known
-    facts: tuple[str, ...] = ()  # what a user may want to know
-    padding: int = 0  # zeros that each image gets on each side
+    title: str  # name of the data set
+    expected: int | None = None  # number of images as published; None if unknown
+    facts: tuple[str, ...] = ()  # notes for the user
+    padding: int = 0  # zeros to add on each side of each image
     label_sets: dict[str, tuple[np.ndarray, list[str] | None]] = {}  # other labels and names
 
 
 class _Labels(NamedTuple):
-    """Where a layout has one set of labels: in which place, and the names of its classes."""
+    """Where a layout stores one set of labels and the names of its classes."""
 
     place: str | int  # the key in a pickle, or the byte of a record
     num_classes: int
-    names: str  # the file that has them
-    key: str | None = None  # where, if it is a pickle; else there is one in each line
+    names: str  # the file with the names
+    key: str | None = None  # key of the names in a pickle; None for a text file with one per line
 
 
 class _Layout(NamedTuple):
-    """A form in which CIFAR is published."""
+    """One of the forms in which CIFAR is published."""
 
     title: str
     folder: str
     batches: tuple[str, ...]  # files of training images, in order
-    label_sets: dict[str, _Labels]  # of which the first is the usual one
+    label_sets: dict[str, _Labels]  # the first is the default
 
     @property
     def files(self) -> list[str]:
-        """All that is read."""
+        """All files that are read."""
         return [*self.batches, *(labels.names for labels in self.label_sets.values())]
 
 
@@ -81,11 +81,11 @@ _LAYOUTS = (
 
 
 def read_cifar(path: Path) -> Arrays:
-    """Returns the training images of CIFAR-10 or CIFAR-100 out of a .tar.gz, in published order.
+    """Returns the training images of CIFAR-10 or CIFAR-100 from a .tar.gz, in published order.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: damaged, not an archive of such a layout, or one that asks for anything unusual.
+        OSError: the file can't be read.
+        ValueError: it is damaged, has another layout, or has unusual members.
     """
     with described(path):
         members = _read_members(path, {f"{layout.folder}/{name}" for layout in _LAYOUTS
@@ -94,8 +94,8 @@ def read_cifar(path: Path) -> Arrays:
             f"{one.folder}/{name}" in members for name in one.batches))
         for name in layout.batches:
             if f"{layout.folder}/{name}" not in members:
-                raise ValueError(f"has no {layout.folder}/{name}; of .tar.gz files only those of "
-                                 "CIFAR-10 and CIFAR-100 are supported")
+                raise ValueError(f"has no {layout.folder}/{name}; the only .tar.gz files supported "
+                                 "are those of CIFAR-10 and CIFAR-100")
         return _of_layout(layout, {name: members.pop(f"{layout.folder}/{name}", None)
                                    for name in dict.fromkeys(layout.files)})
 
@@ -110,12 +110,12 @@ def find_cifar(names: Iterable[str]) -> list[str]:
 
 
 def _layouts_of(top: str, names: set[str]) -> list[_Layout]:
-    """Returns the layouts of which a folder has all files; CIFAR-100's `train` is no rare name."""
+    """Returns layouts whose files are all in a folder, since a name like `train` is no proof."""
     return [layout for layout in _LAYOUTS if {top + name for name in layout.files} <= names]
 
 
 def read_cifar_folder(path: Path) -> Arrays:
-    """Returns what `read_cifar` does, of a folder that `find_cifar` has found."""
+    """Returns the training images in a folder that `find_cifar` found, like `read_cifar`."""
     [layout, *_] = _layouts_of("", set(os.listdir(path)))
     found = {}
     for name in layout.files:
@@ -128,15 +128,15 @@ def read_cifar_folder(path: Path) -> Arrays:
 
 @contextlib.contextmanager
 def open_lmdb(path: Path) -> Iterator[tuple[int, Iterator[tuple[str, bytes]]]]:
-    """Yields the number of entries and an iterator over (key, value) in the order of the keys.
+    """Yields the number of entries and an iterator over (key, value), sorted by key.
 
     Raises:
-        OSError: it can't be read, or the package `lmdb` isn't installed.
+        OSError: the database can't be read, or the package `lmdb` is not installed.
     """
     try:
         import lmdb
     except ImportError as error:
-        raise OSError(f"{path}: reading LMDB needs another package: pip install lmdb") from error
+        raise OSError(f"{path}: reading LMDB needs the package lmdb: pip install lmdb") from error
     try:
         with lmdb.open(str(path), readonly=True, lock=False, create=False) as database, \
                 database.begin() as transaction:
@@ -149,11 +149,11 @@ def open_lmdb(path: Path) -> Iterator[tuple[int, Iterator[tuple[str, bytes]]]]:
 
 @contextlib.contextmanager
 def described(path: Path) -> Iterator[None]:
-    """Puts the file's name before what is wrong with it."""
+    """Prefixes error messages with the file's name."""
     try:
         yield
     except MemoryError as error:
-        raise ValueError(f"{path}: asks for more memory than there is") from error
+        raise ValueError(f"{path}: needs more memory than is available") from error
     except _DAMAGE as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
@@ -161,7 +161,7 @@ def described(path: Path) -> Iterator[None]:
 
 
 class _Bounded:
-    """A compressed file as tarfile reads it; refuses long headers and to unpack too much."""
+    """A compressed file for tarfile that refuses long headers and too much unpacked data."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file
@@ -169,7 +169,7 @@ class _Bounded:
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= _MAX_READ:
-            raise ValueError(f"has a header of {size} bytes")
+            raise ValueError(f"has a header of {size} bytes, which is too long")
         self._check(self.tell())
         return self._file.read(size)
 
@@ -183,7 +183,7 @@ class _Bounded:
 
 
 def _read_members(path: Path, wanted: set[str]) -> dict[str, bytes]:
-    """Returns the wanted files of a .tar.gz; every other member is checked and passed over."""
+    """Returns the wanted files of a .tar.gz. All other members are checked and skipped."""
     found, names = {}, set()
     with gzip.open(path) as unpacked:
         file = _Bounded(unpacked)
@@ -191,7 +191,7 @@ def _read_members(path: Path, wanted: set[str]) -> dict[str, bytes]:
             for member in tar:
                 _check_member(member)
                 if member.name in names:
-                    raise ValueError(f"{_shown(member)} is there twice")
+                    raise ValueError(f"{_shown(member)} occurs twice")
                 names.add(member.name)
                 if len(names) > _MAX_MEMBERS:
                     raise ValueError(f"has more than {_MAX_MEMBERS} members")
@@ -222,7 +222,7 @@ def _check_size(size: int) -> None:
 
 
 def _of_layout(layout: _Layout, files: dict[str, bytes | None]) -> Arrays:
-    """Returns the data set of these files; those of names may be missing."""
+    """Returns the data set in these files. The files of names may be missing."""
     batches = []
     for name in layout.batches:
         with error_prefix(f"{name}: "):
@@ -242,7 +242,7 @@ def _of_layout(layout: _Layout, files: dict[str, bytes | None]) -> Arrays:
 
 
 def _read_batch(layout: _Layout, data: bytes) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Returns images [n, 3072] and the labels [n] of each set."""
+    """Returns images [n, 3072] and the labels [n] of each label set."""
     is_pickle = isinstance(layout.label_sets[_FINE].place, str)
     pixels, found = (_read_pickle if is_pickle else _read_records)(data, layout.label_sets)
     for key, labels in layout.label_sets.items():
@@ -258,11 +258,11 @@ def _read_pickle(data: bytes,
     for key, labels in label_sets.items():
         if not (isinstance(pixels, plain_pickle.Array) and isinstance(found[key], list)
                 and all(type(label) is int for label in found[key])):
-            raise ValueError(f'has no "data" that is an array and "{labels.place}" that are '
+            raise ValueError(f'must have an array "data" and a list "{labels.place}" of '
                              "integers")
     images = pixels.numpy()
     if images.dtype != np.uint8:
-        raise ValueError("has an array that isn't of bytes")
+        raise ValueError("holds an array that is not of bytes")
     if images.ndim != 2 or images.shape[1] != _PIXELS:
         raise ValueError(f"has data of shape {list(images.shape)}, expected [n, {_PIXELS}]")
     return images, found
@@ -270,17 +270,17 @@ def _read_pickle(data: bytes,
 
 def _read_records(data: bytes,
                   label_sets: dict[str, _Labels]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Returns images and labels of records: a byte for each set of labels, then the pixels."""
+    """Returns images and labels from records: one byte for each label set, then the pixels."""
     size = len(label_sets) + _PIXELS
     if not data or len(data) % size:
-        raise ValueError(f"has {len(data)} bytes, which are no records of {size}")
+        raise ValueError(f"has {len(data)} bytes, not a multiple of the record size {size}")
     records = np.frombuffer(data, np.uint8).reshape(-1, size)
     return records[:, len(label_sets):], {key: records[:, labels.place]
                                           for key, labels in label_sets.items()}
 
 
 def _read_names(labels: _Labels, data: bytes | None) -> list[str] | None:
-    """Returns the names of classes; None where there is no file of them."""
+    """Returns the names of classes, or None if there is no file of them."""
     if data is None:
         return None
     if labels.key is None:
@@ -292,20 +292,20 @@ def _read_names(labels: _Labels, data: bytes | None) -> list[str] | None:
                  for name in (found if isinstance(found, list) else [])]
     if len(names) != labels.num_classes or not all(isinstance(name, str) for name in names):
         where = f'"{labels.key}"' if labels.key else "names in lines"
-        raise ValueError(f"has no {labels.num_classes} {where}")
+        raise ValueError(f"does not have {labels.num_classes} {where}")
     return [ascii(name)[1:-1] for name in names]
 
 
 def _plain_dict(data: bytes) -> dict[str, Any]:
     content = plain_pickle.loads(data)
     if not isinstance(content, dict):
-        raise ValueError("not a dict")
+        raise ValueError("does not hold a dict")
     return {key.decode("latin-1") if isinstance(key, bytes) else key: value
             for key, value in content.items()}
 
 
 def check_labels(labels: Collection[int], num_images: int, allowed: range) -> None:
-    """Raises ValueError unless there is an allowed label for each image."""
+    """Raises ValueError unless each image has an allowed label."""
     if len(labels) != num_images:
         raise ValueError(f"has {len(labels)} labels for {num_images} images")
     for i, label in enumerate(labels):

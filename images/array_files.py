@@ -1,12 +1,12 @@
-"""Images as NumPy arrays in files: one image a .npy, or many in one.
+"""Images as NumPy arrays in files: one image per .npy, or many in one.
 
     image    [H, W], one channel, or [C, H, W]
     stack    [n, H, W] or [n, C, H, W]
 
-Channels may come last where this is the only sensible reading of a shape, see `is_channels_last`.
-Types are uint8, uint16, int8 to int64, float16, float32, float64. In memory there are three:
-uint8 and uint16 stay, all else becomes float32. Nothing is unpickled, and a file must have the
-bytes of the shape that it claims.
+Channels may come last if the shape makes no sense otherwise, see `is_channels_last`. Supported
+types are uint8, uint16, int8 to int64, float16, float32 and float64. In memory, uint8 and uint16
+stay as they are, and all other types become float32. Nothing is unpickled, and the size of a file
+must match the shape in its header.
 """
 
 import io
@@ -28,8 +28,8 @@ _STORED = {"uint8": "uint8", "uint16": "uint16", **dict.fromkeys(
 def is_channels_last(shape: tuple[int, ...]) -> bool | None:
     """Whether an image of this shape is [H, W, C] rather than [H, W] or [C, H, W].
 
-    [H, W, C] has at most four channels and is not [C, H, W] of square images. None where either
-    reading is as good, so that somebody has to say which it is.
+    Images [H, W, C] have at most four channels and can't be read as square images [C, H, W]. The
+    result is None if both readings are equally plausible, so that the user has to decide.
     """
     if len(shape) != 3:
         return False
@@ -47,22 +47,22 @@ def first_channels(shape: tuple[int, ...], layout: str | None = None) -> tuple[i
 
     Args:
         shape: [H, W], [C, H, W] or [H, W, C].
-        layout: 'chw' or 'hwc', where the image has three axes; None goes by the shape, and takes
-            the channels for the first axis where that says nothing.
+        layout: 'chw' or 'hwc', for an image with three axes. None infers it from the shape, and
+            assumes channels first if the shape is ambiguous.
     """
     return (shape[2], *shape[:2]) if _is_last(shape, layout) else shape
 
 
 def _is_last(shape: tuple[int, ...], layout: str | None) -> bool:
-    """Whether an image of three axes has its channels last, if that is its layout or likely."""
+    """Whether an image with three axes has its channels last, by its layout or by its shape."""
     return bool(is_channels_last(shape) if layout is None else len(shape) == 3 and layout == "hwc")
 
 
 def read_format(file: IO[bytes]) -> ImageFormat:
-    """Returns the format of the image in a .npy file, of which only the header is read.
+    """Returns the format of the image in a .npy file, reading only the header.
 
     Raises:
-        ValueError: it holds no image.
+        ValueError: the file does not hold an image.
     """
     shape, _, dtype = read_npy_header(file)
     return array_format(first_channels(shape), dtype)
@@ -71,17 +71,17 @@ def read_format(file: IO[bytes]) -> ImageFormat:
 def decode(data: bytes, layout: str | None = None) -> tuple[np.ndarray, ImageFormat]:
     """Returns the image in a .npy file as uint8, uint16 or float32 [C, H, W], and its format.
 
-    `layout` is that of `first_channels`.
+    See `first_channels` for `layout`.
 
     Raises:
-        ValueError: it holds no image, is cut short, or has values that are not finite.
+        ValueError: the file does not hold an image, is truncated, or has non-finite values.
     """
     file = io.BytesIO(data)
     shape, is_fortran, dtype = read_npy_header(file)
     is_last = _is_last(shape, layout)
     image_format = array_format(first_channels(shape, layout), dtype)
     if len(data) - file.tell() != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"an array of shape {list(shape)}, but not the bytes of it")
+        raise ValueError(f"has a header for an array of shape {list(shape)}, but another size")
     values = np.frombuffer(data, dtype, offset=file.tell())
     values = values.reshape(shape[::-1]).T if is_fortran else values.reshape(shape)
     if is_last:
@@ -93,7 +93,7 @@ def to_stored(values: np.ndarray) -> np.ndarray:
     """Returns values as uint8, uint16 or float32.
 
     Raises:
-        ValueError: they are not finite.
+        ValueError: a value is not finite.
     """
     with np.errstate(over="ignore"):
         stored = np.array(values, _STORED[values.dtype.newbyteorder("=").name], order="C")
@@ -105,36 +105,36 @@ def to_stored(values: np.ndarray) -> np.ndarray:
 
 
 def read_shape_and_type(data: bytes) -> tuple[tuple[int, ...], str]:
-    """Returns the shape of the array in a .npy file, and the name of its type.
+    """Returns the shape of the array in a .npy file and the name of its type.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file is not a .npy file.
     """
     shape, _, dtype = read_npy_header(io.BytesIO(data))
     return shape, dtype.name
 
 
 def encode(values: np.ndarray) -> bytes:
-    """Returns a .npy file of values [C, H, W]."""
+    """Returns the content of a .npy file of values [C, H, W]."""
     file = io.BytesIO()
     np.save(file, values, allow_pickle=False)
     return file.getvalue()
 
 
 def open_stack(path: Path, layout: str | None = None) -> np.ndarray:
-    """Returns the images of one .npy file, [n, C, H, W] of its own type, mapped from the disk.
+    """Returns the images of one .npy file, [n, C, H, W] of its own type, memory-mapped.
 
     Args:
         path: the file.
-        layout: 'chw' or 'hwc', where an image has three axes; None goes by the shape.
+        layout: 'chw' or 'hwc', for images with three axes. None infers it from the shape.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it holds no images, or its shape has two readings.
+        OSError: the file can't be read.
+        ValueError: it does not hold images, or its shape is ambiguous.
     """
     with open(path, "rb") as file:
         shape, _, dtype = read_npy_header(file)
-    check_stack(shape, dtype, layout)  # before NumPy maps it, whose errors say less
+    check_stack(shape, dtype, layout)  # before NumPy maps it, as NumPy's errors say less
     return as_stack(np.load(path, mmap_mode="r", allow_pickle=False), layout)
 
 
@@ -142,7 +142,7 @@ def as_stack(values: np.ndarray, layout: str | None = None) -> np.ndarray:
     """Returns values [n, H, W], [n, C, H, W] or [n, H, W, C] as a view [n, C, H, W].
 
     Raises:
-        ValueError: they are no images, or their shape has two readings.
+        ValueError: they are not images, or their shape is ambiguous.
     """
     check_stack(values.shape, values.dtype, layout)
     if values.ndim == 3:
@@ -151,37 +151,37 @@ def as_stack(values: np.ndarray, layout: str | None = None) -> np.ndarray:
 
 
 def check_stack(shape: tuple[int, ...], dtype: np.dtype, layout: str | None) -> None:
-    """Raises ValueError if arrays of this shape and type are no images, or have two readings."""
+    """Raises ValueError if such arrays are not stacks of images, or if their shape is ambiguous."""
     if len(shape) not in (3, 4):
-        raise ValueError(f"an array of shape {list(shape)}; images are [n, H, W], [n, C, H, W] or "
-                         "[n, H, W, C]")
+        raise ValueError(f"is an array of shape {list(shape)}; images must be [n, H, W], "
+                         "[n, C, H, W] or [n, H, W, C]")
     if len(shape) == 3 and is_channels_last(shape):
-        raise ValueError(f"an array of shape {list(shape)} is one image, not several; put images "
-                         "into a folder, a .npy each")
+        raise ValueError(f"is an array of shape {list(shape)}, which is one image; give a folder "
+                         "with one .npy file per image")
     check_layout(shape[1:], layout)
     array_format(shape[1:], dtype)
 
 
 def check_layout(shape: tuple[int, ...], layout: str | None) -> None:
-    """Raises ValueError for an image whose shape has two readings, if no layout is given."""
+    """Raises ValueError for an image with an ambiguous shape if no layout is given."""
     if layout is None and is_channels_last(shape) is None:
-        raise ValueError(f"an array of shape {list(shape)} may be channels x height x width or "
-                         "height x width x channels; give --layout=chw or --layout=hwc")
+        raise ValueError(f"is an array of shape {list(shape)}, which may be channels x height x "
+                         "width or height x width x channels; give --layout=chw or --layout=hwc")
 
 
 def array_format(shape: tuple[int, ...], dtype: np.dtype) -> ImageFormat:
     """Returns the format of images that are arrays of this shape and type.
 
     Raises:
-        ValueError: they are no images.
+        ValueError: they are not images.
     """
     name = dtype.newbyteorder("=").name
     if len(shape) == 4:
-        raise ValueError(f"an array of shape {list(shape)} is several images, not one; convert it "
-                         "by dataset_tool.py --source=FILE.npy")
+        raise ValueError(f"is an array of shape {list(shape)}, which is several images; convert it "
+                         "with dataset_tool.py --source=FILE.npy")
     if len(shape) not in (2, 3) or 0 in shape or name not in _STORED:
-        raise ValueError(f"a {name} array of shape {list(shape)}; images are [H, W] or [C, H, W] "
-                         f"of {', '.join(_STORED)}")
+        raise ValueError(f"is a {name} array of shape {list(shape)}; images must be [H, W] or "
+                         f"[C, H, W] of {', '.join(_STORED)}")
     channels, height, width = (1, *shape)[-3:]
     plural = "" if channels == 1 else "s"
     mode = f"{channels} channel{plural} of {name}"

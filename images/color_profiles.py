@@ -1,8 +1,9 @@
-"""Colour profiles (ICC) of pictures: what their pixels are in sRGB, which all else here assumes.
+"""Colour profiles (ICC) of pictures: converts pixels to sRGB, which all other code assumes.
 
-Colours are matched by the relative colorimetric intent with black point compensation, as image
-editors do by default: white stays white, black stays black. A profile by which no colour changes by
-more than two levels of 255 is one of sRGB, of which there are many, and leaves pixels as they are.
+Colours are converted with the relative colorimetric intent and black point compensation, the
+default of image editors: white stays white and black stays black. A profile that changes no colour
+by more than two levels of 255 counts as one of the many variants of sRGB, and leaves pixels as they
+are.
 """
 
 import functools
@@ -15,26 +16,26 @@ import PIL.Image
 if TYPE_CHECKING:
     from PIL.ImageCms import ImageCmsTransform
 
-_SAME = 2  # levels by which one profile of sRGB may differ from another
-_STEPS = 17  # levels of each channel that are tried
-_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # of profiles, by Pillow's modes
+_SAME = 2  # levels by which variants of sRGB may differ
+_STEPS = 17  # levels of each channel that are compared
+_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # colour spaces by Pillow's modes
 _PLAIN = {"P": "RGB", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB", "YCbCr": "RGB"}
-_WITH_ALPHA = {"P": "RGBA", "L": "LA", "RGB": "RGBA"}  # modes that a colour key turns into
+_WITH_ALPHA = {"P": "RGBA", "L": "LA", "RGB": "RGBA"}  # result of a transparent colour, by mode
 
 
 class ProfileError(ValueError):
-    """A profile that can't be used; the message says why."""
+    """A profile that can't be used. The message says why."""
 
 
 def to_srgb(image: PIL.Image.Image, profile: bytes) -> PIL.Image.Image:
-    """Returns a picture with its colours in sRGB, gray ones as gray; itself if they are already.
+    """Returns a picture in sRGB; gray pictures stay gray, and sRGB pictures are returned as is.
 
     Args:
-        image: of any mode; of those that no profile is of, itself comes back.
+        image: a picture of any mode. Modes that profiles do not apply to are returned as is.
         profile: the content of its ICC profile.
 
     Raises:
-        ProfileError: the profile is damaged, or not of such pictures.
+        ProfileError: the profile is damaged, or does not fit the picture's mode.
     """
     mode = _WITH_ALPHA.get(image.mode) if "transparency" in image.info else None
     mode = mode or _PLAIN.get(image.mode, image.mode)
@@ -56,24 +57,24 @@ def _apply(transform: "ImageCmsTransform", color: PIL.Image.Image) -> PIL.Image.
     """Returns L as L, and RGB and CMYK as RGB."""
     converted = transform.apply(color if color.mode == transform.input_mode
                                 else color.convert(transform.input_mode))
-    # Gray is red, green and blue alike in any profile.
+    # In any profile, gray has equal red, green and blue.
     return converted.getchannel("G") if color.mode == "L" else converted
 
 
 @functools.lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> "ImageCmsTransform | None":
-    """Returns what makes RGB of pixels of this mode, or L as RGB; None for a profile of sRGB."""
+    """Returns the transform from this mode to RGB, with L as RGB, or None for an sRGB profile."""
     try:
         from PIL import ImageCms
 
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = own.profile.xcolor_space.strip()
-        # Gray pictures often have the profile of the colours that they were made of.
+        # Gray pictures often have the profile of the colour pictures they were made from.
         mode_read = "RGB" if mode == "L" and space == "RGB" else mode
         if space != _SPACES[mode_read]:
-            raise ProfileError(f"is of {space}, not of {_SPACES[mode]}")
+            raise ProfileError(f"is for {space}, not for {_SPACES[mode]}")
         flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
-        if mode == "L":  # in whose short tables dark values are up to 9 levels off
+        if mode == "L":  # its short tables put dark values off by up to 9 levels
             flags |= ImageCms.Flags.NOOPTIMIZE
         transform = ImageCms.ImageCmsTransform(
             own, ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")), mode_read, "RGB",
@@ -88,7 +89,7 @@ def _transform(profile: bytes, mode: str) -> "ImageCmsTransform | None":
 
 
 def _is_identity(transform: "ImageCmsTransform", mode: str) -> bool:
-    """Whether colours of mode L or RGB stay what they are, but for two levels."""
+    """Whether colours of mode L or RGB change by at most two levels."""
     levels = np.linspace(0, 255, _STEPS).round().astype(np.uint8)
     if mode == "L":
         colors = np.arange(256, dtype=np.uint8)[None]

@@ -1,13 +1,13 @@
-"""From any source of images to a data set: PNGs or arrays of one size, with labels and conditions.
+"""Converts a source of images to a data set: PNGs or arrays of one size, labels and conditions.
 
-Each image is turned upright, made 8-bit gray or RGB in sRGB, cropped and resized as asked, and
-stored as an uncompressed PNG under its number or name; `dataset.json` with the labels comes last.
-With a rule of scaling, floating-point and 16-bit images keep their values, within limits if asked,
-and become .npy files. What the rule needs to know of all of them is measured on the way; the
-scaling and the limits go into `dataset.json`. 8-bit arrays of other than 1 or 3 channels become
-.npy files too, because no PNG holds them. Condition images are converted beside their images.
-Damaged images end the conversion or, if asked, are left out. What becomes of an image depends only
-on that image, not on the number of worker processes. No PyTorch is needed.
+Each image is turned upright, converted to 8-bit gray or RGB in sRGB, cropped and resized as asked,
+and stored as an uncompressed PNG under its number or name. `dataset.json` with the labels is
+written last. With a scaling rule, floating-point and 16-bit images keep their values, optionally
+clipped, and become .npy files. Statistics that the rule needs are measured during the conversion;
+the scaling and the limits are written to `dataset.json`. 8-bit arrays with other than 1 or 3
+channels also become .npy files, because PNGs can't hold them. Condition images are converted along
+with their images. Damaged images stop the conversion or, if asked, are skipped. The result does not
+depend on the number of worker processes. PyTorch is not needed.
 """
 
 import collections
@@ -52,7 +52,7 @@ from images.sources import Item, Source
 
 _PNG_COLOR = {"L": 0, "RGB": 2}
 _HALF_OF_16_BITS = 1 << 15
-_TWINS = {"MPO": "JPEG", "DIB": "BMP"}  # formats that another one's extension may hold
+_TWINS = {"MPO": "JPEG", "DIB": "BMP"}  # formats that share another format's extension
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,41 +60,41 @@ class Settings:
     """How every image is converted."""
 
     transform: str | None  # how to crop, a key of `_TRANSFORMS`
-    size: tuple[int, int] | None  # width and height to resize to; None keeps them
-    background: tuple[int, int, int]  # the colour behind transparent images
+    size: tuple[int, int] | None  # width and height to resize to; None keeps the size
+    background: tuple[int, int, int]  # background colour for transparent images
     first_frame: bool  # whether to take the first frame of animations
     scale: str | tuple[float, float] | None = None  # for `scaling_by`; None makes all images 8-bit
-    flag: str = "--scale"  # what errors call the rule of scaling
-    clip: tuple[float, float] | None = None  # limits of the values, before all else
-    channels: str | None = None  # 'gray' or 'rgb', to make all pictures alike; None keeps them
+    flag: str = "--scale"  # the flag of the scaling rule, for errors
+    clip: tuple[float, float] | None = None  # limits of the values, applied first
+    channels: str | None = None  # 'gray' or 'rgb' converts all pictures; None keeps their modes
     picked: tuple[int, ...] | None = None  # channels of arrays to take; None takes all
     layout: str | None = None  # of arrays, see `array_files.first_channels`
-    to_srgb: bool = True  # whether colour profiles are followed, in pictures that become 8-bit
-    skip_damaged: bool = False  # whether damaged images are left out, instead of an error
-    can_be_checked: bool = False  # whether the source is one that `dataset_tool.py check` takes
+    to_srgb: bool = True  # whether to apply the colour profiles of pictures that become 8-bit
+    skip_damaged: bool = False  # whether to skip damaged images instead of stopping
+    can_be_checked: bool = False  # whether `dataset_tool.py check` can read the source
 
 
 class Converted(NamedTuple):
-    """One image: its new file, or None where it is damaged or the transform leaves it out."""
+    """One converted image. Its file is None if it is damaged or the transform skips it."""
 
     name: str  # in the source
     data: bytes | None
     format: ImageFormat | None
-    was_cmyk: bool = False  # without a colour profile
-    has_new_colors: bool = False  # by its colour profile
-    profile_problem: str | None = None  # why its colour profile was not followed
+    was_cmyk: bool = False  # and had no colour profile
+    has_new_colors: bool = False  # changed by its colour profile
+    profile_problem: str | None = None  # why its colour profile was not applied
     file_format: str | None = None  # Pillow's name of the file's format; None for bare pixels
-    moments: Moments | None = None  # of images that are to be scaled
-    clipped: tuple[int, int] = (0, 0)  # values that `clip` has changed, and all
-    deep_top: int | None = None  # largest value of 16 bits of which the upper 8 are kept
+    moments: Moments | None = None  # set for images that will be scaled
+    clipped: tuple[int, int] = (0, 0)  # number of values changed by `clip`, and of all values
+    deep_top: int | None = None  # largest 16-bit value, if only the upper 8 bits were kept
     damage: str | None = None  # why the image can't be read
 
 
 def convert_image(item: Item, settings: Settings) -> Converted:
-    """Returns one image as a PNG, or as a .npy where no PNG holds it.
+    """Returns one image as a PNG, or as a .npy if a PNG can't hold it.
 
     Raises:
-        ValueError: naming the image: it is damaged, or of a kind that isn't converted.
+        ValueError: the image, which the message names, is damaged or of an unsupported kind.
     """
     try:
         decoded, is_deep, kind = _read(item, settings)
@@ -111,26 +111,26 @@ def convert_image(item: Item, settings: Settings) -> Converted:
 
 
 class _Read(NamedTuple):
-    """What was read of an image."""
+    """An image as it was read."""
 
-    decoded: PIL.Image.Image | np.ndarray  # a picture, or values [C, H, W] that no picture holds
-    is_deep: bool = False  # whether it was a picture of 16 bits
-    kind: str | None = None  # the type of an array in its file
+    decoded: PIL.Image.Image | np.ndarray  # a picture, or values [C, H, W]
+    is_deep: bool = False  # whether it was a 16-bit picture
+    kind: str | None = None  # type of the array in its file
 
 
 def _read(item: Item, settings: Settings) -> _Read:
     """Returns an image as a picture or as values.
 
     Raises:
-        DamagedImageError: it can't be read; without its name.
-        ValueError: it is an animation, or an array whose shape has two readings.
+        DamagedImageError: it can't be read; the message lacks its name.
+        ValueError: it is an animation, or an array with an ambiguous shape.
     """
     content = item.content()
     values, kind = (item.decode(content), None) if item.decode else \
         _array_values(item.name, content, item.layout or settings.layout)
     if values is None:
         if settings.picked is not None:
-            raise ValueError(f"{item.name}: is a picture; --channels divides only arrays")
+            raise ValueError(f"{item.name}: is a picture, but --channels can only split arrays")
         return _read_picture(item.name, content, settings)
     if settings.picked is not None:
         values = _pick(item.name, values, settings.picked)
@@ -141,10 +141,10 @@ def _read(item: Item, settings: Settings) -> _Read:
 
 
 def _read_picture(name: str, content: bytes | np.ndarray, settings: Settings) -> _Read:
-    if not isinstance(content, bytes):  # the pixels of an archive
+    if not isinstance(content, bytes):  # pixels from an archive
         return _Read(PIL.Image.fromarray(content))
     picture = pictures.read_picture(content)
-    # MPO is a photograph with a preview behind it, not an animation.
+    # MPO is a photograph followed by a preview, not an animation.
     is_animated = getattr(picture, "is_animated", False) and picture.format != "MPO"
     if is_animated and not settings.first_frame:
         raise ValueError(f"{name}: has several frames; --first-frame takes the first")
@@ -177,7 +177,7 @@ def _pick(name: str, values: np.ndarray, picked: tuple[int, ...]) -> np.ndarray:
 
 def _convert_picture(name: str, decoded: PIL.Image.Image, settings: Settings,
                      is_deep: bool = False) -> Converted:
-    """Returns what becomes of a picture of any mode."""
+    """Converts a picture of any mode."""
     if settings.scale is not None and decoded.mode in pictures.DEEP_MODES:
         values = pictures.deep_values(decoded)
         return _convert_values(name, values[None], settings)._replace(file_format=decoded.format)
@@ -201,7 +201,7 @@ def _convert_picture(name: str, decoded: PIL.Image.Image, settings: Settings,
 
 def _match_colors(image: PIL.Image.Image, profile: bytes | None,
                   settings: Settings) -> tuple[PIL.Image.Image, str | None]:
-    """Returns a picture in sRGB, itself if nothing changes, and why its profile is of no use."""
+    """Returns a picture in sRGB, and the reason if its profile can't be used."""
     if not profile or not settings.to_srgb:
         return image, None
     try:
@@ -211,7 +211,7 @@ def _match_colors(image: PIL.Image.Image, profile: bytes | None,
 
 
 def _top_value(image: PIL.Image.Image) -> int:
-    """Returns the largest value of a picture of 16 bits, of which Pillow may have kept 8."""
+    """Returns the largest value of a 16-bit picture, of which Pillow may have kept 8 bits."""
     if image.mode in pictures.DEEP_MODES:
         return int(pictures.deep_values(image).max())
     pixels = np.asarray(image)
@@ -220,15 +220,15 @@ def _top_value(image: PIL.Image.Image) -> int:
 
 def _refuse_scale(name: str, settings: Settings) -> None:
     if settings.scale is not None:
-        raise ValueError(f"{settings.flag}: {name} has 8 bits a channel (of colour no more are "
-                         f"read), which always become x/127.5 - 1; leave {settings.flag} out")
+        raise ValueError(f"{settings.flag}: {name} has 8 bits per channel (colour is always read "
+                         f"as 8 bits), which always become x/127.5 - 1; leave {settings.flag} out")
 
 
 def _convert_values(name: str, values: np.ndarray, settings: Settings,
                     kind: str | None = None) -> Converted:
-    """Returns values [C, H, W] as a .npy, as uint8, uint16 or float32.
+    """Converts values [C, H, W] to a .npy of uint8, uint16 or float32.
 
-    Errors call them `kind`, which they were before they were read.
+    `kind` is the type they had in their file, for errors.
     """
     given = values
     with error_prefix(f"{name}: "):
@@ -237,12 +237,12 @@ def _convert_values(name: str, values: np.ndarray, settings: Settings,
         values = array_files.to_stored(_fit_values(values, settings))
         values = _clip(values, settings)  # Lanczos filters overshoot
         if array_files.is_channels_last(values.shape):
-            raise ValueError(f"{len(values)} channels of images {values.shape[2]} wide can't be "
-                             "told from channels that come last; make the images wider")
+            raise ValueError(f"with {len(values)} channels and a width of {values.shape[2]}, the "
+                             "channels can't be told from the columns; make the images wider")
         if values.dtype != np.uint8 and settings.scale is None:
             kind = kind or str(values.dtype)
             hint = ", or save pixels of 0 to 255 as uint8" if "int" in kind else ""
-            raise ValueError(f"holds {kind}: give {settings.flag}=minmax, std or LO,HI{hint}")
+            raise ValueError(f"holds {kind}; give {settings.flag}=minmax, std or LO,HI{hint}")
     if values.dtype == np.uint8:
         _refuse_scale(name, settings)
     data = array_files.encode(values)
@@ -252,7 +252,7 @@ def _convert_values(name: str, values: np.ndarray, settings: Settings,
 
 
 def _clip(values: np.ndarray, settings: Settings) -> np.ndarray:
-    """Returns values within the limits of `clip`, in their type."""
+    """Returns values clipped to `clip`, in their type."""
     if settings.clip is None:
         return values
     low, high = settings.clip
@@ -262,12 +262,12 @@ def _clip(values: np.ndarray, settings: Settings) -> np.ndarray:
     low, high = max(math.ceil(low), limits.min), min(math.floor(high), limits.max)
     if low > high:
         flag = settings.flag.replace("scale", "clip")
-        raise ValueError(f"holds {values.dtype}, of which no value lies in the range of {flag}")
+        raise ValueError(f"holds {values.dtype}, which has no values in the range of {flag}")
     return values.clip(low, high)
 
 
 def _fit_values(values: np.ndarray, settings: Settings) -> np.ndarray:
-    """Returns values [C, H, W] cropped and resized, each channel by itself, in their type."""
+    """Returns values [C, H, W] cropped and resized channel by channel, in their type."""
     if settings.transform == "center-crop-wide":
         raise ValueError("--transform=center-crop-wide is for 8-bit pictures; use center-crop")
     if settings.transform == "center-crop":
@@ -287,8 +287,8 @@ def _fit_values(values: np.ndarray, settings: Settings) -> np.ndarray:
 def _encode_png(image: PIL.Image.Image) -> bytes:
     """Returns an uncompressed PNG of mode L or RGB, without filters and without metadata.
 
-    At 64x64 six times as fast as Pillow, which tries every filter on every row even if nothing is
-    compressed afterwards; and without filters it takes half the time to decode.
+    At 64x64 this is six times as fast as Pillow, which tries every filter on every row even without
+    compression. Without filters, decoding takes half the time.
     """
     pixels = np.asarray(image).reshape(image.height, -1)
     rows = np.zeros([len(pixels), 1 + pixels.shape[1]], np.uint8)  # each begins with its filter
@@ -306,8 +306,8 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 def _to_8bit(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Image.Image:
     """Returns the image as L or RGB.
 
-    Transparent images are composited on `background` and gray ones stay gray if it is gray. Of 16
-    bits the upper 8 are kept, as Pillow does on its own for RGB; 1 bit becomes 0 and 255.
+    Transparent images are composited on `background`; gray images stay gray if it is gray. Of 16
+    bits, the upper 8 are kept, as Pillow does for RGB. 1-bit images become 0 and 255.
     """
     mode = image.mode
     if mode in ("LA", "PA", "RGBA", "RGBa") or (mode in ("1", "L", "P", "RGB")
@@ -320,13 +320,13 @@ def _to_8bit(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Im
     if mode in ("P", "CMYK", "YCbCr", "RGBX"):
         return image.convert("RGB")
     if mode == "F":
-        raise ValueError("holds floating-point values: give --scale=minmax, std or LO,HI")
+        raise ValueError("holds floating-point values; give --scale=minmax, std or LO,HI")
     if mode not in ("I", "I;16", "I;16L", "I;16B") or "transparency" in image.info:
-        raise ValueError(f"mode {mode} isn't supported; convert it to RGB")
+        raise ValueError(f"has mode {mode}, which is not supported; convert it to RGB")
     pixels = pictures.deep_values(image)
     if pixels.min() < 0 or pixels.max() > 0xFFFF:
-        raise ValueError(f"values from {pixels.min()} to {pixels.max()} are not those of 16 bits; "
-                         "--scale=minmax, std or LO,HI keeps them")
+        raise ValueError(f"has values from {pixels.min()} to {pixels.max()}, which do not fit in "
+                         "16 bits; keep them with --scale=minmax, std or LO,HI")
     return PIL.Image.fromarray((pixels.astype(np.uint16) >> 8).astype(np.uint8))
 
 
@@ -338,7 +338,7 @@ def _composite(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.
 
 
 def _resize(image: PIL.Image.Image, size: tuple[int, int] | None) -> PIL.Image.Image:
-    """Returns the image at `size` whatever its aspect, untouched if it has that size."""
+    """Returns the image resized to `size`, ignoring its aspect; unchanged if it has that size."""
     if size is None or image.size == size:
         return image
     return image.resize(size, PIL.Image.Resampling.LANCZOS)
@@ -355,7 +355,7 @@ def _center_crop(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Ima
 def _center_crop_wide(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image | None:
     """Returns the central rows at the aspect of `size` as RGB, resized, on a black square.
 
-    None for an image that would have to be enlarged.
+    Returns None for an image that would have to be enlarged.
     """
     width, height = image.size
     rows = round(size[0] * height / width)  # half to even, as EDM rounds
@@ -376,7 +376,7 @@ def select_images(source: Source, max_images: int | None,
     """Returns the numbers of the images to convert and their new labels, or None without labels.
 
     Raises:
-        ValueError: the labels aren't of one valid kind, or have none of the `classes`.
+        ValueError: the labels are invalid or of mixed kinds, or none are in `classes`.
     """
     numbers = range(source.num_images)[:max_images]
     if source.labels is None:
@@ -392,7 +392,7 @@ def select_images(source: Source, max_images: int | None,
     for number in classes:
         if number not in present:
             among = "" if max_images is None else f" of the first {len(numbers)} images"
-            raise ValueError(f"--classes: no image{among} has class {number}; there are "
+            raise ValueError(f"--classes: no image{among} has class {number}; the classes are "
                              f"{format_ranges(sorted(present))}")
     new = {old: number for number, old in enumerate(classes)}
     kept = [i for i in numbers if labels[i] in new]
@@ -400,12 +400,12 @@ def select_images(source: Source, max_images: int | None,
 
 
 def kept_names(source: Source, numbers: Sequence[int]) -> list[str] | None:
-    """Returns what images are called in the data set by their names in the source.
+    """Returns the names of images in the data set, taken from the source without extensions.
 
-    Extensions are left out. None for sources that aren't files.
+    Returns None for sources that are not files.
 
     Raises:
-        ValueError: two names become one, or a name is not UTF-8 or that of a condition image.
+        ValueError: two names would be equal, or a name is not UTF-8 or begins with cond/.
     """
     if not source.has_file_names:
         return None
@@ -421,14 +421,14 @@ def kept_names(source: Source, numbers: Sequence[int]) -> list[str] | None:
         if kept.startswith(CONDITIONS):
             raise ValueError(f"--keep-names: {name} would be a condition image; rename the folder")
         if first.setdefault(kept, name) != name:
-            raise ValueError(f"--keep-names: {first[kept]} and {name} would both be called {kept}; "
+            raise ValueError(f"--keep-names: {first[kept]} and {name} would both be named {kept}; "
                              "rename one")
     return list(first)
 
 
 def new_class_names(source: Source, labels: list[Any] | None,
                     classes: list[int] | None) -> list[str] | None:
-    """Returns what the new classes are called, for `select_images`; None where they have no names.
+    """Returns the names of the new classes of `select_images`, or None if they have no names.
 
     Raises:
         ValueError: there are fewer names than classes.
@@ -444,7 +444,7 @@ def new_class_names(source: Source, labels: list[Any] | None,
 
 
 class Tally:
-    """How many images something is true of, and the first of them."""
+    """The number of images that something applies to, and the first of them."""
 
     def __init__(self) -> None:
         self.count, self.first = 0, ""
@@ -456,7 +456,7 @@ class Tally:
 
 @dataclasses.dataclass
 class Outcome:
-    """What a conversion wrote, what it left out, and what was unusual."""
+    """What a conversion wrote, what it skipped, and what was unusual."""
 
     format: ImageFormat | None = None
     first: str = ""  # name of the first image
@@ -465,21 +465,21 @@ class Outcome:
     classes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     too_small: Tally = dataclasses.field(default_factory=Tally)
     cmyk: Tally = dataclasses.field(default_factory=Tally)
-    recolored: Tally = dataclasses.field(default_factory=Tally)  # by their colour profiles
+    recolored: Tally = dataclasses.field(default_factory=Tally)  # changed by their colour profiles
     bad_profiles: Tally = dataclasses.field(default_factory=Tally)  # names and reasons
-    misnamed: Tally = dataclasses.field(default_factory=Tally)  # of another format
+    misnamed: Tally = dataclasses.field(default_factory=Tally)  # format differs from the extension
     damaged: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # names and reasons
-    deep: Tally = dataclasses.field(default_factory=Tally)  # of 16 bits, made 8-bit
-    deep_top: int = 0  # largest of their values, of 16 bits
+    deep: Tally = dataclasses.field(default_factory=Tally)  # 16-bit images that became 8-bit
+    deep_top: int = 0  # largest 16-bit value in them
     moments: Moments | None = None
-    scaling: Scaling | None = None  # of data that are not 8-bit
-    clip: tuple[float, float] | None = None  # limits of the values; None where they have none
-    num_clipped: int = 0  # values beyond them
-    num_values: int = 0  # values that were compared with them
+    scaling: Scaling | None = None  # set for data that are not 8-bit
+    clip: tuple[float, float] | None = None  # limits of the values; None for no limits
+    num_clipped: int = 0  # values beyond the limits
+    num_values: int = 0  # values compared with the limits
     conditions: "Outcome | None" = None
 
     def add(self, result: Converted, label: Any) -> None:
-        """Counts an image that is written; raises ValueError if it is unlike the first."""
+        """Counts a written image. Raises ValueError if its format differs from the first's."""
         if not self.num_images:
             self.first, self.format = result.name, result.format
         if result.format != self.format:
@@ -500,7 +500,7 @@ class Outcome:
             self.classes[label] += 1
 
     def note_oddities(self, result: Converted) -> None:
-        """Counts an image of CMYK, with a colour profile, of 16 bits, or of a misleading name."""
+        """Counts what is unusual: CMYK, colour profiles, 16 bits, or a misleading name."""
         if result.deep_top is not None:
             self.deep.add(result.name)
             self.deep_top = max(self.deep_top, result.deep_top)
@@ -518,7 +518,7 @@ class Outcome:
             self.misnamed.add(f"{result.name} ({result.file_format})")
 
     def check_depth(self) -> None:
-        """Raises ValueError if images of 16 bits use so few of them that 8 are nearly black."""
+        """Raises ValueError if 16-bit images would become nearly black as 8-bit images."""
         if self.deep.count and self.deep_top < _HALF_OF_16_BITS:
             bits = max(self.deep_top.bit_length(), 8)
             how = (f"keep the values with --scale=0,{(1 << bits) - 1} or --scale=minmax, or store "
@@ -526,12 +526,12 @@ class Outcome:
             if self.format.channels > 1:
                 how = "store them with 8 bits or, for --scale, as .npy arrays"
             raise ValueError(
-                f"{counted(self.deep.count, 'image has', 'images have')} 16 bits a channel but no "
-                f"value above {self.deep_top}: the upper 8 bits would be nearly black; "
+                f"{counted(self.deep.count, 'image has', 'images have')} 16 bits per channel, but "
+                f"no value above {self.deep_top}, so the upper 8 bits would be nearly black; "
                 f"{how} (the first is {self.deep.first})")
 
     def settle_scaling(self, settings: Settings) -> None:
-        """Makes the scaling of what was added; raises ValueError for a constant channel."""
+        """Computes the scaling from the images. Raises ValueError for a constant channel."""
         if self.moments:
             self.clip = settings.clip
             with error_prefix(settings.flag):
@@ -541,13 +541,13 @@ class Outcome:
 class Conditions(NamedTuple):
     """The condition images of a conversion, and how they are converted.
 
-    Where they are channels of the images' own files, `source` and `numbers` are those of images.
+    If they are channels of the images' own files, `source` and `numbers` are those of the images.
     """
 
     source: Source
-    numbers: Sequence[int]  # the condition image of each image that is converted
+    numbers: Sequence[int]  # the condition image for each image that is converted
     settings: Settings
-    flag: str = "--cond-source"  # what errors call where they come from
+    flag: str = "--cond-source"  # the flag of their source, for errors
 
 
 def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None,
@@ -557,8 +557,8 @@ def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None
                 names: Sequence[str] | None = None) -> Outcome:
     """Converts and writes these images of the source and their conditions, then dataset.json.
 
-    `class_names` are those of the new labels. `names` are those of the images, without extensions;
-    None numbers them.
+    `class_names` are the names of the new labels. `names` are the new names of the images without
+    extensions. With None, images are numbered.
     """
     outcome, entries = Outcome(conditions=Outcome() if conditions else None), bytearray()
     convert = functools.partial(
@@ -589,13 +589,13 @@ def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None
     all_of_them = "the only image is" if len(numbers) == 1 else f"all {len(numbers)} images are"
     if len(outcome.damaged) == len(numbers):
         name, damage = outcome.damaged[0]
-        raise ValueError(f"{all_of_them} damaged, the first: {name}: {damage}")
+        raise ValueError(f"{all_of_them} damaged; the first is {name}: {damage}")
     outcome.check_depth()
     if outcome.conditions:
         outcome.conditions.check_depth()
     if not outcome.num_images:
-        raise ValueError(f"{all_of_them} smaller than --resolution; "
-                         "--transform=center-crop enlarges")
+        raise ValueError(f"{all_of_them} smaller than --resolution; enlarge with "
+                         "--transform=center-crop")
     more = _scale_entries(outcome, settings, conditions)
     if class_names and labels:
         more += b', "class_names": %b' % json.dumps(class_names).encode()
@@ -605,10 +605,10 @@ def convert_all(source: Source, numbers: Sequence[int], labels: list[Any] | None
 
 def _read_pairs(source: Source, numbers: Sequence[int],
                 conditions: Conditions | None) -> Iterator[tuple[Item, Item | None]]:
-    """Returns each image with its condition image, which may be the same item."""
+    """Yields each image with its condition image, which may be the same item."""
     if not conditions:
         return ((item, None) for item in source.read(numbers))
-    if conditions.source is source:  # read once
+    if conditions.source is source:  # read only once
         return ((item, item) for item in source.read(numbers))
     return zip(source.read(numbers), conditions.source.read(conditions.numbers), strict=True)
 
@@ -616,7 +616,7 @@ def _read_pairs(source: Source, numbers: Sequence[int],
 def _convert_pair(items: tuple[Item, Item | None], settings: Settings,
                   cond_settings: Settings | None,
                   flag: str | None) -> tuple[Converted, Converted | None]:
-    """Returns what becomes of an image and of its condition image, if it has one."""
+    """Converts an image and its condition image, if it has one."""
     item, condition = items
     result = convert_image(item, settings)
     if condition is None or (result.data is None and not result.damage):
@@ -630,7 +630,7 @@ def _suffix(result: Converted) -> str:
 
 
 def _of_one_size(condition: Converted, image: Converted, flag: str) -> Converted:
-    """Returns the condition image; raises ValueError if its size isn't that of its image."""
+    """Returns the condition image. Raises ValueError if its size differs from its image's."""
     if condition.data is None or condition.format.shape[1:] != image.format.shape[1:]:
         raise ValueError(f"{flag}: {condition.name} is {condition.format}, but its image "
                          f"{image.name} is {image.format}; --resolution makes both alike")
@@ -638,7 +638,7 @@ def _of_one_size(condition: Converted, image: Converted, flag: str) -> Converted
 
 
 def _scale_entries(outcome: Outcome, settings: Settings, conditions: Conditions | None) -> bytes:
-    """Returns what dataset.json says of scalings and limits of values, after the labels."""
+    """Returns the entries of dataset.json for scalings and limits, which follow the labels."""
     outcome.settle_scaling(settings)
     record = {"scale": outcome.scaling, "clip": outcome.clip}
     if conditions:
@@ -650,12 +650,12 @@ def _scale_entries(outcome: Outcome, settings: Settings, conditions: Conditions 
 
 @contextlib.contextmanager
 def open_dest(path: Path) -> Iterator[Callable[[str, bytes], None]]:
-    """Opens a function that writes a file by name; `path` appears when the block ends well.
+    """Yields a function that writes a file by name. `path` appears when the block succeeds.
 
-    An earlier ZIP is replaced, an earlier folder must be empty.
+    An existing ZIP is replaced. An existing folder must be empty.
 
     Raises:
-        OSError: the destination can't be written, or it exists.
+        OSError: the destination can't be written, or exists already.
     """
     with open_dests({"--dest": path}) as [write]:
         yield write
@@ -663,10 +663,10 @@ def open_dest(path: Path) -> Iterator[Callable[[str, bytes], None]]:
 
 @contextlib.contextmanager
 def open_dests(paths: Mapping[str, Path]) -> Iterator[list[Callable[[str, bytes], None]]]:
-    """Opens several, as `open_dest` does one, by the flags that errors call them.
+    """Opens several destinations like `open_dest`, by their flags, which errors name.
 
-    All are whole before the first gets its name, so a full disk leaves the earlier ones as they
-    were.
+    All are complete before the first gets its name. A full disk therefore leaves earlier data sets
+    unchanged.
     """
     with contextlib.ExitStack() as stack:
         dests = []
@@ -677,7 +677,7 @@ def open_dests(paths: Mapping[str, Path]) -> Iterator[list[Callable[[str, bytes]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 dests.append(stack.enter_context(opener(path, flag)))
             except OSError as error:
-                if error.strerror is None:  # in words of our own
+                if error.strerror is None:  # a message of this program
                     raise
                 raise OSError(f"{flag}={given}: can't be written ({error.strerror}); name another "
                               "place") from error
@@ -690,7 +690,7 @@ class _Dest(NamedTuple):
     """A data set that is being written."""
 
     write: Callable[[str, bytes], None]
-    finish: Callable[[], None]  # leaves nothing to do but to give it its name
+    finish: Callable[[], None]  # completes it, except for giving it its name
 
 
 @contextlib.contextmanager
@@ -714,7 +714,7 @@ def _write_folder(path: Path, flag: str) -> Iterator[_Dest]:
         (tmp / name).write_bytes(data)
 
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{flag}={path}: is there already and not an empty folder")
+        raise FileExistsError(f"{flag}={path}: exists and is not an empty folder")
     tmp = temporary_name(path)
     tmp.mkdir()
     try:

@@ -1,11 +1,11 @@
-"""The cache folder: room in it, what it keeps of data sets, and what lies in it; without PyTorch.
+"""The cache folder: free space, cached facts about data sets, and its contents. Needs no PyTorch.
 
     packed/FINGERPRINT-READER.npy    the images of a data set, see images/uniform_images.py
-    notes/KIND-KEY.json              what took long to find out about a data set
-    references/, downloads/          of metrics/evaluator.py and dnnlib/util.py
-    compiled/                        of torch.compile
+    notes/KIND-KEY.json              facts about a data set that took long to compute
+    references/, downloads/          see metrics/evaluator.py and dnnlib/util.py
+    compiled/                        see torch.compile
 
-Everything in it can be made again, and a cache that can't be written costs only time.
+Everything in it can be computed again. If the cache can't be written, only time is lost.
 """
 
 import contextlib
@@ -28,24 +28,24 @@ from images.image_files import Files, Folder
 PACKED = "packed"
 _NOTES = "notes"
 _FOLDERS = (PACKED, _NOTES, "references", "downloads", "compiled")
-_SETTLED_NS = 2 * 10**9  # a file changed later may change again within one tick of its clock
-_READERS, _READ_AT_ONCE = 8, 1024  # threads that wait for a disk or server, and files for them
+_SETTLED_NS = 2 * 10**9  # a file changed since may change again within one tick of its clock
+_READERS, _READ_AT_ONCE = 8, 1024  # threads that wait for a disk or server; files in flight
 
 
 # ------------------------------------------------------------------------------------ room
 
 def free_bytes(path: Path) -> int:
-    """Returns how many bytes this user may still write where `path` is or would be made.
+    """Returns the number of bytes that this user can write at `path`, which need not exist.
 
     Raises:
-        OSError: it can't be found out.
+        OSError: the file system can't be queried.
     """
     path = path.absolute()
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
 def make_room(folder: Path, num_bytes: int) -> int:
-    """Makes a folder, removes what killed processes left there, and returns its free bytes.
+    """Makes a folder, removes leftovers of killed processes, and returns the free bytes.
 
     Raises:
         OSError: the folder can't be made, or fewer than `num_bytes` are free.
@@ -54,14 +54,14 @@ def make_room(folder: Path, num_bytes: int) -> int:
     remove_stale(folder)
     free = free_bytes(folder)
     if free < num_bytes:
-        raise OSError(f"{folder}: {shown_bytes(num_bytes)} are needed and {shown_bytes(free)} free")
+        raise OSError(f"{folder}: needs {shown_bytes(num_bytes)}, but {shown_bytes(free)} are free")
     return free
 
 
 # ----------------------------------------------------------------------------------- notes
 
 def read_note(kind: str, key: str) -> dict[str, Any] | None:
-    """Returns what `write_note` kept; None if there is nothing, or nothing that can be read."""
+    """Returns the data that `write_note` stored, or None if it is missing or unreadable."""
     try:
         note = json.loads(_note_path(kind, key).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -70,7 +70,7 @@ def read_note(kind: str, key: str) -> dict[str, Any] | None:
 
 
 def write_note(kind: str, key: str, note: dict[str, Any]) -> None:
-    """Keeps plain data for later processes; a cache that can't be written keeps none."""
+    """Stores plain data for later processes. Does nothing if the cache can't be written."""
     with contextlib.suppress(OSError):
         path = _note_path(kind, key)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,15 +84,15 @@ def _note_path(kind: str, key: str) -> Path:
 # ----------------------------------------------------------------------------- fingerprints
 
 class Listing(NamedTuple):
-    """Names, sizes and times of some files of a folder, without their content.
+    """Names, sizes and times of some files in a folder, without their content.
 
-    `digest` is the same for a copy that keeps the times; `key` also knows the place and when the
-    files were last touched, so that it changes with every file that is written.
+    `digest` is the same for a copy that preserves the times. `key` also depends on the folder and
+    on when each file was last changed in any way, so every write changes it.
     """
 
     digest: str
     key: str
-    newest_ns: int  # when the last of them changed
+    newest_ns: int  # when the last of them was changed
 
 
 def list_folder(folder: Path, names: Sequence[str]) -> Listing:
@@ -112,17 +112,17 @@ def list_folder(folder: Path, names: Sequence[str]) -> Listing:
 
 
 def known_fingerprint(listing: Listing) -> str | None:
-    """Returns the fingerprint of a folder that has been read before, None where none is kept."""
+    """Returns the cached fingerprint of a folder, or None if there is none."""
     found = (read_note("fingerprint", listing.key) or {}).get("fingerprint")
     return found if isinstance(found, str) else None
 
 
 def fingerprint(files: Files, names: Sequence[str], listing: Listing | None,
                 title: str) -> str:
-    """Returns a sha256 over names, sizes and CRCs, which a copy of the files shares.
+    """Returns a sha256 of names, sizes and CRCs, which is the same for a copy of the files.
 
-    A ZIP lists them. The files of a folder are read, unless the cache knows the fingerprint by
-    their `listing`.
+    A ZIP lists these. The files of a folder have to be read, unless the cache has the fingerprint
+    for their `listing`.
     """
     if listing and (known := known_fingerprint(listing)):
         return known
@@ -141,7 +141,7 @@ def fingerprint(files: Files, names: Sequence[str], listing: Listing | None,
 
 
 def _read_stamps(files: Folder, names: Sequence[str]) -> Iterator[str]:
-    """Yields the stamps of files in order; several are read at a time."""
+    """Yields the stamps of files in order, reading several at a time."""
     with ThreadPoolExecutor(_READERS) as pool:
         for first in range(0, len(names), _READ_AT_ONCE):
             yield from pool.map(files.stamp, names[first:first + _READ_AT_ONCE])
@@ -150,16 +150,16 @@ def _read_stamps(files: Folder, names: Sequence[str]) -> Iterator[str]:
 # -------------------------------------------------------------------------------- contents
 
 class Entry(NamedTuple):
-    """A file or folder of the cache by its name relative to it."""
+    """A file or folder of the cache. Its name is relative to the cache folder."""
 
     name: str
     num_bytes: int
-    used: float  # seconds since 1970 when it was last written or read, as far as known
-    about: str  # what it is of
+    used: float  # seconds since 1970 when it was last written or read, if known
+    about: str  # what it holds
 
 
 def entries() -> list[Entry]:
-    """Returns what lies in the cache folder; notes and compiled code are an entry each in all."""
+    """Returns the contents of the cache folder. Notes and compiled code are one entry each."""
     found = []
     with stage(f"Listing {cache_dir()}"):
         for folder in map(cache_dir, _FOLDERS):
@@ -177,7 +177,7 @@ def entries() -> list[Entry]:
 def _entry(path: Path, files: Sequence[Path]) -> Entry:
     sizes, used = [], []
     for file in files:
-        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # removed in the meantime
             status = file.stat()
             sizes.append(status.st_size)
             used.append(max(status.st_mtime, status.st_atime))
@@ -190,11 +190,11 @@ def _entry(path: Path, files: Sequence[Path]) -> Entry:
 
 
 def remove(names: Sequence[str]) -> list[Entry]:
-    """Removes entries by their names or the beginnings of these; returns those removed.
+    """Removes entries by their names or unique prefixes, and returns the removed entries.
 
     Raises:
-        ValueError: a name is that of no entry, or begins those of several.
-        OSError: one can't be removed.
+        ValueError: a name matches no entry, or is a prefix of several.
+        OSError: an entry can't be removed.
     """
     there, chosen = entries(), {}
     for name in names:
@@ -203,8 +203,8 @@ def remove(names: Sequence[str]) -> list[Entry]:
             if name and (entry.name.startswith(name) or Path(entry.name).name.startswith(name))]
         if len(fitting) != 1:
             problem = f"begins the names of {len(fitting)} entries" if fitting else "is no entry"
-            raise ValueError(f"{name!r} {problem} of {cache_dir()}; dataset_tool.py cache list "
-                             "shows them")
+            raise ValueError(f"{name!r} {problem} of {cache_dir()}; list them with dataset_tool.py "
+                             "cache list")
         chosen[fitting[0].name] = fitting[0]
     for entry in chosen.values():
         path = cache_dir() / entry.name
@@ -218,6 +218,6 @@ def remove(names: Sequence[str]) -> list[Entry]:
 
 
 def note_packed(path: Path, data: Path, num_images: int) -> None:
-    """Keeps of what a packed file is, for `entries`."""
+    """Records the data set of a packed file, for `entries`."""
     write_note("packed", path.stem, {"data": os.path.abspath(data), "images": num_images,
                                      "host": socket.gethostname()})

@@ -1,17 +1,17 @@
 """Images as arrays from a folder or ZIP, with labels and conditions, and the order of training.
 
-A data set is a folder or a ZIP of images of one size: pictures that Pillow reads, gray ('L') or
-RGB, or arrays (.npy) of any channels; or it is an .npz, see images/npz_files.py. Images are
-numbered by their sorted names. Labels are in `dataset.json` and condition images in cond/, as
-images/image_files.py says; class numbers become one-hot vectors. "scale" and "cond_scale" in
-`dataset.json` say how arrays become what networks see (images/scaling.py).
+A data set is a folder or ZIP of images of one size: pictures that Pillow reads as gray ('L') or
+RGB, or arrays (.npy) with any number of channels. It may also be an .npz, see images/npz_files.py.
+Images are numbered in the sorted order of their names. Labels are in `dataset.json` and condition
+images in cond/, see images/image_files.py. Class numbers become one-hot vectors. "scale" and
+"cond_scale" in `dataset.json` map arrays to the network's scale (images/scaling.py).
 
-Training sees one endless stream of images. Position p of the stream is image
+Training reads one endless stream of images. Position p of the stream is image
 
     permutation_e[p mod size],    e = p div size,
 
-where permutation_e is drawn only from (seed, e). So batch size, world size and resuming change
-who reads an image, never which one comes next.
+where permutation_e depends only on (seed, e). Batch size, world size and resuming therefore change
+which process reads an image, but never the order of the images.
 """
 
 import contextlib
@@ -62,48 +62,48 @@ from images.uniform_images import READER_VERSION, UniformImages
 from torch_utils import distributed
 from torch_utils.loading import read_in_processes
 
-_DATA_TAG = int.from_bytes(b"data", "big")  # sets this stream apart from other uses of the seed
-_MEASURE_BYTES = 1 << 24  # data looked at at a time
-_MEASURE_ALONE = 2048  # fewer images are measured sooner than processes start
-_LOOKED_AT = 16  # files that are no images, where there are no images
-_MEASURE_SEED = int.from_bytes(b"measure", "big")  # of the images that are drawn
+_DATA_TAG = int.from_bytes(b"data", "big")  # separates this stream from other uses of the seed
+_MEASURE_BYTES = 1 << 24  # size of the chunks in which data are measured
+_MEASURE_ALONE = 2048  # fewer images are measured faster than processes start
+_LOOKED_AT = 16  # files inspected when a folder has no images
+_MEASURE_SEED = int.from_bytes(b"measure", "big")  # of the random subset that is measured
 
 
 class ImageFolderDataset(torch.utils.data.Dataset):
     """The images of a folder, ZIP or .npz as (image [C, H, W], float32 label [label_dim]) pairs.
 
-    Images are uint8, uint16 or float32, as they are stored; `scaling` makes of them what networks
-    see. With `use_conditions` a third item is the condition image, with `cond_scaling`.
+    Images are uint8, uint16 or float32, as they are stored. `scaling` maps them to the network's
+    scale. With `use_conditions`, a third item is the condition image, which has `cond_scaling`.
 
-    Opening looks at the names, the labels and the header of the first image; every other image
-    must be of its format, which is verified when it is read (see `check_uniform`).
+    Opening a data set reads only the names, the labels and the header of the first image. All other
+    images must have the same format, which is verified when they are read (see `check_uniform`).
 
     Args:
-        path: a folder, a ZIP or an .npz; or images in memory.
-        resolution: the size that the images must have, a side or [height, width]; None takes any.
-        use_pyspng: unused; accepted because configurations of EDM carry it.
-        max_size: keep a random subset of this size, chosen by `random_seed`.
-        use_labels: read the labels; without them `label_dim` is 0.
-        xflip: append a mirrored copy of the whole set.
+        path: a folder, a ZIP or an .npz, or images in memory.
+        resolution: required size of the images, a side or [height, width]. None accepts any.
+        use_pyspng: unused; accepted because EDM's configurations have it.
+        max_size: maximum number of images. Of more, `random_seed` chooses a random subset.
+        use_labels: read the labels. Otherwise `label_dim` is 0.
+        xflip: append a mirrored copy of every image.
         random_seed: any integer.
         cache: read pixels from a packed copy, see `pack`.
-        use_conditions: read the condition images, of which there must be one for each image.
-        any_size: let images differ in height and width; `get_batch` then takes only indices of one
-            size. Such a data set can't be packed.
-        patch: read squares of this side in place of whole images, see `get_batch`.
+        use_conditions: read the condition images. Each image must have one.
+        any_size: allow images of different sizes. `get_batch` then takes only indices of one size,
+            and the data set can't be packed.
+        patch: read squares of this side instead of whole images, see `get_batch`.
 
     Attributes:
-        image_shape: [C, H, W]; where sizes differ, that of the first image; of patches, theirs.
-        stored_shape: the same of whole images.
-        patch: the side of patches, None for whole images.
-        scaling: of the images.
-        cond_shape: [C, H, W] of the condition images; None where they are not read.
-        cond_scaling: of the condition images; None where they are not read.
-        class_names: what the classes are called; None where labels or names of them are missing.
+        image_shape: [C, H, W] of patches, or else of images (of the first if sizes differ).
+        stored_shape: [C, H, W] of whole images.
+        patch: the side of patches, or None for whole images.
+        scaling: scaling of the images.
+        cond_shape: [C, H, W] of the condition images; None if they are not read.
+        cond_scaling: scaling of the condition images; None if they are not read.
+        class_names: names of the classes; None if there are no labels or no names.
 
     Raises:
-        OSError: there is no such file, or it can't be read.
-        ValueError: not a data set as described above, or a damaged image.
+        OSError: the path does not exist or can't be read.
+        ValueError: it is not a data set as described above, or an image is damaged.
     """
 
     def __init__(self, path: str | os.PathLike, resolution: int | Sequence[int] | None = None,
@@ -148,10 +148,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._subset_key = "" if max_size is None else f"-{len(self._kept)}-{random_seed}"
 
     def _way_to_images(self) -> str:
-        """Returns what to do with files that are none, if the first show a source of them."""
+        """Returns advice if the first files look like a source that can be converted."""
         for name in sort_names(self._files.names).others[:_LOOKED_AT]:
             if name.lower().endswith(TENSOR_SUFFIXES) or is_dicom(name, self._files.open):
-                return f"; dataset_tool.py makes a data set of files such as {shown_name(name)}"
+                return f"; convert files such as {shown_name(name)} with dataset_tool.py first"
         return ""
 
     def __len__(self) -> int:
@@ -164,12 +164,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                   ) -> tuple[np.ndarray, ...]:
         """Returns images [B, C, H, W], float32 labels [B, label_dim] and, if read, conditions.
 
-        All are copies, in the type that is stored.
+        Images are copied in the type in which they are stored.
 
         Args:
-            indices: which images.
-            offsets: where patches are read: the first row and column in each image, [B, 2]; None
-                takes the patches in the middle.
+            indices: indices of the images.
+            offsets: the first row and column of the patch in each image, [B, 2]. None takes the
+                patches at the center.
         """
         rows, mirrored = self.locate(indices)
         if self.patch is None:
@@ -183,11 +183,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return images, self.labels_of(rows), *conditions
 
     def corners(self, mirrored: np.ndarray, offsets: np.ndarray | None) -> np.ndarray:
-        """Returns the first row and column of patches in images as they are stored, [B, 2].
+        """Returns the first row and column of patches within the stored images, [B, 2].
 
         Args:
-            mirrored: which images are mirrored, [B].
-            offsets: as for `get_batch`.
+            mirrored: whether each image is mirrored, [B].
+            offsets: see `get_batch`.
         """
         limits = np.array(self.stored_shape[1:]) - self.patch
         corners = np.array(np.broadcast_to(limits // 2 if offsets is None else offsets,
@@ -196,17 +196,18 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return corners
 
     def get_scored(self, indices: Sequence[int]) -> np.ndarray:
-        """Returns images as detectors take them: uint8, or else float32 as networks see them."""
+        """Returns images for detectors: uint8, or otherwise float32 in the network's scale."""
         images = self.get_batch(indices)[0]
         if self.scaling.is_8bit:
             return images
         return self.scaling.to_network(torch.from_numpy(images)).numpy()
 
     def measure(self, max_images: int | None = None) -> tuple[Moments, Spread]:
-        """Returns the moments of the images, in the data's units, and their spread over images.
+        """Returns the moments of the images, in the data's units, and how much images differ.
 
         Args:
-            max_images: of a larger data set, measure only so many, which a fixed seed draws.
+            max_images: maximum number of images to measure. Of more, a random subset with a fixed
+                seed is taken.
 
         Raises:
             ValueError: an image can't be read.
@@ -234,11 +235,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @property
     def scale(self) -> dict[str, Any] | None:
-        """`scaling` as plain data; None for 8-bit images, which have the one scale."""
+        """`scaling` as plain data; None for 8-bit images, which all have the same."""
         return None if self.scaling.is_8bit else self.scaling.to_dict()
 
     def sample_records(self) -> dict[str, dict[str, Any]]:
-        """Returns what generate.py recorded in this data set, by folder: '' or ending in '/'."""
+        """Returns generate.py's records in this data set, by folder ('' or ending in '/')."""
         found = {}
         for name in self._files.names:
             folder, _, last = name.rpartition("/")
@@ -252,22 +253,22 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @property
     def has_conditions(self) -> bool:
-        """Whether there are condition images, read or not."""
+        """Whether the data set has condition images, even if they are not read."""
         return bool(self._cond_names)
 
     @property
     def cond_channels(self) -> int:
-        """Channels of the condition images that are read, 0 where none are."""
+        """Number of channels of the condition images, or 0 if they are not read."""
         return self.cond_shape[0] if self.cond_shape else 0
 
     def _shape_read(self, images: UniformImages) -> list[int]:
-        """Returns [C, H, W] of what is read of images, whole or as patches."""
+        """Returns [C, H, W] of the images or patches that are read."""
         channels, height, width = images.format.shape
         if self.patch is None:
             return [channels, height, width]
         side = min(height, width)
         if not 1 <= self.patch <= side:
-            raise ValueError(f"{self.path}: images are {width}x{height}, which have no patches of "
+            raise ValueError(f"{self.path}: images are {width}x{height}, too small for patches of "
                              f"{self.patch}x{self.patch}; give --patch={side} or less")
         return [channels, self.patch, self.patch]
 
@@ -277,20 +278,20 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         height, width = self.stored_shape[1:]
         expected = [resolution] * 2 if isinstance(resolution, int) else list(resolution)
         if expected != [height, width]:
-            raise ValueError(f"{self.path}: images are {width}x{height}, "
-                             f"expected {expected[1]}x{expected[0]}")
+            raise ValueError(f"{self.path}: images are {width}x{height}, but "
+                             f"{expected[1]}x{expected[0]} is expected")
 
     def _open_conditions(self) -> UniformImages:
         if not self._cond_names:
-            raise ValueError(f"{self.path}: has no condition images; dataset_tool.py --cond-source "
-                             "puts them into a data set")
+            raise ValueError(f"{self.path}: has no condition images; add them with dataset_tool.py "
+                             "--cond-source")
         found, extra = match_names([CONDITIONS + name for name in self._names], self._cond_names)
         check_matched(self._names, found, extra, str(self.path))
         conditions = UniformImages(self.path, self._files, found, self._kept, self._any_size)
         if conditions.format.shape[1:] != self._images.format.shape[1:]:
             raise ValueError(f"{conditions.where(0)} is {conditions.format}, but {self._names[0]} "
-                             f"is {self._images.format}; a condition image has the size of its "
-                             "image")
+                             f"is {self._images.format}; condition images must have the size of "
+                             "their images")
         return conditions
 
     def get_label(self, idx: int) -> np.ndarray:
@@ -306,29 +307,29 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @property
     def is_packed(self) -> bool:
-        """Whether images come from an array instead of files."""
+        """Whether images are read from the packed copy instead of files."""
         return all(stack.packed is not None for stack in self._stacks)
 
     @functools.cached_property
     def sizes(self) -> list[tuple[int, int]]:
-        """The height and width of each image, [len]; of a data set of one size nothing is read.
+        """The height and width of each image, [len]. Nothing is read if all have one size.
 
         Raises:
-            ValueError: an image can't be read or is of another kind, or its condition image, if
-                these are read, is of another size.
+            ValueError: an image can't be read or has another kind, or the size of a condition
+                image that is read differs from that of its image.
         """
         found, *of_conditions = (stack.sizes() for stack in self._stacks)
         for conditions in of_conditions:
             for number, size, other in zip(self._kept, found, conditions, strict=True):
                 if size != other:
                     raise ValueError(f"{self._images.where(number)} is {size[1]}x{size[0]}, but "
-                                     f"its condition image is {other[1]}x{other[0]}; they must be "
-                                     "of one size")
+                                     f"its condition image is {other[1]}x{other[0]}; they must "
+                                     "have the same size")
         return found * self._copies
 
     @property
     def all_names(self) -> Sequence[str]:
-        """The names of all images, in order, of which `max_size` may have chosen a part."""
+        """The names of all images, in order, including those that `max_size` leaves out."""
         return self._names
 
     @property
@@ -338,7 +339,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @property
     def resolution(self) -> int | list[int]:
-        """The side of square images, else [height, width]: networks' `img_resolution`."""
+        """The side of square images, or [height, width]: the networks' `img_resolution`."""
         height, width = self.image_shape[1:]
         return height if height == width else [height, width]
 
@@ -366,32 +367,32 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A sha256 over the names, sizes and CRCs of images and labels; a copy has the same.
+        """A sha256 of the names, sizes and CRCs of images and labels. Copies have the same.
 
-        A ZIP lists them. The files of a folder are read for it, once: the cache keeps the value for
-        as long as no file is touched.
+        A ZIP lists these. The files of a folder are read once for it, and the cache keeps the value
+        until a file changes.
         """
         return data_cache.fingerprint(self._files, self._stamped_names, self._listing,
                                       str(self.path))
 
     @property
     def content_key(self) -> str:
-        """Names what is made of the images: fingerprint, subset, how they are read, mirrored."""
+        """A key for data derived from the images: fingerprint, subset, reader, mirroring."""
         mirrored = "-xflip" if self._copies == 2 else ""
         return f"{self.fingerprint}{self._subset_key}-{READER_VERSION}{mirrored}"
 
     @property
     def known_fingerprint(self) -> str | None:
-        """The fingerprint where no image has to be read for it, else None."""
+        """The fingerprint if it is known without reading images, else None."""
         if "fingerprint" in self.__dict__ or self._listing is None:
             return self.fingerprint
         return data_cache.known_fingerprint(self._listing)
 
     def share_fingerprint(self) -> None:
-        """Finds the fingerprint once for all ranks; every rank must call it.
+        """Finds the fingerprint once for all ranks. All ranks must call this.
 
-        Rank 0 reads a folder. The first rank of another node does too where names, sizes and times
-        are others there, and a rank that was given another path than the first one of its node.
+        Rank 0 reads a folder. So does the first rank of another node if names, sizes or times
+        differ there, and a rank whose path differs from that of the first rank of its node.
         """
         if self._is_fingerprint_shared:  # on all ranks or on none
             return
@@ -424,33 +425,33 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def _stamped_names(self) -> list[str]:
         there, others = set(self._files.names), [LABELS_NAME]
         if not self.scaling.is_8bit:
-            others.append(GENERATE_RECORD)  # has the scale of generated arrays
+            others.append(GENERATE_RECORD)  # it holds the scale of generated arrays
         return sorted([*self._names, *self._cond_names, *filter(there.__contains__, others)])
 
     def check_uniform(self) -> None:
-        """Reads the header of every picture that is used, and the whole of arrays of floats.
+        """Reads the header of every picture that is used, and all values of floating-point arrays.
 
         Raises:
-            ValueError: naming the first image whose mode or size differs, or a value that is not
-                finite.
+            ValueError: an image, which the message names, has another mode or size than the first,
+                or a value that is not finite.
         """
         for stack in self._stacks:
             stack.check_uniform()
 
     @property
     def arrays(self) -> list[np.ndarray]:
-        """The packed images, [n, C, H, W], and condition images if read; only where `is_packed`."""
+        """The packed images [n, C, H, W] and, if read, condition images. Needs `is_packed`."""
         return [stack.packed for stack in self._stacks]
 
     def locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the row of each index in the packed copy, and whether it is mirrored."""
         indices = np.asarray(indices, dtype=np.int64)
         if ((indices < 0) | (indices >= len(self))).any():
-            raise IndexError(f"{self.path}: index beyond the {len(self)} images")
+            raise IndexError(f"{self.path}: index out of range; there are {len(self)} images")
         return indices % len(self._kept), indices >= len(self._kept)
 
     def labels_of(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the labels of rows of the packed copy, float32 [B, label_dim]."""
+        """Returns the labels for rows of the packed copy, float32 [B, label_dim]."""
         labels = self._labels[self._kept[rows]]
         if not self.has_onehot_labels:
             return labels
@@ -459,7 +460,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return onehot
 
     def close(self) -> None:
-        """Closes the ZIP; reading opens it again."""
+        """Closes the ZIP. Reading opens it again."""
         self._files.close()
 
     @collector_paused()
@@ -477,15 +478,15 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return None if labels is None else label_array(self._names, labels, where)
 
     def pack(self) -> None:
-        """Reads pixels from a packed copy in the cache folder from now on, if there can be one.
+        """Reads pixels from a packed copy in the cache folder from now on, if possible.
 
-        It is made on first use, by the first rank of each node, or of all nodes that share the
-        cache folder, and mapped by every process. Every rank must call this. Where there is no room
-        for it, or the folder can't be written, a warning says so, and images come from their files
-        as before: see `is_packed`.
+        The copy is made on first use by the first rank of each node, or of all nodes that share the
+        cache folder. Every process maps it into memory. All ranks must call this. If there is no
+        space for the copy, or if the folder can't be written, a warning is printed and images are
+        still read from their files (see `is_packed`).
 
         Raises:
-            ValueError: an image can't be read, or is not of the first one's format.
+            ValueError: an image can't be read, or its format differs from that of the first.
         """
         self.share_fingerprint()
         packer = _first_with_this_cache()
@@ -500,12 +501,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                   "images in every epoch instead, as with --cache=0. --cache-dir names another "
                   "folder", file=sys.stderr, flush=True)
         if self.is_packed:
-            self.close()  # the list of a ZIP's members is larger than all else
+            self.close()  # the list of a ZIP's members is larger than everything else
 
     def packing(self) -> list[tuple[Path, int, bool]]:
-        """Returns what `pack` would make: (path, bytes, whether it is there) of each file.
+        """Returns (path, bytes, whether it exists) of each file that `pack` would make.
 
-        Where a folder has never been read, the path is that of the cache folder.
+        If a folder has never been read, the path is that of the cache folder.
         """
         fingerprint = self.known_fingerprint
         if fingerprint is None:
@@ -520,7 +521,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                 for _, suffix in zip(self._stacks, ("", "-cond"), strict=False)]
 
     def _make_packed(self) -> str | None:
-        """Writes the packed files that are missing; returns what prevents it, if anything does."""
+        """Writes missing packed files. Returns the reason if that fails, else None."""
         missing = [(stack, path) for stack, path in zip(
             self._stacks, self._packed_paths(self.fingerprint), strict=True)
             if not stack.is_packed_at(path)]
@@ -543,20 +544,20 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
 
 class _Measured:
-    """The images of a data set as what is measured of a batch of them."""
+    """Measures batches of a data set's images."""
 
     def __init__(self, images: UniformImages, scaling: Scaling):
         self._images, self._scaling = images, scaling
 
     def get_batch(self, indices: Sequence[int]) -> tuple[np.ndarray, ...]:
-        """Returns the fields of `Moments`, and for each image what `Spread.add` takes."""
+        """Returns the fields of `Moments`, and the argument of `Spread.add` for each image."""
         values = self._images.get(np.asarray(indices))
         count, *of_channels = dataclasses.astuple(Moments.of(values))
         return np.array([count]), *of_channels, image_means(values, self._scaling)
 
 
 def _first_with_this_cache() -> int:
-    """Returns the first rank whose cache folder is the one of this node; every rank must call it.
+    """Returns the first rank that uses this node's cache folder. All ranks must call this.
 
     The first rank of each node leaves a mark in its folder, and the others look for it in theirs.
     """
@@ -583,8 +584,8 @@ class TrainingOrder(torch.utils.data.Sampler):
 
     Step k covers the stream positions start + k*batch ... start + (k+1)*batch - 1, where `start` is
     the number of images seen before. Rank r takes the r-th of `world_size` contiguous slices of
-    them and yields it as `rounds` lists, so that one list is the micro-batch of one round of
-    gradient accumulation. The data set has `size` images; `seed` is not negative.
+    these positions and yields it as `rounds` lists. Each list is the micro-batch of one round of
+    gradient accumulation. The data set has `size` images, and `seed` must not be negative.
     """
 
     def __init__(self, size: int, seed: int, batch: int, *, start: int = 0, rank: int = 0,
@@ -604,7 +605,7 @@ class TrainingOrder(torch.utils.data.Sampler):
             yield order_at(self._size, self._seed, positions).tolist()
 
     def positions(self) -> Iterator[range]:
-        """Yields the positions in the stream of what each list has."""
+        """Yields the stream positions of each list."""
         for position in itertools.count(self._start + self._offset, self._batch):
             for i in range(self._rounds):
                 first = position + i * self._micro_batch
@@ -622,15 +623,15 @@ def order_at(size: int, seed: int, positions: Iterable[int]) -> np.ndarray:
     return indices
 
 
-@functools.lru_cache(maxsize=4)  # of two streams; a batch may end one epoch and begin the next
+@functools.lru_cache(maxsize=4)  # two streams; a batch may span the end of an epoch
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    # RandomState, unlike Generator, is promised to give the same stream in every NumPy version.
+    # RandomState, unlike Generator, guarantees the same stream in every NumPy version.
     bits = np.random.MT19937(np.random.SeedSequence([seed, epoch, _DATA_TAG]))
     return np.random.RandomState(bits).permutation(size)
 
 
 def _subset(size: int, max_size: int | None, seed: int) -> np.ndarray:
-    """Returns the rising indices of the images to keep: EDM's choice for the same seed."""
+    """Returns the rising indices of the images to keep, the same as EDM's for the same seed."""
     indices = np.arange(size, dtype=np.int64)
     if max_size is None or max_size >= size:
         return indices

@@ -1,4 +1,4 @@
-"""Images that somebody holds in Python, as the files of a data set, so that its readers read them.
+"""Images in memory, presented as the files of a data set so that its readers can read them.
 
 | given | is read as |
 |---|---|
@@ -22,34 +22,34 @@ from images.image_files import ARRAY_SUFFIX, LABELS_NAME, picture_format
 
 
 class GivenImages(os.PathLike):
-    """Images in memory under the names of files, which takes the place of the path of a data set.
+    """Images in memory with file names, used in place of the path of a data set.
 
     Args:
-        images: one stack of images, one picture, or a sequence of images, which may differ in size.
-        labels: the class number of each, [n], or a vector, [n, label_dim]; None for no labels.
+        images: a stack of images, one picture, or a sequence of images that may differ in size.
+        labels: class numbers [n] or vectors [n, label_dim]; None for no labels.
 
     Raises:
-        ValueError: they are no images, or labels of another number.
+        ValueError: these are not images, or the numbers of images and labels differ.
     """
 
     def __init__(self, images: Any, labels: Any = None):
         self._images = [_as_array(image, i) for i, image in enumerate(_as_list(images))]
         if not self._images:
-            raise ValueError("no images are given; give one or more")
+            raise ValueError("no images are given; give at least one")
         self.names = [f"img{i:08d}{ARRAY_SUFFIX}" for i in range(len(self._images))]
         self._labels = None
         if labels is not None:
             self._labels = np.asarray(labels).tolist()
             if not isinstance(self._labels, list) or len(self._labels) != len(self._images):
                 raise ValueError(f"{len(self._images)} images, but labels of shape "
-                                 f"{list(np.shape(labels))}; give one for each image")
+                                 f"{list(np.shape(labels))}; give one label for each image")
             self.names.append(LABELS_NAME)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def open(self, name: str) -> IO[bytes]:
-        """Returns the content of the file of this name, an image or dataset.json."""
+        """Returns the content of the file with this name, an image or dataset.json."""
         if name == LABELS_NAME:
             pairs = list(zip(self.names, self._labels, strict=False))
             return io.BytesIO(json.dumps({"labels": pairs}).encode())
@@ -57,25 +57,25 @@ class GivenImages(os.PathLike):
         return io.BytesIO(array_files.encode(self._images[number]))
 
     def stamp(self, name: str) -> str:
-        """Returns what changes with the content: size and checksum."""
+        """Returns a string that changes with the content: size and checksum."""
         data = self.open(name).getvalue()
         return f"{len(data)} {zlib.crc32(data)}"
 
     def close(self) -> None:
-        """Closes nothing."""
+        """Does nothing, since no file is open."""
 
     def __fspath__(self) -> str:
-        return "given images"  # what errors call them
+        return "given images"  # the name in errors
 
     def __str__(self) -> str:
         return os.fspath(self)
 
 
 def given_images(images: Any, labels: Any = None) -> Any:
-    """Returns images in memory as a data set; the path of one as it is, which has its own labels.
+    """Returns images in memory as a data set, or a path unchanged, since it has its own labels.
 
     Raises:
-        ValueError: see `GivenImages`; labels beside a path.
+        ValueError: see `GivenImages`; or labels are given with a path.
     """
     if images is None or isinstance(images, GivenImages):
         return images
@@ -88,7 +88,7 @@ def given_images(images: Any, labels: Any = None) -> Any:
 
 
 def as_numpy(values: Any) -> Any:
-    """Returns a tensor on any device as an array, halves as float32; all else as it is."""
+    """Returns a tensor on any device as an array (halves as float32), and other values as is."""
     if not hasattr(values, "detach"):
         return values
     values = values.detach().cpu()
@@ -102,20 +102,20 @@ def _as_list(images: Any) -> Sequence[Any]:
     images = as_numpy(images)
     if isinstance(images, np.ndarray):
         if images.ndim != 4:
-            raise ValueError(f"an array of shape {list(images.shape)}; several images are "
-                             "[n, C, H, W] or a list of images, and one image is a list of one")
+            raise ValueError(f"images are an array of shape {list(images.shape)}; must be "
+                             "[n, C, H, W] or a list of images; give one image as a list of one")
         return images
     if not isinstance(images, Sequence):
-        raise ValueError(f"{type(images).__name__}: images must be a data set's path, pictures, "
-                         "arrays or tensors")
+        raise ValueError(f"images are a {type(images).__name__}; must be the path of a data set, "
+                         "pictures, arrays or tensors")
     return images
 
 
 def _as_array(image: Any, number: int) -> np.ndarray:
-    """Returns one image as an array, whose form its reader checks."""
+    """Returns one image as an array, whose shape and type are checked when it is read."""
     if isinstance(image, PIL.Image.Image):
         if not picture_format(image.mode, image.size).channels:
-            raise ValueError(f"image {number} is of mode {image.mode}; give it as gray or RGB, by "
+            raise ValueError(f"image {number} has mode {image.mode}; make it gray or RGB with "
                              "image.convert('L') or image.convert('RGB')")
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
     array = as_numpy(image)

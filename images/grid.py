@@ -1,4 +1,4 @@
-"""Grids of images as PNG files, rows labelled, and as animations."""
+"""Grids of images, with labelled rows, as PNG files, and animated GIFs."""
 
 import collections
 import functools
@@ -16,14 +16,14 @@ from dnnlib.atomic import atomic_write
 
 _FRAME_MSEC, _LAST_FRAME_MSEC = 100, 2000
 _GAP = 2  # pixels between images
-_MAX_CLASSES = 16  # that get rows of their own
+_MAX_CLASSES = 16  # with a row of their own
 _MAX_LABEL = 16  # characters
 _MIN_SIDE = 64  # pixels
 _MAX_FONT = 32  # pixels
-_LINE = 1.25  # height of a line of text over the size of the font
-# Files of fonts that systems have, for letters that Pillow's own font lacks: all but ASCII.
+_LINE = 1.25  # height of a line of text divided by the size of the font
+# Font files of common systems, for letters that Pillow's own font lacks, which has only ASCII.
 _SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")
-_NO_LETTER = "\uffff"  # which no font has
+_NO_LETTER = "\uffff"  # a character that no font has
 
 
 def image_grid(
@@ -31,14 +31,14 @@ def image_grid(
     titles: Sequence[str] = (), min_side: int = _MIN_SIDE, captions: Sequence[Sequence[str]] = (),
     halves: Sequence[str] = (),
 ) -> PIL.Image.Image:
-    """Returns one picture of the rows, on white.
+    """Returns one picture of the rows on a white background.
 
-    Images are uint8 [C, H, W], of which only the first channel is shown unless C is 3. Smaller ones
-    stand in the middle of the place that the largest need. Labels stand at the left of the rows,
-    titles above the columns; these may have several lines. `captions` are rows of lines that stand
-    under the images. There is a wider gap before the column `split`; `halves` are two lines that
-    stand above the columns at both sides of it. Small images are enlarged by a whole factor to a
-    height of at least `min_side`.
+    Images are uint8 [C, H, W]. If C is not 3, only the first channel is shown. Smaller images are
+    centered in cells of the size of the largest. Labels are placed to the left of the rows, and
+    titles, which may have several lines, above the columns. `captions` are rows of texts below the
+    images. The gap before the column `split` is wider, and `halves` are two texts above the columns
+    on either side of it. Small images are enlarged by a whole factor to a height of at least
+    `min_side`.
     """
     shapes = [image.shape[1:] for row in rows for image in row]
     highest = max(height for height, _ in shapes)
@@ -91,7 +91,7 @@ def image_grid(
 
 
 def _fitting_size(titles: Sequence[str], width: int) -> int:
-    """Returns the size of a font by which titles fit into columns of a width, but 8 at least."""
+    """Returns the font size, at least 8, at which titles fit into columns of a width."""
     sizes = range(_MAX_FONT // 2, 8, -1)
     longest = max((line for title in titles for line in title.split("\n")), key=len, default="")
     return next((size for size in sizes
@@ -99,7 +99,7 @@ def _fitting_size(titles: Sequence[str], width: int) -> int:
 
 
 def reduced(image: np.ndarray, max_side: int) -> np.ndarray:
-    """Returns a uint8 image [C, H, W] with neither side above `max_side`, smaller if need be."""
+    """Returns a uint8 image [C, H, W], shrunk if needed so that no side exceeds `max_side`."""
     if max(image.shape[1:]) <= max_side:
         return image
     factor = max_side / max(image.shape[1:])
@@ -115,11 +115,11 @@ def _enlarged(image: np.ndarray, zoom: int) -> PIL.Image.Image:
 
 def square_grid(images: np.ndarray, classes: Sequence[int] | None = None,
                 names: Sequence[str] | None = None) -> PIL.Image.Image:
-    """Returns one picture of uint8 images [B, C, H, W], about as square as full rows allow.
+    """Returns a nearly square picture of uint8 images [B, C, H, W], with full rows if possible.
 
-    If there are up to 16 `classes` with equally many images each, every class begins a row, which
-    is labelled by its name or number. Otherwise the images are sorted by class, and each has the
-    label of its class below it.
+    If there are at most 16 `classes` with equally many images each, each class starts a new row,
+    which is labelled with its name or number. Otherwise the images are sorted by class, and each
+    has the label of its class below it.
     """
     if classes is None:
         return image_grid(_lines(images, _num_columns(len(images), len(images))))
@@ -177,11 +177,11 @@ def _num_columns(size: int, count: int) -> int:
 
 
 def class_label(number: int, names: Sequence[str] | None) -> str:
-    """Returns what a row of a class is labelled: its name, cut short, or its number.
+    """Returns the label for the row of a class: its name, shortened, or its number.
 
-    It is the number too where no font has all letters of the name.
+    The number is also used if no font has all letters of the name.
     """
-    # A name of a folder may have its accents apart from their letters.
+    # The name of a folder may store accents separately from their letters.
     name = unicodedata.normalize("NFC", names[number]) if names and number < len(names) else ""
     if not name or _font_for(name, _MAX_FONT) is None:
         return str(number)
@@ -189,9 +189,9 @@ def class_label(number: int, names: Sequence[str] | None) -> str:
 
 
 def _font_for(text: str, size: int) -> PIL.ImageFont.FreeTypeFont | None:
-    """Returns Pillow's own font or else one of the system that has all letters of a text, or None.
+    """Returns a font with all letters of a text, Pillow's own or the system's, or None.
 
-    Texts that aren't written from left to right would need more than letters.
+    Texts that are not written from left to right would need more than single letters.
     """
     if not text.isprintable() or any(unicodedata.bidirectional(letter) in ("R", "AL")
                                      for letter in text):
@@ -202,7 +202,7 @@ def _font_for(text: str, size: int) -> PIL.ImageFont.FreeTypeFont | None:
 
 @functools.cache
 def _font(name: str | None, size: int) -> PIL.ImageFont.FreeTypeFont | None:
-    """Returns a font of the system, or Pillow's own; None where there isn't such a one."""
+    """Returns a font of the system, or Pillow's own; None if it does not exist."""
     if name is None:
         return PIL.ImageFont.load_default(size)
     try:
@@ -212,7 +212,7 @@ def _font(name: str | None, size: int) -> PIL.ImageFont.FreeTypeFont | None:
 
 
 def _has_letters(font: PIL.ImageFont.FreeTypeFont, text: str) -> bool:
-    """Whether a font has letters of its own for a text, and not the sign for letters it lacks."""
+    """Whether a font has glyphs for all letters of a text, not just the one for missing letters."""
     def shape(letter):
         mask = font.getmask(letter)
         return mask.size, bytes(mask)
@@ -222,9 +222,9 @@ def _has_letters(font: PIL.ImageFont.FreeTypeFont, text: str) -> bool:
 
 
 def save_gif(path: str | Path, pictures: Sequence[PIL.Image.Image]) -> None:
-    """Writes a looping animation atomically; the last picture stays longer.
+    """Writes a looping animation atomically. The last picture is shown longer.
 
-    A GIF's frame has 256 colours; these reach the rare ones too, which Pillow's own choice loses.
+    A GIF frame has 256 colours. This choice keeps rare colours, which Pillow's own choice loses.
     """
     pictures = [picture.quantize(256, PIL.Image.Quantize.MAXCOVERAGE) for picture in pictures]
     with atomic_write(path) as file:

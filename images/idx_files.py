@@ -1,8 +1,8 @@
-"""MNIST and data sets of its form, such as Fashion-MNIST and EMNIST: pairs of IDX files.
+"""MNIST and data sets of its format, such as Fashion-MNIST and EMNIST: pairs of IDX files.
 
-The images [n, 28, 28] are in one file and their class numbers [n] in another one beside it, both
-compressed by gzip or not. EMNIST's images are stored with rows and columns exchanged and are turned
-upright here; its names of classes are in a file emnist-SPLIT-mapping.txt.
+One file holds the images [n, 28, 28], and another beside it their class numbers [n]. Both may be
+compressed with gzip. EMNIST stores images with rows and columns exchanged, and they are turned
+upright here. The names of its classes are in a file emnist-SPLIT-mapping.txt.
 """
 
 import gzip
@@ -20,24 +20,24 @@ from images.image_files import error_prefix, read_regular
 
 _NAME = re.compile(r"(?P<of>(?:.*-)?)images(?P<dot>[-.])idx3-ubyte(?P<gz>(?:\.gz)?)")
 _EMNIST = re.compile(r"emnist-(?P<split>\w+)-(?:train|test)-")
-_EMNIST_CLASSES = {"byclass": 62, "bymerge": 47, "balanced": 47, "letters": 26}  # others 10
+_EMNIST_CLASSES = {"byclass": 62, "bymerge": 47, "balanced": 47, "letters": 26}  # others: 10
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
             "Bag", "Ankle boot")
-_RAW = "raw"  # what torchvision calls the folder in that of the data set
+_RAW = "raw"  # torchvision's subfolder within that of the data set
 _NUM_CLASSES = 10
-_SIZES = {"train-": 60_000, "t10k-": 10_000}  # images of MNIST, by how its files begin
+_SIZES = {"train-": 60_000, "t10k-": 10_000}  # images of MNIST, by the prefix of its files
 _SIDE, _PADDING = 28, 2
-_MAX_BYTES = 768 << 20  # EMNIST's largest have 547 MB
+_MAX_BYTES = 768 << 20  # EMNIST's largest file has 547 MB
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
 def is_images(name: str) -> bool:
-    """Whether a file of this name holds the images of a pair."""
+    """Whether a file with this name holds the images of a pair."""
     return _NAME.fullmatch(name.rpartition("/")[2]) is not None
 
 
 def find_images(names: Iterable[str]) -> list[str]:
-    """Returns those of the names that are of images, sorted; of a file and its .gz the file."""
+    """Returns the names of image files, sorted. If a file and its .gz exist, the .gz is ignored."""
     found = sorted(filter(is_images, names))
     there = set(found)
     return [name for name in found if name.removesuffix(".gz") == name
@@ -47,11 +47,11 @@ def find_images(names: Iterable[str]) -> list[str]:
 def read(path: Path, *, with_labels: bool = True) -> Arrays:
     """Returns the images of a file, to be padded from 28x28 to 32x32, and their classes.
 
-    Without labels no file of them need be there.
+    Without labels, the file of labels need not exist.
 
     Raises:
-        OSError: one of the files can't be read, or there is none of labels.
-        ValueError: damaged, or not files of this kind.
+        OSError: one of the files can't be read, or the file of labels does not exist.
+        ValueError: a file is damaged or not an IDX file.
     """
     parts = _NAME.fullmatch(path.name)
     emnist = _EMNIST.fullmatch(parts["of"])
@@ -61,7 +61,7 @@ def read(path: Path, *, with_labels: bool = True) -> Arrays:
     with described(path):
         images = _read_idx(path, 3)
         if images.shape[1:] != (_SIDE, _SIDE):
-            raise ValueError("has images of {1}x{0}, expected 28x28".format(*images.shape[1:]))
+            raise ValueError("has images of {1}x{0}; must be 28x28".format(*images.shape[1:]))
     labels, facts = None, []
     if with_labels:
         labels_path = _find_labels(path, parts)
@@ -72,31 +72,31 @@ def read(path: Path, *, with_labels: bool = True) -> Arrays:
     title = "Fashion-MNIST" if names else "MNIST"
     if emnist:
         title, images = "EMNIST", images.swapaxes(1, 2)
-        facts.append("the files of EMNIST hold images with rows and columns exchanged; they were "
+        facts.append("EMNIST's files hold images with rows and columns exchanged; they were "
                      "turned upright")
     if first and with_labels:
-        facts.append(f"classes {first} to {num_classes} of the files have become 0 to "
+        facts.append(f"classes {first} to {num_classes} of the files became 0 to "
                      f"{num_classes - 1}")
     return Arrays(images, labels, names, title,
                   None if emnist else _SIZES.get(parts["of"]), tuple(facts), _PADDING)
 
 
 def _find_labels(path: Path, parts: re.Match[str]) -> Path:
-    """Returns the file of labels beside one of images, which may be packed otherwise."""
+    """Returns the file of labels beside a file of images. Either may be compressed."""
     places = [path.with_name(f"{parts['of']}labels{dot}idx1-ubyte{gz}")
               for dot in sorted("-.", key=parts["dot"].__ne__)
               for gz in sorted(("", ".gz"), key=parts["gz"].__ne__)]
     found = next(filter(Path.exists, places), None)
     if found is None:
-        raise FileNotFoundError(f"{places[0]}: no such file; the labels must lie beside "
-                                f"{path.name}; --label-column=none takes none")
+        raise FileNotFoundError(f"{places[0]}: no such file; put the labels beside {path.name}, or "
+                                "give --label-column=none to convert without labels")
     return found
 
 
 def _class_names(path: Path, split: str | None) -> list[str] | None:
-    """Returns what classes are called: by the mapping of a split of EMNIST, or of Fashion-MNIST.
+    """Returns the names of classes, from the mapping of a split of EMNIST or of Fashion-MNIST.
 
-    Its files are called as MNIST's are, so that their folder tells.
+    The files of Fashion-MNIST are named like MNIST's. Only their folder tells them apart.
     """
     if split is None:
         folder = Path(os.path.abspath(path)).parent
@@ -113,7 +113,7 @@ def _class_names(path: Path, split: str | None) -> list[str] | None:
         for number, row in enumerate(rows, first):  # a class number and the codes of its letters
             if len(row) < 2 or row[0] != number or not all(32 < code < 127 for code in row[1:]):
                 raise ValueError(f"line {number - first + 1} must be a class number, one above the "
-                                 "last, and codes of letters")
+                                 "previous, and codes of letters")
     return ["".join(map(chr, row[1:])) for row in rows] or None
 
 
@@ -122,20 +122,20 @@ def _read_idx(path: Path, num_dims: int) -> np.ndarray:
     with _open(path) as file:
         header = np.frombuffer(file.read(4 + 4 * num_dims), ">u4").tolist()
         if len(header) != 1 + num_dims or header[0] != 0x800 + num_dims:
-            raise ValueError(f"not an IDX file of bytes in {num_dims} dimensions")
+            raise ValueError(f"is not an IDX file of bytes with {num_dims} dimensions")
         shape = header[1:]
         size = math.prod(shape)
         if size > _MAX_BYTES:
             raise ValueError(f"unpacks to more than the {_MAX_BYTES} bytes allowed")
-        data = file.read(size + 1)  # one beyond: the end is where gzip compares its checksum
+        data = file.read(size + 1)  # one more: gzip compares its checksum at the end
         if len(data) != size:
             raise ValueError(f"has {'more' if len(data) > size else 'fewer'} than the {size} bytes "
-                             f"that its header promises")
+                             f"that its header states")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _open(path: Path) -> IO[bytes]:
-    """Opens a file, unpacking it if it is packed, whatever it is called."""
+    """Opens a file, and decompresses it if it is compressed, whatever its name."""
     with open(path, "rb") as file:
         is_packed = file.read(2) == _GZIP_MAGIC
     return gzip.open(path) if is_packed else open(path, "rb")

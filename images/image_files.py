@@ -1,13 +1,13 @@
-"""Files of a folder or ZIP by name, and the labels in dataset.json; no PyTorch is needed.
+"""The names of files in a folder or ZIP, and the labels in dataset.json. Needs no PyTorch.
 
     {"labels": [["00000/img00000000.png", 6], ...]}    or    {"labels": null}
 
-Integers are class numbers; lists are vectors of numbers. "class_names" may say what the classes are
-called, from number 0 on. Files in the folder cond/ at the top are condition images: cond/a/x.npy
-belongs to a/x.png.
+Integers are class numbers, and lists are vectors of numbers. "class_names" may list the names of
+the classes in order. Files in the top-level folder cond/ are condition images: cond/a/x.npy belongs
+to a/x.png.
 
-An extension of `PICTURE_FORMATS`, or .npy, makes a file an image. Hidden files and those that
-systems put into folders are none, nor are the pictures that generate.py makes of its images.
+A file is an image if its extension is .npy or one of `PICTURE_FORMATS`. Hidden files, files that
+operating systems create, and pictures that generate.py makes of its images do not count as images.
 """
 
 import collections
@@ -30,13 +30,13 @@ import numpy as np
 
 LABELS_NAME = "dataset.json"
 GENERATE_RECORD = "generate.json"  # marks a folder of generated images
-PARTS_SUFFIX = ".parts"  # of the folder beside a ZIP whose images are being made
-PICTURES = "vis"  # its subfolder of grids and movies
-DEVIATIONS = "std"  # its subfolder of deviations of images that are means
-CONDITIONS = "cond/"  # begins the names of condition images
+PARTS_SUFFIX = ".parts"  # of the folder beside a ZIP that is being filled
+PICTURES = "vis"  # subfolder for grids and movies
+DEVIATIONS = "std"  # subfolder for standard deviations of images that are means
+CONDITIONS = "cond/"  # prefix of the names of condition images
 ARRAY_SUFFIX = ".npy"
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-# Extensions of pictures, with Pillow's names of the formats that are read, common ones first.
+# Extensions of pictures and Pillow's names of their formats, common ones first.
 PICTURE_FORMATS = {
     ".png": "PNG", ".apng": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG",
     ".jfif": "JPEG", ".mpo": "MPO", ".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP", ".dib": "DIB",
@@ -45,17 +45,17 @@ PICTURE_FORMATS = {
     ".jpc": "JPEG2000", ".jpf": "JPEG2000", ".jpx": "JPEG2000", ".qoi": "QOI", ".tga": "TGA",
     ".pcx": "PCX", ".ico": "ICO", ".sgi": "SGI", ".rgb": "SGI", ".bw": "SGI",
 }
-# Names with a dot before them, folders of macOS, Synology and Windows, and Windows' small files.
+# Names that begin with a dot, folders of macOS, Synology and Windows, and small files of Windows.
 _HIDDEN = re.compile(
     r"(?:^|/)(?:\.(?![./])|~\$|__MACOSX/|@eaDir/|lost\+found/|\$RECYCLE\.BIN/"
     r"|System Volume Information/"
     r"|(?:Thumbs\.db|desktop\.ini)$)", re.IGNORECASE)
 MAX_CLASSES = 1 << 16  # a larger number is an identifier, not a class
-# What Pillow and zipfile raise for a damaged file.
+# Exceptions of Pillow and zipfile for damaged files.
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error,
           zipfile.BadZipFile)
 _MAX_FLOAT = float(np.finfo(np.float32).max)
-_MAX_FILE_BYTES = 1 << 30  # one image file, unpacked
+_MAX_FILE_BYTES = 1 << 30  # of one image, uncompressed
 
 
 class NoImagesError(ValueError):
@@ -63,10 +63,10 @@ class NoImagesError(ValueError):
 
 
 class ImageFormat(NamedTuple):
-    """What all images of a data set agree in; `mode` is Pillow's, or describes an array."""
+    """The format that all images of a data set share. `mode` is Pillow's or describes an array."""
 
     mode: str
-    channels: int  # 0: not those of a data set
+    channels: int  # 0 for modes that data sets can't have
     width: int
     height: int
     dtype: str = "uint8"  # in memory: uint8, uint16 or float32
@@ -81,52 +81,52 @@ class ImageFormat(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of one image in memory."""
+        """Size of one image in memory."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def picture_format(mode: str, size: tuple[int, int]) -> ImageFormat:
-    """Returns the format of a picture of this mode of Pillow's and this width and height."""
+    """Returns the format of a picture with this mode (Pillow's), width and height."""
     return ImageFormat(mode, {"L": 1, "RGB": 3}.get(mode, 0), *size)
 
 
 def is_array(name: str) -> bool:
-    """Whether the extension is that of NumPy arrays."""
+    """Whether a name has the extension of NumPy arrays."""
     return name.lower().endswith(ARRAY_SUFFIX)
 
 
 def is_image(name: str) -> bool:
-    """Whether the extension is one of `PICTURE_FORMATS` or that of NumPy arrays."""
+    """Whether a name has the extension of NumPy arrays or one of `PICTURE_FORMATS`."""
     suffix = os.path.splitext(name)[1].lower()
     return suffix in PICTURE_FORMATS or suffix == ARRAY_SUFFIX
 
 
 def stem(name: str) -> str:
-    """Returns a name without its extension, which is one of an image; UIDs end in none."""
+    """Returns a name without its extension if that is one of images. The end of a UID is none."""
     root, suffix = os.path.splitext(name)
     return root if is_image(name) or suffix.lower() in DICOM_SUFFIXES else name
 
 
 def composed(name: str) -> str:
-    """Returns a name with composed letters (NFC); macOS decomposes them, as in e and an accent.
+    """Returns a name with composed letters (NFC). macOS decomposes them into letter and accent.
 
-    Names are compared as these. Files are opened by the name that they have.
+    Names are compared in this form, but files are opened by their original names.
     """
     return unicodedata.normalize("NFC", name)
 
 
 class Names(NamedTuple):
-    """The names of files, sorted out; `images` and `conditions` are in order."""
+    """File names sorted by kind. `images` and `conditions` are in order."""
 
     images: list[str]
     conditions: list[str]
-    num_hidden: int  # hidden files, and those of the system
+    num_hidden: int  # hidden files and system files
     num_pictures: int  # grids, movies and deviations that generate.py makes of its images
-    others: list[str]  # what else is no image
+    others: list[str]  # all other files that are not images
 
 
 def sort_names(names: Iterable[str]) -> Names:
-    """Sorts the '/'-separated names of files by what they are."""
+    """Sorts '/'-separated file names by kind."""
     names = list(names)
     pictures = tuple(f"{name.removesuffix(GENERATE_RECORD)}{folder}/" for name in names
                      if name.rpartition("/")[2] == GENERATE_RECORD
@@ -145,9 +145,9 @@ def sort_names(names: Iterable[str]) -> Names:
 
 
 def list_files(path: Path) -> list[str]:
-    """Returns the '/'-separated names of all files below a folder, through links too.
+    """Returns the '/'-separated names of all files below a folder, following links.
 
-    A link to a folder that it lies in is not followed.
+    A link to a folder that contains the link is not followed.
 
     Raises:
         OSError: a folder can't be read.
@@ -173,7 +173,7 @@ def list_files(path: Path) -> list[str]:
 def match_names(names: Sequence[str], others: Sequence[str]) -> tuple[list[str | None], list[str]]:
     """Returns the partner of each name among `others`, or None, and the others left over.
 
-    Partners have the same name except for the extension, whether letters are composed or not.
+    Partners have the same name except for the extension. Composed and decomposed letters are equal.
     """
     by_stem = {}
     extra = [other for other in others
@@ -185,19 +185,19 @@ def match_names(names: Sequence[str], others: Sequence[str]) -> tuple[list[str |
 
 def check_matched(names: Sequence[str], found: Sequence[str | None], extra: Sequence[str],
                   where: str) -> None:
-    """Raises ValueError if `match_names` left any over, and names the first."""
+    """Raises ValueError, naming the first file, if `match_names` left any without a partner."""
     missing = [name for name, other in zip(names, found, strict=True) if other is None]
     if missing:
         raise ValueError(f"{where}: no condition image for {missing[0]}; {len(missing)} of "
-                         f"{len(names)} images have none, and each needs one of its name")
+                         f"{len(names)} images have none, but each needs one with its name")
     if extra:
-        raise ValueError(f"{where}: {extra[0]} is the condition of no image, and so are "
-                         f"{len(extra)} files in all")
+        raise ValueError(f"{where}: {extra[0]} belongs to no image; {len(extra)} condition images "
+                         "in all belong to none")
 
 
 @contextlib.contextmanager
 def error_prefix(text: str) -> Iterator[None]:
-    """Puts `text` before the message of a ValueError that is raised inside."""
+    """Prefixes the message of a ValueError that is raised inside with `text`."""
     try:
         yield
     except ValueError as error:
@@ -205,7 +205,7 @@ def error_prefix(text: str) -> Iterator[None]:
 
 
 def name_problem(name: str) -> str | None:
-    """Says what is wrong with the name of a member of an archive; None if it is fine."""
+    """Returns what is wrong with the name of an archive member, or None if it is fine."""
     slashed = PurePosixPath(name.replace("\\", "/"))
     if slashed.is_absolute() or ".." in slashed.parts or re.match("[A-Za-z]:", name):
         return "leads out of the archive"
@@ -213,34 +213,34 @@ def name_problem(name: str) -> str | None:
 
 
 def member_problem(info: zipfile.ZipInfo) -> str | None:
-    """Says what is wrong with the name or kind of a member of a ZIP; None if it is fine."""
+    """Returns what is wrong with the name or type of a ZIP member, or None if it is fine."""
     if stat.S_ISLNK(info.external_attr >> 16):
         return "is a symbolic link"
     return name_problem(info.filename)
 
 
 def check_finished(path: Path) -> None:
-    """Raises ValueError for a ZIP of generated images that is not there yet, and for its parts."""
+    """Raises ValueError for an unfinished ZIP of generated images, and for its folder of parts."""
     is_parts = path.name.endswith(PARTS_SUFFIX)
     if path.exists() and not is_parts:
         return
     parts = path if is_parts else path.with_name(path.name + PARTS_SUFFIX)
     if (parts / GENERATE_RECORD).is_file():
-        raise ValueError(f"{path}: its images are not all made yet (some are in {parts.name}); "
-                         "run the same generate.py command again, which goes on and writes "
-                         f"{parts.name.removesuffix(PARTS_SUFFIX)}")
+        raise ValueError(f"{path}: not all of its images have been made (some are in "
+                         f"{parts.name}); run the same generate.py command again to make the rest "
+                         f"and write {parts.name.removesuffix(PARTS_SUFFIX)}")
 
 
 def read_regular(path: str | os.PathLike) -> bytes:
-    """Returns the content of a file; not of a pipe, which might never end.
+    """Returns the content of a file, but not of a pipe, which might never end.
 
     Raises:
         OSError: it can't be read.
-        ValueError: it is no regular file or too large.
+        ValueError: it is not a regular file, or is too large.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError("not a regular file")
+        raise ValueError("is not a regular file")
     check_file_size(status.st_size)
     with open(path, "rb") as file:
         return file.read()
@@ -253,12 +253,12 @@ def check_file_size(size: int) -> None:
 
 
 def parse_labels(text: bytes, where: str) -> dict[str, Any] | None:
-    """Returns the labels of a `dataset.json` by image name, or None if it has no labels.
+    """Returns the labels in a `dataset.json` by image name, or None if it has no labels.
 
-    Errors call the file `where`.
+    `where` is the file's name in errors.
 
     Raises:
-        ValueError: it isn't JSON of the expected form, or names an image twice.
+        ValueError: it is not JSON of the expected form, or lists an image twice.
     """
     data = parse_json(text, where)
     entries = data.get("labels") if isinstance(data, dict) else False
@@ -277,12 +277,12 @@ def parse_labels(text: bytes, where: str) -> dict[str, Any] | None:
 
 
 def parse_class_names(text: bytes, where: str) -> list[str] | None:
-    """Returns what a `dataset.json` says of what classes are called; None where it says nothing.
+    """Returns the class names in a `dataset.json`, or None if it has none.
 
-    Errors call the file `where`.
+    `where` is the file's name in errors.
 
     Raises:
-        ValueError: it isn't JSON, or the names are not text.
+        ValueError: it is not JSON, or the names are not text.
     """
     data = parse_json(text, where)
     names = data.get("class_names") if isinstance(data, dict) else None
@@ -293,24 +293,24 @@ def parse_class_names(text: bytes, where: str) -> list[str] | None:
 
 
 def parse_json(text: bytes, where: str) -> Any:
-    """Returns the content of a JSON file; raises ValueError, saying where it isn't JSON."""
+    """Returns the content of a JSON file. Raises ValueError with the position of an error."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: line {error.lineno}, column {error.colno}: "
                          f"{error.msg}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; deep nesting
-        raise ValueError(f"{where}: JSON that can't be read ({error})") from error
+        raise ValueError(f"{where}: is not UTF-8 text") from error
+    except (ValueError, RecursionError) as error:  # a number with too many digits; deep nesting
+        raise ValueError(f"{where}: holds JSON that can't be read ({error})") from error
 
 
 def label_array(names: Sequence[str], labels: dict[str, Any], where: str) -> np.ndarray:
     """Returns the labels of `names` in their order: int64 [n], or float32 [n, label_dim].
 
     Raises:
-        ValueError: naming the first image without a label, or with one that is neither a class
-            number nor a vector like the first image's.
+        ValueError: an image, which the message names, has no label, or one that is neither a class
+            number nor a vector like that of the first image.
     """
     missing = sum(name not in labels for name in names)
     first = labels.get(names[0])
@@ -318,7 +318,7 @@ def label_array(names: Sequence[str], labels: dict[str, Any], where: str) -> np.
         label = labels.get(name)
         if label is None:
             raise ValueError(f"{where}: no label for {name}; {missing} of {len(names)} images "
-                             "have none, and it must be all or none")
+                             "have none, but either all or none must have one")
         problem = label_problem(label, first)
         if problem:
             raise ValueError(f"{where}: label {shown_label(label)} of {name} {problem}")
@@ -327,12 +327,12 @@ def label_array(names: Sequence[str], labels: dict[str, Any], where: str) -> np.
 
 
 def shown_label(label: Any) -> str:
-    """Returns a label as JSON, cut short."""
+    """Returns a label as JSON, shortened."""
     return json.dumps(label)[:40]
 
 
 def label_problem(label: Any, first: Any) -> str | None:
-    """Says what is wrong with a label, given the first image's; None if it is fine."""
+    """Returns what is wrong with a label, given the first image's, or None if it is fine."""
     if type(label) is int:
         if not 0 <= label < MAX_CLASSES:
             return f"must be in 0..{MAX_CLASSES - 1}"
@@ -341,16 +341,16 @@ def label_problem(label: Any, first: Any) -> str | None:
         if not label or not all(type(x) in (int, float) and abs(x) <= _MAX_FLOAT for x in label):
             return "must hold finite numbers"
         if not isinstance(first, list) or len(first) != len(label):
-            return "must have the form of the first image's"
+            return "must have the same form as the first image's"
         return None
     return "must be a class number or a list of numbers"
 
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """Keeps Python from looking for garbage inside.
+    """Pauses Python's garbage collection.
 
-    A million names and labels hold none, and looking takes a third of the time.
+    A million names and labels contain no garbage, but searching them takes a third of the time.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -362,7 +362,7 @@ def collector_paused() -> Iterator[None]:
 
 
 class Files(Protocol):
-    """The files of a data set by their '/'-separated names, wherever they are."""
+    """The files of a data set by their '/'-separated names, wherever they are stored."""
 
     names: list[str]
 
@@ -370,14 +370,14 @@ class Files(Protocol):
         """Opens a file."""
 
     def stamp(self, name: str) -> str:
-        """Returns what changes with the content of a file."""
+        """Returns a string that changes with the content of a file."""
 
     def close(self) -> None:
-        """Closes what is open."""
+        """Closes open files."""
 
 
 class Folder:
-    """The files below a folder by their '/'-separated names; `stamp` changes with the content."""
+    """The files below a folder by their '/'-separated names. `stamp` depends on the content."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -395,7 +395,7 @@ class Folder:
 
 
 class Zip:
-    """The members of a ZIP by name; each process opens its own handle, on first use."""
+    """The members of a ZIP by name. Each process opens its own handle on first use."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -403,14 +403,14 @@ class Zip:
         self.names = [info.filename for info in self._handle().infolist() if not info.is_dir()]
         if len(set(self.names)) != len(self.names):
             [(name, count)] = collections.Counter(self.names).most_common(1)
-            raise ValueError(f"{path}: {name} is there {count} times; no two members may share a "
-                             "name")
+            raise ValueError(f"{path}: {name} occurs {count} times; member names must be "
+                             "unique")
 
     @collector_paused()
     def _handle(self) -> zipfile.ZipFile:
         if self._zip is not None and self._pid != os.getpid():
-            # A forked child has the list of members, which takes 20 s for a million, but shares the
-            # parent's file position.
+            # A forked child keeps the list of members, which takes 20 s to read for a million, but
+            # needs its own file position.
             self._zip.fp = open(self._path, "rb")  # noqa: SIM115 - by close()
             self._pid = os.getpid()
         if self._zip is None:
@@ -422,7 +422,7 @@ class Zip:
                 problem = "the ZIP is truncated or damaged" if is_cut else "neither folder nor ZIP"
                 if is_image(str(self._path)):
                     problem += (", but a single file; put it into a folder and name that, or "
-                                "convert an array of many images by dataset_tool.py --source=FILE")
+                                "convert an array of images with dataset_tool.py --source=FILE")
                 raise ValueError(f"{self._path}: {problem}") from error
             self._pid = os.getpid()
         return self._zip
@@ -434,7 +434,7 @@ class Zip:
         return f"{self.info(name).file_size} {self.info(name).CRC}"
 
     def info(self, name: str) -> zipfile.ZipInfo:
-        """Returns what the ZIP says of a member."""
+        """Returns the ZIP's record of a member."""
         return self._handle().getinfo(name)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""A data set looked at as a whole: what is wrong with it, the statistics of its pixels, a picture.
+"""Inspects a whole data set: finds problems, measures pixel statistics, and draws a picture.
 
-Every image is decoded once, by several processes. Only its format and the moments of its channels
-are kept. They are merged in the order of the images, so the statistics don't depend on the number
-of processes.
+Several processes decode each image once and keep only its format and the moments of its channels.
+These are merged in the order of the images, so the statistics do not depend on the number of
+processes.
 """
 
 import collections
@@ -48,14 +48,14 @@ from images.npz_files import open_files
 from images.scaling import Moments, Scaling, display_window, recorded_scaling
 from images.sources import Item
 
-MAX_PROBLEMS = 50  # that are listed
-_MAX_ROWS, _COLUMNS, _SQUARE = 16, 8, 64  # images in the picture, with classes and without
-_PAIRS = 32  # images in the picture with condition images
-_MAX_SIDE = 128  # pixels; larger images are shown smaller
+MAX_PROBLEMS = 50  # problems to list
+_MAX_ROWS, _COLUMNS, _SQUARE = 16, 8, 64  # size of the picture, with classes and without
+_PAIRS = 32  # images in a picture with condition images
+_MAX_SIDE = 128  # pixels; larger images are shrunk
 
 
 class Inspected(NamedTuple):
-    """One image: what is wrong with it, or else its format and the moments of its channels."""
+    """The result for one image: a problem, or its format and the moments of its channels."""
 
     name: str
     problem: str | None
@@ -65,11 +65,11 @@ class Inspected(NamedTuple):
 
 @dataclasses.dataclass
 class Report:
-    """What is in a data set, and what is wrong with it; of the problems the first are kept."""
+    """The contents of a data set and its problems, of which only the first are kept."""
 
     num_images: int
     format: ImageFormat | None = None  # of most images
-    cond_format: ImageFormat | None = None  # of most condition images; None where there are none
+    cond_format: ImageFormat | None = None  # of most condition images; None if there are none
     label_dim: int | None = None  # length of label vectors; None for class numbers
     classes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     class_names: list[str] | None = None
@@ -78,29 +78,29 @@ class Report:
 
 
 class DataSet:
-    """The images and conditions of a folder, ZIP or .npz in the reader's order, and the labels.
+    """The images and conditions of a folder, ZIP or .npz in reading order, and the labels.
 
     Raises:
-        OSError: there is none, or it can't be read.
-        ValueError: it is no ZIP, or has no images.
+        OSError: the data set does not exist or can't be read.
+        ValueError: it is not a ZIP, or has no images.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.files = open_files(path)
-        self.class_names: list[str] | None = None  # after `labels`
+        self.class_names: list[str] | None = None  # set by `labels`
         self.names, self.cond_names, *_ = sort_names(self.files.names)
         if not self.names:
             raise ValueError(f"{path}: no images found")
 
     def name_problem(self, name: str) -> str | None:
-        """Says what is wrong with the name or kind of a file; None if it is fine."""
+        """Returns what is wrong with the name or type of a file, or None if it is fine."""
         if isinstance(self.files, Zip):
             return member_problem(self.files.info(name))
         return name_problem(name)
 
     def item(self, name: str) -> Item:
-        """Returns a file, or its content out of a ZIP or .npz, which only the main process reads.
+        """Returns a file, or its content if only the main process can read it (ZIP, .npz).
 
         Raises ValueError, without the name, if it can't be read.
         """
@@ -116,13 +116,13 @@ class DataSet:
 
     @functools.cache  # noqa: B019 - a process has one of these, for as long as it runs
     def scaling(self, image_format: ImageFormat, key: str) -> Scaling:
-        """Returns how images of this format become what networks see, see `recorded_scaling`."""
+        """Returns the scaling of images of this format, see `recorded_scaling`."""
         return recorded_scaling(self.files, image_format, key, self.path)
 
     def limits(self, key: str) -> tuple[float, float] | None:
-        """Returns the limits of values that dataset.json records; None where there are none.
+        """Returns the limits of values in dataset.json, or None if there are none.
 
-        Raises ValueError, without the name of the file, for anything but two rising numbers.
+        Raises ValueError, without the file's name, for anything but two rising numbers.
         """
         if LABELS_NAME not in self.files.names:
             return None
@@ -137,7 +137,7 @@ class DataSet:
         return tuple(limits)
 
     def labels(self) -> dict[str, Any] | None:
-        """Returns the labels by name; raises ValueError if dataset.json is damaged or malformed."""
+        """Returns the labels by name. Raises ValueError if dataset.json is damaged or malformed."""
         if LABELS_NAME not in self.files.names:
             return None
         with error_prefix(f"{LABELS_NAME}: "):
@@ -147,7 +147,7 @@ class DataSet:
 
 
 def _inspect_all(data: DataSet, names: Sequence[str], workers: int) -> Iterator[Inspected]:
-    """Yields what became of every image of these names, in order."""
+    """Yields the result for each image of these names, in order."""
     results = ordered_map(_inspect, _items(data, names), min(workers, len(names)))
     with Progress(len(names), "Inspecting") as progress:
         yield from progress.over(results)
@@ -162,7 +162,7 @@ def _items(data: DataSet, names: Sequence[str]) -> Iterator[Item | Inspected]:
 
 
 def _inspect(item: Item | Inspected) -> Inspected:
-    """Returns what is in an image; what is known to be unreadable stays so."""
+    """Returns the result for an image. Images known to be unreadable are passed on."""
     if isinstance(item, Inspected):
         return item
     try:
@@ -174,14 +174,14 @@ def _inspect(item: Item | Inspected) -> Inspected:
 
 
 def _decode(item: Item) -> tuple[np.ndarray, ImageFormat]:
-    """Returns an image as [C, H, W], and its format; raises ValueError if it is damaged."""
+    """Returns an image as [C, H, W] and its format. Raises ValueError if it is damaged."""
     if is_array(item.name):
         return array_files.decode(item.content())
     return pictures.decode(item.content(), verify=True)
 
 
 class _Problems:
-    """The first problems of one sort, by the number of their image, and how many there are."""
+    """The first problems of one kind, by image number, and the number of all."""
 
     def __init__(self) -> None:
         self.count, self.first = 0, []
@@ -193,11 +193,11 @@ class _Problems:
 
 
 def check_dataset(path: Path, workers: int) -> Report:
-    """Returns what is in a data set and what is wrong with it, image by image.
+    """Returns the contents of a data set and its problems, image by image.
 
     Raises:
-        OSError: there is none, or it can't be read.
-        ValueError: it can't be opened as one, or has no images.
+        OSError: the data set does not exist or can't be read.
+        ValueError: it can't be opened as a data set, or has no images.
     """
     data = DataSet(path)
     report = Report(len(data.names))
@@ -221,13 +221,13 @@ def check_dataset(path: Path, workers: int) -> Report:
 
 def _check_images(data: DataSet, names: Sequence[str], key: str,
                   workers: int) -> tuple[ImageFormat | None, list[_Problems]]:
-    """Returns the format of most images of these names, and what is wrong with the others.
+    """Returns the most common format of these images, and the problems of the others.
 
-    `key` is that of the limits of their values.
+    `key` names the limits of their values in dataset.json.
     """
     unreadable, formats = _Problems(), collections.defaultdict(_Problems)
     beyond, limits = _Problems(), None
-    with contextlib.suppress(*DAMAGE):  # which is reported with the labels or the scales
+    with contextlib.suppress(*DAMAGE):  # reported with the labels or the scales
         limits = data.limits(key)
     for i, inspected in enumerate(_inspect_all(data, names, workers)):
         if inspected.problem:
@@ -254,24 +254,24 @@ def _check_images(data: DataSet, names: Sequence[str], key: str,
 
 
 def _check_conditions(data: DataSet, report: Report) -> list[_Problems]:
-    """Returns what is wrong between images and condition images."""
+    """Returns the problems in matching images and condition images."""
     missing, extra, size = _Problems(), _Problems(), _Problems()
-    last = len(data.cond_names)  # what belongs to no condition image comes last
+    last = len(data.cond_names)  # problems of no condition image come last
     found, others = match_names([CONDITIONS + name for name in data.names], data.cond_names)
     for name, condition in zip(data.names, found, strict=True):
         if condition is None:
             missing.add(last, f"{name}: has no condition image in {CONDITIONS}")
     numbers = {name: i for i, name in enumerate(data.cond_names)}
     for name in others:
-        extra.add(numbers[name], "is the condition of no image")
+        extra.add(numbers[name], "belongs to no image")
     formats = report.format, report.cond_format
     if all(formats) and formats[0].shape[1:] != formats[1].shape[1:]:
-        size.add(last, f"condition images are {formats[1]}, but images {formats[0]}")
+        size.add(last, f"condition images are {formats[1]}, but images are {formats[0]}")
     return [missing, extra, size]
 
 
 def _check_scales(data: DataSet, report: Report) -> _Problems:
-    """Returns what is wrong with the scalings and the limits of values in dataset.json."""
+    """Returns the problems of the scalings and the limits of values in dataset.json."""
     problems = _Problems()
     for image_format, key, limits_key in ((report.format, "scale", "clip"),
                                           (report.cond_format, "cond_scale", "cond_clip")):
@@ -280,7 +280,7 @@ def _check_scales(data: DataSet, report: Report) -> _Problems:
             with error_prefix(f"{LABELS_NAME}: "):
                 data.limits(limits_key)
         except ValueError as error:
-            # A file that isn't JSON is reported with the labels.
+            # A file that is not JSON is reported with the labels.
             if f'"{key}"' in str(error) or f'"{limits_key}"' in str(error):
                 problems.add(len(data.files.names), str(error))
     return problems
@@ -295,8 +295,8 @@ def _check_names(data: DataSet, names: Sequence[str]) -> _Problems:
 
 
 def _check_labels(data: DataSet, report: Report) -> _Problems:
-    """Returns what is wrong with the labels, and puts the classes into the report."""
-    problems, last = _Problems(), len(data.names)  # what belongs to no image comes last
+    """Returns the problems of the labels, and adds the classes to the report."""
+    problems, last = _Problems(), len(data.names)  # problems of no image come last
     try:
         labels = data.labels()
     except ValueError as error:
@@ -316,13 +316,13 @@ def _check_labels(data: DataSet, report: Report) -> _Problems:
             report.classes[label] += 1
         else:
             report.label_dim = len(label)
-    for name in labels:  # what is left
-        problems.add(last, f"{LABELS_NAME}: {json.dumps(name)[:80]} has a label, but isn't there")
+    for name in labels:  # those left over
+        problems.add(last, f"{LABELS_NAME}: {json.dumps(name)[:80]} has a label but no file")
     return problems
 
 
 def _usual_label(labels: Iterable[Any]) -> Any:
-    """Returns a label to compare the others with: one of the form that most have."""
+    """Returns a label to compare others with, in the form that most labels have."""
     counts, examples = collections.Counter(), {}
     for label in labels:
         if label_problem(label, label) is None:
@@ -336,30 +336,32 @@ def pixel_statistics(path: Path, workers: int) -> tuple[Moments, Scaling]:
     """Returns the moments of all images, in the data's units, and their scaling.
 
     Raises:
-        OSError, ValueError: it isn't a data set, or an image is damaged or unlike the first.
+        OSError: the data set can't be read.
+        ValueError: it is not a data set, or an image is damaged or differs from the first.
     """
     data, first, total = DataSet(path), None, None
     for i, inspected in enumerate(_inspect_all(data, data.names, workers)):
         where = f"{path}: {inspected.name} (image {i})"
         if inspected.problem:
-            raise ValueError(f"{where}: {inspected.problem}; dataset_tool.py check lists all")
+            raise ValueError(f"{where}: {inspected.problem}; list all with dataset_tool.py check")
         first = first or inspected.format
         if inspected.format != first or not first.channels:
             raise ValueError(f"{where} is {inspected.format}; all images must be gray, RGB or "
-                             "arrays of one kind and size: dataset_tool.py check lists all")
+                             "arrays of one type and size; list all with dataset_tool.py check")
         total = total.merge(inspected.moments) if total else inspected.moments
     return total, data.scaling(first, "scale")
 
 
 def sample_grid(path: Path,
                 window: tuple[float, float] | None = None) -> tuple[PIL.Image.Image, str]:
-    """Returns a picture of some images, a class a row where there are classes, and what it shows.
+    """Returns a picture of some images, with a row per class if there are classes, and its caption.
 
-    `window` is the center and the width of what is shown, from black to white, of values that are
-    not 8-bit, in their units; None shows what networks see.
+    `window` is the center and width of the values shown from black to white, in the data's units,
+    if they are not 8-bit. None shows -1 to 1 in the network's scale.
 
     Raises:
-        OSError, ValueError: it isn't a data set, or its labels are invalid.
+        OSError: the data set can't be read.
+        ValueError: it is not a data set, or its labels are invalid.
     """
     data = DataSet(path)
     show = functools.partial(_small_pixels, data, window=window)
@@ -380,17 +382,17 @@ def sample_grid(path: Path,
 
 
 def _spread(values: np.ndarray, num: int) -> np.ndarray:
-    """Returns `num` of the values at equal distances, all if there are fewer."""
+    """Returns `num` evenly spaced values, or all if there are fewer."""
     return values[np.arange(num) * len(values) // num] if len(values) > num else values
 
 
 def _pair_grid(data: DataSet,
                show: Callable[[str], np.ndarray]) -> tuple[PIL.Image.Image, str]:
-    """Returns a picture of rows of condition images, each above the row of their images."""
+    """Returns a picture with rows of condition images, each above the row of their images."""
     found, _ = match_names([CONDITIONS + name for name in data.names], data.cond_names)
     paired = np.array([i for i, name in enumerate(found) if name], int)
     if not len(paired):
-        raise ValueError(f"{data.path}: no condition image has the name of an image")
+        raise ValueError(f"{data.path}: no condition image has the same name as an image")
     numbers = _spread(paired, _PAIRS)
     rows, labels = [], []
     for start in range(0, len(numbers), _COLUMNS):
@@ -402,7 +404,7 @@ def _pair_grid(data: DataSet,
 
 def _small_pixels(data: DataSet, name: str, *,
                   window: tuple[float, float] | None) -> np.ndarray:
-    """Returns an image as uint8 [C, H, W], reduced if it is large."""
+    """Returns an image as uint8 [C, H, W], shrunk if it is large."""
     values, image_format = _decode(data.item(name))
     scaling = data.scaling(image_format, "cond_scale" if name.startswith(CONDITIONS) else "scale")
     if window and not scaling.is_8bit:
@@ -411,10 +413,10 @@ def _small_pixels(data: DataSet, name: str, *,
 
 
 def show_path(data: Path, out: str | None) -> Path:
-    """Returns where the picture goes: beside the data set unless `out` says where.
+    """Returns the path of the picture: `out`, or else a path beside the data set.
 
     Raises:
-        ValueError: inside the data set, of which it would become an image.
+        ValueError: the path is inside the data set, so that the picture would become an image.
     """
     absolute = Path(os.path.abspath(data))
     name = absolute.name if data.is_dir() else absolute.stem

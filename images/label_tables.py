@@ -1,12 +1,12 @@
-"""Labels of images in tables: CSV, TSV or JSON Lines, with a row for each image.
+"""Labels of images in tables: CSV, TSV or JSON Lines files with one row per image.
 
     file_name,label                  {"file_name": "a/1.png", "label": "cat"}
     a/1.png,cat                      {"file_name": "a/2.png", "label": "dog"}
     a/2.png,dog
 
-What one column holds decides what labels are: whole numbers, also written 6.0, are class numbers,
-other numbers are vectors of one, and text becomes classes, numbered in sorted order. Several
-columns make vectors. No package beside the standard library is needed.
+The content of a single column decides the kind of labels. Whole numbers, also written as 6.0, are
+class numbers. Other numbers are vectors of length 1. Texts become classes, numbered in sorted
+order. Several columns make vectors. Only the standard library is needed.
 """
 
 import collections
@@ -26,7 +26,7 @@ NAME_COLUMNS = ("file_name", "filename", "image", "path", "name")
 LABEL_COLUMNS = ("label", "class", "category")
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 SUFFIXES = (".csv", ".tsv", *JSON_SUFFIXES)
-# Hugging Face's imagefolder reads these beside images, by a column of this name.
+# Hugging Face's imagefolder reads these files beside images, with a column of this name.
 METADATA_NAMES, METADATA_COLUMN = ("metadata.csv", "metadata.jsonl"), "file_name"
 _WHOLE = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
@@ -34,10 +34,10 @@ _MAX_SHOWN = 20  # columns in a message
 
 
 class Columns(NamedTuple):
-    """Which columns of tables are to be read; what is None goes by names or types."""
+    """The columns of tables to read. A column that is None is chosen by name or type."""
 
-    image: str | None = None  # of images, or of the names of their files
-    labels: tuple[str, ...] | None = None  # () takes no labels
+    image: str | None = None  # with images or their file names
+    labels: tuple[str, ...] | None = None  # () reads no labels
     file: Path | None = None  # a table of labels for images in files
 
 
@@ -45,44 +45,44 @@ BY_DEFAULT = Columns()
 
 
 class Labels(NamedTuple):
-    """A label for each row: class number, vector of numbers, or None where there is none."""
+    """A label for each row: a class number, a vector of numbers, or None if it is missing."""
 
     values: list[Any]
-    class_names: list[str] | None = None  # where the labels were text
-    how: str = ""  # what to say of that, after the name of the column
+    class_names: list[str] | None = None  # set if the labels were text
+    how: str = ""  # how labels were derived, a text to append to the column's name
 
 
 class Rows(NamedTuple):
-    """The rows of a table: the names of images, and the cells of each column of labels."""
+    """The rows of a table: the names of images, and the cells of each label column."""
 
     names: list[str]
-    cells: dict[str, list[Any]]  # by the names of the columns; {} where no column holds labels
+    cells: dict[str, list[Any]]  # by column name; {} if no column holds labels
 
 
 def read_rows(text: bytes, columns: Columns, where: str, *, is_json: bool,
               is_metadata: bool = False) -> Rows:
     """Returns the names of images and the cells of their labels in a table.
 
-    Errors call the table `where`. One that is found by itself, `is_metadata`, need not have the
-    columns, unless they are chosen.
+    `where` is the table's name in errors. A table that was not named by the user (`is_metadata`)
+    may lack the columns, unless the user chose them.
 
     Raises:
-        ValueError: it is malformed, or doesn't have the columns.
+        ValueError: the table is malformed, or lacks the columns.
     """
     header, rows = _parse_json_lines(text, where) if is_json else _parse_csv(text, where)
     name_column = _find(header, columns.image, (METADATA_COLUMN,) if is_metadata else NAME_COLUMNS)
     if name_column is None and is_metadata and columns.image is None:
         return Rows([], {})
     if name_column is None:
-        raise ValueError(f"{where}: no column {_wanted(columns.image, NAME_COLUMNS)} with names of "
-                         f"files; its columns: {shown_columns(header)}; --image-column chooses one")
+        raise ValueError(f"{where}: no column {_wanted(columns.image, NAME_COLUMNS)} with file "
+                         f"names among {shown_columns(header)}; choose one with --image-column")
     found = [_find(header, name, LABEL_COLUMNS) for name in columns.labels or (None,)]
     if None in found:
         if is_metadata and columns.labels is None:
             return Rows([], {})
         wanted = columns.labels[found.index(None)] if columns.labels else None
-        raise ValueError(f"{where}: no column {_wanted(wanted, LABEL_COLUMNS)} with labels; its "
-                         f"columns: {shown_columns(header)}; --label-column chooses")
+        raise ValueError(f"{where}: no column {_wanted(wanted, LABEL_COLUMNS)} with labels among "
+                         f"{shown_columns(header)}; choose with --label-column")
     names, cells = [], {name: [] for name in found}
     for line, row in rows:
         name = row.get(name_column)
@@ -95,7 +95,7 @@ def read_rows(text: bytes, columns: Columns, where: str, *, is_json: bool,
 
 
 def _find(header: Sequence[str], wanted: str | None, usual: Sequence[str]) -> str | None:
-    """Returns the column that is wanted or, without a wish, the first one with a usual name."""
+    """Returns the wanted column or, if none is wanted, the first one with a usual name."""
     if wanted is not None:
         return wanted if wanted in header else None
     by_name = {name.lower(): name for name in reversed(header)}
@@ -107,7 +107,7 @@ def _wanted(wanted: str | None, usual: Sequence[str]) -> str:
 
 
 def shown_columns(names: Sequence[str]) -> str:
-    """Returns the names of columns for a message, on one line."""
+    """Returns the names of columns on one line, for a message."""
     if not names:
         return "none"
     shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:_MAX_SHOWN])
@@ -115,7 +115,7 @@ def shown_columns(names: Sequence[str]) -> str:
 
 
 def _normal(name: str) -> str:
-    """Returns the name of a file with '/' between folders and without './' before it."""
+    """Returns a file name with '/' between folders and without a leading './'."""
     name = name.strip().replace("\\", "/")
     while name.startswith("./"):
         name = name[2:]
@@ -129,11 +129,11 @@ def _decoded(text: bytes, where: str) -> str:
     try:
         return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text; save it as UTF-8") from error
+        raise ValueError(f"{where}: is not UTF-8 text; save it as UTF-8") from error
 
 
 def _parse_csv(text: bytes, where: str) -> _Parsed:
-    """Returns the columns of a CSV, which may have semicolons or tabs, and what yields its rows."""
+    """Returns the columns and rows of a CSV, which may use semicolons or tabs."""
     decoded = _decoded(text, where)
     first = decoded.partition("\n")[0]
     delimiter = next((mark for mark in "\t;" if mark in first and "," not in first), ",")
@@ -141,12 +141,12 @@ def _parse_csv(text: bytes, where: str) -> _Parsed:
     lines = _csv_lines(reader, where)
     header = [cell.strip() for _, cells in [next(lines, (0, []))] for cell in cells]
     if twice := [name for name, count in collections.Counter(header).items() if count > 1]:
-        raise ValueError(f"{where}: column {twice[0]!r} is there twice")
+        raise ValueError(f"{where}: column {twice[0]!r} occurs twice")
 
     def rows():
         for line, cells in lines:
             if len(cells) != len(header):
-                raise ValueError(f"{where}: line {line} has {len(cells)} cells, but the header "
+                raise ValueError(f"{where}: line {line} has {len(cells)} cells, but the header has "
                                  f"{len(header)}")
             yield line, dict(zip(header, cells, strict=True))
     return header, rows()
@@ -160,7 +160,7 @@ def _csv_lines(reader: Any, where: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _parse_json_lines(text: bytes, where: str) -> _Parsed:
-    """Returns the keys of the first object of a JSON Lines file, and what yields all of them."""
+    """Returns the keys of the first object in a JSON Lines file, and all objects as rows."""
     lines = [(number, line) for number, line in enumerate(_decoded(text, where).split("\n"), 1)
              if line.strip()]
 
@@ -178,10 +178,10 @@ def _parse_json_lines(text: bytes, where: str) -> _Parsed:
 
 
 def labels_of(cells: Mapping[str, Sequence[Any]], where: str) -> Labels:
-    """Returns the labels that one column holds, or the vectors of numbers that several make.
+    """Returns the labels in one column, or vectors of the numbers in several columns.
 
     Raises:
-        ValueError: values are neither numbers nor text, or those of vectors are no numbers.
+        ValueError: values are neither numbers nor text, or those of vectors are not numbers.
     """
     columns = {name: list(map(_value, values)) for name, values in cells.items()}
     if len(columns) == 1:
@@ -192,8 +192,8 @@ def labels_of(cells: Mapping[str, Sequence[Any]], where: str) -> Labels:
         numbers.append(_numbers(values))
         if numbers[-1] is None:
             other = next(value for value in values if _numbers([value]) is None)
-            raise ValueError(f"{where}: column {name} holds {_shown(other)}, but only numbers make "
-                             "label vectors")
+            raise ValueError(f"{where}: column {name} holds {_shown(other)}; label vectors must "
+                             "consist of numbers")
     return Labels([None if None in row else list(row) for row in zip(*numbers, strict=True)])
 
 
@@ -203,19 +203,19 @@ def _labels_of_one(values: list[Any], where: str) -> Labels:
         decimals = [value for value in numbers if isinstance(value, float)]
         if not decimals:
             return Labels(numbers)
-        # pandas writes 6.0 where a column of whole numbers had gaps.
+        # pandas writes 6.0 if a column of whole numbers had gaps.
         if all(value is None or value in range(MAX_CLASSES) for value in numbers):
             return Labels([None if value is None else int(value) for value in numbers],
-                          how=f", whose numbers are whole, such as {decimals[0]}, and so are "
+                          how=f", whose numbers are whole, such as {decimals[0]}, and are used as "
                               "class numbers")
         return Labels([None if value is None else [value] for value in numbers])
     there = [value for value in values if value is not None]
     examples = {type(value): value for value in reversed(there)}
     if set(examples) not in ({str}, {list}):
         raise ValueError(f"{where} holds {' and '.join(map(_shown, examples.values()))}; labels "
-                         "are numbers, text, or lists of numbers, all alike")
+                         "must be all numbers, all text, or all lists of numbers")
     if list in examples:
-        return Labels(values)  # which are checked where all labels are
+        return Labels(values)  # checked together with all other labels
     class_names = sorted(set(there))
     classes = {name: number for number, name in enumerate(class_names)}
     return Labels([None if value is None else classes[value] for value in values], class_names,
@@ -227,7 +227,7 @@ def _shown(value: Any) -> str:
 
 
 def _value(cell: Any) -> Any:
-    """Returns what a cell holds; None for an empty one and for a number that is none."""
+    """Returns the value of a cell; None for an empty cell or NaN."""
     if isinstance(cell, bool):
         return int(cell)
     if isinstance(cell, float) and math.isnan(cell):
@@ -238,7 +238,7 @@ def _value(cell: Any) -> Any:
 
 
 def _numbers(values: list[Any]) -> list[int | float | None] | None:
-    """Returns numbers, in text or not, as numbers; None if any value is something else."""
+    """Returns values, numbers or text, as numbers, or None if any is something else."""
     numbers = []
     for value in values:
         if isinstance(value, str):
@@ -252,21 +252,21 @@ def _numbers(values: list[Any]) -> list[int | float | None] | None:
 
 
 class Matched(NamedTuple):
-    """Which row belongs to which image."""
+    """The row that belongs to each image."""
 
-    rows: dict[str, int]  # the number of the row, by the name of the image
-    extra: list[str]  # names in rows without an image
+    rows: dict[str, int]  # row number by image name
+    extra: list[str]  # names in rows that match no image
 
 
 def match_rows(images: Sequence[str], top: str, rows: Sequence[str], where: str) -> Matched:
     """Returns the row of each image that has one.
 
-    Names of rows are paths in the source, else in the folder `top`, which begins the names of
-    images, else below the folder that all rows share, else bare names of files; in each case
-    without extensions if none fits otherwise. The first way counts by which any row finds an image.
+    Names in rows are tried as paths in the source, then as paths in the folder `top` (a prefix of
+    the names of images), then below the folder that all rows share, and then as bare file names.
+    Each is tried with extensions and then without. The first way that matches any row is used.
 
     Raises:
-        ValueError: an image is listed twice, or no row finds one for certain.
+        ValueError: an image is listed twice, no row matches an image, or a match is ambiguous.
     """
     if twice := next((name for name, n in collections.Counter(rows).items() if n > 1), None):
         raise ValueError(f"{where}: {twice} is listed twice")
@@ -285,14 +285,14 @@ def match_rows(images: Sequence[str], top: str, rows: Sequence[str], where: str)
         there = set(found.values())
         return Matched(found, [row for i, row in enumerate(rows) if i not in there])
     if ambiguous:
-        raise ValueError(f"{where}: several files are called {ambiguous}; give paths in the "
+        raise ValueError(f"{where}: several files are named {ambiguous}; give paths in the "
                          f"source, such as {images[0]}")
-    raise ValueError(f"{where}: none of {len(rows)} rows names an image of the source: the first "
+    raise ValueError(f"{where}: none of {len(rows)} rows names an image of the source; the first "
                      f"row names {rows[0] if rows else 'nothing'}, the first image is {images[0]}")
 
 
 def _ways(top: str, common: str) -> Iterator[tuple[Callable[[str], str], Callable[[str], str]]]:
-    """Yields by what images and rows may belong together, the strictest first."""
+    """Yields the keys by which images and rows are matched, the strictest first."""
     def same(name):
         return name
 
@@ -308,7 +308,7 @@ def _ways(top: str, common: str) -> Iterator[tuple[Callable[[str], str], Callabl
 
 
 def _numbered(keys: Iterator[str]) -> tuple[dict[str, int], set[str]]:
-    """Returns the number of each key, and those that are there twice."""
+    """Returns the number of each key, and the keys that occur twice."""
     numbers, twice = {}, set()
     for number, key in enumerate(keys):
         if numbers.setdefault(key, number) != number:

@@ -1,12 +1,13 @@
-"""Images in one .npz, as guided-diffusion and consistency models write them, and what opens data.
+"""Images in one .npz, as guided-diffusion and consistency models write them; and `open_files`.
 
 | member | holds |
 |---|---|
-| `arr_0` | images [n, H, W, C], [n, C, H, W] or [n, H, W], of a type of images/array_files.py |
-| `arr_1` | their class numbers [n], if there are any |
+| `arr_0` | images [n, H, W, C], [n, C, H, W] or [n, H, W], of a type in images/array_files.py |
+| `arr_1` | optionally, their class numbers [n] |
 
-Nothing is unpickled, and one image is in memory at a time: of an uncompressed member any can be
-read, a compressed one is unpacked from its beginning on and again for what lies further back.
+Nothing is unpickled, and only one image is in memory at a time. An uncompressed member allows
+random access. A compressed member is decompressed from its beginning, and again from its beginning
+for an image further back.
 """
 
 import io
@@ -37,7 +38,7 @@ from images.image_files import (
 
 _IMAGES, _LABELS = "arr_0", "arr_1"
 _LOCAL_HEADER = 30  # bytes before the name of a member, the last four of which are lengths
-_MAX_IMAGES = 1 << 24  # compressed zeros could claim any number, and each has a name
+_MAX_IMAGES = 1 << 24  # compressed zeros could claim any number, and each image gets a name
 _MAX_SHOWN = 5  # members in a message
 
 
@@ -45,9 +46,9 @@ def open_files(path: Path) -> Files:
     """Opens a folder, a ZIP or the images of an .npz.
 
     Raises:
-        OSError: there is none, or it can't be read.
-        ValueError: not a ZIP, one that is not finished or has two members of one name, or an .npz
-            without images.
+        OSError: the path does not exist or can't be read.
+        ValueError: it is not a ZIP, is an unfinished ZIP, has two members of the same name, or is
+            an .npz without images.
     """
     check_finished(path)
     if path.is_dir():
@@ -58,19 +59,20 @@ def open_files(path: Path) -> Files:
 
 
 def is_npz(path: str | os.PathLike) -> bool:
-    """Whether the extension is that of several arrays in one file."""
+    """Whether a path has the extension of .npz files."""
     return os.fspath(path).lower().endswith(".npz")
 
 
 def npz_contents(path: str | os.PathLike) -> frozenset[str]:
-    """Returns what an .npz holds, by its members: of 'images', 'statistics' and 'features'.
+    """Returns what an .npz holds: a subset of 'images', 'statistics' and 'features'.
 
-    Images are `arr_0`, statistics `mu` and `sigma`, features `features`. Reference batches of
-    guided-diffusion hold images and statistics, references of `fid.py ref --features` the others.
+    Images are the member `arr_0`, statistics are `mu` and `sigma`, and features are `features`.
+    Reference batches of guided-diffusion hold images and statistics. References written by
+    `fid.py ref --features` hold statistics and features.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: not an .npz.
+        OSError: the file can't be read.
+        ValueError: it is not an .npz.
     """
     with _open_zip(Path(path)) as archive:
         names = {name.removesuffix(ARRAY_SUFFIX) for name in archive.namelist()}
@@ -79,15 +81,15 @@ def npz_contents(path: str | os.PathLike) -> frozenset[str]:
 
 
 class Npz:
-    """The images of an .npz by number, and by name as if each were a .npy file of a folder.
+    """The images of an .npz, by number or by name as if each were a .npy file in a folder.
 
-    `labels` are the class numbers [n], None where there are none or none are wanted. `layout` is
-    that of images, see `array_files.first_channels`. The checksum of all images is compared where
-    they are read in order by one process.
+    `labels` are the class numbers [n], or None if there are none or none are wanted. `layout` is
+    explained in `array_files.first_channels`. The checksum of the images is verified if one process
+    reads them all in order.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it holds no images or is damaged, or their shape has two readings.
+        OSError: the file can't be read.
+        ValueError: it does not hold images, is damaged, or has images of ambiguous shape.
     """
 
     def __init__(self, path: Path, layout: str | None = None, *, with_labels: bool = True):
@@ -105,7 +107,7 @@ class Npz:
                 self.labels = _read_labels(archive, len(self))
                 self._labels_info = archive.getinfo(_member(_LABELS))
             self._start = self._images.header_bytes
-            if self._images.is_stored:  # and so its bytes are those of the file
+            if self._images.is_stored:  # its bytes can be read from the file
                 self._start += _data_start(path, self._images.info)
             with archive.open(self._images.info) as member:
                 self._header_crc = zlib.crc32(member.read(self._images.header_bytes))
@@ -118,10 +120,10 @@ class Npz:
         return self._images.shape[0]
 
     def read(self, number: int) -> np.ndarray:
-        """Returns one image [C, H, W], of the type that is stored.
+        """Returns one image [C, H, W] of the stored type.
 
         Raises:
-            ValueError: it can't be read; without saying of which file.
+            ValueError: it can't be read; the message lacks the file's name.
         """
         size = self._images.item_bytes
         try:
@@ -137,7 +139,7 @@ class Npz:
         return array_files.as_stack(image, self._layout)[0]
 
     def open(self, name: str) -> IO[bytes]:
-        """Returns the content of the file of this name, an image or dataset.json."""
+        """Returns the content of the file with this name, an image or dataset.json."""
         if name != LABELS_NAME:
             return io.BytesIO(array_files.encode(self.read(self._number(name))))
         labels = [[image, label] for image, label in
@@ -145,12 +147,12 @@ class Npz:
         return io.BytesIO(json.dumps({"labels": labels}).encode())
 
     def stamp(self, name: str) -> str:
-        """Returns what changes with the content: size and checksum of the member."""
+        """Returns a string that changes with the content: size and checksum of the member."""
         info = self._labels_info if name == LABELS_NAME else self._images.info
         return f"{info.file_size} {info.CRC}"
 
     def close(self) -> None:
-        """Closes the file; reading opens it again."""
+        """Closes the file. Reading opens it again."""
         if self._file is not None and self._pid == os.getpid():
             self._file.close()
         self._file, self._pid = None, None
@@ -160,7 +162,7 @@ class Npz:
         return int(name.removeprefix("img").removesuffix(ARRAY_SUFFIX))
 
     def _open_member(self) -> IO[bytes]:
-        """Returns the file of uncompressed images, else a reader of the member; one a process."""
+        """Returns this process's handle: the file if images are uncompressed, else the member."""
         if self._file is None or self._pid != os.getpid():
             if self._images.is_stored:
                 self._file = open(self._path, "rb")  # noqa: SIM115 - by close()
@@ -177,14 +179,14 @@ class Npz:
             return
         self._crc, self._summed = zlib.crc32(data, self._crc), self._summed + 1
         if self._summed == len(self) and self._crc != self._images.info.CRC:
-            raise ValueError(f"{_IMAGES}: damaged: its checksum does not match")
+            raise ValueError(f"{_IMAGES}: is damaged: its checksum does not match")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None, "_pid": None}
 
 
 class _Member(NamedTuple):
-    """An array of an .npz, of which the header has been read and found plausible."""
+    """An array in an .npz whose header was read and is plausible."""
 
     info: zipfile.ZipInfo
     header_bytes: int
@@ -198,16 +200,16 @@ class _Member(NamedTuple):
 
     @property
     def item_bytes(self) -> int:
-        """Of what one number of the first axis selects."""
+        """Bytes of one item of the first axis."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
-    """Opens an .npz; raises ValueError where it is none, or a damaged one."""
+    """Opens an .npz. Raises ValueError if it is damaged or not an .npz."""
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: not an .npz, or a damaged one ({error})") from error
+        raise ValueError(f"{path}: is not an .npz, or is damaged ({error})") from error
 
 
 def _member(name: str) -> str:
@@ -219,16 +221,16 @@ def _has(archive: zipfile.ZipFile, name: str) -> bool:
 
 
 def _find_member(archive: zipfile.ZipFile, name: str) -> _Member:
-    """Returns an array of an .npz, whose size must be the one that its header claims.
+    """Returns an array in an .npz, whose size must match its header.
 
     Raises:
-        ValueError: it isn't there, or damaged.
+        ValueError: it does not exist, or is damaged.
     """
     if not _has(archive, name):
         there = [other.removesuffix(ARRAY_SUFFIX) for other in archive.namelist()]
         more = f" and {len(there) - _MAX_SHOWN} more" if len(there) > _MAX_SHOWN else ""
         raise ValueError(f"holds {', '.join(there[:_MAX_SHOWN]) or 'nothing'}{more}, but no "
-                         f"images, which np.savez(FILE, images) calls {_IMAGES}")
+                         f"images; np.savez(FILE, images) stores them as {_IMAGES}")
     info = archive.getinfo(_member(name))
     with error_prefix(f"{name}: "):
         try:
@@ -237,22 +239,22 @@ def _find_member(archive: zipfile.ZipFile, name: str) -> _Member:
                 header_bytes = file.tell()
         except ValueError:
             raise
-        except DAMAGE as error:  # beside it: encrypted, or compressed by a method of none
+        except DAMAGE as error:  # also if it is encrypted or its compression is unknown
             raise ValueError(f"can't be read: {error or 'damaged'}") from error
         if is_fortran and len(shape) > 1:
-            raise ValueError("columns come first; save np.ascontiguousarray of it")
+            raise ValueError("is stored in column order; save np.ascontiguousarray of it")
         size = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or header_bytes + size != info.file_size:
-            raise ValueError(f"an array of shape {list(shape)}, but not the bytes of it")
+            raise ValueError(f"has a header for an array of shape {list(shape)}, but another size")
     return _Member(info, header_bytes, shape, dtype)
 
 
 def _read_labels(archive: zipfile.ZipFile, num_images: int) -> np.ndarray:
-    """Returns the class numbers; raises ValueError for anything else."""
+    """Returns the class numbers. Raises ValueError for anything else."""
     member = _find_member(archive, _LABELS)
     if member.shape != (num_images,) or member.dtype.kind not in "iu":
-        raise ValueError(f"{_LABELS}: a {member.dtype.name} array of shape {list(member.shape)}; "
-                         f"labels are {num_images} class numbers, [n] integers")
+        raise ValueError(f"{_LABELS}: is a {member.dtype.name} array of shape "
+                         f"{list(member.shape)}; labels must be {num_images} integers [n]")
     with error_prefix(f"{_LABELS}: "):
         try:
             with archive.open(member.info) as file:
@@ -267,9 +269,9 @@ def _read_labels(archive: zipfile.ZipFile, num_images: int) -> np.ndarray:
 
 
 def _data_start(path: Path, info: zipfile.ZipInfo) -> int:
-    """Returns where in the file the bytes of an uncompressed member begin.
+    """Returns the position in the file of the bytes of an uncompressed member.
 
-    Raises ValueError if they are not all there.
+    Raises ValueError if the file is too short.
     """
     with open(path, "rb") as file:
         file.seek(info.header_offset)
@@ -278,5 +280,5 @@ def _data_start(path: Path, info: zipfile.ZipInfo) -> int:
         start = info.header_offset + _LOCAL_HEADER + int(sum(lengths))
         file.seek(0, os.SEEK_END)
         if not header.startswith(b"PK\3\4") or start + info.file_size > file.tell():
-            raise ValueError(f"{_IMAGES}: damaged: the file ends before it")
+            raise ValueError(f"{_IMAGES}: is damaged: the file ends before it")
     return start

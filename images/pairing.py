@@ -1,7 +1,8 @@
-"""What tells that two files belong together: numbers in their names, positions of slices.
+"""Evidence that two files belong together: numbers in their names, or positions of slices.
 
-Numbers are natural numbers: 1 is 01. Where two files are counted by different rules, such as from 0
-and from 1, their numbers say nothing, and neither do times and identifiers.
+Numbers are compared as natural numbers, so 1 equals 01. If two files are numbered by different
+rules, for example from 0 and from 1, their numbers are no evidence. Neither are times and
+identifiers.
 """
 
 import re
@@ -11,31 +12,31 @@ import numpy as np
 
 from images.dicom_files import Header
 
-SAME_POSITION_MM = 0.01  # along the normal: rounding in headers is less, distances of slices more
+SAME_POSITION_MM = 0.01  # along the normal: more than rounding errors, less than slice distances
 _DIGITS = re.compile("[0-9]+")
 
 
 def numbers_of(text: str) -> tuple[int, ...]:
-    """Returns the natural numbers in a text, in their order."""
+    """Returns the natural numbers in a text, in order."""
     return tuple(map(int, _DIGITS.findall(text)))
 
 
 def words_of(text: str) -> tuple[str, ...]:
-    """Returns what is between the numbers of a text."""
+    """Returns the parts of a text between its numbers."""
     return tuple(_DIGITS.split(text))
 
 
 def common_numbers(own: Sequence[tuple[int, ...]], others: Sequence[tuple[int, ...]]
                    ) -> tuple[list, list] | None:
-    """Returns keys by which things and others, as many, may belong together; None for none.
+    """Returns keys by which things match equally many others, or None if there are none.
 
-    Keys are unique on either side, and at least half of them are on both. Keys that are the same on
-    both sides are taken before others, all numbers of a name before a single one, and single ones
-    from the last to the first, counted from the end and then from the beginning.
+    Keys are unique on each side, and at least half of them occur on both. Candidates whose keys are
+    the same set on both sides come first. Among these, all numbers of a name come before single
+    ones, which are tried from the last to the first, counted from the end and then from the start.
 
     Args:
         own: the numbers in the name of each thing.
-        others: likewise.
+        others: the numbers in the name of each other thing.
     """
     least = min(map(len, (*own, *others)))
     columns = [*range(-1, -1 - least, -1), *range(least)]
@@ -54,7 +55,7 @@ def _may_be_keys(own: set, others: set, count: int) -> bool:
 
 
 def distance_mm(image: Header | None, other: Header | None) -> float | None:
-    """Returns how far apart two slices are along the normal of the first; None if unknown."""
+    """Returns the distance of two slices along the normal of the first, or None if unknown."""
     if not (image and other and image.position and other.position):
         return None
     directions = image.directions or other.directions

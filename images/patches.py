@@ -1,8 +1,8 @@
-"""Patches of images at random places: squares of P x P pixels, of an image and its condition alike.
+"""Random patches of images: squares of P x P pixels, the same for an image and its condition.
 
-Offsets are uniform on {0, ..., H - P} x {0, ..., W - P}, both ends included. Patch g has offsets
-that are a function of the seed and g alone, so batch size, world size and resuming change who reads
-a patch, never where it lies.
+Offsets are uniform on {0, ..., H - P} x {0, ..., W - P}, both ends included. The offsets of patch g
+depend only on the seed and g. Batch size, world size and resuming therefore change which process
+reads a patch, but never its place.
 """
 
 from collections.abc import Sequence
@@ -12,24 +12,24 @@ import numpy as np
 
 from images.dataset import ImageFolderDataset, order_at
 
-_OFFSET_TAG = int.from_bytes(b"patch", "big")  # sets these draws apart from other uses of the seed
-_DRAW_BLOCK = 256  # patches that draw together; another number would be other offsets
+_OFFSET_TAG = int.from_bytes(b"patch", "big")  # separates these draws from other uses of the seed
+_DRAW_BLOCK = 256  # patches drawn together; changing it changes all offsets
 
 
 class PatchSource(Protocol):
-    """What patches are read from: a data set that is read as patches, in files or on a device."""
+    """A data set that is read as patches, from files or on a device."""
 
     def get_batch(self, indices: Sequence[int], offsets: np.ndarray | None = None) -> tuple:
-        """Returns patches of images, as `ImageFolderDataset.get_batch` does."""
+        """Returns patches of images, see `ImageFolderDataset.get_batch`."""
 
 
 class RandomPatches:
-    """Patches by number: patch k is of image k, at a place that the seed draws.
+    """Patches by number: patch k comes from image k, at a place that the seed draws.
 
     Args:
-        source: where to read.
-        dataset: the data set of `source`, which is read as patches.
-        seed: not negative.
+        source: where patches are read.
+        dataset: the data set of `source`, opened for patches.
+        seed: a number of at least 0.
     """
 
     def __init__(self, source: PatchSource, dataset: ImageFolderDataset, seed: int):
@@ -49,9 +49,9 @@ class RandomPatches:
 
 
 class TrainingPatches(RandomPatches):
-    """The training stream in patches, `patches` of each image, one after the other.
+    """The training stream in patches: `patches` consecutive ones from each image.
 
-    Patch g is of the image at position g div `patches` of the order that the seed gives.
+    Patch g comes from the image at position g div `patches` of the seed's training order.
     """
 
     def __init__(self, source: PatchSource, dataset: ImageFolderDataset, seed: int, patches: int):
@@ -66,8 +66,8 @@ def patch_offsets(seed: int, numbers: np.ndarray, limits: tuple[int, int]) -> np
     """Returns the first row and the first column of patches, int64 [B, 2].
 
     Args:
-        seed: not negative.
-        numbers: of the patches, [B].
+        seed: a number of at least 0.
+        numbers: numbers of the patches, [B].
         limits: the largest row and column, H - P and W - P.
     """
     blocks, places = np.divmod(np.asarray(numbers, np.int64), _DRAW_BLOCK)
@@ -79,7 +79,7 @@ def patch_offsets(seed: int, numbers: np.ndarray, limits: tuple[int, int]) -> np
 
 
 def _block_offsets(seed: int, block: int, limits: tuple[int, int]) -> np.ndarray:
-    # RandomState, unlike Generator, is promised to give the same stream in every NumPy version.
+    # RandomState, unlike Generator, guarantees the same stream in every NumPy version.
     rng = np.random.RandomState(np.random.MT19937(
         np.random.SeedSequence([seed, block, _OFFSET_TAG])))
     return np.stack([rng.randint(0, limit + 1, _DRAW_BLOCK, np.int64) for limit in limits], axis=1)

@@ -1,8 +1,8 @@
-"""Pictures of any user and how they are read: once, for training, scoring, checking and conversion.
+"""Reading pictures of any user, in one way for training, scoring, checking and conversion.
 
-Only formats of a list are opened, whatever a file is called: Pillow would start Ghostscript for
-PostScript. Pictures are turned upright as their EXIF data say. Text in PNGs is left out where
-Pillow refuses it, for being long or damaged.
+Only listed formats are opened, whatever the name of a file, since Pillow would start Ghostscript
+for PostScript. Pictures are turned upright according to their EXIF data. Text in PNGs is ignored if
+Pillow refuses it because it is too long or damaged.
 """
 
 import io
@@ -18,38 +18,38 @@ import PIL.ImageOps
 from images.image_files import DAMAGE, PICTURE_FORMATS, ImageFormat, picture_format
 
 DEEP_MODES = {"I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16", "I": "float32",
-              "F": "float32"}  # Pillow's of more than 8 bits, with the types that hold them
+              "F": "float32"}  # Pillow's modes with more than 8 bits, and types that hold them
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_HEADER = struct.Struct(">2I5B")  # its first chunk: width, height, depth, colour type, ...
-_PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type; a palette, 3, holds none
+_PNG_HEADER = struct.Struct(">2I5B")  # the first chunk: width, height, depth, colour type, ...
+_PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type; that of palettes, 3, is missing
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # the last is a colour profile
-_HEAD_BYTES = 32  # of a file, in which a PNG says how deep it is
+_HEAD_BYTES = 32  # at the start of a file; include the bit depth of a PNG
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap the sides
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
 _MIN_IS_WHITE, _UNSIGNED = 0, 1
-# Where Pillow keeps what may hold an orientation. TIFFs come upright from their reader.
+# Where Pillow may store an orientation. Its TIFF reader turns pictures upright by itself.
 _MAY_BE_TURNED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
-_OTHER_KINDS = [  # where they begin, how, and what they are
+_OTHER_KINDS = [  # position and content of the first bytes, and a description
     (0, b"%!ps", "PostScript, which is a program and isn't run; convert it to PNG"),
     (0, b"\xc5\xd0\xd3\xc6", "PostScript, which is a program and isn't run; convert it to PNG"),
     (0, b"%pdf", "a PDF document"), (4, b"ftyphe", "a HEIC picture; convert it to PNG or JPEG"),
     (4, b"ftypmif1", "a HEIC picture; convert it to PNG or JPEG"),
-    (0, b"<svg", "an SVG drawing; convert it to PNG"), (0, b"<!doctype", "a page of the web"),
-    (0, b"<html", "a page of the web"), (0, b"version https://git-lfs",
-                                         "a pointer of Git LFS; fetch the file by 'git lfs pull'"),
+    (0, b"<svg", "an SVG drawing; convert it to PNG"), (0, b"<!doctype", "a web page"),
+    (0, b"<html", "a web page"), (0, b"version https://git-lfs",
+                                  "a pointer of Git LFS; fetch the file with 'git lfs pull'"),
 ]
 
 
 class DamagedImageError(ValueError):
-    """An image that can't be read; the message doesn't name it."""
+    """An image that can't be read. The message does not name it."""
 
 
 def read_format(file: IO[bytes]) -> ImageFormat:
-    """Returns the format of a picture, upright, of which only the header is read.
+    """Returns the format of a picture after turning it upright, reading only the header.
 
     Raises:
-        DamagedImageError: not a picture, or of no format of the list.
+        DamagedImageError: the file is not a picture in a listed format.
     """
     head = file.read(_HEAD_BYTES)
     file.seek(0)
@@ -61,10 +61,12 @@ def read_format(file: IO[bytes]) -> ImageFormat:
 
 
 def decode(content: bytes, *, verify: bool = False) -> tuple[np.ndarray, ImageFormat]:
-    """Returns the pixels of a picture [C, H, W], upright, and its format.
+    """Returns the pixels of a picture [C, H, W], turned upright, and its format.
+
+    See `read_picture` for `verify`.
 
     Raises:
-        DamagedImageError: as for `read_picture`, which has the argument.
+        DamagedImageError: see `read_picture`.
     """
     image = read_picture(content, verify=verify)
     pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
@@ -72,28 +74,28 @@ def decode(content: bytes, *, verify: bool = False) -> tuple[np.ndarray, ImageFo
 
 
 def _mode(image: PIL.Image.Image, head: bytes) -> str:
-    """Returns the mode of a picture, with its bits where Pillow has dropped some of them."""
+    """Returns the mode of a picture, including the bits that Pillow drops."""
     return f"{image.mode};16" if image.mode in ("L", "RGB") and is_deep(image, head) else image.mode
 
 
 def deep_values(image: PIL.Image.Image) -> np.ndarray:
-    """Returns the values of a picture of a mode of `DEEP_MODES`, [H, W] of its type there."""
+    """Returns the values [H, W] of a picture with a mode in `DEEP_MODES`, in that mode's type."""
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     if image.mode == "I" and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED \
             and tags.get(_BITS_PER_SAMPLE, (0,))[0] == 32:
-        values = values.view(np.uint32)  # Pillow takes it for signed
+        values = values.view(np.uint32)  # Pillow treats it as signed
     if tags.get(_PHOTOMETRIC) == _MIN_IS_WHITE and image.mode.startswith("I;16"):
         values = np.iinfo(np.uint16).max - values.astype(np.uint16)
     return values.astype(DEEP_MODES[image.mode])
 
 
 def read_picture(content: bytes, *, verify: bool = False) -> PIL.Image.Image:
-    """Returns a picture upright and decoded, of whatever mode; of an animation the first frame.
+    """Returns a picture of any mode, decoded and upright. Of an animation it is the first frame.
 
-    With `verify` the checksums of PNGs are compared that decoding passes over.
+    With `verify`, the checksums of PNGs that decoding ignores are compared.
 
     Raises:
-        DamagedImageError: not a picture, of no format of the list, damaged or too large.
+        DamagedImageError: the file is not a picture in a listed format, is damaged, or too large.
     """
     if verify:
         with open_picture(io.BytesIO(content)) as image:
@@ -112,10 +114,10 @@ def read_picture(content: bytes, *, verify: bool = False) -> PIL.Image.Image:
 
 
 def open_picture(file: IO[bytes]) -> PIL.Image.Image:
-    """Returns a picture whose pixels are not decoded yet; `file` must stay open until they are.
+    """Returns a picture before its pixels are decoded. `file` must stay open until they are.
 
     Raises:
-        DamagedImageError: not a picture, or of no format of the list.
+        DamagedImageError: the file is not a picture in a listed format.
     """
     try:
         return _open(file)
@@ -138,13 +140,13 @@ def open_picture(file: IO[bytes]) -> PIL.Image.Image:
 
 def _open(file: IO[bytes]) -> PIL.Image.Image:
     with warnings.catch_warnings():
-        # Pillow warns of pictures of half the size that it refuses.
+        # Pillow warns of pictures of more than half the size that it refuses.
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         return PIL.Image.open(file, formats=_formats())
 
 
 def _formats() -> tuple[str, ...]:
-    """Returns the formats of the list that this version of Pillow knows."""
+    """Returns the listed formats that this version of Pillow knows."""
     global _known_formats
     if _known_formats is None:
         PIL.Image.init()
@@ -161,14 +163,14 @@ def _may_be_turned(image: PIL.Image.Image) -> bool:
 
 
 def _kind(content: bytes) -> str:
-    """Says what a file is that Pillow doesn't recognise as a format of the list."""
+    """Describes a file that Pillow does not recognise as a listed format."""
     found = next((kind for start, beginning, kind in _OTHER_KINDS
                   if content[start:].lower().startswith(beginning)), None)
     return f"not an image but {found}" if found else "not an image" if content else "it is empty"
 
 
 def _without_text(content: bytes) -> bytes:
-    """Returns a PNG without its text; anything else, and what is no whole PNG, as it is."""
+    """Returns a PNG without its text. Other or incomplete files are returned unchanged."""
     if not content.startswith(_PNG):
         return content
     kept, start = [_PNG], len(_PNG)
@@ -182,39 +184,39 @@ def _without_text(content: bytes) -> bytes:
 
 
 def png_shape(content: bytes) -> tuple[int, int, int]:
-    """Returns channels, height and width of a whole PNG of 8 bits, without decoding it.
+    """Returns channels, height and width of a complete 8-bit PNG without decoding it.
 
-    All checksums are compared, so that what was cut short or changed on the disk is found, in less
-    than a tenth of the time that decoding takes.
+    All checksums are compared, which detects truncated and damaged files in less than a tenth of
+    the time that decoding takes.
 
     Raises:
-        ValueError: cut short, damaged, not of 8 bits, or of a palette.
+        ValueError: the PNG is truncated or damaged, or has a palette or not 8 bits.
     """
     start, kinds, header = len(_PNG), set(), b""
     while b"IEND" not in kinds:
         if not content.startswith(_PNG) or len(content) < start + 12:
-            raise ValueError("no PNG, or cut short")
+            raise ValueError("is not a PNG, or is truncated")
         [length] = struct.unpack_from(">I", content, start)
         kind, end = content[start + 4:start + 8], start + 8 + length
         if content[end:end + 4] != struct.pack(">I", zlib.crc32(
                 memoryview(content)[start + 4:end])):
-            raise ValueError("damaged (a checksum does not match)")
+            raise ValueError("is damaged (a checksum does not match)")
         header = header or content[start + 8:end]
         kinds.add(kind)
         start = end + 4
     if b"IDAT" not in kinds or len(header) != _PNG_HEADER.size:
-        raise ValueError("damaged (without header or pixels)")
+        raise ValueError("is damaged (it has no header or no pixels)")
     width, height, depth, color, *_ = _PNG_HEADER.unpack(header)
     if depth != 8 or color not in _PNG_CHANNELS:
-        raise ValueError(f"of {depth} bits and colour type {color}")
+        raise ValueError(f"has {depth} bits and colour type {color}")
     return _PNG_CHANNELS[color], height, width
 
 
 def is_deep(image: PIL.Image.Image, content: bytes) -> bool:
-    """Whether the file of a picture has more than 8 bits a channel, of which Pillow drops some."""
+    """Whether a picture's file has more than 8 bits per channel, some of which Pillow drops."""
     if image.mode in DEEP_MODES:
         return True
     if content.startswith(_PNG):
-        return content[24:25] == b"\x10"  # the bit depth, in the header that comes first
+        return content[24:25] == b"\x10"  # the bit depth in the header, which comes first
     bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, ())  # of a TIFF
     return max(bits if isinstance(bits, tuple) else (bits,), default=0) > 8

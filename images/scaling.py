@@ -1,10 +1,10 @@
-"""From stored values v to what networks see, x, channel by channel, and what is measured for it.
+"""Maps stored values v to the network's scale, x, channel by channel; and measures statistics.
 
     x = (v - center) / spread          v = spread x + center
 
 8-bit images have center and spread 127.5. Floating-point and 16-bit data have those that
-`dataset_tool.py --scale` chose, so that x is about [-1, 1]; without any, floats are taken as they
-are and 16 bits are spread over [-1, 1]. PyTorch is needed for tensors only.
+`dataset_tool.py --scale` chose, so that x is about [-1, 1]. Without a recorded scaling, floats are
+used unchanged, and 16-bit values are mapped to [-1, 1]. PyTorch is needed only for tensors.
 """
 
 import dataclasses
@@ -27,20 +27,20 @@ from images.image_files import (
 if TYPE_CHECKING:
     import torch
 
-STD = 0.5  # standard deviation of x by --scale=std: what networks assume by default
+STD = 0.5  # standard deviation of x with --scale=std: what networks assume by default
 _MAX_CHANNELS = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """An affine map of each channel, or one for all channels.
+    """An affine map for each channel, or one for all channels.
 
     Raises:
-        ValueError: numbers that are not finite, or spreads that are not positive.
+        ValueError: a number is not finite, or a spread is not positive.
     """
 
-    center: tuple[float, ...]  # what becomes 0, [1] or [C]
-    spread: tuple[float, ...]  # what becomes 1 after that, [1] or [C]
+    center: tuple[float, ...]  # the value that becomes 0, [1] or [C]
+    spread: tuple[float, ...]  # the distance from center that becomes 1, [1] or [C]
     is_8bit: bool = False  # whether the data are whole numbers from 0 to 255
 
     def __post_init__(self):
@@ -49,11 +49,11 @@ class Scaling:
         if not 0 < len(self.center) == len(self.spread) <= _MAX_CHANNELS or not all(
                 math.isfinite(c) and 0 < s < math.inf
                 for c, s in zip(self.center, self.spread, strict=True)):
-            raise ValueError('must hold as many finite numbers in "center" as positive ones in '
-                             '"spread"')
+            raise ValueError('must hold equally many finite numbers in "center" and positive ones '
+                             'in "spread"')
 
     def equals(self, other: "Scaling") -> bool:
-        """Says whether another scaling does the same to images of any channels that both take."""
+        """Whether another scaling has the same effect on images that both accept."""
         pairs = ((self.center, other.center), (self.spread, other.spread))
         return self.is_8bit == other.is_8bit and all(
             len({len(a), len(b)} - {1}) <= 1 and np.allclose(a, b, rtol=1e-6, atol=0)
@@ -61,17 +61,17 @@ class Scaling:
 
     def to_network(self, values: "torch.Tensor", dtype: "torch.dtype | None" = None
                    ) -> "torch.Tensor":
-        """Returns values [..., C, H, W] of any type as networks see them: float32, or `dtype`."""
+        """Returns values [..., C, H, W] of any type in the network's scale: float32, or `dtype`."""
         import torch
 
         dtype = torch.float32 if dtype is None else dtype
-        if self.is_8bit:  # in EDM's order of operations, to the bit
+        if self.is_8bit:  # in EDM's order of operations, for bit-identical results
             return values.to(dtype) / 127.5 - 1
         center, spread = _columns(self, values.device)
         return ((values.to(torch.float64) - center) / spread).to(dtype)
 
     def to_data(self, images: "torch.Tensor") -> "torch.Tensor":
-        """Returns images [..., C, H, W] in the data's own units: float32, or whole uint8.
+        """Returns images [..., C, H, W] in the data's own units: float32, or uint8 for 8 bits.
 
         8-bit images are clip(127.5 x + 128, 0, 255), truncated.
         """
@@ -87,7 +87,7 @@ class Scaling:
         return (deviations * _columns(self, deviations.device)[1]).float()
 
     def to_picture(self, values: np.ndarray) -> np.ndarray:
-        """Returns data [..., C, H, W] as uint8 to look at: x = -1 is black and x = 1 white."""
+        """Returns data [..., C, H, W] as uint8 for display: x = -1 is black and x = 1 white."""
         import torch
 
         if self.is_8bit:
@@ -102,9 +102,9 @@ class Scaling:
         return "; ".join(ranges) + " become -1,1"
 
     def check_channels(self, channels: int) -> None:
-        """Raises ValueError if this is not a scaling of so many channels."""
+        """Raises ValueError if the scaling does not fit data with this number of channels."""
         if len(self.center) not in (1, channels):
-            raise ValueError(f"is of {len(self.center)} channels, the data have {channels}")
+            raise ValueError(f"has {len(self.center)} channels, but the data have {channels}")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON files and checkpoints."""
@@ -113,15 +113,15 @@ class Scaling:
 
     @classmethod
     def of_range(cls, low: float, high: float) -> "Scaling":
-        """Returns the scaling by which these two become -1 and 1 in all channels."""
+        """Returns the scaling that maps these two values to -1 and 1 in all channels."""
         return cls(((low + high) / 2,), ((high - low) / 2,))
 
     @classmethod
     def from_dict(cls, record: Any) -> "Scaling":
-        """Returns what `to_dict` wrote.
+        """Returns the scaling that `to_dict` wrote.
 
         Raises:
-            ValueError: it is something else; without saying where.
+            ValueError: the record is malformed; the message does not say where it is.
         """
         record = record if isinstance(record, dict) else {}
         lists = [record.get(key) for key in ("center", "spread")]
@@ -131,12 +131,12 @@ class Scaling:
         return cls(*map(tuple, lists), is_8bit=record.get("dtype") == "uint8")
 
 
-@functools.lru_cache(maxsize=16)  # a copy to the device in every step would wait for it
+@functools.lru_cache(maxsize=16)  # copying to the device would block in every step
 def _columns(scaling: Scaling, device: "torch.device") -> tuple["torch.Tensor", "torch.Tensor"]:
     """Returns center and spread as [C, 1, 1] float64 on the device."""
     import torch
 
-    with torch.inference_mode(False):  # they outlive whoever asks first
+    with torch.inference_mode(False):  # the cached tensors outlive the caller's mode
         return tuple(torch.tensor(numbers, dtype=torch.float64, device=device)[:, None, None]
                      for numbers in (scaling.center, scaling.spread))
 
@@ -144,7 +144,7 @@ def _columns(scaling: Scaling, device: "torch.device") -> tuple["torch.Tensor", 
 def display_window(center: float, width: float) -> Scaling:
     """Returns the scaling whose `to_picture` shows a window of values, from black to white.
 
-    As in radiology it is given by its center and its width; values outside are black or white.
+    As in radiology, the window has a center and a width. Values outside are black or white.
     """
     return Scaling((center,), (width / 2,))
 
@@ -155,7 +155,7 @@ _UNSCALED = {"uint8": EIGHT_BIT, "uint16": Scaling((32767.5,), (32767.5,)),
 
 
 def default_scaling(dtype: Any) -> Scaling:
-    """Returns the scaling of data of this NumPy type for which none is recorded."""
+    """Returns the scaling of data of this NumPy type if none is recorded."""
     return _UNSCALED[str(np.dtype(dtype)) if np.dtype(dtype).kind == "u" else "float32"]
 
 
@@ -164,11 +164,11 @@ def recorded_scaling(
 ) -> Scaling:
     """Returns the scaling of the images of a data set, or of a folder that generate.py filled.
 
-    dataset.json or generate.json has it under `key`, except for 8-bit images, of which there is
-    only one. `path` is what errors call the data set.
+    dataset.json or generate.json records it under `key`, except for 8-bit images, which always have
+    the same. `path` is the data set's name in errors.
 
     Raises:
-        ValueError: the recorded scaling is invalid, or of another number of channels.
+        ValueError: the recorded scaling is invalid, or has another number of channels.
     """
     for name in (LABELS_NAME, GENERATE_RECORD):
         if image_format.dtype == "uint8" or name not in files.names:
@@ -189,13 +189,13 @@ def recorded_scaling(
 
 @dataclasses.dataclass
 class Moments:
-    """Mean, variance and range of each channel of values that come piece by piece, float64.
+    """Mean, variance and range of each channel of values that arrive in pieces, float64.
 
     Two pieces are merged by the sums of squares about their own means (Chan, Golub, LeVeque 1983),
-    which loses nothing where the mean is large beside the deviation.
+    which stays accurate if the mean is much larger than the standard deviation.
     """
 
-    count: int  # values a channel
+    count: int  # values per channel
     mean: np.ndarray  # [C]
     squares: np.ndarray  # [C], sum of (v - mean)^2
     low: np.ndarray  # [C]
@@ -203,14 +203,14 @@ class Moments:
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Moments":
-        """Returns those of values [..., C, H, W]."""
+        """Returns the moments of values [..., C, H, W]."""
         flat = np.moveaxis(values, -3, 0).reshape(values.shape[-3], -1).astype(np.float64)
         mean = flat.mean(axis=1)
         squares = np.square(flat - mean[:, None]).sum(axis=1)
         return cls(flat.shape[1], mean, squares, flat.min(axis=1), flat.max(axis=1))
 
     def merge(self, other: "Moments") -> "Moments":
-        """Returns the moments of both together."""
+        """Returns the moments of both sets of values together."""
         count = self.count + other.count
         step = other.mean - self.mean
         return Moments(count, self.mean + step * (other.count / count),
@@ -223,7 +223,7 @@ class Moments:
         return np.sqrt(self.squares / self.count)
 
     def scaled(self, scaling: Scaling) -> "Moments":
-        """Returns the moments of what networks see of the values."""
+        """Returns the moments of the values in the network's scale."""
         center, spread = np.array(scaling.center), np.array(scaling.spread)
         low, mean, high = ((x - center) / spread for x in (self.low, self.mean, self.high))
         return Moments(self.count, mean, self.squares / spread**2, low, high)
@@ -246,22 +246,22 @@ def image_means(values: np.ndarray, scaling: Scaling) -> np.ndarray:
 
 
 class Spread:
-    """How much images differ from one another, for the error of a deviation measured on a sample.
+    """How much images differ, for the error of a standard deviation measured on a sample.
 
-    With m_i and q_i the means of x and x^2 over image i, and m and q their means over all images,
-    the variance of the data is s^2 = q - m^2. Its error comes from f_i = q_i - 2 m m_i + m^2, the
-    mean square of the image about m: to first order in 1 / n the error of m adds nothing.
+    Let m_i and q_i be the means of x and x^2 over image i, and m and q their means over all images.
+    The variance of the data is s^2 = q - m^2. Its error follows from f_i = q_i - 2 m m_i + m^2, the
+    mean square of the image about m, because the error of m has no effect to first order in 1 / n.
     """
 
     def __init__(self):
         self._parts: list[np.ndarray] = []
 
     def add(self, means: np.ndarray) -> None:
-        """Takes the means of some images, [B, 2], as `image_means` returns them."""
+        """Adds the means of some images, [B, 2], as `image_means` returns them."""
         self._parts.append(means)
 
     def relative_error(self, population: int) -> float:
-        """Returns the standard error of s as a share of s; 0 where the whole population is here.
+        """Returns the standard error of s divided by s, or 0 if the whole population was measured.
 
         It is std(f) / (2 s^2 sqrt(n)) sqrt(1 - n / population) for a sample without repetition.
         """
@@ -275,13 +275,14 @@ class Spread:
 
 
 def scaling_by(rule: str | tuple[float, float], moments: Moments) -> Scaling:
-    """Returns the scaling that a rule makes of data with these moments.
+    """Returns the scaling that a rule gives for data with these moments.
 
-    By 'minmax' the least and largest value of each channel become -1 and 1, by 'std' mean and
-    deviation become 0 and 0.5, and by (lo, hi) these two become -1 and 1 in all channels.
+    'minmax' maps the least and largest value of each channel to -1 and 1. 'std' maps their mean to
+    0 and their standard deviation to 0.5. (lo, hi) maps these two values to -1 and 1 in all
+    channels.
 
     Raises:
-        ValueError: a channel that is constant, which neither 'minmax' nor 'std' can scale.
+        ValueError: a channel is constant, which neither 'minmax' nor 'std' can scale.
     """
     if not isinstance(rule, str):
         return Scaling.of_range(*rule)

@@ -1,25 +1,25 @@
-"""What `dataset_tool.py --source` may name: folders, ZIPs and the archives of published data sets.
+"""The sources that `dataset_tool.py --source` accepts: folders, ZIPs, archives and others.
 
 | source | recognised by | labels |
 |---|---|---|
 | CIFAR-10, CIFAR-100 | a file *.tar.gz or *.tgz, or the folder that it unpacks to | its own |
 | MNIST and its like | a file *images-idx3-ubyte or .gz, or a folder with it | a file beside it |
 | LSUN | a folder *_lmdb | none |
-| ZIP | a file *.zip | dataset.json, else the folders at its top |
+| ZIP | a file *.zip | dataset.json, else its top-level folders |
 | array | a file *.npy of [n, H, W], [n, C, H, W] or [n, H, W, C] | none |
-| images of samplers | a file *.npz with `arr_0`, such an array | `arr_1` |
+| samples | a file *.npz with such an array `arr_0` | `arr_1` |
 | tensor | a file *.pt or *.pth of such an array | none |
 | DICOM | a folder or ZIP of DICOM files | dataset.json |
 | Parquet | a file *.parquet, or a folder of such files | a column of its own |
 | Hugging Face | hf://NAME[:SPLIT], see `table_files.open_hf` | a column of its own |
-| folder | any other folder | dataset.json, else the folders at its top |
+| folder | any other folder | dataset.json, else its top-level folders |
 
-A table of labels may take the place of dataset.json for files: one that is named, or metadata.csv
-or metadata.jsonl among them, see `label_tables`.
+For files, a table of labels may replace dataset.json: one that the user names, or metadata.csv or
+metadata.jsonl among the files, see `label_tables`.
 
-The top is the folder that all images lie in, or one above it that has a dataset.json. Images are
-named and counted here, and read one after the other when they are needed. Only those of
-CIFAR and MNIST, whose size is fixed, are kept in memory.
+The top level is the folder that contains all images, or a parent of it that has a dataset.json.
+Images are named and counted here, and each is read when it is needed. Only the images of CIFAR and
+MNIST, whose size is fixed, are kept in memory.
 """
 
 import collections
@@ -72,25 +72,25 @@ from images.label_tables import BY_DEFAULT, Columns
 from images.npz_files import Npz, is_npz
 from images.pictures import DamagedImageError
 
-_ENCRYPTED = 1  # a flag of a member of a ZIP
+_ENCRYPTED = 1  # flag bit of a ZIP member
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 _MAX_SHOWN = 3  # names in a message
 
 
 class Item(NamedTuple):
-    """One image to convert: its name, and its file or its content, its pixels or its damage."""
+    """One image to convert: its name, and its file, content, pixels or damage."""
 
     name: str
     data: bytes | Path | np.ndarray | DamagedImageError
-    layout: str | None = None  # of an array, where it is known
-    # Makes values [C, H, W] of the content of a file that is neither picture nor .npy.
+    layout: str | None = None  # of an array, if known
+    # Converts a file that is neither picture nor .npy to values [C, H, W].
     decode: Callable[[bytes], np.ndarray] | None = None
 
     def content(self) -> bytes | np.ndarray:
-        """Returns the file's content or the pixels.
+        """Returns the content of the file or the pixels.
 
         Raises:
-            DamagedImageError: without the name.
+            DamagedImageError: it can't be read; the message lacks its name.
         """
         if isinstance(self.data, DamagedImageError):
             raise self.data
@@ -108,26 +108,26 @@ class Source:
     """Images to convert, numbered from 0 in their order."""
 
     num_images: int
-    names: Sequence[str] | None  # None where they are known only after reading
-    read: Callable[[Iterable[int]], Iterator[Item]]  # yields the images of these rising numbers
-    # Those of the images of these numbers; None without labels.
+    names: Sequence[str] | None  # None if they are known only after reading
+    read: Callable[[Iterable[int]], Iterator[Item]]  # yields images by number, in rising order
+    # Returns the labels of images by number; None without labels.
     labels: Callable[[Sequence[int]], list[Any]] | None = None
-    class_names: Sequence[str] | None = None  # as the source calls them
-    has_folder_classes: bool = False  # whether the labels are the folders at the top
-    is_dicom: bool = False  # whether they are slices, whose folders are no classes
+    class_names: Sequence[str] | None = None  # as in the source
+    has_folder_classes: bool = False  # whether the labels are the top-level folders
+    is_dicom: bool = False  # whether they are slices, whose folders are not classes
     headers: Mapping[str, dicom_files.Header] = dataclasses.field(default_factory=dict)  # of slices
-    order: str = ""  # what slices go by
+    order: str = ""  # the sort criterion of slices
     has_file_names: bool = False  # whether the names are those of files
-    others: Sequence[str] = ()  # files that aren't images
-    num_hidden: int = 0  # hidden files, and those of the system
+    others: Sequence[str] = ()  # files that are not images
+    num_hidden: int = 0  # hidden files and system files
     num_pictures: int = 0  # grids and movies of generate.py
     top: str = ""  # the folder, '' or ending in '/', whose subfolders may be classes
-    num_conditions: int = 0  # condition images, which are not taken along
-    unmatched: Sequence[str] = ()  # files that are neither images nor conditions by a pattern
-    note: str = ""  # what a user may not expect
-    facts: Sequence[str] = ()  # what a user may want to know
-    doubts: Sequence[str] = ()  # what speaks against the pairs that were made
-    # Other labels that `choose_labels` may take, and the names of their classes.
+    num_conditions: int = 0  # condition images, which are not converted
+    unmatched: Sequence[str] = ()  # files that a pattern matches neither as image nor as condition
+    note: str = ""  # a warning about something unexpected
+    facts: Sequence[str] = ()  # notes for the user
+    doubts: Sequence[str] = ()  # warnings that pairs may be wrong
+    # Other labels that `choose_labels` can select, and the names of their classes.
     label_sets: Mapping[str, tuple[np.ndarray, Sequence[str] | None]] = dataclasses.field(
         default_factory=dict)
 
@@ -135,13 +135,13 @@ class Source:
 @contextlib.contextmanager
 def open_source(path: str | Path, flag: str = "--source", layout: str | None = None,
                 columns: Columns = BY_DEFAULT) -> Iterator[Source]:
-    """Opens what `--source` or another flag names.
+    """Opens the source that `--source` or another flag names.
 
     `layout` is that of arrays, see `array_files.first_channels`; `columns` are those of tables.
 
     Raises:
-        OSError: it isn't there or can't be read.
-        ValueError: it is of no supported kind, or malformed.
+        OSError: the source does not exist or can't be read.
+        ValueError: it is not supported, or malformed.
     """
     if not str(path).startswith(table_files.HF_PREFIX):
         path = Path(path)
@@ -150,8 +150,8 @@ def open_source(path: str | Path, flag: str = "--source", layout: str | None = N
             raise FileNotFoundError(f"{flag}={path}: no such file or folder")
     opener = _opener(path, columns)
     if opener is None:
-        raise ValueError(f"{flag}={path}: not supported; allowed: folder, .zip, .npy, .npz, .pt, "
-                         ".parquet, *_lmdb, cifar-10-python.tar.gz, *-images-idx3-ubyte.gz, "
+        raise ValueError(f"{flag}={path}: is not supported; give a folder, .zip, .npy, .npz, .pt, "
+                         ".parquet, *_lmdb, cifar-10-python.tar.gz, *-images-idx3-ubyte.gz, or "
                          f"{table_files.HF_PREFIX}NAME")
     _check_columns(path, flag, columns, opener)
     with opener(path, layout) as source:
@@ -174,18 +174,18 @@ def open_source(path: str | Path, flag: str = "--source", layout: str | None = N
 
 def condition_numbers(source: Source, conditions: Source, *,
                       by_order: bool = False) -> Sequence[int]:
-    """Returns for each image of a source the number of its condition image, by name or order.
+    """Returns the number of the condition image of each image, matched by name or by order.
 
-    What speaks against an order or against names goes to the source's `doubts`.
+    Evidence against the pairs is added to the source's `doubts`.
 
     Raises:
-        ValueError: an image without a condition image or the other way round, sources without
-            names, or slices at other positions by order.
+        ValueError: an image has no condition image or the reverse, the sources have no names, or
+            slices paired by order have different positions.
     """
     if by_order:
         if source.num_images != conditions.num_images:
             raise ValueError(f"--pair=order: --source has {source.num_images} images, but "
-                             f"--cond-source {conditions.num_images}; there must be as many")
+                             f"--cond-source has {conditions.num_images}; give equal numbers")
         numbers = range(source.num_images)
         if source.names is None or conditions.names is None:
             return numbers
@@ -193,8 +193,8 @@ def condition_numbers(source: Source, conditions: Source, *,
             _doubt_order(source, conditions)
         return numbers
     if source.names is None or conditions.names is None:
-        raise ValueError("--cond-source: LMDB has no file names to find condition images by; "
-                         "--pair=order goes by their order")
+        raise ValueError("--cond-source: LMDB has no file names to match condition images by; pair "
+                         "by order with --pair=order")
     found, extra = match_names(source.names, conditions.names)
     check_matched(source.names, found, extra, "--cond-source")
     of_names = {name: number for number, name in enumerate(conditions.names)}
@@ -205,19 +205,19 @@ def condition_numbers(source: Source, conditions: Source, *,
 
 def _check_positions(source: Source, conditions: Source, numbers: Sequence[int], flag: str, *,
                      is_certain: bool = False) -> bool:
-    """Returns whether all slices are known to lie where their condition images lie.
+    """Returns whether all slices are known to have the positions of their condition images.
 
-    Slices at other positions are an error or, where their names alone make them pairs, a doubt.
+    Different positions are an error or, if names alone made the pairs, a doubt.
 
     Args:
-        source: the images; doubts go to it.
+        source: the images. Doubts are added to it.
         conditions: their condition images.
-        numbers: which of them belongs to each image.
-        flag: what errors begin with.
-        is_certain: whether names alone have made the pairs.
+        numbers: the number of the condition image of each image.
+        flag: the prefix of errors.
+        is_certain: whether names alone made the pairs.
 
     Raises:
-        ValueError: two lie apart along the normal.
+        ValueError: two slices lie apart along the normal.
     """
     pairs = [(name, conditions.names[number])
              for name, number in zip(source.names, numbers, strict=True)]
@@ -228,16 +228,16 @@ def _check_positions(source: Source, conditions: Source, numbers: Sequence[int],
     if apart:
         (own, other), gap = apart[0]
         problem = (f"{flag}: {len(apart)} of {len(pairs)} condition images are slices at other "
-                   f"positions than their images, the first {other}, {gap:.6g} mm from {own}")
+                   f"positions than their images; the first is {other}, {gap:.6g} mm from {own}")
         if not is_certain:
-            raise ValueError(f"{problem}; leave out slices that only one side has, or give "
-                             "--pair=PATTERN whose groups tell each pair from all others")
+            raise ValueError(f"{problem}; remove slices that only one side has, or give "
+                             "--pair=PATTERN whose groups distinguish each pair from all others")
         source.doubts = [*source.doubts, problem]
     return None not in gaps
 
 
 def _doubt_order(source: Source, conditions: Source) -> None:
-    """Adds to a source's doubts if numbers in names make other pairs than the order does."""
+    """Adds a doubt if the numbers in names suggest other pairs than the order does."""
     sides = [[pairing.numbers_of(stem(name)) for name in part.names]
              for part in (source, conditions)]
     found = pairing.common_numbers(*sides)
@@ -247,26 +247,26 @@ def _doubt_order(source: Source, conditions: Source) -> None:
     if unlike:
         i = unlike[0]
         source.doubts = [*source.doubts, (
-            f"--pair=order: by the numbers in their names {len(unlike)} of {len(found[0])} images "
+            f"--pair=order: by the numbers in their names, {len(unlike)} of {len(found[0])} images "
             f"have other condition images than by order, which makes {conditions.names[i]} that of "
             f"{source.names[i]}")]
 
 
 def pair_by_pattern(source: Source, pattern: re.Pattern[str]) -> tuple[Source, Source]:
-    """Returns the images of a source, and in their order the condition image of each.
+    """Returns the images of a source, and the condition image of each in the same order.
 
-    The first half of the groups of the pattern match in names of conditions, the second half in
-    those of images. Names in which the groups hold the same text belong together. Of several the
-    condition at the same position or of the same numbers in the rest of its name belongs to an
-    image, and where nothing tells, the first condition to the first image, in the order of the
-    source. A pattern with a '/' sees paths, another one the names of files without their folders.
+    The first half of the pattern's groups matches names of conditions, and the second half names of
+    images. Names whose groups hold the same text belong together. If there are several, an image
+    gets the condition at the same position, or the one with the same numbers in the rest of its
+    name. If neither decides, the first condition belongs to the first image, in the order of the
+    source. A pattern with a '/' is matched with paths. Others are matched with file names.
 
     Raises:
-        ValueError: a partner is missing or not certain, or the source has no files.
+        ValueError: a partner is missing or ambiguous, or the source has no files.
     """
     if not source.has_file_names:
-        raise ValueError("--pair: only files have names to go by; --channels pairs the channels of "
-                         "an array, and --pair=order two sources")
+        raise ValueError("--pair: needs files, which are paired by name; --channels pairs channels "
+                         "of an array, and --pair=order pairs two sources")
     conditions, images, unmatched = _match_halves(source.names, pattern)
     if not conditions and not images:
         raise ValueError(f"--pair: none of {len(unmatched)} names matches, such as "
@@ -285,24 +285,26 @@ def pair_by_pattern(source: Source, pattern: re.Pattern[str]) -> tuple[Source, S
                                 is_certain=are_certain)
     if num_by_order and not is_known:
         found.doubts = [*found.doubts, (
-            f"--pair: {num_by_order} of {len(pairs)} images have their condition image by order "
-            "among several of the same text, because no numbers in the rest of their names are the "
-            f"same; is {partners.names[0]} that of {found.names[0]}?")]
+            f"--pair: {num_by_order} of {len(pairs)} images have the same text as others and are "
+            "paired by order, because no numbers in the rest of their names are the same; check "
+            f"that {partners.names[0]} is the condition image of {found.names[0]}")]
     return found, partners
 
 
 def _pairs_in_group(source: Source, pattern: re.Pattern[str], images: list[int],
                     conditions: list[int]) -> tuple[list[int], str]:
-    """Returns the conditions of images of one text, as many, and by what: groups, numbers, order.
+    """Returns the conditions of equally many images with one text, and how they were matched.
+
+    The latter is 'groups', 'numbers' or 'order'.
 
     Raises:
-        ValueError: some have the same numbers, and others have no partner of theirs.
+        ValueError: some have the same numbers, but others have no partner.
     """
     if len(images) == 1:
         return conditions, "groups"
     headers = [source.headers.get(source.names[i]) for i in (*images, *conditions)]
     if all(header and header.position and header.directions for header in headers):
-        return conditions, "order"  # that of positions, which are compared later
+        return conditions, "order"  # by position; positions are compared later
     sides = [[pairing.numbers_of(_rest(pattern, source.names[i])) for i in side]
              for side in (images, conditions)]
     if all(header and header.number is not None for header in headers):
@@ -314,26 +316,26 @@ def _pairs_in_group(source: Source, pattern: re.Pattern[str], images: list[int],
     by_number = dict(zip(found[1], conditions, strict=True))
     if missing := [i for i, key in zip(images, found[0], strict=True) if key not in by_number]:
         raise ValueError(
-            f"--pair: {len(missing)} of {len(images)} images have no condition image of their "
-            f"number, the first {source.names[missing[0]]}, though others have; leave out those "
-            "that only one side has, or give two sources and --pair=order")
+            f"--pair: {len(missing)} of {len(images)} images have no condition image with their "
+            f"number, but others have; the first is {source.names[missing[0]]}; remove files that "
+            "only one side has, or give two sources and --pair=order")
     return [by_number[key] for key in found[0]], "numbers"
 
 
 def _rest(pattern: re.Pattern[str], name: str) -> str:
-    """Returns what of a name the groups of a pattern don't hold, without the extension."""
+    """Returns the part of a name outside the groups of a pattern, without the extension."""
     text = name if "/" in pattern.pattern else name.rpartition("/")[2]
     match = pattern.search(text)
     held = {i for group in range(1, pattern.groups + 1) for i in range(*match.span(group))}
     return "".join(" " if i in held else text[i] for i in range(len(stem(text))))
 
 
-_Half = dict[tuple[str | None, ...], list[int]]  # the numbers of files by what the groups hold
+_Half = dict[tuple[str | None, ...], list[int]]  # file numbers by the texts in the groups
 
 
 def _match_halves(names: Sequence[str],
                   pattern: re.Pattern[str]) -> tuple[_Half, _Half, list[str]]:
-    """Returns conditions, images, and names in which not exactly one half of the groups match."""
+    """Returns conditions, images, and names that do not match exactly one half of the groups."""
     halves, unmatched, middle = ({}, {}), [], pattern.groups // 2
     for number, name in enumerate(names):
         match = pattern.search(name if "/" in pattern.pattern else name.rpartition("/")[2])
@@ -349,7 +351,7 @@ def _match_halves(names: Sequence[str],
 
 def _check_halves(names: Sequence[str], conditions: _Half, images: _Half,
                   sees_folders: bool) -> None:
-    """Raises ValueError unless each image has a condition, and which one it is is certain."""
+    """Raises ValueError unless each image has exactly one possible condition per text."""
     unequal = []
     for text in {**images, **conditions}:
         halves = conditions.get(text, []), images.get(text, [])
@@ -360,24 +362,24 @@ def _check_halves(names: Sequence[str], conditions: _Half, images: _Half,
         for half in halves:
             folders = sorted({names[number].rpartition("/")[0] for number in half})
             if len(folders) > 1 and not sees_folders:
-                raise ValueError(f"--pair: files of {shown} lie in {len(folders)} folders, such as "
-                                 f"{shown_some(folders)}; give a pattern with a /, which sees "
-                                 "folders too")
+                raise ValueError(f"--pair: files of {shown} are in {len(folders)} folders, such as "
+                                 f"{shown_some(folders)}; give a pattern with a /, which is "
+                                 "matched with paths")
     if unequal:
         raise ValueError(
             f"--pair: {len(unequal)} of {len({**images, **conditions})} groups have other numbers "
             f"of conditions than of images: {shown_some(unequal)}; in all there are "
+            f"--pair: {len(unequal)} of {len({**images, **conditions})} groups have different "
+            f"numbers of conditions and images: {shown_some(unequal)}; in all there are "
             f"{sum(map(len, conditions.values()))} and {sum(map(len, images.values()))}")
-
-
 def shown_some(texts: Sequence[str]) -> str:
-    """Returns the first of these, and how many more there are."""
+    """Returns the first few texts, and how many more there are."""
     more = f" and {len(texts) - _MAX_SHOWN} more" if len(texts) > _MAX_SHOWN else ""
     return ", ".join(texts[:_MAX_SHOWN]) + more
 
 
 def _part(source: Source, numbers: Sequence[int]) -> Source:
-    """Returns some of the images of a source, which has names, as a source of their own."""
+    """Returns some of the images of a source with names, as a source of their own."""
     part = dataclasses.replace(
         source, num_images=len(numbers), names=[source.names[i] for i in numbers],
         read=lambda own: source.read(numbers[i] for i in own),
@@ -412,12 +414,12 @@ def _opener(path: str | Path, columns: Columns) -> (
 
 
 def _check_columns(path: str | Path, flag: str, columns: Columns, opener: Callable) -> None:
-    """Raises ValueError for choices of columns that mean nothing for the source."""
+    """Raises ValueError for choices of columns that do not apply to the source."""
     of_files = (_open_folder, _open_zip)
     function = opener.func if isinstance(opener, functools.partial) else opener
     if columns.file and function not in of_files:
-        raise ValueError(f"--labels={columns.file}: {flag}={path} has no names of files to go by; "
-                         "it goes with folders and ZIPs")
+        raise ValueError(f"--labels={columns.file}: {flag}={path} has no file names to match; use "
+                         "--labels with a folder or ZIP")
     if (columns.image or columns.labels) and function not in (*of_files, _open_parquet, _open_hf):
         raise ValueError(f"{'--image-column' if columns.image else '--label-column'}: "
                          f"{flag}={path} has no columns; leave it out")
@@ -425,7 +427,7 @@ def _check_columns(path: str | Path, flag: str, columns: Columns, opener: Callab
 
 @contextlib.contextmanager
 def _open_folder(path: Path, layout: str | None, columns: Columns) -> Iterator[Source]:
-    # By path component: "a/x" before "a-1/x". No name has a zero byte.
+    # Sorted by path component: "a/x" before "a-1/x". No name has a zero byte.
     files, order = list_files(path), lambda name: name.replace("/", "\0")
     if tables := _only_tables(files, columns):
         source = _of_table(table_files.open_parquet(path, sorted(tables, key=order), columns))
@@ -471,7 +473,7 @@ def _of_files(path: Path, files: list[str], item: Callable[[str], Item],
         _label_by_metadata(source, path, tables, item, columns)
     elif columns.image or columns.labels:
         raise ValueError(f"{'--image-column' if columns.image else '--label-column'}: {path} has "
-                         "no table; --labels=FILE.csv names one")
+                         "no table; give one with --labels=FILE.csv")
     elif LABELS_NAME in found.others and columns.labels != ():
         where = f"{path}: {top}{LABELS_NAME}"
         try:
@@ -488,11 +490,11 @@ def _of_files(path: Path, files: list[str], item: Callable[[str], Item],
 def _add_slices(source: Source, path: Path, item: Callable[[str], Item],
                 open_file: Callable[[str], IO[bytes]],
                 order: Callable[[str], str] | None) -> None:
-    """Makes a source of the DICOM files among the others of a folder or ZIP, if there are such.
+    """Makes a source of the DICOM files in a folder or ZIP, if there are any.
 
     Raises:
         OSError: the package that reads them is missing.
-        ValueError: there are pictures or arrays beside them, or one is of a kind that isn't read.
+        ValueError: there are other images too, or a file is of an unsupported kind.
     """
     files = {name for name in source.others
              if not name.removeprefix(source.top).startswith(CONDITIONS)
@@ -503,7 +505,7 @@ def _add_slices(source: Source, path: Path, item: Callable[[str], Item],
     if source.names:
         raise ValueError(f"{path}: holds {counted(len(files), 'DICOM file')}, such as "
                          f"{min(files)}, and {counted(len(source.names), 'other image')}, such as "
-                         f"{source.names[0]}; put one kind into a folder of its own")
+                         f"{source.names[0]}; move one kind to a folder of its own")
     headers, damaged, others = {}, [], set()
     with Progress(len(files), "Reading headers", delay=1) as progress:
         for name in progress.over(sorted(files, key=order)):
@@ -515,7 +517,7 @@ def _add_slices(source: Source, path: Path, item: Callable[[str], Item],
             else:
                 others.add(name)
     names, count, source.order = dicom_files.in_order(headers)
-    names += damaged  # which say why when they are converted
+    names += damaged  # they are reported when they are converted
     source.names, source.num_images, source.is_dicom = names, len(names), True
     source.others = [name for name in source.others if name not in files or name in others]
     source.read = lambda numbers: (item(names[i])._replace(decode=dicom_files.decode)
@@ -530,7 +532,7 @@ def _add_slices(source: Source, path: Path, item: Callable[[str], Item],
 
 def _dicom_header(path: Path, name: str,
                   open_file: Callable[[str], IO[bytes]]) -> dicom_files.Header | None:
-    """Returns the header of a DICOM file; None for a damaged one."""
+    """Returns the header of a DICOM file, or None if it is damaged."""
     try:
         with open_file(name) as file:
             header = dicom_files.read_header(file)
@@ -542,9 +544,9 @@ def _dicom_header(path: Path, name: str,
 
 
 def _top(files: list[str]) -> str:
-    """Returns the folder, '' or ending in '/', that all images lie in.
+    """Returns the folder, '' or ending in '/', that contains all images.
 
-    It is one above it that has a dataset.json, if there is such a one.
+    If a parent of it has a dataset.json, that parent is returned.
     """
     images = sort_names(files).images
     folders = os.path.commonprefix([name.split("/")[:-1] for name in images])
@@ -554,7 +556,7 @@ def _top(files: list[str]) -> str:
 
 
 def _label_by_folder(source: Source) -> None:
-    """Makes classes of the folders at the top, if there are at least two."""
+    """Makes the top-level folders classes, if there are at least two."""
     def top(name):
         folder, slash, _ = name[len(source.top):].partition("/")
         return folder if slash else ""
@@ -573,7 +575,7 @@ def _label_by_folder(source: Source) -> None:
 
 def _look_up(names: Sequence[str], labels: dict[str, Any],
              where: str) -> Callable[[Sequence[int]], list[Any]]:
-    """Returns what looks up the labels of images, which have these names, and checks them."""
+    """Returns a function that looks up and checks the labels of images with these names."""
     def look_up(numbers):
         own = [names[i] for i in numbers]
         label_array(own, labels, where)
@@ -582,7 +584,7 @@ def _look_up(names: Sequence[str], labels: dict[str, Any],
 
 
 def _label_by_file(source: Source, path: Path, columns: Columns) -> None:
-    """Labels images by the table of `columns`."""
+    """Labels images with the table in `columns`."""
     where = f"--labels={columns.file}"
     if not columns.file.exists():
         raise FileNotFoundError(f"{where}: no such file")
@@ -599,32 +601,32 @@ def _label_by_file(source: Source, path: Path, columns: Columns) -> None:
 
 def _label_by_metadata(source: Source, path: Path, tables: list[str], item: Callable[[str], Item],
                        columns: Columns) -> None:
-    """Labels images by the tables among the files, where these hold labels.
+    """Labels images with the tables among the files, if these hold labels.
 
-    Each is for the files of its folder and those below, as in Hugging Face's imagefolder.
+    As in Hugging Face's imagefolder, each table applies to the files in and below its folder.
     """
     where = f"{path}: {shown_some(tables)}"
     try:
         parts = [_metadata_rows(path, table, item, columns) for table in tables]
         if any(part.cells.keys() != parts[0].cells.keys() for part in parts):
-            raise ValueError(f"{where}: must have the same columns of labels")
+            raise ValueError(f"{where}: all must have the same label columns")
         if not parts[0].cells:
-            source.facts = [*source.facts, f"{shown_some(tables)}: no labels come from it, because "
-                            "it has no columns file_name and label, class or category; "
-                            "--label-column and --image-column choose others"]
+            source.facts = [*source.facts, f"{shown_some(tables)}: gives no labels, because it has "
+                            "no columns file_name and label, class or category; choose others with "
+                            "--label-column and --image-column"]
             return
         cells = {name: [cell for part in parts for cell in part.cells[name]]
                  for name in parts[0].cells}
         names = [name for part in parts for name in part.names]
         _label_by_rows(source, label_tables.Rows(names, cells), where)
     except ValueError as error:
-        raise ValueError(f"{error}; --label-column=none passes the table over") from error
+        raise ValueError(f"{error}; --label-column=none ignores the table") from error
     source.others = [name for name in source.others if name not in tables]
 
 
 def _metadata_rows(path: Path, table: str, item: Callable[[str], Item],
                    columns: Columns) -> label_tables.Rows:
-    """Returns the rows of a table among the files, with the paths of images in the source."""
+    """Returns the rows of a table among the files, with image paths relative to the source."""
     where, folder = f"{path}: {table}", table[:table.rfind("/") + 1]
     try:
         text = item(table).content()
@@ -639,7 +641,7 @@ def _is_json(name: str) -> bool:
 
 
 def _label_by_rows(source: Source, rows: label_tables.Rows, where: str) -> None:
-    """Labels images by the rows of a table that errors call `where`, and says how."""
+    """Labels images with the rows of a table called `where`, and adds a note."""
     labels = label_tables.labels_of(rows.cells, where)
     matched = label_tables.match_rows(source.names, source.top, rows.names, where)
     found = {name: labels.values[row] for name, row in matched.rows.items()
@@ -656,7 +658,7 @@ def _label_by_rows(source: Source, rows: label_tables.Rows, where: str) -> None:
 
 
 def _only_tables(files: list[str], columns: Columns) -> list[str]:
-    """Returns the names of Parquet files; [] where there are images too."""
+    """Returns the names of Parquet files, or [] if there are images too."""
     tables = [name for name in files if name.lower().endswith(table_files.SUFFIX)]
     if not tables or columns.file or sort_names(files).images:
         return []
@@ -674,7 +676,7 @@ def _open_hf(source: str, layout: str | None, columns: Columns) -> Iterator[Sour
 
 
 def _of_table(table: table_files.Table) -> Source:
-    """Returns the rows of a table as images."""
+    """Returns the rows of a table as a source of images."""
     def read(numbers):
         numbers = list(numbers)
         for number, content in zip(numbers, table.read(numbers), strict=True):
@@ -695,8 +697,8 @@ def _open_zip(path: Path, layout: str | None, columns: Columns) -> Iterator[Sour
         if members[name].flag_bits & _ENCRYPTED:
             raise ValueError(f"{path}: {name} is encrypted; unpack the ZIP first")
         if members[name].compress_type not in _METHODS:
-            raise ValueError(f"{path}: {name} is compressed by a method that Python does not read; "
-                             "unpack the ZIP first")
+            raise ValueError(f"{path}: {name} has a compression that Python can't read; unpack the "
+                             "ZIP first")
         try:
             check_file_size(members[name].file_size)
             return Item(name, archive.read(members[name]))
@@ -706,10 +708,10 @@ def _open_zip(path: Path, layout: str | None, columns: Columns) -> Iterator[Sour
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"--source={path}: not a ZIP, or a damaged one ({error})") from error
+        raise ValueError(f"--source={path}: is not a ZIP, or is damaged ({error})") from error
     with archive:
         _check_members(path, archive)
-        # Some programs of Windows write backslashes.
+        # Some Windows programs write backslashes.
         members = {info.filename.replace("\\", "/"): info
                    for info in archive.infolist() if not info.is_dir()}
         source = _of_files(path, list(members), item, lambda name: archive.open(members[name]),
@@ -721,14 +723,14 @@ def _open_zip(path: Path, layout: str | None, columns: Columns) -> Iterator[Sour
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
-    """Raises ValueError for names that lead elsewhere or occur twice, and for links."""
+    """Raises ValueError for links and for names that leave the ZIP or occur twice."""
     for info in archive.infolist():
         if problem := member_problem(info):
             raise ValueError(f"{path}: {info.filename} {problem}")
     if len(archive.NameToInfo) != len(archive.infolist()):
         counts = collections.Counter(info.filename for info in archive.infolist())
         [(name, count)] = counts.most_common(1)
-        raise ValueError(f"{path}: {name} is there {count} times")
+        raise ValueError(f"{path}: {name} occurs {count} times")
 
 
 @contextlib.contextmanager
@@ -760,7 +762,7 @@ def _open_npz(path: Path, layout: str | None, columns: Columns) -> Iterator[Sour
 
 
 def _of_stack(num: int, read: Callable[[int], np.ndarray]) -> Source:
-    """Returns a source of images [C, H, W] that are read by their numbers."""
+    """Returns a source of images [C, H, W] that are read by number."""
     names = [f"image {i}" for i in range(num)]
     return Source(num, names, lambda numbers: (
         Item(names[i], array_files.encode(read(i)), "chw") for i in numbers))
@@ -770,7 +772,7 @@ def _of_arrays(arrays: archives.Arrays) -> Source:
     """Returns a source of images in memory."""
     num, expected = len(arrays.images), arrays.expected
     note = "" if expected in (None, num) else \
-        f"{arrays.title} is published with {expected} such images, here are {num}"
+        f"{arrays.title} is published with {expected} such images, but there are {num}"
     names = [f"image {i}" for i in range(num)]
 
     def pixels(number):
@@ -784,16 +786,16 @@ def _of_arrays(arrays: archives.Arrays) -> Source:
 
 
 def choose_labels(source: Source, name: str) -> None:
-    """Makes a source's labels those of this name in `label_sets`.
+    """Sets a source's labels to those of this name in `label_sets`.
 
     Raises:
-        ValueError: it has none.
+        ValueError: there are no such labels.
     """
     if name not in source.label_sets:
-        raise ValueError(f"--label-set={name}: the source has no such labels; CIFAR-100 has fine "
-                         "and coarse ones")
+        raise ValueError(f"--label-set={name}: the source has no such labels; only CIFAR-100 has "
+                         "fine and coarse labels")
     labels, source.class_names = source.label_sets[name]
-    source.facts = ()  # which say that there is a choice
+    source.facts = ()  # they mention the choice that has now been made
     source.labels = lambda own: labels[np.asarray(own)].tolist()
 
 
@@ -808,15 +810,15 @@ def _open_idx(path: Path, layout: str | None, columns: Columns) -> Iterator[Sour
 
 
 def _published(path: Path, files: Sequence[str], columns: Columns) -> Source | None:
-    """Returns the data set whose files a folder holds as they are published; None for none.
+    """Returns the published data set whose files a folder holds, or None if there is none.
 
     Raises:
-        ValueError: it holds several.
+        ValueError: there are several.
     """
     folders, sets = archives.find_cifar(files), idx_files.find_images(files)
     if len(folders) + len(sets) > 1:
         there = ", ".join([*(folder.rstrip("/") or "." for folder in folders), *sets])
-        raise ValueError(f"{path}: holds {len(folders) + len(sets)} sets of images: {there}; name "
+        raise ValueError(f"{path}: holds {len(folders) + len(sets)} sets of images: {there}; give "
                          f"one of them, such as {path / (sets or folders)[-1]}")
     if folders:
         return _of_arrays(archives.read_cifar_folder(path / folders[0]))
@@ -827,7 +829,7 @@ def _published(path: Path, files: Sequence[str], columns: Columns) -> Source | N
 @contextlib.contextmanager
 def _open_lmdb(path: Path, layout: str | None) -> Iterator[Source]:
     with archives.open_lmdb(path) as (num, items):
-        # Without labels nothing is left out before --max-images: the numbers are 0, 1, 2, ...
+        # Without labels, no image is skipped before --max-images: the numbers are 0, 1, 2, ...
         yield Source(num, None, lambda numbers: (
             Item(f"{path.name}: {key}", value)
             for _, (key, value) in zip(numbers, items, strict=False)))

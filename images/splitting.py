@@ -1,15 +1,15 @@
-"""A data set divided into two: one to train on, and one that is held out.
+"""Splits a data set into two: one for training, and one that is held out.
 
-Only the seed, the names of the images and their classes decide. The images are put in the order of
+The split depends only on the seed, the names of the images and their classes. Images are sorted by
 
     SHA-256("SEED NAME")
 
-and the first ones are held out, of each class as many as are its share. If num of all total images
-are held out, num size / total are due to a class of this size. It gets this number rounded down or
-up, by largest remainders, so that the sum is num. A class is never held out as a whole: at least
-one of its images is trained on, even if another class gives more than its share for that.
+and the first ones of each class are held out, in proportion to the size of the class. If num of
+total images are held out, a class gets num size / total of them, rounded down or up by largest
+remainders so that the sum is num. At least one image of each class is kept for training, even if
+another class then gives more than its share.
 
-Files are copied byte for byte, under their names. No PyTorch is needed.
+Files are copied byte for byte under their names. PyTorch is not needed.
 """
 
 import collections
@@ -40,35 +40,35 @@ from images.inspection import DataSet
 
 @dataclasses.dataclass
 class Part:
-    """What one of the two data sets consists of."""
+    """The contents of one of the two data sets."""
 
     images: list[str]  # their names, in order
     conditions: list[str]
-    records: dict[str, bytes]  # dataset.json and generate.json by name, where the source has them
+    records: dict[str, bytes]  # dataset.json and generate.json by name, if the source has them
     classes: collections.Counter  # images of each class; empty without classes
 
 
 @dataclasses.dataclass
 class Split:
-    """A data set divided into two parts, and what is in neither."""
+    """A data set split into two parts, and the files that belong to neither."""
 
     train: Part
     held_out: Part
     class_names: list[str] | None
-    others: list[str]  # files that are no part of a data set
-    num_hidden: int  # hidden files, and those of the system
+    others: list[str]  # files that do not belong to a data set
+    num_hidden: int  # hidden files and system files
     num_pictures: int  # grids and movies of generate.py
 
 
 def plan_split(data: DataSet, val: float, seed: int) -> Split:
-    """Returns the parts into which a seed divides a data set.
+    """Returns the split of a data set that a seed gives.
 
     `val` is the number of images to hold out if it is an int, else a share between 0 and 1.
 
     Raises:
         OSError: a file can't be read.
-        ValueError: labels or condition images are not those of the images, a name can't be kept,
-            or there are too few images for two parts.
+        ValueError: labels or condition images do not match the images, a name can't be kept, or
+            there are too few images for two parts.
     """
     _check_names(data)
     conditions = _match_conditions(data)
@@ -97,7 +97,7 @@ def plan_split(data: DataSet, val: float, seed: int) -> Split:
 def choose_held_out(classes: Mapping[str, int | None], num: int, seed: int) -> set[str]:
     """Returns the names of `num` images to hold out, given the class of each image by its name.
 
-    Without classes all are of one, such as None. `num` must leave an image of each class.
+    Without classes, all images have the same, such as None. `num` must leave an image per class.
     """
     due = _apportion(collections.Counter(classes.values()), num)
     chosen = set()
@@ -113,13 +113,13 @@ def _rank(seed: int, name: str) -> bytes:
 
 
 def _apportion(sizes: Mapping[int | None, int], num: int) -> dict[int | None, int]:
-    """Returns how many images of each class are held out, given how many there are."""
+    """Returns the number of held-out images per class, given the sizes of the classes."""
     total = sum(sizes.values())
     assert 0 <= num <= total - len(sizes)
     due = {label: num * size // total for label, size in sizes.items()}
     left = num - sum(due.values())
     by_remainder = sorted(sizes, key=lambda label: (-(num * sizes[label] % total), label))
-    for label in itertools.cycle(by_remainder):  # once, unless small classes can't give their due
+    for label in itertools.cycle(by_remainder):  # once, unless small classes can't give their share
         if not left:
             break
         if due[label] < sizes[label] - 1:
@@ -129,7 +129,7 @@ def _apportion(sizes: Mapping[int | None, int], num: int) -> dict[int | None, in
 
 
 def _num_held_out(data: DataSet, val: float, classes: Mapping[str, int | None]) -> int:
-    """Returns the number of images to hold out; a share is rounded to the nearest, halves up."""
+    """Returns the number of images to hold out. A share is rounded to the nearest, halves up."""
     total, num_classes = len(classes), len(set(classes.values()))
     num = val if isinstance(val, int) else math.floor(val * total + 0.5)
     most = total - num_classes
@@ -139,12 +139,12 @@ def _num_held_out(data: DataSet, val: float, classes: Mapping[str, int | None]) 
     if not 1 <= num <= most:
         kept = "one" if num_classes == 1 else f"one of each of the {num_classes} classes"
         raise ValueError(f"--val={val}: would hold out {num} of {total} images; give a share or a "
-                         f"number that comes to 1 to {most}, as training keeps at least {kept}")
+                         f"number that holds out 1 to {most}, as training keeps at least {kept}")
     return num
 
 
 def _check_names(data: DataSet) -> None:
-    """Raises ValueError for a name that leads elsewhere or is not text, and for links in ZIPs."""
+    """Raises ValueError for links in ZIPs and for names that leave the data set or are not text."""
     for name in (*data.names, *data.cond_names):
         if problem := data.name_problem(name):
             raise ValueError(f"{data.path}: {name} {problem}")
@@ -156,7 +156,7 @@ def _check_names(data: DataSet) -> None:
 
 
 def _match_conditions(data: DataSet) -> dict[str, str]:
-    """Returns the condition image of each image by name; {} for a data set without."""
+    """Returns the condition image of each image by name, or {} if there are none."""
     if not data.cond_names:
         return {}
     found, extra = match_names([CONDITIONS + name for name in data.names], data.cond_names)
@@ -165,7 +165,7 @@ def _match_conditions(data: DataSet) -> dict[str, str]:
 
 
 def _labels_of(images: Sequence[str], text: bytes) -> bytes:
-    """Returns a dataset.json with the labels of these images; all else in it is kept."""
+    """Returns a dataset.json with only the labels of these images. All other content is kept."""
     record, there = parse_json(text, LABELS_NAME), set(images)
     record["labels"] = [entry for entry in record["labels"] if entry[0] in there]
     return json.dumps(record).encode()
@@ -178,7 +178,7 @@ def _read(data: DataSet, name: str) -> bytes:
 
 def write_split(data: DataSet, split: Split, write_train: Callable[[str, bytes], None],
                 write_held_out: Callable[[str, bytes], None]) -> None:
-    """Copies the images and their conditions, then writes the records, of both parts.
+    """Copies the images and conditions of both parts, then writes the records.
 
     Raises:
         OSError: a file can't be written.

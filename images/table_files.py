@@ -1,11 +1,11 @@
 """Images in tables: Parquet files, and data sets of Hugging Face's package `datasets`.
 
-A row is an image. Its column holds encoded pictures or .npy files, as bytes or as records
-{bytes, path}, or pixels as lists of lists. Another column may hold labels, see
-`label_tables.labels_of`; Hugging Face's ClassLabel brings the names of the classes. Columns that
-are not named go by their types. Images are read in order, a few rows at a time. The packages
-pyarrow and datasets are imported when such a source is opened. Nothing but pictures and arrays is
-made of what a table holds, but its format is read by pyarrow, a C++ library.
+Each row is an image. Its column holds encoded pictures or .npy files, either as bytes or as records
+{bytes, path}; or it holds pixels as nested lists. Another column may hold labels, see
+`label_tables.labels_of`. Hugging Face's ClassLabel has the names of the classes. Columns that the
+user does not name are chosen by type. Images are read in order, a few rows at a time. The packages
+pyarrow and datasets are imported when such a source is opened. The contents of a table are read
+only as pictures and arrays, but its format is parsed by pyarrow, a C++ library.
 """
 
 import bisect
@@ -34,61 +34,61 @@ if TYPE_CHECKING:
 SUFFIX = ".parquet"
 HF_PREFIX = "hf://"
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
-_BATCH_ROWS = 16  # read at a time
-_BUFFER_BYTES = 1 << 20  # of a column that is being read
-_SHARD = re.compile(r"(.+?)-\d+-of-\d+")  # begins names such as train-00000-of-00002-3f9a.parquet
+_BATCH_ROWS = 16  # rows read at a time
+_BUFFER_BYTES = 1 << 20  # read buffer of a column
+_SHARD = re.compile(r"(.+?)-\d+-of-\d+")  # names such as train-00000-of-00002-3f9a.parquet
 _INDEX = re.compile(r"__index_level_\d+__")  # columns that pandas adds
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*){0,2}", re.ASCII)
-# What datasets has been seen to raise for damaged files, beside its own errors.
+# Exceptions that datasets has been seen to raise for damaged files, besides its own errors.
 _DAMAGE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)
 _DEFAULT_SPLIT = "train"
-_HUB, _HUB_SEC = "https://huggingface.co", 5  # for an answer
+_HUB, _HUB_SEC = "https://huggingface.co", 5  # timeout of a request
 
-Content = bytes | Path | DamagedImageError  # of an image: its file, where that lies, or its damage
+Content = bytes | Path | DamagedImageError  # of an image: its file, the file's path, or its damage
 
 
 class Table(NamedTuple):
     """The images and labels of a table."""
 
-    where: str  # what errors call it
-    names: Sequence[str]  # what errors call its rows
-    read: Callable[[Iterable[int]], Iterator[Content]]  # the images of rows of rising numbers
+    where: str  # its name in errors
+    names: Sequence[str]  # names of its rows in errors
+    read: Callable[[Iterable[int]], Iterator[Content]]  # yields images by row, in rising order
     labels: Labels | None
     fact: str  # which columns these are
-    note: str = ""  # what a user may not expect
+    note: str = ""  # a warning about something unexpected
 
 
 class _Opened(NamedTuple):
-    """What a table tells before its images."""
+    """An open table, before its images are read."""
 
     schema: "pa.Schema"
-    features: Mapping[str, Any]  # what Hugging Face says of columns
+    features: Mapping[str, Any]  # Hugging Face's metadata of columns
     names: Sequence[str]  # of rows
-    values: Callable[[str, Iterable[int]], Iterator["pa.Scalar"]]  # of a column, in some rows
-    column: Callable[[str], list[Any]]  # all values of one
-    others: Sequence[tuple[Path, "pa.Schema"]] = ()  # of more files, unlike the first one's
+    values: Callable[[str, Iterable[int]], Iterator["pa.Scalar"]]  # yields a column's values by row
+    column: Callable[[str], list[Any]]  # returns all values of a column
+    others: Sequence[tuple[Path, "pa.Schema"]] = ()  # further files whose schema differs
 
 
 def open_parquet(path: Path, files: Sequence[str], columns: Columns) -> Table:
-    """Returns the table of Parquet files, whose names below the folder `path` are `files`.
+    """Returns the table in the Parquet files `files` below the folder `path`.
 
-    For a single file these are [""].
+    For a single file, `path` is the file and `files` is [""].
 
     Raises:
-        OSError: one can't be read, or the package pyarrow is missing.
-        ValueError: one is damaged or unlike the first, or no column is certainly that of images.
+        OSError: a file can't be read, or the package pyarrow is missing.
+        ValueError: a file is damaged or differs from the first, or the image column is ambiguous.
     """
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
-        raise OSError(f"{path}: reading Parquet needs another package: pip install "
+        raise OSError(f"{path}: reading Parquet needs the package pyarrow: pip install "
                       "pyarrow") from error
     _refuse_splits(path, files)
     return _table(_open_files(path, files), columns, str(path), reads_paths=False)
 
 
 def _refuse_splits(path: Path, files: Sequence[str]) -> None:
-    """Raises ValueError if files are those of several splits, going by their names."""
+    """Raises ValueError if the names of files show that they belong to several splits."""
     found = {}
     for name in files:
         *folders, base = name.split("/")
@@ -98,21 +98,21 @@ def _refuse_splits(path: Path, files: Sequence[str]) -> None:
                 found.setdefault(part, name)
     if len(found) > 1:
         raise ValueError(f"{path}: holds the splits {', '.join(sorted(found))}, such as "
-                         f"{found[min(found)]}; give the files of one in a folder of their own, or "
-                         f"--source={HF_PREFIX}{path}:{min(found)}")
+                         f"{found[min(found)]}; move the files of one to a folder of their own, or "
+                         f"give --source={HF_PREFIX}{path}:{min(found)}")
 
 
 class _Group(NamedTuple):
     """A row group of a Parquet file."""
 
     file: str
-    number: int  # within the file
-    first: int  # of its rows, among those of all files
+    number: int  # in the file
+    first: int  # its first row, among those of all files
     num_rows: int
 
 
 def _open_files(path: Path, files: Sequence[str]) -> _Opened:
-    """Returns what Parquet files tell, of which only the ends are read."""
+    """Opens Parquet files, reading only the metadata at their ends."""
     import pyarrow.parquet as pq
 
     groups, names, others = [], [], []
@@ -157,7 +157,7 @@ def _arrays(path: Path, column: str, groups: Sequence[int] | None = None) -> Ite
 
 
 def _picked(arrays: Iterator["pa.Array"], positions: Iterator[int]) -> Iterator["pa.Scalar"]:
-    """Yields the values at rising positions of arrays, one after the other."""
+    """Yields the values of consecutive arrays at rising positions."""
     begin, position = 0, next(positions, None)
     for array in arrays:
         while position is not None and position < begin + len(array):
@@ -169,7 +169,7 @@ def _picked(arrays: Iterator["pa.Array"], positions: Iterator[int]) -> Iterator[
 
 
 def _storage(array: "pa.Array") -> "pa.Array":
-    """Returns an array without what a package adds to its type."""
+    """Returns an array without the extension type that a package added."""
     import pyarrow as pa
 
     return array.storage if isinstance(array, pa.ExtensionArray) else array
@@ -177,7 +177,7 @@ def _storage(array: "pa.Array") -> "pa.Array":
 
 @contextlib.contextmanager
 def _reading(path: str | Path) -> Iterator[None]:
-    """Puts the name of a file or source before what is wrong with it, on one line."""
+    """Prefixes errors with the name of a file or source, and reduces them to one line."""
     import pyarrow as pa
 
     try:
@@ -193,7 +193,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _features(schema: "pa.Schema") -> Mapping[str, Any]:
-    """Returns what Hugging Face's metadata say of columns; {} where there are none."""
+    """Returns Hugging Face's metadata of columns, or {} if there are none."""
     try:
         record = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = record["info"]["features"]
@@ -208,21 +208,21 @@ def _features(schema: "pa.Schema") -> Mapping[str, Any]:
 def open_hf(source: str, columns: Columns) -> Table:
     """Returns the table that hf://NAME[:SPLIT] names.
 
-    NAME is OWNER/NAME on the hub, perhaps with /CONFIG after it, or a folder: of `save_to_disk`, or
-    of files that `datasets` reads without a program.
+    NAME is OWNER/NAME or OWNER/NAME/CONFIG on the hub, or a folder: one of `save_to_disk`, or one
+    of files that `datasets` can read without a script.
 
     Raises:
-        OSError: it can't be read or reached, or the package datasets is missing.
-        ValueError: there is no such data set or split, or no column is certainly that of images.
+        OSError: the data set can't be read or reached, or the package datasets is missing.
+        ValueError: there is no such data set or split, or the image column is ambiguous.
     """
     name, split = _name_and_split(source)
     is_folder = Path(name).expanduser().is_dir()
     if not is_folder and not _is_reachable():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # instead of many attempts, half a minute in all
+        os.environ["HF_HUB_OFFLINE"] = "1"  # otherwise many attempts take half a minute
     try:
         import datasets
     except ImportError as error:
-        raise OSError(f"{source}: needs another package: pip install datasets") from error
+        raise OSError(f"{source}: needs the package datasets: pip install datasets") from error
     if console.bar_disabled() or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     for logger in ("datasets", "huggingface_hub"):
@@ -235,38 +235,38 @@ def open_hf(source: str, columns: Columns) -> Table:
 
 
 def _is_reachable() -> bool:
-    """Whether the hub answers, or may do so by ways that aren't tried here."""
+    """Whether the hub answers, or might answer in ways that are not tried here."""
     import requests
 
     try:
         requests.head(os.environ.get("HF_ENDPOINT", _HUB), timeout=_HUB_SEC)
-    except requests.exceptions.SSLError:  # `datasets` may have other papers
+    except requests.exceptions.SSLError:  # `datasets` may have other certificates
         return True
     except (requests.ConnectionError, requests.Timeout):
         return False
-    except requests.RequestException:  # a proxy that requests doesn't know
+    except requests.RequestException:  # there may be a proxy that requests does not know
         return True
     return True
 
 
 def _name_and_split(source: str) -> tuple[str, str | None]:
-    """Returns the parts of hf://NAME[:SPLIT]; raises ValueError for anything else."""
+    """Returns the parts of hf://NAME[:SPLIT]. Raises ValueError for anything else."""
     text = source.removeprefix(HF_PREFIX)
     if Path(text).expanduser().is_dir() and text:
         return text, None
     name, colon, split = text.rpartition(":") if ":" in text else (text, "", "")
     is_folder = bool(name) and Path(name).expanduser().is_dir()
-    name = name if is_folder else name.removeprefix("datasets/")  # as the hub writes its addresses
+    name = name if is_folder else name.removeprefix("datasets/")  # as in the hub's addresses
     if colon and not split or not (is_folder or _HUB_NAME.fullmatch(name)):
         raise ValueError(f"--source={source}: must be {HF_PREFIX}NAME or {HF_PREFIX}NAME:SPLIT, "
-                         "where NAME is OWNER/NAME on the hub, OWNER/NAME/CONFIG, or a folder that "
-                         "is there")
+                         "where NAME is OWNER/NAME or OWNER/NAME/CONFIG on the hub, or an existing "
+                         "folder")
     return name, split or None
 
 
 @contextlib.contextmanager
 def _described(source: str, is_folder: bool) -> Iterator[None]:
-    """Makes one line of what `datasets` raises, perhaps because the hub isn't asked."""
+    """Converts exceptions of `datasets`, also those of offline mode, to one line."""
     import datasets
     import pyarrow as pa
     from datasets.exceptions import DatasetsError
@@ -275,8 +275,8 @@ def _described(source: str, is_folder: bool) -> Iterator[None]:
         yield
     except (DatasetsError, pa.ArrowException, *_DAMAGE) as error:
         if not is_folder and datasets.config.HF_HUB_OFFLINE:
-            raise OSError(f"{source}: the hub can't be reached, or HF_HUB_OFFLINE is set, and the "
-                          "cache of datasets doesn't hold it; give a folder of save_to_disk, or "
+            raise OSError(f"{source}: the hub can't be reached or HF_HUB_OFFLINE is set, and the "
+                          "cache of datasets does not hold it; give a folder of save_to_disk or "
                           "Parquet files") from error
         what = "" if isinstance(error, DatasetsError | OSError | ValueError | RuntimeError) else \
             f"damaged, or not of save_to_disk: {type(error).__name__} "
@@ -284,7 +284,7 @@ def _described(source: str, is_folder: bool) -> Iterator[None]:
 
 
 def _load(name: str) -> "datasets.Dataset | datasets.DatasetDict":
-    """Returns a data set of a folder or of the hub, which `datasets` keeps in its own cache."""
+    """Returns a data set from a folder or the hub, which `datasets` keeps in its own cache."""
     import datasets
 
     folder = Path(name).expanduser()
@@ -297,10 +297,10 @@ def _load(name: str) -> "datasets.Dataset | datasets.DatasetDict":
 
 def _choose_split(found: "datasets.Dataset | datasets.DatasetDict", split: str | None,
                   source: str) -> tuple["datasets.Dataset", str]:
-    """Returns one split, and what to say of the choice: that asked for, the only one, or train."""
+    """Returns one split (the one asked for, the only one, or train) and a note on the choice."""
     splits = found if isinstance(found, dict) else {str(found.split or _DEFAULT_SPLIT): found}
     if split is not None and split not in splits:
-        raise ValueError(f"{source}: no split {split!r}; there are {', '.join(splits)}")
+        raise ValueError(f"{source}: has no split {split!r}; there are {', '.join(splits)}")
     if split is None and len(splits) > 1 and _DEFAULT_SPLIT not in splits:
         raise ValueError(f"{source}: has the splits {', '.join(splits)}; name one, as in "
                          f"{source}:{next(iter(splits))}")
@@ -310,7 +310,7 @@ def _choose_split(found: "datasets.Dataset | datasets.DatasetDict", split: str |
 
 
 def _open_dataset(data: "datasets.Dataset", source: str) -> _Opened:
-    """Returns what a split tells, whose tables are mapped from the disk."""
+    """Opens a split, whose tables are memory-mapped."""
     def arrays(column, rows=None):
         found = data.select_columns([column])
         found = found if rows is None else found.select(rows)
@@ -330,19 +330,19 @@ def _open_dataset(data: "datasets.Dataset", source: str) -> _Opened:
 # ---------------------------------------------------------------------------------------- columns
 
 
-# Kinds of columns, as messages call them; of each tuple those are preferred that come first.
+# Kinds of columns as messages name them. In each tuple, earlier ones are preferred.
 _IMAGE_KINDS = (("images",), ("bytes",), ("pixels",))
 _CLASSES = "classes"
 _LABEL_KINDS = ((_CLASSES,), ("whole numbers", "text"))
-_BOOLEANS = "booleans"  # labels where the column is called so
-_OTHER_LABEL_KINDS = (_BOOLEANS, "numbers", "vectors")  # which --label-column chooses
+_BOOLEANS = "booleans"  # labels if the column's name says so
+_OTHER_LABEL_KINDS = (_BOOLEANS, "numbers", "vectors")  # only with --label-column
 
 
 def _table(opened: _Opened, columns: Columns, where: str, *, reads_paths: bool) -> Table:
-    """Returns the images and labels of what was opened.
+    """Returns the images and labels of an open table.
 
-    With `reads_paths` images may be files that lie elsewhere. Raises ValueError unless it is
-    certain which columns these are.
+    With `reads_paths`, images may be files elsewhere. Raises ValueError if the choice of columns is
+    ambiguous.
     """
     kinds = {field.name: _kind(field.type, opened.features.get(field.name))
              for field in opened.schema}
@@ -355,8 +355,8 @@ def _table(opened: _Opened, columns: Columns, where: str, *, reads_paths: bool) 
         labels = labels_of({name: opened.column(name) for name in names}, where)
         fact += f", labels column{'s' if len(names) > 1 else ''} {', '.join(names)}{labels.how}"
         if columns.labels is None and len(labels.class_names or ()) == len(opened.names) > 2:
-            note = (f"each of the {len(opened.names)} images has a class of its own by column "
-                    f"{names[0]}; --label-column=none takes no labels")
+            note = (f"each of the {len(opened.names)} images has a class of its own in column "
+                    f"{names[0]}; --label-column=none reads no labels")
         if kinds[names[0]] == _CLASSES and len(names) == 1:
             labels = labels._replace(class_names=_class_names(opened.features[names[0]]))
     if columns.labels is None:
@@ -384,7 +384,7 @@ def _class_names(feature: Mapping[str, Any]) -> list[str] | None:
 
 
 def _kind(kind: "pa.DataType", feature: Any) -> str:
-    """Returns what a column of a type holds, by Hugging Face's word where it has one."""
+    """Returns the kind of values in a column, using Hugging Face's metadata if there are any."""
     from pyarrow import types
 
     declared = feature.get("_type") if isinstance(feature, dict) else None
@@ -393,7 +393,7 @@ def _kind(kind: "pa.DataType", feature: Any) -> str:
         return "images"
     if declared == "ClassLabel":
         return _CLASSES
-    if declared in ("Audio", "Video", "Pdf", "Nifti"):  # records of bytes and paths too
+    if declared in ("Audio", "Video", "Pdf", "Nifti"):  # also records of bytes and paths
         return declared.lower()
     if types.is_dictionary(kind):
         kind = kind.value_type
@@ -421,23 +421,23 @@ def _is_list(kind: "pa.DataType") -> bool:
 
 
 def _image_column(kinds: Mapping[str, str], wanted: str | None, where: str) -> str:
-    """Returns the name of the column of images; raises ValueError unless it is certain."""
+    """Returns the name of the image column. Raises ValueError if it is ambiguous."""
     there = f"the columns are {_shown_kinds(kinds)}"
     if wanted is not None:
         if not any(kinds.get(wanted) in group for group in _IMAGE_KINDS):
-            raise ValueError(f"--image-column={wanted}: no column of images in {where}; {there}")
+            raise ValueError(f"--image-column={wanted}: {where} has no such image column; {there}")
         return wanted
     found = _first_found(kinds, _IMAGE_KINDS)
     if len(found) != 1:
         how = f"may hold images: {shown_columns(found)}" if found else "holds images"
         raise ValueError(f"{where}: {'several columns' if found else 'no column'} {how}; "
-                         f"--image-column names the one; {there}")
+                         f"choose one with --image-column; {there}")
     return found[0]
 
 
 def _label_columns(kinds: Mapping[str, str], wanted: tuple[str, ...] | None,
                    where: str) -> tuple[str, ...]:
-    """Returns the names of the columns of labels; raises ValueError unless they are certain."""
+    """Returns the names of the label columns. Raises ValueError if they are ambiguous."""
     there = f"the columns are {_shown_kinds(kinds)}"
     if wanted is None:
         own = {name: "whole numbers" if kind == _BOOLEANS and _is_called_label(name) else kind
@@ -445,12 +445,12 @@ def _label_columns(kinds: Mapping[str, str], wanted: tuple[str, ...] | None,
         found = _first_found(own, _LABEL_KINDS)
         if len(found) > 1:
             raise ValueError(f"{where}: several columns may hold labels: {shown_columns(found)}; "
-                             f"--label-column names the one, or none; {there}")
+                             f"choose one, or none, with --label-column; {there}")
         return tuple(found)
     allowed = {kind for group in _LABEL_KINDS for kind in group}.union(_OTHER_LABEL_KINDS)
     for name in wanted:
         if kinds.get(name) not in allowed:
-            raise ValueError(f"--label-column={name}: no column of labels in {where}; {there}")
+            raise ValueError(f"--label-column={name}: {where} has no such label column; {there}")
     return wanted
 
 
@@ -459,17 +459,17 @@ def _is_called_label(name: str) -> bool:
 
 
 def _not_taken(kinds: Mapping[str, str], taken: Sequence[str]) -> str:
-    """Returns what to say of columns that are called labels and hold what isn't taken for them."""
+    """Returns a note on columns that are named like labels but hold other values."""
     usual = {kind for group in _LABEL_KINDS for kind in group} | {_BOOLEANS}
     return "".join(
-        f"; column {name} holds {kind} and is not taken for labels, which are whole numbers, "
+        f"; column {name} holds {kind} and is not used for labels, which must be whole numbers, "
         f"booleans or text{f' unless --label-column={name}' * (kind in _OTHER_LABEL_KINDS)}"
         for name, kind in kinds.items()
         if _is_called_label(name) and name not in taken and kind not in usual)
 
 
 def _first_found(kinds: Mapping[str, str], groups: Sequence[tuple[str, ...]]) -> list[str]:
-    """Returns the columns of the first group of kinds of which there are any."""
+    """Returns the columns of the first group of kinds that occurs."""
     found = ([name for name, kind in kinds.items() if kind in group] for group in groups)
     return next(filter(None, found), [])
 
@@ -479,7 +479,7 @@ def _shown_kinds(kinds: Mapping[str, str]) -> str:
 
 
 def _content(value: "pa.Scalar", reads_paths: bool) -> Content:
-    """Returns the file of an image, as bytes or where it lies; a .npy file of pixels."""
+    """Returns an image's file, as bytes or as a path, or a .npy file of its pixels."""
     if not value.is_valid:
         return DamagedImageError("has no image")
     if hasattr(value, "keys"):  # a record
@@ -488,7 +488,7 @@ def _content(value: "pa.Scalar", reads_paths: bool) -> Content:
         if data is None and path and reads_paths:
             return Path(path)
         if data is None:
-            elsewhere = f", only the path {ascii(path)}, which isn't read" if path else ""
+            elsewhere = f", only the path {ascii(path)}, which is not read" if path else ""
             return DamagedImageError(f"has no bytes{elsewhere}")
         return data
     if not _is_list(value.type):
@@ -500,14 +500,14 @@ def _content(value: "pa.Scalar", reads_paths: bool) -> Content:
 
 
 def _pixels(values: "pa.Array") -> np.ndarray:
-    """Returns lists of lists of numbers as an array; raises ValueError if they make none."""
+    """Returns nested lists of numbers as an array. Raises ValueError if they do not form one."""
     import pyarrow.compute as pc
 
     shape = [len(values)]
     while _is_list(values.type):
         lengths = pc.unique(pc.list_value_length(values)).to_pylist()
         if len(lengths) != 1 or lengths[0] is None:
-            raise ValueError("lists of pixels are not of one length")
+            raise ValueError("lists of pixels have different lengths")
         shape.append(lengths[0])
         values = values.flatten()
     if values.null_count:

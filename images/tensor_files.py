@@ -1,7 +1,7 @@
 """Images in a file of `torch.save`: one tensor [n, H, W], [n, C, H, W] or [n, H, W, C].
 
-Nothing but tensors and plain data is built. The file is mapped from the disk where its format
-allows it, so that memory holds an image at a time. PyTorch is imported when a file is opened.
+Only tensors and plain data are unpickled. The file is memory-mapped if its format allows it, so
+that only one image at a time is in memory. PyTorch is imported when a file is opened.
 """
 
 import pickle
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
 SUFFIXES = (".pt", ".pth")
 _TYPES = ("uint8", "uint16", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32",
           "float64")
-_HOW = "save one tensor [n, H, W], [n, C, H, W] or [n, H, W, C] by torch.save"
+_HOW = "save one tensor [n, H, W], [n, C, H, W] or [n, H, W, C] with torch.save"
 _MAX_KEYS = 5  # in a message
-# What PyTorch has been seen to raise for damaged files, beside OSError.
+# Exceptions that PyTorch has been seen to raise for damaged files, besides OSError.
 _DAMAGE = (zipfile.BadZipFile, RuntimeError, MemoryError, EOFError, KeyError, IndexError,
            AttributeError, ValueError, TypeError, OverflowError, AssertionError,
            NotImplementedError, struct.error)
 
 
 def open_stack(path: Path, layout: str | None = None) -> tuple[int, Callable[[int], np.ndarray]]:
-    """Returns the number of images in a file, and what reads one of them as [C, H, W].
+    """Returns the number of images in a file, and a function that reads one of them as [C, H, W].
 
     Args:
         path: the file.
-        layout: 'chw' or 'hwc', where an image has three axes; None goes by the shape.
+        layout: 'chw' or 'hwc', for images with three axes. None infers it from the shape.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it doesn't hold one tensor of images, or its shape has two readings.
+        OSError: the file can't be read.
+        ValueError: it does not hold one tensor of images, or their shape is ambiguous.
     """
     import torch
 
     tensor = _only_tensor(_load(path), path)
-    if tensor.dtype == torch.bfloat16:  # the upper half of float32, which NumPy doesn't know
+    if tensor.dtype == torch.bfloat16:  # the upper half of float32; NumPy has no such type
         halves = array_files.as_stack(tensor.view(torch.int16).numpy(), layout)
         return len(halves), lambda i: (halves[i].astype(np.int32) << 16).view(np.float32)
     stack = array_files.as_stack(tensor.numpy(), layout)
@@ -52,7 +52,7 @@ def open_stack(path: Path, layout: str | None = None) -> tuple[int, Callable[[in
 
 
 def _load(path: Path) -> Any:
-    """Returns what is in a file; raises ValueError if it is damaged, or more than plain data."""
+    """Returns a file's content. Raises ValueError if it is damaged, or more than plain data."""
     import torch
 
     with open(path, "rb") as file:
@@ -61,19 +61,19 @@ def _load(path: Path) -> Any:
         if is_zip:
             with zipfile.ZipFile(path) as archive:
                 if any(info.compress_type for info in archive.infolist()):
-                    raise ValueError("compressed: torch would map what is no number")
+                    raise ValueError("is compressed, which torch would map as if it were not")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"holds {name[1]}, which isn't read because it might run programs" if name else \
-            "damaged, or not a file of torch.save"
+        what = f"holds {name[1]}, which is refused because it might run code" if name else \
+            "is damaged, or not a file of torch.save"
         raise ValueError(f"{what}; {_HOW}") from error
     except _DAMAGE as error:
-        raise ValueError(f"damaged, or not a file of torch.save; {_HOW}") from error
+        raise ValueError(f"is damaged, or not a file of torch.save; {_HOW}") from error
 
 
 def _only_tensor(content: Any, path: Path) -> "torch.Tensor":
-    """Returns the tensor that is in a file; raises ValueError if it is another kind of thing."""
+    """Returns the tensor in a file. Raises ValueError if it holds anything else."""
     import torch
 
     if not isinstance(content, torch.Tensor):
@@ -81,15 +81,15 @@ def _only_tensor(content: Any, path: Path) -> "torch.Tensor":
     name = str(content.dtype).removeprefix("torch.")
     if name not in _TYPES or content.layout != torch.strided:
         kind = name if content.layout == torch.strided else f"{name} ({content.layout})"
-        raise ValueError(f"holds a tensor of {kind}; images are of {', '.join(_TYPES)}")
+        raise ValueError(f"holds a tensor of {kind}; images must be of {', '.join(_TYPES)}")
     if content.numel() * content.element_size() > path.stat().st_size:
-        raise ValueError(f"claims a tensor of shape {list(content.shape)}, but not the bytes of "
-                         "it; save a copy of it: torch.save(x.clone(), ...)")
+        raise ValueError(f"holds a tensor of shape {list(content.shape)}, but the file is "
+                         "too small for it; save a copy: torch.save(x.clone(), ...)")
     return content.detach()
 
 
 def _shown(content: Any) -> str:
-    """Says what a file holds, in few words."""
+    """Describes the content of a file in a few words."""
     if isinstance(content, dict):
         items = [f"{key!r} ({_kind(value)})" for key, value in content.items()]
     elif isinstance(content, list | tuple):

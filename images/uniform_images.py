@@ -1,6 +1,6 @@
-"""The images of one format in a folder or ZIP by number: from their files, or from a packed copy.
+"""Images of one format in a folder or ZIP, by number: from their files, or from a packed copy.
 
-Only without a packed copy may they be of different sizes.
+Without a packed copy, images may have different sizes.
 
 A packed copy is one .npy of all images, [n, C, H, W] uint8, uint16 or float32, which every process
 maps into its memory.
@@ -22,22 +22,22 @@ from images import array_files, pictures
 from images.image_files import DAMAGE, Files, ImageFormat, is_array
 from torch_utils.loading import read_in_processes
 
-READER_VERSION = 2  # of how files become pixels: 2 turns pictures as their EXIF data say
-_PACK_BYTES = 1 << 22  # images decoded at a time while packing
-_PACK_IMAGES = 4096  # at most, so that progress is seen with tiny ones
-_PACK_ALONE = 2048  # fewer images are packed sooner than processes start
+READER_VERSION = 2  # of the conversion from files to pixels; 2 turns pictures by their EXIF data
+_PACK_BYTES = 1 << 22  # size of the batches that are decoded while packing
+_PACK_IMAGES = 4096  # maximum number per batch, so that progress is shown with tiny images
+_PACK_ALONE = 2048  # fewer images are packed faster than processes start
 _HEADER_BYTES = 128  # of a .npy, at most
 
 
 class UniformImages:
-    """Images of one format, which is that of the first; each is compared with it when it is read.
+    """Images in the format of the first image. Each is compared with it when it is read.
 
-    `names` are the images among the files, in order. `kept` are the rising numbers of those that
-    are used, and rows count these. Errors call the folder or ZIP `path`. With `any_size` heights
-    and widths may differ, and only images of one size can be had at a time.
+    `names` are the images among the files, in order. `kept` are the rising numbers of the images
+    that are used, and rows count these. `path` is the folder or ZIP, for errors. With `any_size`,
+    heights and widths may differ, but only images of one size can be read at a time.
 
     Raises:
-        ValueError: the first image can't be read, or is of a format that networks don't take.
+        ValueError: the first image can't be read, or networks can't use its format.
     """
 
     def __init__(self, path: Path, files: Files, names: Sequence[str], kept: np.ndarray,
@@ -47,21 +47,21 @@ class UniformImages:
         self.format = self._read_format(0)
         if not self.format.channels:
             raise ValueError(f"{self.where(0)} is {self.format}; images must be gray (L) or RGB, "
-                             "or arrays (.npy): convert them with dataset_tool.py")
+                             "or arrays (.npy); convert them with dataset_tool.py")
         self.packed: np.ndarray | None = None  # the packed copy, [len(kept), C, H, W]
         self._packed_path: Path | None = None
 
     def get(self, rows: np.ndarray) -> np.ndarray:
-        """Returns images [B, C, H, W] in the type of their format, copied."""
+        """Returns copies of images [B, C, H, W] in the type of their format."""
         if self.packed is not None:
             return self.packed[rows]
         return self.get_batch(self._kept[rows])[0]
 
     def get_patches(self, rows: np.ndarray, corners: np.ndarray, side: int) -> np.ndarray:
-        """Returns squares of images, [B, C, side, side], copied; only these are read if packed.
+        """Returns copies of squares of images, [B, C, side, side]. If packed, only these are read.
 
-        `corners` [B, 2] has the first row and column of each. Where rows that follow each other are
-        the same image, it is decoded once.
+        `corners` [B, 2] holds the first row and column of each. If consecutive rows are the same
+        image, it is decoded once.
         """
         patches = np.empty([len(rows), self.format.channels, side, side], self.format.dtype)
         image, last = None, None
@@ -73,7 +73,7 @@ class UniformImages:
         return patches
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Returns the height and width of each image that is used, from the heads of the files."""
+        """Returns the height and width of each image that is used, from the files' headers."""
         if not self._any_size:
             return [self.format.shape[1:]] * len(self._kept)
         found = []
@@ -84,11 +84,11 @@ class UniformImages:
         return found
 
     def where(self, number: int) -> str:
-        """Returns what errors call an image, by its number among all names."""
+        """Returns an image's name in errors, given its number among all names."""
         return f"{self._path}: {self.names[number]} (image {number})"
 
     def check_uniform(self) -> None:
-        """Compares all images with the first, as `ImageFolderDataset.check_uniform` says."""
+        """Compares all images with the first, see `ImageFolderDataset.check_uniform`."""
         look = self._decode if self.format.dtype == "float32" else (
             lambda number: self._check_format(number, self._read_format(number)))
         with Progress(len(self._kept), "Checking images", delay=1,
@@ -97,7 +97,7 @@ class UniformImages:
                 look(number)
 
     def get_batch(self, numbers: Sequence[int]) -> tuple[np.ndarray]:
-        """Returns images by their numbers among all names, from their files."""
+        """Returns images from their files, given their numbers among all names."""
         if self._any_size and len(numbers):
             return (np.stack([self._decode(number) for number in numbers]),)
         images = np.empty([len(numbers), *self.format.shape], self.format.dtype)
@@ -129,7 +129,7 @@ class UniformImages:
         if found != expected:
             raise ValueError(
                 f"{self.where(number)} is {found}, but {self.names[0]} is {self.format}; all "
-                f"images must agree{' but for their size' if self._any_size else ''}: convert them "
+                f"images must agree{' but for their size' if self._any_size else ''}; convert them "
                 "with dataset_tool.py")
 
     def _decode(self, number: int) -> np.ndarray:
@@ -145,24 +145,24 @@ class UniformImages:
 
     @property
     def packed_bytes(self) -> int:
-        """The size of the packed copy, made or not."""
+        """The size of the packed copy, even if it does not exist."""
         return len(self._kept) * self.format.num_bytes + _HEADER_BYTES
 
     def is_packed_at(self, path: Path) -> bool:
-        """Says whether a whole packed copy lies at `path`."""
+        """Whether `path` is a complete packed copy."""
         return self._map_packed(path) is not None
 
     def open_packed(self, path: Path) -> bool:
-        """Maps the packed copy at `path`; returns whether it is there and whole."""
+        """Maps the packed copy at `path`. Returns whether it exists and is complete."""
         self.packed = self._map_packed(path)
         self._packed_path = path if self.packed is not None else None
         return self.packed is not None
 
     def _map_packed(self, path: Path) -> np.ndarray | None:
-        """Returns the memory-mapped copy, or None where it is missing or not whole."""
+        """Returns the memory-mapped copy, or None if it is missing or incomplete."""
         try:
             with open(path, "rb") as file:
-                read_npy_header(file)  # whose errors are ValueErrors, unlike those of np.load
+                read_npy_header(file)  # raises ValueErrors, unlike np.load
             packed = np.load(path, mmap_mode="r", allow_pickle=False)
             whole = (packed.dtype == self.format.dtype and packed.flags.c_contiguous
                      and packed.shape == (len(self._kept), *self.format.shape)
@@ -172,10 +172,10 @@ class UniformImages:
         return packed.view(np.ndarray) if whole else None
 
     def write_packed(self, path: Path, title: str) -> None:
-        """Writes the packed copy to `path`, whose folder must exist; several cores decode.
+        """Writes the packed copy to `path`, whose folder must exist, decoding on several cores.
 
         Raises:
-            ValueError: an image can't be read, or is not of the first one's format.
+            ValueError: an image can't be read, or its format differs from that of the first.
             OSError: the copy can't be written.
         """
         header = {"descr": np.dtype(self.format.dtype).str, "fortran_order": False,
@@ -197,7 +197,7 @@ class UniformImages:
                 progress.update(len(images))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A mapped copy is mapped anew by the process that unpickles.
+        # The process that unpickles this maps the copy itself.
         return self.__dict__ | ({"packed": None} if self._packed_path else {})
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ def test_moments_of_pieces_are_those_of_the_whole_beside_a_large_mean():
 def test_a_record_that_is_no_scaling_is_refused(record, words):
     with pytest.raises(ValueError, match=words):
         Scaling.from_dict(record)
-    with pytest.raises(ValueError, match="of 2 channels, the data have 3"):
+    with pytest.raises(ValueError, match="has 2 channels, but the data have 3"):
         Scaling((0, 0), (1, 1)).check_channels(3)
 
 
@@ -566,7 +566,7 @@ def bad_source(folder, name):
     ("scale for 8 bits", ["--scale=minmax"], 1, ["--scale", "8 bits", "leave --scale out"]),
     ("condition", ["--cond-scale=std"], 1, ["--cond-scale", "8 bits"]),
     ("missing condition", [], 1, ["no condition image for 1/3.png", "1 of 6"]),
-    ("extra condition", [], 1, ["0/9.png is the condition of no image", "1 files"]),
+    ("extra condition", [], 1, ["0/9.png belongs to no image", "1 files"]),
     ("size of condition", [], 1, ["0/0.bmp", "4x8", "8x8", "--resolution"]),
     ("mode of condition", [], 1, ["1/3.bmp", "RGB 8x8", "L 8x8"]),
 ], ids=str)
@@ -612,7 +612,7 @@ def bad_data(folder, invoke, name):
 @pytest.mark.parametrize("name, flags, code, words", [
     ("no conditions", ["--cond-image=1"], 2, ["has no condition images", "--cond-source"]),
     ("missing", ["--cond-image=1"], 1, ["no condition image for", "img00000002", "1 of 6"]),
-    ("extra", ["--cond-image=1"], 1, ["cond/00000/x.png is the condition of no image"]),
+    ("extra", ["--cond-image=1"], 1, ["cond/00000/x.png belongs to no image"]),
     ("size", ["--cond-image=1"], 1, ["img00000002.png", "L 16x8", "L 8x8"]),
     ("size", ["--cond-image=1", "--cache=0"], 1, ["img00000002.png", "L 16x8", "L 8x8"]),
     ("missing", ["--cond-image=1", "--stf=1"], 2, ["--stf=1 with --cond-image=1"]),
@@ -624,7 +624,7 @@ def bad_data(folder, invoke, name):
     ("odd", [], 1, ["8x13", "nearest width 12 or 14"]),
     ("nan", [], 1, ["img00000005.npy", "inf at [0, 1, 1]"]),
     ("nan", ["--cache=0"], 1, ["img00000005.npy", "inf at [0, 1, 1]"]),
-    ("channels of scale", [], 1, ["dataset.json", '"scale"', "of 3 channels, the data have 2"]),
+    ("channels of scale", [], 1, ["dataset.json", '"scale"', "has 3 channels, but the data have 2"]),
     ("bad scale", [], 1, ["dataset.json", '"scale"', "positive"]),
     ("fields", ["--eval=1", "--eval-ref=PLAIN", "--eval-detector=pixels"], 1,
      ["plain.zip", "another scale"]),
@@ -644,9 +644,9 @@ def test_data_that_do_not_fit_are_one_line_before_training(tmp_path, invoke, nam
 
 def test_check_lists_what_is_wrong_with_arrays_and_conditions(tmp_path, invoke):
     for name, words in (("nan", "img00000005.npy (image 5): value inf at [0, 1, 1]"),
-                        ("channels of scale", "of 3 channels, the data have 2"),
+                        ("channels of scale", "has 3 channels, but the data have 2"),
                         ("missing", "img00000002.png: has no condition image in cond/"),
-                        ("extra", "cond/00000/x.png (image 6): is the condition of no image"),
+                        ("extra", "cond/00000/x.png (image 6): belongs to no image"),
                         ("size", "img00000002.png (image 2): is L 16x8, but most are L 8x8")):
         data = bad_data(tmp_path / name.replace(" ", "-"), invoke, name)
         result = invoke(dataset_tool.main, "check", data, "--workers=1")

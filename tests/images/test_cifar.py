@@ -121,14 +121,14 @@ def test_cifar_100_that_is_not_as_published_is_refused(tmp_path, changes, texts,
 def test_a_batch_of_numbers_that_are_no_bytes_is_refused(tmp_path):
     members = cifar100_members(lambda value: pickle.dumps(value, 2), data=PLANES.astype(np.int64))
     path = write_source(tmp_path / "src", members)
-    assert_refused(run(path, tmp_path / "out/a.zip"), tmp_path, "train", "isn't of bytes")
+    assert_refused(run(path, tmp_path / "out/a.zip"), tmp_path, "train", "is not of bytes")
 
 
 @pytest.mark.parametrize("data", [b"", b"x", bytes(3073 * 2)])
 def test_records_of_another_size_are_refused(tmp_path, data):
     path = write_source(tmp_path / "src", {**cifar100_records(), "train.bin": data})
     assert_refused(run(path, tmp_path / "out/a.zip"), tmp_path, "train.bin",
-                   f"has {len(data)} bytes, which are no records of 3074")
+                   f"has {len(data)} bytes, not a multiple of the record size 3074")
 
 
 @pytest.mark.parametrize("name, data", [

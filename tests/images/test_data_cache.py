@@ -82,7 +82,7 @@ def test_without_room_nothing_is_decoded_or_written(dataset_zip, cache, full_dis
     dataset = ImageFolderDataset(dataset_zip, cache=True)
     assert not dataset.is_packed and list((cache / "packed").iterdir()) == []
     [warning] = capsys.readouterr().err.splitlines()
-    assert "7.81 kB are needed and 1 kB free" in warning
+    assert "needs 7.81 kB, but 1 kB are free" in warning
 
 
 def test_a_packed_file_is_used_on_a_disk_that_has_become_full(dataset_zip, request):

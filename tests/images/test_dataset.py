@@ -382,14 +382,14 @@ def test_members_that_share_a_name_are_refused(tmp_path):
     path = write_zip(tmp_path / "a.zip", contents())
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning):
         archive.writestr(NAMES[0], b"x")
-    with pytest.raises(ValueError, match="share a name"):
+    with pytest.raises(ValueError, match="must be unique"):
         ImageFolderDataset(path)
 
 
 def test_a_resolution_or_max_size_that_cannot_be_is_refused(tmp_path):
     path = write_zip(tmp_path / "a.zip", contents())
     assert ImageFolderDataset(path, resolution=8, max_size=99)
-    with pytest.raises(ValueError, match="8x8, expected 16x16"):
+    with pytest.raises(ValueError, match="8x8, but 16x16 is expected"):
         ImageFolderDataset(path, resolution=16)
     with pytest.raises(ValueError, match="max_size=0"):
         ImageFolderDataset(path, max_size=0)

@@ -362,7 +362,7 @@ def test_zip_names_that_are_there_twice_are_refused(tmp_path):
         for value in (0, 1):
             archive.writestr("a.png", encode(flat(value)))
     result = run(tmp_path / "src.zip", tmp_path / "out" / "a.zip")
-    assert_refused(result, tmp_path, "a.png is there 2 times")
+    assert_refused(result, tmp_path, "a.png occurs 2 times")
 
 
 @pytest.mark.parametrize("second,kinds", [
@@ -405,7 +405,7 @@ def test_a_source_of_no_known_kind_is_refused_with_what_is_allowed(tmp_path):
     dest = tmp_path / "out" / "a.zip"
     (tmp_path / "a.rar").write_text("x")
     (tmp_path / "b.zip").write_text("x")
-    assert_refused(run(tmp_path / "a.rar", dest), tmp_path, "a.rar", "allowed: folder, .zip",
+    assert_refused(run(tmp_path / "a.rar", dest), tmp_path, "a.rar", "give a folder, .zip",
                    "cifar-10-python.tar.gz")
     assert_refused(run(tmp_path / "b.zip", dest), tmp_path, "b.zip", "not a ZIP")
     assert_refused(run(tmp_path / "none", dest), tmp_path, "none", "no such")
@@ -468,7 +468,7 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path):
     assert run(path, dest).exit_code == 0
     assert sorted(os.listdir(dest)) == ["00000", "dataset.json"]
     (tmp_path / "out" / "b").write_text("x")
-    assert_refused(run(path, tmp_path / "out" / "b"), tmp_path, "b: is there", kept=["a", "b"])
+    assert_refused(run(path, tmp_path / "out" / "b"), tmp_path, "b: exists", kept=["a", "b"])
     (tmp_path / "out" / "c.zip").mkdir()
     assert_refused(run(path, tmp_path / "out" / "c.zip"), tmp_path, "is a folder",
                    kept=["a", "b", "c.zip"])

@@ -244,7 +244,7 @@ def test_slices_at_other_positions_are_no_pairs(tmp_path, heights, others, num_a
     for output, pairs in both_ways(tmp_path, doses(heights, others)):
         assert pairs is None and not (tmp_path / "a.zip").exists()
         assert (f"{num_apart} of {len(heights)} condition images are slices at other positions "
-                f"than their images, the first ") in output
+                f"than their images; the first is ") in output
         assert f", {gap} mm from " in output and len(output.splitlines()) == 1
 
 
@@ -271,7 +271,7 @@ def test_slices_without_positions_go_by_instance_number(tmp_path):
     lost["L067_QD_7.IMA"] = lost.pop("L067_QD_1.IMA")
     (tmp_path / "b").mkdir()
     outputs = list(both_ways(tmp_path / "b", lost))
-    assert "1 of 3 images have no condition image of their number, the first L067_FD_1.IMA" in \
+    assert "but others have; the first is L067_FD_1.IMA" in \
         outputs[0][0] and outputs[0][1] is None
     assert "Warning: --pair=order: by the numbers in their names 2 of 3 images" in outputs[1][0]
 
@@ -333,7 +333,7 @@ def test_labels_of_slices_are_those_of_dataset_json(tmp_path):
      ["x.dcm is RGB", "MONOCHROME2"]),
     (dicom(PhotometricInterpretation="PALETTE COLOR"), ["is PALETTE COLOR"]),
     (dicom(ModalityLUTSequence=[Dataset()]), ["a modality lookup table"]),
-    (dicom(syntax=MPEG2MPML), ["MPEG2", "isn't read"]),
+    (dicom(syntax=MPEG2MPML), ["MPEG2", "is not supported"]),
     (dicom(BitsAllocated=32), ["x.dcm: can't be read", "less than expected"]),
     (dicom()[:-10], ["x.dcm: can't be read", "bytes", "--skip-damaged"]),
     (b"", ["x.dcm: can't be read"]), (bytes(200), ["x.dcm: can't be read: not a DICOM file"]),

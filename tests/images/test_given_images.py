@@ -73,12 +73,12 @@ def test_paths_stay_paths(tmp_path):
 
 @pytest.mark.parametrize("images, labels, words", [
     ([], None, "no images are given"),
-    (np.zeros([3, 8, 8]), None, r"shape \[3, 8, 8\]; several images are \[n, C, H, W\] or a list"),
-    (np.zeros([2, 1, 8, 8]), [0], r"2 images, but labels of shape \[1\]; give one for each"),
-    (np.zeros([2, 1, 8, 8]), 1, r"2 images, but labels of shape \[\]; give one for each"),
-    ([PIL.Image.new("RGBA", (4, 4))], None, "image 0 is of mode RGBA; give it as gray or RGB"),
+    (np.zeros([3, 8, 8]), None, r"shape \[3, 8, 8\]; must be \[n, C, H, W\] or a list"),
+    (np.zeros([2, 1, 8, 8]), [0], r"2 images, but labels of shape \[1\]; give one label for each"),
+    (np.zeros([2, 1, 8, 8]), 1, r"2 images, but labels of shape \[\]; give one label for each"),
+    ([PIL.Image.new("RGBA", (4, 4))], None, "image 0 has mode RGBA; make it gray or RGB"),
     (["a.png"], None, "image 0 is a str; images must be pictures, arrays or tensors"),
-    (7, None, "int: images must be a data set's path, pictures, arrays or tensors")])
+    (7, None, "images are a int; must be the path of a data set, pictures, arrays")])
 def test_what_are_no_images_is_refused(images, labels, words):
     with pytest.raises(ValueError, match=words):
         GivenImages(images, labels)

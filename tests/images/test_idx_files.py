@@ -92,7 +92,7 @@ def test_classes_of_emnist_are_called_by_the_mapping_beside_it(tmp_path):
         expected = [f"{chr(65 + i)}{chr(97 + i)}" for i in range(26)]
         assert names == (expected if with_names else None)
     output = run(path, tmp_path / "b.zip").output
-    assert "classes 1 to 26 of the files have become 0 to 25" in output
+    assert "classes 1 to 26 of the files became 0 to 25" in output
 
 
 @pytest.mark.parametrize("split, most", [("balanced", 46), ("byclass", 61), ("bymerge", 46),
@@ -120,7 +120,7 @@ def test_classes_of_fashion_mnist_are_known(tmp_path, folder):
     path = write_pair(tmp_path / folder, "train-images-idx3-ubyte", "train-labels-idx1-ubyte")
     output = run(path, tmp_path / "a.zip").output
     assert "class 0 (T-shirt/top): 3" in output and "class 9 (Ankle boot): 3" in output
-    assert f"Fashion-MNIST is published with 60000 such images, here are {NUM}" in output
+    assert f"Fashion-MNIST is published with 60000 such images, but there are {NUM}" in output
     plain = write_pair(tmp_path / "mnist", path.name, "train-labels-idx1-ubyte")
     output = run(plain, tmp_path / "a.zip").output
     assert "T-shirt" not in output and "MNIST is published with 60000" in output
@@ -130,9 +130,9 @@ def test_classes_of_fashion_mnist_are_known(tmp_path, folder):
 def test_without_labels_no_file_of_them_is_needed(tmp_path, given):
     path = write_pair(tmp_path / "a", "emnist-letters-train-images-idx3-ubyte", "labels")
     (path.parent / "labels").unlink()
-    refuse(tmp_path, tmp_path / given, "no such file", "--label-column=none takes none")
+    refuse(tmp_path, tmp_path / given, "no such file", "give --label-column=none")
     result = run(tmp_path / given, tmp_path / "out.zip", "--label-column=none")
-    assert result.exit_code == 0 and "have become 0 to 25" not in result.output
+    assert result.exit_code == 0 and "became 0 to 25" not in result.output
     with zipfile.ZipFile(tmp_path / "out.zip") as archive:
         assert json.loads(archive.read("dataset.json"))["labels"] is None
         assert len(archive.namelist()) == NUM + 1

@@ -144,7 +144,7 @@ def test_labels_of_images_that_are_not_there_are_a_problem(tmp_path):
     labels = labels_json([["a.png", 0], ["b.png", 1]])
     lines, _ = problems_of(write_source(tmp_path / "src", {"a.png": flat(0),
                                                            "dataset.json": labels}))
-    assert lines == ['dataset.json: "b.png" has a label, but isn\'t there']
+    assert lines == ['dataset.json: "b.png" has a label but no file']
 
 
 def test_malformed_labels_are_told_beside_bad_images(tmp_path):
@@ -165,7 +165,7 @@ def test_names_that_lead_out_and_links_are_listed(tmp_path):
     with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
         warnings.simplefilter("ignore")
         archive.writestr("a.png", encode(flat(0)))
-    assert "a.png is there 2 times" in problems_of(path)[1]
+    assert "a.png occurs 2 times" in problems_of(path)[1]
 
 
 def test_long_lists_are_cut_and_counted(tmp_path):

@@ -129,7 +129,7 @@ def test_metadata_without_labels_leaves_the_classes_of_folders(tmp_path, metadat
                                              "metadata.csv": metadata})
     record = record_of(tmp_path, source)
     assert record["class_names"] == ["a", "b"]
-    assert "Note: metadata.csv: no labels come from it" in run(source, tmp_path / "out.zip").output
+    assert "Note: metadata.csv: gives no labels" in run(source, tmp_path / "out.zip").output
 
 
 def test_metadata_that_do_not_fit_are_refused_and_can_be_passed_over(tmp_path):
@@ -210,14 +210,14 @@ def test_what_pandas_writes_of_a_column_with_gaps_is_converted_and_said(tmp_path
     args = table(tmp_path, content)
     assert [label for _, label in record_of(tmp_path, images, args)["labels"]] == list(
         range(len(TEXTS)))
-    assert "whose numbers are whole, such as 0.0, and so are class numbers" in run(
+    assert "whose numbers are whole, such as 0.0, and are used as class numbers" in run(
         images, tmp_path / "out.zip", args).output
 
 
 def test_several_columns_make_vectors_in_the_order_of_their_names_and_only_of_numbers():
     cells = {"b": ["1", "2.5", ""], "a": [3, 4, 5]}
     assert labels_of(cells, "t")[:2] == ([[1, 3], [2.5, 4], None], None)
-    with pytest.raises(ValueError, match="t: column c holds 'red', but only numbers"):
+    with pytest.raises(ValueError, match="t: column c holds 'red'; label vectors must"):
         labels_of({"b": [1, 2], "c": ["1", "red"]}, "t")
     with pytest.raises(ValueError, match="t: column c holds 1 and 'a'"):
         labels_of({"c": ["a", 1]}, "t")
@@ -254,10 +254,10 @@ def test_rows_find_their_images_by_paths_or_else_by_less(names, top, rows, expec
 
 
 @pytest.mark.parametrize("rows,text", [
-    (["1.png", "2.png"], "several files are called 1.png; give paths in the source, such as a/1"),
-    (["x/1.png", "y/1.png"], "several files are called 1.png"),
+    (["1.png", "2.png"], "several files are named 1.png; give paths in the source, such as a/1"),
+    (["x/1.png", "y/1.png"], "several files are named 1.png"),
     (["a/1.png", "a/1.png"], "a/1.png is listed twice"),
-    (["q.png"], "none of 1 rows names an image of the source: the first row names q.png, the first "
+    (["q.png"], "none of 1 rows names an image of the source; the first row names q.png, the first "
                 "image is a/1.png"),
     ([], "none of 0 rows"),
 ])
@@ -300,12 +300,12 @@ def test_rows_without_an_image_are_counted_and_images_without_a_row_refused(tmp_
 # ---------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("content,texts", [
-    (b"", ["no column file_name, filename, image, path or name", "its columns: none"]),
-    (csv_of([("00.png", 1)], "file,label"), ["its columns: file, label", "--image-column"]),
+    (b"", ["no column file_name, filename, image, path or name", "names among none"]),
+    (csv_of([("00.png", 1)], "file,label"), ["names among file, label", "--image-column"]),
     (csv_of([("00.png", 1)], "path,color"), ["no column label, class or category", "path, color",
                                              "--label-column"]),
-    (csv_of([("00.png", 1, 2)]), ["line 2 has 3 cells, but the header 2"]),
-    (csv_of([("00.png", 1)], "path,path"), ["column 'path' is there twice"]),
+    (csv_of([("00.png", 1, 2)]), ["line 2 has 3 cells, but the header has 2"]),
+    (csv_of([("00.png", 1)], "path,path"), ["column 'path' occurs twice"]),
     (csv_of([("", 1)]), ["line 2 has no text in column file_name"]),
     (csv_of([("00.png", '"open')]), ["line 2"]), ("\ufffe".encode("utf-16"), ["not UTF-8"]),
     (csv_of([(name, -1) for name in FILES]), ["label -1 of 00.png must be in 0..65535"]),
@@ -319,7 +319,7 @@ def test_a_csv_that_is_not_one_is_refused_in_one_line(tmp_path, images, content,
 
 
 @pytest.mark.parametrize("content,texts", [
-    (b"", ["its columns: none"]), (b"{", ["line 1 is not JSON"]), (b"\n[1]", ["line 2 must be"]),
+    (b"", ["names among none"]), (b"{", ["line 1 is not JSON"]), (b"\n[1]", ["line 2 must be"]),
     (b'{"path": "00.png", "label": 1}\n{"path": 5, "label": 1}', ["line 2 has no text", "path"]),
     (b'{"path": "00.png", "label": {"a": 1}}', ["column label holds"]),
     (json_lines_of((name, [1.0, float("inf")]) for name in FILES), ["finite"]),
@@ -354,7 +354,7 @@ def test_labels_that_are_not_wanted_may_be_anything(tmp_path):
 def test_sources_without_files_or_columns_say_so(tmp_path):
     path = write_cifar10(tmp_path / "cifar-10-python.tar.gz", random_pixels(5, 32, 32, 3), range(5))
     labels = table(tmp_path, csv_of([("a.png", 1)]))
-    assert_refused(run(path, tmp_path / "out/a.zip", labels), tmp_path, "no names of files")
+    assert_refused(run(path, tmp_path / "out/a.zip", labels), tmp_path, "no file names")
     assert_refused(run(path, tmp_path / "out/a.zip", "--label-column=x"), tmp_path, "no columns")
     assert record_of(tmp_path, path, "--label-column=none") == {"labels": None}
 

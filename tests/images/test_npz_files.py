@@ -186,7 +186,7 @@ def test_contents_are_told_by_the_members(tmp_path):
         np.savez(path, **arrays)
         assert npz_contents(path) == expected
     path.write_bytes(b"PK")
-    with pytest.raises(ValueError, match="a.npz: not an .npz"):
+    with pytest.raises(ValueError, match="a.npz: is not an .npz"):
         npz_contents(path)
 
 
@@ -204,12 +204,13 @@ def test_contents_are_told_without_torch(tmp_path):
     ({"arr_0": IMAGES[0, 0]}, ["arr_0: an array of shape [5, 3]", "[n, H, W, C]"]),
     ({"arr_0": np.array([None, 1])}, ["arr_0", "shape [2]"]),
     ({"arr_0": np.zeros([2, 6, 6, 3], object)}, ["arr_0"]),
-    ({"arr_0": np.zeros([2, 6, 6, 3], complex)}, ["arr_0: a complex128 array"]),
-    ({"arr_0": np.asfortranarray(IMAGES)}, ["arr_0: columns come first", "ascontiguousarray"]),
-    ({"arr_0": IMAGES, "arr_1": LABELS[1:]}, ["arr_1: a int64 array of shape [11]",
-                                             "12 class numbers"]),
-    ({"arr_0": IMAGES, "arr_1": LABELS / 2}, ["arr_1: a float64 array"]),
-    ({"arr_0": IMAGES, "arr_1": IMAGES}, ["arr_1: a uint8 array of shape [12, 6, 5, 3]"]),
+    ({"arr_0": np.zeros([2, 6, 6, 3], complex)}, ["arr_0: is a complex128 array"]),
+    ({"arr_0": np.asfortranarray(IMAGES)}, ["arr_0: is stored in column order",
+                                            "ascontiguousarray"]),
+    ({"arr_0": IMAGES, "arr_1": LABELS[1:]}, ["arr_1: is a int64 array of shape [11]",
+                                             "12 integers"]),
+    ({"arr_0": IMAGES, "arr_1": LABELS / 2}, ["arr_1: is a float64 array"]),
+    ({"arr_0": IMAGES, "arr_1": IMAGES}, ["arr_1: is a uint8 array of shape [12, 6, 5, 3]"]),
     ({"arr_0": IMAGES, "arr_1": LABELS - 1}, ["arr_1: label -1 of image 0", "0..65535"]),
     ({"arr_0": np.full([2, 6, 6, 3], np.nan)}, ["nan"]),
 ])
@@ -227,10 +228,10 @@ def npy(shape, data=b"", dtype="|u1"):
 
 @pytest.mark.parametrize("member, text", [
     (b"", "not a NumPy array"), (b"\x93NUMPY", "not a NumPy array"), (npy("oops"), "not a NumPy"),
-    (npy("(2, 6, 6, 3)", bytes(215)), "but not the bytes of it"),
-    (npy("(2, 6, 6, 3)", bytes(217)), "but not the bytes of it"),
-    (npy("(1125899906842624, 6, 6, 3)", bytes(9)), "but not the bytes of it"),
-    (npy("(-2, -6, 6, 3)", bytes(216)), "but not the bytes of it"),
+    (npy("(2, 6, 6, 3)", bytes(215)), "but another size"),
+    (npy("(2, 6, 6, 3)", bytes(217)), "but another size"),
+    (npy("(1125899906842624, 6, 6, 3)", bytes(9)), "but another size"),
+    (npy("(-2, -6, 6, 3)", bytes(216)), "but another size"),
     (npy("(2, 6, 6, 3)", bytes(1728), "|O"), "a object array"),
 ])
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])

@@ -352,7 +352,7 @@ def test_pairs_of_a_pattern_have_scales_and_limits_of_their_own(tmp_path):
      ["9 of 9", "'2' has 0 and 1 (2_FD_.png) and 6 more", "there are 0 and 9"]),
     (["a.png", "b.png", "c.png", "d.png"], ["none of 4 names matches", "b.png, c.png and 1 more"]),
     (["p/1_QD_.png", "p/1_FD_.png", "q/1_QD_.png", "q/1_FD_.png"],
-     ["files of '1' lie in 2 folders, such as p, q", "with a /"]),
+     ["files of '1' are in 2 folders, such as p, q", "with a /"]),
 ])
 def test_files_without_a_certain_partner_are_one_line(tmp_path, names, texts):
     path = pattern_source(tmp_path / "src", *names)
@@ -387,7 +387,7 @@ def test_order_pairs_sources_of_other_names(tmp_path):
     assert pairs_of(dataset) == [(0, 2), (1, 1)]
     (conditions / "e.png").write_bytes((conditions / "d.png").read_bytes())
     assert_refused(run(images, tmp_path / "out/a.zip", *args), tmp_path,
-                   "--source has 4 images, but --cond-source 5")
+                   "--source has 4 images, but --cond-source has 5")
 
 
 def named_pairs(output_dataset, names):
@@ -420,9 +420,9 @@ def test_order_among_files_of_one_text_is_told(tmp_path, conditions, images, dou
                            tmp_path / "a.zip", MAYO)
     n = len(images)
     assert pairs_of(dataset) == [(n + 2 + i, i + 2) for i in range(n)] + [(0, 1)]
-    expected = (f"Warning: --pair: {n} of {n + 1} images have their condition image by order among "
-                "several of the same text, because no numbers in the rest of their names are the "
-                f"same; is {names[0]} that of {names[n]}?\n")
+    expected = (f"Warning: --pair: {n} of {n + 1} images have the same text as others and are "
+                "paired by order, because no numbers in the rest of their names are the same; "
+                f"check that {names[0]} is the condition image of {names[n]}\n")
     assert (expected in output) == doubt and ("Warning" in output) == doubt
 
 
@@ -430,8 +430,8 @@ def test_files_of_one_text_without_a_partner_of_their_number_are_refused(tmp_pat
     names = [f"p_{dose}_{k}.png" for dose, lost in (("QD", 4), ("FD", 2)) for k in range(6)
              if k != lost]
     assert_refused(run(pattern_source(tmp_path / "src", *names), tmp_path / "out/a.zip", MAYO),
-                   tmp_path, "--pair: 1 of 5 images have no condition image of their number, the "
-                   "first p_FD_4.png")
+                   tmp_path, "--pair: 1 of 5 images have no condition image with their number, "
+                   "but others have; the first is p_FD_4.png")
 
 
 @pytest.mark.parametrize("conditions, images, num_doubted", [
@@ -510,7 +510,7 @@ def test_names_of_those_left_out_do_not_collide(tmp_path):
     path = write_source(tmp_path / "src", {"a.png": flat(1), "b.png": flat(2), "b.bmp":
                                            encode(flat(3), "bmp")})
     assert_refused(run(path, tmp_path / "out/a.zip", "--keep-names"), tmp_path,
-                   "--keep-names: b.bmp and b.png would both be called b; rename one")
+                   "--keep-names: b.bmp and b.png would both be named b; rename one")
     made(path, tmp_path / "a", "--keep-names", "--max-images=2")
     assert DataSet(tmp_path / "a").names == ["a.png", "b.png"]
 

@@ -80,7 +80,8 @@ def test_cifar10_summary_names_classes_and_tells_a_short_archive(tmp_path):
     result = run(write_cifar10(tmp_path / CIFAR10, IMAGES, LABELS), tmp_path / "out.zip")
     assert f"{NUM} images, 32x32, 3 channels, 10 classes" in result.output
     assert "class 3 (cat): 3" in result.output and "class 9 (truck): 2" in result.output
-    assert f"Warning: CIFAR-10 is published with 50000 such images, here are {NUM}" in result.output
+    assert (f"Warning: CIFAR-10 is published with 50000 such images, but there are {NUM}"
+            in result.output)
 
 
 def test_flags_work_on_arrays_as_on_files(tmp_path):
@@ -140,8 +141,8 @@ def batch(**changes):
     ({BATCH: pickle.dumps(_Boom(), 2)}, ["data_batch_1", "posix.system"]),
     ({BATCH: pickle.dumps(_Boom(), 4)}, ["data_batch_1", "posix.system"]),
     ({BATCH: pickle.dumps(1.5, 2)}, ["BINFLOAT"]),
-    ({BATCH: pickle.dumps([], 2)}, ["not a dict"]),
-    ({BATCH: pickle.dumps({"data": np.zeros([2, 3072]), "labels": [0, 1]}, 2)}, ["isn't of bytes"]),
+    ({BATCH: pickle.dumps([], 2)}, ["not hold a dict"]),
+    ({BATCH: pickle.dumps({"data": np.zeros([2, 3072]), "labels": [0, 1]}, 2)}, ["not of bytes"]),
     (batch(labels=[0, 1]), ["2 labels for 5 images"]),
     (batch(labels=[0, 1, 2, 3, 10]), ["label 10 of image 4", "0..9"]),
     (batch(labels=[0, 1, 2, 3, -1]), ["label -1 of image 4"]),
@@ -210,8 +211,8 @@ def test_mnist_without_its_labels_says_where_they_must_lie(tmp_path):
 @pytest.mark.parametrize("name,data,texts", [
     ("images-idx3", idx(DIGITS)[:-1], ["fewer than the 18032 bytes"]),
     ("images-idx3", idx(DIGITS) + b"x", ["more than the 18032 bytes"]),
-    ("images-idx3", idx(DIGITS[:, :20]), ["28x20, expected 28x28"]),
-    ("images-idx3", idx(DIGITS[0]), ["not an IDX file of bytes in 3 dimensions"]),
+    ("images-idx3", idx(DIGITS[:, :20]), ["28x20; must be 28x28"]),
+    ("images-idx3", idx(DIGITS[0]), ["is not an IDX file of bytes with 3 dimensions"]),
     ("images-idx3", b"", ["not an IDX file"]),
     ("images-idx3", struct.pack(">4I", 0x803, 2**32 - 1, 28, 28), ["bytes allowed"]),
     ("labels-idx1", idx(LABELS[1:].astype(np.uint8)), ["22 labels for 23 images"]),

@@ -302,7 +302,7 @@ def test_training_checking_and_scoring_read_the_parts(dataset_zip, tmp_path, inv
     (pictures() | {"dataset.json": b'{"labels": [\n'}, ["dataset.json: line 2"]),
     (pictures() | {"cond/03.png": flat(0)}, ["no condition image for 00.png; 19 of 20"]),
     ({"a.png": flat(0), "b.png": flat(1), "cond/a.png": flat(0), "cond/b.png": flat(0),
-      "cond/c.png": flat(0)}, ["cond/c.png is the condition of no image"]),
+      "cond/c.png": flat(0)}, ["cond/c.png belongs to no image"]),
 ])
 @pytest.mark.parametrize("name", ["src", "src.zip"])
 def test_what_cannot_be_divided_is_refused_and_nothing_is_written(tmp_path, name, files, texts):

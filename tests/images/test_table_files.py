@@ -189,7 +189,7 @@ def test_damaged_rows_are_named_and_can_be_left_out(tmp_path):
     lists = write_parquet(tmp_path / "y.parquet", {"x": [[[1, 2], [3, 4]], [[1, 2], [3]],
                                                          [[1, None], [3, 4]], [[1, 2], None], []]})
     output = converted(tmp_path, lists, "--skip-damaged", "--scale=0,9")[1]
-    assert "Left out: 4 damaged images" in output and "not of one length" in output
+    assert "Left out: 4 damaged images" in output and "different lengths" in output
 
 
 # -------------------------------------------------------------------------------------- columns
@@ -220,11 +220,11 @@ def test_booleans_called_label_are_classes(tmp_path):
 
 
 @pytest.mark.parametrize("name,values,other,texts", [
-    ("label", [i / 2 for i in range(NUM)], {}, ["column label holds numbers and is not taken",
+    ("label", [i / 2 for i in range(NUM)], {}, ["column label holds numbers and is not used",
                                                 "unless --label-column=label"]),
     ("Class", [[i, 1.5] for i in range(NUM)], {"id": LABELS}, [
-        "labels column id; column Class holds vectors and is not taken"]),
-    ("label", [None] * NUM, {}, ["column label holds null and is not taken"]),
+        "labels column id; column Class holds vectors and is not used"]),
+    ("label", [None] * NUM, {}, ["column label holds null and is not used"]),
 ])
 def test_a_column_called_label_that_is_not_taken_is_named(tmp_path, name, values, other, texts):
     path = write_parquet(tmp_path / "x.parquet", {"image": RECORDS, name: values, **other})
@@ -233,7 +233,7 @@ def test_a_column_called_label_that_is_not_taken_is_named(tmp_path, name, values
     assert ("unless --label-column" in output) == (values[0] is not None)
     for column in (name, "none"):
         if column == "none" or values[0] is not None:
-            assert "not taken" not in converted(tmp_path, path, f"--label-column={column}")[1]
+            assert "not used" not in converted(tmp_path, path, f"--label-column={column}")[1]
 
 
 def test_refused_pixels_are_called_by_the_type_that_they_have(tmp_path):
@@ -243,7 +243,7 @@ def test_refused_pixels_are_called_by_the_type_that_they_have(tmp_path):
         kind = "int64" if source == table else source.stem
         hint = "LO,HI, or save pixels of 0 to 255 as uint8" if "int" in kind else "LO,HI"
         result = run(source, tmp_path / "out/a.zip")
-        assert_refused(result, tmp_path, f"holds {kind}: give --scale=minmax, std or {hint}")
+        assert_refused(result, tmp_path, f"holds {kind}; give --scale=minmax, std or {hint}")
         assert result.output.strip().endswith(hint)
 
 
@@ -275,14 +275,14 @@ def test_columns_that_are_named_win(tmp_path):
                                            "--image-column"]),
     ({"i": RECORDS, "a": LABELS, "b": ["x"] * NUM}, [],
      ["several columns may hold labels: a, b", "--label-column", "a (whole numbers), b (text)"]),
-    ({"i": RECORDS, "a": LABELS}, ["--image-column=a"], ["--image-column=a: no column of images",
+    ({"i": RECORDS, "a": LABELS}, ["--image-column=a"], ["no such image column",
                                                          "i (images), a (whole numbers)"]),
-    ({"i": RECORDS, "a": LABELS}, ["--image-column=q"], ["--image-column=q: no column"]),
-    ({"i": RECORDS, "a": LABELS}, ["--label-column=q"], ["--label-column=q: no column of labels"]),
-    ({"i": RECORDS, "a": LABELS}, ["--label-column=a,i"], ["--label-column=i: no column"]),
+    ({"i": RECORDS, "a": LABELS}, ["--image-column=q"], ["no such image column"]),
+    ({"i": RECORDS, "a": LABELS}, ["--label-column=q"], ["no such label column"]),
+    ({"i": RECORDS, "a": LABELS}, ["--label-column=a,i"], ["--label-column=i: "]),
     ({"i": RECORDS, "a": [-1, *LABELS[1:]]}, [], ["x.parquet: label -1 of row 0 must be in"]),
     ({"i": RECORDS, "a": [*LABELS[:18], None, None]}, [], ["no label for row 18; 2 of 20"]),
-    ({"i": RECORDS, "a": LABELS}, ["--labels=l.csv"], ["no names of files"]),
+    ({"i": RECORDS, "a": LABELS}, ["--labels=l.csv"], ["no file names"]),
 ])
 def test_columns_that_are_not_certain_are_asked_for(tmp_path, columns, args, texts):
     path = write_parquet(tmp_path / "x.parquet", columns)
@@ -299,7 +299,7 @@ def test_sound_and_more_than_one_kind_of_image_are_told_apart(tmp_path):
 def test_text_that_tells_every_image_apart_is_warned_of(tmp_path):
     columns = {"image": RECORDS, "text": [f"a picture {i}" for i in range(NUM)]}
     path = write_parquet(tmp_path / "x.parquet", columns)
-    warning = "each of the 20 images has a class of its own by column text; --label-column=none"
+    warning = "each of the 20 images has a class of its own in column text; --label-column=none"
     assert warning in converted(tmp_path, path)[1]
     assert warning not in converted(tmp_path, path, "--label-column=text")[1]
 
@@ -423,7 +423,7 @@ def test_splits_are_chosen_by_name_or_are_train(tmp_path, hf, monkeypatch):
         for split, own in [("", "train"), (":train", "train"), (":test", "test")]:
             assert labels_in(tmp_path, f"hf://{name}{split}") == LABELS[rows[own]]
         assert_refused(run(f"hf://{name}:val", tmp_path / "out/a.zip"), tmp_path,
-                       f"hf://{name}:val: no split 'val'; there are ", "test", "train")
+                       f"hf://{name}:val: has no split 'val'; there are ", "test", "train")
     hf.DatasetDict({name: dataset(hf, rows["test"]) for name in "ab"}).save_to_disk("two")
     assert_refused(run("hf://two", tmp_path / "out/a.zip"), tmp_path, "the splits a, b",
                    "hf://two:a")

@@ -385,8 +385,8 @@ def test_readers_say_of_a_zip_that_is_not_finished_how_it_goes_on(make, tmp_path
                 (dataset_tool.main, "check", given)):
             result = invoke(main, *args)
             assert result.exit_code != 0 and (
-                f"{given}: its images are not all made yet (some are in one.zip.parts); run "
-                "the same generate.py command again, which goes on and writes one.zip"
+                f"{given}: not all of its images have been made (some are in one.zip.parts); run "
+                "the same generate.py command again to make the rest and write one.zip"
             ) in result.output, result.output
     make(path, "--seeds=0-2")
     assert invoke(dataset_tool.main, "check", path).exit_code == 0
