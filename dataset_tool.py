@@ -29,7 +29,7 @@ from dnnlib.cli import (
 )
 from dnnlib.util import counted
 
-if TYPE_CHECKING:  # imported late: help is instant
+if TYPE_CHECKING:  # imported late at run time, so that help is instant
     from images.conversion import Outcome
     from images.image_files import ImageFormat
     from images.scaling import Moments, Scaling
@@ -37,8 +37,8 @@ if TYPE_CHECKING:  # imported late: help is instant
     from images.splitting import Split
 
 _MAX_CLASS_LINES = 40
-_MAX_LISTED = 50  # damaged images
-_MAX_KINDS = 8  # extensions of files that are no images
+_MAX_LISTED = 50  # damaged images to list
+_MAX_KINDS = 8  # extensions of other files to list
 
 
 def _parse_resolution(ctx, param, value: str | None) -> tuple[int, int] | None:
@@ -62,13 +62,13 @@ def _parse_classes(ctx, param, value: str | None) -> list[int] | None:
 
 
 def _parse_columns(ctx, param, value: str | None) -> tuple[str, ...] | None:
-    """Returns names of columns, () for none."""
+    """Returns names of columns, or () for 'none'."""
     if value in (None, "none"):
         return None if value is None else ()
     columns = tuple(name.strip() for name in value.split(","))
     if not all(columns) or len(set(columns)) != len(columns):
-        raise click.BadParameter(f"{value}: must be the name of a column, several with commas "
-                                 "between them and none twice, or none")
+        raise click.BadParameter(f"{value}: must be different column names separated by commas, "
+                                 "or none")
     return columns
 
 
@@ -105,7 +105,7 @@ def _parse_scale(ctx, param, value: str | None) -> str | tuple[float, float] | N
 
 
 def _parse_channels(ctx, param, value: str | None) -> str | dict[str, tuple[int, ...]] | None:
-    """Returns 'rgb' or 'gray', or the channels of images and, if there are such, of conditions."""
+    """Returns 'rgb' or 'gray', or the channels of images and, if given, of conditions."""
     if value in (None, "rgb", "gray"):
         return value
     parts = [part.partition(":") for part in value.split(",")]
@@ -127,10 +127,10 @@ def _parse_pair(ctx, param, value: str | None) -> str | re.Pattern[str] | None:
     try:
         pattern = re.compile(value)
     except re.error as error:
-        raise click.BadParameter(f"{value}: not a regular expression ({error})") from error
+        raise click.BadParameter(f"{value}: is not a regular expression ({error})") from error
     if "|" not in value or not pattern.groups or pattern.groups % 2:
-        raise click.BadParameter(f"{value}: must be order, or two alternatives with as many groups, "
-                                 "for conditions and for images, such as '(.*)_QD_|(.*)_FD_'")
+        raise click.BadParameter(f"{value}: must be order, or two alternatives with equally many "
+                                 "groups, for conditions and images, such as '(.*)_QD_|(.*)_FD_'")
     return pattern
 
 
@@ -161,7 +161,7 @@ def _check_geometry(transform: str | None, size: tuple[int, int] | None) -> None
 
 def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[int] | None,
                names: Sequence[str] | None, are_names_kept: bool) -> None:
-    """Prints what was written, and what a user may not expect."""
+    """Prints what was written, what was skipped, and anything unexpected."""
     def origin(label):
         if names:
             return f" ({_shown_name(names[label])})"
@@ -187,8 +187,8 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
         click.echo(f"Left out: {counted(outcome.too_small.count, 'image')} smaller than --resolution, "
                    f"the first {outcome.too_small.first}")
     if outcome.misnamed.count:
-        images = counted(outcome.misnamed.count, "image is of another format than its name says",
-                         "images are of another format than their name says")
+        images = counted(outcome.misnamed.count, "image has another format than its name says",
+                         "images have another format than their names say")
         click.echo(f"Note: {images}, the first {outcome.misnamed.first}")
     for images in filter(None, (outcome, outcome.conditions)):
         _tell_profiles(images)
@@ -205,41 +205,41 @@ def _summarise(dest: str, source: "Source", outcome: "Outcome", classes: list[in
 
 
 def _facts_of(source: "Source", are_names_kept: bool) -> list[str]:
-    """Returns what a user may want to know of a source, and of the order of its slices."""
+    """Returns notes about a source, including how its slices are ordered."""
     if not source.is_dicom:
         return list(source.facts)
-    order = "their names" if are_names_kept else source.order  # a data set is read by sorted names
+    order = "their names" if are_names_kept else source.order  # data sets are read sorted by name
     return [f"{source.facts[0]}, in the order of {order}", *source.facts[1:]]
 
 
 def _tell_profiles(outcome: "Outcome") -> None:
-    """Prints how many images had a colour profile that changed them, or one of no use."""
+    """Prints how many images had a colour profile that was applied, or that can't be used."""
     if outcome.recolored.count:
         is_one = outcome.recolored.count == 1
         click.echo(f"Note: {counted(outcome.recolored.count, 'image')} had a colour profile other "
                    f"than sRGB and {'was' if is_one else 'were'} converted to sRGB, the first "
-                   f"{outcome.recolored.first}; --icc=keep takes pixels as they are")
+                   f"{outcome.recolored.first}; --icc=keep keeps pixels unchanged")
     if outcome.bad_profiles.count:
         images = counted(outcome.bad_profiles.count, "image has", "images have")
-        click.echo(f"Warning: {images} a colour profile that can't be used, so that pixels are "
-                   f"taken as they are, the first {outcome.bad_profiles.first}", err=True)
+        click.echo(f"Warning: {images} a colour profile that can't be used, so pixels are kept "
+                   f"unchanged, the first {outcome.bad_profiles.first}", err=True)
 
 
 def _print_counts(path: str, num_images: int, image_format: "ImageFormat", label_dim: int | None,
                   classes: collections.Counter, origin: Callable[[int], str] = lambda _: "") -> None:
-    """Prints how many images there are, how large, and of which classes."""
+    """Prints the number of images, their format and their classes."""
     labels = f"label vectors of {label_dim}" if label_dim else \
         counted(len(classes), "class", "classes") if classes else "no labels"
     console.result(f"{path}: {counted(num_images, 'image')}, {_shown_format(image_format)}, {labels}")
     if len(classes) > _MAX_CLASS_LINES:
-        click.echo(f"  {min(classes.values())} to {max(classes.values())} images a class")
+        click.echo(f"  {min(classes.values())} to {max(classes.values())} images per class")
         return
     for label, count in sorted(classes.items()):
         click.echo(f"  class {label}{origin(label)}: {count}")
 
 
 def _shown_name(name: str) -> str:
-    """Returns the name of a class on one line, of letters that can be printed."""
+    """Returns the name of a class on one line, with unprintable letters escaped."""
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
@@ -255,7 +255,7 @@ def _print_conditions(image_format: "ImageFormat", num_images: int) -> None:
 
 def _print_statistics(moments: "Moments", scaling: "Scaling", is_data: bool = True,
                       say: Callable[[str], None] = click.echo) -> None:
-    """Says mean and deviation of each channel as networks see it, and the scale if it is one."""
+    """Prints each channel's mean and deviation in the network's scale, and the scale itself."""
     scaled, gains = moments.scaled(scaling), scaling
     names = {1: ("gray",), 3: ("red", "green", "blue")}.get(len(scaled.mean), ())
     for i, (mean, std) in enumerate(zip(scaled.mean, scaled.std, strict=True)):
@@ -279,7 +279,7 @@ def _print_clipped(outcome: "Outcome") -> None:
 
 
 def _tell_unused(source: "Source", max_images: int | None, num_selected: int) -> None:
-    """Prints how many files of the source were not looked at, and why."""
+    """Prints how many files of the source were not used, and why."""
     from images.sources import shown_some
 
     num_used = len(range(source.num_images)[:max_images])
@@ -287,7 +287,7 @@ def _tell_unused(source: "Source", max_images: int | None, num_selected: int) ->
     for number, reason in [(len(source.unmatched), "that --pair matches neither way, such as "
                                                    f"{shown_some(source.unmatched)}"),
                            (source.num_conditions, "under cond/, for conditions; --cond-source "
-                                                   "takes some along"),
+                                                   "adds condition images"),
                            (source.num_images - num_used, "beyond --max-images"),
                            (num_used - num_selected, "of other classes")]:
         if number:
@@ -295,7 +295,7 @@ def _tell_unused(source: "Source", max_images: int | None, num_selected: int) ->
 
 
 def _tell_others(source: "Source | Split") -> None:
-    """Prints how many files of a source are not of a data set."""
+    """Prints how many files of a source do not belong to a data set."""
     kinds = collections.Counter(os.path.splitext(name)[1].lower() or "no extension"
                                 for name in source.others).most_common(_MAX_KINDS)
     shown = ", ".join(kind for kind, _ in kinds)
@@ -424,8 +424,8 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
     _require(source=source, dest=dest)
     _check_geometry(transform, resolution)
     if labels and label_column == ():
-        raise click.UsageError(f"--labels={labels}: --label-column=none takes no labels; leave one "
-                               "of the two out")
+        raise click.UsageError(f"--labels={labels}: --label-column=none reads no labels; leave one "
+                               "of them out")
     picked = channels if isinstance(channels, dict) else {}
     cond_flag = _conditions_flag(cond_source, pair, picked)
     _check_needs(scale, clip, cond_scale, cond_clip, cond_flag)
@@ -490,7 +490,7 @@ def main(context: click.Context, source: str | None, dest: str | None, max_image
 
 @contextlib.contextmanager
 def _computing(num_workers: int, title: str) -> Iterator[None]:
-    """Says with --verbose how many processes compute, and how long it took."""
+    """With --verbose, prints the number of processes and how long they took."""
     console.detail(f"Workers    {num_workers}")
     with console.timed(title):
         yield
@@ -498,7 +498,7 @@ def _computing(num_workers: int, title: str) -> Iterator[None]:
 
 def _conditions_flag(cond_source: str | None, pair: str | re.Pattern[str] | None,
                      picked: dict[str, tuple[int, ...]]) -> str | None:
-    """Returns the flag that condition images come from; None where there are none.
+    """Returns the flag that condition images come from, or None if there are none.
 
     Raises UsageError for several such flags.
     """
@@ -515,7 +515,7 @@ def _conditions_flag(cond_source: str | None, pair: str | re.Pattern[str] | None
 
 def _check_needs(scale: object, clip: object, cond_scale: object, cond_clip: object,
                  cond_flag: str | None) -> None:
-    """Raises UsageError for a flag that says how something is converted that isn't."""
+    """Raises UsageError for flags of conversions that do not take place."""
     for flag, given, needed, needs in (
             ("--clip", clip, scale, "--scale"),
             ("--cond-scale", cond_scale, cond_flag,
@@ -526,12 +526,12 @@ def _check_needs(scale: object, clip: object, cond_scale: object, cond_clip: obj
 
 
 def _refuse_flags(context: click.Context) -> None:
-    """Raises UsageError for flags of a conversion before the name of a command."""
+    """Raises UsageError for flags of the conversion that precede the name of a command."""
     command = context.invoked_subcommand
     own = {option.name for option in main.commands[command].params}
     for name in context.params:
         if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
-            problem = f"must come after {command}" if name in own else f"not a flag of {command}"
+            problem = f"must come after {command}" if name in own else f"is not a flag of {command}"
             raise click.UsageError(f"--{name.replace('_', '-')}: {problem}")
 
 
@@ -654,18 +654,18 @@ def split(data: str, val: float, dest: str, val_dest: str, seed: int) -> None:
 
 
 def _check_two_places(paths: dict[str, Path]) -> None:
-    """Raises UsageError if one destination is the other, or lies inside it."""
+    """Raises UsageError if the destinations are the same, or if one is inside the other."""
     (flag, path), (other_flag, other) = paths.items()
     places = _place(path), _place(other)
     if places[0] == places[1]:
         raise click.UsageError(f"{other_flag}={other}: is {flag} too; name two data sets")
     if places[0] in places[1].parents or places[1] in places[0].parents:
         raise click.UsageError(f"{other_flag}={other}: one of {flag} and {other_flag} lies inside "
-                               "the other; name two places side by side")
+                               "the other; name two separate places")
 
 
 def _is_same(source: Path, dest: Path) -> bool:
-    """Whether writing `dest` would replace `source`; its folder may not be there yet."""
+    """Whether writing `dest` would replace `source`. Its folder need not exist yet."""
     return _place(source) == _place(dest) or (
         source.exists() and dest.exists() and dest.samefile(source))
 
@@ -675,16 +675,16 @@ def _place(path: Path) -> Path:
 
 
 def _check_outside(source: Path, paths: dict[str, Path]) -> None:
-    """Raises ValueError for a destination that is the source, or lies inside it."""
+    """Raises ValueError for a destination that is the source or is inside it."""
     for flag, path in paths.items():
         if _is_same(source, path):
-            raise ValueError(f"{flag}={path}: is the source itself; name another")
+            raise ValueError(f"{flag}={path}: is the source itself; name another data set")
         if _place(source) in _place(path).parents:
-            raise ValueError(f"{flag}={path}: lies inside the data set; give a path outside of it")
+            raise ValueError(f"{flag}={path}: lies inside the data set; name a place outside of it")
 
 
 def _summarise_split(paths: dict[str, Path], plan: "Split") -> None:
-    """Prints how many images each part got, in all and of each class."""
+    """Prints how many images each part got, in all and per class."""
     train, held_out = plan.train, plan.held_out
     for path, part in zip(paths.values(), (train, held_out), strict=True):
         found = [(part.images, "image", ""), (part.classes, "class", "classes"),
@@ -753,7 +753,7 @@ def remove_cache(names: tuple[str, ...], is_all: bool) -> None:
 
 
 def cli() -> None:
-    """Runs the command; where pip has installed it, the console script."""
+    """Runs the command, also as the console script that pip installs."""
     run(main)
 
 

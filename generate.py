@@ -1,4 +1,4 @@
-"""Samples images from trained networks: checks the options, calls the sampler, writes files."""
+"""Samples images from trained networks: checks options, runs the sampler, and writes files."""
 
 import copy
 import inspect
@@ -29,8 +29,8 @@ from sampling.sampling_options import check_given, sampling_options
 from sampling.sweeps import sweep_points
 
 _MAX_SHOWN = 64  # images in a grid
-_MAX_SEARCHED = 512  # seeds, for equally many images of each class
-_MAX_NAMED = 6  # seeds or states in a message
+_MAX_SEARCHED = 512  # seeds among which equally many images of each class are looked for
+_MAX_NAMED = 6  # seeds or states named in a message
 _DEFAULT_SEEDS = 64  # --seeds=0-63
 
 
@@ -42,7 +42,7 @@ def _refuse(ctx, param, value: bool | None) -> None:
 def _parse_ends(ctx, param, value: str | None) -> tuple[str, ...] | None:
     ends = None if value is None else tuple(value.split(","))
     if ends is not None and (len(ends) < 2 or "" in ends):
-        raise click.BadParameter(f"{value!r}: must be two seeds or more, such as 0,7")
+        raise click.BadParameter(f"{value!r}: must be at least two seeds, such as 0,7")
     return ends
 
 
@@ -160,7 +160,7 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
                     _save_pictures(sampler, folder, made, min(batch, _MAX_SHOWN), window)
                 distributed.barrier()
             if bad:
-                raise ValueError("not all images are there, see the warnings above")
+                raise ValueError("some images could not be made, see the warnings above")
 
 
 _NAMES = {"network": "--network", "outdir": "--outdir", "encode": "--encode",
@@ -170,52 +170,52 @@ _OF_LATENTS = {"encode": "--encode", "latents": "--latents", "interpolate": "--i
 
 
 def _seeds_of_latents(context: click.Context, points, seeds, interpolate):
-    """Returns the seeds to sample, None for one image of each given image or latent.
+    """Returns the seeds to sample, or None for one image per given image or latent.
 
     Raises:
-        UserError: flags of latents do not go together.
+        UserError: flags about latents contradict each other.
     """
     given = [flag for name, flag in _OF_LATENTS.items() if context.params[name] is not None]
     is_frames_typed = context.get_parameter_source("frames") is click.core.ParameterSource.COMMANDLINE
     if is_frames_typed and interpolate is None:
-        raise UserError("--frames: used with --interpolate", BAD_USAGE)
+        raise UserError("--frames: needs --interpolate", BAD_USAGE)
     if context.params["window"] is not None and not context.params["save_images"]:
-        raise UserError("--window: is that of the pictures of --save_images; give both", BAD_USAGE)
+        raise UserError("--window: only applies to pictures of --save_images; give both", BAD_USAGE)
     default = seeds or tuple(range(_DEFAULT_SEEDS))
     if not given:
         has_inputs = any(context.params[name] for name in ("init_image", "cond_image"))
         if has_inputs and seeds is None and context.params["network"] and context.params["subdirs"]:
-            raise UserError("--subdirs: images are named after their inputs, in the same folders; "
-                            "leave --subdirs out, or number the images by --seeds", BAD_USAGE)
+            raise UserError("--subdirs: images keep the names and folders of their inputs; leave "
+                            "--subdirs out, or number the images with --seeds", BAD_USAGE)
         return seeds if has_inputs else default
     if context.params["average"] is not None:
         raise UserError(f"--average with {given[0]}: each latent makes one image; leave --average "
                         "out", BAD_USAGE)
     typed = context.get_parameter_source("seeds") is click.core.ParameterSource.COMMANDLINE
     if context.params["network"] is None or len(points) > 1:
-        raise UserError(f"{given[0]}: for one network with one setting; name it with --network and "
-                        "give no lists", BAD_USAGE)
+        raise UserError(f"{given[0]}: works with one network and one setting; name the network "
+                        "with --network and give no lists", BAD_USAGE)
     if len(given) > 1 and not (given[0] == "--latents" and len(given) == 2):
         raise UserError(f"{' and '.join(given)}: choose one", BAD_USAGE)
     own_noise = {"--interpolate", "--radii"} & set(given)
     if own_noise and context.params["init_image"] is not None:
-        raise UserError(f"{own_noise.pop()} with --init-image: this begins with noise of its own, "
-                        "not with images; leave --init-image out", BAD_USAGE)
+        raise UserError(f"{own_noise.pop()} with --init-image: the first starts from its own "
+                        "noise, not from images; leave --init-image out", BAD_USAGE)
     for name, flag in (("save_images", "--save_images"), ("subdirs", "--subdirs")):
         if "--encode" in given and context.params[name]:
-            raise UserError(f"--encode with {flag}: writes latents and no images; leave {flag} out",
+            raise UserError(f"--encode with {flag}: writes latents, not images; leave {flag} out",
                             BAD_USAGE)
     if interpolate is not None:
         if typed:
-            raise UserError("--seeds with --interpolate: this names the seeds; leave --seeds out",
-                            BAD_USAGE)
+            raise UserError("--seeds with --interpolate: the latter names the seeds; leave --seeds "
+                            "out", BAD_USAGE)
         return default
     is_one_each = {"--encode", "--latents"} & set(given)
     return None if is_one_each and not typed else default
 
 
 def _check_zip(context: click.Context, points) -> None:
-    """Raises UserError for what one ZIP of images can't hold."""
+    """Raises UserError for output that one ZIP of images can't hold."""
     given = context.params
     if not is_zip(given["outdir"]):
         return
@@ -229,14 +229,14 @@ def _check_zip(context: click.Context, points) -> None:
     }
     for flags, what in problems.items():
         if what:
-            raise UserError(f"--outdir={given['outdir']} {flags}: {what}, for which one ZIP has no "
-                            "place; name a folder", BAD_USAGE)
+            raise UserError(f"--outdir={given['outdir']} {flags}: {what}, which one ZIP "
+                            "can't hold; name a folder", BAD_USAGE)
 
 
 def _with_latents(sampler, seeds, interpolate, frames, radii):
-    """Returns the sampler with the latents that are asked for, and how many images a row has.
+    """Returns the sampler with the requested latents, and the number of images per row.
 
-    The latter is 0 where no picture of rows is made of them.
+    The number is 0 if no picture with rows is made.
     """
     from images.image_files import error_prefix
     from sampling.latents import at_radii, between
@@ -244,7 +244,7 @@ def _with_latents(sampler, seeds, interpolate, frames, radii):
 
     if sampler.encoded is not None and seeds is not None and max(seeds) >= len(sampler.encoded):
         raise UsageError(f"--seeds: names image {max(seeds)}, but --encode has "
-                         f"{len(sampler.encoded)} images, from 0 on")
+                         f"{len(sampler.encoded)} images, numbered from 0")
     if interpolate is not None:
         ends = _ends(sampler, interpolate)
         with error_prefix("--interpolate: "):
@@ -253,7 +253,7 @@ def _with_latents(sampler, seeds, interpolate, frames, radii):
     elif radii is not None:
         if math.isinf(sampler.net.D):
             raise UsageError("--radii: the network has D = inf, where every latent has the same "
-                             "radius; give one of finite D")
+                             "radius; give a network with finite D")
         owners = range(len(sampler.latents)) if seeds is None else seeds
         with error_prefix("--radii: "):
             latents, columns = at_radii(sampler.draw(owners), sampler.net.D, radii), len(radii)
@@ -285,9 +285,9 @@ def _ends(sampler, interpolate) -> list[int]:
 
 
 def preset(help: str, **defaults) -> click.Command:
-    """Returns the command with other defaults of its options, by their names in Python.
+    """Returns the command with other defaults for its options, by their names in Python.
 
-    `help` begins its help text, before that of generate.py.
+    `help` is the start of its help text, followed by that of generate.py.
     """
     command = copy.copy(main)
     command.context_settings = {**main.context_settings, "default_map": defaults}
@@ -297,11 +297,11 @@ def preset(help: str, **defaults) -> click.Command:
 
 def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds, *, is_sweep: bool,
                    is_pickle: bool, is_edm: bool):
-    """Returns [(file or URL, folder for its images)].
+    """Returns a list of (file or URL, folder for its images).
 
     Raises:
-        ValueError: no training state in OUTDIR between the two; not one pickle of EDM, where such
-            is asked for.
+        ValueError: OUTDIR has no training state in the range, or not exactly one pickle of EDM if
+            one is asked for.
     """
     from checkpoints.checkpoint import state_tag, training_states
     from checkpoints.names import find_network, found_note
@@ -317,29 +317,29 @@ def _find_networks(network, outdir: Path, ckpt: int, end_ckpt: int, seeds, *, is
     if is_edm:
         states = [(path, "000000") for path in sorted(outdir.glob("network-snapshot-*.pkl"))]
         if len(states) != 1:
-            raise ValueError(f"--outdir={outdir}: {len(states)} network-snapshot-*.pkl, which --edm "
-                             "takes for ckpt 000000; there must be one, or name it with --network")
+            raise ValueError(f"--outdir={outdir}: holds {len(states)} network-snapshot-*.pkl, but "
+                             "--edm needs exactly one for ckpt 000000; name it with --network")
     else:
         states = [(path, state_tag(path))
                   for path in training_states(outdir, "pkl" if is_pickle else "pt")]
     chosen = [(path, tag) for path, tag in states if ckpt <= int(tag.split(".")[0]) <= end_ckpt]
     if not chosen:
         raise ValueError(
-            f"--outdir={outdir}: {len(states)} training states, none with {ckpt} <= kimg <= "
+            f"--outdir={outdir}: holds {len(states)} training states, none with {ckpt} <= kimg <= "
             f"{end_ckpt}; name a run directory, or a file with --network")
     tags = [tag for _, tag in chosen]
     shown = ", ".join(tags if len(tags) <= _MAX_NAMED else [*tags[:2], "...", tags[-1]])
     console.say(f"Sampling {len(chosen)} of {len(states)} training states, kimg {shown}; "
-                "--end_ckpt=KIMG ends the range")
+                "limit the range with --end_ckpt=KIMG")
     return [(path, outdir / str(FolderName(tag, gen_seed))) for path, tag in chosen]
 
 
 def _generate(sampler, folder, seeds, batch, subdirs, is_named: bool) -> int:
-    """Makes the images of `folder` that are missing, this rank's share of them.
+    """Makes this rank's share of the missing images in `folder`.
 
-    With `is_named` they are named after the inputs that they are made of, where there are some.
+    With `is_named`, images are named after their inputs, if there are any.
 
-    Returns how many came out with values that are not finite, and were not written.
+    Returns the number of images that had values that are not finite and were not written.
     """
     from dnnlib.util import format_ranges
     from sampling.image_writer import ImageFolder
@@ -381,9 +381,9 @@ def _generate(sampler, folder, seeds, batch, subdirs, is_named: bool) -> int:
 
 
 def _make(sampler, samples, images, count: int, labels: dict, bad: list) -> None:
-    """Writes samples as they are made; collects labels by seed, and seeds that failed.
+    """Writes samples as they are made. Collects labels by seed, and the seeds that failed.
 
-    `count` is the number of images of all ranks.
+    `count` is the number of images on all ranks.
     """
     import torch
 
@@ -409,16 +409,16 @@ def _make(sampler, samples, images, count: int, labels: dict, bad: list) -> None
 
 
 def _check_place_of_images(sampler, folder: Path) -> None:
-    """Raises ValueError for a folder inside of the inputs, of which its images would become some."""
+    """Raises ValueError if the folder is inside the inputs, so that images would become inputs."""
     for images in filter(None, (sampler.inits, sampler.inputs)):
         if os.path.isdir(images.path) and folder.resolve().is_relative_to(
                 Path(images.path).resolve()):
-            raise ValueError(f"--outdir={folder}: lies inside {images.path}, of which its images "
-                             "would become inputs; name a folder outside of it")
+            raise ValueError(f"--outdir={folder}: lies inside {images.path}, so its images would "
+                             "become inputs; name a folder outside of it")
 
 
 def _encode(sampler, folder: Path, seeds, batch: int) -> None:
-    """Writes the latents of the images to encode; says how well they come back."""
+    """Writes the latents of the images to encode, and prints the error of the round trip."""
     from dnnlib.progress import Progress
     from sampling.latents import LATENTS_NAME, joined
     from torch_utils import distributed
@@ -445,16 +445,16 @@ def _encode(sampler, folder: Path, seeds, batch: int) -> None:
         size = 127.5 if sampler.scaling.is_8bit else 1.0
         mean = size * sum(errors) / len(errors)
         console.say(f"Round trip {mean:.3g} {unit} (RMS; worst image {size * max(errors):.3g}); more "
-                    "--steps bring images back better")
+                    "--steps reduce the error")
         console.result(f"{path}: {len(errors)} latents")
 
 
 def _check_place_of_latents(path: Path) -> None:
-    """Raises ValueError or OSError where latents can't be written to a new file."""
+    """Raises ValueError or OSError if latents can't be written to a new file."""
     from dnnlib.atomic import check_writable
 
     if path.exists():
-        raise ValueError(f"{path}: is there already; remove it or name another --outdir")
+        raise ValueError(f"{path}: exists; remove it or name another --outdir")
     try:
         check_writable(path)
     except OSError as error:
@@ -462,7 +462,7 @@ def _check_place_of_latents(path: Path) -> None:
 
 
 def _save_rows(sampler, folder: Path, columns: int, *, is_movie: bool) -> None:
-    """Writes the images of `folder` in rows of so many, and as a movie if asked."""
+    """Writes the images of `folder` as a picture with `columns` per row, and optionally a movie."""
     from images.dataset import ImageFolderDataset
     from images.grid import image_grid, save_gif, save_png
     from images.image_files import PICTURES
@@ -476,7 +476,7 @@ def _save_rows(sampler, folder: Path, columns: int, *, is_movie: bool) -> None:
         save_png(folder / PICTURES / "radii.png", image_grid(
             [pictures[i:i + columns] for i in range(0, count, columns)]))
         return
-    starts = range(0, count - 1, columns - 1)  # the last of a row begins the next
+    starts = range(0, count - 1, columns - 1)  # the last image of a row begins the next
     save_png(folder / PICTURES / "interpolation.png", image_grid(
         [pictures[i:i + columns] for i in starts]))
     save_gif(folder / PICTURES / "interpolation.gif", [image_grid([[p]]) for p in pictures])
@@ -484,10 +484,10 @@ def _save_rows(sampler, folder: Path, columns: int, *, is_movie: bool) -> None:
 
 def _save_pictures(sampler, folder, seeds, most: int,
                    window: tuple[float, float] | None) -> None:
-    """Writes a grid of the images of up to `most` seeds and a movie of their sampling.
+    """Writes a grid of the images of up to `most` seeds, and a movie of how they form.
 
-    It shows equally many images of each class if it can, and of images of several sizes only those
-    that have the size of the first.
+    It shows equally many images of each class if it can. If sizes differ, only images with the size
+    of the first are shown.
     """
     from dnnlib.util import counted
     from images.grid import even_classes, save_gif, save_png, square_grid
@@ -512,7 +512,7 @@ def _save_pictures(sampler, folder, seeds, most: int,
 
 
 def cli() -> None:
-    """Runs the command; where pip has installed it, the console script."""
+    """Runs the command, also as the console script that pip installs."""
     run(main)
 
 

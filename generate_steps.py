@@ -1,4 +1,4 @@
-"""generate.py over numbers of steps (PFGM++ paper, section 6)."""
+"""Runs generate.py for several numbers of steps (PFGM++ paper, section 6)."""
 
 from dnnlib.cli import run
 from generate import preset
@@ -9,7 +9,7 @@ main = preset(
 
 
 def cli() -> None:
-    """Runs the command; where pip has installed it, the console script."""
+    """Runs the command, also as the console script that pip installs."""
     run(main)
 
 

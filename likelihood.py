@@ -1,4 +1,4 @@
-"""The likelihood of images under a trained network: bits per dimension."""
+"""Measures the likelihood of images under a trained network, in bits per dimension."""
 
 import csv
 import io
@@ -23,13 +23,13 @@ from dnnlib.cli import (
 from dnnlib.plugins import plugin_option
 from metrics.score_names import SCORES_FILE
 
-_MAX_NAME_BYTES = 80  # of the network's and of the data set's name in that of a table
-_ALIKE = 0.01  # widths of levels whose ratio is within this of 1 make as good as no difference
+_MAX_NAME_BYTES = 80  # of the network's and the data set's name within the name of a table
+_ALIKE = 0.01  # levels whose widths differ by less than this share are comparable
 
 
 def _refuse_guidance(ctx, param, value) -> None:
     if value is not None:
-        raise UserError(f"{param.opts[0]}: guided sampling has no density that a network knows; "
+        raise UserError(f"{param.opts[0]}: the density of guided sampling is unknown; "
                         f"leave {param.opts[0]} out", BAD_USAGE)
 
 
@@ -87,7 +87,7 @@ def main(network: str, data: str, val_data: str | None, count: int, steps: int, 
             raise UserError(f"{flag}=: must be {wanted}", BAD_USAGE)
     source = click.get_current_context().get_parameter_source("probes")
     if exact and source is click.core.ParameterSource.COMMANDLINE:
-        raise UserError(f"--exact with --probes={probes}: exact traces take no random vectors; "
+        raise UserError(f"--exact with --probes={probes}: exact traces need no random vectors; "
                         "leave one of them out", BAD_USAGE)
     with user_errors():
         from checkpoints.names import find_network, found_note
@@ -119,19 +119,19 @@ def main(network: str, data: str, val_data: str | None, count: int, steps: int, 
 
 
 def _warn_of_units(units: list[str], widths: list[float], num_levels: int) -> None:
-    """Warns where the values of --data and --val-data can't be compared."""
+    """Warns if the values of --data and --val-data can't be compared."""
     from torch_utils import distributed as dist
 
     if len(set(units)) > 1:
-        dist.warn0(f"--data gives {units[0]} and --val-data {units[1]}, because only one of them "
-                   "holds whole numbers; these can't be compared")
+        dist.warn0(f"--data is measured in {units[0]} and --val-data in {units[1]}, because only "
+                   "one of them holds whole numbers; they can't be compared")
     elif max(widths) > (1 + _ALIKE) * min(widths):
-        dist.warn0(f"the levels are {widths[0]:.4g} of {num_levels} apart in --data and "
-                   f"{widths[1]:.4g} in --val-data; bits of different levels can't be compared")
+        dist.warn0(f"the levels are {widths[0]:.4g} of {num_levels} apart in --data, but "
+                   f"{widths[1]:.4g} in --val-data; bits for different levels can't be compared")
 
 
 def _check_place(path: Path | None, is_given: bool) -> None:
-    """Raises OSError where results can't be written."""
+    """Raises OSError if results can't be written."""
     from dnnlib.atomic import check_writable
 
     if path is None:
@@ -145,10 +145,10 @@ def _check_place(path: Path | None, is_given: bool) -> None:
 
 
 def _report(measure, data, network: str, path: Path | None, batch: int, is_held_out: bool) -> None:
-    """Measures one data set, all ranks together; prints and records what is found.
+    """Measures one data set on all ranks together, and prints and records the results.
 
     Raises:
-        OSError: the results are printed, but can't be recorded.
+        OSError: the results were printed, but can't be recorded.
         ValueError: they are not finite.
     """
     from dnnlib.progress import Progress
@@ -171,7 +171,7 @@ def _report(measure, data, network: str, path: Path | None, batch: int, is_held_
         try:
             if path is not None:
                 _record(measure, data, network, path, values, width, is_held_out, fingerprint)
-        except OSError as error:  # what took so long to find is shown first
+        except OSError as error:  # the results, which took long, are printed first
             problem = error
         console.say(f"Steps      half as many change the mean by {values.steps_error:.2g} "
                     f"{unit}")
@@ -188,9 +188,9 @@ def _report(measure, data, network: str, path: Path | None, batch: int, is_held_
 
 def _record(measure, data, network: str, path: Path, values, width: float,
             is_held_out: bool, fingerprint: str) -> None:
-    """Writes the values of the images, and appends a line of their mean to `path`: both or none.
+    """Writes the values of the images, and appends a line with their mean to `path`: both or none.
 
-    The name of the table tells settings and data, so that another measurement never replaces it.
+    The name of the table depends on settings and data, so no other measurement replaces it.
     """
     from checkpoints.checkpoint import digest
     from dnnlib.atomic import append_line, atomic_write
@@ -225,12 +225,12 @@ def _record(measure, data, network: str, path: Path, values, width: float,
 
 
 def _short(name: str) -> str:
-    """Returns a name, or the first of it, so that one of two fits in the name of a file."""
+    """Returns a name, shortened so that two of them fit in the name of a file."""
     return name.encode(errors="replace")[:_MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def cli() -> None:
-    """Runs the command; where pip has installed it, the console script."""
+    """Runs the command, also as the console script that pip installs."""
     run(main)
 
 

@@ -624,7 +624,7 @@ def bad_data(folder, invoke, name):
     ("odd", [], 1, ["8x13", "nearest width 12 or 14"]),
     ("nan", [], 1, ["img00000005.npy", "inf at [0, 1, 1]"]),
     ("nan", ["--cache=0"], 1, ["img00000005.npy", "inf at [0, 1, 1]"]),
-    ("channels of scale", [], 1, ["dataset.json", '"scale"', "has 3 channels, but the data have 2"]),
+    ("channels of scale", [], 1, ["dataset.json", '"scale"', "has 3 channels, but the data"]),
     ("bad scale", [], 1, ["dataset.json", '"scale"', "positive"]),
     ("fields", ["--eval=1", "--eval-ref=PLAIN", "--eval-detector=pixels"], 1,
      ["plain.zip", "another scale"]),

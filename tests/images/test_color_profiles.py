@@ -209,8 +209,8 @@ def test_a_damaged_profile_is_a_warning_and_pixels_are_taken_as_they_are(tmp_pat
     found, output = converted(tmp_path, pixels, profile=profile)
     assert np.array_equal(found, pixels)
     [line] = [line for line in output.splitlines() if "colour profile" in line]
-    assert line.startswith("Warning: 1 image has a colour profile that can't be used, so that "
-                           f"pixels are taken as they are, the first x.png ({reason}")
+    assert line.startswith("Warning: 1 image has a colour profile that can't be used, so "
+                           f"pixels are kept unchanged, the first x.png ({reason}")
 
 
 def test_pillow_without_littlecms_is_a_warning(tmp_path, monkeypatch):

@@ -347,7 +347,7 @@ def test_sampling_says_which_states_it_takes(unbalanced, tmp_path, invoke):
         (tmp_path / f"training-state-{i:06d}.pt").write_bytes(unbalanced.read_bytes())
     result = invoke(generate.main, f"--outdir={tmp_path}", "--seeds=0", "--steps=2", "--ckpt=8")
     assert result.stdout.startswith("Sampling 2 of 9 training states, kimg 000008, 000009; "
-                                    "--end_ckpt=KIMG ends the range\n")
+                                    "limit the range with --end_ckpt=KIMG\n")
 
 
 # -------------------------------------------------------------------------- where sampling starts

@@ -350,15 +350,15 @@ def test_radii_keep_directions(network, tmp_path, invoke):
 # ------------------------------------------------------------------------------------- refusals
 
 @pytest.mark.parametrize("flags, words", [
-    (["--interpolate=0"], "two seeds or more"), (["--interpolate=0,"], "two seeds or more"),
+    (["--interpolate=0"], "at least two seeds"), (["--interpolate=0,"], "at least two seeds"),
     (["--interpolate=0,x"], "'x' must be a seed"), (["--radii=0,0.5"], "between 0 and 1"),
     (["--radii=x"], "between 0 and 1"), (["--interpolate=0,1", "--radii=0.5"], "choose one"),
     (["--interpolate=0,1", "--seeds=0"], "--seeds with --interpolate"),
     (["--interpolate=0,1", "--frames=1"], "--frames"),
-    (["--radii=0.5", "--frames=4"], "--frames: used with --interpolate"),
-    (["--frames=4"], "--frames: used with --interpolate"),
+    (["--radii=0.5", "--frames=4"], "--frames: needs --interpolate"),
+    (["--frames=4"], "--frames: needs --interpolate"),
     (["--encode=DATA", "--seeds=39-40"], "--seeds: names image 40"),
-    (["--radii=0.5", "--steps=4,5"], "for one network with one setting"),
+    (["--radii=0.5", "--steps=4,5"], "with one network and one setting"),
     (["--encode=DATA", "--init-image=DATA", "--init-sigma=1"], "--encode and --init-image"),
     (["--encode=DATA", "--S_churn=1"], "--S_churn=1.0: encoding solves the equation in sigma"),
     (["--encode=DATA", "--alpha=0.1"], "leave --alpha out"),
@@ -398,7 +398,7 @@ def test_data_without_labels_need_a_class(network, tmp_path, invoke):
     assert result.exit_code == 2 and "--class" in result.stderr, result.stderr
     assert invoke(generate.main, *args, "--class=1").exit_code == 0
     result = invoke(generate.main, *args, "--class=1")
-    assert result.exit_code == 1 and "latents.npz: is there already" in result.stderr
+    assert result.exit_code == 1 and "latents.npz: exists" in result.stderr
 
 
 def test_latents_are_not_written_over_a_file(network, dataset_zip, tmp_path, invoke):

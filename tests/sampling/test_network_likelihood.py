@@ -302,7 +302,7 @@ def test_data_of_other_levels_cannot_be_compared(tmp_path, invoke):
     two = levels_zip(tmp_path / "two.zip", [0, 255])
     result = invoke(likelihood.main, *args, f"--val-data={two}")
     [line] = result.stderr.splitlines()
-    assert result.exit_code == 0 and "17 of 256 apart in --data and 255 in --val-data" in line
+    assert result.exit_code == 0 and "17 of 256 apart in --data, but 255 in --val-data" in line
     assert "can't be compared" in line
 
 
@@ -444,7 +444,7 @@ def test_images_are_likelier_than_shuffled_ones_and_than_noise(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--steps=3"], "--steps=3: must be an even number"),
     (["--steps=0"], "--steps=0: must be an even number"),
-    (["--guidance=2"], "--guidance: guided sampling has no density"),
+    (["--guidance=2"], "--guidance: the density of guided sampling is"),
     (["--cond=0"], "--cond=0: .* trained without --label-dropout"),
     (["--val-data="], "--val-data=: must be a data set"),
     (["--data="], "--data=: must be a data set"), (["--out="], "--out=: must be a file"),
@@ -556,7 +556,7 @@ def test_bits_and_nats_cannot_be_compared(tmp_path, invoke):
     result = invoke(likelihood.main, f"--network={network}", "--steps=2", f"--data={sets[0]}",
                     f"--val-data={sets[1]}")
     [line] = result.stderr.splitlines()
-    assert "--data gives bits/dim and --val-data nats/dim, because only one" in line
+    assert "--data is measured in bits/dim and --val-data in nats/dim, because only" in line
     assert result.exit_code == 0 and "can't be compared" in line
 
 

@@ -266,8 +266,8 @@ def test_scores_are_of_images_of_one_size_only(root, tmp_path, invoke):
      "--blend with --measure"),
     (["INIT", "--measure=denoise", "--measure-level=nan"], 2, "'nan': must be finite"),
     (["INIT", "--init-level=inf"], 2, "'inf': must be finite"),
-    (["INIT", "--last=1", "--subdirs"], 2, "images are named after their inputs"),
-    (["INIT", "--last=1", "--window=40,400"], 2, "--window: is that of the pictures"),
+    (["INIT", "--last=1", "--subdirs"], 2, "images keep the names and folders"),
+    (["INIT", "--last=1", "--window=40,400"], 2, "--window: only applies to pictures"),
     (["--save_images", "--window=40"], 2, "must be a center and a width"),
     (["--save_images", "--window=40,0"], 2, "must be a center and a width"),
 ], ids=str)
