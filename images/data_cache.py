@@ -28,7 +28,7 @@ from images.image_files import Files, Folder
 PACKED = "packed"
 _NOTES = "notes"
 _FOLDERS = (PACKED, _NOTES, "references", "downloads", "compiled")
-_SETTLED_NS = 2 * 10**9  # a file changed since may change again within one tick of its clock
+_SETTLED_NS = 2 * 10**9  # a file changed more recently may change again in the same clock tick
 _READERS, _READ_AT_ONCE = 8, 1024  # threads that wait for a disk or server; files in flight
 
 

@@ -263,7 +263,7 @@ def match_rows(images: Sequence[str], top: str, rows: Sequence[str], where: str)
 
     Names in rows are tried as paths in the source, then as paths in the folder `top` (a prefix of
     the names of images), then below the folder that all rows share, and then as bare file names.
-    Each is tried with extensions and then without. The first way that matches any row is used.
+    All are tried with extensions and then without. The first unambiguous way is used.
 
     Raises:
         ValueError: an image is listed twice, no row matches an image, or a match is ambiguous.

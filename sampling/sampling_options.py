@@ -193,8 +193,8 @@ def check_alpha(solver: str | None, alpha: Sequence[float] | None) -> None:
         raise UserError(f"--alpha={max(alpha):g}: --solver={solver} uses earlier steps, which "
                         "fresh noise makes useless; use heun or euler", BAD_USAGE)
     if solver == CONSISTENCY and any(alpha or ()):
-        raise UserError(f"--alpha={max(alpha):g}: --solver={solver} does not solve an equation; "
-                        "leave one of them out", BAD_USAGE)
+        raise UserError(f"--alpha={max(alpha):g}: --solver={solver} solves no equation; leave one "
+                        "of them out", BAD_USAGE)
 
 
 def _check_rounding(seed: int | None, bits: Sequence[int] | None) -> None:

@@ -201,7 +201,7 @@ def test_pixels_are_kept_if_asked(tmp_path):
 
 @pytest.mark.parametrize("profile, reason", [
     (b"no profile", "cannot open profile"), (matrix_profile(ADOBE, 2.2)[:200], "cannot open"),
-    (gray_profile(2.2), "is of GRAY, not of RGB"), (ink_profile(), "is of CMYK, not of RGB"),
+    (gray_profile(2.2), "is for GRAY, not for RGB"), (ink_profile(), "is for CMYK, not for RGB"),
     (icc({b"wtpt": xyz(D50)}, b"RGB "), "cannot build transform"),
 ])
 def test_a_damaged_profile_is_a_warning_and_pixels_are_taken_as_they_are(tmp_path, profile, reason):

@@ -406,7 +406,7 @@ ONES = [[name, 1] for name in NAMES]
     (ONES[:4] + [[NAMES[4], "cat"]], r'label "cat" of c/d/e\.png'),
     (ONES[:4] + [[NAMES[4], True]], r"label true of c/d/e\.png"),
     (ONES[:4] + [[NAMES[4], 10**30]], r"of c/d/e\.png must be in 0\.\.65535"),
-    (ONES[:4] + [[NAMES[4], [1]]], r"label \[1\] of c/d/e\.png must have the form"),
+    (ONES[:4] + [[NAMES[4], [1]]], r"label \[1\] of c/d/e\.png must have the same form"),
     ([[n, [1, 2]] for n in NAMES[:4]] + [[NAMES[4], 1]], r"label 1 of c/d/e\.png must be a list"),
     ([[n, [1, 2]] for n in NAMES[:4]] + [[NAMES[4], [1]]], r"label \[1\] of c/d/e\.png"),
     ([[n, [1, 2]] for n in NAMES[:4]] + [[NAMES[4], [1, float("nan")]]], r"finite numbers"),

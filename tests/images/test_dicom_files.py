@@ -273,7 +273,7 @@ def test_slices_without_positions_go_by_instance_number(tmp_path):
     outputs = list(both_ways(tmp_path / "b", lost))
     assert "but others have; the first is L067_FD_1.IMA" in \
         outputs[0][0] and outputs[0][1] is None
-    assert "Warning: --pair=order: by the numbers in their names 2 of 3 images" in outputs[1][0]
+    assert "Warning: --pair=order: by the numbers in their names, 2 of 3 images" in outputs[1][0]
 
 
 @pytest.mark.parametrize("args", [["--pair=(.*)_QD_(.*)|(.*)_FD_(.*)"], None])
@@ -366,8 +366,8 @@ def test_decoders_that_all_fail_say_that_there_are_more():
                                            ("x.pt", b"")])
 def test_a_source_that_is_no_data_set_is_sent_to_dataset_tool(tmp_path, name, file, content):
     path = write_source(tmp_path / name, {"README": b"x", file: content})
-    with pytest.raises(ValueError, match="^[^;]*: no images found; dataset_tool.py makes a data "
-                       f"set of files such as {file}$"):
+    with pytest.raises(ValueError, match="^[^;]*: no images found; convert files such as "
+                       f"{file} with dataset_tool.py first$"):
         ImageFolderDataset(path)
     with pytest.raises(ValueError, match="no images found$"):
         ImageFolderDataset(write_source(tmp_path / f"other-{name}", {"README": b"x", "1.2": b""}))
@@ -375,7 +375,7 @@ def test_a_source_that_is_no_data_set_is_sent_to_dataset_tool(tmp_path, name, fi
 
 def test_slices_without_a_scale_and_beside_pictures_are_refused(tmp_path):
     path = write_source(tmp_path / "src", {"a/x": dicom()})
-    assert_refused(run(path, tmp_path / "out/a.zip"), tmp_path, "a/x: holds float32: give --scale")
+    assert_refused(run(path, tmp_path / "out/a.zip"), tmp_path, "a/x: holds float32; give --scale")
     write_source(path, {"b.png": flat(1)})
     assert_refused(run(path, tmp_path / "out/a.zip", SCALE), tmp_path, "holds 1 DICOM file, such "
                    "as a/x, and 1 other image, such as b.png")

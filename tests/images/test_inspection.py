@@ -126,7 +126,7 @@ def test_a_flipped_bit_in_a_zip_is_found(tmp_path):
 
 @pytest.mark.parametrize("label,text", [
     (-1, "label -1 must be in 0..65535"), (0.5, "label 0.5 must be a class number"),
-    ("x", 'label "x" must be'), ([1], "label [1] must have the form"), (10**9, "must be in 0.."),
+    ("x", 'label "x" must be'), ([1], "label [1] must have the same"), (10**9, "must be in 0.."),
     (None, "has no label"), (True, "label true must be"), ([1e39], "finite"),
 ])
 @pytest.mark.parametrize("first", [False, True])

@@ -201,7 +201,7 @@ def test_contents_are_told_without_torch(tmp_path):
 @pytest.mark.parametrize("arrays, texts", [
     ({"x": IMAGES, "y": LABELS}, ["holds x, y, but no images", "arr_0"]),
     ({"mu": LABELS, "sigma": LABELS}, ["holds mu, sigma, but no images"]),
-    ({"arr_0": IMAGES[0, 0]}, ["arr_0: an array of shape [5, 3]", "[n, H, W, C]"]),
+    ({"arr_0": IMAGES[0, 0]}, ["arr_0: is an array of shape [5, 3]", "[n, H, W, C]"]),
     ({"arr_0": np.array([None, 1])}, ["arr_0", "shape [2]"]),
     ({"arr_0": np.zeros([2, 6, 6, 3], object)}, ["arr_0"]),
     ({"arr_0": np.zeros([2, 6, 6, 3], complex)}, ["arr_0: is a complex128 array"]),

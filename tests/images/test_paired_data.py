@@ -448,7 +448,7 @@ def test_numbers_that_speak_against_an_order_are_told(tmp_path, conditions, imag
                                   pair[1][1:].lstrip("0")), None)
     warned = re.findall(r"^Warning: .*$", output, re.M)
     assert warned == ([] if not num_doubted else [
-        f"Warning: --pair=order: by the numbers in their names {num_doubted} of {n} images have "
+        f"Warning: --pair=order: by the numbers in their names, {num_doubted} of {n} images have "
         f"other condition images than by order, which makes {first[0]}.png that of "
         f"{first[1]}.png"])
 

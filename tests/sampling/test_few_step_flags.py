@@ -56,7 +56,7 @@ def test_the_flag_that_was_typed_is_to_blame_and_no_other(made, tmp_path, networ
 
 def test_a_solver_that_was_typed_is_named(made):
     [line] = lines(made("cd.pt", "--solver=consistency", "--S_churn=40").output, "Error: ")
-    assert "--solver=consistency does not solve an equation" in line
+    assert "--solver=consistency solves no equation" in line
 
 
 def test_a_few_step_network_guides_nothing(made, tmp_path):
