@@ -81,7 +81,8 @@ def decode(data: bytes, layout: str | None = None) -> tuple[np.ndarray, ImageFor
     is_last = _is_last(shape, layout)
     image_format = array_format(first_channels(shape, layout), dtype)
     if len(data) - file.tell() != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"has a header for an array of shape {list(shape)}, but another size")
+        raise ValueError(f"has a header for an array of shape {list(shape)}, but the "
+                         "wrong number of bytes")
     values = np.frombuffer(data, dtype, offset=file.tell())
     values = values.reshape(shape[::-1]).T if is_fortran else values.reshape(shape)
     if is_last:

@@ -191,8 +191,8 @@ def check_matched(names: Sequence[str], found: Sequence[str | None], extra: Sequ
         raise ValueError(f"{where}: no condition image for {missing[0]}; {len(missing)} of "
                          f"{len(names)} images have none, but each needs one with its name")
     if extra:
-        raise ValueError(f"{where}: {extra[0]} belongs to no image; {len(extra)} condition images "
-                         "in all belong to none")
+        raise ValueError(f"{where}: {extra[0]} belongs to no image (condition images "
+                         f"without an image: {len(extra)})")
 
 
 @contextlib.contextmanager

@@ -245,7 +245,8 @@ def _find_member(archive: zipfile.ZipFile, name: str) -> _Member:
             raise ValueError("is stored in column order; save np.ascontiguousarray of it")
         size = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or header_bytes + size != info.file_size:
-            raise ValueError(f"has a header for an array of shape {list(shape)}, but another size")
+            raise ValueError(f"has a header for an array of shape {list(shape)}, but "
+                             "the wrong number of bytes")
     return _Member(info, header_bytes, shape, dtype)
 
 

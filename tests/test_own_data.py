@@ -121,7 +121,7 @@ def test_moments_of_pieces_are_those_of_the_whole_beside_a_large_mean():
 @pytest.mark.parametrize("record, words", [
     (None, "must be {"), ({"center": [0]}, "must be {"), ({"center": [0], "spread": ["1"]}, "must"),
     ({"center": [0], "spread": [0]}, "positive"), ({"center": [], "spread": []}, "finite"),
-    ({"center": [0, 0], "spread": [1]}, "as many"),
+    ({"center": [0, 0], "spread": [1]}, "equally many"),
     ({"center": [math.nan], "spread": [1]}, "finite"),
 ])
 def test_a_record_that_is_no_scaling_is_refused(record, words):
@@ -566,7 +566,7 @@ def bad_source(folder, name):
     ("scale for 8 bits", ["--scale=minmax"], 1, ["--scale", "8 bits", "leave --scale out"]),
     ("condition", ["--cond-scale=std"], 1, ["--cond-scale", "8 bits"]),
     ("missing condition", [], 1, ["no condition image for 1/3.png", "1 of 6"]),
-    ("extra condition", [], 1, ["0/9.png belongs to no image", "1 files"]),
+    ("extra condition", [], 1, ["0/9.png belongs to no image", "without an image: 1"]),
     ("size of condition", [], 1, ["0/0.bmp", "4x8", "8x8", "--resolution"]),
     ("mode of condition", [], 1, ["1/3.bmp", "RGB 8x8", "L 8x8"]),
 ], ids=str)

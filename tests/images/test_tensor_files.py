@@ -98,7 +98,7 @@ def test_anything_but_a_tensor_of_images_is_one_line(tmp_path, content, texts):
 @pytest.mark.parametrize("data", [b"", b"hello", b"PK\3\4", b"\x80\x02."])
 def test_what_is_no_file_of_torch_save_is_refused(tmp_path, data):
     (tmp_path / "x.pt").write_bytes(data)
-    assert_refused(run(tmp_path / "x.pt", tmp_path / "out/a.zip"), tmp_path, "x.pt: damaged, or "
+    assert_refused(run(tmp_path / "x.pt", tmp_path / "out/a.zip"), tmp_path, "x.pt: is damaged, or "
                    "not a file of torch.save")
 
 

@@ -303,7 +303,7 @@ def test_a_level_in_units_that_channels_do_not_share_is_refused(tmp_path):
     scale = {"center": [0.0, 0.0], "spread": [1.0, 2.0]}
     write_snapshot(tmp_path / "net.pt", label_dim=0, shape=(2, 8, 8), dataset={"scale": scale})
     np.save(tmp_path / "x.npy", np.zeros((2, 8, 8), np.float32))
-    with pytest.raises(ValueError, match="--init-level=60: the channels .* by --init-sigma"):
+    with pytest.raises(ValueError, match="--init-level=60: the channels .* with --init-sigma"):
         NetworkSampler.open(str(tmp_path / "net.pt"), CPU, init_level=60.0,
                             init_image=str(tmp_path))
 

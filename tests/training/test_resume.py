@@ -207,7 +207,7 @@ def test_without_a_snapshot_beside_it_the_average_is_said_to_begin_anew(tmp_path
     result = resumed_run(invoke, dataset_zip, tmp_path / "run", f"--resume={path}")
     assert result.exit_code == 0, result.output
     assert "does not hold random state, data position, averaged weights" in result.output
-    assert "there is no network-snapshot of the same number beside it" in result.output
+    assert "no network-snapshot of the same number lies beside it" in result.output
 
 
 def test_the_loss_scale_of_edm_is_read_beside_the_state_or_asked_for(tmp_path, dataset_zip, invoke):
