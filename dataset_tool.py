@@ -531,7 +531,7 @@ def _refuse_flags(context: click.Context) -> None:
     own = {option.name for option in main.commands[command].params}
     for name in context.params:
         if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
-            problem = f"must come after {command}" if name in own else f"is not a flag of {command}"
+            problem = f"must come after {command}" if name in own else f"not a flag of {command}"
             raise click.UsageError(f"--{name.replace('_', '-')}: {problem}")
 
 

@@ -278,7 +278,7 @@ class NetworkLikelihood:
                                              precision=precision, compiled=False)
         if net.few_step is not None:
             raise UsageError(f"--network={source}: is a few-step network ({net.few_step.method}), "
-                             "which defines no density; give the denoiser it was distilled from")
+                             "which defines no density; give the denoiser it was made from")
         scaling = recorded_scaling(content, source, "scale", net.img_channels)
         if not cond and not net.label_dim:
             raise UsageError(f"--cond=0: {source} is unconditional; leave --cond out")

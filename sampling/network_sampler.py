@@ -636,7 +636,7 @@ def _check_is_denoiser(net: Precond, source: str, encode: str | None, measure: s
         if value is not None:
             raise UsageError(f"{flag}={value}: {source} is a few-step network "
                              f"({net.few_step.method}), {reason}; use the denoiser it was "
-                             "distilled from")
+                             "made from")
 
 
 def _check_starts(options: dict[str, Any], init_image: str | None, init_sigma: float | None,
