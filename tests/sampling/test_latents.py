@@ -381,7 +381,7 @@ def test_flags_that_do_not_go_together(network, dataset_zip, tmp_path, invoke, f
 
 def test_one_network_has_to_be_named(network, tmp_path, invoke):
     result = invoke(generate.main, f"--outdir={tmp_path}", "--radii=0.5")
-    assert result.exit_code == 2 and "name it with --network" in result.stderr
+    assert result.exit_code == 2 and "name the network with" in result.stderr
 
 
 def test_diffusion_has_one_radius(tmp_path, invoke):
