@@ -296,7 +296,7 @@ def test_imagenet_with_its_odd_files_converts_and_tells_them(tmp_path):
     assert [label for _, label in labels] == [0, 0, 1, 1]
     output = run(path, tmp_path / "a.zip", *args).output
     assert "class 1 (n02): 2" in output
-    assert "Note: 1 image is of another format than its name says, the first " \
+    assert "Note: 1 image has another format than its name says, the first " \
         "n02/n02_1.JPEG (PNG)" in output
     assert "1 CMYK image was converted without a colour profile, the first n01/n01_2" in output
 
