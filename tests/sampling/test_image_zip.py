@@ -431,7 +431,7 @@ def test_images_that_are_not_of_the_record_in_the_zip_have_no_score(make, tmp_pa
         archive.writestr("holiday.png", archive.read("000000.png"))
     result = invoke(fid.main, "calc", f"--images={path}", "--count=5", "--ref=none.npz",
                     "--detector=pixels", "--device=cpu")
-    assert result.exit_code == 1 and "holiday.png is not one of the images" in result.output
+    assert result.exit_code == 1 and "does not describe: holiday.png (1 in total)" in result.output
 
 
 # ------------------------------------------------------------------------------- verifying
