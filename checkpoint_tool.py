@@ -34,7 +34,7 @@ def show(source, key):
 
 
 def _description(content: dict, source: str) -> dict:
-    """Returns what there is to say of a file that was loaded from `source`, by name."""
+    """Returns the lines of `show` about the content of the file `source`, by name."""
     from checkpoints import checkpoint
     from pfgmpp.few_steps import FewStep
     from pfgmpp.networks import network_D
@@ -76,10 +76,10 @@ def _description(content: dict, source: str) -> dict:
 
 
 def _parts(content: dict) -> str:
-    """Returns what there is of networks and optimizer, and whether `ema` may be plain weights."""
+    """Returns which networks and optimizer there are, and whether `ema` may be plain weights."""
     origin = content.get("converted_from")
     averaged = origin.get("averaged", True) if isinstance(origin, dict) else True
-    doubt = {None: " (nothing says that they are averaged)", False: " (plain weights)"}
+    doubt = {None: " (not known to be averaged)", False: " (plain weights)"}
     return ", ".join(key + (doubt.get(averaged, "") if key == "ema" else "")
                      for key in ("net", "ema", "optimizer") if content.get(key))
 
@@ -131,7 +131,7 @@ def convert(source, dest, config, pfgmpp, aug_dim, scale, cond_scale, sigma_max,
                 raise ValueError(f"{dest}: is the file to convert, which would be lost; name "
                                  "another DEST")
             if not overwrite:
-                raise ValueError(f"{dest}: is there already; --overwrite replaces it")
+                raise ValueError(f"{dest}: already exists; give --overwrite to replace it")
         content = checkpoint.with_average(checkpoint.load(source, key, config), source)
         for note in content.get("notes", ()):
             click.echo(f"Note: {source}: {note}", err=True)
@@ -141,12 +141,12 @@ def convert(source, dest, config, pfgmpp, aug_dim, scale, cond_scale, sigma_max,
             cond_scale=cond_scale and Scaling.of_range(*cond_scale), sigma_max=sigma_max)
         if scale and content["network"].get("cond_channels") and \
                 "cond_scale" not in content["dataset"]:
-            click.echo("Warning: --scale without --cond-scale: condition images have to be 8-bit",
+            click.echo("Warning: --scale without --cond-scale: condition images must be 8-bit",
                        err=True)
         if content.get("ema") is None:
-            click.echo(f"Warning: {source}: has no averaged weights, and no network-snapshot of "
-                       "the same number lies beside it; the plain weights, which sample worse, "
-                       "are written", err=True)
+            click.echo(f"Warning: {source}: has no averaged weights, and there is no "
+                       "network-snapshot of the same number beside it; the plain weights are "
+                       "written, which give worse samples", err=True)
         snapshot = checkpoint.as_snapshot(checkpoint.with_origin(content, source))
         if half:
             snapshot["ema"] = checkpoint.halved(snapshot["ema"], source)

@@ -1,19 +1,19 @@
-"""Weights without the configuration of their network, as the content of our own snapshots.
+"""Reads weights without their network's configuration, as the content of our own snapshots.
 
     {name: tensor}                              a state_dict by torch.save, or safetensors
     {'model': ..., 'ema': ..., ...}             several of them by name, nested or not
     {'state_dict': ..., 'hyper_parameters': ...}  a checkpoint of Lightning
     {..., 'shadow_params': [tensor, ...]}       an average of the parameters in their order
 
-The configuration comes from the training_options.json of a run of ours, or of EDM, PFGM++ or ECT.
+The configuration comes from the training_options.json of a run of this project, EDM, PFGM++ or ECT.
 That network is built without memory, and the weights in the file are found by its names: whatever
-stands before them (`net.`, `model.`) is a prefix, and the parts that wrappers put in (`module`,
-`_orig_mod`) are taken out. So may be the `model.` of our preconditioners. Then every tensor must
+stands before them (`net.`, `model.`) is a prefix, and the parts that wrappers insert (`module`,
+`_orig_mod`) are removed. The `model.` of our preconditioners may be missing. Then every tensor must
 fit. Files are read by `torch_utils.safe_pickle`, which runs nothing in them, and only the tensors
-that are taken are read into memory.
+that are used are read into memory.
 
-Of several weights, those are taken whose name says that they are averaged. An average of parameters
-takes the buffers from the plain weights beside it.
+If there are several sets of weights, the set whose name says that it is averaged is used. An
+average of parameters takes its buffers from the plain weights beside it.
 """
 
 import functools
@@ -59,31 +59,31 @@ _STRANGERS = {  # by names that no other network has
 }
 
 _Tensor = torch.Tensor | StoredTensor
-_Groups = dict[tuple[str, ...], dict[str, Any] | list]  # what is below keys: by name, or in order
+_Groups = dict[tuple[str, ...], dict[str, Any] | list]  # tensors below keys, by name or in order
 
 
 class RunOptions(NamedTuple):
-    """A training_options.json: what errors call it, and what is in it."""
+    """A training_options.json: its name in errors, and its content."""
 
     name: str
     values: dict[str, Any]
 
 
 class _Weights(NamedTuple):
-    """Weights of the file that may be those of the network."""
+    """A set of weights in the file that may be the network's."""
 
     name: str  # where they are: keys and prefix, with dots
     tensors: dict[str, Any]  # under the network's names
-    extra: list[str]  # names among them that the network has not
+    extra: list[str]  # names among them that the network does not have
     is_averaged: bool
 
 
 def load(file: IO[bytes], head: bytes) -> Any:
-    """Returns what a file with weights holds, which begins with `head`.
+    """Returns the content of a file with weights that begins with `head`.
 
     Raises:
         OSError: it can't be read.
-        ValueError: it is no file of torch.save, pickle or safetensors, or is damaged or harmful.
+        ValueError: it is not a torch.save, pickle or safetensors file, or is damaged or harmful.
     """
     if head[8:9] != b"{":
         return safe_pickle.load_loosely(file)
@@ -97,7 +97,7 @@ def load(file: IO[bytes], head: bytes) -> Any:
 
 
 def safetensors():
-    """Returns the module of the package safetensors; raises ValueError if it is missing."""
+    """Returns the module safetensors.torch; raises ValueError if the package is missing."""
     try:
         import safetensors.torch
     except ImportError:
@@ -107,13 +107,13 @@ def safetensors():
 
 
 def description(content: Any) -> str | None:
-    """Returns what a file that `load` has read is, and what to do; None if it holds no weights."""
+    """Returns what kind of file `load` has read, and what to do; None if it holds no weights."""
     groups = _groups(content)
     if not groups:
         values = content.values() if isinstance(content, dict) else [content]
         module = next((one for one in values if type(one) is Opaque and one.is_module), None)
         return module and (f"holds a pickled module of the class {shown(module.class_name)}, whose "
-                           "code is not in the file; save its state_dict() by torch.save")
+                           "code is not in the file; save its state_dict() with torch.save")
     if stranger := _stranger(groups):
         return stranger
     if list(groups) == [()]:
@@ -123,17 +123,17 @@ def description(content: Any) -> str | None:
         large = [f"{shown('.'.join(path))} of {len(group)} tensors"
                  for path, group in groups.items() if 2 * len(group) >= most]
         is_lightning = "pytorch-lightning_version" in content
-        what = (f"{'a checkpoint of Lightning: ' if is_lightning else ''}state_dicts by name "
+        what = (f"{'a Lightning checkpoint: ' if is_lightning else ''}state_dicts by name "
                 f"({', '.join(large[:_MAX_NAMED])})")
     return f"{what}, without the network's configuration; {CONVERT}"
 
 
 def read_options(path: str | Path) -> RunOptions:
-    """Returns what is in the training_options.json that --config names.
+    """Returns the content of the training_options.json that --config names.
 
     Raises:
         OSError: it can't be read.
-        ValueError: it is no JSON object.
+        ValueError: it is not a JSON object.
     """
     name = f"--config={path}"
     with flag_errors("--config", path):
@@ -147,28 +147,28 @@ def read_options(path: str | Path) -> RunOptions:
 
 
 def read(content: Any, name: str, options: RunOptions, key: str | None = None) -> dict[str, Any]:
-    """Returns weights in the shape of our own content, see checkpoints/checkpoint.py.
+    """Returns weights in the form of our own content, see checkpoints/checkpoint.py.
 
     Args:
         content: what `load` returned.
-        name: what errors call its file.
+        name: the file's name in errors.
         options: of the run that the weights are from.
-        key: the name of the weights to take, or one of its parts; None to take those that are
-            averaged, or the only ones.
+        key: the name of the weights to use, or one of its parts; None to use the averaged ones, or
+            the only ones.
 
     Returns:
-        What `published.read` does, with the weights as `ema`; `is_averaged`, True, or None where
-        nothing says so; and `notes`: texts that say which weights these are. Of a run of ours also
-        its `dataset`.
+        What `published.read` does, with the weights as `ema`, and in addition `is_averaged` (True,
+        or None if nothing says so) and `notes` (texts that say which weights these are). For a run
+        of this project it also has its `dataset`.
 
     Raises:
-        ValueError: the weights don't fit the network, there are several of them, or the options
-            don't say enough.
+        ValueError: the weights don't fit the network, there are several sets to choose from, or the
+            options don't say enough.
     """
     with error_prefix(f"{name}: "):
         groups = _groups(content)
         if not groups or _stranger(groups):
-            raise ValueError(description(content) or "holds no weights by the names of a network")
+            raise ValueError(description(content) or "holds no weights under a network's names")
     described = _ours if isinstance(options.values.get("network"), dict) else _theirs
     net, told = described(options, _facts(groups))
     swapped = published.swapped_weights(net) if described is _theirs else ()
@@ -189,10 +189,10 @@ def read(content: Any, name: str, options: RunOptions, key: str | None = None) -
 
 
 def _groups(content: Any) -> _Groups:
-    """Returns the tensors of each dictionary that has names such as modules give them."""
+    """Returns the tensors of each dictionary whose names look like those of modules."""
     groups: _Groups = {}
     waiting, seen = [((), content)], set()
-    for path, value in waiting:  # grows meanwhile
+    for path, value in waiting:  # it grows during the loop
         if id(value) in seen or len(path) > _MAX_DEPTH:
             continue
         seen.add(id(value))
@@ -222,7 +222,7 @@ def _read(tensor: _Tensor) -> torch.Tensor:
 
 
 def _unwrapped(named: dict[str, Any]) -> dict[str, Any]:
-    """Returns tensors under names without the parts of wrappers, where they stay different."""
+    """Returns tensors under names without the parts of wrappers, if the names stay different."""
     names = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS)
              for name in named}
     if len(set(names.values())) < len(names):
@@ -231,9 +231,9 @@ def _unwrapped(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dotted(named: dict[str, Any]) -> dict[str, Any]:
-    """Returns tensors with the dots in their names that CompVis's LitEma takes out.
+    """Returns tensors with the dots in their names that CompVis's LitEma removes.
 
-    It keeps `decay` and `num_updates` beside the average, and is itself beside the averaged model.
+    LitEma keeps `decay` and `num_updates` beside the average, and is stored beside the model.
     """
     roots = tuple(name.removesuffix("num_updates") for name in named
                   if f".{name}".endswith(".num_updates")
@@ -258,16 +258,16 @@ def _dotted(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_name(groups: _Groups) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
-    """Returns (path, tensors) of those that are not lists."""
+    """Returns (path, tensors) of the groups that are not lists."""
     return [(path, group) for path, group in groups.items() if isinstance(group, dict)]
 
 
 def _stranger(groups: _Groups) -> str | None:
-    """Says whose weights these are, if it is a network that is known and not among those here."""
+    """Says whose weights these are, if they are of a known network that is not supported."""
     for _, group in _by_name(groups):
         for names, whose in _STRANGERS.items():
             if all(any(f".{name}".endswith(f".{known}") for name in group) for known in names):
-                return (f"weights of {whose}, which is not among the networks here "
+                return (f"weights of {whose}, which is not among the supported networks "
                         f"({', '.join(MODELS)})")
     return None
 
@@ -276,7 +276,7 @@ def _stranger(groups: _Groups) -> str | None:
 
 
 class _Facts(NamedTuple):
-    """What the names and shapes of tensors tell of a network."""
+    """What the names and shapes of tensors tell about a network."""
 
     size: tuple[int, int]  # height and width of its images
     out_channels: int
@@ -306,7 +306,7 @@ def _shape(group: dict[str, Any], name: str) -> tuple[int, ...]:
 
 
 def _ours(options: RunOptions, facts: _Facts | None) -> tuple[Precond, dict[str, Any]]:
-    """Returns the network of one of our runs, without memory, and what else is known of it."""
+    """Returns the network of a run of this project, without memory, and what else is known."""
     config = {key: math.inf if value == "inf" else value  # as JSON holds it
               for key, value in options.values["network"].items()}
     with error_prefix(f"{options.name}: 'network' "):
@@ -326,7 +326,7 @@ def _theirs(options: RunOptions, facts: _Facts | None) -> tuple[Precond, dict[st
     given = dict(given)
     class_name = str(given.pop("class_name", "")).rpartition(".")[2]
     known = PRECONDS.get(class_name, Precond)
-    for key in ("pfgmpp", "D"):  # PFGM++ keeps them beside the network's
+    for key in ("pfgmpp", "D"):  # PFGM++ keeps them beside 'network_kwargs'
         if key in values:
             given.setdefault(key, values[key])
     data = values.get("dataset_kwargs")
@@ -339,8 +339,8 @@ def _theirs(options: RunOptions, facts: _Facts | None) -> tuple[Precond, dict[st
                            ("label_dim", facts.label_dim)):
             given.setdefault(key, value)
     for key in ("img_resolution", "img_channels", "label_dim"):
-        require(key in given, f"{options.name}: has no {key}, and the tensors don't tell it for "
-                "certain; add it to 'network_kwargs'")
+        require(key in given, f"{options.name}: has no {key}, and the tensors don't determine it; "
+                "add it to 'network_kwargs'")
     model = given.get("model_type", known.default_model_type)
     with error_prefix(f"{options.name}: 'network_kwargs' "):
         config, recorded = published.configuration(class_name, model, given)
@@ -356,10 +356,10 @@ def _theirs(options: RunOptions, facts: _Facts | None) -> tuple[Precond, dict[st
 
 
 def _check_size(net: Precond, options: RunOptions, facts: _Facts | None) -> None:
-    """Raises ValueError where the tensors are named for images of another size."""
+    """Raises ValueError if the tensors are named for images of another size."""
     if facts is not None and facts.size != net.image_shape[1:]:
         ours, theirs = ("{}x{}".format(*size) for size in (net.image_shape[1:], facts.size))
-        raise ValueError(f"{options.name}: describes a network of images {ours}, but the tensors "
+        raise ValueError(f"{options.name}: describes a network for {ours} images, but the tensors "
                          f"are named for {theirs}; give the file of the run that they are from")
 
 
@@ -367,7 +367,7 @@ def _check_size(net: Precond, options: RunOptions, facts: _Facts | None) -> None
 
 
 def _weights(groups: _Groups, net: Precond) -> list[_Weights]:
-    """Returns the weights in a file that have most names of a network, or else the nearest."""
+    """Returns the sets of weights that have half of a network's names, or else the nearest set."""
     own, parameters = list(net.state_dict()), [name for name, _ in net.named_parameters()]
     inner = {name.removeprefix(_MODEL) for name in own if name.startswith(_MODEL)}
     found, fewer = [], []
@@ -383,13 +383,13 @@ def _weights(groups: _Groups, net: Precond) -> list[_Weights]:
         fewer += [_under(path, group, prefix, [], own) for prefix in counts]
     if not found and not fewer:
         name = next(name for _, group in _by_name(groups) for name in group)
-        raise ValueError(f"holds weights of another network than those here: they have names such "
-                         f"as {shown(name)}, and the network of --config such as {shown(own[-1])}")
+        raise ValueError(f"holds weights of an unknown network: they have names such as "
+                         f"{shown(name)}, but the network of --config such as {shown(own[-1])}")
     return found or [max(fewer, key=lambda one: len(one.tensors))]
 
 
 def _prefixes(names: Collection[str], inner: Collection[str]) -> Counter[str]:
-    """Returns what stands before a network's own names, and before how many of them."""
+    """Returns the prefixes before a network's own names, and how many names have each."""
     counts: Counter[str] = Counter()
     for name in names:
         parts = name.split(".")
@@ -401,7 +401,7 @@ def _prefixes(names: Collection[str], inner: Collection[str]) -> Counter[str]:
 
 def _under(path: tuple[str, ...], group: dict[str, Any], prefix: str, prefixes: list[str],
            own: list[str]) -> _Weights:
-    """Returns the weights below a prefix, one of several."""
+    """Returns the weights below `prefix` that are not below a longer one in `prefixes`."""
     outer = prefix.removesuffix(_MODEL) if f".{prefix}".endswith(f".{_MODEL}") else prefix
     keys = {name: prefix + name.removeprefix(_MODEL) if name.startswith(_MODEL) else outer + name
             for name in own}
@@ -422,7 +422,7 @@ def _is_counter(name: str) -> bool:
 
 
 def _without_copies(found: list[_Weights]) -> list[_Weights]:
-    """Returns weights without those whose tensors are the very same parts of the file."""
+    """Returns weights without duplicates, whose tensors are the same parts of the file."""
     kept: list[_Weights] = []
     for one in found:
         if not any(_are_same(one.tensors, other.tensors) for other in kept):
@@ -437,15 +437,15 @@ def _are_same(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 
 def _chosen(found: list[_Weights], key: str | None) -> _Weights:
-    """Returns the weights that a key names; without one those that are averaged, or the only."""
+    """Returns the weights that `key` names; without one, the averaged or the only ones."""
     if key is None:
         several = _without_copies([one for one in found if one.is_averaged] or found)
         problem, what = "holds several networks", several
     else:
         several = [one for one in found if one.name == key] or [
             one for one in found if key in one.name.split(".")]
-        problem = f"--key={key}: " + ("several weights are" if several else "no weights are")
-        problem, what = f"{problem} called so", several or found
+        problem = f"--key={key}: " + ("several weights have" if several else "no weights have")
+        problem, what = f"{problem} this name", several or found
     if len(several) == 1:
         return several[0]
     names = ", ".join(shown(one.name) for one in what[:_MAX_NAMED])
@@ -469,7 +469,7 @@ def _with_buffers(chosen: _Weights, found: list[_Weights], net: Precond) -> dict
 
 
 def _check_fit(chosen: _Weights, tensors: dict[str, Any], net: Precond, others: list[str]) -> None:
-    """Raises ValueError, with the first of each kind and how many, unless all tensors fit."""
+    """Raises ValueError unless all tensors fit; gives each problem's count and first tensor."""
     own = net.state_dict()
     missing = [shown(name) for name in own if name not in tensors]
     wrong = [f"{name}, which is {problem}" for name, one in tensors.items()
@@ -480,7 +480,7 @@ def _check_fit(chosen: _Weights, tensors: dict[str, Any], net: Precond, others: 
         ("of another shape or type", wrong, "")) if names]
     if problems:
         what = f"the weights {shown(chosen.name)}" if chosen.name else "its weights"
-        hint = f"; --key=NAME takes other weights: {', '.join(map(shown, others[:_MAX_NAMED]))}" \
+        hint = f"; --key=NAME selects other weights: {', '.join(map(shown, others[:_MAX_NAMED]))}" \
             if others else ""
         raise ValueError(f"{what} don't fit the network of --config; {'; '.join(problems)}{hint}")
 
@@ -502,8 +502,8 @@ def _choice_in_words(chosen: _Weights, found: list[_Weights]) -> str:
     taken = f"Read as {_named(chosen)}" + (f", not {others}" if others else "")
     if chosen.is_averaged:
         return f"{taken}: averaged weights"
-    return (f"{taken}. The file does not say whether they are averaged (EMA); weights that are not "
-            "give worse samples")
+    return (f"{taken}. The file does not say whether they are averaged (EMA); plain weights give "
+            "worse samples")
 
 
 def _named(one: _Weights) -> str:
@@ -511,7 +511,7 @@ def _named(one: _Weights) -> str:
 
 
 def _left_out(groups: _Groups, found: list[_Weights]) -> Iterator[str]:
-    """Yields a text where tensors lie beside the weights that belong to none."""
+    """Yields a text if there are tensors beside the weights that belong to no set."""
     used = {id(tensor) for one in found for tensor in one.tensors.values()}
     left = [".".join((*path, name)) for path, group in _by_name(groups)
             if any(id(tensor) in used for tensor in group.values())

@@ -5,20 +5,23 @@ they load with `weights_only=True`. A state has all that a run needs to continue
 
     format, version, network   what the file is; class name and keywords of the network
     net, ema, optimizer        state dicts
-    progress                   cur_nimg, EMA ramp-up, lowest score, loss scale, bad-step counters
+    progress                   cur_nimg, EMA ramp-up, best score, loss scale, bad-step counters
     options, dataset           the run's TrainConfig; name, size and fingerprint of the data
     checksum                   sha256 of everything else
 
 `dataset` also has the scaling of the data, `scale` (images/scaling.py), and for condition images
-`cond_scale` and `cond_shape`; files without `scale` are of 8-bit images. Where there are labels,
-`label_kind` is 'classes' or 'vectors'; classes have `class_counts`, the number of images of each,
-and perhaps `class_names`. Of a run on patches `patch` is their side; `image_shape` and `cond_shape`
-are still those of whole images. A snapshot has format, version, network, ema, progress, options,
-dataset, checksum, and perhaps `sigma_max`, the noise level where sampling starts. One that was made
-of a foreign file has `converted_from`: `file` and `format` of that, `key` of its network among
-several, whether the weights are `averaged` (None: nothing says so), and `notes`. Random draws and
-the order of the data are functions of the seed in `options` and of `cur_nimg`, so no generator
-state is kept.
+`cond_scale` and `cond_shape`; files without `scale` are of 8-bit images. With labels, `label_kind`
+is 'classes' or 'vectors'; classes have `class_counts`, the number of images of each, and perhaps
+`class_names`. For a run on patches, `patch` is their side; `image_shape` and `cond_shape` are still
+those of whole images.
+
+A snapshot has format, version, network, ema, progress, options, dataset, checksum, and perhaps
+`sigma_max`, the noise level where sampling starts. A snapshot of a foreign file has
+`converted_from`: the `file` and its `format`, the `key` of the network if there are several,
+whether the weights are `averaged` (None: not known), and `notes`.
+
+Random draws and the order of the data are functions of the seed in `options` and of `cur_nimg`, so
+no generator state is kept.
 """
 
 import hashlib
@@ -49,7 +52,7 @@ from pfgmpp.schedules import default_range
 STATE_FORMAT = "pfgmpp-training-state"
 SNAPSHOT_FORMAT = "pfgmpp-network-snapshot"
 VERSION = 1
-BEST_STATE = "training-state-best.pt"  # of the lowest score so far; never chosen by its age
+BEST_STATE = "training-state-best.pt"  # of the best score so far; not among the numbered states
 
 _STATE_NAME = re.compile(r"training-state-(\d{6,}(?:\.\d{3})?)\.(?P<suffix>pt|pkl)")
 _COLLECTIONS = ("collections", "builtins", "__builtin__")
@@ -101,7 +104,7 @@ def _update(sha, value: Any) -> None:
         sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     elif isinstance(value, dict):
         sha.update(f"dict {len(value)};".encode())
-        for key in sorted(value, key=repr):  # formats differ in the order that they keep
+        for key in sorted(value, key=repr):  # formats differ in the order of keys
             _update(sha, key)
             _update(sha, value[key])
     elif isinstance(value, list | tuple):
@@ -125,7 +128,7 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
 
 
 class _ErrorKeeper:
-    """A file to write to that remembers why it failed."""
+    """A writable file that remembers its first error."""
 
     def __init__(self, file: IO[bytes]):
         self._file, self.error = file, None
@@ -142,7 +145,7 @@ class _ErrorKeeper:
 
 
 def _save_torch(content: dict[str, Any], file: IO[bytes]) -> None:
-    """Does what `torch.save` does, whose writer turns a full disk into a RuntimeError."""
+    """Calls `torch.save`, but keeps the OSError of a full disk, not PyTorch's RuntimeError."""
     keeper = _ErrorKeeper(file)
     try:
         torch.save(content, keeper)
@@ -158,24 +161,24 @@ def load(source: str | Path, key: str | None = None, config: str | Path | None =
          ) -> dict[str, Any]:
     """Reads and verifies a state or snapshot from a path or URL; tensors are on the CPU.
 
-    Of a run directory it reads the newest network. It also reads checkpoints of EDM, PFGM++, ECT
+    For a run directory, it reads the newest network. It also reads checkpoints of EDM, PFGM++, ECT
     and IDMD; published.py says what they hold. Weights without their network's configuration are
     read with that of `config`, see bare.py.
 
     Args:
         source: a path, a URL or a run directory.
-        key: which network to read of a file of IDMD, one of `published.KEYS`; None is
-            `published.DEFAULT_KEY`. Of weights without their configuration see `bare.read`.
-        config: a training_options.json with the configuration, for a file that has weights alone.
+        key: which network to read from a file of IDMD, one of `published.KEYS`; None is
+            `published.DEFAULT_KEY`. For weights without their configuration, see `bare.read`.
+        config: a training_options.json with the configuration, for a file that only has weights.
 
     Returns:
-        The content, see the head of this module, `published.read` and `bare.read`.
+        The content, see the docstring of this module, `published.read` and `bare.read`.
 
     Raises:
         OSError: it can't be opened.
-        ValueError: not such a file, damaged, or of a newer version; or it has no network `key`, or
-            just one, which needs no key; or it has weights alone, and `config` is not that of
-            their network, or needless.
+        ValueError: it is not such a file, damaged, or of a newer version; or `key` is not among its
+            networks, or it has only one network; or it only has weights, which `config` does not
+            fit; or `config` is given for a file that describes its network.
     """
     options = None if config is None else bare.read_options(config)
     with _open_source(source) as file:
@@ -219,7 +222,7 @@ def _load_bare(
 ) -> dict[str, Any]:
     """Returns the content of a file of weights, or raises ValueError that says what is in it.
 
-    Where it is no file of weights either, that is `error`.
+    If it is not a file of weights either, raises `error`.
     """
     try:
         found = bare.load(file, head)
@@ -236,9 +239,9 @@ def _load_bare(
 def _read_torch(source: str | Path, file: IO[bytes]) -> Any:
     """Returns the content of one of our files, not verified yet.
 
-    PyTorch builds only plain data, but it believes the sizes that the file claims. So members must
-    be uncompressed, and tensors and items no more than the file has bytes for. Nor does it look at
-    keys, whose hashes can be made to collide, or at how deep data are nested.
+    PyTorch builds only plain data, but it trusts the sizes that the file claims. So members must be
+    uncompressed, and tensors and items no more than the file has bytes for. Nor does PyTorch check
+    keys, whose hashes can be made to collide, or how deeply data are nested; this function does.
     """
     try:
         size = os.fstat(file.fileno()).st_size
@@ -272,22 +275,22 @@ class _Skeleton(Reader):
         super().__init__(memoryview(data), {}, Budget(len(data), "has too many instructions"))
 
     def text(self, size: int) -> str:
-        # Names of files may have bytes that are no UTF-8, which Python keeps as surrogates.
+        # File names may have bytes that are not UTF-8, which Python keeps as surrogates.
         return str(self.take(size), "utf-8", "surrogatepass")
 
     def check_name(self, name: Global) -> None:
-        pass  # PyTorch has a list of those that it takes
+        pass  # PyTorch has its own list of allowed names
 
     def reduce(self) -> None:
         called, args = self.pop_pair()
         is_dict = called == ("collections", "OrderedDict") and not args
         if type(called) is Global and called.module in _COLLECTIONS and not is_dict:
-            raise ValueError("makes a collection of what it likes, of which no key was looked at")
+            raise ValueError("makes a collection whose keys can't be checked")
         self.push({} if is_dict else None)
 
 
 def _check_depth(content: Any) -> None:
-    """Raises ValueError for data in data in data, and so on, deeper than any that is written."""
+    """Raises ValueError for data that are nested more deeply than any that is written."""
     level = [content]
     for _ in range(_MAX_DEPTH):
         level = [item for value in level if isinstance(value, dict | list | tuple)
@@ -298,7 +301,7 @@ def _check_depth(content: Any) -> None:
 
 
 def _check_claims(content: Any, size: int) -> None:
-    """Raises ValueError where nested data holds more bytes or items than a file of `size` can."""
+    """Raises ValueError if nested data hold more bytes or items than a file of `size` can."""
     pending, bytes_left, items_left = [content], size, size
     while pending:
         value = pending.pop()
@@ -318,7 +321,7 @@ def _open_source(source: str | Path) -> IO[bytes]:
 
 
 def with_average(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
-    """Returns the content of a file with averaged weights, where the file beside it has them.
+    """Returns the content of a file, with averaged weights from the file beside it if it has none.
 
     States of EDM and ECT lack them: they are in the network-snapshot of the same number.
     "ema_source" of the result names it.
@@ -332,7 +335,7 @@ def with_average(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
     other = load(snapshot)
     difference = first_difference(content["network"], other["network"])
     if difference:
-        raise ValueError(f"{snapshot}: lies beside {Path(source).name}, but is of another network "
+        raise ValueError(f"{snapshot}: is beside {Path(source).name}, but is of another network "
                          f"({difference}); move one of them away")
     return content | {"ema": other["ema"], "ema_source": str(snapshot)}
 
@@ -352,7 +355,8 @@ def with_origin(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
     """Returns the content of a foreign file with `converted_from`: where its weights come from.
 
     Args:
-        content: what `load` or `with_average` returned; one of this project stays as it is.
+        content: what `load` or `with_average` returned; that of this project's files is returned
+            unchanged.
         source: its path or URL, of which the name is kept.
     """
     if content["format"] in (STATE_FORMAT, SNAPSHOT_FORMAT):
@@ -366,7 +370,7 @@ def with_origin(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
 
 
 def halved(weights: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """Returns weights as float16, which every reader accepts and turns into float32.
+    """Returns weights as float16, which every reader accepts and converts to float32.
 
     Raises:
         ValueError: a weight of the file `source` is beyond float16.
@@ -380,7 +384,7 @@ def halved(weights: dict[str, torch.Tensor], source: str) -> dict[str, torch.Ten
 
 
 def save_safetensors(path: str | Path, snapshot: dict[str, Any]) -> None:
-    """Writes a snapshot as safetensors; all but the tensors becomes JSON in the metadata.
+    """Writes a snapshot as safetensors; everything but tensors becomes JSON in the metadata.
 
     Raises:
         OSError: the file can't be written.
@@ -413,8 +417,8 @@ def load_state(source: str | Path) -> dict[str, Any]:
     """Reads a training state.
 
     Raises:
-        ValueError: as for `load`; SnapshotGivenError where the file is a snapshot, or a state of
-            ECT, which is no more than that here.
+        ValueError: as for `load`; SnapshotGivenError if the file is a snapshot, or a state of ECT,
+            of which no more than a snapshot is read.
     """
     if not is_url(str(source)) and not os.path.isfile(source):
         problem = "is a folder" if os.path.isdir(source) else "no such file"
@@ -425,7 +429,7 @@ def load_state(source: str | Path) -> dict[str, Any]:
         if content["format"] == published.ECT_STATE_FORMAT:
             what = "the optimizer in a state of ECT can't be resumed from"
         raise SnapshotGivenError(f"{source}: {what}; "
-                         "use --transfer for it, or resume from a training-state-*.pt")
+                         "use it with --transfer, or resume from a training-state-*.pt")
     return content
 
 
@@ -439,7 +443,7 @@ def verifies(path: Path) -> bool:
 
 
 def recorded_nimg(path: Path) -> float:
-    """Returns the images seen that a state records, unverified; if damaged, those of its name."""
+    """Returns the images seen that a state records, unverified; if damaged, that of its name."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return int(content["progress"]["cur_nimg"])
@@ -451,7 +455,7 @@ def build_ema(content: dict[str, Any]) -> Precond:
     """Returns the EMA network of a loaded state or snapshot, in evaluation mode, on the CPU.
 
     Raises:
-        ValueError: the file describes a network that is not allowed, or not that of its weights.
+        ValueError: the file describes a network that is not allowed, or that its weights don't fit.
     """
     weights = sampling_weights(content)
     published.check_network(content["network"], weights)
@@ -472,7 +476,7 @@ def resolve_D(
 
     Args:
         content: what `load` returned.
-        source: what errors call the file.
+        source: the file's name in errors.
         pfgmpp: whether the user says that it was trained on PFGM++ noise; None if not given.
         aug_dim: the user's D; None if not given.
 
@@ -497,10 +501,10 @@ def resolve_D(
 
 
 def highest_level(content: dict[str, Any]) -> float | None:
-    """Returns where sampling starts, as a loaded file records it; None for the usual level.
+    """Returns the level where sampling starts, as a loaded file records it; None for the default.
 
     Raises:
-        ValueError: it records something else than a level.
+        ValueError: it records something other than a level.
     """
     if "sigma_max" not in content:
         return LSUN_SIGMA_MAX if content["options"].get("lsun") else None
@@ -514,11 +518,11 @@ def with_records(
     content: dict[str, Any], source: str | Path, *, scale: Scaling | None = None,
     cond_scale: Scaling | None = None, sigma_max: float | None = None,
 ) -> dict[str, Any]:
-    """Returns `content` with what is given of its data and its sampler, where it records nothing.
+    """Returns `content` with the given records of its data and sampler, which it may lack.
 
     Args:
         content: what `load` returned.
-        source: what errors call the file.
+        source: the file's name in errors.
         scale: of the data.
         cond_scale: of the condition images.
         sigma_max: the noise level where sampling starts.
@@ -563,8 +567,8 @@ def _check_start(content: dict[str, Any], source: str | Path, sigma_max: float) 
     high = network.get("sigma_max", math.inf)
     if not low < sigma_max <= high or math.isinf(sigma_max):
         most = "finite" if math.isinf(high) else f"at most {high:g}"
-        raise ValueError(f"{flag}: must be above {low:g} and {most}, a noise level that the "
-                         f"network of {source} knows")
+        raise ValueError(f"{flag}: must be above {low:g} and {most}, a noise level in the range of "
+                         f"the network of {source}")
 
 
 def first_difference(ours: dict, theirs: dict) -> str | None:

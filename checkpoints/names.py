@@ -1,7 +1,7 @@
 """Names of networks: files in a run directory, short names of published ones; needs no PyTorch.
 
     network-snapshot-000200.pt    the averaged network after 200 thousand images
-    training-state-000200.pt      all that a run needs to go on from there
+    training-state-000200.pt      all that a run needs to continue from there
 
 The number may have three decimals. Files of EDM, PFGM++, ECT and IDMD may end in .pkl; the numbers
 of ECT's files are ticks, and its last ones are called 'latest'.
@@ -42,7 +42,7 @@ def newest_network(run_dir: str | os.PathLike) -> tuple[Path, str] | None:
 
 
 def kimg_of_network(name: str) -> str | None:
-    """Returns the number that the name of a network's file begins with, None for another name."""
+    """Returns the number in a network's file name, which may go on after it; None for others."""
     match = _NUMBERED.match(name)
     return match and match["kimg"]
 
@@ -54,12 +54,12 @@ def found_note(given: str | os.PathLike, found: str) -> str:
 
 
 def find_network(source: str | os.PathLike) -> str:
-    """Returns the file that is meant: of a run directory the newest network.
+    """Returns the file that `source` names; for a run directory, its newest network.
 
-    A short name of `PUBLISHED` means its address, unless there is a file or folder of that name.
+    A short name in `PUBLISHED` stands for its URL, unless a file or folder has that name.
 
     Raises:
-        OSError: there is none; the message says what is there.
+        OSError: there is no such file; the message says which networks there are.
     """
     path = Path(source)
     if is_url(str(source)) or path.is_file():
@@ -76,25 +76,25 @@ def find_network(source: str | os.PathLike) -> str:
                    if _NETWORK.fullmatch(other.name)) if path.parent.is_dir() else []
     more = f", {len(there) - _MAX_NAMED} earlier ones" if len(there) > _MAX_NAMED else ""
     hint = (f"{path.parent} has {', '.join(there[:-_MAX_NAMED - 1:-1])}{more}" if there else
-            "name a run directory, a network-snapshot-*.pt, a training-state-*.pt, or a published "
-            f"file, its address, or one of {', '.join(PUBLISHED)}"
+            "name a run directory, a network-snapshot-*.pt, a training-state-*.pt, a published "
+            f"file or its URL, or one of {', '.join(PUBLISHED)}"
             if str(source).startswith("edm") else
             "name a run directory, a network-snapshot-*.pt, a training-state-*.pt, or a published "
-            "file or its address")
+            "file or its URL")
     raise FileNotFoundError(f"{source}: no such file; {hint}")
 
 
 def find_networks(sources: Iterable[str]) -> list[str]:
-    """Returns the files that are meant, in order and each once: of a pattern all that match it.
+    """Returns the files that `sources` name, in order and each once; patterns are expanded.
 
-    A pattern has *, ? or [ in it, such as 'RUN/network-snapshot-*.pt'; folders that are there are
-    taken by their names, whatever they have in them. What it matches comes in the order of the
-    numbers in the names: files called as runs call networks, and of run directories the newest
-    network. Only where there is neither, other files by their extensions. Anything else is as for
-    `find_network`.
+    A pattern contains *, ? or [, such as 'RUN/network-snapshot-*.pt'; in the names of existing
+    files and folders, these characters have no special meaning. A pattern matches files that are
+    named like those of runs, and run directories, for their newest network, in the order of the
+    numbers in the names. If there are none, it matches other files by their extensions. Other
+    sources are as in `find_network`.
 
     Raises:
-        OSError: there is none; the message says what is there.
+        OSError: nothing is found; the message says what there is.
     """
     found: list[str] = []
     for source in sources:
@@ -106,7 +106,7 @@ def find_networks(sources: Iterable[str]) -> list[str]:
 
 
 def _networks_of_pattern(pattern: str) -> list[str]:
-    """Returns the files of networks that a pattern means; raises OSError if there is none."""
+    """Returns the network files that a pattern matches; raises OSError if there are none."""
     literal = os.path.dirname(pattern)
     while literal and not os.path.exists(literal):
         literal = os.path.dirname(literal)
@@ -122,13 +122,13 @@ def _networks_of_pattern(pattern: str) -> list[str]:
         what = f"none of the {len(matches)} matches of this pattern is a network or a run " \
                f"directory with one ({others}{', ...' * (len(matches) > _MAX_NAMED)})" \
             if matches else "no file matches this pattern"
-        raise FileNotFoundError(f"{pattern}: {what}; name files of networks, such as "
+        raise FileNotFoundError(f"{pattern}: {what}; name network files, such as "
                                 "'RUN/network-snapshot-*.pt', or run directories")
     return networks
 
 
 def _place(path: str) -> tuple[str, float, str]:
-    """Returns what puts the files of a run in the order of their numbers."""
+    """Returns the sort key that puts the files of a run in the order of their numbers."""
     folder, name = os.path.split(path)
     return folder, float(kimg_of_network(name) or 0), name
 

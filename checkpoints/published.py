@@ -1,4 +1,4 @@
-"""Checkpoints of other projects as the content of our own: what is in them, checked and renamed.
+"""Reads checkpoints of other projects, checked and renamed, as the content of our own.
 
     EDM      network-snapshot-*.pkl    edm-snapshot            EMA network
     EDM      training-state-*.pt       edm-training-state      network, optimizer
@@ -11,23 +11,23 @@
     PFCM     model*.pt, ema_*.pt       recognised and refused
 
 They are pickles of the authors' classes with their source code. `torch_utils.safe_pickle` reads
-them as inert records; here a record's class name and constructor arguments, each checked against
+them as inert records. Here, a record's class name and constructor arguments, each checked against
 the tables below, become the configuration of a network of ours. That network is built without
-memory (on the "meta" device) and its names and shapes are compared with the file's tensors,
-strictly: whoever builds it afterwards needs no more memory than the file's tensors take.
+memory (on the "meta" device), and its names and shapes are compared strictly with the file's
+tensors, so that building it afterwards needs no more memory than the file's tensors take.
 
-Networks that sample in a few evaluations are ours with `few_step` (pfgmpp/few_steps.py). ECT's
+Networks that sample in a few evaluations become ours with `few_step` (pfgmpp/few_steps.py). ECT's
 consistency functions are EDM's network with a boundary at their sigma_min, in evaluation only
-(Geng et al. 2024, arXiv 2406.14548). Of ECT's states the optimizer is left out: the file does not
+(Geng et al. 2024, arXiv 2406.14548). The optimizer of ECT's states is left out: the file does not
 say which of PyTorch's it is, and RAdam's moments look like Adam's.
 
-The forks for CT images (Hein et al. 2023, arXiv 2309.01553 and 2312.09754) have conditional
-networks beside those of PFGM++. With v the condition, which has the channels of the image,
+The forks for CT images (Hein et al. 2023, arXiv 2309.01553 and 2312.09754) also have conditional
+networks. With v the condition, which has as many channels as the image,
 
     theirs   c_skip x + c_out F(c_in [v, x]; c_noise)
     ours     c_skip x + c_out F(c_in [x, v]; c_noise)      with `cond_c_in`
 
-so the layers that see [v, x] get their weights, and these their moments, in the other order.
+so the weights of the layers that see [v, x], and their moments, are reordered.
 """
 
 import functools
@@ -50,7 +50,7 @@ PFGMPP_STATE_FORMAT = "pfgmpp-foreign-state"
 ECT_SNAPSHOT_FORMAT = "ect-snapshot"
 ECT_STATE_FORMAT = "ect-training-state"
 IDMD_FORMAT = "idmd-snapshot"
-STUDENT = "student"  # of IDMD: denoises what its generator makes, and is no generator itself
+STUDENT = "student"  # of IDMD: denoises what its generator makes, and is not a generator itself
 KEYS = ("ema_0_9900", "ema_0_9950", "ema_0_9990", "ema_0_9999", "generator", STUDENT)
 DEFAULT_KEY = "ema_0_9990"
 HEAD_BYTES = 512  # how much of a file `is_published` needs to see
@@ -61,15 +61,15 @@ _MAX_NAME = 64
 _SUPPORTED = "only those of EDM, PFGM++, ECT and IDMD are supported"
 _EDM2 = f"an EDM2 network; {_SUPPORTED}"
 _UNET = ("weights of a guided-diffusion UNet (OpenAI's, as in PFCM), which is not among the "
-         f"networks here; {_SUPPORTED}")
+         f"supported networks; {_SUPPORTED}")
 _IDMD_OPTIMIZERS = ("generator_optimizer_state", "student_optimizer_state")
-_ECT_SIGMA_MIN = 0.003  # where a file of ECT does not record it
+_ECT_SIGMA_MIN = 0.003  # if a file of ECT does not record it
 _GUIDED_DIFFUSION = (b"time_embed.0.weight", b"input_blocks.0.0.weight")  # among its first names
 _FIRST_NAMES_BYTES = 8192
 
 
 def is_published(first_bytes: bytes) -> bool:
-    """Says whether a file that begins so is a pickle or torch.save ZIP that is not ours.
+    """Says whether a file with these first bytes is a pickle or torch.save ZIP that is not ours.
 
     Our files name their format first, within `HEAD_BYTES`.
     """
@@ -80,23 +80,23 @@ def is_published(first_bytes: bytes) -> bool:
 
 
 class UnreadableError(ValueError):
-    """A file that is none of those that are read here; it may hold weights all the same."""
+    """A file is of none of the kinds that are read here; it may still hold weights."""
 
 
 class _UnsupportedError(ValueError):
-    """A file of a known kind that has no network of ours."""
+    """A file is of a known kind, but its network is not supported."""
 
 
 class _LeftOutError(Exception):
-    """A tensor is needed that was not read, because it also belongs to what was left out."""
+    """A needed tensor was not read, because it also belongs to a part that was left out."""
 
 
 def read(file: IO[bytes], name: str, key: str | None = None) -> dict[str, Any]:
-    """Returns a foreign checkpoint in the shape of our own, see checkpoints/checkpoint.py.
+    """Returns a foreign checkpoint in the form of our own, see checkpoints/checkpoint.py.
 
     Args:
         file: a binary file that can seek.
-        name: what errors call it.
+        name: the file's name in errors.
         key: which of KEYS to read, for files of IDMD; None is DEFAULT_KEY.
 
     Returns:
@@ -106,15 +106,15 @@ def read(file: IO[bytes], name: str, key: str | None = None) -> dict[str, Any]:
         net, optimizer: state dicts; absent where the file has none.
         progress: cur_nimg, None where it isn't recorded.
         options: what is known of the run, named as in TrainConfig.
-        D_recorded: False where a PFGM++ file doesn't say which D it was trained with; `network`
-            then stands for D = inf.
-        key, keys: of a file of IDMD: which of its networks was read, as `ema`, and which it has.
+        D_recorded: False if a PFGM++ file doesn't say which D it was trained with; `network` then
+            stands for D = inf.
+        key, keys: for a file of IDMD, which of its networks was read, as `ema`, and which it has.
 
     Raises:
         OSError: it can't be read.
-        UnreadableError: damaged, of another kind, or asks for something unknown. One line with
-            `name`.
-        ValueError: recognised and refused, or it has no network `key`.
+        UnreadableError: it is damaged, of another kind, or asks for something unknown. One line
+            with `name`.
+        ValueError: it is recognised and refused, or has no network `key`.
     """
     wanted = DEFAULT_KEY if key is None else key
     others = {*KEYS, *_IDMD_OPTIMIZERS} - {wanted}
@@ -132,21 +132,21 @@ def read(file: IO[bytes], name: str, key: str | None = None) -> dict[str, Any]:
     with _calling_it(name):
         try:
             content = content_of(top)
-        except _LeftOutError:  # networks have tensors in common
+        except _LeftOutError:  # networks share tensors
             content = content_of(safe_pickle.load(file))
     check_key(content, key, name)
     return content
 
 
 def check_key(content: dict[str, Any], key: str | None, name: str) -> None:
-    """Raises ValueError for a key of a network where the file, called `name`, holds just one."""
+    """Raises ValueError if a key is given, but the file, called `name`, holds only one network."""
     if key is not None and "keys" not in content:
-        raise ValueError(f"--key={key}: {name} holds one network; leave --key out")
+        raise ValueError(f"--key={key}: {name} holds only one network; leave --key out")
 
 
 @contextmanager
 def _calling_it(name: str) -> Iterator[None]:
-    """Says in errors which file is meant."""
+    """Names the file in errors."""
     try:
         yield
     except _UnsupportedError as error:
@@ -157,7 +157,7 @@ def _calling_it(name: str) -> Iterator[None]:
 
 
 def _refuse_known(file: IO[bytes]) -> None:
-    """Raises ValueError for a file that begins as those of EDM2 or PFCM, whatever else is in it."""
+    """Raises ValueError for a file that begins like those of EDM2 or PFCM, without reading on."""
     file.seek(0)
     head = file.read(_FIRST_NAMES_BYTES)
     if head[:1] == b"\x80" and b"EasyDict" in head[:64] and b"encoder" in head[:128]:
@@ -170,7 +170,7 @@ def _chosen(top: dict[str, Any], key: str, keys: list[str]) -> dict[str, Any]:
     """Returns the content of a file of IDMD with one of its networks."""
     network = _read_network(top[key], key)
     few_step = {} if key == STUDENT else {"few_step": FewStep.of("ipfm").to_dict()}
-    recorded = network.D_recorded is not False  # EDM's networks, which lack D, are of D = inf
+    recorded = network.D_recorded is not False  # EDM's networks record no D: theirs is inf
     cur_nimg = top.get("cur_nimg")
     return {
         "format": IDMD_FORMAT, "network": network.config | few_step, "ema": network.tensors,
@@ -270,7 +270,7 @@ _BASE_RULES = {
     "model_type": _Rule("the name of the model", lambda value: type(value) is str),
     "pfgmpp": _FLAG, "D": _real(0, math.inf, above=True),
 }
-_OWN_RULES = {  # of our files alone
+_OWN_RULES = {  # of our files only
     "few_step": _Rule("a method and its levels", _is_few_step), "cond_c_in": _FLAG,
     "boundary": _real(0, 1e6), "boundary_in_training": _FLAG,
 }
@@ -309,7 +309,7 @@ def _checked(key: str, value: Any, rule: _Rule) -> Any:
 
 
 def check_network(config: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Checks what a file says of its network before anything is built from it.
+    """Checks what a file says about its network before anything is built from it.
 
     Raises:
         ValueError: a keyword or value that is not allowed, or tensors of another network.
@@ -323,11 +323,11 @@ def checked_skeleton(config: Any) -> Precond:
     Raises:
         ValueError: a keyword or value that is not allowed.
     """
-    require(type(config) is dict, f"describes its network by {shown(config)}")
+    require(type(config) is dict, f"describes its network by {shown(config)}, not by keywords")
     for key, known in (("class_name", PRECONDS), ("model_type", MODELS)):
         require(type(config.get(key)) is str and config[key] in known,
                 f"asks for the {key} {shown(config.get(key))}, which is not known (known are "
-                f"{', '.join(known)}); if it is of a plugin, give --plugin=FILE")
+                f"{', '.join(known)}); if a plugin defines it, give --plugin=FILE")
     published = config["class_name"] in _PRECOND_RULES and config["model_type"] in _MODEL_RULES
     rules = (_BASE_RULES | _OWN_RULES | _PRECOND_RULES.get(config["class_name"], {})
              | _MODEL_RULES.get(config["model_type"], {}))
@@ -361,7 +361,8 @@ def _read_network(record: Any, key: str) -> _Network:
     parameters = [name for name, (_, is_parameter) in stored.items() if is_parameter]
     own = [name for name, _ in skeleton.named_parameters()]
     _compare(skeleton.state_dict(), {name: tensor for name, (tensor, _) in stored.items()})
-    require(set(parameters) == set(own), "takes a buffer for a parameter")
+    require(set(parameters) == set(own), "stores a buffer as a parameter, or a parameter as a "
+            "buffer")
     swapped = swapped_weights(skeleton)
     tensors = {name: in_our_order(stored[name][0].float(), name in swapped)
                for name in skeleton.state_dict()}
@@ -369,23 +370,23 @@ def _read_network(record: Any, key: str) -> _Network:
 
 
 def swapped_weights(net: Precond) -> frozenset[str]:
-    """Returns which weights of a network of the CT forks are for [condition, x]."""
+    """Returns the names of weights that a network of the CT forks has for [condition, x]."""
     names = net.model.image_weights if net.cond_c_in else ()
     return frozenset(f"model.{name}" for name in names)
 
 
 def in_our_order(weight: torch.Tensor, is_swapped: bool) -> torch.Tensor:
-    """Returns a weight [O, 2 C, k, k] for [x, condition] that was for [condition, x]."""
+    """Returns a weight [O, 2 C, k, k], reordered for [x, condition] if it is for [condition, x]."""
     return weight.roll(weight.shape[1] // 2, dims=1) if is_swapped else weight
 
 
 def _configuration(record: Record) -> tuple[dict, bool | None]:
     """Returns checked keywords for `build_network`, and whether D is recorded."""
     model = _dict(record.state, "_modules").get("model")
-    require(type(model) is Record, f"has {shown(model)} for a model")
+    require(type(model) is Record, f"has {shown(model)} in place of a model")
     given = _arguments(record) or _arguments(model, skip=("in_channels", "out_channels"))
     own_rules = _BASE_RULES | _PRECOND_RULES[record.class_name]
-    # An attribute is what the network computes with, whatever it was constructed with.
+    # The network computes with its attributes, whatever arguments it was constructed with.
     given |= {key: record.state[key] for key in own_rules if key in record.state}
     return configuration(record.class_name, model.class_name, given)
 
@@ -435,7 +436,7 @@ def configuration(class_name: str, model_class: str, given: dict[str, Any]
 def _consistency(config: dict) -> dict:
     """Returns our configuration of a consistency function of ECT.
 
-    Its sigma_min is the boundary, and ours too: below, the network was never trained.
+    Its sigma_min becomes the boundary and our sigma_min: the network was never trained below it.
     """
     boundary = config.get("sigma_min", _ECT_SIGMA_MIN)
     return config | {"class_name": "EDMPrecond", "sigma_min": boundary, "boundary": boundary,
@@ -448,8 +449,8 @@ _POSITIONAL = ("img_resolution", "img_channels", "label_dim")  # alike in EDM an
 def _arguments(record: Record, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     """Returns the arguments that an object was constructed with, by name.
 
-    After the third, positions mean different things in EDM and PFGM++, but those arguments are
-    attributes too.
+    After the third, positions mean different things in EDM and PFGM++, but those arguments are also
+    attributes.
     """
     args, kwargs = record.state.get("_init_args") or (), record.state.get("_init_kwargs") or {}
     require(type(args) in (tuple, list) and type(kwargs) is dict,
@@ -477,7 +478,7 @@ def _stored_tensors(record: Record) -> Iterator[tuple[str, tuple[torch.Tensor, b
         prefix, module = waiting.pop()
         modules += 1
         require(type(module) is Record and type(module.state) is dict,
-                f"has {shown(module)} for a module")
+                f"has {shown(module)} in place of a module")
         require(modules <= _MAX_MODULES and prefix.count(".") <= _MAX_MODULE_DEPTH,
                 "has too many modules")
         for kind in ("_parameters", "_buffers"):
@@ -495,7 +496,7 @@ def _stored_tensors(record: Record) -> Iterator[tuple[str, tuple[torch.Tensor, b
 
 
 def _check_read(tensor: torch.Tensor) -> None:
-    """Raises _LeftOutError for a tensor without its numbers."""
+    """Raises _LeftOutError for a tensor whose content was not read."""
     if tensor.is_meta:
         raise _LeftOutError
 
@@ -510,7 +511,7 @@ def _compare(ours: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]) -> 
     for name in ours:
         require(name in stored, f"lacks the tensor {name}")
     for name, tensor in stored.items():
-        require(name in ours, f"has the tensor {shown(name)}, which its network has not")
+        require(name in ours, f"has the tensor {shown(name)}, which its network does not have")
         require(tensor.shape == ours[name].shape,
                 f"tensor {name} is {list(tensor.shape)}, must be {list(ours[name].shape)}")
         require(tensor.dtype in (torch.float32, torch.float16, torch.bfloat16),
@@ -529,11 +530,11 @@ def _optimizer(stored: Any, network: _Network) -> dict[str, Any]:
     require(type(stored) is dict, f"'optimizer_state' is {shown(stored)}")
     groups, state, names = stored.get("param_groups"), _dict(stored, "state"), network.stored_order
     require(type(groups) is list and len(groups) == 1 and type(groups[0]) is dict,
-            "has an optimizer that is not of one group of parameters")
+            "has an optimizer that does not have exactly one group of parameters")
     params = groups[0].get("params")
     require(type(params) is list and len(params) == len(names)
             and all(type(one) is int and one == i for i, one in enumerate(params)),
-            f"has an optimizer that is not of the network's {len(names)} parameters")
+            f"has an optimizer that does not match the network's {len(names)} parameters")
     group = {key: _checked(key, groups[0][key], rule)
              for key, rule in _GROUP_RULES.items() if key in groups[0]}
     group["betas"] = tuple(group.get("betas", (0.9, 0.999)))
@@ -541,7 +542,8 @@ def _optimizer(stored: Any, network: _Network) -> dict[str, Any]:
     own_index = {name: i for i, name in enumerate(network.own_order)}
     mapped = {}
     for i, moments in state.items():
-        require(type(i) is int and 0 <= i < len(names), f"has an optimizer state {shown(i)}")
+        require(type(i) is int and 0 <= i < len(names),
+                f"has an optimizer state for the unknown parameter {shown(i)}")
         name = names[i]
         mapped[own_index[name]] = _moments(moments, name, network.tensors[name].shape,
                                            name in network.swapped)

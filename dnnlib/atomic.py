@@ -1,8 +1,8 @@
-"""Files that are either complete or not there: a temporary name, fsync, rename.
+"""Writes files so that they are either complete or absent: a temporary name, fsync, rename.
 
 A crash at any moment leaves the earlier file untouched and at most one `NAME.RANDOM.tmp` beside it,
-which `remove_stale` or the next write of that file removes. A temporary belongs to whoever holds
-its lock, so writers on other machines and in other containers are safe. Lines are appended whole.
+which `remove_stale` or the next write of that file removes. A temporary file belongs to whoever
+holds its lock, so those of other machines and containers are safe. Lines are appended whole.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from dnnlib import locks
 
 # NAME.RANDOM.tmp; earlier versions wrote NAME.HOST-PID.tmp, which nothing locked.
 _TMP_NAME = re.compile(r".+\.([0-9a-f]{16}|(?P<unlocked>[^.]+-\d+))\.tmp")
-_ABANDONED_SEC = 24 * 3600  # a temporary without a lock that nobody has touched so long
+_ABANDONED_SEC = 24 * 3600  # age from which a temporary file without a lock counts as abandoned
 _TAIL_BYTES = 1 << 16
 
 
@@ -32,16 +32,16 @@ def atomic_write(path: str | os.PathLike, *, sync: bool = True,
 
     Args:
         path: the final name; its folder must exist.
-        sync: whether the bytes must be on the disk before the name appears. Off for files that
-            are cheap to make again and too many to wait for, such as generated images.
-        replace: False raises FileExistsError if the file exists, even if another process made it
-            meanwhile.
+        sync: whether the bytes must be on the disk before the name appears. Turn it off for files
+            that are cheap to make again and too many to wait for, such as generated images.
+        replace: False raises FileExistsError if the file exists, even if another process has just
+            made it.
 
     Raises:
         OSError: the file can't be written; the temporary file is removed.
     """
     path = Path(path)
-    if sync:  # not of images by the thousand: each would read the whole folder
+    if sync:  # not for images by the thousand: each would list the whole folder
         _remove_stale(path.parent.glob(f"{glob.escape(path.name)}.*.tmp"))
     tmp, file = _create(path)
     try:
@@ -50,7 +50,7 @@ def atomic_write(path: str | os.PathLike, *, sync: bool = True,
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-            if locks.fcntl is None:  # Windows renames no open file, and there is no lock to hold
+            if locks.fcntl is None:  # Windows can't rename open files; there is no lock to hold
                 file.close()
             if replace or not _link(tmp, path):
                 os.replace(tmp, path)
@@ -62,9 +62,9 @@ def atomic_write(path: str | os.PathLike, *, sync: bool = True,
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Raises OSError where the file can't be written, or none beside it; leaves nothing behind.
+    """Raises OSError unless a file, and another one beside it, can be written; leaves no trace.
 
-    Folders that are missing count as made. To be called before what takes long.
+    Missing folders are assumed to be made later. Call it before work that takes long.
     """
     path = Path(path).absolute()
     if path.exists() and not path.is_file():
@@ -102,7 +102,7 @@ def _create(path: Path) -> tuple[Path, IO[bytes]]:
             raise
         if _is_at(tmp, file.fileno()):
             return tmp, file
-        file.close()  # someone tidied up between the two calls and took it for abandoned
+        file.close()  # another process took it for abandoned between the two calls
 
 
 def _is_at(path: Path, fd: int) -> bool:
@@ -114,7 +114,7 @@ def _is_at(path: Path, fd: int) -> bool:
 
 
 def _link(tmp: Path, path: Path) -> bool:
-    """Gives a file its name where nothing has it; False where the file system has no links."""
+    """Gives a file its name if nothing has it; returns False if the file system has no links."""
     try:
         os.link(tmp, path)
     except FileExistsError:
@@ -134,7 +134,7 @@ def write_json(path: str | os.PathLike, value: Any, *, replace: bool = True) -> 
 def remove_stale(folder: str | os.PathLike) -> list[Path]:
     """Removes and returns the temporary files of `atomic_write` whose writers are gone.
 
-    Where the file system has no locks, those are the ones that are a day old.
+    If the file system has no locks, it removes those that are a day old.
     """
     return _remove_stale(Path(folder).glob("*.tmp"))
 
@@ -151,8 +151,7 @@ def _remove_if_stale(path: Path) -> bool:
     try:
         with open(path, "r+b") as file:
             try:
-                # Held until the file has gone, so that its writer, if it has yet to lock it, sees
-                # that it has.
+                # Held until the file is gone, so that a writer that has yet to lock it notices.
                 is_free = locks.lock_handle(file.fileno(), wait=False)
             except locks.NoLocksError:
                 is_free = None
@@ -167,12 +166,12 @@ def _remove_if_stale(path: Path) -> bool:
 
 
 def append_line(path: str | os.PathLike, line: str) -> None:
-    """Appends a line, whole or not at all; a torn one that a crash has left goes first.
+    """Appends a line, whole or not at all, after removing a partial one that a crash has left.
 
     Several processes may append to one file.
 
     Raises:
-        OSError: it can't be written; the file is as it was.
+        OSError: it can't be written; the file is unchanged.
     """
     with open(path, "a+b", buffering=0) as file:
         with contextlib.suppress(locks.NoLocksError):
@@ -207,7 +206,7 @@ def _whole_lines(file: IO[bytes]) -> int:
 def _sync_dir(path: Path) -> None:
     try:
         fd = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
+    except PermissionError:  # Windows can't open folders
         return
     try:
         os.fsync(fd)

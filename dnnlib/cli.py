@@ -1,4 +1,4 @@
-"""How the command-line scripts speak of mistakes: one line, an exit code, no traceback."""
+"""How the command-line scripts report mistakes: one line, an exit code, no traceback."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ from dnnlib.util import CACHE_DIR_ENV, cache_dir
 BAD_INPUT, BAD_USAGE, DIVERGED = 1, 2, 3
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 CONTEXT = {"max_content_width": 100, "show_default": True, **HELP_NAMES}  # of click commands
-_MAX_FLOAT32 = 1e38  # of values; float32 ends soon after
+_MAX_FLOAT32 = 1e38  # largest value allowed; float32 ends soon after
 _KIND_NAMES = {int: "whole numbers", float: "numbers"}
 _KILLED = re.compile(r"killed by signal: (\w[\w ]*)")
 # What PyTorch says of a lost or silent process of the group: gloo, its store, NCCL.
@@ -28,20 +28,20 @@ _LOST = re.compile(r"gloo|connection (closed|reset|was)|timed out|nccl|socket|br
 
 
 # How OpenMP's threads wait for each other, read when PyTorch is imported: they spin for a moment,
-# then sleep. By default they spin for milliseconds, and where another program holds a core, the
-# thread that is waited for does not get one meanwhile (docs/performance.md).
+# then sleep. By default they spin for milliseconds, and if another program holds a core, the thread
+# that they wait for gets none meanwhile (docs/performance.md).
 _OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-_RANK0_SEC = 10  # for rank 0 to show an error that all ranks have; torchrun looks each 5 s or less
+_RANK0_SEC = 10  # for rank 0 to show an error of all ranks; torchrun looks every 5 s or less
 _COMPILED_ENV = "TORCHINDUCTOR_CACHE_DIR"  # where PyTorch keeps what it compiles
 
 
 class UserError(click.ClickException):
-    """One line for the user.
+    """An error of one line for the user.
 
     Under torchrun, rank 0 shows it while there is no process group. In a process group
-    (torch_utils/distributed.py) the first rank that raises it shows it, whether it is the only one
-    or not: `should_print` then says whether this rank does. With `every_rank`, every process under
-    torchrun that raises it shows it. `hint` is a second line, which says what to do.
+    (torch_utils/distributed.py), the first rank that raises it shows it, even if others raise it
+    too; `should_print` says whether this rank does. With `every_rank`, every process under torchrun
+    that raises it shows it. `hint` is a second line that says what to do.
     """
 
     def __init__(self, message: str, exit_code: int = BAD_INPUT, every_rank: bool = False, *,
@@ -79,17 +79,17 @@ def run(main: click.Command) -> None:
         if console.is_rank0():
             click.echo("Stopped by a signal", err=True)
         raise
-    except Exception as error:  # a mistake of the program: its traceback once, not by every rank
+    except Exception as error:  # a bug: its traceback is shown once, not by every rank
         if getattr(error, "should_print", None) is False:
             sys.exit(BAD_INPUT)
         raise
 
 
 def _compiled_dir() -> str | None:
-    """Returns the folder of the cache for compiled code; None where it can't be written.
+    """Returns the cache folder for compiled code; None if it can't be written.
 
-    PyTorch then chooses one of its own. It ends with an error where it can't make the folder that
-    it is given, even if it compiles nothing.
+    PyTorch then chooses a folder of its own. It fails if it can't make the folder that it is given,
+    even if it compiles nothing.
     """
     try:
         folder = cache_dir("compiled")
@@ -101,9 +101,9 @@ def _compiled_dir() -> str | None:
 
 
 def check_compiled_dir() -> None:
-    """Makes the folder for compiled code; where that fails, PyTorch gets to choose another one.
+    """Makes the folder for compiled code; if that fails, lets PyTorch choose another one.
 
-    To be called before PyTorch asks for it, by a command that computes.
+    Commands that compute call it before PyTorch asks for the folder.
     """
     folder = os.environ.get(_COMPILED_ENV)
     if folder is not None and folder == _compiled_dir():  # not one that the user has chosen
@@ -120,22 +120,22 @@ def _set_variable(name: str, value: str | None) -> None:
 
 
 def _expand_home(arg: str) -> str:
-    """Returns an argument with a ~ replaced that shells have left, as in --name=~/path."""
+    """Returns an argument with its ~ expanded, if a shell has left one, as in --name=~/path."""
     name, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
     if not value.startswith("~"):
         return arg
     expanded = os.path.expanduser(value)
     if expanded == value and value.partition("/")[0] != "~":
-        return arg  # of no user of this name
+        return arg  # there is no user of this name
     if expanded == value:
-        UserError(f"{arg}: this user has no home directory; give the whole path",
+        UserError(f"{arg}: this user has no home directory; give the full path",
                   BAD_USAGE).show()
         sys.exit(BAD_USAGE)
     return f"{name}{equals}{expanded}"
 
 
 def _run_on_other_rank(main: click.Command) -> None:
-    """Does what click does, but leaves errors that rank 0 has too for rank 0 to show."""
+    """Runs a command as click does, but leaves errors that rank 0 also has for rank 0 to show."""
     try:
         main(standalone_mode=False)
     except click.ClickException as error:
@@ -175,11 +175,11 @@ def _use_cache_dir(ctx: click.Context, param: click.Parameter, value: str | None
         return
     folder = os.path.abspath(value)
     if not value or (os.path.exists(folder) and not os.path.isdir(folder)):
-        raise click.BadParameter(f"{value!r}: must name a folder, which is made if need be")
+        raise click.BadParameter(f"{value!r}: must name a folder, which is made if needed")
     for name in (CACHE_DIR_ENV, _COMPILED_ENV):
         ctx.call_on_close(functools.partial(_set_variable, name, os.environ.get(name)))
     chosen_by_user = os.environ.get(_COMPILED_ENV) != _compiled_dir()
-    os.environ[CACHE_DIR_ENV] = folder  # loader processes have it too
+    os.environ[CACHE_DIR_ENV] = folder  # loader processes inherit it
     if not chosen_by_user:
         _set_variable(_COMPILED_ENV, _compiled_dir())
 
@@ -188,8 +188,9 @@ def _use_cache_dir(ctx: click.Context, param: click.Parameter, value: str | None
 def user_errors(exit_code: int = BAD_INPUT) -> Iterator[None]:
     """Turns ValueError and OSError, which are about the user's input, into UserError.
 
-    So does what PyTorch raises when memory runs out, a data loader process is killed or another
-    rank is gone. If a signal has ended the work, any of these only follows from it.
+    The same holds for what PyTorch raises when memory runs out, a data loader process is killed or
+    another rank is gone. If a signal has ended the work, such errors only follow from it, and
+    `Stopped` is raised instead.
     """
     try:
         yield
@@ -205,24 +206,24 @@ def user_errors(exit_code: int = BAD_INPUT) -> Iterator[None]:
         shown = _machine_error(error)
         if shown is None:
             raise
-        if shown.every_rank:  # else each rank has its own words for the loss of another
+        if shown.every_rank:  # otherwise each rank words the loss of another differently
             shown.should_print = getattr(error, "should_print", None)
         raise shown from error
 
 
 def _machine_error(error: Exception) -> UserError | None:
-    """Returns the line for an error of PyTorch that the machine causes; None for any other."""
+    """Returns the error to show for one of PyTorch that the machine causes; None for others."""
     text = f"{error} {error.__cause__}"
     if "DataLoader worker" in text:
         killed = _KILLED.search(text)
         return UserError(f"a data loader process was killed ({killed[1] if killed else error}), "
-                         "perhaps for want of memory; use fewer --workers", every_rank=True)
+                         "perhaps because memory ran out; use fewer --workers", every_rank=True)
     if type(error).__name__ == "OutOfMemoryError":
-        return UserError("out of GPU memory; use a smaller --batch-gpu in training, --batch "
+        return UserError("out of GPU memory; use a smaller --batch-gpu in training or --batch "
                          f"elsewhere ({str(error).split('.')[0]})", every_rank=True)
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return UserError("out of memory; use a smaller --batch-gpu in training, --batch elsewhere, "
-                         "and fewer --workers", every_rank=True)
+        return UserError("out of memory; use a smaller --batch-gpu in training or --batch "
+                         "elsewhere, and fewer --workers", every_rank=True)
     if "RANK" in os.environ and (_LOST.search(text) or type(error).__name__.startswith("Dist")):
         return UserError("lost another process of this run: it has ended, or it did not answer in "
                          f"time; its own messages say why ({str(error)[:200]})")
@@ -230,7 +231,7 @@ def _machine_error(error: Exception) -> UserError | None:
 
 
 def describe(error: Exception) -> str:
-    """Returns the error's own words, without an errno number before them."""
+    """Returns an error's message, without an errno number before it."""
     if not (isinstance(error, OSError) and error.strerror):
         return str(error)
     return error.strerror if error.filename is None else \
@@ -242,7 +243,7 @@ def flag_errors(flag: str, path: str | os.PathLike, remedy: str = "") -> Iterato
     """Puts '--flag=path: ' before a ValueError or OSError about that file or folder.
 
     Args:
-        flag: what the command line calls it.
+        flag: the flag that names it.
         path: as it was given.
         remedy: what to do, for errors that don't say so.
     """
@@ -258,7 +259,7 @@ def flag_errors(flag: str, path: str | os.PathLike, remedy: str = "") -> Iterato
 
 
 def shown_name(name: str) -> str:
-    """Returns a name for a message: as it is, or in ASCII where it would not be one plain line."""
+    """Returns a name for a message: as it is, or in ASCII if it would not be one plain line."""
     return name if name.isprintable() and name else ascii(name)
 
 
@@ -305,7 +306,7 @@ def two_numbers(text: str) -> tuple[float, float]:
 class IntList(click.ParamType):
     """Comma-separated integers and ranges a-b, in the order given; `unique` drops repetitions.
 
-    `empty` is the word for the list without any, where that is allowed.
+    `empty` is the word for an empty list, if that is allowed.
     """
 
     name = "list"
@@ -335,7 +336,7 @@ class IntList(click.ParamType):
 
 
 class NameList(click.ParamType):
-    """Comma-separated names out of `names`, each once; none where the text is empty."""
+    """Comma-separated names out of `names`, each once; an empty text has none."""
 
     name = "list"
 
@@ -347,12 +348,12 @@ class NameList(click.ParamType):
         found = value if isinstance(value, tuple) else tuple(
             dict.fromkeys(filter(None, value.split(","))))
         if unknown := [name for name in found if name not in self._names]:
-            self.fail(f"{unknown[0]!r} is none of {', '.join(self._names)}", param, ctx)
+            self.fail(f"{unknown[0]!r} is not one of {', '.join(self._names)}", param, ctx)
         return found
 
 
 class FiniteNumber(click.FloatRange):
-    """A number in a range, which NaN and infinity are not."""
+    """A finite number in a range."""
 
     def convert(self, value, param, ctx):
         """Returns the number."""

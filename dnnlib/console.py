@@ -1,6 +1,6 @@
-"""How much a script says: as usual, --quiet or --verbose.
+"""How much a script prints: by default, with --quiet and with --verbose.
 
-    stdout    what goes on, and results; --quiet drops all but `result`
+    stdout    progress and results; --quiet drops everything but `result`
     stderr    warnings and errors, always; progress bars on a terminal, unless --quiet
 
 Under torchrun, only rank 0 prints. For errors of other ranks see dnnlib/cli.py.
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import IO
 
-_console: IO[str] | None = None  # stdout, while --quiet has put another in its place
+_console: IO[str] | None = None  # the real stdout, while --quiet replaces it
 _is_verbose = False
 
 
@@ -27,7 +27,7 @@ class _Silent(io.TextIOBase):
 
 @contextlib.contextmanager
 def speaking(*, quiet: bool, verbose: bool) -> Iterator[None]:
-    """Inside, the script says less or more."""
+    """Makes the script print less or more inside the block."""
     global _console, _is_verbose
     before = sys.stdout, _console, _is_verbose
     _is_verbose = verbose
@@ -55,10 +55,10 @@ def is_rank0() -> bool:
 
 
 def result(text: str) -> None:
-    """Prints what the script was started for; only rank 0 may call it."""
+    """Prints a result, even with --quiet; only rank 0 may call it."""
     print(text, flush=True)  # a log gets it from here
     if _console is not None:
-        with contextlib.suppress(OSError):  # its reader has gone: a run goes on
+        with contextlib.suppress(OSError):  # its reader has gone: the run continues
             print(text, file=_console, flush=True)
 
 
@@ -69,28 +69,28 @@ def detail(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line of work that goes on even if the reader of stdout has gone."""
+    """Prints a line without failing if the reader of stdout has gone."""
     try:
         print(text, flush=True)
-    except OSError:  # else what is left in the buffer would fail again, at the latest at exit
+    except OSError:  # what is left in the buffer would fail again, at exit at the latest
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
 
 
 def print_to_files(text: str) -> None:
-    """Prints a line where stdout is a file or a pipe; on a terminal it goes to the log only."""
+    """Prints a line if stdout is a file or a pipe; on a terminal, it only goes to the log."""
     if sys.stdout is None:
         return
     if not sys.stdout.isatty():
-        sys.stdout.write(text + "\n")  # at once, so that no other line comes between
+        sys.stdout.write(text + "\n")  # in one piece, so that no other line comes between
         sys.stdout.flush()
     elif write_log := getattr(sys.stdout, "write_log", None):
         write_log(text + "\n")
 
 
 def bar_disabled() -> bool | None:
-    """Returns tqdm's `disable`: a bar is for a terminal, on rank 0, without --quiet."""
+    """Returns tqdm's `disable`: bars are shown on a terminal, on rank 0, without --quiet."""
     return None if is_rank0() and not is_quiet() else True
 
 

@@ -1,6 +1,6 @@
-"""Locks on open files, which the kernel takes back when their owner dies.
+"""Locks on open files, which the kernel releases when their owner dies.
 
-Windows, and some network file systems, have none: there each function says that it can't tell.
+Windows and some network file systems have none: every function then raises NoLocksError.
 """
 
 import errno
@@ -21,10 +21,10 @@ class NoLocksError(OSError):
 
 
 def lock_whole(fd: int, *, wait: bool = True) -> bool:
-    """Takes the lock of an open file among processes; closing any handle of the file frees it.
+    """Takes this process's lock on an open file; closing any handle of the file releases it.
 
-    It is not shared with forked processes, and it holds between the machines of an NFS mount that
-    has locking. Returns whether it was taken: without `wait`, not if another process holds it.
+    Forked processes do not share it. On an NFS mount with locking, it also holds between machines.
+    Returns whether it was taken: without `wait`, it is not if another process holds it.
 
     Raises:
         NoLocksError: there are no locks here.
@@ -33,9 +33,9 @@ def lock_whole(fd: int, *, wait: bool = True) -> bool:
 
 
 def lock_handle(fd: int, *, wait: bool = True) -> bool:
-    """Takes the lock that belongs to the handle: a second handle of this process does not get it.
+    """Takes the lock of a file handle, which another handle, even of this process, can't take.
 
-    Returns whether it was taken: without `wait`, not if another handle has it.
+    Returns whether it was taken: without `wait`, it is not if another handle has it.
 
     Raises:
         NoLocksError: there are no locks here.

@@ -1,4 +1,4 @@
-"""The header of a NumPy array file (.npy), which may come from anybody."""
+"""Reads the header of a NumPy array file (.npy), which need not be trusted."""
 
 import tokenize
 from typing import IO
@@ -13,10 +13,10 @@ _DAMAGE = (ValueError, TypeError, KeyError, IndexError, AttributeError, SyntaxEr
 
 
 def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Returns shape, whether columns come first, and type; the file stands before the values.
+    """Returns (shape, whether in Fortran order, type); the file is left before the values.
 
     Raises:
-        ValueError: the file is no NumPy array, or its header is damaged.
+        ValueError: the file is not a NumPy array, or its header is damaged.
     """
     try:
         return _READERS[np.lib.format.read_magic(file)](file)

@@ -1,7 +1,7 @@
-"""A function over many items by several processes: results in order, a bounded window ahead.
+"""Maps a function over many items in several processes: results in order, a bounded look-ahead.
 
-Items travel in chunks that grow while they are quick to do, so that tiny images don't wait for the
-pipes between processes and large ones don't pile up.
+Items are sent in chunks that grow as long as they are quick to do, so that tiny images don't wait
+for the pipes between processes and large ones don't pile up.
 """
 
 import collections
@@ -55,7 +55,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
                 size = _next_size(size, len(results), seconds)
                 yield from results
     except BrokenProcessPool as error:
-        raise OSError("a worker process was killed, perhaps for want of memory; "
+        raise OSError("a worker process was killed, perhaps because memory ran out; "
                       "try --workers=1") from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,7 +1,7 @@
-"""The machine that reads pickles without running anything in them.
+"""Reads pickles without running anything in them.
 
-A pickle is a program for a small machine. `Reader` is such a machine, but it knows only the
-instructions that build plain values and refuses every other, naming it. A name in the file never
+A pickle is a program for a small machine. `Reader` is such a machine, but it only knows the
+instructions that build plain values; it refuses any other and names it. A name in the file never
 leads to an object of that name: the caller's table says which small function stands in for it.
 
     dict, list, tuple, str, int, bool, None   themselves
@@ -9,7 +9,7 @@ leads to an object of that name: the caller's table says which small function st
     a name                                    a Global
 
 What a file can ask for is bounded by its size and by a budget of instructions: every length is
-checked against the bytes that are there, and an instruction makes at most one small object.
+checked against the bytes that are left, and an instruction makes at most one small object.
 """
 
 import pickletools
@@ -42,7 +42,7 @@ class Stateful:
     __slots__ = ()
 
     def set_state(self, state: Any) -> None:
-        """Takes the state; raises ValueError for one that it can't have."""
+        """Sets the state; raises ValueError for one that the object can't have."""
         raise NotImplementedError
 
 
@@ -60,7 +60,7 @@ class Budget:
 
 @contextmanager
 def reporting_damage() -> Iterator[None]:
-    """Raises ValueError for whatever else goes wrong in a damaged file, beyond what is checked."""
+    """Turns errors of damaged files that no check has caught into ValueError."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, RuntimeError, MemoryError, OverflowError,
@@ -71,14 +71,14 @@ def reporting_damage() -> Iterator[None]:
 class Reader:
     """The machine: a stack, the stacks below open marks, and a memo of objects to be used again.
 
-    A subclass may know more instructions, and may say in its own words what is wrong with a file.
-    `pos` is where the next pickle begins; `read` may be called again for pickles back to back.
+    A subclass may add instructions and reword errors. `pos` is where the next pickle begins; `read`
+    may be called again for pickles back to back.
 
     Args:
         data: the pickles.
         names: {(module, name): function that stands in for it}; it is called with this reader and
             a tuple of arguments. None is for names that can't be called.
-        instructions: how many may still be done.
+        instructions: how many may still be executed.
     """
 
     key_types: tuple[type, ...] = (str,)  # besides small whole numbers
@@ -117,7 +117,7 @@ class Reader:
         if chr(code) == "i":  # INST carries the name of a class
             self.find(self.line(), self.line())
         known = pickletools.code2op.get(chr(code))
-        name = known.name if known else "none that exists"
+        name = known.name if known else "unknown"
         raise ValueError(self.strange_opcode.format(name=name, code=code))
 
     # ------------------------------------------------------------------------- what the file holds
@@ -127,7 +127,7 @@ class Reader:
         start = self.pos
         self.pos = stop = start + count
         if stop > len(self.data):
-            raise ValueError(f"damaged (cut short: {count} bytes wanted at {start}, "
+            raise ValueError(f"damaged (cut short: {count} bytes needed at {start}, "
                              f"{len(self.data) - start} are left)")
         return self.data[start:stop]
 
@@ -144,7 +144,7 @@ class Reader:
         return int.from_bytes(self.take(size), "little", signed=signed)
 
     def long(self) -> int:
-        """Returns the next whole number, whose size stands before it."""
+        """Returns the next whole number, which its size precedes."""
         size = self.byte()
         require(size <= _MAX_LONG, f"has an integer of {size} bytes")
         return self.number(size, signed=True)
@@ -190,7 +190,7 @@ class Reader:
         self.memo[index] = self.stack[-1]
 
     def recall(self, index: int) -> None:
-        require(index in self.memo, "damaged (a memo entry that is not there)")
+        require(index in self.memo, "damaged (a memo entry that does not exist)")
         self.stack.append(self.memo[index])
 
     def pack(self, count: int) -> None:
@@ -216,7 +216,7 @@ class Reader:
             target[key] = value
 
     def is_key(self, value: Any) -> bool:
-        """Says whether a value may be a key: a text, or a whole number as indices are."""
+        """Says whether a value may be a key: a text, or a whole number of the size of indices."""
         return type(value) in self.key_types or (type(value) is int and 0 <= value < _MAX_KEY)
 
     # --------------------------------------------------------------------------- names and objects

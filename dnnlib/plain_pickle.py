@@ -1,8 +1,8 @@
-"""Pickles of plain values and of NumPy arrays of numbers, as data sets are published in them.
+"""Reads pickles of plain values and of NumPy arrays of numbers, such as those of public data sets.
 
-CIFAR-10 was written by Python 2, whose texts are bytes: they are read as Latin-1, which keeps every
-byte, and an array's content may be such a text. Nothing in a file is run, see
-`dnnlib.pickle_reader`; arrays are views of the bytes that are there.
+CIFAR-10 was written by Python 2, whose texts are bytes. They are read as Latin-1, which keeps every
+byte; an array's content may be such a text. Nothing in a file is run, see `dnnlib.pickle_reader`.
+Arrays are views of the file's bytes.
 """
 
 import math
@@ -43,7 +43,7 @@ class Array(Stateful):
         self._state = state
 
     def numpy(self) -> np.ndarray:
-        """Returns the array, which can't be written to.
+        """Returns the array, read-only.
 
         Raises:
             ValueError: it isn't of numbers, or its shape doesn't fit its bytes.
@@ -71,7 +71,7 @@ class _DType(Stateful):
 
     def set_state(self, state: Any) -> None:
         require(type(state) is tuple and len(state) > 1 and type(state[1]) is str
-                and len(state[1]) == 1 and state[1] in _ORDERS, "has a type that isn't read")
+                and len(state[1]) == 1 and state[1] in _ORDERS, "has a type that isn't supported")
         self._order = state[1]
 
     def numpy(self) -> np.dtype:
@@ -81,7 +81,7 @@ class _DType(Stateful):
 
 
 class _Reader(Reader):
-    """The machine with the texts of Python 2, and with bytes that are Python's own."""
+    """The machine with the texts of Python 2, and with bytes as Python's own type."""
 
     opcodes = Reader.opcodes | {
         ord("U"): lambda r: r.push(str(r.take(r.byte()), "latin-1")),
@@ -97,7 +97,7 @@ class _Reader(Reader):
     cut_short = "pickle exhausted before seeing STOP"
 
     def check_name(self, name: Global) -> None:
-        pass  # an array names its class too; what counts is what is called
+        pass  # an array also names its class; only what is called matters
 
     def reduce(self) -> None:
         called = self.stack[-2]
@@ -107,11 +107,11 @@ class _Reader(Reader):
 
 
 def _array(reader: Reader, args: tuple) -> Array:
-    return Array()  # what is known of it follows as its state
+    return Array()  # its content follows as its state
 
 
 def _array_of_buffer(reader: Reader, args: tuple) -> Array:
-    """Returns an array of protocol 5, of which all is known."""
+    """Returns an array of protocol 5, which comes with its content."""
     data, dtype, shape, order = args
     array = Array()
     array.set_state((1, shape, dtype, order == "F", data))

@@ -1,8 +1,8 @@
 """A user's Python file that adds parts to registries: --plugin=FILE.
 
-The file is run once, as a module of its own, when the command line is read, and before other flags
-are looked at, so that these can name what it has added. Only the command line says which file: no
-checkpoint and no recorded option does.
+The file is run once, as a module of its own, when the command line is read. It is run before other
+flags are checked, so that these can name what it has added. Only the command line can name the
+file; checkpoints and recorded options can't.
 """
 
 import hashlib
@@ -36,11 +36,11 @@ _loaded: dict[Path, Plugin] = {}
 
 
 def load_plugin(path: str) -> Plugin:
-    """Runs a Python file, unless this process has run it as it is now.
+    """Runs a Python file, unless this process has already run it with the same content.
 
     Raises:
-        UserError: it can't be read or compiled, raises an exception, whose traceback is then shown
-            from the file on, or replaces a part of the program.
+        UserError: it can't be read or compiled, raises an exception (whose traceback is shown from
+            the file on), or replaces a part of the program.
     """
     place = Path(path).resolve()
     try:
@@ -89,7 +89,7 @@ def _from_file(trace: types.TracebackType | None, file: str) -> types.TracebackT
 
 
 def _take_note(plugin: Plugin, before: dict[int, dict]) -> None:
-    """Notes which parts a plugin has added.
+    """Records which parts a plugin has added.
 
     Raises:
         UserError: it has replaced one of the program's own.
@@ -100,8 +100,8 @@ def _take_note(plugin: Plugin, before: dict[int, dict]) -> None:
                 del registry[name]
             registry.update(registry.own)
             raise UserError(f"--plugin={plugin.path}: replaces the {registry.kind} "
-                            f"{replaced[0]!r}, which is the program's own; register yours under "
-                            "another name", BAD_INPUT)
+                            f"{replaced[0]!r}, which is built in; register yours under another "
+                            "name", BAD_INPUT)
         known = before.get(id(registry), registry.own)
         registry.origins |= {name: plugin.sha256 for name in registry.added
                              if registry[name] is not known.get(name)}
@@ -116,9 +116,9 @@ def _take_back(plugin: Plugin) -> None:
 
 
 class Registered(click.Choice):
-    """One of the program's names, or one that was added to registries of some kinds.
+    """One of the program's own names, or one that a plugin added to registries of some kinds.
 
-    Help shows the former.
+    Help shows only the program's own names.
     """
 
     def __init__(self, own: Sequence[str], *kinds: str):
@@ -138,7 +138,7 @@ def plugin_option(*, is_exposed: bool = False) -> Callable:
     """Returns a decorator that adds --plugin to a click command.
 
     Args:
-        is_exposed: the command's function gets `plugin`, a Plugin or None.
+        is_exposed: whether the command's function gets `plugin`, a Plugin or None.
     """
     return click.option("--plugin", metavar="FILE.py", is_eager=True, callback=_load,
                         expose_value=is_exposed,

@@ -1,9 +1,9 @@
-"""Progress of long work: a bar on a terminal, lines into files, and a word when it gets slow.
+"""Progress of long work: a bar on a terminal, lines in files, and a warning if it gets slow.
 
-Where stdout is a file or a pipe, a line is printed at least every LINE_SEC seconds. On a terminal
-there is a bar, and the lines go to the log file if there is one. A thread writes them, so that they
-come while a single step takes minutes too. Work within other work is the one that is told, and no
-more than LINE_SEC pass without a line from one piece of work to the next.
+If stdout is a file or a pipe, a line is printed at least every LINE_SEC seconds. On a terminal
+there is a bar, and the lines go to the log file if there is one. A thread writes the lines, so that
+they also come while a single step takes minutes. If work is nested, only the innermost is reported.
+No more than LINE_SEC pass without a line, even from one piece of work to the next.
 """
 
 import contextlib
@@ -19,12 +19,13 @@ from dnnlib import console
 T = TypeVar("T")
 
 LINE_SEC = 15.0
-FIRST_LINE_SEC = 3.0  # of work before training: who waits wants to know soon what for
-_LOOK_SEC = 1.0  # how often a stage is shown anew on a terminal, and whose turn it is looked at
+FIRST_LINE_SEC = 3.0  # for work before training: users should soon see what they wait for
+_LOOK_SEC = 1.0  # how often a stage is redrawn on a terminal, and the innermost work looked up
 _COLLAPSED = 1 / 3  # of the best speed so far
-_END_SEC = 1.0  # for a line that is being written when the work ends
-_WAY_OUT = ("Other programs may want the processor, and threads that wait for each other are slow "
-            "then: end the others, or start again with fewer threads, such as OMP_NUM_THREADS=1")
+_END_SEC = 1.0  # how long to wait for a line that is being written when the work ends
+_WAY_OUT = ("Other programs may be using the processor, which slows down threads that wait for "
+            "each other: end those programs, or start again with fewer threads, such as "
+            "OMP_NUM_THREADS=1")
 
 
 class Progress:
@@ -34,13 +35,13 @@ class Progress:
         total: how many there are.
         title: what is being done; begins the bar and the lines.
         initial: how many are done already.
-        unit: of the numbers.
-        is_scaled: show numbers as 1.2k and 3.4M.
-        is_shown: show anything.
+        unit: unit of the numbers.
+        is_scaled: whether to show numbers as 1.2k and 3.4M.
+        is_shown: whether to show anything.
         delay: seconds before the bar appears.
-        watch_speed: warn, once, when the speed collapses.
-        first_line_sec: seconds before the first line; LINE_SEC where it is None.
-        is_stage: nothing is counted; the time that has passed is shown instead.
+        watch_speed: whether to warn, once, when the speed collapses.
+        first_line_sec: seconds before the first line; None means LINE_SEC.
+        is_stage: whether to show the elapsed time instead of counting.
     """
 
     _open: ClassVar[list["Progress"]] = []
@@ -50,7 +51,7 @@ class Progress:
                  is_scaled: bool = False, is_shown: bool = True, delay: float = 0.0,
                  watch_speed: bool = False, first_line_sec: float | None = None,
                  is_stage: bool = False):
-        from tqdm import tqdm  # late: the help of scripts needs none of it
+        from tqdm import tqdm  # late: --help does not need it
 
         self._bar = tqdm(total=total, initial=initial, desc=title or None, unit=unit, leave=False,
                          unit_scale=is_scaled, delay=delay,
@@ -72,7 +73,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if not self._open and time.monotonic() > Progress._last_line + LINE_SEC:
-            Progress._last_line = time.monotonic()  # there was nothing to tell before
+            Progress._last_line = time.monotonic()  # there was nothing to report before
         self._open.append(self)
         if self._is_shown:
             self._thread.start()
@@ -99,7 +100,7 @@ class Progress:
 
     @contextlib.contextmanager
     def above_bar(self) -> Iterator[None]:
-        """Inside, lines may be printed without tearing the bar apart."""
+        """Lets lines be printed inside the block without breaking the bar."""
         with self._bar.external_write_mode():
             yield
         sys.stdout.flush()
@@ -118,7 +119,7 @@ class Progress:
         self._other = (name, count, sec_each) if count else None
 
     def restart_clock(self) -> None:
-        """Leaves the time since the last update out of the speed: other work was done in it."""
+        """Leaves the time since the last update, which other work took, out of the speed."""
         self._last_update = time.monotonic()
 
     def _write_lines(self) -> None:
@@ -134,11 +135,11 @@ class Progress:
                     self._has_line = True
                     with self._bar.get_lock():
                         console.print_to_files(self._line())
-            except (OSError, ValueError):  # nobody reads, or not these characters
+            except (OSError, ValueError):  # there is no reader, or it can't take these characters
                 return
 
     def _pause_sec(self) -> float:
-        if self._open[-1:] != [self]:  # whose line may be long due, and is not its own to write
+        if self._open[-1:] != [self]:  # its line may be long due, but another's is shown
             return _LOOK_SEC
         return min(max(self._due() - time.monotonic(), 0.01), _LOOK_SEC)
 
@@ -150,7 +151,7 @@ class Progress:
     def _line(self) -> str:
         if self._is_stage:
             return f"{self._title}: {time.monotonic() - self._start:.0f} s so far"
-        # Until there is a whole window, of what there is: the first step may have taken longer.
+        # Until a window is complete, it uses what there is: the first step may have taken longer.
         rate = self._rate or self._window_count / max(self._window_sec, 1e-9)
         parts = [f"{self._number(self._done)} {self._unit}"]
         if self._total is not None:
@@ -176,7 +177,7 @@ class Progress:
         return self._bar.format_sizeof(value) if self._is_scaled else str(value)
 
     def _measure_speed(self, count: int) -> None:
-        """Takes the speed of the last LINE_SEC of work, and warns, once, if it has collapsed."""
+        """Measures the speed over the last LINE_SEC of work; warns, once, if it has collapsed."""
         now = time.monotonic()
         self._window_count += count
         self._window_sec += now - self._last_update
@@ -188,15 +189,15 @@ class Progress:
         if self._watches_speed and self._rate < _COLLAPSED * self._best_rate:
             self._watches_speed = False
             with self.above_bar():
-                print(f"Warning: {self._rate:.3g} {self._unit}/s after {self._best_rate:.3g}. "
-                      f"{_WAY_OUT}", file=sys.stderr, flush=True)
+                print(f"Warning: down to {self._rate:.3g} {self._unit}/s from "
+                      f"{self._best_rate:.3g}. {_WAY_OUT}", file=sys.stderr, flush=True)
         self._best_rate = max(self._best_rate, self._rate)
 
 
 def stage(title: str) -> Progress:
     """Returns the progress of work that can't be counted, such as reading the list of a ZIP.
 
-    It shows the time that has passed: in a line after FIRST_LINE_SEC and then every LINE_SEC, or on
-    a terminal in place of a bar.
+    It shows the elapsed time: in a line after FIRST_LINE_SEC and then every LINE_SEC, or on a
+    terminal in place of a bar.
     """
     return Progress(None, title, delay=math.inf, first_line_sec=FIRST_LINE_SEC, is_stage=True)

@@ -1,7 +1,7 @@
-"""One run per directory: numbered ones, and a lock that the kernel takes back when its owner dies.
+"""One run per directory: numbered directories, and a lock that ends when its owner dies.
 
-The lock is on DIR/.lock. The file says who holds it; it stays, and means nothing by itself. Where
-there are no locks at all (Windows), a file DIR/.running stands for the lock while a run goes on.
+The lock is on DIR/.lock. The file says who holds it; it is never removed, and its existence means
+nothing. Without file locks (Windows), a file DIR/.running stands for the lock during a run.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ _held: set[Path] = set()  # by this process
 
 @contextlib.contextmanager
 def run_lock(run_dir: str | os.PathLike) -> Iterator[None]:
-    """Holds the lock of an existing directory; within another one of it, it does nothing.
+    """Holds the lock of an existing directory; does nothing if this process already holds it.
 
-    Where the file system has no locks it only warns: a second run is then not detected.
+    If the file system has no locks, it only warns: a second run is then not detected.
 
     Raises:
         ValueError: another process holds it; the message names host and process.
@@ -47,12 +47,12 @@ def _lock(run_dir: Path) -> Iterator[None]:
     try:
         try:
             if not locks.lock_whole(fd, wait=False):
-                raise ValueError(f"{run_dir}: in use by {_owner(fd)}; wait for its end, stop it, "
-                                 "or name another directory")
+                raise ValueError(f"{run_dir}: in use by {_owner(fd)}; wait until it ends, stop "
+                                 "it, or name another directory")
             os.ftruncate(fd, 0)
             os.write(fd, _own_name())
         except locks.NoLocksError as error:
-            print(f"Warning: {run_dir} can't be locked ({error.strerror}): start no second "
+            print(f"Warning: {run_dir} can't be locked ({error.strerror}): do not start a second "
                   "run there", file=sys.stderr, flush=True)
         yield
     finally:
@@ -66,7 +66,7 @@ def _file_for_lock(run_dir: Path) -> Iterator[None]:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
         owner = path.read_text(errors="replace").strip() or "another process"
-        raise ValueError(f"{run_dir}: in use by {owner}; wait for its end, stop it, or name "
+        raise ValueError(f"{run_dir}: in use by {owner}; wait until it ends, stop it, or name "
                          f"another directory. If it has crashed, remove {path}") from None
     try:
         os.write(fd, _own_name())
@@ -86,7 +86,7 @@ def _owner(fd: int) -> str:
 
 
 def lock_holder(run_dir: str | os.PathLike) -> str | None:
-    """Returns who holds the lock of a directory, None where nobody does or it can't be told.
+    """Returns who holds the lock of a directory; None if nobody does, or if that is not known.
 
     It takes no lock, so a run that starts meanwhile is not disturbed. A process does not see its
     own lock.
@@ -107,9 +107,9 @@ def lock_holder(run_dir: str | os.PathLike) -> str | None:
 def numbered_dir(parent: Path, text: str) -> Path:
     """Makes and returns PARENT/NNNNN-text, with a number that no other folder there has.
 
-    First the bare number is taken by mkdir, at which one process succeeds on every file system. A
-    process that listed the folders before another one took the number, and makes its own folder
-    after that one got its full name, then sees the full name.
+    First, mkdir claims the bare number, at which only one process succeeds on every file system.
+    Another process may have claimed the same number in between and renamed its folder; then the
+    number appears twice, and this process tries again.
     """
     while True:
         number = f"{max(_numbers(parent), default=-1) + 1:05d}"

@@ -1,4 +1,4 @@
-"""How a script handles SIGTERM, SIGINT and SIGUSR1, by which clusters and people stop it.
+"""How a script handles SIGTERM, SIGINT and SIGUSR1, with which clusters and people stop it.
 
     outside `deferred()`    `Stopped` is raised where the main thread is: temporary files are
                             removed, worker processes ended
@@ -8,8 +8,8 @@
 torchrun passes on signals that a cluster's scheduler may already have sent to every process. So the
 same stop can come twice, and signals within GRACE_SEC of the first count as the same one.
 
-Nobody tells a process of torchrun that its torchrun was killed. It stops as at SIGTERM, and ends at
-once LAUNCHER_SEC later, as torchrun would have done.
+A process is not notified when its torchrun is killed, so it watches for that. It then stops as at
+SIGTERM, and ends at once if it still runs LAUNCHER_SEC later, as torchrun would have ended it.
 """
 
 import contextlib
@@ -51,9 +51,9 @@ def install() -> None:
 
 
 def end_with_parent() -> None:
-    """Makes this child process of multiprocessing end when its parent has, even if it is killed.
+    """Makes this child process of multiprocessing end with its parent, even if that is killed.
 
-    A child may be waiting for its siblings to take what it sends, and they for it, for ever.
+    Otherwise a child and its siblings could wait for each other to receive data forever.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -71,21 +71,21 @@ def requested() -> int | None:
 
 
 def raise_again() -> None:
-    """Raises `Stopped` if it was raised before: errors that come after that follow from it."""
+    """Raises `Stopped` if it was raised before: later errors only follow from it."""
     if _was_raised:
         raise Stopped(_requested)
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, signals are only remembered."""
+    """Only remembers signals inside the block."""
     with _deferring(True):
         yield
 
 
 @contextlib.contextmanager
 def immediate() -> Iterator[None]:
-    """Inside, within `deferred()`, signals raise `Stopped` again, even one that has come before."""
+    """Lets signals, even an earlier one, raise `Stopped` inside a block within `deferred()`."""
     with _deferring(False):
         if _requested is not None:
             raise Stopped(_requested)
@@ -142,7 +142,7 @@ def _patience_sec() -> float:
 
 
 def _forget() -> None:
-    """Gives a forked child the ordinary signals back: only its parent stops tidily."""
+    """Restores default signal handling in a forked child: only its parent stops cleanly."""
     signal.set_wakeup_fd(-1)
     for number in EXIT_CODES:
         signal.signal(number, signal.SIG_DFL)

@@ -1,13 +1,13 @@
 """Uncompressed ZIPs: written quickly in little memory, and read without trust.
 
 `StoredZip` writes what `zipfile` would, byte for byte, but an entry of the directory takes under
-100 bytes of memory instead of about 600 and is packed once. `stored_members` reads files that
-anybody may have made: members are views of the bytes that are there, each byte belongs to one
-member at most, and nothing stands around the ZIP.
+100 bytes of memory instead of about 600 and is packed once. `stored_members` reads untrusted files:
+members are views of the file's bytes, each byte belongs to at most one member, and nothing precedes
+or follows the ZIP.
 
-`Place` says where one member lies in a file, so that any process can read it. `places` finds them
-in a ZIP, `written_places` in one that has no directory yet, as it is left by a writer that was
-killed: whole members in a row, and perhaps a part of one.
+`Place` says where one member is in a file, so that any process can read it. `places` finds them in
+a ZIP; `written_places` finds them in a ZIP that has no directory yet, as a killed writer leaves it:
+whole members in a row, and perhaps a part of one.
 
 Format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.
 """
@@ -20,7 +20,7 @@ from typing import IO, NamedTuple
 
 from dnnlib.util import require, shown
 
-ZIP_MAGIC = b"PK\3\4"  # opens a member, and so the file
+ZIP_MAGIC = b"PK\3\4"  # begins a member, and so the file
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -32,8 +32,8 @@ _UNIX = 3 << 8
 _DATE = 1 << 5 | 1  # 1 January 1980, the earliest a ZIP can hold: equal images, equal files
 _PERMISSIONS = 0o644 << 16
 _UTF8 = 1 << 11  # a flag of a member: its name is UTF-8
-_MAX_COUNT, _MAX_OFFSET = 0xFFFF, 0x7FFFFFFF  # beyond, the fields of ZIP64
-_FULL = 0xFFFFFFFF  # in place of a number that stands in a field of ZIP64
+_MAX_COUNT, _MAX_OFFSET = 0xFFFF, 0x7FFFFFFF  # above these, ZIP64 fields are used
+_FULL = 0xFFFFFFFF  # in place of a number that is in a ZIP64 field
 _MAX_MEMBERS = 100_000  # of a ZIP that is read
 
 
@@ -45,7 +45,7 @@ class StoredZip:
         self._directory, self._count = bytearray(), 0
 
     def write(self, name: str, data: bytes) -> None:
-        """Adds a member; `name` is new."""
+        """Adds a member; `name` must be new."""
         encoded, flags = name.encode(), 0 if name.isascii() else _UTF8
         assert len(data) <= _MAX_OFFSET
         fields = (flags, 0, 0, _DATE, zlib.crc32(data), len(data), len(data), len(encoded))
@@ -62,7 +62,7 @@ class StoredZip:
         self._count += 1
 
     def close(self) -> None:
-        """Writes the directory, without which the file is no ZIP."""
+        """Writes the directory, without which the file is not a ZIP."""
         start, size, count = self._position, len(self._directory), self._count
         self._file.write(self._directory)
         if count > _MAX_COUNT or max(start, size) > _MAX_OFFSET:
@@ -74,24 +74,24 @@ class StoredZip:
 
 
 class Member(NamedTuple):
-    """A member of a ZIP that is read; its checksum has yet to be compared."""
+    """A member of a ZIP that is read; its checksum has not been compared yet."""
 
     name: str
     data: memoryview
     crc: int
 
     def read(self) -> memoryview:
-        """Returns the content; raises ValueError where it is not what the checksum is of."""
+        """Returns the content; raises ValueError if it does not match the checksum."""
         require(zlib.crc32(self.data) == self.crc,
                 f"damaged (the checksum of {shown(self.name)} does not match)")
         return self.data
 
 
 def stored_members(data: memoryview) -> dict[str, Member]:
-    """Returns {name: member} of a ZIP whose members are all stored; nothing may stand around it.
+    """Returns {name: member} of a ZIP whose members are all uncompressed, with nothing around it.
 
     Raises:
-        ValueError: damaged, or a member is compressed, encrypted or there twice.
+        ValueError: it is damaged, or a member is compressed, encrypted or duplicated.
     """
     start, end, count = _directory(data)
     require(0 < count <= _MAX_MEMBERS, f"is a ZIP of {count} members")
@@ -142,7 +142,7 @@ def _directory(data: memoryview) -> tuple[int, int, int]:
 
 
 def _wide_numbers(extra: memoryview, numbers: list[int]) -> list[int]:
-    """Returns size, packed size and offset, those that are too large for 32 bits from `extra`."""
+    """Returns size, packed size and offset, taking those too large for 32 bits from `extra`."""
     wide: list[int] = []
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<2H", extra)
@@ -164,7 +164,7 @@ def _local_data(data: memoryview, offset: int, name: bytes) -> int:
 
 
 class Place(NamedTuple):
-    """Where a member lies in the file of a ZIP that does not compress it."""
+    """Where an uncompressed member is in the file of a ZIP."""
 
     path: str
     offset: int  # of its header
@@ -176,14 +176,14 @@ class Place(NamedTuple):
 
         Raises:
             OSError: the file can't be read.
-            ValueError: the content is not what the checksum is of.
+            ValueError: the content does not match the checksum.
         """
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             header = file.read(_LOCAL.size)
             require(len(header) == _LOCAL.size and header.startswith(ZIP_MAGIC),
                     "damaged (ZIP member without its header)")
-            file.seek(sum(_LOCAL.unpack(header)[-2:]), os.SEEK_CUR)  # its name, and what is extra
+            file.seek(sum(_LOCAL.unpack(header)[-2:]), os.SEEK_CUR)  # its name and extra field
             data = file.read(self.size)
         require(len(data) == self.size and zlib.crc32(data) == self.crc,
                 "damaged (the checksum does not match)")
@@ -191,17 +191,17 @@ class Place(NamedTuple):
 
 
 def places(path: str | os.PathLike) -> dict[str, Place]:
-    """Returns where each member of a ZIP lies, by name; their content is not looked at.
+    """Returns where each member of a ZIP is, by name; content is not read.
 
     Raises:
         OSError: it can't be read.
-        ValueError: no ZIP, or one with a member that is compressed, encrypted or there twice.
+        ValueError: it is not a ZIP, or a member is compressed, encrypted or duplicated.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             infos = [info for info in archive.infolist() if not info.is_dir()]
     except zipfile.BadZipFile as error:
-        raise ValueError(f"no ZIP, or damaged ({error})") from error
+        raise ValueError(f"not a ZIP, or damaged ({error})") from error
     found: dict[str, Place] = {}
     for info in infos:
         name = info.filename
@@ -213,9 +213,9 @@ def places(path: str | os.PathLike) -> dict[str, Place]:
 
 
 def written_places(path: str | os.PathLike) -> dict[str, Place]:
-    """Returns where the members lie that `StoredZip` has written whole, with no directory yet.
+    """Returns where the members are that `StoredZip` has written completely, without a directory.
 
-    Members after the first that is not whole are not found. Content is not looked at.
+    The search ends at the first incomplete member. Content is not read.
 
     Raises:
         OSError: it can't be read.

@@ -1,4 +1,4 @@
-"""Attribute dictionaries, downloads, a log file beside the console, formatting, what must hold."""
+"""Attribute dictionaries, downloads, a log file beside the console, formatting, and checks."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ from dnnlib.progress import Progress
 CACHE_DIR_ENV = "PFGMPP_CACHE_DIR"
 _CHUNK_BYTES = 1 << 20
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
-_CLAUSES = re.compile(r""": |, ['"(]+|\w+\(['"]""")  # what is between those of an error
+_CLAUSES = re.compile(r""": |, ['"(]+|\w+\(['"]""")  # what separates the clauses of an error
 _HTML_STARTS = (b"<!doctype html", b"<html")
 
 
@@ -37,10 +37,10 @@ class EasyDict(dict):
 
 
 class Logger:
-    """Copies everything printed to stdout and stderr into a file too, until closed.
+    """Also writes everything printed to stdout and stderr to a file, until closed.
 
-    Used as a context manager. Nothing that is printed raises an error: what does not get into the
-    file or to the console (a full disk, a reader that has gone) is lost, with one warning.
+    Use it as a context manager. Printing never raises an error: what can't be written to the file
+    or the console (a full disk, a reader that has gone) is lost, with one warning.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -51,7 +51,7 @@ class Logger:
         self._has_warned = False
 
     def write_file(self, text: str) -> None:
-        """Appends `text` to the file alone; terminal control such as progress bars stays out."""
+        """Appends `text` only to the file."""
         if self._file is None:
             return
         try:
@@ -76,7 +76,7 @@ class Logger:
 
 
 class _Tee(io.TextIOBase):
-    """One of the two streams that a Logger copies; progress bars reach the console alone."""
+    """One of the two streams that a Logger copies; progress bars only reach the console."""
 
     def __init__(self, logger: Logger, stream: IO[str]):
         self._logger, self._stream = logger, stream
@@ -89,18 +89,18 @@ class _Tee(io.TextIOBase):
         return len(text)
 
     def write_log(self, text: str) -> None:
-        """Writes `text` to the file alone."""
+        """Writes `text` only to the file."""
         self._logger.write_file(text)
 
     def write_console(self, text: str) -> None:
-        """Writes `text` to the stream alone."""
+        """Writes `text` only to the stream."""
         self._on_console(lambda: self._stream.write(text))
 
     def flush(self) -> None:
         self._on_console(self._stream.flush)
 
     def detach(self) -> IO[str]:
-        """Returns the stream; what can't be written to it is dropped, lest Python fails at exit."""
+        """Returns the stream; drops what can't be written, so that Python does not fail at exit."""
         if not self._on_console(self._stream.flush):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
@@ -151,12 +151,12 @@ def shown_bytes(count: int) -> str:
 
 
 def counted(number: int, one: str, several: str = "") -> str:
-    """Returns '1 image' or '2 images': a number and `one`, or `several`, which is it with an s."""
+    """Returns '1 image' or '2 images'; `several` is the plural, by default `one` with an s."""
     return f"{number} {one if number == 1 else several or f'{one}s'}"
 
 
 def format_ranges(numbers: Iterable[int]) -> str:
-    """Returns integers as text such as '0,5,10-19', rising, each once."""
+    """Returns integers as text such as '0,5,10-19', in rising order, each once."""
     parts: list[list[int]] = []
     for number in sorted(set(numbers)):
         if parts and number == parts[-1][1] + 1:
@@ -167,7 +167,7 @@ def format_ranges(numbers: Iterable[int]) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """Returns rows of text in columns, those numbered in `left` to the left."""
+    """Returns rows of text in columns; those whose numbers are in `left` are left-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(
         cell.ljust(width) if i in left else cell.rjust(width)
@@ -188,7 +188,7 @@ def require(ok: object, problem: str, allowed: str = "") -> None:
 
 
 def shown(value: Any) -> str:
-    """Returns a short text for a value out of a file, one line of ASCII whatever the value is."""
+    """Returns a short text for any value from a file, as one line of ASCII."""
     if type(value) is str:
         return ascii(value if len(value) <= 80 else value[:77] + "...")
     if value is None or type(value) in (bool, int, float):
@@ -212,7 +212,7 @@ def cache_dir(*parts: str) -> Path:
 
 
 def is_url(text: str) -> bool:
-    """Says whether `text` is an http(s) address."""
+    """Says whether `text` is an http(s) URL."""
     return urlparse(str(text)).scheme in ("http", "https")
 
 
@@ -226,24 +226,24 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def open_url(url: str, sha256: str | None = None, *, verbose: bool = True) -> IO[bytes]:
-    """Opens a local file or an http(s) address for reading in binary.
+    """Opens a local file or an http(s) URL for reading in binary.
 
-    Downloads are kept in the cache folder and appear there only when complete and as expected; a
-    download that was cut short starts afresh. Without an expected hash, that of the first download
-    is kept in a file .sha256 beside it: the file must have it whenever it is opened, and so must
-    later downloads.
+    Downloads are kept in the cache folder and appear there only when complete and as expected; an
+    interrupted download starts again. If no hash is expected, that of the first download is kept in
+    a file .sha256 beside it. The file is compared with it whenever it is opened, and so are later
+    downloads.
 
     Args:
-        url: a path or an address; an address may end in '#sha256:HEX', which pins its content.
+        url: a path or a URL; a URL may end in '#sha256:HEX', which pins its content.
         sha256: the expected hash of the whole file, or None for no check.
-        verbose: show a progress bar on a terminal.
+        verbose: whether to show a progress bar on a terminal.
 
     Raises:
-        OSError: the file or address can't be read, or it is not what it was said to be.
+        OSError: the file or URL can't be read, or its hash is not the expected one.
     """
     if not is_url(url):
         if "://" in str(url):
-            raise OSError(f"{url}: only http and https addresses and local files can be opened")
+            raise OSError(f"{url}: only http and https URLs and local files can be opened")
         return open(url, "rb")
     url, _, pin = url.partition("#sha256:")
     sha256 = (sha256 or pin or "").lower() or None
@@ -264,7 +264,7 @@ def open_url(url: str, sha256: str | None = None, *, verbose: bool = True) -> IO
 
 
 def _download(url: str, target: Path, sha256: str | None, verbose: bool) -> str:
-    """Writes what an address holds to `target`; returns its sha256."""
+    """Downloads a URL to `target`; returns the file's sha256."""
     import requests  # late: commands that download nothing start faster
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -284,7 +284,7 @@ def _download(url: str, target: Path, sha256: str | None, verbose: bool) -> str:
 def _reason(error: Exception) -> str:
     """Returns why a request failed: the status, or the last clause of the error.
 
-    What comes before it are the address again and the classes that requests and urllib3 wrap.
+    The clauses before that repeat the URL and name the exceptions that requests and urllib3 wrap.
     """
     reply = getattr(error, "response", None)
     if reply is not None:
@@ -296,7 +296,7 @@ def _reason(error: Exception) -> str:
 
 def _receive(reply, url: str, file: IO[bytes], verbose: bool) -> str:
     """Writes the body of a reply to `file`; returns its sha256."""
-    expected = None  # unknown where the body is compressed on its way
+    expected = None  # unknown if the body is compressed in transit
     if "Content-Encoding" not in reply.headers and "Content-Length" in reply.headers:
         expected = int(reply.headers["Content-Length"])
     digest, received = hashlib.sha256(), 0
@@ -304,11 +304,11 @@ def _receive(reply, url: str, file: IO[bytes], verbose: bool) -> str:
                   is_shown=verbose) as progress:
         for chunk in reply.iter_content(_CHUNK_BYTES):
             if received == 0 and chunk.lstrip()[:15].lower().startswith(_HTML_STARTS):
-                raise OSError(f"{url}: a web page came back instead of a file; download it by hand")
+                raise OSError(f"{url}: returned a web page instead of a file; download it by hand")
             file.write(chunk)
             digest.update(chunk)
             received += len(chunk)
             progress.update(len(chunk))
     if expected is not None and received != expected:
-        raise OSError(f"{url}: {received} of {expected} bytes came")
+        raise OSError(f"{url}: received {received} of {expected} bytes")
     return digest.hexdigest()

@@ -196,7 +196,7 @@ def test_no_file_of_options_and_no_checkpoint_makes_a_script_run_code(
     done = invoke(generate.main, f"--network={tmp_path / 'first'}", f"--outdir={tmp_path / 'out'}")
     assert done.exit_code == 1 and trace.read_text() == "ran "
     assert ("asks for the model_type 'Conv', which is not known (known are SongUNet, "
-            "DhariwalUNet); if it is of a plugin, give --plugin=FILE\n") in done.output
+            "DhariwalUNet); if a plugin defines it, give --plugin=FILE\n") in done.output
     done = invoke(generate.main, f"--network={tmp_path / 'first'}", f"--outdir={tmp_path / 'out'}",
                   f"--plugin={plugin}", "--seeds=0-1", "--steps=2", "--device=cpu")
     assert done.exit_code == 0 and trace.read_text() == "ran ran "
@@ -449,8 +449,8 @@ def test_a_file_does_not_replace_our_parts(invoke, tmp_path, line):
     code, output = shown(invoke, file)
     name = re.search('"(.*)"', line)[1]
     assert code == 1 and output == (
-        f"Error: --plugin={file}: replaces the solver '{name}', which is the program's own; "
-        "register yours under another name\n")
+        f"Error: --plugin={file}: replaces the solver '{name}', which is built in; register "
+        "yours under another name\n")
     assert SOLVERS["heun"] is heun and not SOLVERS.added
 
 

@@ -1,1 +1,1 @@
-"""What any distributed PyTorch program of this kind needs: processes, statistics, files."""
+"""Helpers for a distributed PyTorch program: processes, statistics, files."""

@@ -1,12 +1,12 @@
-"""Processes: the start and end of a process group, who is who, and who waits for whom.
+"""Processes: starting and ending the process group, ranks, and how ranks wait for each other.
 
-Without torchrun there is no process group, and every function here does its work for one process.
-Under torchrun there are two groups: NCCL on GPUs and gloo on the CPU for tensors, and gloo for what
-the hosts tell each other: objects, barriers, whether to stop.
+Without torchrun there is no process group, and every function here works for one process. Under
+torchrun there are two kinds of groups: one for tensors (NCCL on GPUs, gloo on the CPU), and gloo
+groups for what hosts exchange (objects, barriers, whether to stop).
 
-The two have different timeouts. Ranks meet in every step, so a rank that does not reach a tensor's
-all-reduce within half an hour hangs. What one rank does for others (`run_on_rank0`, `run_by`) may
-take as long as it takes: the others ask the store again and again for its end, in no collective.
+They have different timeouts. Ranks meet in every step, so a rank that does not reach a tensor's
+all-reduce within half an hour hangs. Work that one rank does for others (`run_on_rank0`, `run_by`)
+may take any time: the others poll the store for its end instead of waiting in a collective.
 """
 
 import contextlib
@@ -35,19 +35,19 @@ from dnnlib.progress import stage
 
 T = TypeVar("T")
 
-# $PFGMPP_TIMEOUT, in seconds, replaces the first. A state is also written between steps, and a
-# network is compiled in the first one: both take minutes at worst.
+# $PFGMPP_TIMEOUT, in seconds, overrides the timeout of a step. States are also written between
+# steps, and networks are compiled in the first one: both take minutes at worst.
 TIMEOUT_ENV = "PFGMPP_TIMEOUT"
 _STEP_TIMEOUT = datetime.timedelta(minutes=30)
 _HOST_TIMEOUT = datetime.timedelta(hours=2)
-_POLL_SEC, _SLOW_POLL_SEC = 0.02, 0.5  # how often a rank asks the store: at first, later
-_BEAT_SEC = 10.0  # how often a rank that works for others says that it lives
+_POLL_SEC, _SLOW_POLL_SEC = 0.02, 0.5  # how often a rank polls the store: at first, later
+_BEAT_SEC = 10.0  # between heartbeats of a rank that works for others
 STOP_TIMEOUT = datetime.timedelta(seconds=5)  # torchrun kills after 30
 _host_group: torch.distributed.ProcessGroup | None = None
-_step_group: torch.distributed.ProcessGroup | None = None  # of hosts, as impatient as a step
-_stop_group: torch.distributed.ProcessGroup | None = None  # nothing else may be under way in it
+_step_group: torch.distributed.ProcessGroup | None = None  # of hosts, with the timeout of a step
+_stop_group: torch.distributed.ProcessGroup | None = None  # of hosts, for nothing but stopping
 _turns = itertools.count()  # of run_by and run_on_rank0, which all ranks call in the same order
-_PIECE_ROWS = 4096  # how many rows cross between processes at a time
+_PIECE_ROWS = 4096  # how many rows are sent between processes at a time
 
 
 def init(device: str = "auto") -> torch.device:
@@ -56,7 +56,7 @@ def init(device: str = "auto") -> torch.device:
     `device` is 'cuda', 'cpu', or 'auto' for CUDA if there is a GPU.
 
     Raises:
-        ValueError: CUDA was asked for, and there is no GPU or fewer than local processes.
+        ValueError: CUDA was asked for, but there are fewer GPUs than local processes, or none.
     """
     check_compiled_dir()
     chosen = choose_device(device)
@@ -81,9 +81,9 @@ def init(device: str = "auto") -> torch.device:
 def _fresh_store() -> tuple[torch.distributed.Store, int, int]:
     """Returns (store, rank, world size); the store holds nothing of processes that are gone.
 
-    torchrun keeps one store for all its restarts (PyTorch 2.13). A restarted rank could find there
-    the address of another one that has died, and wait for it. So rank 0 chooses a prefix, and gives
-    it to the ranks that ask under names that nobody has used before.
+    torchrun keeps one store for all its restarts (PyTorch 2.13). A restarted rank could find in it
+    the address of a rank that has died, and wait for that. So rank 0 chooses a prefix and gives it
+    to the ranks that ask for it, under names that were never used before.
     """
     store, rank, size = next(torch.distributed.rendezvous("env://", timeout=_HOST_TIMEOUT))
     own = uuid.uuid4().hex
@@ -95,13 +95,13 @@ def _fresh_store() -> tuple[torch.distributed.Store, int, int]:
     waiting, end = set(range(1, size)), time.monotonic() + _HOST_TIMEOUT.total_seconds()
     while waiting:
         for other in sorted(waiting):
-            if store.check([f"asks/{other}"]):  # if that one is gone, its successor asks again
+            if store.check([f"asks/{other}"]):  # if that rank is gone, its successor asks again
                 store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
             if store.check([f"{own}/{other}"]):
                 waiting.remove(other)
         time.sleep(_POLL_SEC if waiting else 0)
         if time.monotonic() > end:
-            raise OSError(f"ranks {sorted(waiting)} have not started in time")
+            raise OSError(f"ranks {sorted(waiting)} did not start in time")
     return torch.distributed.PrefixStore(own, store), rank, size
 
 
@@ -120,7 +120,7 @@ def choose_device(device: str) -> torch.device:
     """Returns the device of this name; 'auto' is CUDA if there is a GPU, else the CPU.
 
     Raises:
-        ValueError: CUDA was asked for, and there is no GPU or fewer than local processes.
+        ValueError: CUDA was asked for, but there are fewer GPUs than local processes, or none.
         RuntimeError: PyTorch knows no such name.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -154,7 +154,7 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
     """Calls `init` on entry, and `shutdown` on a normal exit.
 
     After an error the group is left as it is: a barrier would wait for ranks that may be gone. The
-    error gets `should_print`, whether this rank shows it: see dnnlib.cli.UserError.
+    error gets the attribute `should_print`, whether this rank shows it: see dnnlib.cli.UserError.
     """
     chosen = init(device)
     if broadcast_object(console.is_verbose()):  # --verbose may be given on some ranks only
@@ -176,23 +176,23 @@ def _print_ranks(device: torch.device) -> None:
 
 
 def _is_first_to_tell(error: Exception) -> bool | None:
-    """Says whether no other rank has shown an error with this text; None where nobody knows."""
+    """Says whether no other rank has shown an error with this text; None if that is not known."""
     if get_world_size() == 1:
         return None
     words = hashlib.sha256(f"{type(error).__name__} {error}".encode()).hexdigest()
-    with contextlib.suppress(RuntimeError):  # the store may be gone: torchrun keeps it
+    with contextlib.suppress(RuntimeError):  # torchrun, and its store, may be gone
         store = torch.distributed.distributed_c10d._get_default_store()
         return store.add(f"printed/{words}", 1) == 1
     return None
 
 
 class HostAgreement:
-    """Tells all ranks the largest value that any rank has said of each of a few numbers.
+    """Gives all ranks the maximum over ranks of each of a few numbers.
 
-    The numbers travel between the hosts, beside the device's work, and nothing waits for the
-    device. On GPUs the ranks hear in a step what was said a step ago, so that no host waits for
-    another one to reach the end of a step. On the CPU, where they meet in every step anyway, they
-    hear what is said now.
+    The numbers are exchanged between the hosts while the device works, and nothing waits for the
+    device. On GPUs, a step returns the maxima of the step before, so that no host waits for another
+    to reach the end of a step. On the CPU, where ranks meet in every step anyway, a step returns
+    its own maxima.
     """
 
     def __init__(self, device: torch.device):
@@ -200,7 +200,7 @@ class HostAgreement:
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def in_step(self, numbers: Sequence[int]) -> list[int]:
-        """Returns the largest of each number over ranks; zeros where nobody was heard yet."""
+        """Returns the maximum of each number over ranks; zeros if none has arrived yet."""
         if get_world_size() == 1:
             return list(numbers)
         said = self._say(numbers)
@@ -212,7 +212,7 @@ class HostAgreement:
 
     def now(self, numbers: Sequence[int], timeout: datetime.timedelta | None = None
             ) -> list[int] | None:
-        """Returns the largest of each number over ranks; None if some do not come in time."""
+        """Returns the maximum of each number over ranks; None if some ranks are not in time."""
         if get_world_size() == 1:
             return list(numbers)
         work, box = self._say(numbers)
@@ -233,17 +233,17 @@ class HostAgreement:
 
 
 def run_while_others_wait(function: Callable[[], None]) -> None:
-    """Calls `function` on rank 0 while the other ranks wait for its end, if it begins soon.
+    """Calls `function` on rank 0 while the other ranks wait for its end, if it starts soon.
 
-    They wait because a rank that leaves makes torchrun end the others. Nothing is exchanged, so
-    ranks may come here from different places; and rank 0, which may be waiting for one of them in a
-    collective, gets away once they leave.
+    They wait because torchrun ends the other ranks when one exits. No collective is used, so ranks
+    may call this from different places. Rank 0 may itself be waiting for one of them in a
+    collective; it is released once they exit.
     """
     if get_world_size() == 1:
         function()
         return
     store = torch.distributed.distributed_c10d._get_default_store()
-    # The store may be gone: torchrun keeps it.
+    # torchrun, and its store, may be gone.
     if get_rank() != 0:
         with contextlib.suppress(RuntimeError):
             store.wait(["begun"], STOP_TIMEOUT)
@@ -283,7 +283,7 @@ def warn0(text: str) -> None:
 
 
 def barrier() -> None:
-    """Waits until every rank is here."""
+    """Waits until every rank has called it."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier(group=_host_group)
 
@@ -342,8 +342,8 @@ def broadcast_object(value: T) -> T:
 def gather_objects(value: T, *, in_training: bool = False) -> list[T]:
     """Returns every rank's `value`, in the order of ranks, on every rank.
 
-    Between steps of training, where no rank works for long alone, a rank that does not answer in
-    the time of a step is given up: `in_training`.
+    With `in_training`, a rank that does not answer within the timeout of a step is given up:
+    between steps of training, no rank works alone for long.
     """
     if get_world_size() == 1:
         return [value]
@@ -354,9 +354,9 @@ def gather_objects(value: T, *, in_training: bool = False) -> list[T]:
 
 
 def raise_first(error: Exception | None) -> None:
-    """Raises the first error of any rank on all ranks, each of which calls it with its own or None.
+    """Raises the first error of any rank on all ranks; each passes its own error, or None.
 
-    Otherwise the other ranks would wait for one that has left their work.
+    Otherwise the other ranks would wait for a rank that has stopped working with them.
     """
     for first in filter(None, gather_objects(error)):
         raise first
@@ -365,7 +365,7 @@ def raise_first(error: Exception | None) -> None:
 def gather_to_rank0(rows: torch.Tensor) -> list[torch.Tensor] | None:
     """Returns every rank's CPU tensor [n, d], each with its own n, on rank 0; None on the others.
 
-    They are sent in pieces, so that no other rank and no device holds much more than its own.
+    Tensors are sent in pieces, so that no other rank and no device holds much more than its own.
     """
     if get_world_size() == 1:
         return [rows]
@@ -407,14 +407,14 @@ def rank0_first() -> Iterator[None]:
 
 
 class _Turn:
-    """Work of some ranks for whose end the others ask the store, however long it takes."""
+    """Work of some ranks, while the others poll the store for its end, however long it takes."""
 
     def __init__(self):
         self._store = torch.distributed.distributed_c10d._get_default_store()
         self._name = f"turn/{next(_turns)}"
 
     def take(self, function: Callable[..., T], args: Sequence[Any]) -> T | Exception:
-        """Returns function(*args), or its ValueError or OSError; tells it to who waits."""
+        """Returns function(*args), or its ValueError or OSError, and sends it to waiting ranks."""
         result: Any = OSError(f"lost another process of this run: rank {get_rank()} has ended; its "
                               "own messages say why")
         try:
@@ -422,8 +422,8 @@ class _Turn:
                 result = function(*args)
         except (ValueError, OSError) as error:
             result = error
-        finally:  # another error, or a signal: nobody waits for what will not come
-            with contextlib.suppress(RuntimeError):  # the store may be gone: torchrun keeps it
+        finally:  # also at other errors and signals, so that nobody waits in vain
+            with contextlib.suppress(RuntimeError):  # torchrun, and its store, may be gone
                 self._store.set(f"{self._name}/{get_rank()}", pickle.dumps(result))
         return result
 
@@ -431,7 +431,7 @@ class _Turn:
         """Waits for these ranks; returns {rank: result or error}.
 
         Raises:
-            OSError: one of them has not been heard of for as long as a step may take.
+            OSError: one of them has been silent for longer than a step may take.
         """
         heard = {rank: (0, time.monotonic()) for rank in ranks}
         pause, next_look = _POLL_SEC, time.monotonic() + _BEAT_SEC
@@ -448,18 +448,18 @@ class _Turn:
         return {rank: pickle.loads(self._store.get(f"{self._name}/{rank}")) for rank in ranks}
 
     def _look_after(self, heard: dict[int, tuple[int, float]]) -> None:
-        """Notes the beats of ranks; raises OSError if one has been silent for too long."""
+        """Checks the heartbeats of ranks; raises OSError if one has been silent for too long."""
         for rank, (before, since) in heard.items():
             beats = self._store.add(f"{self._name}/{rank}/beats", 0)
             if beats != before:
                 heard[rank] = (beats, time.monotonic())
             elif time.monotonic() - since > max(_step_timeout().total_seconds(), 6 * _BEAT_SEC):
-                raise OSError(f"lost another process of this run: nothing was heard of rank {rank} "
-                              f"for {time.monotonic() - since:.0f} s")
+                raise OSError(f"lost another process of this run: rank {rank} has been silent for "
+                              f"{time.monotonic() - since:.0f} s")
 
     @contextlib.contextmanager
     def _beating(self) -> Iterator[None]:
-        """Says again and again that this rank lives."""
+        """Sends heartbeats of this rank during the block."""
         ended = threading.Event()
 
         def beat() -> None:
@@ -477,10 +477,10 @@ class _Turn:
 
 
 def node_leader() -> int:
-    """Returns the first rank of this node, which does for the others what is done once a node.
+    """Returns the first rank of this node, which does the work that is done once per node.
 
-    torchrun gives the ranks of a node consecutive numbers, and $LOCAL_RANK counts them. Without it
-    all ranks are taken to be on one node.
+    torchrun gives the ranks of a node consecutive numbers, and $LOCAL_RANK counts them. Without it,
+    all ranks are assumed to be on one node.
     """
     if get_world_size() == 1:
         return 0
@@ -490,8 +490,8 @@ def node_leader() -> int:
 def run_by(leader: int, function: Callable[..., T], *args) -> T:
     """Calls `function(*args)` on each rank that is its own `leader`; returns its leader's result.
 
-    Every rank must call it, and gets its result when all leaders are done, be it after hours. The
-    function must not call what other ranks take part in. Its result is sent to other processes.
+    Every rank must call it, and gets its result once all leaders are done, however long that takes.
+    The function must not use collectives. Its result is sent to other processes.
 
     Args:
         leader: the rank that works for this one; it must name itself.
@@ -499,8 +499,8 @@ def run_by(leader: int, function: Callable[..., T], *args) -> T:
         args: its arguments.
 
     Raises:
-        ValueError: one that a leader's call has raised, on every rank.
-        OSError: likewise; or a leader has ended.
+        ValueError: a leader's call raised it; it is raised on every rank.
+        OSError: likewise, or a leader has ended.
     """
     if get_world_size() == 1:
         return function(*args)
@@ -517,13 +517,13 @@ def run_by(leader: int, function: Callable[..., T], *args) -> T:
 def run_on_rank0(function: Callable[..., T], *args) -> T:
     """Calls `function(*args)` on rank 0; returns its result, or raises its error, on every rank.
 
-    The others wait for it as in `run_by`. Tensors in the result come on the CPU.
+    The others wait for it as in `run_by`. Tensors in the result are on the CPU.
     """
     if get_world_size() == 1:
         return function(*args)
     turn, results = _Turn(), []
 
-    def keep() -> None:  # what crosses through the store is only that it is done
+    def keep() -> None:  # the store only learns that the work is done
         try:
             results.append(function(*args))
         except (ValueError, OSError) as error:

@@ -7,9 +7,9 @@ a tenth of the time.
 Processes send arrays through a pipe. PyTorch would send tensors through files in /dev/shm, which
 holds 64 MiB in a container by default, and a batch that finds no room there is never delivered.
 
-Worker processes leave SIGINT, SIGTERM and SIGUSR1 to the one that started them: a signal to the
-whole group must not take away the data of a step that has yet to finish. They end when that one has
-ended, however it came about.
+Worker processes ignore SIGINT, SIGTERM and SIGUSR1 and leave them to their parent: a signal to the
+whole group must not take away the data of a step that has yet to finish. They end when the parent
+has ended, for whatever reason.
 """
 
 import collections
@@ -28,8 +28,8 @@ import torch.utils.data
 from dnnlib import signals
 
 T = TypeVar("T")
-_END_SEC = 0.5  # for a worker whose connection is lost to be known as ended
-_AHEAD = 2  # batches that are ready or being read, for each process or thread
+_END_SEC = 0.5  # how long to wait until a worker whose connection is lost has ended
+_AHEAD = 2  # batches that are ready or being read, per process or thread
 
 
 class Batched(Protocol):
@@ -55,7 +55,7 @@ class Timed(Generic[T]):
         return item
 
     def take_sec(self) -> float:
-        """Returns the seconds since the call before."""
+        """Returns the seconds that its user has waited since the previous call."""
         sec, self._sec = self._sec, 0.0
         return sec
 
@@ -75,7 +75,7 @@ def read_in_processes(source: Batched, batches: Iterable[Sequence[int]], *, work
     Raises:
         ValueError: as `source.get_batch` raises it.
         OSError: likewise.
-        RuntimeError: a process was killed; `dnnlib.cli.user_errors` makes one line of it.
+        RuntimeError: a process was killed; `dnnlib.cli.user_errors` turns it into one line.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -89,8 +89,8 @@ def read_in_processes(source: Batched, batches: Iterable[Sequence[int]], *, work
                 raise batch
             yield _tensors(batch, pin_memory)
     finally:
-        # Not when the loader is freed: the traceback of an error may keep it until the process
-        # ends, which then waits for workers that leave its signals to it, for ever.
+        # Not left to the freeing of the loader: an error's traceback may keep it until the process
+        # ends, which would then wait forever for workers that ignore signals.
         if workers:
             loader._shutdown_workers()
 
@@ -108,11 +108,11 @@ def _next_batch(loader: Iterator) -> tuple[np.ndarray, ...] | Exception | None:
     """Returns the next batch, or the error of reading it; None after the last."""
     try:
         return next(loader, None)
-    except (OSError, EOFError) as error:  # of a worker that ended while it handed over a batch
+    except (OSError, EOFError) as error:  # a worker ended while it was sending a batch
         for worker in getattr(loader, "_workers", ()):
             worker.join(_END_SEC)
             if worker.exitcode:
-                # As PyTorch says it of a worker that ends at any other time.
+                # What PyTorch says of a worker that ends at any other time.
                 name = signal.strsignal(-worker.exitcode) if worker.exitcode < 0 else "none"
                 raise RuntimeError(f"DataLoader worker (pid {worker.pid}) is killed by signal: "
                                    f"{name}. ") from error
@@ -127,7 +127,7 @@ class _BatchReader(torch.utils.data.Dataset):
         try:
             return self._source.get_batch(indices)
         except (ValueError, OSError) as error:
-            return error  # raised there it would come back with the worker's traceback as its text
+            return error  # if raised here, it would arrive with the worker's traceback as its text
 
 
 def _start_worker(worker: int) -> None:
@@ -138,7 +138,7 @@ def _start_worker(worker: int) -> None:
 
 
 def _except_that_nobody_listens(kind, error, trace) -> None:
-    """Shows a thread's error, unless it says that the process which asked for a batch has ended."""
+    """Shows a thread's error, unless it only says that the parent process has ended."""
     if not issubclass(kind, (EOFError, OSError)):
         sys.__excepthook__(kind, error, trace)
 

@@ -18,7 +18,7 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 def mix_seed(*words: int) -> int:
     """Returns a 63-bit seed that depends on every word and on their order."""
-    # SeedSequence pads with zeros: without the length, (1, 2) and (1, 2, 0) were the same.
+    # SeedSequence pads with zeros: without the length, (1, 2) and (1, 2, 0) would be the same.
     sequence = np.random.SeedSequence([len(words), *words])
     return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
@@ -40,8 +40,8 @@ def configure_backends(precision: str, *, benchmark: bool = True, deterministic:
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     # A long sum may be split over blocks of a GPU, whose parts would be rounded to half precision
-    # before they are added: float16 overflows there above 65504 and bfloat16 keeps 8 bits. EDM's
-    # runs were trained without, in float16; for bfloat16 there is more reason, not less.
+    # before they are added: float16 overflows there above 65504, and bfloat16 keeps 8 bits. EDM
+    # turned this off for its float16 runs; bfloat16 needs that even more.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cudnn.benchmark = benchmark and not deterministic
@@ -56,7 +56,7 @@ def _keep_freed_memory() -> None:
     """Makes glibc, if it is the C library, keep freed memory for the next allocation.
 
     Activations are allocated anew in every step, and each would come back from the kernel page by
-    page, zeroed. The peak stays as it is.
+    page, zeroed. Peak memory does not change.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -67,9 +67,9 @@ def _keep_freed_memory() -> None:
 
 
 def compiles_by_itself(device: torch.device) -> bool:
-    """Says whether `compile_network` is worth it: on GPUs that Triton writes kernels for.
+    """Says whether `compile_network` is worth it: on GPUs for which Triton writes kernels.
 
-    On the CPU it gains nothing and takes minutes.
+    On the CPU, compiling gains nothing and takes minutes.
     """
     if device.type != "cuda":
         return False
@@ -83,7 +83,7 @@ def compile_network(model: torch.nn.Module, *, graphs: bool = False) -> None:
     PyTorch keeps what it compiles in $TORCHINDUCTOR_CACHE_DIR, which scripts set (dnnlib/cli.py).
 
     Args:
-        model: the network; it is compiled anew for each size of batch.
+        model: the network; it is compiled anew for each batch size.
         graphs: whether to replay each call as one CUDA graph, on a GPU, without gradients.
     """
     model.compile(mode="reduce-overhead" if graphs else None, dynamic=False)

@@ -1,8 +1,8 @@
-"""Foreign checkpoints as inert records: nothing in the file is run, imported or looked up.
+"""Reads foreign checkpoints as inert records: nothing in the file is run, imported or looked up.
 
-This is the machine of `dnnlib.pickle_reader` with the few more instructions and the few names that
-published checkpoints of EDM, PFGM++, ECT and IDMD consist of. A name never leads to an object of
-that name: it selects one of the small functions below, which build plain data.
+This is the machine of `dnnlib.pickle_reader`, extended by the few instructions and names that
+published checkpoints of EDM, PFGM++, ECT and IDMD use. A name never leads to an object of that
+name: it selects one of the small functions below, which build plain data.
 
     dict, list, tuple, set, str, int, float, bool, None   themselves
     bytes                                                 a memoryview of the file
@@ -14,13 +14,13 @@ that name: it selects one of the small functions below, which build plain data.
 
 Two containers are read: a raw pickle (protocol 2 to 5), whose tensors are nested pickles of one
 storage each, and the ZIP of torch.save, whose tensors are members. What a file can make this reader
-do is bounded by the file's size: every length is checked against the bytes that are there, the
+do is bounded by the file's size: every length is checked against the bytes that are left, the
 tensors and texts together are no larger than the file, and the number of instructions is limited.
 
-`load_loosely` is for files that anyone's program wrote around weights, such as Lightning's: it also
-reads the files that torch.save wrote before 1.6, takes any name, and has two more stand-ins:
+`load_loosely` is for files with weights that any program wrote, such as Lightning. It also reads
+the files that torch.save wrote before PyTorch 1.6, accepts any name, and has two more stand-ins:
 
-    tensor                                                a StoredTensor, read when it is asked for
+    tensor                                                a StoredTensor, read on demand
     any other object                                      an Opaque: the name of its class
 """
 
@@ -42,15 +42,15 @@ from dnnlib.stored_zip import ZIP_MAGIC, Member, stored_members
 from dnnlib.util import require, shown
 
 MAX_OPCODES = 2_000_000  # the largest published training states have about 400,000
-_TENSOR_COST = 50  # what building a tensor counts as
+_TENSOR_COST = 50  # instructions that building a tensor counts as
 _MAX_NAME = 256  # characters of a class's name
 _MAX_DIMS = 8
 _PENDING = 3  # on the stack while a value is read: its key, a class, its arguments
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # opens a torch.save file of before 1.6
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins a torch.save file from before PyTorch 1.6
 _LEGACY_VERSION = 1001
-# What no program writes beside weights. Nothing would be run in any case, but a file that asks for
-# it was made to do harm, which its owner should know.
+# Names that no program writes beside weights. Nothing would be run in any case, but a file that
+# asks for them was made to do harm, which its owner should know.
 _HARMFUL_MODULES = frozenset((
     "os", "posix", "nt", "subprocess", "sys", "shutil", "socket", "pty", "runpy", "importlib",
     "ctypes", "webbrowser", "code", "codeop", "timeit", "commands", "multiprocessing", "asyncio",
@@ -94,7 +94,8 @@ def load(source: str | os.PathLike | IO[bytes], leave_out: Collection[str] = ())
 
     Raises:
         OSError: it can't be read.
-        ValueError: damaged, or it asks for something that no known checkpoint contains; one line.
+        ValueError: it is damaged, or asks for something that no known checkpoint contains; one
+            line.
     """
     data = _contents(source)
     require(len(data) > 0, "empty")
@@ -104,7 +105,7 @@ def load(source: str | os.PathLike | IO[bytes], leave_out: Collection[str] = ())
 
 
 class StoredTensor:
-    """A tensor of a file that is not read yet: its type, its shape and where its numbers are."""
+    """A tensor of a file that has not been read yet: its type, its shape and its place."""
 
     __slots__ = ("storage", "offset", "shape", "stride")
 
@@ -114,17 +115,17 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of its numbers."""
+        """Type of its elements."""
         return self.storage.dtype
 
     @property
     def span(self) -> int:
-        """How many elements of its storage lie between its first and its last, both included."""
+        """Number of elements of its storage from its first to its last, both included."""
         steps = zip(self.shape, self.stride, strict=True)
         return 1 + sum((n - 1) * step for n, step in steps) if math.prod(self.shape) else 0
 
     def is_at_place_of(self, other: "StoredTensor") -> bool:
-        """Says whether the other has the same numbers because it is the same part of the file."""
+        """Says whether the other is the same part of the file, and so has the same elements."""
         return self.storage is other.storage and (self.offset, self.shape, self.stride) == (
             other.offset, other.shape, other.stride)
 
@@ -138,8 +139,7 @@ class StoredTensor:
             return torch.empty(self.shape, dtype=self.dtype)
         width = self.dtype.itemsize
         raw = self.storage.data[self.offset * width:(self.offset + self.span) * width]
-        # A copy, because in the file numbers need not stand where their type's alignment wants
-        # them.
+        # A copy, because numbers in the file need not be aligned as their type requires.
         flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         if self.dtype == torch.bool:
             flat = (flat != 0).view(torch.uint8)
@@ -168,7 +168,7 @@ def load_loosely(source: str | os.PathLike | IO[bytes]) -> Any:
 
     Raises:
         OSError: it can't be read.
-        ValueError: damaged, or it asks for something that is only there to do harm; one line.
+        ValueError: it is damaged, or asks for something that can only do harm; one line.
     """
     data = _contents(source)
     require(len(data) > 0, "empty")
@@ -178,7 +178,7 @@ def load_loosely(source: str | os.PathLike | IO[bytes]) -> Any:
 
 
 def _contents(source: str | os.PathLike | IO[bytes]) -> memoryview:
-    """Returns the bytes of a file; mapped privately where that is possible, and so writable."""
+    """Returns the bytes of a file, writable; they are mapped privately if possible."""
     if isinstance(source, str | os.PathLike):
         with open(source, "rb") as file:
             return _contents(file)
@@ -263,10 +263,10 @@ def _load_pickle_loosely(data: memoryview) -> Any:
 
 def _rest_of_legacy_file(reader: "_LooseReader", contents: dict[str, Callable[[], memoryview]]
                          ) -> Any:
-    """Returns the object of a torch.save file of before 1.6, whose storages go to `contents`.
+    """Returns the object of a torch.save file from before PyTorch 1.6; storages go to `contents`.
 
-    It is five pickles (magic number, version, system, object, keys of the storages), and then each
-    storage's number of elements and its bytes.
+    The file is five pickles (magic number, version, system, object, keys of the storages), followed
+    by each storage's number of elements and its bytes.
     """
     version, system = reader.read(), reader.read()
     require(type(version) is int and version == _LEGACY_VERSION and type(system) is dict
@@ -276,7 +276,7 @@ def _rest_of_legacy_file(reader: "_LooseReader", contents: dict[str, Callable[[]
             and set(keys) == reader.storages.keys(), "does not list its storages")
     for key in keys:
         storage = reader.storages[key]
-        require(reader.number(8) == storage.numel, f"has a storage {shown(key)} of two sizes")
+        require(reader.number(8) == storage.numel, f"has a storage {shown(key)} with two sizes")
         content = reader.take(storage.numel * storage.dtype.itemsize)
         contents[key] = functools.partial(memoryview, content)
     return value
@@ -300,7 +300,7 @@ class _LaterStorage:
 
     @property
     def data(self) -> memoryview:
-        """Its bytes; raises ValueError where the file has others."""
+        """Its bytes; raises ValueError if the file lacks them or has another number of them."""
         require(self._key in self._contents, f"lacks the storage {shown(self._key)}")
         data = self._contents[self._key]()
         require(len(data) == self.numel * self.dtype.itemsize,
@@ -318,7 +318,7 @@ class _Budgets:
 
 
 class _Reader(Reader):
-    """The machine with real numbers, sets, new objects and storages that lie elsewhere.
+    """The machine with floats, sets, new objects and storages outside the pickle.
 
     Args:
         storage: returns the storage that a persistent id of the file refers to.
@@ -348,10 +348,10 @@ class _Reader(Reader):
         self.push(new())
 
     def discard(self) -> None:
-        # An object that has a method of its own among its attributes is written within itself. The
-        # outer copy is dropped then, and the inner one is taken from the memo.
+        # An object with one of its own methods as an attribute is written within itself. Then the
+        # outer copy is dropped, and the inner one is taken from the memo.
         value = self.stack.pop()
-        require(type(value) is Record, f"throws away {shown(value)}")
+        require(type(value) is Record, f"discards {shown(value)}")
 
     def is_left_out(self) -> bool:
         """Says whether what is being read lies below a key of `leave_out`, if that can be told."""
@@ -365,7 +365,7 @@ class _Reader(Reader):
 
 
 class _LooseReader(_Reader):
-    """The machine that takes any name, keeps no object but plain data, and reads tensors later.
+    """The machine that accepts any name, keeps only plain data, and reads tensors on demand.
 
     Args:
         pid_length: how many parts a reference to a storage has.
@@ -453,11 +453,11 @@ def _persistent_object(reader: _Reader, args: tuple) -> Record:
     name, state = meta.get("class_name"), meta.get("state")
     require(type(name) is str and len(name) <= _MAX_NAME and type(state) is dict,
             "has a persistent object without class name or state")
-    return Record(name, state)  # its source code, module_src, is left where it is
+    return Record(name, state)  # its source code, module_src, is ignored
 
 
 def _bound_method(reader: _Reader, args: tuple) -> BoundMethod:
-    """Returns what stands for getattr(object of the file, name of a method); nothing is got."""
+    """Returns the stand-in for getattr(object of the file, method name); nothing is looked up."""
     require(len(args) == 2 and type(args[0]) is Record and type(args[1]) is str
             and re.fullmatch(r"(?!__)[A-Za-z_][A-Za-z0-9_]{0,63}", args[1]),
             f"asks for the attribute {shown(args[1] if len(args) > 1 else None)} of "
@@ -487,7 +487,7 @@ def _encode(reader: _Reader, args: tuple) -> memoryview:
 
 
 class _DType(Stateful):
-    """A NumPy type of the file: how `struct` calls it."""
+    """A NumPy type of the file: its format in `struct`."""
 
     def __init__(self, layout: str):
         self.layout = layout
@@ -535,7 +535,7 @@ def _persistent_id(pid: Any, length: int) -> tuple[torch.dtype, str, int]:
 
 
 def _nested_storage(reader: _Reader, args: tuple) -> _Storage:
-    """Returns the storage in a torch.save file of before 1.6, five pickles and then the numbers."""
+    """Returns the storage in a torch.save file from before PyTorch 1.6: five pickles, numbers."""
     require(len(args) == 1 and type(args[0]) is memoryview, "has a nested file that is not bytes")
     inner = _Reader(args[0], _STORAGES, reader.budgets, _nested_reference)
     magic, version, system = inner.read(), inner.read(), inner.read()
@@ -546,7 +546,7 @@ def _nested_storage(reader: _Reader, args: tuple) -> _Storage:
     require(type(reference) is _NestedReference and type(keys) is list and len(keys) == 1
             and type(keys[0]) is str and keys[0] == reference.key,
             "has a nested file that is not of one storage")
-    require(inner.number(8) == reference.numel, "has a nested storage of two sizes")
+    require(inner.number(8) == reference.numel, "has a nested storage with two sizes")
     data = args[0][inner.pos:]
     require(len(data) == reference.numel * reference.dtype.itemsize,
             f"nested storage has {len(data)} bytes, not {reference.numel} x {reference.dtype}")
@@ -580,7 +580,7 @@ def _stored_tensor(args: tuple) -> StoredTensor:
 
 
 def _tensor(reader: _Reader, args: tuple) -> torch.Tensor:
-    """Returns a contiguous copy of what a tensor sees of its storage."""
+    """Returns a contiguous copy of a tensor's part of its storage."""
     stored = _stored_tensor(args)
     reader.budgets.instructions.spend(_TENSOR_COST)
     reader.budgets.tensors.spend(
@@ -598,7 +598,7 @@ def _unread_tensor(reader: _LooseReader, args: tuple) -> StoredTensor | Opaque:
 
 
 def _unread_parameter(reader: _LooseReader, args: tuple) -> StoredTensor | Opaque:
-    require(args and type(args[0]) in (StoredTensor, Opaque), "has a parameter of no tensor")
+    require(args and type(args[0]) in (StoredTensor, Opaque), "has a parameter without a tensor")
     return args[0]
 
 

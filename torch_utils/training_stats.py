@@ -34,14 +34,14 @@ def report(name: str, value: float | torch.Tensor) -> float | torch.Tensor:
 
 
 def resume(moments: dict[str, list[float]], device: torch.device) -> None:
-    """Adds what a `Collector` had read, in a run that continues from there; call on every rank."""
+    """Restores what a `Collector` had read before the run was stopped; call it on every rank."""
     for name, values in moments.items():
         own = values if distributed.get_rank() == 0 else [0.0] * len(values)
         _sums[name] = torch.tensor(own, dtype=torch.float64, device=device)
 
 
 class Collector:
-    """Takes what was reported since the last `update`, over all ranks."""
+    """Collects what was reported since the last `update`, over all ranks."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self._device = torch.device(device)

@@ -407,7 +407,7 @@ def test_show_says_where_converted_weights_come_from(suffix, tmp_path, invoke):
         return {key: value.strip() for key, value in (line.split(":", 1) for line in lines)}
 
     told = shown(net.state_dict())
-    assert told["parts"] == "ema (nothing says that they are averaged)"
+    assert told["parts"] == "ema (not known to be averaged)"
     assert json.loads(told["converted from"])["file"] == "x.pt"
     assert "Read as one set of weights. The file does not say" in told["converted from"]
     assert shown({"ema": net.state_dict()})["parts"] == "ema"
@@ -473,8 +473,8 @@ def test_of_several_weights_a_key_names_those_to_take(tmp_path, invoke):
         assert_same(load(tmp_path / "x.pt", options, key), net)
     line = refusal(tmp_path / "x.pt", options)
     assert "give --key=NAME with one of 'd.ema', 'c.ema'" in line or "'c.ema', 'd.ema'" in line
-    assert "no weights are called so" in refusal(tmp_path / "x.pt", options, "x")
-    assert "several weights are called so" in refusal(tmp_path / "x.pt", options, "nets")
+    assert "no weights have this name" in refusal(tmp_path / "x.pt", options, "x")
+    assert "several weights have this name" in refusal(tmp_path / "x.pt", options, "nets")
     done = invoke(checkpoint_tool.main, "convert", tmp_path / "x.pt", tmp_path / "y.pt",
                   f"--config={options}", "--key=b")
     assert done.exit_code == 0 and "Read as the weights 'nets.b', not " in done.stderr
@@ -519,7 +519,7 @@ def test_tensors_that_do_not_fit_are_named_and_counted(case, tmp_path, invoke):
     options = write_options(tmp_path, net)
     line = refusal(tmp_path / "x.pt", options)
     assert all(word in line for word in words), line
-    assert ("; --key=NAME takes other weights: 'net'" in line) == (case == "missing")
+    assert ("; --key=NAME selects other weights: 'net'" in line) == (case == "missing")
     done = invoke(checkpoint_tool.main, "convert", tmp_path / "x.pt", tmp_path / "y.pt",
                   f"--config={options}")
     assert done.exit_code == 1 and len(done.output.splitlines()) == 1
@@ -532,7 +532,7 @@ def test_an_average_of_another_number_of_parameters_is_not_passed_over(tmp_path)
     for wrong, words in ((shadow[:-1], "missing: 1 of"), ([*shadow, shadow[0]], "'number ")):
         torch.save({"model": net.state_dict(), "ema": {"shadow_params": wrong}}, tmp_path / "x.pt")
         line = refusal(tmp_path / "x.pt", write_options(tmp_path, net))
-        assert words in line and "takes other weights: 'model'" in line
+        assert words in line and "selects other weights: 'model'" in line
 
 
 def test_buffers_that_follow_from_the_configuration_may_be_missing(tmp_path):
@@ -549,7 +549,7 @@ STRANGERS = {
                         "model.diffusion_model.input_blocks.0.0.weight": 1}}, "a guided-diffusion"),
     "score_sde": ({"model": {"module.all_modules.0.weight": 1}}, "a network of score_sde"),
     "DiT": ({"ema": {"x_embedder.proj.weight": 1, "t_embedder.mlp.0.weight": 1}}, "(DiT)"),
-    "ResNet": ({"layer1.0.conv1.weight": 1}, "another network than those here"),
+    "ResNet": ({"layer1.0.conv1.weight": 1}, "weights of an unknown network"),
 }
 
 
@@ -566,7 +566,7 @@ def test_weights_of_other_networks_get_one_line(case, tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"img_resolution": 16}, "network of images 16x16, but the tensors are named for 8x8"),
+    ({"img_resolution": 16}, "network for 16x16 images, but the tensors are named for 8x8"),
     ({"class_name": "Evil"}, "asks for the class_name 'Evil'"),
     ({"model_channels": 1 << 30}, "model_channels=1073741824: must be"),
     ({"model_channels": 16}, "of another shape or type"),
@@ -600,7 +600,7 @@ def test_what_nobody_can_tell_is_asked_for(tmp_path):
     torch.save({"shadow_params": [*net.parameters()]}, tmp_path / "x.pt")
     top = {"pfgmpp": True, "D": 128.0}
     config = their_options(net, tmp_path / "o.json", top=top)
-    assert "has no img_channels, and the tensors don't tell" in refusal(tmp_path / "x.pt", config)
+    assert "has no img_channels, and the tensors don't" in refusal(tmp_path / "x.pt", config)
     config = their_options(net, tmp_path / "o.json", top=top, img_channels=3, label_dim=0)
     assert_same(load(tmp_path / "x.pt", config), net)
 
@@ -627,7 +627,7 @@ def test_every_script_says_what_such_a_file_is(dataset_zip, tmp_path, invoke):
     for value, words in (
             (net.state_dict(), "a plain state_dict of 152 tensors, without the network's config"),
             (lightning(below("net.", net.state_dict()), net),
-             "a checkpoint of Lightning: state_dicts by name ('state_dict' of 152 tensors)"),
+             "a Lightning checkpoint: state_dicts by name ('state_dict' of 152 tensors)"),
             ({"model": net.state_dict(), "ema": {"shadow_params": [*net.parameters()]}},
              "('model' of 152 tensors, 'ema.shadow_params' of ")):
         torch.save(value, path)

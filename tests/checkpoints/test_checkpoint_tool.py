@@ -143,7 +143,7 @@ def test_an_unrecorded_D_must_be_given():
 def test_a_conversion_never_destroys_what_is_there(tmp_path, invoke):
     source = write_snapshot(tmp_path / "network-snapshot-000001.pt")
     before, other = source.read_bytes(), tmp_path / "other.pt"
-    for dest, words in ((source, "is the file to convert"), (other, "--overwrite replaces it")):
+    for dest, words in ((source, "is the file to convert"), (other, "give --overwrite to")):
         other.write_bytes(b"mine")
         result = invoke(checkpoint_tool.main, "convert", str(source), str(dest))
         assert result.exit_code == 1 and words in result.stderr

@@ -143,7 +143,7 @@ def test_a_state_of_ect_is_sampled_whatever_its_optimizer_and_resumed_from_never
     content = checkpoint.load(path)
     assert content["format"] == "ect-training-state" and "optimizer" not in content
     assert same(content["net"], net.state_dict()) and content["ema"] is None
-    with pytest.raises(checkpoint.SnapshotGivenError, match="state of ECT .* use --transfer"):
+    with pytest.raises(checkpoint.SnapshotGivenError, match="state of ECT .* with --transfer"):
         checkpoint.load_state(path)
 
 
@@ -271,7 +271,8 @@ def test_a_key_is_refused_where_a_file_holds_one_network(tmp_path):
     for path in paths:
         checkpoint.load(path)
         for key in ("generator", "ema"):
-            assert refusal(path, key) == f"--key={key}: {path} holds one network; leave --key out"
+            assert refusal(path, key) == (
+                f"--key={key}: {path} holds only one network; leave --key out")
 
 
 @pytest.mark.long
@@ -366,7 +367,8 @@ def test_weights_of_a_guided_diffusion_unet_are_refused_by_name(name, is_new, tm
     path = tmp_path / name
     torch.save(_GuidedDiffusion().half().state_dict(), path, _use_new_zipfile_serialization=is_new)
     expected = (f"{path}: weights of a guided-diffusion UNet (OpenAI's, as in PFCM), which is not "
-                "among the networks here; only those of EDM, PFGM++, ECT and IDMD are supported")
+                "among the supported networks; only those of EDM, PFGM++, ECT and IDMD are "
+                "supported")
     assert refusal(path) == refusal(path, "generator") == expected
     result = invoke(generate.main, f"--network={path}", f"--outdir={tmp_path / 'out'}")
     assert result.exit_code == 1 and result.stderr.splitlines() == [f"Error: {expected}"]

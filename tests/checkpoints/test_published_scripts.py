@@ -100,7 +100,7 @@ def test_transfer_takes_the_weights_of_a_foreign_snapshot(dataset_zip, tmp_path,
     after = checkpoint.load(tmp_path / "run/training-state-000000.pt")  # lr is 0 in step 1
     assert all(torch.equal(after["net"][k], v) for k, v in net.state_dict().items())
     result = invoke(train.main, *args[2:], f"--outdir={tmp_path}", f"--resume={path}")
-    assert result.exit_code == 2 and "use --transfer" in result.output
+    assert result.exit_code == 2 and "use it with --transfer" in result.output
 
 
 @pytest.mark.long

@@ -44,7 +44,7 @@ def test_an_instruction_outside_the_list_is_refused_by_name(known):
 
 
 def test_a_byte_that_is_no_instruction_is_shown():
-    with pytest.raises(ValueError, match=r"none that exists \(0xff\)"):
+    with pytest.raises(ValueError, match=r"unknown \(0xff\)"):
         read(b"\xff")
 
 
@@ -100,7 +100,7 @@ def test_bytes_are_views_of_the_file():
     ([b"}J\xff\xff\x0f\x00Ns"], [b"}J\x00\x00\x10\x00Ns"], "has 1048576 as a key"),
     ([b"}", text("a"), b"Ns"], [b"}(", text("a") + b"N", text("a") + b"Nu"], "'a' twice"),
     ([b"Nq\x00q\x01\x94"], [b"Nq\x00q\x00"], "memo entry twice"),
-    ([b"Nq\x07h\x07\x86"], [b"h\x07"], "memo entry that is not there"),
+    ([b"Nq\x07h\x07\x86"], [b"h\x07"], "memo entry that does not exist"),
     ([text("\xc3" * (1 << 20))], [text("\u4e00" + "x" * (1 << 20))], "long text"),
     ([text("\u4e00" * 1000)], [b"X\x01\x00\x00\x00\xff"], "not UTF-8"),
     ([b"\x95", struct.pack("<Q", 2), b"N"], [b"\x95", struct.pack("<Q", 9), b"N"], "a frame"),

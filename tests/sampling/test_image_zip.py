@@ -193,7 +193,7 @@ def test_other_settings_are_refused_as_for_folders(root, make, tmp_path):
     ({"generate.json": b"{"}, "generate.json: line 1, column 2"),
     ({"generate.json": b"[1]"}, "not a record of settings"),
     (zipfile.ZIP_DEFLATED, "compresses or encrypts the ZIP member"),
-    (b"no ZIP at all", "no ZIP, or damaged"), (b"", "no ZIP, or damaged"),
+    (b"no ZIP at all", "not a ZIP, or damaged"), (b"", "not a ZIP, or damaged"),
     (None, "a folder, but a ZIP of this name would be written")], ids=str)
 def test_what_is_no_zip_of_ours_is_neither_used_nor_replaced(content, words, make, tmp_path):
     path = tmp_path / "one.zip"

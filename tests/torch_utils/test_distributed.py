@@ -111,7 +111,7 @@ with distributed.process_group("cpu"):
     try:
         run_by(1, freeze)
     except OSError as error:
-        say("silent", "nothing was heard of rank 1" in str(error))
+        say("silent", "rank 1 has been silent" in str(error))
     time.sleep(3)
 """
 

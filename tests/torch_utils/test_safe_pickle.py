@@ -363,7 +363,7 @@ def getattr_chains():
     yield "another getattr", two(c("inspect", "getattr_static"), A_RECORD, s("f"), b"\x86R")
     for name, code in {"a text": s("a"), "None": b"N", "a dict": b"}", "a global": of,
                        "a method": A_METHOD}.items():
-        yield f"throws away {name}", two(b"N", code, b"0")
+        yield f"discards {name}", two(b"N", code, b"0")
     yield "throws away nothing", two(b"0")
     yield "throws away a record and ends", two(A_RECORD, b"0")
     yield "throws away below a mark", two(A_RECORD, b"(0")

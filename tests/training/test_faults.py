@@ -1104,7 +1104,7 @@ def address(network, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name, words", [
-    ("page.pt", "a web page came back"), ("none.pt", "404"), (None, "refused"),
+    ("page.pt", "returned a web page"), ("none.pt", "404"), (None, "refused"),
     ("network.pt#sha256:" + 64 * "0", "expected 0000")])
 def test_an_address_without_the_network_is_one_line_and_leaves_the_cache(name, words, address,
                                                                          tmp_path, invoke,

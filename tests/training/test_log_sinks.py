@@ -133,7 +133,7 @@ def test_an_empty_list_is_none(dataset_zip, tmp_path, invoke):
 def test_an_unknown_sink_is_told_the_known_ones(dataset_zip, tmp_path, invoke):
     result = invoke(train.main, *command(dataset_zip, tmp_path, 1, "--log=tensorbord"))
     assert result.exit_code == 2
-    assert "'tensorbord' is none of tensorboard, wandb" in result.output
+    assert "'tensorbord' is not one of tensorboard, wandb" in result.output
 
 
 @pytest.mark.slow
