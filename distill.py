@@ -30,12 +30,12 @@ _EXAMPLE = "examples/emoji16-128.pt"
 _NONE = "none"  # as --teacher
 _OF_NETWORK = {"arch": "--arch", "precond": "--precond", "cbase": "--cbase", "cres": "--cres",
                "nblock": "--nblock", "ares": "--ares", "sigma_data": "--sigma-data",
-               "cond": "--cond"}  # which the teacher decides
+               "cond": "--cond"}  # determined by the teacher
 _DEFAULT_METHOD = "ect"
 
 
 class _Command(RunCommand):
-    """A command whose defaults are those of a method and, over them, of a preset."""
+    """A command that takes defaults from the method; a preset overrides them."""
 
     script = "distill.py"
 
@@ -50,14 +50,14 @@ class _Command(RunCommand):
         settings = DISTILL_PRESETS.get(preset, {})
         chosen = method or settings.get("method", _DEFAULT_METHOD)
         if settings and chosen != settings["method"]:
-            raise UserError(f"--preset={preset} is of --method={settings['method']}, not "
+            raise UserError(f"--preset={preset} is for --method={settings['method']}, not "
                             f"{chosen}; leave one of them out", BAD_USAGE)
         ctx.default_map = METHOD_DEFAULTS.get(chosen, {}) | settings
         return super().parse_args(ctx, args)
 
 
 def _value_of(args: list[str], flag: str) -> str | None:
-    """Returns what follows a flag on the command line, the last time that it is given."""
+    """Returns the value of a flag on the command line, the last one if it is repeated."""
     found = None
     for word, following in zip(args, [*args, None][1:], strict=True):
         if word == flag:
@@ -119,18 +119,19 @@ def main(ctx, teacher, pfgmpp, aug_dim, **flags):
     python generate.py --network=runs/cifar10-2048-ect --steps=2 --outdir=out
     """  # noqa: D301 - \b is click's mark for lines to leave alone
     if teacher == "":
-        raise UserError("--teacher=: must be a network, a file or run directory, or none", BAD_USAGE)
+        raise UserError("--teacher=: must be a network's file, URL or run directory, or none",
+                        BAD_USAGE)
     fixed_dir = check_flags(ctx)
     has_teacher = teacher != _NONE
     typed = [flag for name, flag in _OF_NETWORK.items()
              if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if has_teacher and typed:
-        raise UserError(f"{typed[0]} with --teacher={teacher}: the teacher decides what the network "
-                        f"is; leave {typed[0]} out", BAD_USAGE)
+        raise UserError(f"{typed[0]} with --teacher={teacher}: the teacher determines the network; "
+                        f"leave {typed[0]} out", BAD_USAGE)
     for name in DistillConfig.unused_by(flags["method"]):
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             flag = f"--{flag_name(name)}"
-            raise UserError(f"{flag} with --method={flags['method']}: has no effect there; leave "
+            raise UserError(f"{flag} with --method={flags['method']}: has no effect; leave "
                             f"{flag} out", BAD_USAGE)
     if aug_dim is not None and not aug_dim > 0:
         raise UserError(f"--aug_dim={aug_dim:g}: must be positive, or inf", BAD_USAGE)
@@ -138,7 +139,7 @@ def main(ctx, teacher, pfgmpp, aug_dim, **flags):
     if not has_teacher:
         is_pfgmpp = aug_dim is not None if pfgmpp is None else pfgmpp
         values |= {"pfgmpp": is_pfgmpp, "aug_dim": 128.0 if aug_dim is None else aug_dim}
-    # Mistakes in the flags come before the teacher is read.
+    # Mistakes in the flags are reported before the teacher is read.
     with user_errors(BAD_USAGE):
         placeholder = {"teacher": teacher, "pfgmpp": False, "aug_dim": 128.0} if has_teacher else {}
         config = finish_config(ctx, DistillConfig(**values | placeholder))

@@ -28,7 +28,7 @@ from training.run_options import (
 _BOOL = click.BOOL
 _ROOT = Path(__file__).resolve().parent
 _EXAMPLE_DATA = "examples/emoji-google-32.zip"
-_PARAMETERS = {"compile": "compile_"}  # of options whose name is not that of the parameter
+_PARAMETERS = {"compile": "compile_"}  # options whose parameter has another name
 
 
 class _Command(RunCommand):
@@ -49,14 +49,14 @@ def _use_preset(ctx, param, value: str | None) -> str | None:
 
 
 def _options_in(path: Path) -> dict:
-    """Returns the options in a training_options.json, or in a JSON object of options."""
+    """Returns the options in a training_options.json or in a JSON object of options."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"not a JSON file ({error})") from error
     options = content.get("options", content) if isinstance(content, dict) else None
     if not isinstance(options, dict):
-        raise ValueError("not a JSON object of options, as training_options.json holds it")
+        raise ValueError("not a JSON object of options, such as a training_options.json")
     return options
 
 
@@ -68,8 +68,8 @@ def _use_config(ctx, param, value: str | None) -> None:
     try:
         found = _options_in(Path(value))
         if "method" in found:
-            raise ValueError("options of distill.py, which makes few-step networks; train.py takes "
-                             "those of its own runs")
+            raise ValueError("holds options of distill.py, which makes few-step networks; name the "
+                             "options of a train.py run")
         options = check_options(found)
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"--config={value}: {describe(error)}", BAD_USAGE) from error
@@ -123,7 +123,7 @@ def main(ctx, **flags):
     fixed_dir = check_flags(ctx)
     is_val_num_typed = ctx.get_parameter_source("val_num") is ParameterSource.COMMANDLINE
     if is_val_num_typed and flags["val_data"] is None:
-        raise UserError("--val-num: used with --val-data", BAD_USAGE)
+        raise UserError("--val-num: must be used with --val-data", BAD_USAGE)
     with user_errors(BAD_USAGE):
         config = finish_config(ctx, TrainConfig(**config_values(ctx)))
     launch(ctx, fixed_dir, lambda teacher: config)

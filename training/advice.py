@@ -1,6 +1,6 @@
-"""What a run is warned of before it starts, decided from its options and its machine.
+"""Warnings before a run starts, based on its options and its device.
 
-PyTorch is imported only to ask what a device is.
+PyTorch is imported only to query the device.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ _PUBLISHED_RAMPUP = 1 / 20  # of the duration: 10 of 200 Mimg
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What is asked of the device of a process.
+    """Properties of a process's device.
 
     Attributes:
-        kind: as `torch.device.type` says it: 'cpu' or 'cuda'.
-        name: of a GPU.
-        capability: compute capability of an NVIDIA GPU, None if it has none.
-        has_bf16: whether the CPU has instructions for bfloat16, None if that is not known.
+        kind: `torch.device.type`, 'cpu' or 'cuda'.
+        name: name of a GPU.
+        capability: compute capability of an NVIDIA GPU; None for other devices.
+        has_bf16: whether the CPU has bfloat16 instructions; None if unknown.
     """
 
     kind: str
@@ -37,7 +37,7 @@ class Machine:
 
     @classmethod
     def of(cls, device: "torch.device") -> "Machine":
-        """Returns what `device` is."""
+        """Returns the properties of `device`."""
         if device.type != "cuda":
             return cls(device.type, has_bf16=_this_cpu_has_bf16())
         import torch
@@ -48,7 +48,7 @@ class Machine:
 def advice(config: TrainConfig, machine: Machine, parameters: int) -> list[str]:
     """Returns a line for each setting of a run that is probably a mistake.
 
-    `parameters` is the number of those of the network.
+    `parameters` is the number of the network's parameters.
     """
     lines = [_on_rampup(config), _on_decay(config), _on_size(machine, parameters),
              _on_precision(config.precision, machine)]
@@ -56,7 +56,7 @@ def advice(config: TrainConfig, machine: Machine, parameters: int) -> list[str]:
 
 
 def cpu_has_bf16(cpuinfo: str) -> bool | None:
-    """Says whether the text of Linux's /proc/cpuinfo lists bfloat16; None if it lists nothing."""
+    """Says whether the text of Linux's /proc/cpuinfo lists bfloat16; None if it lists no flags."""
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.M)
     return bool(_BF16_FLAGS & set(flags[1].split())) if flags else None
 
@@ -72,9 +72,10 @@ def _on_rampup(config: TrainConfig) -> str | None:
     if config.total_nimg >= config.lr_rampup * 1e6:
         return None
     share = config.total_nimg / (config.lr_rampup * 1e6)
-    return (f"--duration={config.duration:g} ends within the ramp-up of the learning rate, "
-            f"--lr-rampup={config.lr_rampup:g}: it reaches {100 * share:.3g}% of --lr={config.lr:g}"
-            f"; give a shorter one, such as --lr-rampup={config.duration * _PUBLISHED_RAMPUP:g}")
+    return (f"--duration={config.duration:g} ends before the learning rate's ramp-up, "
+            f"--lr-rampup={config.lr_rampup:g}: the rate reaches only {100 * share:.3g}% of "
+            f"--lr={config.lr:g}; shorten the ramp-up, for example "
+            f"--lr-rampup={config.duration * _PUBLISHED_RAMPUP:g}")
 
 
 def _on_decay(config: TrainConfig) -> str | None:
@@ -88,7 +89,7 @@ def _on_size(machine: Machine, parameters: int) -> str | None:
     if machine.kind != "cpu" or parameters <= LARGE_FOR_CPU:
         return None
     return (f"a network of {parameters:,} parameters on the CPU: more than about "
-            f"{LARGE_FOR_CPU // 10**6} million are for GPUs; make it smaller by --cbase and --cres,"
+            f"{LARGE_FOR_CPU // 10**6} million need a GPU; make it smaller with --cbase and --cres,"
             " or try --preset=emoji32")
 
 
@@ -103,9 +104,9 @@ def _on_precision(precision: str, machine: Machine) -> str | None:
         }.get(precision)
     if machine.capability is None or machine.capability >= _AMPERE:
         return None
-    which = f"{machine.name}, of compute capability {'.'.join(map(str, machine.capability))}"
+    which = f"{machine.name} (compute capability {'.'.join(map(str, machine.capability))})"
     return {
-        "bf16": f"{given} is slow on {which}: its first hardware is of 8.0; use --precision=fp16",
-        "tf32": f"{given} has no effect on {which}: its first hardware is of 8.0; use "
-                "--precision=fp16, or fp32",
+        "bf16": f"{given} is slow on {which}: it needs at least 8.0; use --precision=fp16",
+        "tf32": f"{given} has no effect on {which}: it needs at least 8.0; use "
+                "--precision=fp16 or fp32",
     }.get(precision)

@@ -1,7 +1,8 @@
-"""Whether all ranks train the same thing: their options, code, data and weights.
+"""Checks that all ranks agree on options, code, data and weights.
 
-Ranks that were started differently train on without a sign: gradients are averaged whatever they
-are of. So they are compared at the start, and their weights whenever files are written.
+Ranks that were started differently would train on unnoticed, because gradients are averaged
+regardless of their origin. So options, code and data are compared at the start, and weights
+whenever files are written.
 """
 
 import hashlib
@@ -15,8 +16,8 @@ from torch_utils import distributed
 from training.config import TrainConfig, flag_name
 from training.trainer import Trainer, dataset_record
 
-# What may differ between machines: where files lie, but not whether there are any, and how each of
-# them reads its data.
+# What may differ between machines: the paths of files (but not whether a path is given), and how
+# each machine reads its data.
 _PATHS = {"data", "transfer", "teacher", "eval_ref", "eval_pairs", "val_data", "plugin"}
 _OWN_OPTIONS = {"workers"}
 _ROOT = Path(__file__).resolve().parent.parent
@@ -25,11 +26,11 @@ _ROOMS = ("dnnlib", "torch_utils", "images", "pfgmpp", "checkpoints", "sampling"
 
 
 def check_options(config: TrainConfig, **others: Any) -> None:
-    """Raises ValueError on every rank if one has other options, code or PyTorch than rank 0.
+    """Raises ValueError on every rank if the options, code or PyTorch of any differ from rank 0's.
 
     Args:
         config: the options of this rank.
-        others: what else must be alike, by flag.
+        others: what else must be equal, by flag.
     """
     facts = {f"--{flag_name(name)}": ("given" if value else None) if name in _PATHS else value
              for name, value in (config.to_dict() | others).items() if name not in _OWN_OPTIONS}
@@ -39,17 +40,17 @@ def check_options(config: TrainConfig, **others: Any) -> None:
 
 
 def check_data(dataset: ImageFolderDataset, flag: str = "--data") -> None:
-    """Raises ValueError on every rank if one reads other data by `flag` than rank 0."""
-    if distributed.get_world_size() == 1:  # a folder would be read for its fingerprint
+    """Raises ValueError on every rank if the data of `flag` on any rank differ from rank 0's."""
+    if distributed.get_world_size() == 1:  # a fingerprint may require reading a whole folder
         return
     dataset.share_fingerprint()
     record = dataset_record(dataset)
-    content = f"{record['size']} images of fingerprint {record['fingerprint'][:12]}..."
+    content = f"{record['size']} images with fingerprint {record['fingerprint'][:12]}..."
     _require_alike({flag: content}, "give every machine the same data")
 
 
 def check_weights(trainer: Trainer) -> None:
-    """Raises ValueError on every rank if one has other weights than rank 0, bit by bit.
+    """Raises ValueError on every rank if the weights of any differ from rank 0's in any bit.
 
     Every rank must call it at the same step. It waits for the device.
     """
@@ -68,12 +69,12 @@ def check_weights(trainer: Trainer) -> None:
             raise ValueError(
                 f"rank {rank} has other weights than rank 0 at {trainer.cur_nimg / 1000:g} kimg "
                 f"({len(differing)} of {len(sums)} tensors, first {differing[0]}): nothing was "
-                "written, and the last state is from before; look for a machine with other "
-                "hardware, drivers or libraries")
+                "written, so the last state was saved before the weights diverged; look for a "
+                "machine with different hardware, drivers or libraries")
 
 
 def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns an int64 on the device that changes with any bit of a float32 tensor and its place.
+    """Returns an int64 checksum, on the device, of a float32 tensor's bits and their positions.
 
     Odd factors make each term a bijection of its element modulo 2^64.
     """
@@ -82,7 +83,7 @@ def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _require_alike(facts: dict[str, Any], advice: str) -> None:
-    """Raises ValueError on every rank if one has other facts than rank 0; names the first."""
+    """Raises ValueError on every rank, naming the first rank whose facts differ from rank 0's."""
     everyone = distributed.gather_objects(facts)
     for rank, theirs in enumerate(everyone):
         differing = [f"{name}={_shown(theirs.get(name))} ({_shown(value)} on rank 0)"

@@ -1,4 +1,4 @@
-"""Options of a training run as plain data, what follows from them, and the names of its files.
+"""Options of a training run as plain data, values derived from them, and the names of its files.
 
 `TrainConfig` holds the values of train.py's flags in the units of the command line, checks them,
 and round-trips through JSON; it travels inside every checkpoint.
@@ -39,7 +39,7 @@ AUGMENT_DIM = 9  # augmentation labels, see pfgmpp/augment.py
 OPTIONS_FILE, STATS_FILE = "training_options.json", "stats.jsonl"
 LOG_FILE, REALS_FILE = "log.txt", "reals.png"
 
-_UNDERSCORED = {"aug_dim", "P_mean", "P_std"}  # as the flags are written
+_UNDERSCORED = {"aug_dim", "P_mean", "P_std"}  # fields whose flags are spelled with underscores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,46 +112,46 @@ class TrainConfig:
     val_num: int = 2048
     seed: int = 0
     transfer: str | None = None
-    plugin: str | None = None  # a file that was run first, see dnnlib/plugins.py
+    plugin: str | None = None  # a file that is run first, see dnnlib/plugins.py
     plugin_sha256: str | None = None
     preset: str | None = None  # a name in presets.PRESETS, whose values are in the other fields
 
     method = None  # not a field here: training/distill_config.py has few-step methods
     optim = "adam"
-    method_defaults: typing.ClassVar[dict] = {}  # that differ from those of the fields
+    method_defaults: typing.ClassVar[dict] = {}  # those that differ from the fields' defaults
 
     def __post_init__(self):
         for name, own, kinds in (("arch", ARCHITECTURES.own, ("architecture", "network")),
                                  ("loss", LOSSES, ("loss",))):
             value, known = getattr(self, name), names_of(own, *kinds)
             require(value is None or value in known, f"--{name}={value}", " or ".join(known))
-        require(self.precond != "iddpm", "--precond=iddpm", "edm, ve or vp; no training loss is "
-                "published for iddpm (such networks can be sampled)")
+        require(self.precond != "iddpm", "--precond=iddpm", "edm, ve or vp; iddpm networks can be "
+                "sampled, but no training loss is published for them")
         preconds = names_of(PRECONDITIONERS, "preconditioner")
         require(self.precond in preconds, f"--precond={self.precond}", " or ".join(preconds))
         require(not self.pfgmpp or self.aug_dim > 0, f"--aug_dim={self.aug_dim:g}",
                 "positive; leave out --pfgmpp for D = inf")
         require(not self.stf or self.rbatch >= self.batch, f"--rbatch={self.rbatch}",
-                f"at least --batch={self.batch}, whose images it contains")
+                f"at least --batch={self.batch}, because it includes the training batch")
         flag = "loss" if self.loss else "precond"
         given, is_fixed = f"--{flag}={getattr(self, flag)}", self.loss_name in ("ve", "vp")
         require(not self.lsun or not is_fixed, f"--lsun=1 with {given}", f"used with --{flag}=edm")
-        require(not self.stf or not self.cond_image, "--stf=1 with --cond-image=1", "used one "
-                "without the other: stable targets know nothing of the condition")
+        require(not self.stf or not self.cond_image, "--stf=1 with --cond-image=1", "used "
+                "separately: stable targets do not depend on the condition")
         require(not self.stf or not self.augment > 0, f"--stf=1 with --augment={self.augment:g}",
                 "used with --augment=0: stable targets are not defined for augmented images")
         require(self.cond_image or not self.cond_c_in, "--cond-c-in=1", "used with "
-                "--cond-image=1: without conditions there is nothing to multiply")
+                "--cond-image=1: otherwise there are no condition images to multiply")
         require(self.cond or not self.label_dropout, f"--label-dropout={self.label_dropout:g}",
-                "used with --cond=1: there are no labels to drop")
+                "used with --cond=1: otherwise there are no labels to drop")
         require(self.sigma_data == 0.5 or self.precond not in ("ve", "vp"),
                 f"--sigma-data with --precond={self.precond}", "used with --precond=edm")
         self._check_patches()
         for name in ("P_mean", "P_std"):
             value = getattr(self, name)
             require(value == _default(name) or not is_fixed or self.method is not None,
-                    f"--{name}={value:g} with {given}", f"used with --{flag}=edm: the noise levels "
-                    "of ve and vp have another law")
+                    f"--{name}={value:g} with {given}", f"used with --{flag}=edm: ve and vp have "
+                    "their own distributions of noise levels")
         require(math.isfinite(self.P_mean), f"--P_mean={self.P_mean:g}", "finite")
         for name in ("duration", "batch", "tick", "lr", "max_bad_steps", "snap", "dump",
                      "P_std"):
@@ -167,8 +167,8 @@ class TrainConfig:
             require(value is None or value >= 0, f"--{flag_name(name)}={value}", "0 or more")
         self._check_lr_decay()
         has_scores = self.eval_ref is not None or self.eval_pairs is not None
-        require((self.eval is not None) == has_scores, "--eval and --eval-ref", "given together; "
-                "or --eval and --eval-pairs, or all three")
+        require((self.eval is not None) == has_scores, "--eval and --eval-ref", "given together "
+                "(or --eval and --eval-pairs, or all three)")
         require(self.eval_pairs != "", "--eval-pairs=", "a data set; leave it out for none")
         require(self.eval_num >= 2, f"--eval-num={self.eval_num}", "2 or more")
         solvers = names_of(DENOISER_SOLVERS if self.method is None else SOLVERS, "solver")
@@ -189,7 +189,7 @@ class TrainConfig:
             require(getattr(self, name) in ("auto", "0", "1"),
                     f"--{flag_name(name)}={getattr(self, name)}", "auto, 0 or 1")
         require(self.cache or self.data_on_device != "1", "--data-on-device=1 with --cache=0",
-                "used with --cache=1: it is the packed file that is copied")
+                "used with --cache=1: it copies the packed file")
         require(self.cres is None or (self.cres and min(self.cres) > 0), f"--cres={self.cres}",
                 "a list of positive integers such as 1,2,2,2")
 
@@ -199,29 +199,29 @@ class TrainConfig:
         require(self.patch is not None or self.patches == 1, f"--patches={self.patches}",
                 "used with --patch, the side of a patch")
         require(self.patch is None or not self.stf, f"--stf=1 with --patch={self.patch}", "used "
-                "one without the other: stable targets are means over whole images")
+                "separately: stable targets are means over whole images")
 
     def _check_lr_decay(self) -> None:
         require(self.lr_decay in LR_DECAYS, f"--lr-decay={self.lr_decay}", " or ".join(LR_DECAYS))
         start = self.decay_start
         given = f"--lr-decay-start={start:g}" + (
-            ", the end of --lr-rampup," if self.lr_decay_start is None else "")
+            " (the end of --lr-rampup)" if self.lr_decay_start is None else "")
         if self.lr_decay == "rsqrt":
             require(0 < start < math.inf, f"{given} with --lr-decay=rsqrt", "positive and finite")
         if self.lr_decay == "cosine":
             require(start < self.duration, f"{given} with --lr-decay=cosine",
-                    f"less than --duration={self.duration:g}, where the rate is 0")
+                    f"less than --duration={self.duration:g}, where the rate reaches 0")
 
     @property
     def decay_start(self) -> float:
-        """Mimg after which the learning rate falls, if --lr-decay says so."""
+        """Mimg after which the learning rate falls, if --lr-decay is set."""
         return self.lr_rampup if self.lr_decay_start is None else self.lr_decay_start
 
     def lr_decay_at(self, nimg: int) -> float:
         """Returns the factor of --lr-decay on the learning rate after `nimg` images.
 
-        'rsqrt' is sqrt(start / nimg) from the start on (Karras et al. 2024, arXiv 2312.02696);
-        'cosine' falls from 1 at the start to 0 at the end of the run by half a cosine.
+        'rsqrt' is sqrt(start / nimg) from `decay_start` on (Karras et al. 2024, arXiv 2312.02696).
+        'cosine' falls as half a cosine, from 1 at `decay_start` to 0 at the end of the run.
         """
         start = self.decay_start * 1e6
         if self.lr_decay == "none" or nimg <= start:
@@ -233,30 +233,30 @@ class TrainConfig:
 
     @property
     def unused_options(self) -> set[str]:
-        """The options that decide nothing beside the others."""
+        """The options that have no effect given the others."""
         used = {"rbatch": self.stf, "lr_decay_start": self.lr_decay != "none",
                 "aug_dim": self.pfgmpp, "patches": self.patch, "val_num": self.val_data,
                 **dict.fromkeys(("eval_ref", "eval_num", "eval_detector"), self.eval)}
         return {name for name, user in used.items() if not user}
 
     def in_use(self) -> dict:
-        """Returns what `to_dict` does, without options that decide nothing."""
+        """Returns the result of `to_dict` without the options that have no effect."""
         unused = self.unused_options
         return {name: value for name, value in self.to_dict().items() if name not in unused}
 
     @property
     def loss_name(self) -> str:
-        """The loss; unless one is named, that of the preconditioner, and edm for a plugin's."""
+        """The named loss, else that of the preconditioner; edm for a plugin's preconditioner."""
         return self.loss or (self.precond if self.precond in LOSSES else "edm")
 
     @property
     def class_name(self) -> str:
-        """The class of the preconditioner; those of a plugin are named by their class."""
+        """The preconditioner's class; a plugin's preconditioner is named by its class."""
         return PRECONDITIONERS.get(self.precond, self.precond)
 
     @property
     def _architecture(self) -> dict:
-        """Keywords of the architecture; a plugin's class of networks needs none."""
+        """Keywords of the architecture; a plugin's network class needs none."""
         return ARCHITECTURES.get(self.arch, {"model_type": self.arch})
 
     @property
@@ -266,7 +266,7 @@ class TrainConfig:
 
     @property
     def has_dynamic_scale(self) -> bool:
-        """Whether the loss scale is found by trying, as it is for fp16 without --ls."""
+        """Whether the loss scale is adjusted during training, as for fp16 without --ls."""
         return self.ls is None and self.precision == "fp16"
 
     @property
@@ -282,8 +282,8 @@ class TrainConfig:
     def tick_at(self, nimg: int) -> int | None:
         """Returns the number of the tick that is due after `nimg` images, None if none is.
 
-        Tick 0 comes after the first step, so that a new run shows a sign of life. It depends only
-        on `nimg`: a resumed run reports when an undisturbed one would.
+        Tick 0 comes after the first step, so that a new run reports early. Ticks depend only on
+        `nimg`, so a resumed run reports when an uninterrupted one would.
         """
         tick = (nimg - self.batch) // self.tick_nimg
         return tick if tick > (nimg - 2 * self.batch) // self.tick_nimg else None
@@ -306,7 +306,7 @@ class TrainConfig:
         """Returns (micro-batch per process, accumulation rounds) for this many processes.
 
         Raises:
-            ValueError: batch is not micro-batch * rounds * processes.
+            ValueError: the batch is not micro-batch * rounds * processes.
         """
         share = self.batch // world_size
         if self.batch % world_size:
@@ -322,9 +322,9 @@ class TrainConfig:
         return micro, share // micro
 
     def with_fitting_batch_gpu(self, world_size: int) -> "TrainConfig":
-        """Returns the options with `batch_gpu` lowered until it divides the share of a process.
+        """Returns the options with `batch_gpu` lowered until it divides a process's share.
 
-        Where the batch itself can't be split it stays, for `rounds` to complain.
+        If the batch itself can't be split, the options stay as they are and `rounds` raises.
         """
         share, rest = divmod(self.batch, world_size)
         if self.batch_gpu is None or rest or not share:
@@ -360,16 +360,16 @@ class TrainConfig:
 
     @property
     def _has_sigma_data(self) -> bool:
-        """Whether the preconditioner is told the standard deviation of the data."""
+        """Whether the preconditioner takes the standard deviation of the data."""
         if self.precond in PRECONDITIONERS:
             return self.precond == "edm"
-        from pfgmpp.networks import PRECONDS  # which a plugin has imported
+        from pfgmpp.networks import PRECONDS  # the plugin has imported it already
         return takes_keyword(PRECONDS[self.precond], "sigma_data")
 
     def _check_ares(self, img_resolution: int | Sequence[int]) -> None:
-        """Raises ValueError, naming those there are, for an attention resolution that is not there.
+        """Raises ValueError for an attention resolution that no level of the network has.
 
-        A level is named by the longer side of its image, as the U-Nets do.
+        A level is named by the longer side of its image, as in the U-Nets.
         """
         if self.arch not in ARCHITECTURES.own:
             return  # a plugin's network may have other levels
@@ -409,7 +409,7 @@ class TrainConfig:
 
 
 def check_options(values: dict, cls: type[TrainConfig] = TrainConfig) -> dict:
-    """Returns some of the options that `to_dict` of a class wrote, as the types of its fields.
+    """Returns options, all or some, that `to_dict` of `cls` wrote, as the types of its fields.
 
     Raises:
         ValueError: an unknown key, or a value of the wrong kind.
@@ -423,7 +423,7 @@ def check_options(values: dict, cls: type[TrainConfig] = TrainConfig) -> dict:
 
 
 def flag_name(name: str) -> str:
-    """Returns train.py's flag for a field, without its dashes."""
+    """Returns train.py's flag for a field, without the leading dashes."""
     return name if name in _UNDERSCORED else name.replace("_", "-")
 
 

@@ -1,6 +1,6 @@
-"""A data set in the memory of the training device, from which batches are taken by number.
+"""A data set in the memory of the training device, from which batches are taken by index.
 
-Nothing is read ahead, and in a step only numbers of images and labels cross to the device.
+Nothing is read ahead. In a step, only image indices and labels are sent to the device.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 
 from images.dataset import ImageFolderDataset
 
-_SHARE = 1 / 16  # of a GPU's memory, which data may take by default
+_SHARE = 1 / 16  # of a GPU's memory that data may take by default
 
 
 def fits_by_itself(dataset: ImageFolderDataset, device: torch.device) -> bool:
@@ -22,11 +22,11 @@ def fits_by_itself(dataset: ImageFolderDataset, device: torch.device) -> bool:
 
 
 class DeviceData:
-    """Batches of a data set that was opened with its cache, equal to what it reads itself."""
+    """Batches of a packed data set, equal to those that the data set itself reads."""
 
     def __init__(self, dataset: ImageFolderDataset, device: torch.device):
         self._dataset, self._device = dataset, device
-        # 16 bits as a signed type, which every operation takes.
+        # 16-bit data use a signed type, which every operation supports.
         arrays = [array.view(np.int16) if array.dtype == np.uint16 else array
                   for array in dataset.arrays]
         self._arrays = [torch.from_numpy(np.array(array)).to(device) for array in arrays]
@@ -51,7 +51,7 @@ class DeviceData:
 
     def _patches(self, array: torch.Tensor, rows: torch.Tensor, y: torch.Tensor, x: torch.Tensor
                  ) -> torch.Tensor:
-        """Returns squares of images whose first rows and columns are y and x, [B, C, P, P]."""
+        """Returns patches [B, C, P, P] whose top left corners are at row y and column x."""
         along = torch.arange(self._dataset.patch, device=self._device)
         channels = torch.arange(array.shape[1], device=self._device)
         return array[rows[:, None, None, None], channels[:, None, None],

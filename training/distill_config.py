@@ -1,15 +1,15 @@
 """Options of a few-step run (distill.py): those of every run, and those of its method.
 
-Defaults of each method are the published ones, where there are such:
+Defaults of each method are the published ones, where there are any:
 
     ect    Geng et al. 2024, arXiv 2406.14548, CIFAR-10
     cd     Song et al. 2023, arXiv 2303.01469, and PFCM (Hein et al. 2025) for its 40 levels, the
-           target's decay and the boundary; the distance is that of Song and Dhariwal 2023, for
-           LPIPS needs another package
+           target's decay and the boundary; the distance is that of Song and Dhariwal 2023,
+           because LPIPS needs another package
     ipfm   Inverse Poisson flow matching, with alpha = 1 of Zhou et al. 2024, arXiv 2404.04057
 
-What a network is comes from its teacher, whose configuration the options hold. `--teacher=none`
-trains a consistency function from the seed's own weights.
+The network's architecture comes from its teacher, whose configuration is part of the options.
+`--teacher=none` trains a consistency function from randomly initialised weights.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ METRICS = ("huber", "l2")
 _LOWEST_LEVEL, _HIGHEST_LEVEL = 0.002, 1e6  # see few_steps.py and schedules.py
 _MAX_SCALES = 10_000
 
-# Mimg where the flags are; a half-life for the decay b of an average by steps of B images is
-# B ln 2 / (1 - b): 0.887 Mimg for 0.9999 at 128.
+# In Mimg where the flags are. A decay b per step of B images is a half-life of B ln 2 / (1 - b):
+# 0.887 Mimg for b = 0.9999 and B = 128.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "ect": {"duration": 25.6, "batch": 128, "lr": 1e-4, "lr_rampup": 0.0, "ema": 0.887,
             "dropout": 0.2, "optim": "radam", "P_mean": -1.1, "P_std": 2.0},
@@ -45,7 +45,7 @@ _OF_METHOD = {"ect": ("P_mean", "P_std", "ect_q", "ect_k", "ect_b", "ect_c", "ec
 # Options of train.py that distill.py does not have.
 _OF_DENOISERS = {"loss", "stf", "rbatch", "augment", "label_dropout", "transfer", "eval_solver",
                  "val_data", "val_num", "teacher_network"}
-# What a teacher decides.
+# What the teacher determines.
 _OF_NETWORK = {"arch", "precond", "cbase", "cres", "nblock", "ares", "sigma_data"}
 
 
@@ -73,7 +73,7 @@ class DistillConfig(TrainConfig):
     teacher: str | None = None  # None = no teacher
     teacher_network: dict | None = None  # its configuration
     teacher_sha256: str | None = None  # of its weights
-    boundary: float | None = None  # level at which f(x) = x; None = 0, of cd its lowest level
+    boundary: float | None = None  # level at which f(x) = x; None = 0, or for cd its lowest level
     ect_q: float = 2.0
     ect_k: float = 8.0
     ect_b: float = 1.0
@@ -81,7 +81,7 @@ class DistillConfig(TrainConfig):
     ect_double: float = 3.2  # Mimg
     cd_scales: int = 40
     cd_metric: str = "huber"
-    cd_decay: float = 0.95  # of the target's average, a step
+    cd_decay: float = 0.95  # of the target's average, per step
     ipfm_alpha: float = 1.0
     ipfm_steps: int = 5
     sigma_init: float | None = None  # None = sigma_max
@@ -96,10 +96,10 @@ class DistillConfig(TrainConfig):
         super().__post_init__()
         require(self.method in METHODS, f"--method={self.method}", " or ".join(METHODS))
         require(self.teacher is not None or self.method == "ect",
-                f"--teacher=none with --method={self.method}", "used with --method=ect, which "
-                "trains from scratch too; the others need a teacher")
+                f"--teacher=none with --method={self.method}", "used with --method=ect; the other "
+                "methods can't train from scratch")
         require(not self.augment and not self.stf, "--augment and --stf", "left out: few-step "
-                "methods train on the images as they are")
+                "methods train on the original images only")
         require(self.optim in OPTIMIZERS, f"--optim={self.optim}", " or ".join(OPTIMIZERS))
         require(self.cd_metric in METRICS, f"--cd-metric={self.cd_metric}", " or ".join(METRICS))
         require(self.method != "ipfm" or self.precision != "fp16", "--precision=fp16 with "
@@ -121,15 +121,15 @@ class DistillConfig(TrainConfig):
                     "0 or more, and finite")
         require(2 <= self.cd_scales <= _MAX_SCALES, f"--cd-scales={self.cd_scales}",
                 f"2 to {_MAX_SCALES}")
-        require(0 <= self.cd_decay < 1, f"--cd-decay={self.cd_decay:g}", "0 or more, below 1; 0 is "
-                "the network itself")
-        require(self._precond != "iDDPMPrecond", f"--teacher={self.teacher}, a network of discrete "
-                "noise levels,", "one of EDM, PFGM++, VE or VP")
+        require(0 <= self.cd_decay < 1, f"--cd-decay={self.cd_decay:g}", "at least 0 and below 1; "
+                "0 uses the network itself as the target")
+        require(self._precond != "iDDPMPrecond", f"--teacher={self.teacher} (a network of discrete "
+                "noise levels)", "a network of EDM, PFGM++, VE or VP")
         require(self._precond == "EDMPrecond" or not self.boundary, f"--boundary={self.boundary}",
                 "left out: only EDM's preconditioner has a boundary")
-        levels = FewStep.of(self.method, self.first_level).levels  # refuses levels that are none
+        levels = FewStep.of(self.method, self.first_level).levels  # refuses invalid levels
         if self.teacher is None or self.teacher_network:  # else the teacher has not been read yet
-            limit, reason = (levels[-1] / 2, "half of the lowest level that is sampled") \
+            limit, reason = (levels[-1] / 2, "half the lowest sampling level") \
                 if self.method != "cd" else (self._cd_end, "the lowest level of the grid")
             require((self.boundary or 0) <= limit, f"--boundary={self.boundary}",
                     f"at most {limit:g}, {reason}")
@@ -151,7 +151,7 @@ class DistillConfig(TrainConfig):
 
     @property
     def first_level(self) -> float:
-        """The level from which the network samples."""
+        """The noise level at which the network starts sampling."""
         from pfgmpp.loss import EDM_SIGMA_MAX, LSUN_SIGMA_MAX
         if self.method == "ipfm" and self.sigma_init:
             return self.sigma_init
@@ -166,31 +166,31 @@ class DistillConfig(TrainConfig):
 
     def network(self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int,
                 cond_channels: int = 0) -> dict:
-        """Returns the configuration of the network that is trained: its teacher's, for few steps.
+        """Returns the configuration of the trained network: the teacher's, changed to few steps.
 
         Raises:
-            ValueError: without a teacher, as `TrainConfig.network` does.
+            ValueError: as in `TrainConfig.network`, if there is no teacher.
         """
         from pfgmpp.few_steps import FewStep
         network = dict(self.teacher_network) if self.teacher_network else super().network(
             img_resolution, img_channels, label_dim, cond_channels)
-        # Labels of augmentation are never given, and weights that nothing uses DDP does not accept.
+        # Augmentation labels are never given, and DDP does not accept unused weights.
         for name in ("boundary", "boundary_in_training", "label_dropout", "augment_dim"):
             network.pop(name, None)
         if self.used_boundary:
             network["boundary"] = self.used_boundary
         if self.dropout or network.get("model_type") not in names_of((), "network"):
-            network["dropout"] = self.dropout  # of which a plugin's class may know nothing
+            network["dropout"] = self.dropout  # a plugin's class may not take it
         return network | {"few_step": FewStep.of(self.method, self.first_level).to_dict()}
 
     @property
     def method_defaults(self) -> dict[str, Any]:
-        """Defaults of the method, where fields may have others."""
+        """The method's defaults, which may differ from those of the fields."""
         return METHOD_DEFAULTS[self.method]
 
     @property
     def unused_options(self) -> set[str]:
-        """The options that decide nothing, such as those of other methods."""
+        """The options that have no effect, such as those of other methods."""
         unused = super().unused_options | self.unused_by(self.method) | _OF_DENOISERS
         if self._precond != "EDMPrecond":
             unused |= {"boundary"}
@@ -206,5 +206,5 @@ class DistillConfig(TrainConfig):
 
     @staticmethod
     def unused_by(method: str) -> set[str]:
-        """Returns the options that only other methods than this one have."""
+        """Returns the options that belong only to other methods than `method`."""
         return {name for names in _OF_METHOD.values() for name in names} - {*_OF_METHOD[method]}

@@ -1,18 +1,18 @@
-"""What a run will take, computed before it starts, without training and without its memory.
+"""Estimates what a run will take before it starts, without training and without its memory.
 
 The network runs once, forward and backward, on PyTorch's meta device, which knows only shapes.
-Operations are those of convolutions and matrix products, counted by torch.utils.flop_counter (a
-multiply-add is two); the rest of a U-Net is about 1% of them. Memory is
+torch.utils.flop_counter counts the operations of convolutions and matrix products (a multiply-add
+is two); the rest of a U-Net adds about 1%. Memory is
 
     20 bytes x parameters             weights, their average, gradients, two moments of Adam
     + tensors kept for backward       the network's, counted, x images at a time
 
-With --checkpoint-blocks the latter are the inputs of all blocks and what the largest block keeps.
-Few-step methods evaluate the network, its teacher and others more often, and keep them too. ipfm
-differentiates three networks, one behind the other: generator, teacher and auxiliary.
+With --checkpoint-blocks, the tensors kept are the inputs of all blocks and what the largest block
+keeps. Few-step methods also evaluate other networks, such as the teacher, and keep them in memory.
+ipfm differentiates through three networks in a row: generator, teacher and auxiliary.
 
-This is a rough estimate: it leaves out what the device itself, the workspace of its convolutions
-and the batch take. `gpumem` in the line of a tick is the truth.
+This is a rough estimate: it leaves out the memory of the device itself, the workspace of its
+convolutions and the batch. `gpumem` in the line of a tick is the measured value.
 """
 
 import contextlib
@@ -31,28 +31,28 @@ from pfgmpp.unets import UNetBlock
 from torch_utils import misc
 from training.config import TrainConfig
 
-_STATE_BYTES = 20  # a parameter
-# A prime that divides the size of no weight: it tells what grows with the batch from what does not.
+_STATE_BYTES = 20  # per parameter
+# A prime that divides no weight's size, so it identifies the sizes that grow with the batch.
 _BATCH = 127
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a network takes."""
+    """The operations and memory that a network takes."""
 
     parameters: int
     forward_flops: float  # of one image
     training_flops: float  # of one image, forward and backward
-    state_bytes: float  # of a process, whatever the batch
-    image_bytes: float  # of a process, for each image at a time
+    state_bytes: float  # per process, whatever the batch
+    image_bytes: float  # per process and image of a micro-batch
 
     @classmethod
     def of_network(cls, network: dict[str, Any], precision: str = "fp32", *,
                    checkpoint_blocks: bool = False, differentiated: int = 1) -> "Estimate":
         """Returns the estimate for a network of `TrainConfig.network` at a precision.
 
-        `checkpoint_blocks` is the flag of that name. So many networks of this size are
-        `differentiated` together, which each keep their tensors until then.
+        `checkpoint_blocks` is the flag of that name. `differentiated` is the number of networks of
+        this size that are differentiated together; each keeps its tensors until then.
         """
         dtype = misc.compute_dtype(precision)
         with torch.device("meta"):
@@ -63,7 +63,7 @@ class Estimate:
         largest_block = _largest_block(net, inputs) if checkpoint_blocks else 0
         net.model.checkpoint_blocks = checkpoint_blocks
         kept = _Kept(net)
-        # In blocks that keep nothing, the kernels keep nothing either: only autograd is asked.
+        # In blocks that keep nothing, kernels keep nothing either, so only autograd is asked.
         kernels = contextlib.nullcontext() if checkpoint_blocks else kept
         with FlopCounterMode(display=False) as counter:
             with kernels, torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
@@ -77,16 +77,16 @@ class Estimate:
                    (differentiated * by_image + largest_block) / _BATCH)
 
     def memory_bytes(self, micro_batch: int) -> float:
-        """Returns roughly what a process needs for `micro_batch` images at a time."""
+        """Returns roughly the bytes that a process needs for `micro_batch` images at a time."""
         return self.state_bytes + micro_batch * self.image_bytes
 
 
 class _Kept(TorchFunctionMode):
     """Collects what autograd keeps for backward, each storage once, without the parameters.
 
-    For attention and matrix products, that is what the kernels of real devices keep. The meta
-    device has only the plain formula of attention, whose matrices of weights are larger than all
-    else, and loses channels_last, so that 1x1 convolutions copy their input.
+    For attention and matrix products, it collects what the kernels of real devices keep. The meta
+    device only has the plain formula of attention, whose weight matrices are larger than everything
+    else, and it loses channels_last, so that 1x1 convolutions copy their input.
     """
 
     def __init__(self, net: torch.nn.Module):
@@ -113,14 +113,14 @@ class _Kept(TorchFunctionMode):
         return tensor
 
     def sizes(self) -> tuple[int, int]:
-        """Returns the bytes of what grows with the batch and of what does not."""
+        """Returns the bytes that grow with the batch and those that do not."""
         sizes = [t.untyped_storage().nbytes() for t in self._tensors.values()]
         by_image = [size for size in sizes if size % _BATCH == 0]
         return sum(by_image), sum(sizes) - sum(by_image)
 
 
 def _largest_block(net: torch.nn.Module, inputs: dict[str, torch.Tensor | None]) -> int:
-    """Returns the bytes of what grows with the batch that the block keeps which keeps most."""
+    """Returns the bytes kept by the block that keeps most, counting what grows with the batch."""
     kept, sizes = _Kept(net), [0]
 
     def enter(*_: Any) -> None:
@@ -150,9 +150,9 @@ def _inputs(net: torch.nn.Module, augment_dim: int) -> dict[str, torch.Tensor | 
 
 def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
              rate: float | None = None) -> str:
-    """Returns the lines that tell what a run takes.
+    """Returns the lines that say what a run takes.
 
-    `network` is what `config.network` returns for the run's data, and `rate` the images a second
+    `network` is what `config.network` returns for the run's data. `rate` is the images per second
     over all processes, if known.
     """
     found = Estimate.of_network(network, config.precision,
@@ -163,30 +163,30 @@ def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
     steps = -(-config.total_nimg // config.batch)
     rows = [
         ("Parameters", f"{found.parameters:,}"),
-        ("Operations", f"{scaled(found.forward_flops)}FLOP an image forward, "
+        ("Operations", f"{scaled(found.forward_flops)}FLOP per image forward, "
                        f"{scaled(found.training_flops)}FLOP in training, "
                        f"{scaled(found.training_flops * config.total_nimg)}FLOP in all"),
-        ("Memory", f"about {scaled(found.memory_bytes(micro_batch))}B a process (an estimate): "
+        ("Memory", f"about {scaled(found.memory_bytes(micro_batch))}B per process (an estimate): "
                    f"{scaled(found.state_bytes)}B + {micro_batch} x "
-                   f"{scaled(found.image_bytes)}B an image"),
-        ("Draws", f"{scaled(_draw_bytes(network, micro_batch))}B a process: the noise of "
-                  f"{micro_batch} images, in blocks of {DRAW_BLOCK}, while it is put together"),
+                   f"{scaled(found.image_bytes)}B per image"),
+        ("Draws", f"{scaled(_draw_bytes(network, micro_batch))}B per process: the noise of "
+                  f"{micro_batch} images, while it is assembled from blocks of {DRAW_BLOCK}"),
         ("Steps", f"{steps:,} of {config.batch} images"),
         ("Disk", _disk(config, found.parameters)),
     ]
     if rate is not None:
         seconds = config.total_nimg / rate
         rows.append(("Time", f"{format_time(seconds)} ({seconds / 3600:.4g} hours) at {rate:g} "
-                             "images/s, without scores and files"))
+                             "images/s, not counting scores and files"))
     return "\n".join(f"{title:<11s}{text}" for title, text in rows)
 
 
 def _with_method(found: Estimate, config: TrainConfig) -> Estimate:
-    """Returns the estimate with what a few-step method computes and keeps beside its network."""
+    """Returns the estimate plus what a few-step method computes and keeps beyond its network."""
     forward, training = found.forward_flops, found.training_flops
     extra = {None: 0, "ect": forward, "cd": 3 * forward}  # the lower level; and the teacher's step
     if config.method == "ipfm":
-        # The generator and the auxiliary's step; then T and S, back to their inputs only.
+        # The generator and the auxiliary's step; then T and S, differentiated by inputs only.
         of_inputs = (3 if config.checkpoint_blocks else 2) * forward
         extra["ipfm"] = config.ipfm_steps * (forward + training) + 2 * of_inputs
     return dataclasses.replace(
@@ -195,7 +195,7 @@ def _with_method(found: Estimate, config: TrainConfig) -> Estimate:
 
 
 def _kept_bytes(config: TrainConfig) -> tuple[int, int]:
-    """Returns the bytes a parameter that a few-step method adds to memory, and to a state."""
+    """Returns the bytes per parameter that a few-step method adds to memory, and to a state."""
     if config.method == "cd":  # the teacher, and the target unless it is the network itself
         return 4 + 4 * bool(config.cd_decay), 4 * bool(config.cd_decay)
     if config.method == "ipfm":  # the teacher; the auxiliary, its gradients and moments
@@ -204,7 +204,7 @@ def _kept_bytes(config: TrainConfig) -> tuple[int, int]:
 
 
 def _draw_bytes(network: dict[str, Any], micro_batch: int) -> int:
-    """Returns what the noise of a micro-batch takes: float32 blocks, and all together."""
+    """Returns the bytes of a micro-batch's noise: float32 blocks, and the tensor of them all."""
     height, width = image_size(network["img_resolution"])
     blocks = -(-micro_batch // DRAW_BLOCK)
     of_image = 4 * network["img_channels"] * height * width
@@ -212,7 +212,7 @@ def _draw_bytes(network: dict[str, Any], micro_batch: int) -> int:
 
 
 def num_files(config: TrainConfig) -> tuple[int, int]:
-    """Returns how many snapshots and training states a run writes from its beginning to its end.
+    """Returns how many snapshots and training states a run writes from start to end.
 
     The first tick, number 0, has a snapshot and no state; the end has both.
     """
@@ -224,21 +224,21 @@ def num_files(config: TrainConfig) -> tuple[int, int]:
 
 
 def run_bytes(config: TrainConfig, parameters: int) -> int:
-    """Returns what the snapshots and training states of a run take on the disk, at most.
+    """Returns the most bytes that the snapshots and training states of a run take on the disk.
 
-    A snapshot has 4 bytes a parameter, a state 16 and those of a few-step method.
+    A snapshot has 4 bytes per parameter; a state has 16, plus those of a few-step method.
     """
     snapshots, kept, is_one_more = _kept_files(config)
     return parameters * (4 * snapshots + _state_bytes(config) * (kept + is_one_more))
 
 
 def _state_bytes(config: TrainConfig) -> int:
-    """Returns the bytes a parameter of a training state."""
+    """Returns the bytes per parameter of a training state."""
     return 16 + _kept_bytes(config)[1]
 
 
 def _kept_files(config: TrainConfig) -> tuple[int, int, bool]:
-    """Returns how many snapshots and states stay, and whether there is one more state for a time.
+    """Returns how many snapshots and states stay, and whether one more state exists for a time.
 
     The newest is written before the oldest is removed.
     """
@@ -248,12 +248,12 @@ def _kept_files(config: TrainConfig) -> tuple[int, int, bool]:
 
 
 def _disk(config: TrainConfig, parameters: int) -> str:
-    """Says what a run leaves on the disk."""
+    """Returns a text that says what a run leaves on the disk."""
     of_state = _state_bytes(config)
     snapshots, kept, is_one_more = _kept_files(config)
     total = run_bytes(config, parameters)
     choice = "" if config.keep is None else f" (--keep={config.keep})"
     choice += " and one more while it is written" if is_one_more else ""
-    best = ", with the best one" if config.eval else ""
+    best = ", including the best one" if config.eval else ""
     return (f"{scaled(total)}B in all: snapshots {snapshots} x {scaled(4 * parameters)}B, "
             f"states {kept} x {scaled(of_state * parameters)}B{choice}{best}")

@@ -1,8 +1,8 @@
-"""Starts a run: checks what its flags name, opens its data, finds what it goes on from, trains.
+"""Starts a run: checks its flags, opens its data, finds its starting point, and trains.
 
-train.py and distill.py differ in the options that they make of their flags, and in a teacher; all
-else of a start is here. No PyTorch is needed to import this file, and none is imported before the
-flags have been looked at.
+train.py and distill.py differ in how they turn flags into options, and in the teacher; everything
+else about starting a run is here. Importing this file does not import PyTorch, which is imported
+only after the flags have been checked.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def precision_of(ctx: click.Context) -> str:
-    """Returns the precision that --precision and --fp16 come to; what is typed comes first.
+    """Returns the precision that --precision and --fp16 select; typed flags override defaults.
 
     Raises:
         ValueError: both are typed and disagree.
@@ -40,7 +40,7 @@ def precision_of(ctx: click.Context) -> str:
     return precision or "fp32"
 
 
-# Keywords of networks that follow from flags, and what to do where a class does not take one.
+# Network keywords that follow from flags, and what to do if a class does not take one.
 _OF_MODEL = {
     "dropout": "give --dropout=0", "augment_dim": "give --augment=0",
     "label_dropout": "leave --label-dropout out", "model_channels": "leave --cbase out",
@@ -59,7 +59,7 @@ def _typed_options(ctx: click.Context) -> set[str]:
 
 
 def config_values(ctx: click.Context) -> dict[str, Any]:
-    """Returns the values of the fields of `TrainConfig` that the flags say."""
+    """Returns the values of the fields of `TrainConfig` that the flags set."""
     flags = ctx.params
     values = {name: value for name, value in flags.items()
               if name not in _OF_START | {"fp16", "compile_"}}
@@ -84,14 +84,14 @@ def check_flags(ctx: click.Context) -> Path | None:
     if nosubdir and (name or flags["desc"]):
         raise UserError("--nosubdir: can't be combined with --name or --desc", BAD_USAGE)
     if resume == "auto" and not (name or nosubdir):
-        raise UserError("--resume=auto: needs --name or --nosubdir to know the run", BAD_USAGE)
+        raise UserError("--resume=auto: needs --name or --nosubdir to find the run", BAD_USAGE)
     if resume not in (None, "auto") and flags.get("transfer") and is_typed("transfer"):
-        raise UserError("--resume=FILE and --transfer: choose one; --resume=auto goes with it, and "
-                        "transfers where there is no state yet", BAD_USAGE)
+        raise UserError("--resume=FILE and --transfer: choose one; --resume=auto with --transfer "
+                        "transfers only if there is no state yet", BAD_USAGE)
     if is_typed("preset") and is_typed("config"):
         raise UserError("--preset and --config: choose one", BAD_USAGE)
     if flags["rate"] and not flags["dry_run"]:
-        raise UserError("--rate: used with --dry-run", BAD_USAGE)
+        raise UserError("--rate: must be used with --dry-run", BAD_USAGE)
     outdir = Path(flags["outdir"])
     fixed_dir = outdir if nosubdir else outdir / name if name else None
     with user_errors():
@@ -101,7 +101,7 @@ def check_flags(ctx: click.Context) -> Path | None:
 
 
 def finish_config(ctx: click.Context, config: "TrainConfig") -> "TrainConfig":
-    """Returns the options with a --batch-gpu that fits the processes, if nobody typed one.
+    """Returns the options, with --batch-gpu lowered to fit the processes unless it was typed.
 
     Raises:
         ValueError: the batch can't be split, or a package for --log is missing.
@@ -111,7 +111,7 @@ def finish_config(ctx: click.Context, config: "TrainConfig") -> "TrainConfig":
     check_available(config.log)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if ctx.get_parameter_source("batch_gpu") is not ParameterSource.COMMANDLINE:
-        config = config.with_fitting_batch_gpu(world_size)  # of a preset or another run
+        config = config.with_fitting_batch_gpu(world_size)  # it is of a preset or another run
     config.rounds(world_size)
     return config
 
@@ -121,13 +121,13 @@ def launch(
     make_config: Callable[["Teacher | None"], "TrainConfig"],
     open_teacher: "Callable[[], Teacher] | None" = None,
 ) -> None:
-    """Starts a run, or with --dry-run says what it would be.
+    """Starts a run, or with --dry-run describes it.
 
     Args:
-        ctx: of the command, whose flags include `run_options.PERFORMANCE`, `OUTPUT` and `START`.
+        ctx: the command's; its flags include `run_options.PERFORMANCE`, `OUTPUT` and `START`.
         fixed_dir: what `check_flags` returned.
         make_config: returns the options, given the teacher.
-        open_teacher: returns the teacher, within the process group; None where there is none.
+        open_teacher: opens the teacher, within the process group; None if there is none.
     """
     flags = ctx.params
     resume, dry_run, override = flags["resume"], flags["dry_run"], flags["override_options"]
@@ -148,7 +148,7 @@ def launch(
             config, device=torch_device.type, seed=flags["seed"],
             resume=resume if resume in (None, "auto") else "a path",
             override_options=override, dry_run=dry_run, has_name=fixed_dir is not None)
-        if fixed_dir and not dry_run:  # before another run's newest state is read
+        if fixed_dir and not dry_run:  # before its newest state is read, which may be in use
             distributed.run_on_rank0(_lock_if_there, stack, fixed_dir)
         state = resuming.open_state(resume, fixed_dir) if resume else None
         config, state = resuming.settle_options(config, flags["seed"], state, override=override,
@@ -172,7 +172,7 @@ def launch(
                 if opened:
                     agreement.check_data(opened, flag)
             for opened in filter(None, (dataset, held_out, pairs)):
-                if config.cache and not dry_run and opened is not pairs:  # of any sizes
+                if config.cache and not dry_run and opened is not pairs:  # pairs differ in size
                     opened.pack()
                 distributed.run_by(distributed.node_leader(), _check_unless_packed, opened)
             if config.data_on_device == "1" and not dry_run:
@@ -197,23 +197,23 @@ def launch(
         run_dir = distributed.run_on_rank0(
             _make_run_dir, config, dataset.name, Path(flags["outdir"]), fixed_dir, flags["desc"],
             bool(resume))
-        distributed.run_on_rank0(_lock, stack, run_dir)  # a second time is none
+        distributed.run_on_rank0(_lock, stack, run_dir)  # no effect if locked already
         starting.close()
         _train(config, dataset, run_dir, torch_device, start, held_out, pairs, teacher)
 
 
 def _warn_of_idle_dim(ctx: click.Context, config: "TrainConfig") -> None:
-    """Says so where --aug_dim is typed but diffusion is trained."""
+    """Warns if --aug_dim is typed but diffusion is trained."""
     from torch_utils import distributed
     typed = ctx.get_parameter_source("aug_dim") is ParameterSource.COMMANDLINE
     has_teacher = config.method is not None and config.teacher is not None
     if typed and not config.pfgmpp and config.aug_dim != float("inf") and not has_teacher:
         distributed.warn0(f"--aug_dim={config.aug_dim:g} has no effect without --pfgmpp=1: this "
-                          "run is diffusion (D = inf)")
+                          "run trains diffusion (D = inf)")
 
 
 def _check_writable(folder: Path) -> None:
-    """Raises ValueError where a folder can't be made or written, before anything slow starts."""
+    """Raises ValueError if a folder can't be made or written, before anything slow starts."""
     existing = next(path for path in [folder.absolute(), *folder.absolute().parents]
                     if path.exists())
     if not existing.is_dir():
@@ -223,13 +223,13 @@ def _check_writable(folder: Path) -> None:
 
 
 def _starting(starting: contextlib.ExitStack, context):
-    """Returns the context; says until `starting` is closed how long the start takes."""
-    starting.enter_context(stage("Starting"))  # what takes long says so itself
+    """Returns the context; until `starting` is closed, shows how long the start takes."""
+    starting.enter_context(stage("Starting"))  # slow parts show their own progress
     return context
 
 
 def _lock(stack, run_dir: Path) -> None:
-    """Locks a run directory until `stack` is left."""
+    """Locks a run directory until `stack` is closed."""
     from dnnlib.run_lock import run_lock
     stack.enter_context(run_lock(run_dir))
 
@@ -251,7 +251,7 @@ def _open_dataset(config):
                                            "condition images")):
             if is_needed and not is_there:
                 raise UserError(f"--data={config.data}: has no {name}, which the teacher "
-                                f"{config.teacher} takes; give the data of its kind", BAD_USAGE)
+                                f"{config.teacher} needs; give a data set that has them", BAD_USAGE)
     if config.cond_image:
         if not dataset.has_conditions:
             raise UserError(f"--cond-image=1: {config.data} has no condition images; add them with "
@@ -259,8 +259,8 @@ def _open_dataset(config):
         kwargs["use_conditions"] = True
         dataset = ImageFolderDataset(config.data, **kwargs)
     if config.cond and not dataset.has_labels:
-        raise UserError(f"--cond=1: {config.data} has no labels; add them to its dataset.json, let "
-                        "dataset_tool.py make a data set whose classes are its folders, or train "
+        raise UserError(f"--cond=1: {config.data} has no labels; add them to its dataset.json, "
+                        "convert images in one folder per class with dataset_tool.py, or train "
                         "with --cond=0", BAD_USAGE)
     with user_errors(BAD_USAGE):
         check_stable_targets(config, dataset)
@@ -268,7 +268,7 @@ def _open_dataset(config):
 
 
 def _network(config, dataset):
-    """Returns the network of a run without its memory, on the "meta" device."""
+    """Returns the network of a run on the "meta" device, which takes no memory."""
     import torch
 
     from images.image_files import error_prefix
@@ -281,7 +281,7 @@ def _network(config, dataset):
 
 
 def _check_keywords(network: dict[str, Any]) -> None:
-    """Raises UserError for an option whose keyword a plugin's class of networks does not take."""
+    """Raises UserError for an option whose keyword a plugin's network class does not take."""
     from dnnlib.registry import takes_keyword
     from pfgmpp.networks import MODELS
     name = network.get("model_type")
@@ -291,7 +291,7 @@ def _check_keywords(network: dict[str, Any]) -> None:
 
 
 def _check_levels(config, net) -> None:
-    """Raises UserError where a few-step network could not be sampled at its levels."""
+    """Raises UserError if a few-step network could not be sampled at its levels."""
     from pfgmpp.samplers import SamplerConfig
     own = f"--teacher={config.teacher}" if config.sigma_init is None else (
         f"--sigma-init={config.sigma_init:g}")
@@ -300,9 +300,9 @@ def _check_levels(config, net) -> None:
             SamplerConfig.of_few_steps(net.few_step, steps).check(net)
         except ValueError as error:
             levels = net.few_step.of_steps(steps or len(net.few_step.levels))
-            _, _, reason = str(error).partition(": ")  # from the levels
+            _, _, reason = str(error).partition(": ")  # without the levels
             shown = " to ".join(f"{s:g}" for s in sorted({levels[0], levels[-1]}, reverse=True))
-            raise UserError(f"{flag}: samples are made at {shown}, but {reason}",
+            raise UserError(f"{flag}: sampling uses noise levels {shown}, which {reason}",
                             BAD_USAGE) from error
 
 
@@ -325,9 +325,9 @@ def _check_pairs(config, net, pairs, dataset) -> None:
 
 
 def _check_reference(config, dataset) -> None:
-    """Raises ValueError or OSError on every rank if networks can't be scored by --eval-ref.
+    """Raises ValueError or OSError on every rank if networks can't be scored against --eval-ref.
 
-    A rank may not find it.
+    The file may be missing on some ranks only.
     """
     from dnnlib.util import is_url
     from torch_utils import distributed
@@ -353,18 +353,18 @@ def _check_scoring(config, dataset) -> None:
 
 
 def _check_unless_packed(dataset) -> None:
-    """Looks at all images, as packing would have done, where one node may have packed them."""
+    """Checks all images unless they are packed, because packing has checked them."""
     if not dataset.is_packed:
         dataset.check_uniform()
 
 
 def _require_packed(dataset) -> None:
-    """Raises ValueError on every rank if the data of one have no packed file to copy."""
+    """Raises ValueError on every rank if any rank has no packed file to copy."""
     from torch_utils import distributed
     if not all(distributed.gather_objects(dataset.is_packed)):
-        raise ValueError(f"--data-on-device=1: {dataset.path} is not packed, and it is the packed "
-                         "file that is copied; free some space, name another folder by "
-                         "--cache-dir, or leave --data-on-device out")
+        raise ValueError(f"--data-on-device=1: {dataset.path} is not packed, and only packed files "
+                         "can be copied; free some space, choose another folder with --cache-dir, "
+                         "or leave --data-on-device out")
 
 
 def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Path:
@@ -375,7 +375,7 @@ def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Pa
     if fixed_dir is not None:
         fixed_dir.mkdir(parents=True, exist_ok=True)
         if not resuming and training_states(fixed_dir):
-            raise ValueError(f"{fixed_dir} already holds a run; use --resume=auto to go on with it,"
+            raise ValueError(f"{fixed_dir} already holds a run; use --resume=auto to continue it,"
                              " or another --name")
         return fixed_dir
     outdir.mkdir(parents=True, exist_ok=True)
@@ -388,7 +388,7 @@ def _make_run_dir(config, dataset_name, outdir, fixed_dir, desc, resuming) -> Pa
 
 
 def _train(config, dataset, run_dir, device, start, held_out, pairs, teacher) -> None:
-    """Trains from a State, from Weights, or from None: the seed's own weights."""
+    """Trains from a State, from Weights, or from None: weights initialised from the seed."""
     from dnnlib.util import Logger
     from torch_utils import distributed
     from training.resume import describe_start
@@ -437,7 +437,7 @@ def _print_plan(config, dataset, rate: float | None, device) -> None:
 
 
 def _cache_lines(dataset) -> list[str]:
-    """Returns where the data are packed, or would be, for --dry-run."""
+    """Returns the lines of --dry-run that say where the data are or would be packed."""
     from dnnlib.util import shown_bytes
     from images.data_cache import free_bytes
     packing = dataset.packing()
@@ -448,7 +448,7 @@ def _cache_lines(dataset) -> list[str]:
         size, free = sum(size for _, size in missing), free_bytes(missing[0][0])
         lines += [f"Cache      {path}, {shown_bytes(size)}, to be packed by the first run"
                   for path, size in missing]
-        lines.append(f"           {shown_bytes(free)} are free there" + (
+        lines.append(f"           {shown_bytes(free)} is free there" + (
             "" if free >= size else ", too little: images would be decoded in every epoch instead; "
-            "free some space, or name another folder by --cache-dir"))
+            "free some space or choose another folder with --cache-dir"))
     return lines

@@ -1,11 +1,11 @@
 """Where a run's numbers and pictures go besides its own files: TensorBoard, Weights & Biases.
 
-    tensorboard   RUN_DIR/tensorboard, where a step is an image
-    wandb         a run of project $WANDB_PROJECT or 'pfgmpp'; RUN_DIR/wandb-id.txt has its id, by
-                  which a resumed run goes on. WANDB_MODE=offline needs no network
+    tensorboard   RUN_DIR/tensorboard, in which one step is one image
+    wandb         a run of project $WANDB_PROJECT or 'pfgmpp'. A resumed run continues it, by the id
+                  in RUN_DIR/wandb-id.txt. WANDB_MODE=offline needs no network
 
-Only rank 0 has them. A sink that fails is given up with one warning, and training goes on: all that
-it would get is in stats.jsonl and samples-*.png.
+Only rank 0 has sinks. A sink that fails is given up with one warning, and training continues:
+everything it would receive is in stats.jsonl and samples-*.png.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from training.config import TrainConfig
 
 
 class Sink(Protocol):
-    """A place for numbers and pictures of one run."""
+    """A destination for the numbers and pictures of one run."""
 
     def scalars(self, values: dict[str, float], nimg: int) -> None:
         """Takes the numbers of a tick, by their names in stats.jsonl, after `nimg` images."""
@@ -33,13 +33,13 @@ class Sink(Protocol):
         """Takes a picture."""
 
     def close(self) -> None:
-        """Waits until all is written."""
+        """Waits until everything is written."""
 
 
 class _TensorBoard:
     def __init__(self, run_dir: Path, config: TrainConfig, nimg: int):
         from torch.utils.tensorboard import SummaryWriter
-        # What a killed run wrote after the state from which it continues is taken back.
+        # Discards what a killed run wrote after the state from which it continues.
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=nimg + 1)
 
     def scalars(self, values: dict[str, float], nimg: int) -> None:
@@ -70,7 +70,7 @@ class _Wandb:
             project=os.environ.get("WANDB_PROJECT", "pfgmpp"), name=run_dir.name, dir=str(run_dir),
             id=id_file.read_text(encoding="utf-8").strip(), resume="allow",
             config=config.to_dict())
-        # wandb's own steps can't go back, but a run that was killed does.
+        # wandb's own steps can't go back, but a killed run does when it resumes.
         self._run.define_metric("*", step_metric="Progress/kimg")
 
     def scalars(self, values: dict[str, float], nimg: int) -> None:
@@ -88,11 +88,11 @@ _SINKS: dict[str, Callable[[Path, TrainConfig, int], Sink]] = {
 
 
 def check_available(names: Sequence[str]) -> None:
-    """Raises ValueError where the package of a sink is not installed; imports none."""
+    """Raises ValueError if the package of a sink is not installed, without importing it."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"--log={','.join(names)}: not installed: pip install "
-                         f"{' '.join(missing)}, or start with --log= for none")
+        raise ValueError(f"--log={','.join(names)}: not installed; run pip install "
+                         f"{' '.join(missing)}, or give --log= for none")
 
 
 class LogSinks:
@@ -113,7 +113,7 @@ class LogSinks:
         self._each(lambda sink: sink.picture(name, image, nimg))
 
     def close(self) -> None:
-        """Waits until all is written."""
+        """Waits until everything is written."""
         self._each(lambda sink: sink.close())
         self._sinks = {}
 
@@ -126,8 +126,8 @@ class LogSinks:
     def _given_up_on_error(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of code that is not ours: whatever it is, training continues
+        except Exception as error:  # third-party code may raise anything; training continues
             self._sinks.pop(name, None)
             words = " ".join(f"{type(error).__name__}: {error}".split())
-            distributed.warn0(f"--log={name} given up: {words}; training goes on, its numbers are "
-                              "in stats.jsonl")
+            distributed.warn0(f"--log={name} given up: {words}; training continues, and its "
+                              "numbers are in stats.jsonl")

@@ -4,9 +4,9 @@
     Consistency    ect and cd, see pfgmpp/consistency.py
     Generation     ipfm, see pfgmpp/distillation.py
 
-An objective holds what a step needs beside the network that is sampled: the teacher, a slow copy of
-the network that is the target at the lower level, an auxiliary network with an optimizer of its
-own. `Trainer` asks it for losses, and a state of the run has what it returns by `state`.
+An objective holds what a step needs besides the network that is sampled: the teacher, a slowly
+updated copy of the network that is the target at the lower level, or an auxiliary network with its
+own optimizer. `Trainer` asks it for losses, and training states include what `state` returns.
 """
 
 import copy
@@ -31,47 +31,47 @@ class Batch(NamedTuple):
     images: torch.Tensor  # [B, C, H, W], as networks see them
     labels: torch.Tensor  # [B, label_dim]
     condition: torch.Tensor | None = None  # [B, cond_channels, H, W]
-    reference: torch.Tensor | None = None  # [R, C, H, W], of stable targets
+    reference: torch.Tensor | None = None  # [R, C, H, W], for stable targets
     reference_labels: torch.Tensor | None = None  # [R, label_dim]
 
     @property
     def condition_kwargs(self) -> dict[str, torch.Tensor]:
-        """What a network is told of the condition."""
+        """Keyword arguments that pass the condition to a network."""
         return {} if self.condition is None else {"condition": self.condition}
 
 
 @dataclasses.dataclass
 class Part:
-    """A network that is trained, and what moves it."""
+    """A network that is trained, and its optimizer settings."""
 
     net: Precond
     optimizer: torch.optim.Optimizer
     lr: float
     lr_rampup: float  # Mimg
-    ddp: torch.nn.Module  # what is evaluated: the network, or what couples ranks around it
+    ddp: torch.nn.Module  # what is evaluated: the network, or its DDP wrapper
 
 
 class Objective:
     """The denoising loss, and the base of the others."""
 
     auxiliary: Part | None = None
-    auxiliary_steps = 0  # of the auxiliary network before each step
+    auxiliary_steps = 0  # steps of the auxiliary network before each step
 
     def __init__(self, loss_fn: Any, augment_pipe: Any = None):
         self.loss_fn, self._augment_pipe = loss_fn, augment_pipe
 
     @property
     def other_networks(self) -> dict[str, Precond]:
-        """The networks beside the one that is sampled, by name."""
+        """The networks other than the one that is sampled, by name."""
         return {}
 
     @property
     def trained_networks(self) -> dict[str, Precond]:
-        """Those of them that change, which ranks must have alike."""
+        """Those of `other_networks` that change in training; they must be equal on all ranks."""
         return {name: net for name, net in self.other_networks.items() if name != "teacher"}
 
     def loss(self, net: torch.nn.Module, batch: Batch, draws: Any, nimg: int) -> torch.Tensor:
-        """Returns the loss that moves the network that is sampled, of any shape [B, ...].
+        """Returns the loss of the network that is sampled, of any shape [B, ...].
 
         Args:
             net: that network.
@@ -85,23 +85,23 @@ class Objective:
 
     def auxiliary_loss(self, net: torch.nn.Module, batch: Batch, draws: Any, nimg: int
                        ) -> torch.Tensor:
-        """Returns the loss that moves the auxiliary network. Arguments as for `loss`."""
+        """Returns the loss of the auxiliary network. Arguments are as for `loss`."""
         raise NotImplementedError
 
     def after_step(self, net: Precond, bad: torch.Tensor) -> None:
-        """Follows a step of the network; `bad` is 1, on the device, where it was skipped."""
+        """Is called after a step of the network; `bad`, on the device, is 1 if it was skipped."""
 
     def state(self) -> dict[str, Any]:
-        """Returns what a training state holds of it."""
+        """Returns what a training state stores of the objective."""
         found = {name: dict(net.state_dict()) for name, net in self.trained_networks.items()}
         if self.auxiliary:
             found["auxiliary_optimizer"] = self.auxiliary.optimizer.state_dict()
         return found
 
     def load_networks(self, content: dict[str, Any]) -> None:
-        """Takes over the networks of a training state, but not an optimizer.
+        """Loads the networks of a training state, but not an optimizer.
 
-        A target that the state lacks, for its run had none, begins with the network itself.
+        If the state has no target because its run had none, the target starts as the network.
         """
         for name, net in self.trained_networks.items():
             net.load_state_dict(content.get(name, content["net"]))
@@ -159,10 +159,10 @@ class Generation(Objective):
 def build_loss(config: TrainConfig, net: Precond) -> DenoisingLoss:
     """Returns the denoising loss of a run, at the run's D.
 
-    Of the keywords of `EDMLoss` it gets those that it takes.
+    The loss gets those keywords of `EDMLoss` that it takes.
 
     Raises:
-        ValueError: an option is set for which it takes no keyword.
+        ValueError: an option is set whose keyword the loss does not take.
     """
     make, usual = LOSSES[config.loss_name], TrainConfig  # whose attributes are the defaults
     given = {"pfgmpp": config.pfgmpp, "D": config.aug_dim, "lsun": config.lsun,
@@ -180,13 +180,13 @@ def build_loss(config: TrainConfig, net: Precond) -> DenoisingLoss:
 
 def build_objective(config: TrainConfig, net: Precond, teacher: Precond | None = None,
                     augment_pipe: Any = None) -> Objective:
-    """Returns what a run of these options minimises.
+    """Returns what a run with these options minimises.
 
     Args:
         config: the options; those of a `DistillConfig` name a few-step method.
         net: the network that is trained and sampled.
-        teacher: the denoiser that it is trained after, frozen, where there is one.
-        augment_pipe: of the images of the denoising loss, or None.
+        teacher: the frozen denoiser that the network learns from, if there is one.
+        augment_pipe: augments the images of the denoising loss; or None.
     """
     if config.method is None:
         return Objective(build_loss(config, net), augment_pipe)
@@ -216,7 +216,7 @@ def _auxiliary(config: TrainConfig, teacher: Precond) -> Part:
     net.compute_dtype = teacher.compute_dtype
     optimizer = torch.optim.Adam(net.parameters(), lr=config.aux_lr, betas=(0.9, 0.999), eps=1e-8,
                                  fused=True)
-    # It takes as many steps as the generator while its rate rises, in less time.
+    # Its rate rises over as many of its own steps as the generator's does, so in less time.
     return Part(net, optimizer, config.aux_lr, config.lr_rampup / config.ipfm_steps, net)
 
 
@@ -225,7 +225,7 @@ def build_optimizer(config: TrainConfig, net: Precond) -> torch.optim.Optimizer:
     if config.optim == "radam":
         return torch.optim.RAdam(net.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8,
                                  foreach=True)
-    # A generator has no momentum, for what it is moved towards moves itself.
+    # A generator is trained without momentum, because its target keeps moving.
     first = 0.0 if config.method == "ipfm" else 0.9
     return torch.optim.Adam(net.parameters(), lr=config.lr, betas=(first, 0.999), eps=1e-8,
                             fused=True)

@@ -1,16 +1,16 @@
-"""Restoration scored while a run trains: PSNR and RMSE over the pairs of --eval-pairs.
+"""Scores restoration while a run trains: PSNR and RMSE over the pairs of --eval-pairs.
 
 A pair is an image y of a paired data set, the truth, and its condition image v, the measurement.
-What is scored is, by the averaged weights,
+The averaged weights restore y as
 
-    networks with a condition image    a sample under v, by --eval-solver and --eval-steps; pair k
+    networks with a condition image    a sample given v, by --eval-solver and --eval-steps; pair k
                                        has seed k
     other networks                     D(v; s), one evaluation at the measurement itself, where
-                                       s^2 is the mean of (v - y)^2 over all numbers of all pairs,
+                                       s^2 is the mean of (v - y)^2 over all values of all pairs,
                                        in the network's scale
 
-Images may be of any size. They are compared as `generate.py` and then `fid.py pairs` would do it:
-in the data's units, PSNR over the range of the recorded scale.
+Images may be of any size. They are compared as by `generate.py` followed by `fid.py pairs`: in the
+data's units, with PSNR over the range of the recorded scale.
 """
 
 import dataclasses
@@ -47,18 +47,18 @@ from training.trainer import Trainer
 from training.validation import check_labels
 
 METRICS = ("psnr", "rmse")
-_BATCH = 64  # the most images at a time; smaller where --batch-gpu is
-_SEED = int.from_bytes(b"pairs", "big")  # of every run: of the choice of pairs
+_BATCH = 64  # the most images at a time; fewer if --batch-gpu is smaller
+_SEED = int.from_bytes(b"pairs", "big")  # of the choice of pairs, the same in every run
 
 
 def open_pairs(config: TrainConfig, dataset: ImageFolderDataset) -> ImageFolderDataset:
     """Returns the pairs of --eval-pairs to use, with labels if training has them.
 
-    They must be like `dataset`, the training data, but for their size. The images themselves are
-    not looked at yet.
+    They must be like `dataset`, the training data, except for their size. The images themselves
+    are not read yet.
 
     Raises:
-        ValueError: not a paired data set, or not one like the training data.
+        ValueError: it is not a paired data set, or not like the training data.
         OSError: it can't be read.
     """
     source = f"--eval-pairs={config.eval_pairs}"
@@ -73,18 +73,18 @@ def open_pairs(config: TrainConfig, dataset: ImageFolderDataset) -> ImageFolderD
                       pairs.cond_channels, pairs.cond_scaling))
     elif pairs.cond_channels != pairs.num_channels \
             or pairs.cond_scaling.is_8bit != pairs.scaling.is_8bit:
-        raise ValueError(f"{source}: its condition images are of another kind than its images, so "
-                         "they can't be denoised; train with --cond-image=1, or give measurements "
-                         "in the unit of the images")
+        raise ValueError(f"{source}: its condition images are not of the same kind as its images, "
+                         "so they can't be denoised; train with --cond-image=1, or give "
+                         "measurements in the units of the images")
     for name, channels, scaling, given, own in kinds:
         if channels != given:
-            raise ValueError(f"{source}: its {name} have {given} channels, those of the training "
-                             f"data {channels}; convert them with dataset_tool.py")
+            raise ValueError(f"{source}: its {name} have {given} channels, but those of the "
+                             f"training data have {channels}; convert them with dataset_tool.py")
         if scaling != own:
-            raise ValueError(f"{source}: its {name} are of another scale than those of the "
-                             "training data; convert them with the same --scale of dataset_tool.py")
+            raise ValueError(f"{source}: its {name} have another scale than those of the training "
+                             "data; convert both with the same dataset_tool.py --scale")
     if config.method == "ipfm" and not config.cond_image:
-        raise ValueError(f"{source} with --method=ipfm: a generator makes images of noise and "
+        raise ValueError(f"{source} with --method=ipfm: a generator makes images from noise and "
                          "can't denoise a measurement; leave --eval-pairs out")
     check_labels(source, dataset, pairs)
     return pairs
@@ -92,17 +92,17 @@ def open_pairs(config: TrainConfig, dataset: ImageFolderDataset) -> ImageFolderD
 
 def sampler_of_pairs(config: TrainConfig, net: Precond, pairs: ImageFolderDataset,
                      scaling: Scaling) -> SamplerConfig:
-    """Returns what makes images of the measurements of pairs, on every rank.
+    """Returns the sampler that restores images from the measurements of pairs, on every rank.
 
     Args:
-        config: of the run.
-        net: its network, of which the levels are asked.
+        config: the run's options.
+        net: the run's network, whose noise levels are checked.
         pairs: see `open_pairs`.
         scaling: of the training data's images.
 
     Raises:
-        ValueError: an image can't be read, measurements that are their truths, or noise at which
-            the network can't be evaluated.
+        ValueError: an image can't be read, measurements equal their truths, or their noise is one
+            at which the network can't be evaluated.
     """
     if net.cond_channels:
         sampler = sampler_of(config)
@@ -114,7 +114,7 @@ def sampler_of_pairs(config: TrainConfig, net: Precond, pairs: ImageFolderDatase
     return sampler
 
 
-@functools.lru_cache(maxsize=1)  # asked for before the run directory is made, and then for scores
+@functools.lru_cache(maxsize=1)  # called before the run directory is made, and then for scores
 def _noise_of_measurements(pairs: ImageFolderDataset, scaling: Scaling) -> float:
     """Returns the root mean square of v - y over all pairs, in the network's scale."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
@@ -138,10 +138,12 @@ def _noise_of_measurements(pairs: ImageFolderDataset, scaling: Scaling) -> float
 
 
 class PairEvaluator:
-    """PSNR and RMSE of the averaged weights on pairs; `path` gets a line for each and score.
+    """PSNR and RMSE of the averaged weights on pairs.
+
+    Each call appends one line per metric to `path`.
 
     Raises:
-        ValueError: an image can't be read, or measurements that are their truths.
+        ValueError: an image can't be read, or measurements equal their truths.
     """
 
     name, is_lower_better = "PSNR", False
@@ -155,7 +157,7 @@ class PairEvaluator:
         if trainer.net.cond_channels:
             self._given: dict[str, Any] = {
                 "conditions": SeedImages(pairs, trainer.dataset.cond_scaling)}
-            how = f"samples under the measurements, {self.sampler.nfe} evaluations each"
+            how = f"samples given the measurements, {self.sampler.nfe} evaluations each"
         else:
             self._given = {"inits": SeedImages(pairs, self._scaling)}
             how = (f"one evaluation at sigma {self.sampler.sigmas[0]:.4g}, the noise of the "
@@ -170,7 +172,7 @@ class PairEvaluator:
 
     @functools.cached_property
     def compared_by(self) -> dict[str, Any]:
-        """What scores must share to be compared, as plain data."""
+        """What two scores must share to be comparable, as plain data."""
         compared = {"metric": "psnr", "num": len(self._pairs), "range": list(self._range),
                     "precision": "fp32", "reference_sha256": self._pairs.fingerprint}
         if "conditions" in self._given:
@@ -178,7 +180,9 @@ class PairEvaluator:
         return compared
 
     def __call__(self) -> dict[str, float]:
-        """Returns the means by name, PSNR first, the same on every rank. For `average_in_fp32`.
+        """Returns the means by name, PSNR first, the same on every rank.
+
+        Call it within `Trainer.average_in_fp32`.
 
         Raises:
             NonFiniteSamplesError: images have values that are not finite. All ranks raise it.
@@ -195,7 +199,7 @@ class PairEvaluator:
         return {record["metric"]: float(record["value"]) for record in records}
 
     def _batches(self, most: int) -> list[list[int]]:
-        """Returns the pairs of this rank, of which those of a batch have one size."""
+        """Returns the pairs of this rank in batches, each of images of one size."""
         world, batches = self._trainer.world_size, []
         for size in dict.fromkeys(self._sizes):
             numbers = [k for k, own in enumerate(self._sizes) if own == size]
@@ -204,7 +208,7 @@ class PairEvaluator:
         return batches[self._trainer.rank::world]
 
     def _scores(self) -> list[tuple[int, dict[str, float] | None]]:
-        """Returns the numbers and values of the pairs of this rank."""
+        """Returns the number and metrics of each pair of this rank."""
         trainer, found = self._trainer, []
         batches = self._batches(min(trainer.micro_batch, _BATCH))
         images = generate_images(trainer.ema, batches, sampler=self.sampler, device=trainer.device,
@@ -217,7 +221,7 @@ class PairEvaluator:
         return found
 
     def _score(self, number: int, image: torch.Tensor) -> dict[str, float] | None:
-        """Returns the values of a restored image; None where it is not finite."""
+        """Returns the metrics of a restored image; None if it is not finite."""
         if not image.isfinite().all():
             return None
         restored = self._scaling.to_data(image).cpu().numpy().astype(np.float64)
@@ -240,9 +244,9 @@ class PairEvaluator:
 
 
 def _from_all_ranks(work: Callable[[], list[tuple]]) -> list[tuple]:
-    """Returns the rows that `work` returns on all ranks, by their first entries, on every rank.
+    """Returns the rows from `work` on all ranks, sorted by their first entries, on every rank.
 
-    An error of one rank is raised by all.
+    An error on one rank is raised on all.
     """
     rows, error = [], None
     try:

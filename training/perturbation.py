@@ -1,2 +1,2 @@
-"""Alias of pfgmpp.kernel, whose name this was."""
+"""Alias of pfgmpp.kernel, which used to have this name."""
 from pfgmpp.kernel import *  # noqa: F403

@@ -1,17 +1,18 @@
 """Settings of runs by name, in the units of the flags; no PyTorch is needed.
 
-The published runs set every hyperparameter, also those that are train.py's default, so that each is
-in one place. D is not part of a preset: --pfgmpp and --aug_dim choose it, and all else stays.
+Presets of published runs set every hyperparameter, even those equal to train.py's defaults, so that
+all are in one place. D is not part of a preset: --pfgmpp and --aug_dim choose it, and everything
+else stays the same.
 
     cifar10-*, ffhq64-*, afhqv2-*, imagenet64-adm    EDM (Karras et al. 2022) and PFGM++ (Xu et al.
                                                      2023); no score is published for PFGM++ on
                                                      AFHQv2 and ImageNet
-    cifar10-cond-vp, afhqv2-ve                       of these, EDM alone; vp and ve are its names of
-                                                     architectures, DDPM++ and NCSN++
+    cifar10-cond-vp, afhqv2-ve                       of these, EDM only; vp and ve are its names for
+                                                     the architectures DDPM++ and NCSN++
     lsun256, emoji32, digits8                        this project's own, as starting points; the
                                                      scores of digits8 are in docs/results.md
 
-and of distill.py, which state the noise of no D either:
+The presets of distill.py do not set D either:
 
     cifar10-ect     Geng et al. 2024, arXiv 2406.14548 (ECT), 8 stages
     cifar10-cd      Song et al. 2023, arXiv 2303.01469, and its code, with the pseudo-Huber distance
@@ -44,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cond": False, "arch": "ddpmpp", "batch": 256, "batch_gpu": 8, "cres": (1, 1, 2, 2, 4, 4),
         "lr": 2e-4, "lr_rampup": 10, "duration": 200, "ema": 0.5, "dropout": 0, "augment": 0,
         "lsun": True, "precision": "bf16"},
-    "emoji32": {  # examples/emoji-google-32.zip on the CPU: minutes, not a good model
+    "emoji32": {  # examples/emoji-google-32.zip on the CPU: takes minutes, not for a good model
         "cond": True, "arch": "ncsnpp", "batch": 64, "cbase": 32, "cres": (1, 2), "nblock": 2,
         "lr": 1e-3, "lr_rampup": 0.005, "duration": 0.02, "ema": 0.5, "dropout": 0, "augment": 0,
         "xflip": False, "tick": 1, "snap": 10, "dump": 10},
@@ -54,7 +55,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sigma_data": None, "xflip": False, "tick": 10, "snap": 2, "dump": 4},
 }
 
-_ECT_HALFLIFE = 0.887  # of a decay of 0.9999 at a batch of 128, in Mimg
+_ECT_HALFLIFE = 0.887  # Mimg, for a decay of 0.9999 per step of 128 images
 DISTILL_PRESETS: dict[str, dict[str, Any]] = {
     "cifar10-ect": {
         "method": "ect", "batch": 128, "lr": 1e-4, "lr_rampup": 0, "optim": "radam",

@@ -1,17 +1,17 @@
-"""What a run starts from: a training state to go on with, the weights of another run, or nothing.
+"""What a run starts from: a training state to continue, the weights of another run, or nothing.
 
     open_state      the state that --resume names
     settle_options  the run's seed, and whether its options may differ from the state's
     settle_data     whether its data are the state's
     open_weights    the weights that --transfer names, as far as they fit
-    restore_        puts a state into a trainer
+    restore_        loads a state into a trainer
 
-Rank 0 finds and reads the files, and every rank gets what it has read: none of the others looks at
-its own file system. No PyTorch is needed to import this file.
+Rank 0 finds and reads the files and sends the content to every rank; the other ranks do not look at
+their own file systems. No PyTorch is needed to import this file.
 
 Adam's moments have the scale of the gradients they were computed from: a loss scale of `ls` makes
-the first moment ls times and the second ls^2 times larger. They are brought to this run's scale.
-Those of RAdam are free of it.
+the first moment ls times and the second ls^2 times larger. They are converted to this run's scale.
+Those of RAdam do not depend on it.
 """
 
 import dataclasses
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
     from pfgmpp.networks import Precond
     from training.trainer import Trainer
 
-# What a resumed run may change without --override-options, with the reason. Everything else, also
-# options added later, decides what is computed from the resumed step on.
+# What a resumed run may change without --override-options, with the reason. Everything else,
+# including options added later, affects what is computed from the resumed step on.
 RESUME_MAY_CHANGE = {
     "data": "a data set may move: its content is compared, by its fingerprint",
-    "seed": "taken from the state; another one is refused",
+    "seed": "taken from the state; a different one is refused",
     "transfer": "decides where a run begins, not how it continues",
     "teacher": "a file may move: its weights are compared",
     "plugin": "a file may move: its content is compared",
-    "preset": "a name: what it stands for is compared",
-    "duration": "how long, not how: to train for longer is a reason to resume; compared with "
+    "preset": "only a name: the options that it sets are compared",
+    "duration": "how long, not how: training for longer is a reason to resume; compared with "
                 "--lr-decay=cosine, which ends there",
     "batch_gpu": "the split over rounds and processes changes only rounding",
-    "checkpoint_blocks": "what is kept for the backward pass, not what it gives",
-    "bench": "which kernels run, as the machine does",
+    "checkpoint_blocks": "what is kept for the backward pass, not its result",
+    "bench": "which kernels run, which also depends on the machine",
     "compile": "likewise",
     "deterministic": "likewise",
     "cache": "where the pixels come from, not which",
@@ -58,25 +58,25 @@ RESUME_MAY_CHANGE = {
     "dump": "likewise",
     "keep": "likewise",
     "log": "where else numbers and pictures go",
-    "samples": "pictures are drawn from seeds of their own",
-    "window": "so is how they are shown",
-    "eval": "so are scores, and training does not see them",
+    "samples": "pictures use seeds of their own",
+    "window": "how pictures are shown",
+    "eval": "scores use seeds of their own, and training does not see them",
     "eval_ref": "likewise",
     "eval_pairs": "likewise",
     "eval_num": "likewise",
     "eval_detector": "likewise",
     "eval_solver": "likewise",
     "eval_steps": "likewise",
-    "val_data": "training does not see them",
+    "val_data": "training does not see held-out images",
     "val_num": "likewise",
 }
-# Options that are in the network itself, which is compared with the state's key by key.
+# Options recorded in the network's configuration, which is compared with the state's key by key.
 NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image", "cond_c_in",
                    "label_dropout", "sigma_data", "cbase", "cres", "nblock", "ares", "boundary",
                    "sigma_init", "teacher_network"}
 LOSS_SCALE_KEY = "loss_scaling"  # in the training_options.json of EDM and PFGM++
-_MAX_LISTED = 20  # tensors that are not taken over
-# Keywords of networks that are not called like the flags of train.py that decide them.
+_MAX_LISTED = 20  # tensors left out of a transfer
+# Network keywords that are named differently from the flags of train.py that set them.
 _FLAGS = {"attn_resolutions": "--ares", "model_channels": "--cbase", "channel_mult": "--cres",
           "num_blocks": "--nblock", "img_resolution": "--data or --patch", "label_dim": "--cond",
           "cond_channels": "--cond-image", "cond_c_in": "--cond-c-in", "D": "--aug_dim",
@@ -91,9 +91,9 @@ _STATE_TAG = re.compile(r"training-state-(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """A training state to go on with: what `checkpoint.load_state` read from `source`.
+    """A training state to continue: what `checkpoint.load_state` read from `source`.
 
-    `changed` lists the options of the run that differ from the state's, `notes` what was assumed.
+    `changed` lists the options of the run that differ from the state's, `notes` any assumptions.
     """
 
     source: str
@@ -108,16 +108,16 @@ class State:
         return self.content["format"] == STATE_FORMAT
 
     def release(self) -> None:
-        """Frees the tensors, once the trainer has them: 16 bytes a parameter."""
+        """Frees the tensors, once the trainer has them: 16 bytes per parameter."""
         for part in ("net", "ema", "optimizer", "target", "auxiliary", "auxiliary_optimizer"):
             self.content.pop(part, None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Weights to begin with: those of `source` that fit, and what was left out, a line each.
+    """Weights to start from: those of `source` that fit, and a line for each tensor left out.
 
-    `share` is how much of the network's parameters they are.
+    `share` is the fraction of the network's parameters that they are.
     """
 
     source: str
@@ -152,7 +152,8 @@ def open_state(resume: str, run_dir: Path | None) -> State | None:
     """Returns the state that `resume` names; None if it is 'auto' and `run_dir` has none.
 
     Raises:
-        ValueError: it is damaged, or no state in `run_dir` verifies; UserError for a snapshot.
+        ValueError: it is damaged, or no state in `run_dir` can be resumed.
+        UserError: it is a snapshot.
         OSError: it can't be read.
     """
     from checkpoints.checkpoint import SnapshotGivenError
@@ -164,17 +165,18 @@ def open_state(resume: str, run_dir: Path | None) -> State | None:
     for problem in problems:
         distributed.warn0(f"skipped {problem}")
     if found is None and problems:
-        raise ValueError(f"--resume=auto: no training state in {run_dir} verifies")
+        raise ValueError(f"--resume=auto: no training state in {run_dir} can be resumed; the "
+                         "warnings say why")
     if found is None and distributed.run_on_rank0((run_dir / OPTIONS_FILE).exists):
-        distributed.print0(f"Resume     {run_dir} has no training state yet, so the run begins "
-                           "anew; --dump says how often states are written")
+        distributed.print0(f"Resume     {run_dir} has no training state yet, so the run starts "
+                           "from the beginning; --dump sets how often states are written")
     return found
 
 
 def read_state(resume: str, run_dir: Path | None) -> tuple[State | None, list[str]]:
     """Returns the state that `resume` names, and what was wrong with newer ones.
 
-    For 'auto' it is the state in `run_dir` that records the most images and verifies, if any.
+    For 'auto' it is the intact state in `run_dir` that records the most images, if any.
     """
     if resume != "auto":
         return _read_state(Path(resume)), []
@@ -197,7 +199,7 @@ def _read_state(path: Path) -> State:
 
 
 def _with_neighbours(state: State) -> State:
-    """Returns a state of EDM or PFGM++ with what the files beside it say of the same run.
+    """Returns a state of EDM or PFGM++, completed from the files beside it.
 
     EDM's states lack the averaged weights, which are in the network-snapshot of the same number.
     Both projects write the loss scale to training_options.json.
@@ -225,12 +227,12 @@ def settle_options(
     """Returns the run's options with its seed, and the state with the options that differ.
 
     The seed is the one given, else that of the state, else a random one, the same on every rank.
-    `typed` are the options that are not as they are by default.
+    `typed` are the options that the command line sets.
 
     Raises:
         ValueError: the seed given is not that of the state.
-        UserError: options that decide what is computed differ, and `override` is not set; or the
-            loss scale of the state of another project is not known.
+        UserError: options that affect what is computed differ, and `override` is not set; or the
+            loss scale of another project's state is not known.
     """
     from torch_utils import distributed
     recorded = state.content["options"].get("seed") if state else None  # foreign states have none
@@ -249,25 +251,25 @@ def settle_options(
                *_changed_draws(state)]
     if changed and not override:
         raise UserError(
-            f"{state.source}: the run to resume has other options: {', '.join(changed)}; give them "
-            "as they were, or --override-options to change them", BAD_USAGE)
+            f"{state.source}: the run to resume has other options: {', '.join(changed)}; give the "
+            "state's options, or --override-options to change them", BAD_USAGE)
     return config, dataclasses.replace(state, changed=tuple(changed))
 
 
 def _check_command(config: TrainConfig, state: State) -> None:
-    """Raises UserError for a state of distill.py in train.py, or the other way round."""
+    """Raises UserError if train.py resumes a state of distill.py, or the other way round."""
     method = state.content["options"].get("method")
     if (method is None) != (config.method is None):
         command = "train.py" if method is None else f"distill.py --method={method}"
-        raise UserError(f"{state.source}: was written by {command}; go on with that", BAD_USAGE)
+        raise UserError(f"{state.source}: was written by {command}; resume it with that", BAD_USAGE)
 
 
 def changed_options(now: TrainConfig, then: dict[str, Any], typed: Container[str] = ()
                     ) -> list[str]:
     """Returns '--lr=0.01 (0.001 in the state)' for each option that would change the run.
 
-    If the value now is the default and nobody has typed it, the text says so. Defaults of another
-    method than the state's are left out: the method is in the list.
+    If the new value is a default that was not typed, the text says so. Defaults of a method that
+    differs from the state's are left out, because the method itself is listed.
 
     Args:
         now: the options of the run that is resumed.
@@ -277,7 +279,7 @@ def changed_options(now: TrainConfig, then: dict[str, Any], typed: Container[str
     """
     changed, free = [], {*RESUME_MAY_CHANGE, *NETWORK_OPTIONS}
     if now.lr_decay == "cosine":
-        free.remove("duration")  # which says how the learning rate falls
+        free.remove("duration")  # it determines how the learning rate falls
     unused = now.unused_options - {"teacher_sha256"}
     defaults = {field.name: field.default for field in dataclasses.fields(now)}
     given, before = now.to_dict(), defaults | then
@@ -286,7 +288,7 @@ def changed_options(now: TrainConfig, then: dict[str, Any], typed: Container[str
     for name in defaults:
         if name not in free | unused and _in_effect(name, given) != _in_effect(name, before):
             if name == "ls" and given[name] is None and before[name] is None:
-                continue  # the default follows --precision, which differs and is named
+                continue  # the default follows --precision, which differs and is listed
             if name == "teacher_sha256":
                 changed.append(f"--teacher={now.teacher or 'none'} (other weights in the state)")
                 continue
@@ -304,7 +306,7 @@ def changed_options(now: TrainConfig, then: dict[str, Any], typed: Container[str
 
 
 def _in_effect(name: str, options: dict[str, Any]) -> Any:
-    """Returns the value of an option, or what leaving it out comes to."""
+    """Returns the value of an option, or the value that leaving it out stands for."""
     value = options[name]
     if name == "ls" and options["precision"] != "fp16":
         return value or 1.0
@@ -312,9 +314,9 @@ def _in_effect(name: str, options: dict[str, Any]) -> Any:
 
 
 def _changed_draws(state: State) -> list[str]:
-    """Returns a text if the state's run drew its random numbers in another way than this code."""
+    """Returns a text if the state's run drew random numbers differently from this code."""
     from training.trainer import DRAWS_VERSION
-    then = state.content["progress"].get("draws", 1)  # states without a number have the first
+    then = state.content["progress"].get("draws", 1)  # states that record none have version 1
     return [] if then == DRAWS_VERSION else [
         f"random draws of version {DRAWS_VERSION} ({then} in the state, from another version of "
         "the code)"]
@@ -327,7 +329,7 @@ def _shown(value: object) -> str:
 
 
 def _with_loss_scale(config: TrainConfig, state: State) -> State:
-    """Returns a state of EDM or PFGM++ with the loss scale that its moments are of, as 'ls'.
+    """Returns a state of EDM or PFGM++ with the loss scale of its moments, as 'ls'.
 
     Raises:
         UserError: it is neither recorded nor given, and the network was trained in float16.
@@ -340,8 +342,8 @@ def _with_loss_scale(config: TrainConfig, state: State) -> State:
             f"{state.source}: trained in float16 with a loss scale that is not recorded; give the "
             "--ls it was trained with (100 for EDM's ImageNet), or put its training_options.json "
             "beside it", BAD_USAGE)
-    note = (f"Note: {state.source} does not record its loss scale; it is taken to be "
-            f"{config.ls or 1:g}, " + ("as --ls says" if config.ls else "the default"))
+    note = (f"Note: {state.source} does not record its loss scale; it is assumed to be "
+            f"{config.ls or 1:g}, " + ("as given by --ls" if config.ls else "the default"))
     return dataclasses.replace(
         state, content={**state.content, "options": {**options, "ls": config.ls or 1.0}},
         notes=(note,))
@@ -350,10 +352,11 @@ def _with_loss_scale(config: TrainConfig, state: State) -> State:
 def settle_data(
     config: TrainConfig, dataset: "ImageFolderDataset", state: State, *, override: bool,
 ) -> State:
-    """Returns the state, made out for other data if those were named and that is allowed.
+    """Returns the state, which records the run's data if --data changed and `override` is set.
 
     Raises:
-        ValueError: the data have changed since the run began; UserError where others were named.
+        ValueError: the content of the same --data has changed since the run began.
+        UserError: --data changed, and `override` is not set.
     """
     from training.trainer import dataset_record
     if not state.is_ours:
@@ -369,7 +372,7 @@ def settle_data(
         raise UserError(
             f"{state.source}: the run to resume has other data: --data={config.data} "
             f"({named_then} in the state; {then['size']} images then, {record['size']} now); give "
-            "them as they were, or --override-options to change them", BAD_USAGE)
+            "the state's data, or --override-options to change them", BAD_USAGE)
     return dataclasses.replace(state, content={**state.content, "dataset": record})
 
 
@@ -378,13 +381,13 @@ def settle_data(
 
 def open_weights(source: str, net: "Precond", dataset: "ImageFolderDataset | None" = None
                  ) -> Weights:
-    """Returns the averaged weights of a snapshot or state whose names and shapes `net` has too.
+    """Returns the averaged weights of a snapshot or state whose names and shapes `net` also has.
 
-    `net` may be on the "meta" device. What does not fit begins as a new run's does. Where the file
-    records another scale than that of the data to train on, it says so.
+    `net` may be on the "meta" device. Weights that do not fit start as in a new run. If the file
+    records another scale than that of the training data, a warning is printed.
 
     Raises:
-        ValueError: no checkpoint, no parameter fits, or the condition is scaled in another way.
+        ValueError: not a checkpoint, no parameter fits, or the condition is scaled differently.
         OSError: it can't be read.
     """
     from checkpoints import checkpoint
@@ -397,16 +400,16 @@ def open_weights(source: str, net: "Precond", dataset: "ImageFolderDataset | Non
 
 
 def _check_condition(source: str, theirs: dict[str, Any], net: "Precond") -> None:
-    """Raises ValueError where one network sees conditions times c_in and the other as they are."""
+    """Raises ValueError if only one of the networks multiplies conditions by c_in."""
     is_scaled = theirs.get("cond_c_in", False)
     if theirs.get("cond_channels") and net.cond_channels and is_scaled != net.cond_c_in:
-        how, what = ("times c_in", "give --cond-c-in=1") if is_scaled else (
-            "as it is", "leave --cond-c-in out")
+        how, what = ("multiplied by c_in", "give --cond-c-in=1") if is_scaled else (
+            "without c_in", "leave --cond-c-in out")
         raise ValueError(f"--transfer={source}: its network sees the condition {how}; {what}")
 
 
 def _warn_of_scale(source: str, theirs: dict[str, Any], dataset: "ImageFolderDataset") -> None:
-    """Says so where a network was trained on values that data of another scale would change."""
+    """Warns if a network was trained on data of another scale."""
     from sampling.network_sampler import recorded_scaling
     from torch_utils import distributed
     for name, flag, key, channels, ours in (
@@ -417,16 +420,16 @@ def _warn_of_scale(source: str, theirs: dict[str, Any], dataset: "ImageFolderDat
         known = recorded_scaling(theirs, source, key, count) if count else None
         if known and ours and not (known.is_8bit or ours.is_8bit or known == ours):
             distributed.warn0(f"--transfer={source}: {known} in the {name} that it was trained on, "
-                              f"but {ours} in those of --data; for the same kind of data, "
+                              f"but {ours} in those of --data; if both are the same kind of data, "
                               f"convert them with the same {flag} of dataset_tool.py")
 
 
 def fitting_weights(source: str, theirs: dict[str, "torch.Tensor"], net: "torch.nn.Module"
                     ) -> Weights:
-    """Returns those of the weights `theirs` whose names and shapes `net` has too.
+    """Returns those of the weights `theirs` whose names and shapes `net` also has.
 
-    U-Nets name weights by the image size of their level. Where both have equally many levels, those
-    of the same place are compared: a network of larger patches has the same weights.
+    U-Nets name weights by the image size of their level. If both have the same number of levels,
+    levels are matched by position, because a network for larger patches has the same weights.
 
     Raises:
         ValueError: no parameter fits.
@@ -448,7 +451,7 @@ def fitting_weights(source: str, theirs: dict[str, "torch.Tensor"], net: "torch.
                          f"{left_out[0]}); give the options of its architecture")
     if share < _SMALL_SHARE:
         distributed.warn0(f"--transfer={source}: only {100 * share:.2g}% of this network's "
-                          "parameters are taken over; the others begin at random")
+                          "parameters are transferred; the others start at random")
     return Weights(source, fitting, tuple(left_out), share)
 
 
@@ -498,7 +501,7 @@ def restore_(trainer: "Trainer", state: State) -> None:
     if trainer.dynamic_scale:
         if type(trainer.config).from_dict(content["options"]).has_dynamic_scale:
             trainer.loss_scale = progress["loss_scale"].to(trainer.device)
-        else:  # the scale of a new run, found anew
+        else:  # the scale starts as in a new run
             counters["good_since_change"].zero_()
     trainer.counters = counters
 
@@ -509,7 +512,7 @@ def _moments_scale(options: dict[str, Any]) -> float | None:
 
 
 def check_network(net: "torch.nn.Module", state: State) -> None:
-    """Raises ValueError if a state is of another network than `net`, which may be on "meta"."""
+    """Raises ValueError if a state does not belong to `net`, which may be on "meta"."""
     from checkpoints import checkpoint
     # The dtype follows --precision of this run, not of the one that wrote the state.
     skip = {"use_fp16"}
@@ -519,8 +522,8 @@ def check_network(net: "torch.nn.Module", state: State) -> None:
     if state.is_ours:
         skip.add("dropout")  # an option without weights, see `changed_options`
     else:
-        # Foreign files spell out what ours leave at its default, and vice versa. Conditions are
-        # in a configuration where there are any.
+        # Foreign files spell out what ours leave at its default, and vice versa. Keywords of
+        # conditions are always spelled out.
         skip |= (set(ours) ^ set(theirs)) - {"cond_channels", "cond_c_in"}
     difference = checkpoint.first_difference(
         *({k: v for k, v in config.items() if k not in skip} for config in (ours, theirs)))
@@ -529,8 +532,8 @@ def check_network(net: "torch.nn.Module", state: State) -> None:
         difference = f"{flag}; {difference}" if flag else difference
         raise ValueError(
             f"{state.source}: the state is of another network ({difference}); give the options "
-            "that it was trained with, or begin a new run under another --name")
-    if not state.is_ours:  # whose configuration may lack some of ours
+            "that it was trained with, or start a new run under another --name")
+    if not state.is_ours:  # its configuration may lack keywords of ours
         weights = state.content.get("net") or state.content["ema"]
         shapes = ({name: list(t.shape) for name, t in tensors.items()}
                   for tensors in (net.state_dict(), weights))
@@ -555,24 +558,24 @@ def _restore_foreign_(trainer: "Trainer", state: State) -> None:
     trainer.ema_rampup = RAMPUP_RATIO  # as in EDM and PFGM++, by the images seen
     lost = ["random state", "data position"] + ([] if content["ema"] else ["averaged weights"])
     distributed.print0(
-        f"Note: {source} does not hold {', '.join(lost)}; the run goes on at "
-        f"{trainer.cur_nimg / 1000:g} kimg with draws and data order of its own seed")
+        f"Note: {source} does not hold {', '.join(lost)}; the run continues at "
+        f"{trainer.cur_nimg / 1000:g} kimg with the draws and data order of its own seed")
     if "ema_source" in content:
         distributed.print0(f"Note: the averaged weights are those of {content['ema_source']}")
     elif not content["ema"]:
-        distributed.print0("Note: no network-snapshot of the same number lies beside it, so the "
-                           "average begins anew with the weights themselves")
+        distributed.print0("Note: there is no network-snapshot of the same number beside it, so "
+                           "the average restarts from the plain weights")
 
 
 def _load_moments_(
     optimizer: "torch.optim.Optimizer", stored: dict[str, Any], now: float | None, *,
     then: float | None,
 ) -> None:
-    """Takes over an optimizer's state, each moment in its parameter's layout and this run's scale.
+    """Loads an optimizer's state, each moment in its parameter's layout and this run's loss scale.
 
-    Fused Adam pairs elements by their place in memory, and files may hold other strides than the
-    channels-last weights. `then` and `now` are the loss scales of the stored moments and of this
-    run, None for gradients that are free of it, as those of a dynamic scale are.
+    Fused Adam pairs elements by their place in memory, and files may hold other strides than those
+    of the channels-last weights. `then` and `now` are the loss scales of the stored moments and of
+    this run; None stands for unscaled gradients, as with a dynamic scale.
     """
     import torch
     optimizer.load_state_dict(optimizer.state_dict() | {"state": stored["state"]})

@@ -1,9 +1,8 @@
-"""The files that rank 0 writes during a run: what a full disk costs, what is kept.
+"""The files that rank 0 writes during a run: what happens on a full disk, and what is kept.
 
-States and snapshots are written by a thread from a copy, one tick's at a time, while training goes
-on. If a file can't be written, only that file is lost: the next tick warns of it, earlier files
-stay, and training goes on. Failures at two ticks in a row end the run, and so does one at the last
-tick.
+A thread writes states and snapshots from a copy, one tick's at a time, while training continues. If
+a file can't be written, only that file is lost: the next tick warns of it, earlier files stay, and
+training continues. Failures at two ticks in a row end the run, and so does one at the last tick.
 """
 
 import threading
@@ -21,7 +20,7 @@ _MAX_FAILURES = 2  # ticks in a row
 
 
 class RunFiles:
-    """Writes files of an existing run directory, on rank 0; keeps `keep` training states or all."""
+    """Writes to an existing run directory on rank 0; keeps `keep` training states (None: all)."""
 
     def __init__(self, run_dir: Path, keep: int | None):
         self.run_dir, self._keep = run_dir, keep
@@ -46,21 +45,21 @@ class RunFiles:
         return self.write(name, checkpoint.save, content)
 
     def save_in_background(self, contents: dict[str, dict[str, Any]]) -> None:
-        """Begins to write states and snapshots, by name, and then removes old states.
+        """Starts writing states and snapshots, by name, and removing old states after that.
 
-        The contents are copied first, so they may change when this returns.
+        The contents are copied first, so they may change once this returns.
         """
         self.wait()
         self._writer = _Writer(self._save_all, _host_copy(contents, {}))
 
     def wait(self) -> None:
-        """Waits until what is being written is written, or has failed."""
+        """Waits until all files that are being written are complete or have failed."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
             self._count(writer.result())
 
     def look(self) -> None:
-        """Takes note of what has been written, or has failed, without waiting for the rest."""
+        """Records which files are complete or have failed, without waiting for the rest."""
         if self._writer is not None and self._writer.has_ended():
             self.wait()
 
@@ -80,10 +79,10 @@ class RunFiles:
         self._written += problems.count(None)
 
     def raise_if_writes_failed(self, last: bool) -> None:
-        """Warns of what could not be written since the last call, and counts it.
+        """Warns of files that could not be written since the last call, and counts failed ticks.
 
         Raises:
-            OSError: it failed too often, or at the `last` call.
+            OSError: too many ticks in a row failed, or the `last` one did.
         """
         problems, written = self._take_problems()
         if not problems:
@@ -92,13 +91,14 @@ class RunFiles:
             return
         self._failures += 1
         if last or self._failures >= _MAX_FAILURES:
-            raise OSError(f"not written: {'; '.join(problems)}. Make room and use --resume=auto")
+            raise OSError(f"not written: {'; '.join(problems)}. Free some space, then resume with "
+                          "--resume=auto")
         for problem in problems:
-            distributed.warn0(f"not written: {problem}; training goes on, and ends if it happens "
-                              "again")
+            distributed.warn0(f"not written: {problem}; training continues, but ends if this "
+                              "happens again")
 
     def warn_of_failures(self) -> None:
-        """Warns of what could not be written since the last call, and of nothing else."""
+        """Warns of files that could not be written since the last call, and counts nothing."""
         for problem in self._take_problems()[0]:
             distributed.warn0(f"not written: {problem}")
 
@@ -109,9 +109,9 @@ class RunFiles:
         return taken
 
     def prune(self) -> None:
-        """Removes all training states but the newest `keep`, if one of those is whole.
+        """Removes all training states except the newest `keep`, if one of those is intact.
 
-        Those that this process wrote and nobody has touched since are; others are read.
+        States that this process wrote and that are unchanged since are intact; others are read.
         """
         if self._keep is None:
             return
@@ -120,14 +120,14 @@ class RunFiles:
         if not old:
             return
         if not any(map(self._is_whole, reversed(kept))):
-            distributed.warn0(f"no training state in {self.run_dir} pruned: none of the newest "
-                              f"{len(kept)} verifies")
+            distributed.warn0(f"no training state in {self.run_dir} was removed: none of the "
+                              f"newest {len(kept)} is intact")
             return
         for path in old:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                distributed.warn0(f"{path}: can't be removed, as --keep={self._keep} asks for: "
+                distributed.warn0(f"{path}: can't be removed, as --keep={self._keep} requires: "
                                   f"{error.strerror or error}")
 
     def _is_whole(self, path: Path) -> bool:
@@ -135,7 +135,7 @@ class RunFiles:
 
 
 class _Writer:
-    """A thread that calls a function; Python waits for it before it ends."""
+    """A thread that calls a function; Python waits for it at exit."""
 
     def __init__(self, function: Callable[[Any], list[str | None]], content: Any):
         self._box: list[Any] = []
@@ -153,7 +153,7 @@ class _Writer:
         return not self._thread.is_alive()
 
     def result(self) -> list[str | None]:
-        """Returns what the function returned, or raises its error, when it has ended."""
+        """Waits for the function to end; returns its result or raises its error."""
         self._thread.join()
         [result] = self._box
         if isinstance(result, BaseException):
@@ -176,10 +176,10 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _host_copy(value: Any, seen: dict[tuple, torch.Tensor]) -> Any:
-    """Returns nested data with every tensor copied to the CPU, one that comes twice only once."""
+    """Returns nested data with every tensor copied to the CPU; repeated ones are copied once."""
     if isinstance(value, torch.Tensor):
         key = value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
-        if not value.data_ptr() or key not in seen:  # an empty one has no place of its own
+        if not value.data_ptr() or key not in seen:  # an empty tensor has no address of its own
             seen[key] = value.detach().to("cpu", copy=True)
         return seen[key]
     if isinstance(value, dict):

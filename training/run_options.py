@@ -21,7 +21,7 @@ _BOOL = click.BOOL
 
 
 class RunCommand(click.Command):
-    """A command that says all that is missing, and how to start."""
+    """A command that lists all missing options and shows how to start."""
 
     script = ""  # its file
 

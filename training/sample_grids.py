@@ -57,7 +57,7 @@ def sample_grid(trainer: Trainer) -> PIL.Image.Image | None:
 
 
 def _shown(scaling: Scaling, config: TrainConfig) -> Scaling:
-    """Returns what makes pictures of data of this scaling; 8-bit data are shown as they are."""
+    """Returns the scaling that turns data into pictures; 8-bit data are shown as they are."""
     return scaling if config.window is None or scaling.is_8bit else display_window(*config.window)
 
 
@@ -79,10 +79,10 @@ def _grid_condition(dataset: ImageFolderDataset, number: int) -> dict[str, Any]:
 
 
 def labels_of_seeds(dataset: ImageFolderDataset) -> SeedLabels | None:
-    """Returns the labels of samples of a network that is trained on these data.
+    """Returns the labels of samples from a network that is trained on these data.
 
-    Classes are those that have images, equally often; seed k has the label vector of image k mod n.
-    None stands for classes as they are drawn, or no labels.
+    Classes that have images are used equally often. With label vectors, seed k has that of image
+    k mod n. None stands for classes drawn as usual, or for no labels.
     """
     if not dataset.has_labels:
         return None
@@ -116,7 +116,7 @@ def _row_labels(trainer: Trainer, classes: list[int]) -> list[str]:
 def _grid_layout(trainer: Trainer) -> tuple[list[int], int, int]:
     """Returns (classes of the rows, if any, rows, columns) of about `config.samples` images.
 
-    The classes are the first that have images; there are none where there are condition images.
+    The classes are the first that have images. With condition images, there are no classes.
     """
     count = trainer.config.samples
     if count is None:

@@ -1,2 +1,2 @@
-"""Alias of pfgmpp.samplers, whose name this was."""
+"""Alias of pfgmpp.samplers, which used to have this name."""
 from pfgmpp.samplers import *  # noqa: F403

@@ -1,8 +1,8 @@
-"""The value of --sigma-data=auto: that of the state, one measured before, or measured now.
+"""The value of --sigma-data=auto: that of the state, an earlier measurement, or a new one.
 
-It is the standard deviation of the data as networks see them, all pixels and channels together. Of
-a large data set a sample is measured: with n images the relative standard error is about
-0.3 / sqrt(n) for photographs, 1e-3 for 50,000, where the networks need 1e-1.
+It is the standard deviation of the data as networks see them, over all pixels and channels. A large
+data set is measured on a sample: with n images, the relative standard error is about 0.3 / sqrt(n)
+for photographs, or 1e-3 for 50,000. The networks only need 1e-1.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from training.config import TrainConfig
 if TYPE_CHECKING:
     from training.resume import State
 
-SAMPLE_SIZE = 50_000  # images that are measured of a larger data set
+SAMPLE_SIZE = 50_000  # images to measure in a larger data set
 _NOTE = "sigma_data"  # in the cache, by the fingerprint of the data
 _DEFAULT = 0.5  # of networks that do not record it
 
@@ -27,11 +27,11 @@ def settle_sigma_data(config: TrainConfig, dataset: ImageFolderDataset, state: "
                       may_measure: bool = True) -> TrainConfig:
     """Returns the options with sigma_data as a number, and prints where it comes from.
 
-    Every rank must call it; rank 0 measures, with all cores. Without `may_measure` the options may
-    come back as they are.
+    Every rank must call it; rank 0 measures, with all cores. Without `may_measure`, the options may
+    be returned unchanged.
 
     Raises:
-        ValueError: all data are alike, or an image can't be read.
+        ValueError: all values of the data are equal, or an image can't be read.
     """
     if config.sigma_data is not None:
         return config
@@ -45,7 +45,7 @@ def settle_sigma_data(config: TrainConfig, dataset: ImageFolderDataset, state: "
 
 def _find(dataset: ImageFolderDataset, state: "State | None",
           may_measure: bool) -> tuple[float | None, str]:
-    """Returns sigma_data and the line that says where it comes from; None where it is not known."""
+    """Returns sigma_data, None if it is not known, and the line that says where it comes from."""
     if state:
         value = float(state.content["network"].get("sigma_data", _DEFAULT))
         return value, f"sigma_data     {value:.6g}, as in the state"
@@ -64,7 +64,7 @@ def _measure(dataset: ImageFolderDataset) -> dict:
     moments, spread = dataset.measure(SAMPLE_SIZE)
     value = moments.scaled(dataset.scaling).overall_std()
     if not value > 0:
-        raise ValueError(f"--sigma-data=auto: all values of {dataset.path} are alike; give a "
+        raise ValueError(f"--sigma-data=auto: all values of {dataset.path} are equal; give a "
                          "number")
     population = len(dataset.all_names)
     return {"value": value, "images": min(population, SAMPLE_SIZE), "of": population,

@@ -21,7 +21,7 @@ from torch_utils import distributed, misc
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A network of a file: its averaged weights, and what the file records of its data."""
+    """A network from a file: its averaged weights, and what the file records of its data."""
 
     source: str
     content: dict[str, Any]  # as `checkpoint.load` returns it, without an optimizer
@@ -33,23 +33,23 @@ class Teacher:
         """Reads a network on rank 0, for every rank.
 
         Args:
-            source: a path or address; of a run directory the newest network is taken.
+            source: a path or URL; a run directory stands for its newest network.
             pfgmpp: for files that do not record D, see `checkpoint.resolve_D`.
-            aug_dim: likewise; where the file records D, another one is refused.
+            aug_dim: likewise; if the file records D, a different one is refused.
 
         Raises:
-            ValueError: not a network, one of few steps, or one of another D.
+            ValueError: it is not a network, is a few-step network, or has another D.
             OSError: it can't be read.
         """
         content = checkpoint.resolve_D(distributed.run_on_rank0(load_network, source), source,
                                        pfgmpp, aug_dim)
         if content["network"].get("few_step") is not None:
-            raise ValueError(f"--teacher={source}: a few-step network, which can't teach; give the "
-                             "denoiser that it was made from")
+            raise ValueError(f"--teacher={source}: is a few-step network, which can't be a "
+                             "teacher; give the denoiser that it was made from")
         level = checkpoint.highest_level(content)
         if level not in (None, EDM_SIGMA_MAX, LSUN_SIGMA_MAX):
             raise ValueError(f"--teacher={source}: is sampled from sigma_max = {level:g}, but "
-                             f"few-step networks begin at {EDM_SIGMA_MAX:g} or "
+                             f"few-step networks start at {EDM_SIGMA_MAX:g} or "
                              f"{LSUN_SIGMA_MAX:g}; give a file that records one of these")
         weights = checkpoint.sampling_weights(content)
         return cls(source, content | {"ema": weights}, checkpoint.digest(weights))
@@ -90,7 +90,7 @@ class Teacher:
             given, allowed = ("x".join(map(str, s)) for s in (dataset.image_shape, shape))
             kind = "images" if dataset.patch is None else "patches"
             patch = f", or give --patch={shape[1]}" if shape[1] == shape[2] else ""
-            raise ValueError(f"{where}: {kind} are {given} (channels x height x width), the "
+            raise ValueError(f"{where}: {kind} are {given} (channels x height x width), but the "
                              f"teacher makes {allowed}; convert them with dataset_tool.py{patch}")
         wanted = [("images", "scale", shape[0], dataset.scaling)]
         if dataset.cond_channels:
@@ -99,9 +99,9 @@ class Teacher:
         for name, key, channels, scaling in wanted:
             known: Scaling = recorded_scaling(self.content, self.source, key, channels)
             if known != scaling:
-                raise ValueError(f"{where}: its {name} are of another scale than those that the "
-                                 "teacher was trained on; convert them with the same --scale of "
-                                 "dataset_tool.py")
+                raise ValueError(f"{where}: its {name} have another scale than those that the "
+                                 "teacher was trained on; convert them with the same "
+                                 "dataset_tool.py --scale")
         for name, given, allowed in (
                 ("labels of {} numbers", dataset.label_dim, network.get("label_dim", 0)),
                 ("condition images of {} channels", dataset.cond_channels,
@@ -109,23 +109,23 @@ class Teacher:
             if given != allowed:
                 choose = ", or choose its classes with dataset_tool.py --classes" if (
                     dataset.has_onehot_labels and dataset.label_dim > allowed) else ""
-                raise ValueError(f"{where}: has {name.format(given)}, the teacher was trained on "
-                                 f"{allowed}; give the data of its kind{choose}")
+                raise ValueError(f"{where}: has {name.format(given)}, but the teacher was trained "
+                                 f"on {allowed}; give data like the teacher's{choose}")
         self._check_kind_of_labels(dataset)
 
     def _check_kind_of_labels(self, dataset: ImageFolderDataset) -> None:
-        """Raises ValueError for vectors in place of classes; warns of classes of other names."""
+        """Raises ValueError if only one has classes; warns if classes have different names."""
         if not dataset.has_labels:
             return
         where, kind = f"--data={dataset.path}", recorded_label_kind(self.content)
         given = "classes" if dataset.has_onehot_labels else "vectors"
         if given != kind:
-            raise ValueError(f"{where}: its labels are {given}, the teacher was trained on {kind} "
-                             f"of {dataset.label_dim} numbers; give the data of its kind")
+            raise ValueError(f"{where}: its labels are {given}, but the teacher was trained on "
+                             f"{kind} of {dataset.label_dim} numbers; give data like the teacher's")
         names = zip(dataset.class_names or (), recorded_class_names(self.content), strict=False)
         for number, (ours, theirs) in enumerate(names):
             if ours != theirs:
                 distributed.warn0(f"{where}: class {number} is called {ours!r}, but {theirs!r} in "
-                                  f"the data of {self.source}; do its classes mean the same?")
+                                  f"the data of {self.source}; check that both mean the same")
                 return
 

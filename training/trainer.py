@@ -3,10 +3,10 @@
     step k trains on images k*batch ... (k+1)*batch - 1 of the stream; cur_nimg = k*batch before it
 
 Order of a step: learning rate, gradients (all accumulation rounds, averaged over ranks),
-finiteness and clipping, Adam, EMA, cur_nimg += batch. Where the objective has an auxiliary network,
-that takes its own steps first, on the same images. Nothing in a step waits for the device but
-RAdam, which asks it whether to take the step; what is reported stays on the device until the tick
-reads it.
+finiteness and clipping, Adam, EMA, cur_nimg += batch. If the objective has an auxiliary network,
+that network takes its own steps first, on the same images. Nothing in a step waits for the device
+except RAdam, which asks it whether to take the step. Reported values stay on the device until the
+tick reads them.
 """
 
 import contextlib
@@ -36,14 +36,14 @@ from training.device_data import DeviceData, fits_by_itself
 from training.ema import RAMPUP_RATIO, ema_beta, update_ema_
 from training.objectives import Batch, Objective, Part, build_objective, build_optimizer
 
-# Raised by every change of what a seed draws, or of the order of the data: resuming compares it.
+# Increased by every change of what a seed draws or of the data's order; resuming compares it.
 DRAWS_VERSION = 2
 # These keep the uses of the run's seed apart.
 _INIT_TAG, _STEP_TAG, _DROPOUT_TAG, _REFERENCE_TAG = 1, 2, 3, 4
 _DYNAMIC_SCALE_START = 2.0**16
 _DYNAMIC_SCALE_PERIOD = 2000  # good steps between doublings
-HEAVY_TAILED_D = 0.5  # below, draws beyond float32 have been seen (pfgmpp/kernel.py)
-# The buffers never change. The flag that says so has two names, depending on PyTorch's version.
+HEAVY_TAILED_D = 0.5  # below this, draws beyond float32 have been seen (pfgmpp/kernel.py)
+# The buffers never change. The flag that says so has two names, depending on the PyTorch version.
 _BUFFERS_ALONE = {
     "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel)
     .parameters else "broadcast_buffers": False}
@@ -57,8 +57,8 @@ class DivergedError(RuntimeError):
 class Trainer:
     """The state of a run in one process, and its step.
 
-    The tensors of `weights` take the place of those that the seed initialises. `teacher` is the
-    denoiser that a few-step network is trained after, if it has one, on the device and frozen.
+    The tensors in `weights` replace those that the seed initialises. `teacher` is the denoiser that
+    a few-step network learns from, if it has one; it is on the device and frozen.
     """
 
     def __init__(self, config: TrainConfig, dataset: ImageFolderDataset, device: torch.device,
@@ -71,7 +71,7 @@ class Trainer:
         self.cur_nimg = 0
         self.best_score: float | None = None
         self.best_score_of: dict[str, Any] | None = None  # what was scored, and against what
-        # What a tick has collected and still has to do, in a state that was written at a signal.
+        # In a state written at a signal: what the tick has collected and still has to do.
         self.unfinished: dict[str, Any] | None = None
 
         torch.manual_seed(misc.mix_seed(config.seed, _INIT_TAG))
@@ -86,15 +86,15 @@ class Trainer:
         self.net.model.checkpoint_blocks = config.checkpoint_blocks
         self.ema_rampup: float | None = RAMPUP_RATIO
         if weights is not None and not self.net.load_state_dict(weights, strict=False).missing_keys:
-            self.ema_rampup = None  # the weights are good already: there is nothing to forget
+            self.ema_rampup = None  # all weights are given: there is no random start to forget
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.augment_pipe = AugmentPipe.standard(config.augment) if config.augment > 0 else None
         self.optimizer = build_optimizer(config, self.net)
         self.objective: Objective = build_objective(config, self.net, teacher, self.augment_pipe)
         for net in self.objective.other_networks.values():  # ipfm differentiates them too
             net.model.checkpoint_blocks = config.checkpoint_blocks
-        # Counters that live on the device: scale of a dynamic loss, good steps since its last
-        # change, bad steps in all, bad steps in a row, the longest such row, its first step.
+        # Kept on the device: the loss scale, good steps since a dynamic one last changed, bad steps
+        # in total, bad steps in a row, the longest such row, and its first step.
         self.dynamic_scale = config.has_dynamic_scale
         start = _DYNAMIC_SCALE_START if self.dynamic_scale else (config.ls or 1.0)
         self.loss_scale = torch.tensor(start, device=device)
@@ -107,12 +107,12 @@ class Trainer:
         self.ddp: torch.nn.Module = self.net
 
     def start(self) -> None:
-        """Opens the stream of batches at `cur_nimg` and couples the ranks."""
+        """Opens the stream of batches at `cur_nimg` and wraps the networks in DDP."""
         if self.is_compiled:
             for net in (self.net, *self.objective.other_networks.values()):
                 misc.compile_network(net.model)
             if self.config.checkpoint_blocks:
-                # PyTorch 2.6 can't cut such a compiled network at DDP's buckets.
+                # PyTorch 2.6 can't split such a compiled network at DDP's buckets.
                 torch._dynamo.config.optimize_ddp = False
         self.ddp = self._coupled(self.net)
         if self.objective.auxiliary:
@@ -129,7 +129,7 @@ class Trainer:
             self._batches = Timed(read(patches, order.positions()))
 
     def _coupled(self, net: torch.nn.Module) -> torch.nn.Module:
-        """Returns the network, or what averages its gradients over ranks around it."""
+        """Returns the network, in a process group wrapped in DDP."""
         if not torch.distributed.is_initialized():
             return net
         ids = [self.device] if self.device.type == "cuda" else None
@@ -138,7 +138,7 @@ class Trainer:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the network is compiled: as --compile says; 'auto' compiles where it is exact."""
+        """Whether the network is compiled; --compile=auto does so where it pays and is exact."""
         if self.config.compile == "auto":
             if self.config.method and self.config.dropout:
                 return False  # two passes must have the same dropout masks
@@ -153,9 +153,9 @@ class Trainer:
 
     @contextlib.contextmanager
     def average_in_fp32(self) -> Iterator[None]:
-        """Within it the averaged network computes in float32 without TF32, as its file would.
+        """Lets the averaged network compute in float32 without TF32, as when loaded from its file.
 
-        Scores and pictures are of the weights, whatever arithmetic they were trained in.
+        Scores and pictures then depend on the weights only, not on the precision of training.
         """
         config = self.config
         choices = {"benchmark": config.bench, "deterministic": config.deterministic}
@@ -172,10 +172,10 @@ class Trainer:
         return self._batches.take_sec() + self._references.take_sec()
 
     def _reader(self) -> tuple[ImageFolderDataset | DeviceData, Callable[..., Iterator]]:
-        """Returns where the images are, and what reads there, ahead or on the device.
+        """Returns the source of images, and a function that reads from it, ahead or on the device.
 
-        The latter yields `source.get_batch(numbers)` for each list of numbers, given the source, or
-        what takes its place, and the lists.
+        The function takes a source (this one or a wrapper) and lists of indices, and yields
+        `source.get_batch(indices)` for each list.
         """
         on_device = self.config.data_on_device
         if on_device == "1" or (on_device == "auto" and fits_by_itself(self.dataset, self.device)):
@@ -186,11 +186,11 @@ class Trainer:
                                                pin_memory=self.device.type == "cuda")
 
     def _reference_order(self) -> Iterator[list[int]]:
-        """Returns, from the next step on, the `rbatch` images that stable targets are means over.
+        """Returns the `rbatch` images of each step, from the next one on, for stable targets.
 
-        First comes the global batch, then images of a stream of their own. They depend only on the
-        seed and the step, and are the same on every rank. Of a data set of no more than `rbatch`
-        images it is all of them, each once.
+        The global batch comes first, then images from a separate stream. They depend only on the
+        seed and the step, and are the same on every rank. If the data set has at most `rbatch`
+        images, all are used, each once.
         """
         check_stable_targets(self.config, self.dataset)
         size, batch = len(self.dataset), self.config.batch
@@ -240,13 +240,13 @@ class Trainer:
         return Part(self.net, self.optimizer, self.config.lr, self.config.lr_rampup, self.ddp)
 
     def _move(self, part: Part, batches: Iterable[Batch], number: int = 0) -> torch.Tensor:
-        """Moves one network by a step on the batches of all rounds.
+        """Updates one network by a step on the batches of all rounds.
 
-        `number` tells the steps of one `train_step` apart: 0 is that of the network which is
-        sampled, 1 and more are those of the auxiliary network.
+        `number` distinguishes the steps of one `train_step`: 0 is that of the network that is
+        sampled, 1 and above are those of the auxiliary network.
 
         Returns:
-            1 if the step was skipped, for its gradients are not finite, else 0; on the device.
+            1, on the device, if the step was skipped because gradients are not finite, else 0.
         """
         optimizer = part.optimizer
         for group in optimizer.param_groups:
@@ -258,14 +258,14 @@ class Trainer:
             optimizer.grad_scale = self.loss_scale if self.dynamic_scale else None
             optimizer.step()
         elif not bad:  # waits for the device
-            # RAdam's first steps are as long as their gradients, whatever scale these have.
+            # The lengths of RAdam's first steps depend on the gradients' scale, so it is removed.
             torch._foreach_mul_([p.grad for p in part.net.parameters() if p.grad is not None],
                                 1 / self.loss_scale)
             optimizer.step()
         return bad
 
     def _next_batches(self) -> Iterator[Batch]:
-        """Yields what the rounds of this step train on."""
+        """Yields the batch of each round of this step."""
         reference = self._next_reference() if self.config.stf else (None, None)
         for _ in range(self.rounds):
             images, labels, *conditions = next(self._batches)
@@ -282,7 +282,7 @@ class Trainer:
         if not number:
             self._step_loss = torch.zeros_like(self._step_loss)
         for i, batch in enumerate(batches):
-            # Dropout takes no generator: only it draws from PyTorch's default one.
+            # Dropout takes no generator; nothing else draws from PyTorch's default one.
             torch.manual_seed(misc.mix_seed(
                 self.config.seed, _DROPOUT_TAG, self.step, self.rank, i, *words))
             draws = self._draw(self.rank * share + i * self.micro_batch, words)
@@ -296,7 +296,7 @@ class Trainer:
                 (loss.sum() * gain).backward()
 
     def _draw(self, first: int, words: Sequence[int] = ()) -> Any:
-        """Returns the draws of a micro-batch, which begins at image `first` of the global batch."""
+        """Returns the draws of the micro-batch that begins at image `first` of the global batch."""
         def seeded(block: int) -> torch.Generator:
             return self._step_rng.manual_seed(
                 misc.mix_seed(self.config.seed, _STEP_TAG, self.step, block, *words))
@@ -323,14 +323,14 @@ class Trainer:
         return scaling.to_network(images.to(self.device, non_blocking=True))
 
     def _finish_gradients(self, net: torch.nn.Module) -> torch.Tensor:
-        """Clips the averaged gradients, if asked to, and says whether they are finite.
+        """Clips the averaged gradients, if asked to, and checks whether they are finite.
 
-        Their 2-norm is the cheapest pass over all of them. It is infinite where a square exceeds
-        float32, as Adam's second moment would then be for ever. The limit is one on the gradient of
-        the loss, which a loss scale multiplies: it is scaled in the same way.
+        Computing their 2-norm is the cheapest check. It is infinite if a square exceeds float32,
+        which would make Adam's second moment infinite for good. The limit of --clip-grad is on the
+        unscaled gradient, so it is multiplied by the loss scale too.
 
         Returns:
-            1 if they are not finite, else 0: a 0-d float on the device.
+            1 if they are not finite, else 0; a 0-d float on the device.
         """
         grads = [p.grad for p in net.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
@@ -358,7 +358,7 @@ class Trainer:
         c["good_since_change"] = torch.where(double, torch.zeros_like(good), good)
 
     def seems_diverged(self) -> bool:
-        """Says whether too many steps in a row were bad, as far as it knows without waiting."""
+        """Says whether too many steps in a row were bad, as far as is known without waiting."""
         return self._seen_row(self.counters["worst_row"]) > self.config.max_bad_steps
 
     def check_divergence(self) -> None:
@@ -377,11 +377,11 @@ class Trainer:
         losses = distributed.all_reduce_sum_(torch.stack([self._bad_loss, self._good_loss]))
         bad_loss, good_loss = (losses / self.world_size).tolist()
         raise DivergedError(
-            f"{row} steps in a row had loss or gradients that are not finite, from step {step} "
+            f"{row} steps in a row had a loss or gradients that are not finite, from step {step} "
             f"({step * self.config.batch / 1000:g} kimg; its loss is {bad_loss:.5g}, the last good "
-            f"one was {good_loss:.5g}; its images begin with data indices "
+            f"one was {good_loss:.5g}; its first images have the data indices "
             f"{', '.join(map(str, first))}); more than --max-bad-steps={self.config.max_bad_steps}"
-            f". The weights are those from before. {self._divergence_hint()}")
+            f". These steps did not change the weights. {self._divergence_hint()}")
 
     def _divergence_hint(self) -> str:
         if self.config.D < HEAVY_TAILED_D:
@@ -417,7 +417,7 @@ class Trainer:
 
 
 class _HostCopy:
-    """The value that a number on the device had a moment ago, for the host to read."""
+    """A recent value of a number on the device, read without waiting for the device."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
@@ -426,7 +426,7 @@ class _HostCopy:
         self._copied: torch.cuda.Event | None = None
 
     def __call__(self, number: torch.Tensor) -> float:
-        """Starts copying `number` if no copy is under way; returns the last that has arrived."""
+        """Starts copying `number` unless a copy is under way; returns the last one to arrive."""
         if not self._on_gpu:
             return float(number)
         if self._copied is None or self._copied.query():
@@ -445,15 +445,15 @@ def check_stable_targets(config: TrainConfig, dataset: ImageFolderDataset) -> No
 
 
 def describe_data(config: TrainConfig, dataset: ImageFolderDataset) -> str:
-    """Returns the number and shape of the images, and how they are cut, in words."""
+    """Returns a text with the number and shape of the images, and of their patches."""
     text = f"{len(dataset)} images {'x'.join(map(str, dataset.stored_shape))}"
     if dataset.patch is None:
         return text
-    return f"{text}, in patches of {dataset.patch}x{dataset.patch} ({config.patches} an image)"
+    return f"{text}, in patches of {dataset.patch}x{dataset.patch} ({config.patches} per image)"
 
 
 def dataset_record(dataset: ImageFolderDataset) -> dict[str, Any]:
-    """Returns what files record of the data set: what identifies it, and the samples' scaling."""
+    """Returns what files record of the data set: its identity, and the scaling of samples."""
     record = {"name": dataset.name, "size": len(dataset), "label_dim": dataset.label_dim,
               "image_shape": list(dataset.stored_shape), "fingerprint": dataset.fingerprint,
               "scale": dataset.scaling.to_dict()}

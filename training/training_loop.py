@@ -1,7 +1,7 @@
 """The training loop: one process, or many under torchrun, with the same result.
 
-It takes steps until the run is done. At ticks, and at a stop, it scores, reports and writes what
-they have made.
+It takes steps until the run is done. At ticks it scores, reports and writes files; when it is
+stopped, it writes a training state.
 """
 
 import contextlib
@@ -48,8 +48,8 @@ from training.teacher import Teacher
 from training.trainer import HEAVY_TAILED_D, Trainer, dataset_record, describe_data
 from training.validation import VALIDATION_LOSS, Validation
 
-_unwritten: set[Path] = set()  # files for which it has warned
-_EVAL_BATCH = 64  # the most samples at a time; smaller where --batch-gpu is
+_unwritten: set[Path] = set()  # files that a warning has named
+_EVAL_BATCH = 64  # the most samples at a time; fewer if --batch-gpu is smaller
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -77,13 +77,12 @@ def training_loop(
 ) -> None:
     """Trains until `config.duration`; writes states, snapshots, grids and statistics to `run_dir`.
 
-    `start` is the state to go on with, or the weights to begin with; the folder must exist.
-    `held_out` are the images of --val-data, as `open_held_out` opens them, `pairs` those of
-    --eval-pairs, as `open_pairs` does, and `teacher` is the network that a few-step network is made
-    from.
+    `run_dir` must exist. `start` is the state to continue or the weights to start from. `held_out`
+    are the images of --val-data, from `open_held_out`; `pairs` are those of --eval-pairs, from
+    `open_pairs`. `teacher` is the network that a few-step network is made from.
 
     Raises:
-        ValueError: the state does not fit, or ranks have other weights.
+        ValueError: the state does not fit, or the weights of ranks differ.
         DivergedError: too many bad steps in a row.
     """
     misc.configure_backends(config.precision, benchmark=config.bench,
@@ -105,10 +104,10 @@ def _prepare(
     start: State | Weights | None, held_out: ImageFolderDataset | None,
     pairs: ImageFolderDataset | None, teacher: Teacher | None,
 ) -> tuple[Trainer, "Evaluators", Validation | None, LogSinks] | None:
-    """Returns all that takes part in a run and writes its first files; None if it is finished."""
+    """Returns the parts of a run and writes its first files; None if the run is finished."""
     with console.timed("network"):
         weights = start.tensors if isinstance(start, Weights) else None
-        is_asked = teacher is not None and config.method != "ect"  # which only begins with it
+        is_asked = teacher is not None and config.method != "ect"  # ect only starts from it
         frozen = teacher.build(device, config.precision) if is_asked else None
         trainer = Trainer(config, dataset, device, weights, frozen)
     if isinstance(start, State):
@@ -131,7 +130,7 @@ def _prepare(
             "provenance": provenance(device)})
         save_real_grid(trainer, run_dir / REALS_FILE)
     sinks = LogSinks(config, run_dir, trainer.cur_nimg)
-    with trainer.average_in_fp32():  # features of a reference too
+    with trainer.average_in_fp32():  # it covers features of a reference too
         evaluators = [Evaluator(trainer, run_dir / SCORES_FILE)] if config.eval_ref else []
         if pairs:
             evaluators.append(PairEvaluator(trainer, pairs, run_dir / SCORES_FILE))
@@ -141,17 +140,19 @@ def _prepare(
 
 
 def _foreign_facts(start: State | Weights | None) -> dict[str, Any]:
-    """Returns what the options of EDM or PFGM++ said that a second start from its state needs."""
+    """Returns what a second start needs of the options beside a state of EDM or PFGM++."""
     if not isinstance(start, State) or start.is_ours:
         return {}
     return {LOSS_SCALE_KEY: start.content["options"].get("ls", 1.0)}
 
 
 class Evaluator:
-    """Scores the averaged weights as `fid.py gen` scores a snapshot; `path` gets a line a score.
+    """Scores the averaged weights as `fid.py gen` scores a snapshot.
+
+    Each score is appended to `path` as a line.
 
     Raises:
-        ValueError: reference, detector and images do not fit.
+        ValueError: reference, detector and images do not match.
         OSError: a file can't be read.
     """
 
@@ -173,12 +174,12 @@ class Evaluator:
 
     @property
     def name(self) -> str:
-        """What the score is called."""
+        """The name of the score."""
         return self._evaluator.detector.distance_name
 
     @property
     def compared_by(self) -> dict[str, Any]:
-        """What scores must share to be compared, as plain data."""
+        """What two scores must share to be comparable, as plain data."""
         compared = {"detector": self._evaluator.detector.name, "num": self._num,
                     "precision": "fp32",
                     "reference_sha256": self._evaluator.record["reference_sha256"]}
@@ -188,7 +189,7 @@ class Evaluator:
         return compared
 
     def __call__(self) -> dict[str, float]:
-        """Returns the score of the present weights by its name. For `average_in_fp32`."""
+        """Returns the score of the present weights by its name. Call it in `average_in_fp32`."""
         trainer, seeds = self._trainer, range(self._num)
         found = network_features(self._sampler, seeds, self._evaluator.detector, metrics=["fid"],
                                  batch=min(trainer.micro_batch, _EVAL_BATCH), title=self.name)
@@ -203,7 +204,7 @@ class Evaluator:
         return {recorded_name("fid", self._evaluator.detector.name): values["fid"]}
 
 
-Evaluators = Sequence[Evaluator | PairEvaluator]  # of which the first decides what is best
+Evaluators = Sequence[Evaluator | PairEvaluator]  # the first decides which state is best
 
 
 def _run(trainer: Trainer, run_dir: Path, evaluators: Evaluators,
@@ -228,7 +229,7 @@ def _run(trainer: Trainer, run_dir: Path, evaluators: Evaluators,
 
 
 class TickRunner:
-    """What is done at ticks (scores, the report, files) and at a stop."""
+    """Does the work of ticks (scores, the report, files) and of a stop."""
 
     def __init__(self, trainer: Trainer, run_dir: Path, evaluators: Evaluators,
                  sinks: LogSinks, validation: Validation | None = None):
@@ -248,7 +249,7 @@ class TickRunner:
         return nimg >= config.total_nimg or config.tick_at(nimg) is not None
 
     def resume(self) -> bool:
-        """Takes over what a stopped run left of its tick; says whether the tick is due now."""
+        """Restores what a stopped run had collected; says whether its tick is due now."""
         left, self._trainer.unfinished = self._trainer.unfinished, None
         if left:
             training_stats.resume(left["stats"], self._trainer.device)
@@ -302,9 +303,9 @@ class TickRunner:
 
     def _evaluate(self, evaluator: Evaluator | PairEvaluator, progress: Progress
                   ) -> dict[str, float]:
-        """Scores the run and returns what stats.jsonl says of it; the first score keeps the best.
+        """Scores the run and returns the numbers for stats.jsonl.
 
-        That is its state as it was at the best score so far.
+        If the first evaluator's score is the best so far, the training state is kept.
         """
         trainer = self._trainer
         try:
@@ -323,7 +324,7 @@ class TickRunner:
         return {f"Metrics/{name}": value for name, value in values.items()}
 
     def _keep_if_best(self, evaluator: Evaluator | PairEvaluator, value: float) -> str:
-        """Writes the state if no earlier score was as good; returns what to say of that."""
+        """Writes the state if no earlier score was as good; returns a text that says so."""
         trainer, compared_by = self._trainer, evaluator.compared_by
         best = "lowest" if evaluator.is_lower_better else "highest"
         before = trainer.best_score if trainer.best_score_of == compared_by else None
@@ -342,7 +343,7 @@ class TickRunner:
     def _report(self, tick: int, scores: dict[str, float], progress: Progress) -> dict[str, float]:
         """Prints the tick's line, appends it to stats.jsonl, and starts the next tick's clock.
 
-        Returns the numbers, the means of statistics.
+        Returns the mean of each statistic.
         """
         trainer, now = self._trainer, time.time()
         fields = self._numbers(tick, now) | scores
@@ -360,9 +361,9 @@ class TickRunner:
                       f"gpumem {fields['Resources/peak_gpu_mem_gb']:.2f} GB"
                       + (f" bad steps {bad}" if bad else ""))
             progress.set_note(f"loss {loss:.5f}")
-            console.detail(f"Time       steps {fields['Timing/sec_per_tick']:.2f} s, of it waiting "
-                           f"for data {fields['Timing/data_sec']:.2f} s; scores and files before "
-                           f"it {self._maintenance_sec:.2f} s")
+            console.detail(f"Time       steps {fields['Timing/sec_per_tick']:.2f} s, including "
+                           f"{fields['Timing/data_sec']:.2f} s waiting for data; scores and files "
+                           f"before this line {self._maintenance_sec:.2f} s")
             append_stats(self._run_dir / STATS_FILE, stats | {"timestamp": now})
         self._tick_start_nimg, self._tick_start_time = trainer.cur_nimg, now
         return {name: values["mean"] for name, values in stats.items()}
@@ -408,7 +409,7 @@ class TickRunner:
             self._files.wait()
 
     def after_step(self) -> None:
-        """Stops or fails on all ranks once one of them has a reason."""
+        """Stops or fails on all ranks once one of them has a reason to."""
         trainer = self._trainer
         code, diverged = self._agreement.in_step(
             [signals.requested() or 0, int(trainer.seems_diverged())])
@@ -421,7 +422,7 @@ class TickRunner:
 
     @contextlib.contextmanager
     def _stops_at_once(self) -> Iterator[None]:
-        """At a signal, ends the block, which takes long and leaves the run as it is."""
+        """Ends the block at a signal; it must not change the run, and may take long."""
         cause, timeout = None, None
         try:
             with signals.immediate():
@@ -429,12 +430,12 @@ class TickRunner:
         except (signals.Stopped, RuntimeError) as error:
             if signals.requested() is None:
                 raise
-            # Ranks may be anywhere inside, waiting for this one in a collective: it leaves them.
+            # Other ranks may be waiting for this one in a collective, which it leaves.
             cause, timeout = error, distributed.STOP_TIMEOUT
         heard = self._agreement.now([signals.requested() or 0 if cause else 0], timeout)
         if heard is None and self._trainer.rank != 0:
             raise signals.Stopped(signals.requested()) from cause
-        if heard is None or heard[0]:  # no collective from here on: ranks may have left one
+        if heard is None or heard[0]:  # no more collectives: ranks may have left one
             code = heard[0] if heard else signals.requested()
             self._save_and_stop(code, is_due=True, cause=cause)
 
@@ -453,8 +454,8 @@ class TickRunner:
             except OSError as error:
                 raise UserError(f"stopped by a signal, but {path} can't be written: "
                                 f"{error.strerror or error}") from error
-            distributed.print0(f"Stopped at {trainer.cur_nimg / 1e3:g} kimg: {path} goes on from "
-                               "here with --resume=auto")
+            distributed.print0(f"Stopped at {trainer.cur_nimg / 1e3:g} kimg, saved in {path}: "
+                               "continue with --resume=auto")
         distributed.run_while_others_wait(save)
         raise signals.Stopped(code) from cause
 
@@ -480,7 +481,7 @@ def _method_line(trainer: Trainer) -> str:
         return ""
     levels = ", ".join(f"{level:g}" for level in few_step.levels)
     source = f"from {config.teacher}" if config.teacher else "without a teacher"
-    return f"Method     {config.method} {source}; to be sampled at {levels}\n"
+    return f"Method     {config.method} {source}; sampled at noise levels {levels}\n"
 
 
 def _announce(trainer: Trainer) -> None:

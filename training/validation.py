@@ -3,10 +3,10 @@
     Loss/val = mean over images and pixels of weight(sigma) * (D_ema(y + n; sigma, labels) - y)^2
 
 This is the loss that training minimises (docs/mathematics.md, section 9), without augmentation,
-dropout and stable targets. Images are taken in chunks of one size, and what a chunk draws depends
-on its number alone: the value is the same, but for rounding, for every number of processes and
-every --batch-gpu, and runs of other seeds are compared on the same draws. Levels and weights are
-those of the run's loss: --precond, D, --lsun, --P_mean, --P_std and --sigma-data change them.
+dropout or stable targets. Images are taken in chunks of a fixed size, and a chunk's draws depend
+only on its number. So the value is the same, up to rounding, for every number of processes and
+every --batch-gpu, and runs with different seeds are compared on the same draws. Levels and weights
+are those of the run's loss: --precond, D, --lsun, --P_mean, --P_std and --sigma-data change them.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ from training.config import TrainConfig
 from training.trainer import Trainer
 
 VALIDATION_LOSS = "Loss/val"  # in stats.jsonl
-CHUNK = 64  # images that draw together; another number would be other draws
-_SEED = int.from_bytes(b"val", "big")  # of every run: of the choice of images and of their draws
+CHUNK = 64  # images that draw together; another number would change the draws
+_SEED = int.from_bytes(b"val", "big")  # of the images chosen and their draws, the same in every run
 
 
 def open_held_out(config: TrainConfig, dataset: ImageFolderDataset) -> ImageFolderDataset:
     """Returns the images of --val-data to use, with labels and conditions if training has them.
 
-    They must be like `dataset`, the training data. The images themselves are not looked at yet.
+    They must be like `dataset`, the training data. The images themselves are not read yet.
 
     Raises:
-        ValueError: not a data set, or not one like the training data.
+        ValueError: it is not a data set, or not like the training data.
         OSError: it can't be read.
     """
     source = f"--val-data={config.val_data}"
@@ -49,18 +49,19 @@ def open_held_out(config: TrainConfig, dataset: ImageFolderDataset) -> ImageFold
     for name, wanted, given in kinds:
         if list(wanted) != list(given):
             given, wanted = ("x".join(map(str, shape)) for shape in (given, wanted))
-            raise ValueError(f"{source}: its {name} are {given} (channels x height x width), those "
-                             f"of the training data {wanted}; convert them with dataset_tool.py")
+            raise ValueError(f"{source}: its {name} are {given} (channels x height x width), but "
+                             f"those of the training data are {wanted}; convert them with "
+                             "dataset_tool.py")
     for name, wanted, given in scales:
         if wanted != given:
-            raise ValueError(f"{source}: its {name} are of another scale than those of the "
-                             "training data; convert them with the same --scale of dataset_tool.py")
+            raise ValueError(f"{source}: its {name} have another scale than those of the training "
+                             "data; convert both with the same dataset_tool.py --scale")
     check_labels(source, dataset, held_out)
     return held_out
 
 
 def check_labels(source: str, dataset: ImageFolderDataset, held_out: ImageFolderDataset) -> None:
-    """Raises ValueError unless the network can be told the labels; some classes may be missing."""
+    """Raises ValueError unless the labels fit the training data's; some classes may be missing."""
     if not dataset.has_labels:
         return
     if not held_out.has_labels:
@@ -71,8 +72,8 @@ def check_labels(source: str, dataset: ImageFolderDataset, held_out: ImageFolder
     if held_out.has_onehot_labels != dataset.has_onehot_labels or not fits:
         given, wanted = (f"{data.label_dim} {kind}" for data in (held_out, dataset)
                          for kind in ["classes" if data.has_onehot_labels else "numbers each"])
-        raise ValueError(f"{source}: its labels are {given}, those of the training data {wanted}; "
-                         "label it as the training data are")
+        raise ValueError(f"{source}: its labels are {given}, but those of the training data are "
+                         f"{wanted}; label it like the training data")
 
 
 class Validation:
@@ -86,9 +87,9 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self) -> float:
-        """Returns the loss of the present weights, the same on every rank; all must call it.
+        """Returns the loss of the present weights, the same on every rank.
 
-        Call it within `Trainer.average_in_fp32`.
+        Every rank must call it, within `Trainer.average_in_fp32`.
         """
         trainer, size = self._trainer, min(self._trainer.micro_batch, CHUNK)
         chunks = range(-(-len(self._data) // CHUNK))[trainer.rank::trainer.world_size]

@@ -134,7 +134,7 @@ def test_data_on_the_device_need_the_packed_file(dataset_zip, tmp_path, invoke, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("free, word", [(10**9, "1 GB are free there\n"), (1000, "too little")])
+@pytest.mark.parametrize("free, word", [(10**9, "1 GB is free there\n"), (1000, "too little")])
 def test_a_dry_run_says_where_data_would_be_packed_and_whether_they_fit(
         dataset_zip, tmp_path, invoke, monkeypatch, cache, free, word):
     monkeypatch.setattr(data_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
@@ -229,7 +229,7 @@ def test_rank_0_reads_a_folder_for_all(folder, tmp_path):
     (copies[1] / "00000" / "img00000003.png").write_bytes(
         (copies[1] / "00000" / "img00000005.png").read_bytes())
     ranks = nodes(folder, copies[1], tmp_path / "most", "--name=other")
-    words = "rank 2 was started with --data=40 images of fingerprint "
+    words = "rank 2 was started with --data=40 images with fingerprint "
     assert any(words in rank.stderr for rank in ranks)
 
 

@@ -34,8 +34,8 @@ def state_of(folder):
 
 
 def test_states_follow_from_the_images_seen_and_the_log_of_the_last_start(tmp_path):
-    stopped = "Stopped at 50 kimg: training-state-000050.pt goes on from here\n"
-    error = "Error: 101 steps in a row had loss that is not finite\n"
+    stopped = "Stopped at 50 kimg, saved in training-state-000050.pt: continue with --resume=auto\n"
+    error = "Error: 101 steps in a row had a loss that is not finite\n"
     again = "Run directory  again\n"
     assert state_of(write_run(tmp_path / "a", 100.0)) == ("finished", "")
     assert state_of(write_run(tmp_path / "b", log=stopped)) == ("stopped", "")

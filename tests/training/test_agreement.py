@@ -129,8 +129,8 @@ def test_other_data_end_the_run_before_it_begins(tmp_path):
     done = train(tmp_path, [[f"--data={one}"], [f"--data={other}"]])
     [error] = errors(done)
     assert done.returncode == 1 and not (tmp_path / "run").exists()
-    assert re.search(r"rank 1 was started with --data=41 images of fingerprint \w{12}\.\.\. "
-                     r"\(40 images of fingerprint \w{12}\.\.\. on rank 0\)", error)
+    assert re.search(r"rank 1 was started with --data=41 images with fingerprint \w{12}\.\.\. "
+                     r"\(40 images with fingerprint \w{12}\.\.\. on rank 0\)", error)
 
 
 @two_processes

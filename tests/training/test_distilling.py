@@ -574,9 +574,9 @@ def iddpm_snapshot(path):
     (["--method=cd", "--cd-scales=1"], "--cd-scales=1: must be 2 to 10000"),
     (["--method=cd", "--cd-scales=100000000000"], "must be 2 to 10000"),
     (["--method=cd", "--boundary=0.01"], "must be at most 0.002, the lowest level of the grid"),
-    (["--boundary=100"], "must be at most 0.4105, half of the lowest level that is sampled"),
+    (["--boundary=100"], "must be at most 0.4105, half the lowest sampling level"),
     (["--method=ipfm", "--boundary=30", "--eval-steps=4"],
-     "--eval-steps=4: samples are made at 80 to 20.0015, but must be above 30"),
+     "--eval-steps=4: sampling uses noise levels 80 to 20.0015, which must be above 30"),
     (["--ect-q=inf"], "--ect-q=inf: must be above 1, and finite"),
     (["--eval-steps=65"], "--eval-steps=65: must be at most 64"), (["--teacher="], "--teacher=:"),
     (["--method=ipfm", "--sigma-init=0.002"], "--sigma-init=0.002: must be above 0.002"),
@@ -608,7 +608,7 @@ def test_distillation_without_a_teacher_is_refused(dataset_zip, invoke, tmp_path
 
 def test_networks_that_can_not_teach_are_refused(dataset_zip, run_of, invoke, tmp_path):
     few = newest(run_of("ect"), "network-snapshot")
-    for teacher, words, code in ((few, "a few-step network, which can't teach", 1),
+    for teacher, words, code in ((few, "is a few-step network, which can't be a teacher", 1),
                                  (iddpm_snapshot(tmp_path / "i.pt"), "discrete noise levels", 2),
                                  (tmp_path / "nothing.pt", "nothing.pt", 1)):
         result = invoke(distill.main, *command(dataset_zip, tmp_path, teacher, "ect"))
@@ -617,7 +617,7 @@ def test_networks_that_can_not_teach_are_refused(dataset_zip, run_of, invoke, tm
 
 
 @pytest.mark.parametrize("data, words", [
-    ({"side": 16}, "images are 3x16x16 (channels x height x width), the teacher makes 3x8x8"),
+    ({"side": 16}, "images are 3x16x16 (channels x height x width), but the teacher makes 3x8x8"),
     ({"channels": 1}, "images are 1x8x8")], ids=str)
 def test_data_of_another_shape_are_refused(teachers, invoke, tmp_path, data, words):
     path = write_dataset(tmp_path / "data.zip", num=8, **data)
@@ -636,10 +636,10 @@ def test_data_of_other_labels_are_refused(invoke, tmp_path, classes, words, code
 # A network as published is of 0 to inf (edm), 0.02 to 100 (ve), 0.00098 to 152.167 (vp).
 @pytest.mark.parametrize("precond, network, more, words", [
     ("vp", {}, ["--method=ipfm", "--sigma-init=1000"],
-     "--sigma-init=1000: samples are made at 1000, but the network knows levels from 152.16"),
-    ("ve", {}, ["--method=ipfm", "--sigma-init=0.01"], "-init=0.01: samples are made at 0.01, but"),
-    ("ve", {"sigma_min": 0.9}, [], ".pt: samples are made at 80 to 0.821, but the network knows"),
-    ("edm", {"sigma_min": 0.05}, ["--eval-steps=64"], "-steps=64: samples are made at 80 to 0.009"),
+     "--sigma-init=1000: sampling uses noise levels 1000, but the network knows levels from 152.1"),
+    ("ve", {}, ["--method=ipfm", "--sigma-init=0.01"], "sampling uses noise levels 0.01, but"),
+    ("ve", {"sigma_min": 0.9}, [], "uses noise levels 80 to 0.821, but the network knows"),
+    ("edm", {"sigma_min": 0.05}, ["--eval-steps=64"], "sampling uses noise levels 80 to 0.009"),
     ("edm", {"sigma_min": 0.05}, ["--method=cd", "--boundary=0.06"], "must be at most 0.05, the")],
     ids=str)
 @pytest.mark.parametrize("dry_run", [True, False])
@@ -709,7 +709,7 @@ def test_labels_of_the_teachers_width_must_be_of_its_kind_too(invoke, tmp_path, 
         assert result.exit_code == 0 and "Warning" not in result.output, result.output
     else:
         given = "vectors" if vectors else "classes"
-        assert f"its labels are {given}, the teacher was trained on" in error_of(result, 1)
+        assert f"its labels are {given}, but the teacher was trained on" in error_of(result, 1)
 
 
 @pytest.mark.parametrize("of_teacher, is_warned", [

@@ -90,8 +90,8 @@ def test_a_sink_that_fails_anywhere_is_given_up_with_one_warning(fault, wandb, t
         sinks.picture("samples", PIL.Image.new("RGB", (4, 2)), nimg)
     sinks.close()
     assert capsys.readouterr().err == (
-        "Warning: --log=wandb given up: RuntimeError: no network; training goes on, its numbers "
-        "are in stats.jsonl\n")
+        "Warning: --log=wandb given up: RuntimeError: no network; training continues, and its "
+        "numbers are in stats.jsonl\n")
     assert [call["call"] for call in wandb()].count(fault) == 1 and wandb()[-1]["call"] == fault
 
 
@@ -111,8 +111,8 @@ def test_an_absent_package_is_told_before_anything_starts(dataset_zip, tmp_path,
         monkeypatch.setitem(sys.modules, name, None)  # as if not installed
         result = invoke(train.main, *command(dataset_zip, tmp_path / "new", 1, f"--log={name}"))
         assert result.exit_code == 2
-        assert result.output == (f"Error: --log={name}: not installed: pip install {name}, "
-                                 "or start with --log= for none\n")
+        assert result.output == (f"Error: --log={name}: not installed; run pip install {name}, "
+                                 "or give --log= for none\n")
     assert not (tmp_path / "new").exists()
 
 

@@ -156,7 +156,7 @@ def test_conditional_scores_are_those_of_generate_and_pairs(data, tmp_path, caps
             assert own["value"] == pytest.approx(line["value"], rel=1e-6)
             assert own["std"] == pytest.approx(line["std"], rel=1e-4)
             assert own["range"] == line["range"] and own["num"] == line["num"]
-    assert "samples under the measurements, 3 evaluations each" in capsys.readouterr().out
+    assert "samples given the measurements, 3 evaluations each" in capsys.readouterr().out
 
 
 def test_of_more_pairs_a_fixed_part_is_used(data, tmp_path):
@@ -319,8 +319,8 @@ OTHER_SCALE = {"center": [0.0], "spread": [1000.0]}
 @pytest.mark.parametrize("make, flags, words", [
     (lambda folder: folder, [], ["--eval-pairs=", "no such folder"]),
     (without_conditions, [], ["has no condition images"]),
-    (lambda folder: arrays(folder, scale=OTHER_SCALE), [], ["its images are of another scale"]),
-    (lambda folder: arrays(folder, channels=2), [], ["its images have 2 channels", "data 1"]),
+    (lambda folder: arrays(folder, scale=OTHER_SCALE), [], ["its images have another scale"]),
+    (lambda folder: arrays(folder, channels=2), [], ["its images have 2 channels", "data have 1"]),
     (lambda folder: arrays(folder, noise=0.0), [], ["condition images equal its images"]),
     (with_nan, [], ["cond/x2.npy", "nan"]),
     (lambda folder: arrays(folder, noise=20.0), ["--precond=ve"],

@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(number, code, undisturbed,
     path, _ = newest_state(tmp_path / "run")
     nimg = load(path)["progress"]["cur_nimg"]
     assert nimg < 800 and nimg % 8 == 0
-    assert f"Stopped at {nimg / 1e3:g} kimg: {path}" in first.output
+    assert f"Stopped at {nimg / 1e3:g} kimg, saved in {path}:" in first.output
     first.assert_left_nothing(tmp_path)
     second = run_to_end(*args, "--resume=auto", folder=tmp_path)
     assert second.wait() == 0, second.output
@@ -105,7 +105,7 @@ def test_torchrun_passes_a_stop_on_and_all_ranks_agree(dataset_zip, tmp_path):
     script.signal(signal.SIGTERM)
     assert script.wait() == 1  # torchrun's, whatever the ranks' are
     path, problems = newest_state(tmp_path / "run")
-    assert f"{path} goes on from here" in script.output and not problems
+    assert f"saved in {path}: continue with --resume" in script.output and not problems
     script.assert_left_nothing(tmp_path)
 
 
@@ -115,7 +115,7 @@ def test_one_rank_told_to_stop_stops_all(dataset_zip, tmp_path):
     script.wait_for("^tick 1 ")
     os.kill(script.ranks()[1], signal.SIGUSR1)
     script.wait()
-    assert "goes on from here" in script.output
+    assert "continue with --resume" in script.output
     assert "exitcode  : 143" in script.output
     script.assert_left_nothing(tmp_path)
 
@@ -260,7 +260,7 @@ def test_ranks_whose_torchrun_is_killed_save_and_end(dataset_zip, tmp_path):
     script.wait()
     script.assert_left_nothing(tmp_path)
     path, problems = newest_state(tmp_path / "run")
-    assert f"{path} goes on from here" in script.output and not problems
+    assert f"saved in {path}: continue with --resume" in script.output and not problems
     with run_lock(tmp_path / "run"):
         assert not script.errors
 
@@ -277,7 +277,7 @@ def test_a_study_that_is_stopped_stops_its_script(nproc, dataset_zip, tmp_path):
     script.signal(signal.SIGTERM)
     assert script.wait() == 143
     path, problems = newest_state(tmp_path / "study-D2")
-    assert f"{path} goes on from here" in script.output and not problems
+    assert f"saved in {path}: continue with --resume" in script.output and not problems
     script.assert_left_nothing(tmp_path)
 
 

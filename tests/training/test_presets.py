@@ -180,7 +180,7 @@ def test_a_bad_config_gets_one_line(content, words, dataset_zip, tmp_path, invok
 @pytest.mark.parametrize("flags, words", [
     (["--preset=cifar10"], ["'cifar10'", "'cifar10-ncsnpp'"]),
     (["--preset=emoji32", "--config=FILE"], ["--preset and --config: choose one"]),
-    (["--rate=100"], ["--rate: used with --dry-run"]),
+    (["--rate=100"], ["--rate: must be used with --dry-run"]),
     (["-n", "--rate=0"], ["--rate"]),
     (["--presets=emoji32"], ["--presets", "--preset"]),
 ])
@@ -355,11 +355,11 @@ def test_a_dry_run_says_what_the_run_takes(dataset_zip, tmp_path, invoke):
     assert result.exit_code == 0, result.output
     assert "Steps      3,600 of 100 images" in result.output
     assert "1h 00m 00s (1 hours) at 100 images/s" in result.output
-    for word in ("Parameters", "FLOP an image forward", "(an estimate)", "+ 50 x"):
+    for word in ("Parameters", "FLOP per image forward", "(an estimate)", "+ 50 x"):
         assert word in result.output
     less = invoke(train.main, f"--outdir={tmp_path / 'new'}", f"--data={dataset_zip}", "-n",
                   *TINY_NETWORK, "--batch=100", "--batch-gpu=50", "--checkpoint-blocks=1")
-    [before], [after] = (re.findall(r"50 x ([\d.]+) kB an image", output)
+    [before], [after] = (re.findall(r"50 x ([\d.]+) kB per image", output)
                          for output in (result.output, less.output))
     assert float(after) < float(before)
     assert not (tmp_path / "new").exists()

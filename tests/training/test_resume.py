@@ -207,7 +207,7 @@ def test_without_a_snapshot_beside_it_the_average_is_said_to_begin_anew(tmp_path
     result = resumed_run(invoke, dataset_zip, tmp_path / "run", f"--resume={path}")
     assert result.exit_code == 0, result.output
     assert "does not hold random state, data position, averaged weights" in result.output
-    assert "no network-snapshot of the same number lies beside it" in result.output
+    assert "there is no network-snapshot of the same number beside it" in result.output
 
 
 def test_the_loss_scale_of_edm_is_read_beside_the_state_or_asked_for(tmp_path, dataset_zip, invoke):
@@ -246,7 +246,7 @@ def test_what_is_assumed_of_a_foreign_state_is_in_the_log(tmp_path, dataset_zip,
     path = write_edm_run(tmp_path / "edm")
     resumed_run(invoke, dataset_zip, tmp_path / "run", f"--resume={path}", "--quiet")
     log = (tmp_path / "run/log.txt").read_text()
-    assert "does not record its loss scale; it is taken to be 1, the default" in log
+    assert "does not record its loss scale; it is assumed to be 1, the default" in log
 
 
 @pytest.mark.parametrize("flag, words", [
@@ -336,10 +336,10 @@ def test_a_dry_run_says_what_a_transfer_would_take(dataset_zip, tmp_path, invoke
     path = write_snapshot(tmp_path / "source.pt", label_dim=0)
     fits = start(invoke, dataset_zip, tmp_path / "runs", f"--transfer={path}", "--dry-run")
     assert fits.exit_code == 0 and "100% of the network's parameters" in fits.output
-    assert "are taken over; the others begin at random" not in fits.output
+    assert "are transferred; the others start at random" not in fits.output
     hardly = start(invoke, dataset_zip, tmp_path / "runs", f"--transfer={path}", "--dry-run",
                    "--cbase=12")
-    assert "of this network's parameters are taken over; the others begin" in hardly.output
+    assert "of this network's parameters are transferred; the others start" in hardly.output
     missing = start(invoke, dataset_zip, tmp_path / "runs", "--transfer=no.pt", "--dry-run")
     assert missing.exit_code == 1 and not (tmp_path / "runs").exists()
 

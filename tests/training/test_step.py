@@ -482,5 +482,5 @@ def test_a_foreign_state_without_a_count_goes_on_at_the_kimg_of_its_name(dataset
     for name, nimg in (("runs/training-state-000123.pt", 123_000), ("runs/state.pt", 0)):
         restore_(trainer, State(name, state))
         assert trainer.cur_nimg == nimg
-        assert f"goes on at {nimg // 1000} kimg" in capsys.readouterr().out
+        assert f"continues at {nimg // 1000} kimg" in capsys.readouterr().out
     assert math.isfinite(trainer.lr)

@@ -260,7 +260,7 @@ def one_line_error(result, code, *words):
     (["--ares=no"], 2, ["'no' is not a list"]),
     (["--clip-grad=0"], 2, ["--clip-grad=0", "positive"]),
     (["--lr-decay=rsqrt", "--lr-decay-start=0"], 2, ["--lr-decay-start=0 with", "positive"]),
-    (["--lr-decay=rsqrt", "--lr-rampup=0"], 2, ["--lr-decay-start=0, the end of --lr-rampup,"]),
+    (["--lr-decay=rsqrt", "--lr-rampup=0"], 2, ["--lr-decay-start=0 (the end of --lr-rampup)"]),
     (["--lr-decay=cosine", "--lr-decay-start=9", "--duration=5"], 2,
      ["--lr-decay-start=9", "less than --duration=5"]),
     (["--lr-decay=rsqrt", "--lr-decay-start=-1"], 2, ["--lr-decay-start=-1", "0 or more"]),
