@@ -349,7 +349,7 @@ def test_a_run_begins_with_the_weights_of_the_fork(pairs, tmp_path, invoke):
     convert(invoke, write_state(tmp_path), path, HU[0], "--cond-scale=-1024,3071", HU[2])
     args = [f"--transfer={path}", "--duration=0.000008"]
     output = run(invoke, pairs, tmp_path / "run", *args, "--cond-image=1", code=1)
-    assert "its network sees the condition times c_in; give --cond-c-in=1" in output
+    assert "its network sees the condition multiplied by c_in; give --cond-c-in=1" in output
     output = run(invoke, pairs, tmp_path / "run", *args, "--cond-image=1", "--cond-c-in=1")
     assert "100% of the network's parameters" in output
     # The conditions have another scale than the file records, the images have the same.
@@ -373,7 +373,7 @@ def test_conditions_as_they_are_are_not_taken_for_scaled_ones(pairs, tmp_path, i
     path = write_snapshot(tmp_path / "net.pt", shape=(1, 8, 8), label_dim=0, cond_channels=1)
     line = run(invoke, pairs, tmp_path / "run", f"--transfer={path}", "--cond-image=1",
                "--cond-c-in=1", code=1)
-    assert "its network sees the condition as it is; leave --cond-c-in out" in line
+    assert "its network sees the condition without c_in; leave --cond-c-in out" in line
     line = run(invoke, pairs, tmp_path / "run", "--cond-c-in=1", code=2)
     assert "--cond-c-in=1: must be used with --cond-image=1" in line
 

@@ -103,7 +103,7 @@ def test_a_collapse_of_the_speed_is_told_once_with_the_way_out(monkeypatch, caps
     assert capsys.readouterr().err == ""
     clock.work(bar, 10, 8.0)   # 8 img/s, but for the rest of the window before
     err = capsys.readouterr().err
-    assert re.match(r"Warning: \d+ img/s after 160\. ", err) and "OMP_NUM_THREADS=1" in err
+    assert re.match(r"Warning: down to \d+ img/s from 160\. ", err) and "OMP_NUM_THREADS=1" in err
     assert err.count("Warning") == 1 and err.endswith("\n")
 
 

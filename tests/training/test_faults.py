@@ -349,7 +349,7 @@ def test_a_state_that_cannot_be_removed_costs_a_warning(tmp_path, capsys):
     files.save_in_background({"training-state-000002.pt": content})
     files.wait()
     files.raise_if_writes_failed(last=True)
-    assert "training-state-000000.pt: can't be removed, as --keep=1 asks for: " in \
+    assert "training-state-000000.pt: can't be removed, as --keep=1 requires: " in \
         capsys.readouterr().err
     assert not (tmp_path / "training-state-000001.pt").exists()
 
