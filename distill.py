@@ -117,7 +117,7 @@ def main(ctx, teacher, pfgmpp, aug_dim, **flags):
     \b
     # then sample with two evaluations per image
     python generate.py --network=runs/cifar10-2048-ect --steps=2 --outdir=out
-    """  # noqa: D301 - \b is click's mark for lines to leave alone
+    """  # noqa: D301 - \b tells click not to wrap the lines that follow
     if teacher == "":
         raise UserError("--teacher=: must be a network's file, URL or run directory, or none",
                         BAD_USAGE)

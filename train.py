@@ -119,7 +119,7 @@ def main(ctx, **flags):
     \b
     torchrun --standalone --nproc_per_node=8 train.py --outdir=runs \\
         --data=datasets/cifar10-32x32.zip --arch=ncsnpp --cond=1
-    """  # noqa: D301 - \b is click's mark for lines to leave alone
+    """  # noqa: D301 - \b tells click not to wrap the lines that follow
     fixed_dir = check_flags(ctx)
     is_val_num_typed = ctx.get_parameter_source("val_num") is ParameterSource.COMMANDLINE
     if is_val_num_typed and flags["val_data"] is None:

@@ -357,7 +357,7 @@ def with_origin(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
     Args:
         content: what `load` or `with_average` returned; that of this project's files is returned
             unchanged.
-        source: its path or URL, of which the name is kept.
+        source: its path or URL; only the file name is kept.
     """
     if content["format"] in (STATE_FORMAT, SNAPSHOT_FORMAT):
         return content
@@ -418,7 +418,7 @@ def load_state(source: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: as for `load`; SnapshotGivenError if the file is a snapshot, or a state of ECT,
-            of which no more than a snapshot is read.
+            which is read as a snapshot.
     """
     if not is_url(str(source)) and not os.path.isfile(source):
         problem = "is a folder" if os.path.isdir(source) else "no such file"
@@ -518,7 +518,7 @@ def with_records(
     content: dict[str, Any], source: str | Path, *, scale: Scaling | None = None,
     cond_scale: Scaling | None = None, sigma_max: float | None = None,
 ) -> dict[str, Any]:
-    """Returns `content` with the given records of its data and sampler, which it may lack.
+    """Returns `content` with the given facts about its data and sampler added where it has none.
 
     Args:
         content: what `load` returned.

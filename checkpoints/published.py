@@ -104,7 +104,7 @@ def read(file: IO[bytes], name: str, key: str | None = None) -> dict[str, Any]:
         network: configuration for `networks.build_network`.
         ema: state dict of float32 tensors in the order of our network, or None.
         net, optimizer: state dicts; absent where the file has none.
-        progress: cur_nimg, None where it isn't recorded.
+        progress: cur_nimg, None if it isn't recorded.
         options: what is known of the run, named as in TrainConfig.
         D_recorded: False if a PFGM++ file doesn't say which D it was trained with; `network` then
             stands for D = inf.

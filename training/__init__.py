@@ -1,1 +1,1 @@
-"""PFGM++ and EDM: perturbation kernel, networks, losses, samplers and the training loop."""
+"""Training: options, objectives, the training loop and its files; aliases of EDM's module names."""

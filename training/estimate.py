@@ -52,7 +52,7 @@ class Estimate:
         """Returns the estimate for a network of `TrainConfig.network` at a precision.
 
         `checkpoint_blocks` is the flag of that name. `differentiated` is the number of networks of
-        this size that are differentiated together; each keeps its tensors until then.
+        this size that are differentiated together; each keeps its tensors for the backward pass.
         """
         dtype = misc.compute_dtype(precision)
         with torch.device("meta"):
@@ -63,7 +63,7 @@ class Estimate:
         largest_block = _largest_block(net, inputs) if checkpoint_blocks else 0
         net.model.checkpoint_blocks = checkpoint_blocks
         kept = _Kept(net)
-        # In blocks that keep nothing, kernels keep nothing either, so only autograd is asked.
+        # In blocks that keep nothing, kernels keep nothing either, so only autograd is watched.
         kernels = contextlib.nullcontext() if checkpoint_blocks else kept
         with FlopCounterMode(display=False) as counter:
             with kernels, torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):

@@ -111,7 +111,7 @@ def finish_config(ctx: click.Context, config: "TrainConfig") -> "TrainConfig":
     check_available(config.log)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if ctx.get_parameter_source("batch_gpu") is not ParameterSource.COMMANDLINE:
-        config = config.with_fitting_batch_gpu(world_size)  # it is of a preset or another run
+        config = config.with_fitting_batch_gpu(world_size)  # of a preset or another run's options
     config.rounds(world_size)
     return config
 
@@ -148,7 +148,7 @@ def launch(
             config, device=torch_device.type, seed=flags["seed"],
             resume=resume if resume in (None, "auto") else "a path",
             override_options=override, dry_run=dry_run, has_name=fixed_dir is not None)
-        if fixed_dir and not dry_run:  # before its newest state is read, which may be in use
+        if fixed_dir and not dry_run:  # before its newest state, which may be in use, is read
             distributed.run_on_rank0(_lock_if_there, stack, fixed_dir)
         state = resuming.open_state(resume, fixed_dir) if resume else None
         config, state = resuming.settle_options(config, flags["seed"], state, override=override,

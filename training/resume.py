@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # What a resumed run may change without --override-options, with the reason. Everything else,
 # including options added later, affects what is computed from the resumed step on.
 RESUME_MAY_CHANGE = {
-    "data": "a data set may move: its content is compared, by its fingerprint",
+    "data": "a data set may move: its content is compared by its fingerprint",
     "seed": "taken from the state; a different one is refused",
     "transfer": "decides where a run begins, not how it continues",
     "teacher": "a file may move: its weights are compared",

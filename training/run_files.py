@@ -64,7 +64,7 @@ class RunFiles:
             self.wait()
 
     def _save_all(self, contents: dict[str, dict[str, Any]]) -> list[str | None]:
-        """Returns what went wrong with each file, None where it was written."""
+        """Returns what went wrong with each file, None if it was written."""
         problems = []
         while contents:  # each is freed once it is written
             path = self.run_dir / next(iter(contents))

@@ -129,7 +129,7 @@ class Trainer:
             self._batches = Timed(read(patches, order.positions()))
 
     def _coupled(self, net: torch.nn.Module) -> torch.nn.Module:
-        """Returns the network, in a process group wrapped in DDP."""
+        """Returns the network, wrapped in DDP if there is a process group."""
         if not torch.distributed.is_initialized():
             return net
         ids = [self.device] if self.device.type == "cuda" else None

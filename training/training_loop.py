@@ -130,7 +130,7 @@ def _prepare(
             "provenance": provenance(device)})
         save_real_grid(trainer, run_dir / REALS_FILE)
     sinks = LogSinks(config, run_dir, trainer.cur_nimg)
-    with trainer.average_in_fp32():  # it covers features of a reference too
+    with trainer.average_in_fp32():  # features of a reference are computed here too
         evaluators = [Evaluator(trainer, run_dir / SCORES_FILE)] if config.eval_ref else []
         if pairs:
             evaluators.append(PairEvaluator(trainer, pairs, run_dir / SCORES_FILE))
@@ -140,7 +140,7 @@ def _prepare(
 
 
 def _foreign_facts(start: State | Weights | None) -> dict[str, Any]:
-    """Returns what a second start needs of the options beside a state of EDM or PFGM++."""
+    """Returns what a second start from a state of EDM or PFGM++ needs of the options beside it."""
     if not isinstance(start, State) or start.is_ours:
         return {}
     return {LOSS_SCALE_KEY: start.content["options"].get("ls", 1.0)}
@@ -422,7 +422,7 @@ class TickRunner:
 
     @contextlib.contextmanager
     def _stops_at_once(self) -> Iterator[None]:
-        """Ends the block at a signal; it must not change the run, and may take long."""
+        """Ends the block at a signal. The block may take long and must not change the run."""
         cause, timeout = None, None
         try:
             with signals.immediate():
