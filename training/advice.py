@@ -74,7 +74,7 @@ def _on_rampup(config: TrainConfig) -> str | None:
     share = config.total_nimg / (config.lr_rampup * 1e6)
     return (f"--duration={config.duration:g} ends before the learning rate's ramp-up, "
             f"--lr-rampup={config.lr_rampup:g}: the rate reaches only {100 * share:.3g}% of "
-            f"--lr={config.lr:g}; shorten the ramp-up, for example "
+            f"--lr={config.lr:g}; give a shorter ramp-up, such as "
             f"--lr-rampup={config.duration * _PUBLISHED_RAMPUP:g}")
 
 

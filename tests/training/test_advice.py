@@ -116,7 +116,7 @@ def test_a_run_and_a_dry_run_show_each_line_once(dataset_zip, tmp_path, invoke, 
     said = result.output.splitlines()
     warnings = [line for line in said if line.startswith("Warning: ")]
     assert len(warnings) == 3
-    assert "reaches 0.0016% of --lr=0.01" in warnings[0]
+    assert "reaches only 0.0016% of --lr=0.01" in warnings[0]
     found = int(re.search(r"network of ([\d,]+) parameters", warnings[1])[1].replace(",", ""))
     others = "\n".join(line for line in said if line not in warnings)
     assert f"{found:,}" in others, "as the table of the network, or the plan, has it"

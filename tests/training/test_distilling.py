@@ -584,7 +584,7 @@ def iddpm_snapshot(path):
     (["--method=cd", "--cd-decay=1"], "--cd-decay=1"),
     (["--method=ipfm", "--precision=fp16"], "--precision=fp16 with --method=ipfm"),
     (["--method=ipfm", "--sigma-init=0"], "--sigma-init=0"),
-    (["--method=cd", "--preset=cifar10-ect"], "--preset=cifar10-ect is of --method=ect"),
+    (["--method=cd", "--preset=cifar10-ect"], "--preset=cifar10-ect is for --method=ect"),
     (["--batch=7", "--batch-gpu=2"], "--batch-gpu=2 must divide")], ids=str)
 def test_flags_that_do_not_fit_are_refused(dataset_zip, teachers, invoke, tmp_path, more, words):
     result = invoke(distill.main, *command(dataset_zip, tmp_path, teachers[64], "ect", *more))
@@ -895,7 +895,7 @@ def test_a_dry_run_counts_the_tensors_that_a_step_keeps(dataset_zip, teachers, i
                                     **OF_METHOD[method])) for batch in (8, 40))
     args = command(dataset_zip, tmp_path, teachers[64], method, "--dry-run",
                    f"--dropout={OF_METHOD[method].get('dropout', 0)}")
-    [told] = re.findall(r"8 x ([\d.]+) kB an image", invoke(distill.main, *args).output)
+    [told] = re.findall(r"8 x ([\d.]+) kB per image", invoke(distill.main, *args).output)
     assert float(told) * 1e3 == pytest.approx((many - few) / 32, rel=0.05)
 
 

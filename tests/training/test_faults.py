@@ -619,7 +619,7 @@ def test_keep_leaves_the_newest_states_once_one_of_them_verifies(tmp_path, capsy
     newest.write_bytes(whole[:-100])
     RunFiles(tmp_path, 1).prune()
     assert names() == {"01", "02", "03", "04", "05"}, "the one to keep is damaged"
-    assert "none of the newest 1 verifies" in capsys.readouterr().err
+    assert "none of the newest 1 is intact" in capsys.readouterr().err
     RunFiles(tmp_path, 2).prune()
     assert names() == {"04", "05"}, "one of the two verifies"
     newest.write_bytes(whole)
