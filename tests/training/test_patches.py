@@ -209,7 +209,7 @@ def test_files_say_what_the_network_was_trained_on(undisturbed):
         assert record["dataset"]["image_shape"] == [3, 24, 20]
         assert record["dataset"]["cond_shape"] == [3, 24, 20]
         assert record["options"]["patch"] == SIDE and record["options"]["patches"] == 3
-    assert "10 images 3x24x20, in patches of 16x16 (3 an image)" in output
+    assert "10 images 3x24x20, in patches of 16x16 (3 per image)" in output
     lines = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
     assert [line["Progress/kimg"]["mean"] for line in lines] == pytest.approx(
         [0.008, 0.016, 0.024, 0.032, 0.04])
@@ -341,7 +341,7 @@ def test_a_number_of_patches_needs_their_side(dataset_zip, tmp_path, invoke):
 @pytest.mark.long
 def test_a_dry_run_counts_the_network_of_a_patch(pairs, tmp_path, invoke):
     output = call(invoke, train.main, f"--data={pairs}", f"--outdir={tmp_path / 'out'}", *RUN, "-n")
-    assert "10 images 3x24x20, in patches of 16x16 (3 an image), 0 label" in output
+    assert "10 images 3x24x20, in patches of 16x16 (3 per image), 0 label" in output
     options, _ = json.JSONDecoder().raw_decode(output)
     assert options["patch"] == SIDE and options["patches"] == 3
     network = TrainConfig.from_dict(options).network(SIDE, 3, 0, 3)
