@@ -304,11 +304,11 @@ def write_val(kind, folder):
 
 @pytest.mark.parametrize("kind, flags, words", [
     ("nowhere", [], ["nowhere.zip"]),
-    ("size", [], ["--val-data=", "its images are 3x16x16", "training data 3x8x8"]),
+    ("size", [], ["--val-data=", "its images are 3x16x16", "training data are 3x8x8"]),
     ("gray", [], ["its images are 1x8x8"]),
     ("mixed", ["--cache=0"], ["1.png", "RGB 9x9"]),
     ("none", ["--cond=1"], ["has no labels", "--cond=0"]),
-    ("more", ["--cond=1"], ["its labels are 3 classes, those of the training data 2 classes"]),
+    ("more", ["--cond=1"], ["are 3 classes, but those of the training data are 2 classes"]),
     ("vectors", ["--cond=1"], ["its labels are 3 numbers each", "2 classes"]),
 ])
 def test_held_out_data_that_do_not_fit_are_one_line_before_the_run(dataset_zip, tmp_path, invoke,
