@@ -267,7 +267,8 @@ def _print_statistics(moments: "Moments", scaling: "Scaling", is_data: bool = Tr
     if is_data:
         overall = scaled.overall_std()
         hint = "" if scaling.is_8bit else f", or train.py --sigma-data={overall:.4g}"
-        say(f"all    standard deviation {overall:.4f}; the networks' sigma_data is 0.5{hint}")
+        say(f"all    standard deviation {overall:.4f} in the scale of training, where sigma_data is "
+            f"0.5{hint}")
 
 
 def _print_clipped(outcome: "Outcome") -> None:

@@ -245,6 +245,7 @@ def open_url(url: str, sha256: str | None = None, *, verbose: bool = True) -> IO
         if "://" in str(url):
             raise OSError(f"{url}: only http and https URLs and local files can be opened")
         return open(url, "rb")
+    advice = "" if sha256 else "; try again, or download it by other means and name the file"
     url, _, pin = url.partition("#sha256:")
     sha256 = (sha256 or pin or "").lower() or None
     name = re.sub(r"[^\w.-]", "_", unquote(os.path.basename(urlparse(url).path))) or "download"
@@ -253,7 +254,10 @@ def open_url(url: str, sha256: str | None = None, *, verbose: bool = True) -> IO
     record = target.with_name(f"{target.name}.sha256")
     first = record.read_text().strip() if sha256 is None and record.is_file() else None
     if not target.is_file():
-        found = _download(url, target, sha256 or first, verbose)
+        try:
+            found = _download(url, target, sha256 or first, verbose)
+        except _FailedRequestError as error:
+            raise OSError(f"{error}{advice}") from error
         if sha256 is None and first is None:
             with atomic_write(record) as file:
                 file.write(f"{found}\n".encode())
@@ -261,6 +265,10 @@ def open_url(url: str, sha256: str | None = None, *, verbose: bool = True) -> IO
         raise OSError(f"{target}: is not the file that was downloaded from {url}, whose hash is in "
                       f"{record.name}; remove it to download it again")
     return open(target, "rb")
+
+
+class _FailedRequestError(OSError):
+    """A URL could not be downloaded."""
 
 
 def _download(url: str, target: Path, sha256: str | None, verbose: bool) -> str:
@@ -277,8 +285,7 @@ def _download(url: str, target: Path, sha256: str | None, verbose: bool) -> str:
                 raise OSError(f"{url}: sha256 is {found}, expected {sha256}")
             return found
     except requests.RequestException as error:
-        raise OSError(f"{url}: {_reason(error)}; try again, or download it by other means and name "
-                      "the file") from error
+        raise _FailedRequestError(f"{url}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

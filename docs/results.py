@@ -35,8 +35,8 @@ ALPHAS, ROUNDED = (0.1, 0.2, 0.4), (4, 5, 6, 8)
 EVALUATIONS = (5, 7, 9, 13, 35)  # network evaluations per image
 STEPS = {"heun": (3, 4, 5, 7, 18), "ipndm": EVALUATIONS}
 ERRORS = ("gaussian", "kernel", "half", "twice", "uniform", "blur")
-_ERROR_NAMES = {"half": "half the noise", "twice": "twice the noise", "uniform": "uniform noise",
-                "blur": "blur"}
+_ERROR_NAMES = {"gaussian": "Gaussian noise", "kernel": "kernel's noise", "half": "half the noise",
+                "twice": "twice the noise", "uniform": "uniform noise", "blur": "blur"}
 EARLY = (20, 40)  # kimg
 LOW = 4  # below this D, the preconditioner's variance of the noise is wrong or infinite
 Values = Mapping[float, Mapping[str, float]]  # by D, then by training seed
@@ -393,8 +393,9 @@ def draw(records: Records, path: Path) -> None:
     axes[1, 0].set_yscale("log")
     axes[1, 0].set_xticks(EVALUATIONS, map(str, EVALUATIONS))
     axes[1, 0].minorticks_off()
-    _draw_over_D(axes[1, 1], _off_level(records), "e. PSNR of restored digits, dB")
-    axes[1, 1].legend(fontsize=8, ncols=3, loc="center", bbox_to_anchor=(0.5, 0.78))  # in the gap
+    _draw_over_D(axes[1, 1], [(_ERROR_NAMES[error], *rest) for error, *rest in _off_level(records)],
+                 "e. PSNR of restored digits, dB")
+    axes[1, 1].legend(fontsize=8, ncols=2, loc="center", bbox_to_anchor=(0.5, 0.78))  # in the gap
     _draw_over_D(axes[1, 2], [*_early(records), ("120 kimg", records.values(FRECHET), 3)],
                  "f. Frechet distance")
     axes[1, 2].set_yscale("log")
@@ -469,7 +470,7 @@ def show_samples(folder: Path, path: Path) -> None:
         dims = [name.removeprefix("D") for name in file.files]
         rows = [list(file[f"D{D}"]) for D in dims]
     save_png(path, image_grid(rows, [f"D = {D}" for D in dims], split=len(rows[0]) // 2,
-                              min_side=_SIDE))
+                              min_side=_SIDE, halves=["as usual", "with noise, alpha = 0.4"]))
 
 
 def written(page: str, names: Collection[str], records: Records) -> str:

@@ -87,13 +87,13 @@ class Evaluator:
 
     def _check(self, image_shape: Sequence[int], images: str, scale: dict[str, Any] | None
                ) -> None:
+        compared = self._reference or self._data
+        if compared:
+            check_alike(compared, self._name, image_shape, images, scale)
         try:
             dim = self.detector.dim_of(image_shape, scale)
         except ValueError as error:
             raise ValueError(f"{images}: {error}") from error
-        compared = self._reference or self._data
-        if compared:
-            check_alike(compared, self._name, image_shape, images, scale)
         if self._reference and dim != len(self._reference.mu):
             raise ValueError(f"{self._name}: statistics of {len(self._reference.mu)} features, but "
                              f"detector {self.detector.name} gives {dim} for the "

@@ -439,8 +439,8 @@ class SamplerConfig:
         levels = self.levels(net)[:-1]
         boundary = getattr(net, "boundary", 0)
         if boundary and levels[-1] <= boundary:
-            raise ValueError(f"levels down to {levels[-1]:g}: must be above {boundary:g}, the "
-                             "network's boundary, at which it returns its input")
+            raise ValueError(f"levels down to {levels[-1]:g}: the network returns its input at "
+                             f"{boundary:g}, its boundary; all levels must be above that")
         if self.solver in _OF_LOG_SIGMA and (levels.diff() == 0).any():
             raise ValueError(f"num_steps={self.num_steps}: the network rounds some of these levels "
                              f"to equal ones, and solver={self.solver} can't step between them; "

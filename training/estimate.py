@@ -174,7 +174,9 @@ def describe(config: TrainConfig, network: dict[str, Any], world_size: int,
         ("Steps", f"{steps:,} of {config.batch} images"),
         ("Disk", _disk(config, found.parameters)),
     ]
-    if rate is not None:
+    if rate is None:
+        rows.append(("Time", "unknown; --rate=N computes it from the images/s that a run prints"))
+    else:
         seconds = config.total_nimg / rate
         rows.append(("Time", f"{format_time(seconds)} ({seconds / 3600:.4g} hours) at {rate:g} "
                              "images/s, not counting scores and files"))

@@ -302,7 +302,7 @@ def _check_levels(config, net) -> None:
             levels = net.few_step.of_steps(steps or len(net.few_step.levels))
             _, _, reason = str(error).partition(": ")  # without the levels
             shown = " to ".join(f"{s:g}" for s in sorted({levels[0], levels[-1]}, reverse=True))
-            raise UserError(f"{flag}: sampling uses noise levels {shown}, which {reason}",
+            raise UserError(f"{flag}: sampling uses noise levels {shown}, but {reason}",
                             BAD_USAGE) from error
 
 

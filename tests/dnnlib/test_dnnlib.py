@@ -304,7 +304,7 @@ def test_without_a_home_directory_there_is_one_line_where_one_is_needed():
                            b"environment variable PFGMPP_CACHE_DIR to a folder\n")
     done = in_environment("--outdir=~/runs", nobody=True, without=["HOME", "PFGMPP_CACHE_DIR"])
     assert done.returncode == 2 and done.stderr == (
-        b"Error: --outdir=~/runs: this user has no home directory; give the whole path\n")
+        b"Error: --outdir=~/runs: this user has no home directory; give the full path\n")
     done = in_environment("--outdir=runs", nobody=True, without=["HOME", "PFGMPP_CACHE_DIR"])
     assert done.returncode == 0, "where none is needed"
 

@@ -201,8 +201,8 @@ def test_statistics_are_those_of_all_pixels_on_the_scale_of_training(tmp_path, s
     rows = zip(("gray",) if len(means) == 1 else ("red", "green", "blue"), means, stds, strict=True)
     assert output[1:-1] == [f"{name:6s} mean {mean:+.4f}, standard deviation {std:.4f}"
                             for name, mean, std in rows]
-    assert output[-1] == (f"all    standard deviation {scaled.std():.4f}; "
-                          "the networks' sigma_data is 0.5")
+    assert output[-1] == (f"all    standard deviation {scaled.std():.4f} in the scale of training, "
+                          "where sigma_data is 0.5")
 
 
 def test_the_picture_has_a_row_a_class(tmp_path):

@@ -576,7 +576,8 @@ def iddpm_snapshot(path):
     (["--method=cd", "--boundary=0.01"], "must be at most 0.002, the lowest level of the grid"),
     (["--boundary=100"], "must be at most 0.4105, half the lowest sampling level"),
     (["--method=ipfm", "--boundary=30", "--eval-steps=4"],
-     "--eval-steps=4: sampling uses noise levels 80 to 20.0015, which must be above 30"),
+     "--eval-steps=4: sampling uses noise levels 80 to 20.0015, but the network returns its input "
+     "at 30"),
     (["--ect-q=inf"], "--ect-q=inf: must be above 1, and finite"),
     (["--eval-steps=65"], "--eval-steps=65: must be at most 64"), (["--teacher="], "--teacher=:"),
     (["--method=ipfm", "--sigma-init=0.002"], "--sigma-init=0.002: must be above 0.002"),

@@ -273,7 +273,7 @@ def test_pictures_and_scores_are_of_patches_from_the_middle(pairs, tmp_path, inv
     first = reals[2:66:4, 2:66:4].transpose(2, 0, 1)
     assert (images[cut] == first).all((1, 2, 3)).any()
     line = call(invoke, train.main, *flags, f"--eval-ref={pairs}", "--name=other", code=1)
-    assert "of 20x24 images" in line and "(--patch=16) are 16x16" in line
+    assert "its images are 20x24" in line and "(--patch=16) are 16x16" in line
 
 
 def test_sigma_data_is_measured_on_whole_images(pairs):
