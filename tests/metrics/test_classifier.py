@@ -185,6 +185,7 @@ def test_classes_by_themselves_have_an_accuracy_each(tmp_path, judge):
     assert found == {None: 0.7, 0: 4 / 6, 1: 3 / 4, "mean": pytest.approx((4 / 6 + 3 / 4) / 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.scripts
 def test_two_processes_give_the_class_accuracy_of_one(tmp_path, judge):
     data = write_levels(tmp_path / "x.zip", LEVELS, LABELS)

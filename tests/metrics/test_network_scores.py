@@ -876,6 +876,7 @@ def test_a_flag_that_does_not_fit_a_later_network_leaves_that_one_out(run, data,
     assert f"Warning: {other} is not scored: --class=1: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.scripts
 def test_a_network_that_one_process_refuses_is_left_out_by_all(run, data):
     """Only rank 0 has the statistics of a reference, and so can say that images don't fit."""

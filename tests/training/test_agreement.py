@@ -114,6 +114,7 @@ def test_a_rank_that_does_not_answer_between_steps_is_given_up(dataset_zip, tmp_
     assert len(errors(done)) == 1 and "lost another process of this run" in errors(done)[0]
 
 
+@pytest.mark.slow
 @two_processes
 def test_one_rank_alone_may_be_verbose(dataset_zip, tmp_path):
     done = train(tmp_path, [["--verbose"], []], f"--data={dataset_zip}", "-n")

@@ -276,6 +276,7 @@ def test_a_resumed_run_remembers_its_highest_psnr_and_may_change_its_pairs(data,
     assert lines_of(folder / "metrics.jsonl")[-1]["num"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.scripts
 def test_scores_of_pairs_are_the_same_on_two_ranks(data, tmp_path):
     found = []

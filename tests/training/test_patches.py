@@ -281,6 +281,7 @@ def test_sigma_data_is_measured_on_whole_images(pairs):
     assert whole.std.tolist() == patches.std.tolist() and whole.count == patches.count
 
 
+@pytest.mark.slow
 @pytest.mark.scripts
 def test_two_processes_train_what_one_does(pairs, tmp_path, invoke):
     args = [f"--data={pairs}", *RUN, "--dropout=0", "--duration=0.000024", "--device=cpu",
