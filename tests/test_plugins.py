@@ -1,5 +1,6 @@
 """--plugin: what a file adds decides what is computed; which files are refused, and when."""
 
+import importlib
 import json
 import re
 import shutil
@@ -550,3 +551,16 @@ def test_the_network_of_the_page_trains_on_vectors(run, invoke, tmp_path):
     state = run("mlp", f"--plugin={parts}", "--arch=MLP", f"--data={tmp_path / 'vectors'}",
                 options=CONV)
     assert state["network"]["img_resolution"] == 1 and state["network"]["model_type"] == "MLP"
+
+
+def test_in_python_importing_the_file_makes_its_solver_known(tmp_path, monkeypatch):
+    """One that takes Euler's steps by another name gives Euler's samples."""
+    (tmp_path / "parts_to_import.py").write_text(
+        "from pfgmpp.solvers import SOLVERS, euler\nSOLVERS['imported'] = euler\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = load(write_snapshot(tmp_path / "net.pt"), device="cpu")
+    with pytest.raises(ValueError, match="imported"):
+        model.sample(2, solver="imported", steps=3)
+    importlib.import_module("parts_to_import")
+    samples = [model.sample(2, solver=name, steps=3).images for name in ("imported", "euler")]
+    assert torch.equal(*samples) and samples[0].std() > 0
