@@ -123,3 +123,15 @@ def test_generate_shows_its_own_images_by_class(count, columns, tmp_path, invoke
         tile = shown[top + 4:top + 64:8, left + 4:left + 64:8]
         saved = np.load(tmp_path / f"{seed:06d}.npy")[0]  # 16 is white
         np.testing.assert_allclose(tile, np.clip(saved / 16, 0, 1) * 255, atol=1)
+
+
+def test_the_halves_have_their_own_titles_above_them():
+    rows = [[np.zeros([3, 64, 64], np.uint8)] * 4] * 2
+    plain = np.asarray(grid.image_grid(rows, split=2))
+    shown = np.asarray(grid.image_grid(rows, split=2, halves=["i", "W" * 8]))
+    top = len(shown) - len(plain)
+    assert top > 8 and np.array_equal(shown[top:], plain)
+    ink = [(part < 128).any(axis=2) for part in np.array_split(shown[:top], 2, axis=1)]
+    assert 0 < ink[0].sum() < ink[1].sum() / 8
+    centre = np.flatnonzero(ink[0].any(axis=0)).mean()
+    assert abs(centre - (2 + 2 * 66 - 2) / 2) < 3
