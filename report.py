@@ -8,11 +8,11 @@ from dnnlib.cli import CONTEXT, run, user_errors
 
 
 @click.command(context_settings=CONTEXT)
-@click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True)
+@click.argument("folders", metavar="RUN_DIR...", nargs=-1, required=True)
 @click.option("--out", metavar="HTML", default="report.html", help="File to write.")
 @click.option("--title", metavar="STR", help="Heading of the report.  [default: names of the runs]")
-def main(run_dirs: tuple[str, ...], out: str, title: str | None) -> None:
-    """Writes a report of one run, or of several side by side.
+def main(folders: tuple[str, ...], out: str, title: str | None) -> None:
+    """Writes a report of one run, or of several side by side. A folder of runs stands for them all.
 
     The report is a single HTML file that opens offline in any browser. It shows settings, loss,
     skipped steps, speed, memory, sample grids and scores. For runs that were scored in the same
@@ -31,9 +31,18 @@ def main(run_dirs: tuple[str, ...], out: str, title: str | None) -> None:
 
         from dnnlib.atomic import atomic_write
         from reports.report_page import render
-        from reports.run_record import RunRecord
-        runs = [RunRecord.read(path) for path in dict.fromkeys(run_dirs)]
-        page = render(runs, title).encode("utf-8", errors="replace")
+        from reports.run_record import NotARunError, RunRecord
+        from reports.run_state import run_dirs
+        runs: dict[Path, RunRecord] = {}
+        for folder in map(Path, folders):
+            try:
+                found = [RunRecord.read(folder)]
+            except NotARunError:
+                found = [RunRecord.read(path) for path in sorted(run_dirs(folder))]
+                if not found:
+                    raise
+            runs |= {run.path.resolve(): run for run in found if run.path.resolve() not in runs}
+        page = render(list(runs.values()), title).encode("utf-8", errors="replace")
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(Path(out)) as file:
             file.write(page)

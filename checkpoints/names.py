@@ -35,10 +35,17 @@ PUBLISHED = {
 
 
 def newest_network(run_dir: str | os.PathLike) -> tuple[Path, str] | None:
-    """Returns a run's last snapshot, or else its last state, and the number in its name."""
-    found = [(match["kind"].startswith("network"), float(match["kimg"]), path, match["kimg"])
-             for path in Path(run_dir).glob("*-*.p*") if (match := _NETWORK.fullmatch(path.name))]
-    return max(found)[2:] if found else None
+    """Returns a run's last snapshot, or its last state if newer, and the number in its name.
+
+    Snapshots of EDM (.pkl) precede all states, because its states lack the averaged weights.
+    """
+    found = []
+    for path in Path(run_dir).glob("*-*.p*"):
+        if match := _NETWORK.fullmatch(path.name):
+            is_snapshot = match["kind"].startswith("network")
+            found.append((is_snapshot and path.suffix == ".pkl", float(match["kimg"]), is_snapshot,
+                          path, match["kimg"]))
+    return max(found)[3:] if found else None
 
 
 def kimg_of_network(name: str) -> str | None:

@@ -96,6 +96,10 @@ class SampleFolder:
     paths: dict[int, Path]
 
 
+class NotARunError(ValueError):
+    """A folder holds no files of a run."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
     """The recorded data of a run.
@@ -117,7 +121,7 @@ class RunRecord:
         """Returns the record of a run directory.
 
         Raises:
-            ValueError: it is not a run directory.
+            NotARunError: it is not a run directory.
             OSError: it can't be read.
         """
         path, notes = Path(path), []
@@ -125,8 +129,8 @@ class RunRecord:
         samples = sorted((float(match[1]), path / match[0])
                          for match in filter(None, map(_SAMPLES_NAME.fullmatch, names)))
         if not names & {OPTIONS_FILE, STATS_FILE, SCORES_FILE} and not samples:
-            raise ValueError(f"{path}: not a run directory (no {OPTIONS_FILE}, {STATS_FILE} or "
-                             f"{SCORES_FILE})")
+            raise NotARunError(f"{path}: not a run directory (no {OPTIONS_FILE}, {STATS_FILE} or "
+                               f"{SCORES_FILE}), and contains none")
         record = read_json(path / OPTIONS_FILE)
         if not record:
             notes.append(f"{OPTIONS_FILE} is missing, empty or damaged; the settings are unknown")

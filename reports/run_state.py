@@ -84,11 +84,11 @@ def find_runs(folder: Path) -> list[RunState]:
         OSError: the folder can't be read.
     """
     return [RunState.read(path, path.resolve().name if path == folder else
-                          str(path.relative_to(folder))) for path in sorted(_run_dirs(folder))]
+                          str(path.relative_to(folder))) for path in sorted(run_dirs(folder))]
 
 
-def _run_dirs(folder: Path) -> Iterator[Path]:
-    """Yields the run directories; their subfolders are not searched, and links not followed."""
+def run_dirs(folder: Path) -> Iterator[Path]:
+    """Yields run directories in a folder; their subfolders are not searched, or links followed."""
     with os.scandir(folder) as entries:
         entries = list(entries)
     if any(entry.name == OPTIONS_FILE for entry in entries):
@@ -96,7 +96,7 @@ def _run_dirs(folder: Path) -> Iterator[Path]:
         return
     for entry in entries:
         if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-            yield from _run_dirs(Path(entry.path))
+            yield from run_dirs(Path(entry.path))
 
 
 def _state(path: Path, is_done: bool) -> tuple[str, str]:

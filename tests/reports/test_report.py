@@ -114,14 +114,19 @@ def test_scores_of_stats_are_taken_where_metrics_jsonl_lacks_them(tmp_path):
     assert [(s.kimg, s.value) for s in RunRecord.read(run).scores] == [(2, 7.0), (4, 6.0)]
 
 
-def test_the_newest_network_is_a_snapshot_if_there_is_any(tmp_path):
+def test_the_newest_network_is_the_last_snapshot_or_a_later_state(tmp_path):
+    """A stopped run has a state after its last snapshot; states of EDM have no average."""
     assert newest_network(tmp_path) is None
-    for name in ("training-state-000009.pt", "training-state-best.pt"):
+    for name, newest in (
+            ("training-state-000009.pt", "training-state-000009.pt"),
+            ("training-state-best.pt", "training-state-000009.pt"),
+            ("network-snapshot-000002.000.pt", "training-state-000009.pt"),
+            ("network-snapshot-000009.pt", "network-snapshot-000009.pt"),
+            ("network-snapshot-000010.500.pt", "network-snapshot-000010.500.pt"),
+            ("training-state-000010.600.pt", "training-state-000010.600.pt"),
+            ("network-snapshot-000008.pkl", "network-snapshot-000008.pkl")):
         (tmp_path / name).touch()
-    assert newest_network(tmp_path) == (tmp_path / "training-state-000009.pt", "000009")
-    for name in ("network-snapshot-000002.000.pt", "network-snapshot-000010.500.pt"):
-        (tmp_path / name).touch()
-    assert newest_network(tmp_path)[1] == "000010.500"
+        assert newest_network(tmp_path)[0].name == newest
 
 
 # ----------------------------------------------------------------------------- comparing
@@ -487,6 +492,14 @@ def test_the_command_writes_one_file(runs, tmp_path, invoke):
     assert "<h1>A &amp; B</h1>" in out.read_text(encoding="utf-8")
 
 
+@pytest.mark.long
+def test_a_folder_of_runs_stands_for_them_all_and_each_counts_once(runs, tmp_path, invoke):
+    folder = Path(runs[0]).parent
+    done = invoke(report.main, runs[1], folder, runs[0], f"--out={tmp_path / 'r.html'}")
+    each = len([path for path in folder.iterdir() if (path / "training_options.json").exists()])
+    assert each > 2 and f"r.html: {each} runs, " in done.output
+
+
 @pytest.mark.parametrize("name, words", [
     ("none", "none: No such file or directory"), ("empty", "empty: not a run directory (no"),
     ("file", "file: Not a directory")])
@@ -549,7 +562,7 @@ def test_the_newest_network_and_images_go_by_their_number_not_by_their_text(tmp_
     for kimg in ("999999", "1000000", "000002.500"):
         (tmp_path / f"a/network-snapshot-{kimg}.pt").write_bytes(b"")
         write_picture(tmp_path / f"a/ckpt_{kimg}/000000/000003.png")
-    (tmp_path / "a/training-state-2000000.pt").write_bytes(b"")
+    (tmp_path / "a/training-state-900000.pt").write_bytes(b"")
     assert newest_network(tmp_path / "a")[1] == "1000000"
     folder = RunRecord.read(tmp_path / "a").sample_folder
     assert folder.kimg == 1_000_000 and "ckpt_1000000" in str(folder.paths[3])
