@@ -75,7 +75,7 @@ NETWORK_OPTIONS = {"arch", "precond", "pfgmpp", "aug_dim", "cond", "cond_image",
                    "label_dropout", "sigma_data", "cbase", "cres", "nblock", "ares", "boundary",
                    "sigma_init", "teacher_network"}
 LOSS_SCALE_KEY = "loss_scaling"  # in the training_options.json of EDM and PFGM++
-_MAX_LISTED = 20  # tensors left out of a transfer
+_MAX_LISTED = 8  # tensors left out of a transfer
 # Network keywords that are named differently from the flags of train.py that set them.
 _FLAGS = {"attn_resolutions": "--ares", "model_channels": "--cbase", "channel_mult": "--cres",
           "num_blocks": "--nblock", "img_resolution": "--data or --patch", "label_dim": "--cond",
@@ -137,7 +137,8 @@ def describe_start(start: State | Weights | None) -> list[str]:
         return [f"Resuming from  {start.source}", *changed, *start.notes]
     if start is None:
         return []
-    rest = f"; {len(start.left_out)} do not fit:" if start.left_out else ""
+    rest = (f"; {len(start.left_out)} do not fit, new ones start at random:" if start.left_out
+            else "")
     return [f"Transferred    {len(start.tensors)} tensors of {start.source}, "
             f"{100 * start.share:.3g}% of the network's parameters{rest}",
             *(f"               {line}" for line in start.left_out[:_MAX_LISTED]),

@@ -320,6 +320,11 @@ def test_a_transfer_takes_all_that_fits_and_lists_the_rest(source, flags, left_o
     assert all(any(part in name for name, _, _ in listed) for part in left_out)
     # What is new begins at random, and is forgotten by the average as in a new run.
     assert (after["progress"]["ema_rampup"] is None) == (not left_out)
+    # Otherwise, 0.5^(8/10) of it is what was transferred after 8 images at a half-life of 10.
+    warning = ("--ema=1e-05 is long for --duration=8e-06: the averaged weights, which are sampled, "
+               "will still be 57.4% the transferred ones; give a shorter half-life, such as "
+               "--ema=8e-07")
+    assert (warning in result.output) == (not left_out)
 
 
 def test_a_transfer_of_which_nothing_fits_is_refused_and_leaves_no_folder(tmp_path, invoke):
