@@ -167,7 +167,8 @@ class Model:
             seeds: one for each image; None means 16, or one for each given image or latent.
             steps: number of noise levels; None means 18, or a few-step network's own number.
             solver: None means Heun's method, or 'consistency' for few-step networks.
-            class_idx: a class number, 'uniform' or 'data'.
+            class_idx: a class number or name, 'uniform' or 'data'. For one class per seed, give
+                `labels`.
             batch: the maximum number of images at a time.
             options: see `Model`. The images `init_image` and `cond_image` may be in memory, and so
                 may the `labels` of the seeds and the `latents` that `encode` returns.
@@ -318,6 +319,9 @@ class Model:
 
     def _sampler(self, **options: Any) -> NetworkSampler:
         """Returns the sampler of the network, after checking the settings by their flag names."""
+        for flag, name in _FLAGS.items():
+            if options.get(flag) is not None and options.get(name) is not None:
+                raise TypeError(f"{flag} and {name} mean the same; give one of them")
         named = {_FLAGS.get(name, name): value for name, value in options.items()}
         _check_names(named, NetworkSampler.open, "sample", SamplerConfig)
         named = {name: value for name, value in named.items() if value is not None}
@@ -349,7 +353,11 @@ def _numbers(seeds: _Seeds, default: int) -> list[int]:
     try:
         count = operator.index(seeds)
     except TypeError:
-        found = [operator.index(seed) for seed in seeds]
+        try:
+            found = [operator.index(seed) for seed in seeds]
+        except TypeError:
+            raise TypeError(f"seeds={seeds!r}: must be a number of images or whole numbers, such "
+                            "as range(16)") from None
     else:
         found = list(range(count))
     if not found:

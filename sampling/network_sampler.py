@@ -1,7 +1,9 @@
 """Sampling from a trained network: reads its file, checks the settings, makes the images."""
 
+import contextlib
 import dataclasses
 import functools
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -74,6 +76,7 @@ _UNUSED = {"noise_alpha": 0, "order": None, "sigmas": None, "last": None, "stop_
            "init_noise": 1, "blend": 1}
 _REMEDY = "name a data set, a folder or ZIP of images"
 _LOST_SIGMAS = 5  # multiple of sigma_data at which noise leaves little of an image
+_MAX_CLASS_NAMES = 8  # in a message
 _Images = str | GivenImages  # a folder or ZIP, or images in memory
 _OpenNetwork = Callable[..., tuple[dict[str, Any], Precond]]
 
@@ -225,6 +228,8 @@ class NetworkSampler:
             _check_encoding(sampler)
             if kind is not None and class_idx is None and label_source is None:
                 label_source = distributed.run_on_rank0(_labelled, encode)
+        if kind == "classes":
+            class_idx = _class_choice(class_idx, net.label_dim, recorded_class_names(content))
         labels, of_labels = _choose_labels(net, source, content, kind, class_idx, label_source,
                                            starts)
         class_idx = class_idx if isinstance(class_idx, int) else None
@@ -781,6 +786,21 @@ def recorded_label_kind(content: dict[str, Any]) -> str | None:
 def recorded_class_names(content: dict[str, Any]) -> tuple[str, ...]:
     """Returns the class names in a file, or () if there are none."""
     return tuple(_dataset_record(content).get("class_names") or ())
+
+
+def _class_choice(choice: Any, label_dim: int, names: Sequence[str]) -> int | str | None:
+    """Returns a class number, 'uniform', 'data' or None for what a user gave as a class."""
+    if choice is None or isinstance(choice, str) and choice in ("uniform", "data"):
+        return choice
+    if isinstance(choice, str) and choice in names:
+        return names.index(choice)
+    with contextlib.suppress(TypeError):
+        if not isinstance(choice, bool):
+            return operator.index(choice)
+    shown = ", ".join(names[:_MAX_CLASS_NAMES]) + (", ..." if len(names) > _MAX_CLASS_NAMES else "")
+    raise UsageError(f"--class={choice}: must be a class number from 0 to {label_dim - 1}, uniform "
+                     f"or data{f', or a name: {shown}' if names else ''}; --labels takes one class "
+                     "for each seed")
 
 
 def _choose_labels(

@@ -100,21 +100,19 @@ class _Finite(click.FloatRange):
 
 
 class _ClassChoice(click.ParamType):
-    """A class number, 'uniform' or 'data'."""
+    """A class number, 'uniform', 'data', or a name, which only the network can tell."""
 
     name = "class"
 
     def convert(self, value, param, ctx):
-        if value in ("uniform", "data") or isinstance(value, int):
-            return value
         try:
             return int(value)
         except ValueError:
-            self.fail(f"{value!r} must be a class number, uniform or data", param, ctx)
+            return value
 
 
 _OPTIONS = (
-    click.option("--class", "class_idx", metavar="INT|uniform|data", type=_ClassChoice(), help="Class to sample: a class number, all classes equally often (uniform), or as often as in the training data (data).  [default: uniform]"),
+    click.option("--class", "class_idx", metavar="INT|NAME|uniform|data", type=_ClassChoice(), help="Class to sample: a class by number or name, all classes equally often (uniform), or as often as in the training data (data).  [default: uniform]"),
     click.option("--labels", "label_source", metavar="FILE|DATASET", help="Labels to sample, from a .npy or .json file or a data set; seed k uses label k mod n of n."),
     click.option("--steps", metavar="LIST", type=NumberList(int, 1), help="Number of noise levels; several numbers make a sweep.  [default: 18; few-step networks have their own]"),
     click.option("--alpha", metavar="LIST", type=NumberList(float, 0), help="Robustness study: add noise of alpha times the noise level before each step."),

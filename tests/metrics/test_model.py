@@ -131,6 +131,17 @@ def test_labels_of_seeds_may_be_in_memory(model):
     torch.testing.assert_close(numbers.images[[0, 2]], bright.images, rtol=1e-4, atol=1e-4)
 
 
+def test_a_class_is_any_whole_number_or_a_name(model, root, tmp_path, invoke):
+    asked = model.sample(2, steps=2, class_idx=1)
+    assert asked.classes == (1, 1)
+    for same in ("bright", np.int64(1), torch.tensor(1)):
+        assert model.sample(2, steps=2, class_idx=same).images.equal(asked.images)
+    images, labels = written(invoke, tmp_path, root / "run", "--seeds=0-1", "--steps=2",
+                             "--class=bright")
+    assert np.array_equal(images, asked.uint8().numpy()) and np.argmax(labels, 1).tolist() == [1, 1]
+    assert json.loads((tmp_path / "generate.json").read_text())["class"] == 1
+
+
 def test_a_few_step_network_takes_its_own_levels(root, tmp_path, invoke):
     images, _ = written(invoke, tmp_path, root / "few.pt", "--seeds=0-2")
     samples = load(root / "few.pt", "cpu").sample(3)
@@ -292,6 +303,9 @@ def test_class_accuracy_asks_for_the_classes_of_the_seeds(model, tmp_path):
     (lambda m: m.sample(0), "seeds=0: there are no seeds; give a number of images, 1 or more"),
     (lambda m: m.sample(2, batch=0), "batch=0: must be 1 or more"),
     (lambda m: m.sample(class_idx=2), "--class=2: must be between 0 and 1"),
+    *((lambda m, given=given: m.sample(class_idx=given), "must be a class number from 0 to 1, "
+       "uniform or data, or a name: dark, bright; --labels takes one class for each seed")
+      for given in ("brigth", [0, 1], 1.0, True, np.array([0, 1]))),
     (lambda m: m.sample(labels=[0, 2]), "labels: class numbers are 0 to 2; the network"),
     (lambda m: m.sample(labels=["a"]), r"labels: must be class numbers \[n\] or vectors"),
     (lambda m: m.sample(labels=torch.tensor([0, 1]), class_idx=1),
@@ -328,6 +342,12 @@ def test_a_mistake_is_one_line(model, call, words):
 @pytest.mark.parametrize("call, words", [
     (lambda m: m.sample(step=3), "sample() has no option 'step'; did you mean 'steps'?"),
     (lambda m: m.sample(xyz=3), "sample() has no option 'xyz'"),
+    (lambda m: m.sample(steps=3, num_steps=4),
+     "steps and num_steps mean the same; give one of them"),
+    (lambda m: m.sample("0-3"), "seeds='0-3': must be a number of images or whole numbers, such as "
+     "range(16)"),
+    (lambda m: m.sample(1.5), "seeds=1.5: must be a number of images or whole numbers, such as "
+     "range(16)"),
     (lambda m: m.sample(precision="bf16"), "sample() takes no 'precision'; give it to pfgmpp.load"),
     (lambda m: m.likelihood("a.zip", probe=3),
      "likelihood() has no option 'probe'; did you mean 'probes'?")])

@@ -157,7 +157,8 @@ REFUSED = [
     ("unbalanced", ["--class=0"], 2, "have no images of this class; "
      "they have classes 1,3"),
     ("unbalanced", ["--class=4"], 2, "between 0 and 3"),
-    ("unbalanced", ["--class=dog"], 2, "'dog' must be a class number, uniform or data"),
+    ("unbalanced", ["--class=dog"], 2, "--class=dog: must be a class number from 0 to 3, uniform "
+     "or data, or a name: a, b, c, d; --labels takes one class for each seed"),
     ("unbalanced", ["--class=1", "--labels=x.json"], 2, "give one of them"),
     ("unbalanced", ["--labels=nowhere"], 1, "nowhere: no such file"),
     ("plain", ["--class=data"], 2, "does not record how many"),
@@ -311,7 +312,7 @@ def test_floats_that_are_not_finite_have_no_score_either(diverged, tmp_path, inv
 def test_a_network_is_named_by_its_run_directory(unbalanced, tmp_path, invoke):
     content = unbalanced.read_bytes()
     for name in ("network-snapshot-000009.pt", "network-snapshot-000010.pt",
-                 "training-state-000011.pt"):
+                 "training-state-000010.pt"):
         (tmp_path / name).write_bytes(content)
     assert find_network(tmp_path) == str(tmp_path / "network-snapshot-000010.pt")
     result = invoke(generate.main, f"--network={tmp_path}", f"--outdir={tmp_path / 'out'}",
@@ -322,7 +323,7 @@ def test_a_network_is_named_by_its_run_directory(unbalanced, tmp_path, invoke):
         result = invoke(generate.main, f"--network={tmp_path / missing}", "--seeds=0",
                         f"--outdir={tmp_path / 'out'}")
         assert result.exit_code == 1 and re.search(
-            f"{missing}: no such file; .* has training-state-000011.pt, "
+            f"{missing}: no such file; .* has training-state-000010.pt, "
             "network-snapshot-000010.pt, network-snapshot-000009.pt", result.stderr)
     (tmp_path / "empty").mkdir()
     result = invoke(generate.main, f"--network={tmp_path / 'empty'}", "--seeds=0",
