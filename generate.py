@@ -341,7 +341,7 @@ def _generate(sampler, folder, seeds, batch, subdirs, is_named: bool) -> int:
 
     Returns the number of images that had values that are not finite and were not written.
     """
-    from dnnlib.util import format_ranges
+    from dnnlib.util import counted, format_ranges
     from sampling.image_writer import ImageFolder
     from sampling.image_zip import ImageZip
     from torch_utils import distributed
@@ -369,7 +369,9 @@ def _generate(sampler, folder, seeds, batch, subdirs, is_named: bool) -> int:
             distributed.run_on_rank0(images.record_not_finite, bad)
         distributed.run_on_rank0(images.finish, sorted({*missing} - {*bad}))
     if distributed.get_rank() == 0:
-        console.result(f"{folder}: {len(missing) - len(bad)} images made")
+        arrays = "" if sampler.scaling.is_8bit else ", as .npy arrays in the units of the data"
+        made = counted(len(missing) - len(bad), "image")
+        console.result(f"{folder}: {made} made{arrays}")
     if bad:
         of_latents = "" if sampler.latents is None else ", or these latents may be too large"
         distributed.warn0(
@@ -489,11 +491,12 @@ def _save_pictures(sampler, folder, seeds, most: int,
     It shows equally many images of each class if it can. If sizes differ, only images with the size
     of the first are shown.
     """
-    from dnnlib.util import counted
+    from dnnlib.progress import stage
     from images.grid import even_classes, save_gif, save_png, square_grid
     from images.image_files import PICTURES
     from images.scaling import display_window
     (folder / PICTURES).mkdir(exist_ok=True)
+    count = len(seeds)
     seeds = [seed for seed in itertools.islice(seeds, _MAX_SEARCHED)
              if sampler.shape_of(seed) == sampler.shape_of(seeds[0])]
     parts = [sampler.classes(seeds[i:i + most]) for i in range(0, len(seeds), most)]
@@ -503,12 +506,15 @@ def _save_pictures(sampler, folder, seeds, most: int,
         chosen = range(min(len(seeds), most))
     classes = classes and [classes[i] for i in chosen]
     shown = window and display_window(*window)
-    frames = [square_grid(images.numpy(), classes, sampler.class_names)
-              for images in sampler.trajectory([seeds[i] for i in chosen], shown)]
-    save_png(folder / PICTURES / "grid.png", frames[-1])
-    save_gif(folder / PICTURES / "movie.gif", frames)
-    console.say(f"{folder / PICTURES}: {counted(len(chosen), 'image')} in grid.png, and how they "
-                "are sampled in movie.gif")
+    with stage("Drawing pictures"):
+        frames = [square_grid(images.numpy(), classes, sampler.class_names)
+                  for images in sampler.trajectory([seeds[i] for i in chosen], shown)]
+        save_png(folder / PICTURES / "grid.png", frames[-1])
+        save_gif(folder / PICTURES / "movie.gif", frames)
+    of_all = f" of {count}" if len(chosen) < count else ""
+    by_class = " by class" if classes else ""
+    console.say(f"{folder / PICTURES}: {len(chosen)}{of_all} images{by_class} in grid.png, and how "
+                "they are sampled in movie.gif")
 
 
 def cli() -> None:

@@ -20,7 +20,7 @@ OUT = Path("demo")
 SOURCE, JUDGE = "examples/digits8.zip", "examples/digits8-judge.npz"
 SHIPPED = {"inf": "examples/digits8-inf.pt", "8": "examples/digits8-8.pt"}
 MIMG = 0.08  # 625 steps of 128 images
-NUM, NUM_HELD_OUT = 512, 359  # numbers of images that are scored
+NUM = 359  # images that are scored, as many as are held out
 NOISE = 0.4  # alpha
 COLUMNS = 8
 SIDE = 48  # side of a digit in the pictures, in pixels
@@ -122,7 +122,7 @@ def main() -> None:
             f"python fid.py gen --network={network} --ref={data} --seeds=0-{NUM - 1} "
             "--device=cpu"),
         "held-out real digits": scores(
-            f"python fid.py calc --images={held_out} --ref={data} --num={NUM_HELD_OUT} "
+            f"python fid.py calc --images={held_out} --ref={data} --count={NUM} "
             "--device=cpu")}
     noisy = {D: scores(
         f"python fid.py gen --network={shipped} --ref={data} --seeds=0-{NUM - 1} --alpha={NOISE} "
@@ -139,10 +139,12 @@ def main() -> None:
         print(f"  {accuracy:7.1%}  {distance:8.3f}  {name}")
     print(f"\nReal digits (left) and samples (right), one class per row: {OUT}/grid.png")
     print(f"D = inf and D = 8, without and with noise in every step: {OUT}/noise.png")
-    print("\nNext:")
+    print("\nNext, a model of your own photos (minutes), and a page about this one:")
     print("  python dataset_tool.py --source=PHOTOS --dest=datasets/photos-32x32.zip "
           "--resolution=32x32 --transform=center-crop")
-    print("  python train.py --preset=emoji32 --outdir=runs --data=datasets/photos-32x32.zip")
+    print("  python train.py --preset=emoji32 --outdir=runs --name=photos "
+          "--data=datasets/photos-32x32.zip --pfgmpp=1 --aug_dim=128 "
+          "--transfer=examples/emoji16-128.pt --lr=5e-4 --lr-rampup=0 --duration=0.01")
     print(f"  python report.py {OUT}/runs/digits-8 --out={OUT}/report.html")
     print(f"\nDone in {time.time() - start:.0f} s.")
 

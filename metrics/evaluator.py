@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dnnlib.progress import stage
 from dnnlib.util import cache_dir, format_ranges
 from metrics.bootstrap import FrechetInterval, bootstrap_frechet
 from metrics.detectors import (
@@ -122,8 +123,9 @@ class Evaluator:
 
     def _evaluate(self, images: FeatureSet) -> dict[str, float]:
         values: dict[str, float] = {}
-        for metric in (METRICS[name] for name in self.metrics if name in images.metrics):
-            values |= zip(metric.values, metric.compute(images, self._reference), strict=True)
+        with stage("Computing scores"):
+            for metric in (METRICS[name] for name in self.metrics if name in images.metrics):
+                values |= zip(metric.values, metric.compute(images, self._reference), strict=True)
         return values
 
     def interval(self, images: FeatureSet, draws: int) -> FrechetInterval:

@@ -107,8 +107,9 @@ def test_generate_shows_its_own_images_by_class(count, columns, tmp_path, invoke
     result = invoke(generate.main, f"--network={network}", f"--outdir={tmp_path}", "--steps=1",
                     f"--seeds=0-{count - 1}", "--save_images", "--device=cpu")
     assert result.exit_code == 0, result.output
-    num_shown = 60 if count == 100 else count
-    assert f"{tmp_path}/vis: {num_shown} images in grid.png, and how" in result.output
+    shown = "60 of 100" if count == 100 else "16"
+    assert f"{tmp_path}/vis: {shown} images by class in grid.png, and how" in result.output
+    assert f"{count} images made, as .npy arrays in the units of the data\n" in result.output
     drawn = NetworkSampler.open(str(network), torch.device("cpu"), num_steps=1).classes(
         range(count))
     shown = np.asarray(PIL.Image.open(tmp_path / "vis/grid.png"))[..., 0]

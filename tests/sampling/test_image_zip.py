@@ -122,7 +122,7 @@ def test_a_finished_zip_is_left_as_it_is_and_grows_with_the_seeds(make, tmp_path
     make(tmp_path / "whole.zip", "--seeds=0-5")
     assert path.read_bytes() == (tmp_path / "whole.zip").read_bytes()
     output = make(path, "--seeds=9")  # the others stay
-    assert "1 images made" in output and len(of_zip(path)) == 7 + 2 and alone(path)
+    assert "1 image made" in output and len(of_zip(path)) == 7 + 2 and alone(path)
 
 
 def test_files_of_the_user_stay_in_a_zip_that_grows(make, tmp_path):
