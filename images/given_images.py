@@ -27,22 +27,24 @@ class GivenImages(os.PathLike):
     Args:
         images: a stack of images, one picture, or a sequence of images that may differ in size.
         labels: class numbers [n] or vectors [n, label_dim]; None for no labels.
+        scale: the scale of the images as `dataset.json` has it; None for the usual one.
 
     Raises:
         ValueError: these are not images, or the numbers of images and labels differ.
     """
 
-    def __init__(self, images: Any, labels: Any = None):
+    def __init__(self, images: Any, labels: Any = None, scale: dict[str, Any] | None = None):
         self._images = [_as_array(image, i) for i, image in enumerate(_as_list(images))]
         if not self._images:
             raise ValueError("no images are given; give at least one")
         self.names = [f"img{i:08d}{ARRAY_SUFFIX}" for i in range(len(self._images))]
-        self._labels = None
+        self._labels, self._scale = None, scale
         if labels is not None:
             self._labels = np.asarray(labels).tolist()
             if not isinstance(self._labels, list) or len(self._labels) != len(self._images):
                 raise ValueError(f"{len(self._images)} images, but labels of shape "
                                  f"{list(np.shape(labels))}; give one label for each image")
+        if labels is not None or scale is not None:
             self.names.append(LABELS_NAME)
 
     def __len__(self) -> int:
@@ -51,8 +53,9 @@ class GivenImages(os.PathLike):
     def open(self, name: str) -> IO[bytes]:
         """Returns the content of the file with this name, an image or dataset.json."""
         if name == LABELS_NAME:
-            pairs = list(zip(self.names, self._labels, strict=False))
-            return io.BytesIO(json.dumps({"labels": pairs}).encode())
+            pairs = self._labels and list(zip(self.names, self._labels, strict=False))
+            scale = {} if self._scale is None else {"scale": self._scale}
+            return io.BytesIO(json.dumps({"labels": pairs, **scale}).encode())
         number = int(name.removeprefix("img").removesuffix(ARRAY_SUFFIX))
         return io.BytesIO(array_files.encode(self._images[number]))
 
@@ -71,7 +74,7 @@ class GivenImages(os.PathLike):
         return os.fspath(self)
 
 
-def given_images(images: Any, labels: Any = None) -> Any:
+def given_images(images: Any, labels: Any = None, scale: dict[str, Any] | None = None) -> Any:
     """Returns images in memory as a data set, or a path unchanged, since it has its own labels.
 
     Raises:
@@ -84,7 +87,7 @@ def given_images(images: Any, labels: Any = None) -> Any:
             raise ValueError(f"{images}: a data set has its labels in dataset.json; leave labels "
                              "out")
         return str(images)
-    return GivenImages(images, labels)
+    return GivenImages(images, labels, scale)
 
 
 def as_numpy(values: Any) -> Any:

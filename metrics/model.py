@@ -261,7 +261,7 @@ class Model:
             ValueError, OSError, TypeError: as for `sample`.
         """
         _check_names(options, NetworkLikelihood.open, "likelihood")
-        data = given_images(_values(images), as_numpy(labels))
+        data = given_images(_values(images), as_numpy(labels), self._scale)
         if count is None:
             count = len(data) if isinstance(data, GivenImages) else _NUM_MEASURED
         measure = NetworkLikelihood.open(
@@ -302,7 +302,7 @@ class Model:
                                  f"leave {asking[0]} out")
             asked = sampler.classes(numbers)
         configure_backends("fp32")
-        evaluator = open_evaluator(detector, _given(ref), names, self.device,
+        evaluator = open_evaluator(detector, _given(ref, self._scale), names, self.device,
                                    {self.file.source: sampler}, batch=_positive(batch),
                                    workers=workers)
         if asked is not None:
@@ -316,6 +316,11 @@ class Model:
             configure_backends("fp32")
         return {recorded_name(name, evaluator.detector.name): value
                 for name, value in evaluator.evaluate(found).items()}
+
+    @property
+    def _scale(self) -> dict[str, Any] | None:
+        """The scale of images in the units of the data, as `dataset.json` has it."""
+        return None if self.scaling.is_8bit else self.scaling.to_dict()
 
     def _sampler(self, **options: Any) -> NetworkSampler:
         """Returns the sampler of the network, after checking the settings by their flag names."""
@@ -388,8 +393,8 @@ def _file(network: Any) -> Any:
     return network.file if isinstance(network, Model) else network
 
 
-def _given(images: _Images) -> _Images:
-    return given_images(_values(images))
+def _given(images: _Images, scale: dict[str, Any] | None = None) -> _Images:
+    return given_images(_values(images), scale=scale)
 
 
 # How options that may be in memory are converted for `NetworkSampler.open`.

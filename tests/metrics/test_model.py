@@ -279,6 +279,27 @@ def test_scores_are_those_of_fid_gen(model, root, real, tmp_path):
     assert distance == pytest.approx(0, abs=1e-3)
 
 
+def test_arrays_in_the_units_of_the_data_are_measured_as_in_a_data_set(tmp_path):
+    """Digits have values 0 to 16, whose scale their dataset.json records."""
+    digits = ImageFolderDataset(ROOT / "examples/digits8.zip", use_labels=True)
+    images, labels = digits.get_batch(range(6))[0], digits.class_numbers[:6].tolist()
+    for i, image in enumerate(images):
+        np.save(tmp_path / f"{i}.npy", image)
+    (tmp_path / "dataset.json").write_text(json.dumps({
+        "labels": [[f"{i}.npy", label] for i, label in enumerate(labels)],
+        "scale": digits.scale}))
+    model = load(ROOT / "examples/digits8-8.pt", device="cpu")
+    of_files = model.likelihood(tmp_path, count=6, steps=2)
+    in_memory = model.likelihood(images, labels, steps=2)
+    assert of_files.unit == in_memory.unit == "bits/dim"
+    np.testing.assert_allclose(in_memory.mean, of_files.mean, rtol=0.1)  # noise goes by the name
+    how = {"seeds": 8, "steps": 2, "detector": "pixels"}
+    assert model.score(images, **how) == pytest.approx(model.score(tmp_path, **how), rel=1e-5)
+    samples = model.sample(4, steps=2, class_idx=1)
+    assert model.likelihood(samples, labels=[1] * 4, steps=2).unit == "nats/dim"
+    assert model.score(samples, **how)["frechet_distance"] > 0
+
+
 def test_class_accuracy_asks_for_the_classes_of_the_seeds(model, tmp_path):
     judge = ROOT / "examples/digits8-judge.npz"
     network = write_snapshot(tmp_path / "digits.pt", label_dim=10, shape=(1, 8, 8), seed=1,
