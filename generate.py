@@ -157,7 +157,8 @@ def main(network, outdir, ckpt, end_ckpt, seeds, subdirs, batch, name_steps, use
                 if rows and not failed and distributed.get_rank() == 0:
                     _save_rows(sampler, folder, rows, is_movie=interpolate is not None)
                 if save_images and distributed.get_rank() == 0:
-                    _save_pictures(sampler, folder, made, min(batch, _MAX_SHOWN), window)
+                    _save_pictures(sampler, folder, made, min(batch, _MAX_SHOWN), window,
+                                   is_sorted=not rows)
                 distributed.barrier()
             if bad:
                 raise ValueError("some images could not be made, see the warnings above")
@@ -484,12 +485,12 @@ def _save_rows(sampler, folder: Path, columns: int, *, is_movie: bool) -> None:
     save_gif(folder / PICTURES / "interpolation.gif", [image_grid([[p]]) for p in pictures])
 
 
-def _save_pictures(sampler, folder, seeds, most: int,
-                   window: tuple[float, float] | None) -> None:
+def _save_pictures(sampler, folder, seeds, most: int, window: tuple[float, float] | None, *,
+                   is_sorted: bool) -> None:
     """Writes a grid of the images of up to `most` seeds, and a movie of how they form.
 
-    It shows equally many images of each class if it can. If sizes differ, only images with the size
-    of the first are shown.
+    If `is_sorted`, it is sorted by class and shows equally many images of each if it can. If sizes
+    differ, only images with the size of the first are shown.
     """
     from dnnlib.progress import stage
     from images.grid import even_classes, save_gif, save_png, square_grid
@@ -500,7 +501,7 @@ def _save_pictures(sampler, folder, seeds, most: int,
     seeds = [seed for seed in itertools.islice(seeds, _MAX_SEARCHED)
              if sampler.shape_of(seed) == sampler.shape_of(seeds[0])]
     parts = [sampler.classes(seeds[i:i + most]) for i in range(0, len(seeds), most)]
-    classes = None if None in parts else [k for part in parts for k in part]
+    classes = [k for part in parts for k in part] if is_sorted and None not in parts else None
     chosen = classes and even_classes(classes, most)
     if chosen is None:
         chosen = range(min(len(seeds), most))

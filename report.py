@@ -28,6 +28,9 @@ def main(folders: tuple[str, ...], out: str, title: str | None) -> None:
         from reports.report_plots import check_available
         check_available()
         check_available("a report needs", "jinja2")
+        if Path(out).is_dir():
+            raise ValueError(f"--out={out}: is a folder; name a file, such as "
+                             f"{Path(out) / 'report.html'}")
 
         from dnnlib.atomic import atomic_write
         from reports.report_page import render

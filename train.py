@@ -41,9 +41,17 @@ class _Command(RunCommand):
         return f"To try it: python {script} --preset=emoji32 --outdir=runs --data={data}"
 
 
+def _claim_defaults(ctx) -> None:
+    """Raises UserError if --preset and --config are both given."""
+    if ctx.meta.setdefault("has_defaults", False):
+        raise UserError("--preset and --config: choose one", BAD_USAGE)
+    ctx.meta["has_defaults"] = True
+
+
 def _use_preset(ctx, param, value: str | None) -> str | None:
     """Makes a preset's settings the defaults of the other flags."""
     if value and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
+        _claim_defaults(ctx)
         ctx.default_map = PRESETS[value]
     return value
 
@@ -64,6 +72,7 @@ def _use_config(ctx, param, value: str | None) -> None:
     """Makes the options of a run the defaults of the other flags."""
     if not value:
         return
+    _claim_defaults(ctx)
     from training.config import check_options
     try:
         found = _options_in(Path(value))

@@ -18,6 +18,7 @@ import click
 from dnnlib.cli import BAD_INPUT, BAD_USAGE, UserError, describe
 from dnnlib.progress import stage
 from dnnlib.registry import names_of, registries
+from dnnlib.signals import Stopped
 
 
 class Plugin(NamedTuple):
@@ -74,7 +75,9 @@ def _run(code: types.CodeType, plugin: Plugin, place: Path) -> None:
     sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
     try:
         exec(code, vars(module))
-    except Exception as error:
+    except Stopped:  # by a signal
+        raise
+    except (Exception, SystemExit) as error:
         del sys.modules[module.__name__]
         shown = error.with_traceback(_from_file(error.__traceback__, str(place)))
         raise UserError(f"--plugin={plugin.path}: {type(error).__name__}: {error}", BAD_INPUT,

@@ -64,6 +64,7 @@ class Progress:
         self._rate = self._best_rate = self._window_sec = 0.0
         self._window_count = 0
         self._is_stage = is_stage
+        self._note = ""
         self._other: tuple[str, int, float | None] | None = None
         self._start = self._last_update = time.monotonic()
         self._first_line = self._start + (LINE_SEC if first_line_sec is None else first_line_sec)
@@ -109,7 +110,14 @@ class Progress:
 
     def set_note(self, text: str) -> None:
         """Shows `text` at the end of the bar."""
-        self._bar.set_postfix_str(text, refresh=False)
+        self._note = text
+        self._show_note()
+
+    def _show_note(self) -> None:
+        name, count, sec_each = self._other or ("", 0, None)
+        each = "" if sec_each is None else f" of {self._bar.format_interval(sec_each)}"
+        more = f"plus {count} {name if count == 1 else f'{name}s'}{each}" if count else ""
+        self._bar.set_postfix_str(", ".join(filter(None, (self._note, more))), refresh=False)
 
     def set_other_work(self, name: str, count: int, sec_each: float | None) -> None:
         """Adds work to the time left that comes between what is counted, such as evaluations.
@@ -117,6 +125,7 @@ class Progress:
         Without `sec_each`, the lines only name it.
         """
         self._other = (name, count, sec_each) if count else None
+        self._show_note()
 
     def restart_clock(self) -> None:
         """Leaves the time since the last update, which other work took, out of the speed."""

@@ -12,10 +12,11 @@
 # crash, run it again: every step continues where it was. First put the archive where the table below
 # looks for it, or name it by SOURCE (docs/data.md says where the archives come from). Paths are
 # relative to the repository.
-set -euo pipefail
+set -euo pipefail -o noglob
 cd "$(dirname "$0")/.."
 
-WHAT=${1:?name a data set: cifar10, cifar10-cond, ffhq, afhqv2 or imagenet}
+[ $# = 1 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+WHAT=$1
 TRAIN=${TRAIN:-} SAMPLE=${SAMPLE:-} SCORE=${SCORE:-}
 D=${D:-2048} NODES=${NODES:-1} RUNS=${RUNS:-runs} SEEDS=${SEEDS:-0-49999}
 GPUS=${GPUS:-$( (nvidia-smi -L 2>/dev/null || echo one) | wc -l)}
@@ -29,6 +30,7 @@ case $WHAT in
     *) echo "$WHAT: must be cifar10, cifar10-cond, ffhq, afhqv2 or imagenet" >&2; exit 2 ;;
 esac
 SOURCE=${SOURCE:-$FROM} DATA=${DATA:-datasets/${WHAT%-cond}-${SIZE}x$SIZE.zip} NAME=$WHAT-$D
+[[ $D =~ ^([0-9]+([.][0-9]+)?|inf)$ ]] || { echo "D=$D: must be a number above 0, or inf" >&2; exit 2; }
 NOISE="--pfgmpp=1 --aug_dim=$D"; [ "$D" = inf ] && NOISE=--pfgmpp=0
 RESIZE=; [ "$SIZE" = 64 ] && RESIZE="--resolution=64x64"
 [ "$WHAT" = imagenet ] && RESIZE="$RESIZE --transform=center-crop"
@@ -38,8 +40,9 @@ if [ "$NODES" = 1 ]; then
 else
     LAUNCH="torchrun --nnodes=$NODES --nproc_per_node=$GPUS --rdzv-id=$NAME --rdzv-backend=c10d"
     LAUNCH="$LAUNCH --rdzv-endpoint=${HOST:?name the first node, as HOST=node0:29400}"
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # so that nodes can come back: docs/cluster.md
 fi
-run() { echo "\$ $*"; [ -n "${ECHO:-}" ] || "$@"; }
+run() { echo "\$$(printf ' %q' "$@")"; [ -n "${ECHO:-}" ] || "$@"; }
 
 # 1. The data set, made once. With several nodes, make it on one of them first.
 [ -e "$DATA" ] || run python dataset_tool.py --source="$SOURCE" --dest="$DATA" $RESIZE
@@ -49,6 +52,7 @@ run $LAUNCH --max-restarts=3 train.py --preset=$PRESET --outdir="$RUNS" --name="
 # 3. Three scores of 50,000 images each. Recorded scores are not computed again.
 run $LAUNCH fid.py gen --network="$RUNS/$NAME" --ref="$DATA" --seeds="$SEEDS" --ranges=3 \
     --steps=$STEPS $CHURN $SAMPLE $SCORE
-# 4. Pictures to look at.
+# 4. Pictures to look at. With several nodes, run the printed command on one of them.
+[ "$NODES" = 1 ] || ECHO=1
 run python generate.py --network="$RUNS/$NAME" --outdir="$RUNS/$NAME/pictures" --seeds=0-63 \
     --save_images --steps=$STEPS $CHURN $SAMPLE

@@ -141,14 +141,16 @@ def square_grid(images: np.ndarray, classes: Sequence[int] | None = None,
 def even_classes(classes: Sequence[int], most: int) -> list[int] | None:
     """Returns positions of equally many images of each class, at most `most` in total, in order.
 
-    They are the first of their classes, in numbers that fill rows. Returns None if there are too
-    many classes for rows of their own, or if this would leave out more than a quarter of the images
-    that could be shown.
+    They are the first of their classes, in numbers that fill rows. Returns None if all images can
+    be shown, if there are too many classes for rows of their own, or if this would show less than
+    three quarters of `most`.
     """
     counts = collections.Counter(classes)
+    if len(classes) <= most or len(counts) > _MAX_CLASSES:
+        return None
     size = min(min(counts.values()), most // len(counts))
     size -= size % 4 if size > 8 else 0
-    if len(counts) > _MAX_CLASSES or 4 * size * len(counts) < 3 * min(most, len(classes)):
+    if 4 * size * len(counts) < 3 * most:
         return None
     seen: collections.Counter = collections.Counter()
     chosen = []

@@ -33,7 +33,7 @@ class RunState:
     """A summary of a run; None stands for an unknown or missing value."""
 
     name: str  # its folder, relative to the searched folder
-    state: str  # 'running', 'finished', 'stopped' or 'failed'
+    state: str  # 'running', 'finished', 'stopped', 'failed' or 'unknown'
     kimg: float  # thousands of images seen at the last tick
     total_kimg: float | None  # of the whole run
     loss: float | None  # of the last tick
@@ -56,6 +56,8 @@ class RunState:
         total, kimg = _total_kimg(run.options), tick.get("kimg", 0.0)
         is_done = total is not None and round(kimg * 1e3) >= max(round(total * 1e3), 1)
         state, note = _state(path, is_done)
+        if not run.options:
+            note = f"{OPTIONS_FILE} is empty or damaged{note and f'; {note}'}"
         preset = run.options.get("preset")
         return cls(name, state, kimg, total, tick.get("loss"), tick.get("images_per_sec"),
                    best_score(run.scores), run.D, preset if isinstance(preset, str) else None,
@@ -110,6 +112,8 @@ def _state(path: Path, is_done: bool) -> tuple[str, str]:
         return "failed", errors[-1]
     if _STOPPED.search(last):
         return "stopped", ""
+    if not (path / LOG_FILE).exists() and not (path / STATS_FILE).exists():
+        return "unknown", f"has no {LOG_FILE} and no {STATS_FILE}"
     return "failed", "ended without a message: killed or crashed"
 
 

@@ -432,6 +432,12 @@ def test_files_that_can_not_be_run_are_one_line(invoke, tmp_path):
     assert code == 2 and "not valid Python" in output and len(output.splitlines()) == 1
 
 
+def test_a_file_that_exits_does_not_end_the_command_without_a_word(invoke, tmp_path):
+    file = write(tmp_path / "exits.py", "import sys\nsys.exit(3)\n")
+    code, output = shown(invoke, file)
+    assert code == 1 and output.startswith(f"Error: --plugin={file}: SystemExit: 3\n")
+
+
 def test_an_error_of_the_file_is_shown_with_its_traceback_alone(invoke, tmp_path):
     file = write(tmp_path / "wrong.py", "def f():\n    return missing\n\nf()\n")
     code, output = shown(invoke, file)

@@ -88,8 +88,6 @@ def check_flags(ctx: click.Context) -> Path | None:
     if resume not in (None, "auto") and flags.get("transfer") and is_typed("transfer"):
         raise UserError("--resume=FILE and --transfer: choose one; --resume=auto with --transfer "
                         "transfers only if there is no state yet", BAD_USAGE)
-    if is_typed("preset") and is_typed("config"):
-        raise UserError("--preset and --config: choose one", BAD_USAGE)
     if flags["rate"] and not flags["dry_run"]:
         raise UserError("--rate: must be used with --dry-run", BAD_USAGE)
     outdir = Path(flags["outdir"])

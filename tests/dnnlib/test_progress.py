@@ -141,7 +141,10 @@ def test_the_time_left_includes_evaluations_and_never_falls_below_zero(monkeypat
     clock.work(bar, 100, 0.5)
     bar.set_other_work("evaluation", 4, None)
     assert bar._line().endswith("128 img/s, 07:30 and 4 evaluations left")
+    bar.set_note("loss 0.5")
+    assert bar._bar.postfix == "loss 0.5, plus 4 evaluations"
     bar.set_other_work("evaluation", 3, 65.0)
+    assert bar._bar.postfix == "loss 0.5, plus 3 evaluations of 01:05"
     assert bar._line().endswith("128 img/s, 10:45 left with 3 evaluations of 01:05")
     clock.work(bar, 901, 0.5)
     bar.set_other_work("evaluation", 1, 65.0)

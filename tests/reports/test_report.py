@@ -511,6 +511,13 @@ def test_what_is_no_run_gets_one_line(runs, tmp_path, invoke, name, words):
     assert not (tmp_path / "r.html").exists()
 
 
+def test_a_folder_for_the_page_is_refused_by_its_own_name(runs, tmp_path, invoke):
+    done = invoke(report.main, runs[0], f"--out={tmp_path}")
+    assert (done.exit_code, done.output) == (
+        1, f"Error: --out={tmp_path}: is a folder; name a file, such as {tmp_path}/report.html\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_matplotlib_there_is_one_line(runs, tmp_path, invoke, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -44,6 +44,13 @@ def test_states_follow_from_the_images_seen_and_the_log_of_the_last_start(tmp_pa
     state, note = state_of(write_run(tmp_path / "e", log=stopped + again + "tick 9\n"))
     assert state == "failed" and "killed" in note
     assert state_of(write_run(tmp_path / "f", 100.0, log=error))[0] == "finished"
+    records = write_run(tmp_path / "g")
+    for name in ("log.txt", "stats.jsonl"):
+        (records / name).unlink(missing_ok=True)
+    assert state_of(records) == ("unknown", "has no log.txt and no stats.jsonl")
+    damaged = write_run(tmp_path / "h", log=stopped)
+    (damaged / "training_options.json").write_text('{"options": {"dura')
+    assert state_of(damaged) == ("stopped", "training_options.json is empty or damaged")
 
 
 def test_a_run_is_running_while_another_process_holds_its_lock(tmp_path, invoke):
