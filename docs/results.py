@@ -171,7 +171,7 @@ def interval(difference: Difference | None, decimals: int) -> str:
 def over_D(columns: Sequence[tuple[str, Values, int]]) -> str:
     """Returns a table with a row for each D; a column has its title, values and decimals."""
     dims = sorted({D for _, values, _ in columns for D in values})
-    return markdown([["D", *(title for title, *_ in columns)],
+    return markdown([["D (± deviation)", *(title for title, *_ in columns)],
                      *([name_of(D), *(cell(values.get(D), decimals)
                                       for _, values, decimals in columns)] for D in dims)])
 
@@ -181,7 +181,7 @@ def differences(columns: Sequence[tuple[str, Values, int]], *, has_trend: bool =
     found = [(title, to_inf(values), trend(values), decimals)
              for title, values, decimals in columns]
     dims = sorted({D for _, by_D, *_ in found for D in by_D})
-    rows = [["D - inf", *(title for title, *_ in columns)]]
+    rows = [["D - inf (± 95%)", *(title for title, *_ in columns)]]
     rows += [[name_of(D), *(interval(by_D.get(D), decimals) for _, by_D, _, decimals in found)]
              for D in dims]
     if has_trend:
@@ -245,6 +245,13 @@ def _few_steps(records: Records) -> list[tuple[str, Values, int]]:
                                            (ACCURACY, "class accuracy", 3)) for steps in (1, 2)]
 
 
+def _few_steps_differences(records: Records) -> list[tuple[str, Values, int]]:
+    """Returns the scores of few-step networks, distances as their logarithms."""
+    return [(title, values, decimals) if "accuracy" in title else
+            (f"log2 of the {title}", logarithms(values), decimals)
+            for title, values, decimals in _few_steps(records)]
+
+
 def _off_level(records: Records) -> list[tuple[str, Values, int]]:
     found = []
     for error in ERRORS:
@@ -254,12 +261,9 @@ def _off_level(records: Records) -> list[tuple[str, Values, int]]:
     return found
 
 
-def _off_level_loss(records: Records) -> list[tuple[str, Values, int]]:
-    """Returns PSNR minus that for Gaussian noise of the right level, which all networks know."""
-    (_, right, _), *others = _off_level(records)
-    return [(error, {D: {seed: value - right[D][seed] for seed, value in by_seed.items()}
-                     for D, by_seed in values.items()}, decimals)
-            for error, values, decimals in others]
+def _equal_errors(records: Records) -> list[tuple[str, Values, int]]:
+    """Returns the PSNRs for errors that do not depend on D, as noise of the kernel does."""
+    return [column for column in _off_level(records) if column[0] != "kernel"]
 
 
 def _early(records: Records) -> list[tuple[str, Values, int]]:
@@ -293,9 +297,9 @@ TABLES: dict[str, Table] = {
         [(title, logarithms(values), decimals) for title, values, decimals
          in _evaluations(records)]),
     "few_steps": lambda records: over_D(_few_steps(records)),
-    "few_steps_differences": lambda records: differences(_few_steps(records)),
+    "few_steps_differences": lambda records: differences(_few_steps_differences(records)),
     "off_level": lambda records: over_D(_off_level(records)),
-    "off_level_differences": lambda records: differences(_off_level_loss(records)),
+    "off_level_differences": lambda records: differences(_equal_errors(records)),
     "early": lambda records: over_D([*_early(records), *_early_accuracy(records)]),
     "early_differences": lambda records: differences(
         [*_early(records), *_early_accuracy(records)]),
@@ -327,12 +331,12 @@ def answers(records: Records) -> Iterator[list[str]]:
             yield _rises("d. Are images from few evaluations worse at larger D? (log2 of the "
                          "Frechet distance)", f"{title} evaluations", logarithms(values),
                          decimals + 1, 1)
-    for title, values, decimals in _few_steps(records):
+    for title, values, decimals in _few_steps_differences(records):
         sign = -1 if "accuracy" in title else 1
         yield _rises("d. Are few-step networks worse at larger D?", title, values, decimals + 1,
                      sign)
-    for title, values, decimals in _off_level_loss(records):
-        if title == "kernel":  # this state is on the level of each network
+    for title, values, decimals in _equal_errors(records):
+        if title == "gaussian":  # this state is on its level
             continue
         yield _rises("e. Is an image off its level restored worse at larger D? (PSNR)",
                      _ERROR_NAMES[title], values, decimals + 1, -1)

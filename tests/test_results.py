@@ -141,6 +141,40 @@ def test_the_tables_of_the_pages_are_those_of_the_records(kept_records, name, ta
     assert results.written(page, tables, kept_records) == page
 
 
+def test_the_number_of_intervals_and_of_bold_ones_is_that_of_the_tables():
+    page = (ROOT / "docs/results/tables.md").read_text(encoding="utf-8")
+    rows = [line for table in re.findall(r"_differences -->\n(.*?)<!-- end", page, re.S)
+            for line in table.splitlines()]
+    number = sum(line.count(" ± ") for line in rows[1:] if "D - inf" not in line)
+    bold = sum(line.count("**") // 2 for line in rows)
+    assert f"have {number} intervals, of which {bold} are bold" in page
+    assert f"chance would make about {0.05 * number:.0f} of them" in page
+
+
+def test_distances_of_few_steps_are_compared_by_their_logarithms(kept_records):
+    [(title, found, _), *_] = results._few_steps_differences(kept_records)
+    values = kept_records.values("frechet_distance", "digits-ect", steps=1, few_step="ect",
+                                 solver="consistency")
+    assert title == "log2 of the Frechet distance, 1 step"
+    assert found[8]["2"] == pytest.approx(math.log2(values[8]["2"]))
+    assert [results._few_steps(kept_records)[n] for n in (2, 3)] == \
+        results._few_steps_differences(kept_records)[2:]
+
+
+def test_restored_images_are_compared_by_their_psnr_and_without_the_kernels_noise(kept_records):
+    """The noise of the kernel is larger at small D, so that its PSNRs can't be compared."""
+    rows = results.TABLES["off_level_differences"](kept_records).splitlines()
+    assert rows[0] == "| D - inf (± 95%) | gaussian | half | twice | uniform | blur |"
+    raw = {error: values for error, values, _ in results._off_level(kept_records)}
+    expected = [results.interval(results.to_inf(raw[error])[8], 2)
+                for error in ("gaussian", "half", "twice", "uniform", "blur")]
+    assert rows[3] == f"| 8 | {' | '.join(expected)} |"
+    answers = [row for row in results.answers(kept_records) if row[0].startswith("e.")]
+    assert [row[1] for row in answers] == ["half the noise", "twice the noise", "uniform noise",
+                                           "blur"]
+    assert answers[1][2] == results.interval(results.trend(raw["twice"]), 3)
+
+
 def test_every_table_is_on_one_page():
     assert sorted(name for tables in results.PAGES.values() for name in tables) == sorted(
         results.TABLES)
