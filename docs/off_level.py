@@ -8,9 +8,9 @@
     uniform      x = y + S u            u uniform in [-sqrt(3), sqrt(3)]
     blur         x = y after a binomial filter; S is the root mean square of x - y over all images
 
-The sampler solves from S to 0 by Heun's method. The result is the PSNR of restored images, where
-
-there is not computed again.
+The sampler solves from S to 0 by Heun's method. The results are the PSNRs of the states x and of the
+restored images. They are appended to metrics.jsonl of each run, except for those that it already
+has.
 """
 
 import json
@@ -96,14 +96,52 @@ def scores(network: str, data: ImageFolderDataset, level: float, num_steps: int,
     return found
 
 
-def is_recorded(path: Path, found: list[dict]) -> bool:
-    """Returns whether a file of scores has the first of these records, with any value."""
-    def key(record: dict) -> tuple:
-        settings = {name: record["sampler"].get(name)
-                    for name in ("weights", "off_level", "level", "num_steps")}
-        return record["seeds"], record["reference_sha256"], settings
-    lines = path.read_text().splitlines() if path.exists() else []
-    return any(key(json.loads(line)) == key(found[0]) for line in lines if '"off_level"' in line)
+def check(network: str, data: ImageFolderDataset) -> None:
+    """Checks that a network can restore the images, and that its file of scores can be read.
+
+    Raises:
+        OSError: a file can't be read.
+        ValueError: a file is damaged, or the network is for images or labels of another kind.
+    """
+    net = checkpoint.build_ema(checkpoint.load(network))
+    if list(net.image_shape) != list(data.image_shape):
+        wanted, given = ("x".join(map(str, shape)) for shape in (net.image_shape, data.image_shape))
+        raise ValueError(f"--data={data.path}: its images are {given} (channels, height, width), "
+                         f"but {network} makes {wanted}; name images of this shape")
+    if getattr(net, "cond_channels", 0):
+        raise ValueError(f"{network}: needs condition images, which this script does not give")
+    if net.label_dim not in (0, data.label_dim):
+        given = f"labels of {data.label_dim} numbers" if data.has_labels else "no labels"
+        raise ValueError(f"--data={data.path}: has {given}, but {network} needs {net.label_dim}; "
+                         "name images that are labelled like its training data")
+    recorded(Path(network).parent / SCORES_FILE)
+
+
+def recorded(path: Path) -> set[tuple]:
+    """Returns what the scores of this script in a file are of.
+
+    A last line without an end is left out, because `append_line` removes it.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    found = set()
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if '"off_level"' not in line:
+            continue
+        try:
+            found.add(key(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: line {number} is damaged; remove it") from error
+    return found
+
+
+def key(record: dict) -> tuple:
+    """Returns what a record is of, without its value."""
+    settings = (record["sampler"].get(name)
+                for name in ("weights", "off_level", "level", "num_steps"))
+    return record["seeds"], record["reference_sha256"], *settings
 
 
 @click.command(context_settings=HELP_NAMES)
@@ -116,14 +154,17 @@ def main(run_dirs: tuple[str, ...], data: str, level: float, steps: int, seed: i
     """Measures how well networks restore images with errors that are off their level."""
     with user_errors():
         dataset = ImageFolderDataset(data, use_labels=True)
-        for run_dir in run_dirs:
-            network = find_network(run_dir)
+        networks = [find_network(run_dir) for run_dir in run_dirs]
+        for network in networks:
+            check(network, dataset)
+        for run_dir, network in zip(run_dirs, networks, strict=True):
             path = Path(network).parent / SCORES_FILE
             found = scores(network, dataset, level, steps, seed)
-            if not is_recorded(path, found):
+            known = recorded(path)
+            if new := [record for record in found if key(record) not in known]:
                 date = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
                 append_line(path, "\n".join(json.dumps(json_value(record | date))
-                                            for record in found))
+                                            for record in new))
             print(f"{run_dir}: " + ", ".join(
                 f"{record['sampler']['off_level'].split(',')[0]} {record['value']:.2f} dB"
                 for record in found if record["what"] == "restored"), flush=True)
