@@ -1,8 +1,8 @@
 """The study of docs/results.md in one command, from the data to the records that the pages show.
 
 It runs the project's scripts as a user would type them. Each script skips what is already done, so
-the same command continues after a failure or a stop. -n shows the commands, and what the studies
-among them will take.
+the same command continues after a failure or a stop. -n makes the data set only. It shows the
+commands, and what the studies among them will take.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,9 +67,10 @@ class Command(NamedTuple):
     done: str = ""
 
 
-def commands(outdir: str, seeds: str, size: Size) -> Iterator[Command]:
-    """Yields the commands of the study."""
-    scores = (f"--data={DATA} --outdir={outdir} --train-seeds={seeds} --detector={JUDGE} "
+def commands(outdir: str, seeds: Sequence[int], size: Size) -> Iterator[Command]:
+    """Yields the commands of the study for some training seeds."""
+    scores = (f"--data={DATA} --outdir={outdir} --train-seeds={','.join(map(str, seeds))} "
+              f"--detector={JUDGE} "
               f"--metrics=fid,kid,ca --seeds=0-{size.num - 1} --device=cpu")
     kept = f"--val-data={HELD_OUT} --likelihood={size.likelihood}"
     noise = f"--alpha={','.join(f'{alpha:g}' for alpha in NOISE)}"
@@ -97,15 +98,14 @@ def commands(outdir: str, seeds: str, size: Size) -> Iterator[Command]:
     yield from _early_and_few_steps(outdir, seeds, size)
 
 
-def _early_and_few_steps(outdir: str, seeds: str, size: Size) -> Iterator[Command]:
-    numbers = IntList()(seeds)
-    runs = [f"{outdir}/digits-D{D}-seed{seed}" for seed in numbers for D in size.dims.split(",")]
+def _early_and_few_steps(outdir: str, seeds: Sequence[int], size: Size) -> Iterator[Command]:
+    runs = [f"{outdir}/digits-D{D}-seed{seed}" for seed in seeds for D in size.dims.split(",")]
     of_snapshots = " ".join(f"'--network={each}/network-snapshot-{size.early}.pt'"
                             for each in runs)
     yield Command(
         f"fid.py gen {of_snapshots} --ref={DATA} --metrics=fid,kid,ca --detector={JUDGE} "
         f"--seeds=0-{size.num - 1} --device=cpu")
-    for seed in numbers:
+    for seed in seeds:
         for D in [D for D in FEW_STEP_DIMS if D in size.dims.split(",")]:
             yield Command(
                 f"distill.py --method=ect --teacher={outdir}/digits-D{D}-seed{seed} "
@@ -113,7 +113,7 @@ def _early_and_few_steps(outdir: str, seeds: str, size: Size) -> Iterator[Comman
                 f"--duration={size.few_step:g} --batch=128 --lr=1e-3 --ema=0.004 --dropout=0 "
                 f"--ect-double={size.few_step / 5:g} --lr-decay=cosine --seed={seed} --tick=10 "
                 "--snap=100 --dump=100 --samples=16 --device=cpu --resume=auto")
-    few_step = ",".join(f"{outdir}/digits-ect-D{D}-seed{seed}" for seed in numbers
+    few_step = ",".join(f"{outdir}/digits-ect-D{D}-seed{seed}" for seed in seeds
                         for D in FEW_STEP_DIMS if D in size.dims.split(","))
     yield Command(
         f"sweep.py --runs={few_step} --ref={DATA} --metrics=fid,kid,ca --detector={JUDGE} "
@@ -191,13 +191,16 @@ def _slim(line: dict) -> dict:
 
 @click.command(context_settings=HELP_NAMES)
 @click.option("--outdir", metavar="DIR", default="runs", show_default=True, help="Where the run directories are made.")
-@click.option("--train-seeds", metavar="LIST", default="0,1,2", show_default=True, help="Training seeds of every network.")
+@click.option("--train-seeds", metavar="LIST", type=IntList(unique=False), default="0,1,2", show_default=True, help="Training seeds of every network.")
 @click.option("--records", metavar="DIR", type=click.Path(path_type=Path), default="docs/results", show_default=True, help="Where the records for docs/results.py are kept.")
 @click.option("--tiny", is_flag=True, help="Use far too little of everything, to try the commands.")
-@click.option("-n", "--dry-run", is_flag=True, help="Print the commands and what studies will take, and stop.")
-def main(outdir: str, train_seeds: str, records: Path, tiny: bool, dry_run: bool) -> None:
+@click.option("-n", "--dry-run", is_flag=True, help="Make the data set only; print the commands and what studies will take, and stop.")
+def main(outdir: str, train_seeds: tuple[int, ...], records: Path, tiny: bool, dry_run: bool) -> None:
     """Runs the study of docs/results.md; if it was stopped, the same command continues it."""
     with user_errors():
+        if len(set(train_seeds)) < len(train_seeds):
+            raise UserError(f"--train-seeds={','.join(map(str, train_seeds))}: names a seed twice; "
+                            "name each one once")
         for command in commands(outdir, train_seeds, TINY if tiny else FULL):
             print(f"\n$ python {command.line}", flush=True)
             words = shlex.split(command.line)
@@ -214,8 +217,8 @@ def main(outdir: str, train_seeds: str, records: Path, tiny: bool, dry_run: bool
                 raise UserError(f"the command above failed with exit code {code}; run this command "
                                 "again to continue", max(code, 1))
         if not dry_run:
-            size, seed = TINY if tiny else FULL, IntList()(train_seeds)[0]
-            keep_samples(Path(outdir), records, f"{size.low_dims},{size.dims}", seed)
+            size = TINY if tiny else FULL
+            keep_samples(Path(outdir), records, f"{size.low_dims},{size.dims}", train_seeds[0])
             count = keep_records(Path(outdir), records)
             print(f"\n{records}: records of {count} runs; python docs/results.py draws them")
 
