@@ -9,11 +9,15 @@ Differences to D = inf are paired by training seed. Differences and trends have 
 of the mean over training seeds (reports/training_seeds.py). They are decided if it excludes 0.
 """
 
+import collections
 import dataclasses
+import io
 import math
 import re
 import statistics
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,9 +28,11 @@ sys.path.insert(0, str(ROOT))
 
 from dnnlib.atomic import atomic_write  # noqa: E402 - the path above
 from dnnlib.cli import HELP_NAMES, UserError, user_errors  # noqa: E402
+from metrics.score_names import SCORES_FILE  # noqa: E402
 from reports.report_plots import look  # noqa: E402
 from reports.run_record import RunRecord, read_scores  # noqa: E402
 from reports.training_seeds import Difference  # noqa: E402
+from training.config import OPTIONS_FILE  # noqa: E402
 
 SAMPLES = "samples.npz"
 FRECHET, KERNEL, ACCURACY, BITS_PER_DIM = (
@@ -38,6 +44,8 @@ ERRORS = ("gaussian", "kernel", "half", "twice", "uniform", "blur")
 _ERROR_NAMES = {"gaussian": "Gaussian noise", "kernel": "kernel's noise", "half": "half the noise",
                 "twice": "twice the noise", "uniform": "uniform noise", "blur": "blur"}
 EARLY = (20, 40)  # kimg
+KINDS = ("digits", "digits-small", "digits-ect")
+_FEW_STEP = {"few_step": "ect", "solver": "consistency"}
 LOW = 4  # below this D, the preconditioner's variance of the noise is wrong or infinite
 Values = Mapping[float, Mapping[str, float]]  # by D, then by training seed
 _LARGE = 1e5  # numbers from here on are shown with an exponent
@@ -57,13 +65,19 @@ class Records:
         """Returns the records in a folder.
 
         Raises:
-            ValueError: there are none.
+            OSError: a folder can't be read.
+            ValueError: there are none, or one is damaged, or they do not agree.
         """
         runs: dict[str, list[RunRecord]] = {}
         for path in sorted(folder.glob("*-D*-seed*")):
-            runs.setdefault(path.name.rpartition("-D")[0], []).append(RunRecord.read(path))
+            run = RunRecord.read(path)
+            if problem := _problem(run):
+                raise ValueError(f"{path}: {problem}; {_AGAIN}")
+            runs.setdefault(path.name.rpartition("-D")[0], []).append(run)
         if "digits" not in runs:
             raise ValueError(f"{folder}: no records of runs; make them with python docs/study.py")
+        for alike in runs.values():
+            _check_agreement(alike)
         held_out = {score.metric: score.value for score in read_scores(folder / "held-out")}
         return cls(runs, held_out)
 
@@ -99,7 +113,8 @@ class Records:
 
     @staticmethod
     def _first(run: RunRecord) -> str:
-        return next(score.seeds for score in run.scores if score.seeds.startswith("0-"))
+        return next((score.seeds for score in run.scores
+                     if score.metric == FRECHET and score.seeds.startswith("0-")), "")
 
     def damage(self, metric: str, **point) -> Values:
         """Returns the difference of a point from the default point, over the same seeds."""
@@ -110,6 +125,117 @@ class Records:
         hard = self.values(metric, is_first_range=True, **point)
         return {D: {seed: value - base[D][seed] for seed, value in by_seed.items()}
                 for D, by_seed in hard.items()}
+
+
+# What distinguishes the scores of a run.
+_POINT = ("metric", "kimg", "num", "seeds", "num_steps", "noise_alpha", "bits", "rounding_seed",
+          "detector", "reference", "other")
+_NAME = re.compile(r".+-D(\d+(?:\.\d+)?|inf)-seed(\d+)")
+_AGAIN = "make it anew with python docs/study.py"
+
+
+def _points(run: RunRecord) -> list[tuple]:
+    return [tuple(getattr(score, name) for name in _POINT) for score in run.scores]
+
+
+def _shown(point: tuple) -> str:
+    """Returns what a score is of, as text."""
+    settings = dict(zip(_POINT, point, strict=True))
+    other = settings.pop("other")
+    return ", ".join(f"{name} {value}" for name, value in [*settings.items(), *other]
+                     if value not in (None, ""))
+
+
+def _problem(run: RunRecord) -> str | None:
+    """Returns what is wrong with the files of a run: damage, or not those of the folder's name."""
+    damage: list[str] = []
+    read_scores(run.path, notes=damage)
+    if damage:
+        return damage[0]
+    D, seed = run.D, run.options.get("seed")
+    if D is None or seed is None:
+        return f"{OPTIONS_FILE} is missing or damaged, or has no D and seed"
+    name = _NAME.fullmatch(run.path.name)
+    if not name or (float(name[1]), name[2]) != (D, str(seed)):
+        return f"its options have D = {name_of(D)} and the seed {seed}, but its name differs"
+    for score in run.scores:
+        if score.D != D:
+            return f"{SCORES_FILE} has a score of D = {name_of(score.D)}"
+        if score.metric == FRECHET and score.value <= 0:
+            return f"{SCORES_FILE} has a Frechet distance of {score.value:g}, which must be above 0"
+    for point, number in collections.Counter(_points(run)).items():
+        if number > 1:
+            return f"{SCORES_FILE} has {number} scores of {_shown(point)}"
+    return None
+
+
+def _check_agreement(runs: Sequence[RunRecord]) -> None:
+    """Raises ValueError unless runs of one kind have the same seeds and scores at every D."""
+    seeds: dict[float, set[str]] = {}
+    for run in runs:
+        seeds.setdefault(run.D, set()).add(str(run.options["seed"]))
+    usual = _most_common(map(frozenset, seeds.values()))
+    for run in runs:
+        if seeds[run.D] != usual:
+            found, others = (", ".join(sorted(each)) for each in (seeds[run.D], usual))
+            raise ValueError(f"{run.path}: D = {name_of(run.D)} has the training seeds {found}, but "
+                             f"most others have {others}; complete them with python docs/study.py")
+    for is_low in (False, True):
+        points = {run.path: frozenset(_points(run)) for run in runs if (run.D < LOW) == is_low}
+        usual = _most_common(points.values())
+        for path, found in points.items():
+            for what, others in (("has no score", usual - found), ("has a score", found - usual)):
+                if others:
+                    raise ValueError(f"{path}: unlike most others, it {what} of "
+                                     f"{min(map(_shown, others))}; {_AGAIN}")
+
+
+def _most_common(sets: Iterable[frozenset]) -> frozenset:
+    return next((each for each, _ in collections.Counter(sets).most_common(1)), frozenset())
+
+
+def check_complete(records: Records) -> None:
+    """Raises ValueError unless the records have all that the tables and pictures show."""
+    for kind in KINDS:
+        dims = {run.D for run in records.runs.get(kind, [])}
+        if math.inf not in dims or sum(LOW <= D < math.inf for D in dims) < 2:
+            raise ValueError(f"{kind}-D*-seed*: needs runs of D = inf and of two finite D from "
+                             f"{LOW} on; make them with python docs/study.py")
+    for kind, metric, point in _needed(records):
+        if not records.values(metric, kind, **point):
+            names = {"is_low": f"D < {LOW}", "is_first_range": "seeds from 0"}
+            settings = "".join(f", {names.get(name) or f'{name} {value}'}"
+                               for name, value in point.items() if value is not False)
+            raise ValueError(f"{kind}-D*-seed*: no scores of {metric}{settings}; make them with "
+                             "python docs/study.py")
+
+
+def _needed(records: Records) -> Iterator[tuple[str, str, dict]]:
+    """Yields kind, metric and arguments of `Records.values` of all that is shown."""
+    settings = [dict(score.other) for run in records.runs["digits"] for score in run.scores]
+    for is_low in (False, True):
+        for metric in (FRECHET, KERNEL, ACCURACY):
+            yield "digits", metric, {"is_low": is_low}
+        yield "digits", BITS_PER_DIM, {"is_low": is_low, **_likelihood_point(records)}
+        for alpha in (0.0, *ALPHAS):
+            yield "digits", ACCURACY, {"is_low": is_low, "alpha": alpha, "is_first_range": True}
+    for metric in ("nearest_distance", "nearer_than_held_out", "c_t"):
+        yield "digits", metric, {"steps": 9, "solver": "ipndm"}
+    points = [{"alpha": alpha} for alpha in ALPHAS] + [{"bits": bits} for bits in ROUNDED]
+    points += [{"steps": steps} | ({} if solver == "heun" else {"solver": solver})
+               for solver in STEPS for steps in STEPS[solver]]
+    for point in points:
+        yield "digits", FRECHET, {**point, "is_first_range": True}
+    for error in ERRORS:
+        state = {"off_level": f"{error}, restored"}
+        yield "digits", "psnr", {"steps": 9, **next(
+            (each for each in settings if state.items() <= each.items()), state)}
+    for metric in (FRECHET, ACCURACY):
+        for kimg in EARLY:
+            yield "digits", metric, {"kimg": kimg}
+        yield "digits-small", metric, {}
+        for steps in (1, 2):
+            yield "digits-ect", metric, {"steps": steps, **_FEW_STEP}
 
 
 def to_inf(values: Values) -> dict[float, Difference]:
@@ -199,12 +325,15 @@ def _base(records: Records, **point) -> list[tuple[str, Values, int]]:
             ("class accuracy", records.values(ACCURACY, **point), 3)]
 
 
+def _likelihood_point(records: Records) -> dict:
+    """Returns the settings of the first likelihood, as arguments of `Records.values`."""
+    return next(({"steps": score.num_steps, **dict(score.other)} for run in records.runs["digits"]
+                 for score in run.scores if score.metric == BITS_PER_DIM), {"steps": None})
+
+
 def _likelihood(records: Records, **point) -> list[tuple[str, Values, int]]:
-    found = [score for run in records.runs["digits"] for score in run.scores
-             if score.metric == BITS_PER_DIM]
-    steps = found[0].num_steps if found else None
-    other = dict(found[0].other) if found else {}
-    return [("held-out bits/dim", records.values(BITS_PER_DIM, steps=steps, **other, **point), 3)]
+    point |= _likelihood_point(records)
+    return [("held-out bits/dim", records.values(BITS_PER_DIM, **point), 3)]
 
 
 def _memorised(records: Records) -> list[tuple[str, Values, int]]:
@@ -239,8 +368,7 @@ def _evaluations(records: Records) -> list[tuple[str, Values, int]]:
 def _few_steps(records: Records) -> list[tuple[str, Values, int]]:
     """Returns the scores of few-step networks."""
     return [(f"{what}, {steps} step{'s' if steps > 1 else ''}",
-             records.values(metric, "digits-ect", steps=steps, few_step="ect",
-                            solver="consistency"), decimals)
+             records.values(metric, "digits-ect", steps=steps, **_FEW_STEP), decimals)
             for metric, what, decimals in ((FRECHET, "Frechet distance", 2),
                                            (ACCURACY, "class accuracy", 3)) for steps in (1, 2)]
 
@@ -373,8 +501,8 @@ def _rises(question: str, title: str, values: Values, decimals: int, sign: int) 
 # ------------------------------------------------------------------------------------ pictures
 
 
-def draw(records: Records, path: Path) -> None:
-    """Writes one picture with a plot for each of the questions a to f."""
+def draw(records: Records) -> bytes:
+    """Returns one picture, as PNG, with a plot for each of the questions a to f."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -407,7 +535,10 @@ def draw(records: Records, path: Path) -> None:
     axes[1, 2].set_ylim(0.1, 10)
     for ax in axes.flat:
         ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+    return file.getvalue()
 
 
 def _zero(records: Records) -> Values:
@@ -465,16 +596,31 @@ def _draw_lines(ax, by_x: Mapping[float, Values], x_label: str, y_label: str,
         ax.legend(fontsize=8)
 
 
-def show_samples(folder: Path, path: Path) -> None:
-    """Writes digits of the same seeds, one row per D: without noise at the left, with it right."""
+def show_samples(path: Path) -> bytes:
+    """Returns digits as PNG, one row per D: without noise at the left, with it at the right.
+
+    Raises:
+        ValueError: the file of the samples is damaged.
+    """
     import numpy as np
 
-    from images.grid import image_grid, save_png
-    with np.load(folder / SAMPLES) as file:
-        dims = [name.removeprefix("D") for name in file.files]
-        rows = [list(file[f"D{D}"]) for D in dims]
-    save_png(path, image_grid(rows, [f"D = {D}" for D in dims], split=len(rows[0]) // 2,
-                              min_side=_SIDE, halves=["as usual", "with noise, alpha = 0.4"]))
+    from images.grid import image_grid
+    try:
+        with np.load(path) as file:
+            found = {name: file[name] for name in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged; {_AGAIN}") from error
+    shapes = {(rows.dtype.name, *rows.shape) for rows in found.values()}
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 5 or shape[0] != "uint8":
+        raise ValueError(f"{path}: must have uint8 images [B, C, H, W] of one shape for each D; "
+                         f"{_AGAIN}")
+    dims = [name.removeprefix("D") for name in found]
+    picture = image_grid([list(rows) for rows in found.values()], [f"D = {D}" for D in dims],
+                         split=shape[1] // 2, min_side=_SIDE,
+                         halves=["as usual", "with noise, alpha = 0.4"])
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
 
 
 def written(page: str, names: Collection[str], records: Records) -> str:
@@ -490,8 +636,8 @@ def written(page: str, names: Collection[str], records: Records) -> str:
     return _TABLE.sub(lambda match: f"{match[1]}{TABLES[match[2]](records)}\n{match[3]}", page)
 
 
-def write_pages(folder: Path, records: Records) -> None:
-    """Writes the tables of all pages anew, or none where a page is wrong.
+def pages(folder: Path, records: Records) -> dict[Path, bytes]:
+    """Returns the texts of all pages with updated tables.
 
     Raises:
         UserError: a page is not there.
@@ -503,12 +649,10 @@ def write_pages(folder: Path, records: Records) -> None:
         if not page.is_file():
             raise UserError(f"{page}: no such file; name the folder of results.md by --out")
         try:
-            texts[page] = written(page.read_text(encoding="utf-8"), tables, records)
+            texts[page] = written(page.read_text(encoding="utf-8"), tables, records).encode()
         except ValueError as error:
             raise ValueError(f"{page}: {error}") from error
-    for page, text in texts.items():
-        with atomic_write(page) as file:
-            file.write(text.encode())
+    return texts
 
 
 @click.command(context_settings=HELP_NAMES)
@@ -519,15 +663,18 @@ def main(records: Path, out: Path, only: str | None) -> None:
     """Makes the tables and pictures of results.md and results/tables.md from the study's records."""
     with user_errors():
         found = Records.read(records)
+        check_complete(found)
         if only:
             print(TABLES[only](found))
             return
-        write_pages(out, found)
-        draw(found, out / "results-scores.png")
+        files = pages(out, found)
         if (records / SAMPLES).exists():
-            show_samples(records, out / "results-samples.png")
-        print(f"{out}: {', '.join(PAGES)}: {len(TABLES)} tables; results-scores.png, "
-              "results-samples.png")
+            files[out / "results-samples.png"] = show_samples(records / SAMPLES)
+        files[out / "results-scores.png"] = draw(found)
+        for path, content in files.items():
+            with atomic_write(path) as file:
+                file.write(content)
+        print(f"{out}: wrote {', '.join(str(path.relative_to(out)) for path in files)}")
 
 
 if __name__ == "__main__":

@@ -229,6 +229,145 @@ def test_no_records_and_no_page_get_one_line(tmp_path, invoke):
     assert done.exit_code == 1 and "results/tables.md: no such file" in done.output
 
 
+# --------------------------------------------------------------------------- damaged records
+
+
+RUN = "digits-D8-seed1"
+
+
+def edit_scores(run, change):
+    """Replaces the scores of a run by what `change` returns for their list."""
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(path, change(lines))
+
+
+def edit_options(run, **options):
+    path = run / "training_options.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"options": record["options"] | options}))
+
+
+def changed(**entries):
+    """Returns a change of the first score of a run."""
+    return lambda run: edit_scores(run, lambda lines: [lines[0] | entries, *lines[1:]])
+
+
+def without(*words):
+    """Returns a change that removes the scores whose lines have one of the words, of all runs."""
+    def change(run):
+        for each in run.parent.glob("*-D*-seed*"):
+            edit_scores(each, lambda lines: [line for line in lines if not any(
+                word in json.dumps(line) for word in words)])
+    return change
+
+
+def remove(pattern):
+    def change(run):
+        for each in run.parent.glob(pattern):
+            shutil.rmtree(each)
+    return change
+
+
+def write_fourth_seed(run):
+    shutil.copytree(run, run.parent / "digits-D8-seed3")
+    edit_options(run.parent / "digits-D8-seed3", seed=3)
+
+
+def first_of(lines, metric):
+    return next(line for line in lines if line["metric"] == metric)
+
+
+DAMAGE = {
+    "seed": (remove(RUN), "digits-D8-seed0: D = 8 has the training seeds 0, 2, but most others "
+             "have 0, 1, 2"),
+    "fourth": (write_fourth_seed, "digits-D8-seed0: D = 8 has the training seeds 0, 1, 2, 3, but"),
+    "no scores": (lambda run: (run / "metrics.jsonl").unlink(), f"{RUN}: unlike most others, it "
+                  "has no score of metric"),
+    "empty": (lambda run: (run / "metrics.jsonl").write_text(""), f"{RUN}: unlike most others"),
+    "half a line": (lambda run: (run / "metrics.jsonl").write_text(
+        (run / "metrics.jsonl").read_text()[:-20]), f"{RUN}: metrics.jsonl: 1 line ignored"),
+    "one score": (lambda run: edit_scores(run, lambda lines: lines[:-1]), f"{RUN}: unlike most"),
+    "other D": (lambda run: edit_options(run, aug_dim=16.0),
+                f"{RUN}: its options have D = 16 and the seed 1, but its name differs"),
+    "other seed": (lambda run: edit_options(run, seed=2), f"{RUN}: its options have D = 8 and the "
+                   "seed 2, but its name differs"),
+    "other name": (lambda run: run.rename(run.parent / f"{RUN}.bak"), f"{RUN}.bak: its options"),
+    "D of a score": (changed(sampler={"D": 16.0, "num_steps": 18}), f"{RUN}: metrics.jsonl has a "
+                     "score of D = 16"),
+    "no options": (lambda run: (run / "training_options.json").unlink(),
+                   f"{RUN}: training_options.json is missing or damaged, or has no D and seed"),
+    "bad options": (lambda run: (run / "training_options.json").write_text("{"),
+                    f"{RUN}: training_options.json is missing or damaged"),
+    "repeated": (lambda run: edit_scores(run, lambda lines: [
+        *lines, first_of(lines, "frechet_distance") | {"value": 0.5}]),
+        f"{RUN}: metrics.jsonl has 2 scores of metric frechet_distance, kimg"),
+    "detector": (lambda run: edit_scores(run, lambda lines: [
+        line | {"detector": "other"} for line in lines]), f"{RUN}: unlike most others"),
+    "num": (changed(num=12), f"{RUN}: unlike most others"),
+    "reference": (changed(reference="datasets/other.zip"), f"{RUN}: unlike most others"),
+    "negative": (lambda run: edit_scores(run, lambda lines: [
+        line | ({"value": -0.1} if line["metric"] == "frechet_distance" else {})
+        for line in lines]), f"{RUN}: metrics.jsonl has a Frechet distance of -0.1"),
+    "no ect": (remove("digits-ect-*"), "digits-ect-D*-seed*: needs runs of D = inf and of two"),
+    "no small": (remove("digits-small-*"), "digits-small-D*-seed*: needs runs of D = inf"),
+    "no inf": (remove("digits-Dinf-*"), "digits-D*-seed*: needs runs of D = inf and of two finite"),
+    "no low": (remove("digits-D[12]-*"), "digits-D*-seed*: no scores of frechet_distance, D < 4"),
+    "one D": (lambda run: [remove(f"digits-D{D}-*")(run) for D in (4, 16, 64, 256)],
+              "digits-D*-seed*: needs runs of D = inf and of two finite D from 4 on"),
+    "no alpha": (without('"noise_alpha": 0.4'), "no scores of class_accuracy, "
+                 "alpha 0.4, seeds from 0; make them with python docs/study.py"),
+    "other range": (lambda run: [edit_scores(each, lambda lines: [
+        line | ({"seeds": "5-1028"} if line.get("seeds") == "0-1023" else {}) for line in lines])
+        for each in run.parent.glob("*-D*-seed*")], "alpha 0.0, seeds from 0; make them"),
+    "no bits": (without('"bits": 5'), "no scores of frechet_distance, bits 5"),
+    "no solver": (without("ipndm"), "no scores of nearest_distance, steps 9, solver ipndm"),
+    "no states": (without("off_level"), "no scores of psnr, steps 9, off_level gaussian, restored"),
+    "no early": (without("network-snapshot-000020"), "no scores of frechet_distance, kimg 20"),
+    "no likelihood": (without("bits_per_dim"), "no scores of bits_per_dim"),
+    "samples": (lambda run: (run.parent / "samples.npz").write_bytes(b"PK\3\4 and no more"),
+                "samples.npz: damaged; make it anew with python docs/study.py"),
+    "half of samples": (lambda run: (run.parent / "samples.npz").write_bytes(
+        (run.parent / "samples.npz").read_bytes()[:700]), "samples.npz: damaged"),
+    "other samples": (lambda run: np.savez(run.parent / "samples.npz", D8=np.zeros(3, np.uint8)),
+                      "samples.npz: must have uint8 images [B, C, H, W] of one shape for each D"),
+}
+
+
+@pytest.mark.parametrize("change, message", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_and_incomplete_records_get_one_line_and_nothing_is_written(
+        tmp_path, invoke, change, message):
+    shutil.copytree(ROOT / "docs/results", tmp_path / "records")
+    change(tmp_path / "records" / RUN)
+    out = tmp_path / "out"
+    out.mkdir()
+    write_pages(out, {})
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    done = invoke(results.main, f"--out={out}", f"--records={tmp_path / 'records'}")
+    assert done.exit_code == 1 and message in done.output, done.output
+    assert len(done.output.strip().splitlines()) == 1
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+
+
+def test_only_what_was_written_is_named_and_the_pages_are_those_of_any_order(tmp_path, invoke):
+    """Scores of other seeds come first: the first range is that of the distances."""
+    pytest.importorskip("matplotlib")
+    shutil.copytree(ROOT / "docs/results", tmp_path / "records")
+    (tmp_path / "records/samples.npz").unlink()
+    for run in (tmp_path / "records").glob("*-D*-seed*"):
+        edit_scores(run, lambda lines: lines[::-1])
+    out = tmp_path / "out"
+    out.mkdir()
+    write_pages(out, {})
+    done = invoke(results.main, f"--out={out}", f"--records={tmp_path / 'records'}")
+    assert done.exit_code == 0, done.output
+    assert done.output == f"{out}: wrote results.md, results/tables.md, results-scores.png\n"
+    assert (out / "results/tables.md").read_bytes() == (
+        ROOT / "docs/results/tables.md").read_bytes()
+    assert {path.name for path in out.rglob("*.*")} == {
+        "results.md", "tables.md", "results-scores.png"}
+
+
 # --------------------------------------------------------------------------------------- commands
 
 
@@ -238,7 +377,7 @@ MAINS = {"sweep.py": sweep.main, "distill.py": distill.main, "generate.py": gene
 
 @pytest.mark.parametrize("size", [study.FULL, study.TINY], ids=["full", "tiny"])
 def test_every_command_of_the_study_is_one_that_scripts_take(size):
-    for line, _ in study.commands("runs", "0,1", size):
+    for line, _ in study.commands("runs", (0, 1), size):
         script, *words = shlex.split(line)
         if script == "fid.py":
             fid.main.commands[words[0]].make_context(words[0], words[1:])
@@ -250,6 +389,23 @@ def test_every_command_of_the_study_is_one_that_scripts_take(size):
             if script == "sweep.py":
                 sweep.train.main.make_context("train.py", [
                     *context.params["train_options"], "--outdir=a", "--data=b"])
+
+
+@pytest.mark.parametrize("seeds, message", [
+    ("x", "'x' is not a list of integers"), ("", "is not a list of integers"),
+    ("0,1,0", "--train-seeds=0,1,0: names a seed twice"), ("0-2,1", "names a seed twice")])
+def test_wrong_seeds_of_the_study_are_refused_before_any_command(
+        tmp_path, monkeypatch, invoke, seeds, message):
+    monkeypatch.chdir(tmp_path)
+    done = invoke(study.main, f"--train-seeds={seeds}", "-n")
+    assert done.exit_code != 0 and message in done.output and "$ python" not in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranges_of_seeds_are_every_seed_of_the_study():
+    lines = [command.line for command in study.commands("runs", (0, 1, 2), study.FULL)]
+    assert sum("--train-seeds=0,1,2 " in line for line in lines) == 4
+    assert sum(line.startswith("distill.py") for line in lines) == 3 * len(study.FEW_STEP_DIMS)
 
 
 def test_the_kept_records_say_what_the_whole_ones_say(tmp_path):
