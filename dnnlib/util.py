@@ -284,6 +284,8 @@ def _download(url: str, target: Path, sha256: str | None, verbose: bool) -> str:
             if sha256 is not None and found != sha256:
                 raise OSError(f"{url}: sha256 is {found}, expected {sha256}")
             return found
+    except requests.exceptions.InvalidURL as error:
+        raise OSError(f"{url}: not a valid address") from error
     except requests.RequestException as error:
         raise _FailedRequestError(f"{url}: {_reason(error)}") from error
 

@@ -121,6 +121,9 @@ def test_a_dead_server_and_other_schemes_are_one_line(server):
     for url in ("ftp://host/x", "file:///etc/passwd", "gdrive://x"):
         with pytest.raises(OSError, match="only http and https"):
             open_url(url)
+    for url in ("http://", "https://.co/x"):  # it would fail again
+        with pytest.raises(OSError, match=f"^{url}: not a valid address$"):
+            open_url(url)
     assert cached() == []
 
 
