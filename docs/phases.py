@@ -107,7 +107,7 @@ def draw(spreads: dict[float, list[float]], whole: float, path: Path) -> None:
         axes.set_title(title)
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
-        axes.legend(loc=place, fontsize=9, title="half of it at", title_fontsize=9)
+        axes.legend(loc=place, fontsize=9, title="halfway at", title_fontsize=9)
     left.set_ylabel("spread of the images that x may\ncome from, over that of the data")
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=130)
@@ -136,7 +136,7 @@ def main(data: Path, out: Path, num: int) -> None:
         for D in DIMS:
             spreads[D] = [spread(D, points, num, sigma) for sigma in LEVELS]
             half = half_level(spreads[D], whole)
-            click.echo(f"D = {D:<6g} half of it at sigma = {half:.3f}, "
+            click.echo(f"D = {D:<6g} halfway at sigma = {half:.3f}, "
                        f"r = {half * math.sqrt(D):.3f}")
         draw(spreads, whole, out)
 
