@@ -850,7 +850,7 @@ def _ckpt_folders(images: str, gen_seeds: tuple[int, ...], first: float, last: f
     if not chosen:
         there = sorted({_sweep_flags(parts.swept) for parts in folders})
         raise ValueError(f"{images}: none of {len(names)} ckpt_* folders (such as {min(names)}) "
-                         f"has --gen_seed={','.join(map(str, gen_seeds))}, {_sweep_flags(sweeps)}, "
+                         f"matches --gen_seed={','.join(map(str, gen_seeds))}, {_sweep_flags(sweeps)}, "
                          f"and {first:.15g} to {last:.15g} kimg; there is "
                          f"{' and '.join(there) or 'none of generate.py'}")
     _warn_of_missing_ranges(chosen, gen_seeds)

@@ -96,10 +96,10 @@ class Scaling:
 
     def __str__(self) -> str:
         if self.is_8bit:
-            return "0,255 become -1,1"
-        ranges = [f"{c - s:.9g},{c + s:.9g}" for c, s in zip(
+            return "0 to 255 map to -1 to 1"
+        ranges = [f"{c - s:.9g} to {c + s:.9g}" for c, s in zip(
             self.center, self.spread, strict=True)]
-        return "; ".join(ranges) + " become -1,1"
+        return "; ".join(ranges) + " map to -1 to 1"
 
     def check_channels(self, channels: int) -> None:
         """Raises ValueError if the scaling does not fit data with this number of channels."""

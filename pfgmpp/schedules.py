@@ -194,7 +194,7 @@ def sigma_grid(
     if not 0 < low <= high < math.inf:
         raise ValueError(
             f"sigma_min={low:g}, sigma_max={high:g}: need 0 < sigma_min <= sigma_max, finite "
-            f"(the network knows {net.sigma_min:g} .. {net.sigma_max:g})")
+            f"(the network's range is {net.sigma_min:g} to {net.sigma_max:g})")
     steps, last = torch.arange(num_steps, dtype=torch.float64), max(num_steps - 1, 1)
     sigmas = net.round_sigma(_GRIDS[name](steps, last, low, high, rho))
     return torch.cat([sigmas, sigmas.new_zeros(1)]), low, high

@@ -108,8 +108,8 @@ class LikelihoodData:
             raise ValueError(f"{where}: images are {given}, but the network was trained on "
                              f"{wanted} images; give such images in the same units")
         if dataset.scale is not None and not dataset.scaling.equals(self.scaling):
-            raise ValueError(f"{where}: its scale is ({dataset.scaling}), but the network was "
-                             f"trained on data with the scale ({self.scaling}); give data that "
+            raise ValueError(f"{where}: its values {dataset.scaling}, but the network was "
+                             f"trained on data whose values {self.scaling}; give data that "
                              "dataset_tool.py converted with the same --scale")
         self.are_whole = dataset.dtype.kind == "u"
         self.num_levels = np.iinfo(dataset.dtype).max + 1 if self.are_whole else 0

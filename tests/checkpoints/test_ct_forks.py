@@ -203,8 +203,8 @@ def test_a_conversion_records_what_was_said_of_data_and_sampler(suffix, tmp_path
     assert checkpoint.highest_level(content) == 380
     shown = invoke(checkpoint_tool.main, "show", target).output
     lines = dict(line.split(":", 1) for line in shown.splitlines())
-    assert lines["scale"].strip() == "-1024,3071 become -1,1"
-    assert lines["cond_scale"].strip() == "-1000,1000 become -1,1"
+    assert lines["scale"].strip() == "-1024 to 3071 map to -1 to 1"
+    assert lines["cond_scale"].strip() == "-1000 to 1000 map to -1 to 1"
     assert lines["sigma_max"].strip() == "380, where sampling starts"
     convert(invoke, target, tmp_path / "again.pt")  # a second conversion keeps it
     again = checkpoint.load(tmp_path / "again.pt")
@@ -215,8 +215,8 @@ def test_a_conversion_records_what_was_said_of_data_and_sampler(suffix, tmp_path
 
 @pytest.mark.long
 @pytest.mark.parametrize("args, words", [
-    (["--scale=-1024,3072"], "--scale: SOURCE records another scale, by which -1024,3071 become"),
-    (["--cond-scale=-1024,3071"], "--cond-scale: SOURCE records another scale, by which -1000,10"),
+    (["--scale=-1024,3072"], "--scale: SOURCE records another scale, by which -1024 to 3071 map"),
+    (["--cond-scale=-1024,3071"], "--cond-scale: SOURCE records another scale, by which -1000 to "),
     (["--sigma-max=80"], "--sigma-max=80: SOURCE records that sampling starts at 380"),
 ])
 def test_what_is_recorded_can_only_be_confirmed(args, words, tmp_path, invoke):
@@ -256,7 +256,7 @@ def test_files_of_ours_that_lack_a_record_take_one(tmp_path, invoke):
     eight_bit = write_snapshot(tmp_path / "8.pt", dataset={
         "scale": {"center": [127.5], "spread": [127.5], "dtype": "uint8"}})
     line = convert(invoke, eight_bit, tmp_path / "no.pt", "--scale=0,255", code=1)
-    assert "records another scale, by which 0,255 become -1,1" in line
+    assert "records another scale, by which 0 to 255 map to -1 to 1" in line
 
 
 @pytest.mark.long
@@ -353,7 +353,7 @@ def test_a_run_begins_with_the_weights_of_the_fork(pairs, tmp_path, invoke):
     output = run(invoke, pairs, tmp_path / "run", *args, "--cond-image=1", "--cond-c-in=1")
     assert "100% of the network's parameters" in output
     # The conditions have another scale than the file records, the images have the same.
-    assert output.count("in the condition images that it was trained on, but -1000,1000") == 1
+    assert output.count("in the condition images that it was trained on, but -1000 to ") == 1
     assert "in the images that it was trained on" not in output
     after = checkpoint.load(tmp_path / "run/training-state-000000.008.pt")  # lr is 0 in step 1
     pair, sigma = both(1)

@@ -203,7 +203,7 @@ def test_a_run_without_a_fitting_folder_is_refused(fails, data, tmp_path):
     root, _ = data
     (tmp_path / "ckpt_000005").mkdir()
     args = ("calc", f"--ref={root / 'ref.npz'}", *PIXELS)
-    assert "none of 1 ckpt_* folders (such as ckpt_000005) has --gen_seed=2" in fails(
+    assert "none of 1 ckpt_* folders (such as ckpt_000005) matches --gen_seed=2" in fails(
         *args, f"--images={tmp_path}", "--gen_seed=2")
     for name in ("ckpt_000005_steps_4_quant_5", "ckpt_000005_alpha_0.1"):
         (tmp_path / name).mkdir()

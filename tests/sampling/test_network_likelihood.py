@@ -579,7 +579,7 @@ def test_data_of_another_recorded_scale_are_refused(tmp_path, given, is_refused)
     measure = of_gaussian(0.5, Scaling((8.0,), (8.0,)), shape=(3, 4, 4))
     data = arrays_in(tmp_path / "data", np.ones([2, 3, 4, 4], np.uint16), given)
     if is_refused:
-        with pytest.raises(ValueError, match="its scale is .* give data that dataset_tool"):
+        with pytest.raises(ValueError, match="its values .* map to -1 to 1, but .* give data that"):
             LikelihoodData(data, measure, 2)
     else:
         assert LikelihoodData(data, measure, 2).are_whole
