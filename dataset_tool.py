@@ -331,8 +331,8 @@ def _require(**given: str | None) -> None:
 @click.option("--resolution",   metavar="WxH|SIDE", callback=_parse_resolution,
               help="Size to resize to  [default: unchanged]")
 @click.option("--scale",        metavar="minmax|std|LO,HI", callback=_parse_scale,
-              help="Keep the values of floating-point and 16-bit images. What becomes -1 and 1 is "
-                   "the least and the largest value of each channel (minmax), its mean -+ 2 "
+              help="Keep the values of floating-point and 16-bit images. -1 and 1 stand for "
+                   "the smallest and largest value of each channel (minmax), its mean -+ 2 "
                    "standard deviations (std), or LO and HI  [default: 16 bits become 8]")
 @click.option("--cond-source",  metavar="PATH",
               help="Condition images, one per image, with the same names except for the extension")
@@ -737,7 +737,7 @@ def list_cache() -> None:
 @cache_dir_option
 @verbosity_options
 def remove_cache(names: tuple[str, ...], is_all: bool) -> None:
-    """Removes entries, given by their names in the list or by how these begin.
+    """Removes entries, given by their names in the list or by the start of the name.
 
     Removed entries are made again when they are needed. Do not remove what a running process uses.
     """

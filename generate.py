@@ -67,7 +67,7 @@ def _parse_quantiles(ctx, param, value: str | None) -> tuple[float, ...] | None:
 @click.option("--seeds", metavar="LIST", type=IntList(), help="Random seeds, e.g. 1,2,5-10; one image per seed.  [default: 0-63; with --init-image or --cond-image, one image per input, under its name]")
 @click.option("--subdirs", is_flag=True, help="Create one subfolder per thousand seeds.")
 @click.option("--batch", "batch", metavar="INT", type=click.IntRange(min=1), default=64, help="Maximum batch size per process.")
-@click.option("--save_images", metavar="[BOOL]", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write vis/grid.png and vis/movie.gif of the first images.")
+@click.option("--save_images", metavar="[BOOL]", type=click.BOOL, is_flag=False, flag_value=True, default=False, help="Also write vis/grid.png and vis/movie.gif of some images.")
 @click.option("--window", metavar="C,W", type=Window(), help="Center and width of the values shown from black to white in the pictures of --save_images, in the data's units.  [default: what networks see as -1 to 1]")
 @click.option("--encode", metavar="DIR|ZIP", help="Write the latents of these images to latents.npz instead of sampling images.")
 @click.option("--latents", metavar="FILE", help="Latents to start from, as written by --encode; seed k uses latent k mod n of n.")

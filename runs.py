@@ -26,7 +26,7 @@ _NUMBERS = {"kimg", "loss", "img/s", "time left", "D"}  # right-aligned columns
 def main(folder: str, as_json: bool) -> None:
     """Lists the training runs under FOLDER, by default 'runs'.
 
-    The time left of a run assumes the speed of its last tick.
+    The time left of a run assumes the speed of its last tick and no scores.
 
     A run is running while its process holds the lock of its folder, finished once it has seen all
     its images, stopped if a signal ended it after it had saved its state, and failed otherwise.

@@ -56,7 +56,7 @@ ARCHITECTURE = (
     click.option("--cbase", metavar="INT", type=int, help="Channel multiplier.  [default: by architecture]"),
     click.option("--cres", metavar="LIST", type=IntList(unique=False), help="Channels per resolution, e.g. 1,2,2,2.  [default: by architecture]"),
     click.option("--nblock", metavar="INT", type=int, help="Residual blocks per resolution.  [default: by architecture]"),
-    click.option("--ares", metavar="LIST", type=IntList(empty="none"), help="Image sides at which blocks use attention, e.g. 32,16,8; with none, only the middle block does. The longer side of an image counts, or with --patch that of a patch.  [default: by architecture: 16, or 32,16,8 for adm]"),
+    click.option("--ares", metavar="LIST", type=IntList(empty="none"), help="Image sides at which blocks use attention, e.g. 32,16,8; none leaves attention only in the middle block. The longer side of an image counts, or with --patch that of a patch.  [default: by architecture: 16, or 32,16,8 for adm]"),
     click.option("--sigma-data", metavar="FLOAT|auto", default="0.5", callback=_parse_sigma_data, help="Standard deviation of the data as the network sees them; auto measures it."),
 )
 
