@@ -367,7 +367,7 @@ def _check_size(net: Precond, options: RunOptions, facts: _Facts | None) -> None
 
 
 def _weights(groups: _Groups, net: Precond) -> list[_Weights]:
-    """Returns the sets of weights that have half of a network's names, or else the nearest set."""
+    """Returns the sets of weights that have at least half of a network's names, or the nearest."""
     own, parameters = list(net.state_dict()), [name for name, _ in net.named_parameters()]
     inner = {name.removeprefix(_MODEL) for name in own if name.startswith(_MODEL)}
     found, fewer = [], []

@@ -251,7 +251,7 @@ def _mean(line: dict, key: str) -> float | None:
 
 
 def _ticks(lines: Iterable[dict]) -> list[dict[str, float]]:
-    """Returns the values of each tick by rising kimg; ticks repeated by a resumed run replace."""
+    """Returns the values of each tick by rising kimg; repeated ones replace earlier ones."""
     ticks: list[dict[str, float]] = []
     for line in lines:
         tick = {name: value for name, key in _TICK_KEYS.items()

@@ -76,7 +76,11 @@ class Samples:
             for image in self.uint8(window).numpy()]
 
     def grid(self, window: tuple[float, float] | None = None) -> PIL.Image.Image:
-        """Returns all images in one picture, with a labelled row per class for up to 16 classes."""
+        """Returns all images in one picture.
+
+        If all of up to 16 classes have equally many images, each class has rows of its own, which
+        are labelled. Otherwise, the class is below each image.
+        """
         return square_grid(self.uint8(window).numpy(), self.classes, self.class_names)
 
     def __getitem__(self, part: slice) -> "Samples":
