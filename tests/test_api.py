@@ -36,7 +36,7 @@ def test_the_examples_run_in_their_order(tmp_path, monkeypatch, capsys):
     assert values["found"].unit == "bits/dim" and len(values["faces"].values) == 2
     assert set(values["scores"]) == {"frechet_distance", "precision", "recall"}
     assert (values["mean"] - values["data"][:8]).abs().max() < 1e-3
-    steps = printed["Make a few-step network of a denoiser"].splitlines()
+    steps = printed["Turn a denoiser into a few-step network"].splitlines()
     assert len(steps) == 2 and all(0 < float(line.split()[1]) < 100 for line in steps)
     losses = [float(line.split()[1]) for line in
               printed["Train on your own tensors"].splitlines()]
