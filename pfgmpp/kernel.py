@@ -39,6 +39,8 @@ import math
 
 import torch
 
+from dnnlib.util import number, shown
+
 
 class PerturbationKernel:
     """Noise of PFGM++ for one D: how to draw it, its density, and the posterior mean it implies."""
@@ -48,8 +50,9 @@ class PerturbationKernel:
 
         Raises:
             ValueError: D is not in (0, inf].
+            TypeError: D is not a number.
         """
-        if not D > 0:
+        if not number("D", D) > 0:
             raise ValueError(f"D={D:g}: must be a positive number or inf")
         self.D = float(D)
 
@@ -79,7 +82,7 @@ class PerturbationKernel:
             rng: source of all randomness.
         """
         z = torch.randn(shape, generator=rng, device=rng.device)
-        return scaled_noise(z, sigma, self.scale(shape[0], rng))
+        return scaled_noise(z, _level(sigma, rng.device, may_be_0=True), self.scale(shape[0], rng))
 
     def posterior_scale(
         self, noise: torch.Tensor, sigma: float | torch.Tensor, rng: torch.Generator
@@ -91,7 +94,8 @@ class PerturbationKernel:
 
         Args:
             noise: sigma*sqrt(D/c)*z, of shape [B, ...], on the generator's device.
-            sigma: noise level, a number or a tensor of shape [], [B] or [B, 1, 1, 1].
+            sigma: noise level, a number or a tensor of shape [], [B] or [B, 1, 1, 1]. It is not
+                checked, because samplers call this in every step.
             rng: source of all randomness.
         """
         ones = torch.ones([len(noise)], dtype=torch.float64, device=rng.device)
@@ -108,7 +112,7 @@ class PerturbationKernel:
 
         It includes the normalisation, Gamma((N+D)/2) / (Gamma(D/2) (pi D)^(N/2)) for finite D.
         """
-        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=noise.device).flatten()
+        sigma = _level(sigma, noise.device).flatten()
         squared = noise.to(torch.float64).flatten(1).square().sum(dim=1)  # [B]
         N = noise[0].numel()
         return self._log_profile(squared / sigma.square(), N) - N * sigma.log() + self._constant(N)
@@ -144,7 +148,7 @@ class PerturbationKernel:
             eligible: bool [B, M], the points over which y is uniform for each x, at least one. None
                 means all of them.
         """
-        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1, 1)
+        sigma = _level(sigma, x.device).reshape(-1, 1)
         points = data.to(torch.float64).flatten(1)  # [M, N]
         queries = x.to(torch.float64).flatten(1)  # [B, N]
         squared = queries.square().sum(dim=1, keepdim=True) + points.square().sum(dim=1)
@@ -175,6 +179,28 @@ class PerturbationKernel:
         else:
             growth = (a + m - 0.5) * math.log1p(m / a) - m + (1 / (a + m) - 1 / a) / 12
         return gaussian + growth
+
+
+def _level(sigma: float | torch.Tensor, device: torch.device, *, may_be_0: bool = False
+           ) -> torch.Tensor:
+    """Returns noise levels as float64 on the device.
+
+    Tensors on a GPU are not checked, since that would wait for the GPU.
+
+    Raises:
+        ValueError: a level is negative, NaN, or 0 where it must be positive.
+        TypeError: they are not numbers.
+    """
+    try:
+        levels = torch.as_tensor(sigma, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"sigma={shown(sigma)}: must be a number or a tensor of numbers") from None
+    if levels.device.type == "cpu":
+        bad = levels[~(levels >= 0 if may_be_0 else levels > 0)]
+        if len(bad):
+            allowed = "0 or more" if may_be_0 else "positive"
+            raise ValueError(f"sigma={bad[0]:g}: must be {allowed}")
+    return levels.to(device)
 
 
 def scaled_noise(
