@@ -113,9 +113,13 @@ def guided(
         ValueError: a value is out of range, the guide does not match, a network is a few-step
             network, or a network without labels has no guide.
     """
-    low, high = interval
     if not 0 <= guidance < math.inf:
         raise ValueError(f"guidance={guidance:g}: must be 0 or more, and finite (1 is no guidance)")
+    try:
+        low, high = map(float, interval)
+    except (TypeError, ValueError):
+        raise ValueError(f"guidance interval {interval!r}: must be two numbers, (LO, HI) with "
+                         "0 <= LO < HI") from None
     if not 0 <= low < high:
         raise ValueError(f"guidance interval {low:g},{high:g}: must be LO,HI with 0 <= LO < HI")
     for which, each in (("network", net), ("guide", gnet)):
@@ -128,7 +132,7 @@ def guided(
     elif guidance != 1 and not net.label_dim:
         raise ValueError(f"guidance={guidance:g}: the network has no labels; give a second network "
                          "as its guide (gnet)")
-    return GuidedDenoiser(net, guidance, gnet, (float(low), float(high)))
+    return GuidedDenoiser(net, guidance, gnet, (low, high))
 
 
 def _check_guide(net: Any, gnet: Any) -> None:

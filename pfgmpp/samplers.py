@@ -29,7 +29,14 @@ from images.scaling import EIGHT_BIT
 from pfgmpp.few_steps import FewStep, consistency
 from pfgmpp.kernel import PerturbationKernel, per_image
 from pfgmpp.networks import Precond
-from pfgmpp.schedules import given_sigmas, make_schedule, sigma_grid
+from pfgmpp.schedules import (
+    DISCRETIZATIONS,
+    SCALINGS,
+    SCHEDULES,
+    given_sigmas,
+    make_schedule,
+    sigma_grid,
+)
 from pfgmpp.sizes import Padding, size_multiple
 from pfgmpp.solvers import (
     ADAMS_BASHFORTH,
@@ -307,7 +314,8 @@ class SamplerConfig:
     the last of the steps, and `num_steps` remains the number of levels of the whole grid.
 
     Raises:
-        ValueError: `sigmas` are not numbers, or are given with settings of a grid.
+        ValueError: a name is unknown, or `sigmas` are not numbers or are given with settings of a
+            grid.
     """
 
     num_steps: int = 18
@@ -331,6 +339,11 @@ class SamplerConfig:
     blend: float = 1.0
 
     def __post_init__(self):
+        for name, known in (("discretization", DISCRETIZATIONS), ("schedule", SCHEDULES),
+                            ("scaling", SCALINGS)):
+            if getattr(self, name) not in (None, *known):
+                raise ValueError(f"{name}={getattr(self, name)}: must be one of "
+                                 f"{', '.join(known)}")
         if self.sigmas is None:
             return
         try:
@@ -429,9 +442,9 @@ class SamplerConfig:
         if few_step is None and self.solver == CONSISTENCY and self.sigmas is None:
             raise ValueError(f"solver={self.solver}: the network records no levels for a few "
                              "steps; give another solver, or levels as sigmas")
-        if min(self.S_churn, self.S_noise, self.noise_alpha) < 0:
-            raise ValueError(f"S_churn={self.S_churn:g}, S_noise={self.S_noise:g}, "
-                             f"noise_alpha={self.noise_alpha:g}: must be 0 or more")
+        for name in ("S_churn", "S_noise", "noise_alpha"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name):g}: must be 0 or more")
         if not 0 <= self.blend <= 1:
             raise ValueError(f"blend={self.blend:g}: must be between 0 and 1")
         if not 0 <= self.init_noise < math.inf:

@@ -191,6 +191,9 @@ def sigma_grid(
         raise ValueError(f"num_steps={num_steps}: must be at least 1")
     if not rho > 0:
         raise ValueError(f"rho={rho:g}: must be positive")
+    for which, level in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
+        if level is not None and not level > 0:
+            raise ValueError(f"{which}={level:g}: must be positive")
     if not 0 < low <= high < math.inf:
         raise ValueError(
             f"sigma_min={low:g}, sigma_max={high:g}: need 0 < sigma_min <= sigma_max, finite "

@@ -606,6 +606,9 @@ def _check_lowest(sampler: SamplerConfig, init_sigma: float | None, level_flag: 
 def _first_level(init_sigma: float | None, init_level: float | None, scaling: Scaling
                  ) -> tuple[float | None, str]:
     """Returns the level at which to start from images, in the network's scale, and its flag."""
+    for flag, level in (("--init-sigma", init_sigma), ("--init-level", init_level)):
+        if level is not None and not level > 0:
+            raise UsageError(f"{flag}={level:g}: must be positive")
     if init_level is None:
         return init_sigma, "--init-sigma"
     if init_sigma is not None:
@@ -933,12 +936,12 @@ def _with_guidance(
         distributed.warn0(f"--guidance={guidance:g}: {source} was trained without --label-dropout, "
                           "so it has not learned to denoise without a label; --gnet guides with a "
                           "second network")
-    if interval is not None:
-        settings["guidance_interval"] = [json_value(float(end)) for end in interval]
     try:
         denoiser = guided(net, guidance=guidance, gnet=guide, interval=interval or EVERYWHERE)
     except ValueError as error:
         raise ValueError(f"{source}, --gnet={gnet}: {error}" if guide else str(error)) from None
+    if interval is not None:
+        settings["guidance_interval"] = [json_value(float(end)) for end in interval]
     return denoiser, settings
 
 

@@ -5,6 +5,7 @@ pfgmpp/measurement.py has the mathematics of measurements.
 
 import dataclasses
 import io
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,14 @@ from images.array_files import is_channels_last
 from images.image_files import is_array
 from images.pictures import DEEP_MODES, read_picture
 from images.scaling import Scaling
-from pfgmpp.measurement import MeasuredDenoiser, Operator, denoise, downsample, inpaint
+from pfgmpp.measurement import (
+    METHODS,
+    MeasuredDenoiser,
+    Operator,
+    denoise,
+    downsample,
+    inpaint,
+)
 from pfgmpp.sizes import Padding, size_multiple
 from sampling.seed_images import SeedImages, UsageError
 from torch_utils import distributed
@@ -150,8 +158,13 @@ def open_measurement(
         raise UsageError(f"--measure={measure}: needs the noise of the measurement; give either "
                          "--measure-sigma in the network's scale or --measure-level in the data's "
                          "units (0 for no noise)")
+    if method not in (None, *METHODS):
+        raise UsageError(f"--measure-by={method}: must be one of {', '.join(METHODS)}")
     sigma = sigma if level is None else sigma_of_level("--measure-level", level, scaling)
-    kind, _, what = measure.partition(":")
+    if not 0 <= sigma < math.inf:
+        flag, value = ("level", level) if level is not None else ("sigma", sigma)
+        raise UsageError(f"--measure-{flag}={value:g}: must be 0 or more, and finite")
+    kind, _, what = str(measure).partition(":")
     rest = {"sigma": sigma, "method": method or "guidance", "starts": starts}
     if measure == "denoise":
         return Measurement("denoise", **rest)
