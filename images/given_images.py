@@ -109,8 +109,8 @@ def _as_list(images: Any) -> Sequence[Any]:
                              "[n, C, H, W] or a list of images; give one image as a list of one")
         return images
     if not isinstance(images, Sequence):
-        raise ValueError(f"images are a {type(images).__name__}; must be the path of a data set, "
-                         "pictures, arrays or tensors")
+        raise ValueError(f"images are of type {type(images).__name__}; must be the path of a data "
+                         "set, pictures, arrays or tensors")
     return images
 
 

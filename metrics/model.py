@@ -11,14 +11,14 @@ import inspect
 import operator
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from checkpoints.names import find_network
 from dnnlib.progress import Progress
-from dnnlib.util import format_ranges
+from dnnlib.util import format_ranges, number, shown, whole
 from images.given_images import GivenImages, as_numpy, given_images
 from images.scaling import Scaling
 from metrics.evaluator import check_asked
@@ -51,7 +51,9 @@ _MAX_NAMED = 6  # seeds in a message
 # Flags of generate.py whose keywords of `NetworkSampler.open` have other names.
 _FLAGS = {"steps": "num_steps", "alpha": "noise_alpha", "disc": "discretization",
           "labels": "label_source", "compile": "compiled"}
+_OF_LABELS = ("class_idx", "label_source")  # options of `sample` for which others have `labels`
 _OF_NETWORK = ("source", "device", "key", "pfgmpp", "aug_dim", "precision", "built")  # of `load`
+_SEED_RANGE = 1 << 32  # beyond it, seeds repeat
 _Images = Any  # a data set's path, or images in memory, see images/given_images.py
 _Seeds = int | Iterable[int] | None
 
@@ -73,11 +75,14 @@ def load(source: str | os.PathLike, device: str | torch.device = "auto", *,
     Raises:
         OSError: `source` can't be read.
         ValueError: it holds no network, or an argument does not match it.
+        TypeError: an argument is of the wrong type.
     """
+    source = _path("source", source, "the path or address of a network")
+    aug_dim = None if aug_dim is None else number("aug_dim", aug_dim)
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}")
     place = _device(device)
-    file = NetworkFile.read(distributed.run_on_rank0(find_network, os.fspath(source)), key)
+    file = NetworkFile.read(distributed.run_on_rank0(find_network, source), key)
     configure_backends(precision)
     content, net = open_network(file, device=place, pfgmpp=pfgmpp, aug_dim=aug_dim,
                                 precision=precision, compiled=False)
@@ -176,16 +181,22 @@ class Model:
         Raises:
             ValueError: a setting is not allowed, or an image has values that are not finite.
             OSError: a file can't be read.
-            TypeError: there is no such option.
+            TypeError: there is no such option, or a value is of the wrong type.
         """
-        sampler = self._sampler(steps=steps, solver=solver, class_idx=class_idx, **options)
+        return self._sample("sample", seeds, batch, steps=steps, solver=solver,
+                            class_idx=class_idx, **options)
+
+    def _sample(self, method: str, seeds: _Seeds, batch: int = 64, **options: Any) -> Samples:
+        """Returns the images of `sample`; errors name the method."""
+        batch = _at_least(1, "batch", batch)
+        sampler = self._sampler(method, **options)
         own = sampler.latents if sampler.latents is not None else sampler.inputs
         numbers = _numbers(seeds, _NUM_SEEDS if own is None else len(own))
         sampler.check_seeds(numbers)
         sampler.image_shape  # noqa: B018 - refuses images of several sizes
         done = []
         with Progress(len(numbers), "Sampling", delay=1) as progress:
-            for found in sampler.images(sampler.batches(numbers, _positive(batch)), most=batch):
+            for found in sampler.images(sampler.batches(numbers, batch), most=batch):
                 done.append(found)
                 progress.update(len(found.seeds))
         samples = Samples.of_batches(done, self.scaling, class_names=sampler.class_names,
@@ -217,11 +228,15 @@ class Model:
         Raises:
             ValueError, OSError, TypeError: as for `sample`.
         """
+        images = _values(images)
+        level, sigma = (None if value is None else number(name, value)
+                        for name, value in (("level", level), ("sigma", sigma)))
         if measure is None:
             how = {"init_noise": 0, "init_level": level, "init_sigma": sigma, "mask": mask}
         else:
             how = {"measure": measure, "measure_level": level, "measure_sigma": sigma, "mask": mask}
-        return self.sample(seeds, steps, solver, **{"init_image": images, **how, **options})
+        how = {"init_image": images, "steps": steps, "solver": solver, **how, **options}
+        return self._sample("restore", seeds, **how)
 
     def encode(self, images: _Images, steps: int | None = None, solver: str | None = None, *,
                batch: int = 64, **options: Any) -> Latents:
@@ -238,9 +253,11 @@ class Model:
         Raises:
             ValueError, OSError, TypeError: as for `sample`.
         """
-        sampler = self._sampler(steps=steps, solver=solver, encode=images, **options)
+        batch = _at_least(1, "batch", batch)
+        sampler = self._sampler("encode", steps=steps, solver=solver, encode=_values(images),
+                                **options)
         numbers = range(len(sampler.encoded))
-        parts = distributed.split_for_rank(numbers, _positive(batch))
+        parts = distributed.split_for_rank(numbers, batch)
         return joined([(part, sampler.encode(part)) for part in parts], numbers)
 
     def likelihood(self, images: _Images, labels: Any = None, *, count: int | None = None,
@@ -260,14 +277,16 @@ class Model:
         Raises:
             ValueError, OSError, TypeError: as for `sample`.
         """
-        _check_names(options, NetworkLikelihood.open, "likelihood")
+        options = _checked(options | {"steps": steps, "seed": _at_least(0, "seed", seed)},
+                           "likelihood", NetworkLikelihood.open)
+        batch = _at_least(1, "batch", batch)
         data = given_images(_values(images), as_numpy(labels), self._scale)
         if count is None:
             count = len(data) if isinstance(data, GivenImages) else _NUM_MEASURED
-        measure = NetworkLikelihood.open(
-            self.file, self.device, steps=steps, seed=seed, precision=self.precision,
-            built=(self.content, self.net), **options)
-        return measure.measure(LikelihoodData(data, measure, count, seed), _positive(batch))
+        count = _at_least(1, "count", count)
+        measure = NetworkLikelihood.open(self.file, self.device, precision=self.precision,
+                                         built=(self.content, self.net), **options)
+        return measure.measure(LikelihoodData(data, measure, count, options["seed"]), batch)
 
     def score(self, ref: _Images = None, *, metrics: str | Sequence[str] = "fid",
               detector: str = "inception", seeds: _Seeds = _NUM_SCORED, batch: int = 64,
@@ -290,7 +309,9 @@ class Model:
             ValueError, OSError, TypeError: as for `sample`.
         """
         names = _metric_names(metrics, ref)
-        sampler = self._sampler(**options)
+        detector = _path("detector", detector, "a name such as 'inception', or a path")
+        batch, workers = _at_least(1, "batch", batch), _at_least(0, "workers", workers)
+        sampler = self._sampler("score", **options)
         numbers = _numbers(seeds, _NUM_SCORED)
         if len(numbers) < 2:
             raise ValueError(f"seeds: {len(numbers)} image, at least 2 needed")
@@ -302,9 +323,9 @@ class Model:
                                  f"leave {asking[0]} out")
             asked = sampler.classes(numbers)
         configure_backends("fp32")
-        evaluator = open_evaluator(detector, _given(ref, self._scale), names, self.device,
-                                   {self.file.source: sampler}, batch=_positive(batch),
-                                   workers=workers)
+        evaluator = open_evaluator(
+            detector, None if ref is None else _given(ref, self._scale), names, self.device,
+            {self.file.source: sampler}, batch=batch, workers=workers)
         if asked is not None:
             check_asked(evaluator.detector, self.net.label_dim, self.file.source)
         warn_if_few(len(numbers), evaluator.detector.name, names, evaluator.reference_count)
@@ -322,14 +343,14 @@ class Model:
         """The scale of images in the units of the data, as `dataset.json` has it."""
         return None if self.scaling.is_8bit else self.scaling.to_dict()
 
-    def _sampler(self, **options: Any) -> NetworkSampler:
-        """Returns the sampler of the network, after checking the settings by their flag names."""
+    def _sampler(self, method: str, **options: Any) -> NetworkSampler:
+        """Returns the sampler of the network, after checking the options of a method."""
         for flag, name in _FLAGS.items():
             if options.get(flag) is not None and options.get(name) is not None:
                 raise TypeError(f"{flag} and {name} mean the same; give one of them")
-        named = {_FLAGS.get(name, name): value for name, value in options.items()}
-        _check_names(named, NetworkSampler.open, "sample", SamplerConfig)
-        named = {name: value for name, value in named.items() if value is not None}
+        given = {name: value for name, value in options.items() if value is not None}
+        given = _checked(given, method, NetworkSampler.open, SamplerConfig)
+        named = {_FLAGS.get(name, name): value for name, value in given.items()}
         for name in _IN_MEMORY.keys() & named.keys():
             named[name] = _IN_MEMORY[name](named[name])
         if isinstance(named.get("mask"), (str, os.PathLike)) and named.get("measure") == "inpaint":
@@ -344,8 +365,9 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         place = distributed.choose_device(str(device))
     except RuntimeError:
-        raise ValueError(f"device={str(device)!r}: must be 'cpu', 'cuda', 'cuda:N' or 'auto'"
-                         ) from None
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={str(device)!r}: must be 'cpu', 'cuda', 'cuda:N' or 'auto'")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={str(device)!r}: there are {torch.cuda.device_count()} GPUs, "
                          "numbered from 0; give one of these")
@@ -353,7 +375,12 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _numbers(seeds: _Seeds, default: int) -> list[int]:
-    """Returns seeds as a list; raises ValueError if there are none, TypeError for non-integers."""
+    """Returns seeds as a list.
+
+    Raises:
+        ValueError: there are none, or one is out of range.
+        TypeError: they are not whole numbers.
+    """
     seeds = default if seeds is None else as_numpy(seeds)
     try:
         count = operator.index(seeds)
@@ -364,21 +391,37 @@ def _numbers(seeds: _Seeds, default: int) -> list[int]:
             raise TypeError(f"seeds={seeds!r}: must be a number of images or whole numbers, such "
                             "as range(16)") from None
     else:
+        if count > _SEED_RANGE:
+            raise ValueError(f"seeds={count}: there are only {_SEED_RANGE} seeds; give fewer")
         found = list(range(count))
     if not found:
         raise ValueError(f"seeds={seeds}: there are no seeds; give a number of images, 1 or more, "
                          "or seeds such as range(16)")
+    for seed in min(found), max(found):
+        if not 0 <= seed < _SEED_RANGE:
+            raise ValueError(f"seeds: {seed} is not a seed; must be 0 to {_SEED_RANGE - 1}")
     return found
 
 
-def _positive(batch: int) -> int:
-    if batch < 1:
-        raise ValueError(f"batch={batch}: must be 1 or more")
-    return batch
+def _at_least(lowest: int, name: str, value: Any) -> int:
+    """Returns a whole number. Raises TypeError for anything else, ValueError if it is too low."""
+    found = whole(name, value)
+    if found < lowest:
+        raise ValueError(f"{name}={found}: must be {lowest} or more")
+    return found
+
+
+def _path(name: str, value: Any, allowed: str) -> str:
+    """Returns a path as text. Raises TypeError for anything else; `allowed` says what it may be."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}={shown(value)}: must be {allowed}")
+    return os.fspath(value)
 
 
 def _values(images: _Images) -> _Images:
-    """Returns the images of `Samples` in the units of their data; anything else unchanged."""
+    """Returns the images of `Samples` in the units of their data; other images unchanged."""
+    if images is None:
+        raise ValueError("images=None: must be the path of a data set, pictures, arrays or tensors")
     return images.data() if isinstance(images, Samples) else images
 
 
@@ -389,8 +432,16 @@ def _labels(labels: Any) -> Any:
 
 
 def _file(network: Any) -> Any:
-    """Returns the file of a `Model`; anything else unchanged."""
-    return network.file if isinstance(network, Model) else network
+    """Returns the file of a `Model`, or a path."""
+    if isinstance(network, Model):
+        return network.file
+    return _path("gnet", network, "a Model, or the path or address of a network")
+
+
+def _latents(latents: Any) -> Any:
+    """Returns `Latents` unchanged, or a path."""
+    return latents if isinstance(latents, Latents) else _path(
+        "latents", latents, "what encode() has returned, or the path of a file of latents")
 
 
 def _given(images: _Images, scale: dict[str, Any] | None = None) -> _Images:
@@ -399,14 +450,17 @@ def _given(images: _Images, scale: dict[str, Any] | None = None) -> _Images:
 
 # How options that may be in memory are converted for `NetworkSampler.open`.
 _IN_MEMORY = {"init_image": _given, "cond_image": _given, "encode": _given, "mask": as_numpy,
-              "label_source": _labels, "gnet": _file}
+              "label_source": _labels, "gnet": _file, "latents": _latents}
 
 
 def _metric_names(metrics: str | Sequence[str], ref: _Images) -> tuple[str, ...]:
     """Returns the names of metrics; raises ValueError if one is unknown or lacks its reference."""
-    names = tuple(dict.fromkeys(metrics.split(",") if isinstance(metrics, str) else metrics))
+    try:
+        names = tuple(dict.fromkeys(metrics.split(",") if isinstance(metrics, str) else metrics))
+    except TypeError:
+        names = (shown(metrics),)
     if not names or not set(names) <= set(METRICS):
-        raise ValueError(f"metrics={','.join(names)}: must be among {', '.join(METRICS)}")
+        raise ValueError(f"metrics={','.join(map(str, names))}: must be among {', '.join(METRICS)}")
     comparing = metrics_that_compare(names)
     if ref is None and comparing:
         raise ValueError(f"ref: {', '.join(comparing)} needs a reference; give reference "
@@ -414,19 +468,32 @@ def _metric_names(metrics: str | Sequence[str], ref: _Images) -> tuple[str, ...]
     return names
 
 
-def _check_names(options: dict[str, Any], function: Any, method: str, config: type | None = None
-                 ) -> None:
-    """Raises TypeError for options that neither `function` nor the dataclass `config` takes."""
-    names = {parameter.name for parameter in inspect.signature(function).parameters.values()
-             if parameter.kind is not inspect.Parameter.VAR_KEYWORD} - set(_OF_NETWORK)
-    names |= {field.name for field in dataclasses.fields(config)} | set(_FLAGS) if config else set()
-    for name in options:
+def _checked(options: dict[str, Any], method: str, *functions: Any) -> dict[str, Any]:
+    """Returns the options of a method, with numbers as plain int or float.
+
+    Raises:
+        TypeError: none of `functions` takes an option, or it is not a number but must be one.
+    """
+    kinds = {parameter.name: parameter.annotation for function in functions
+             for parameter in inspect.signature(function).parameters.values()
+             if parameter.kind is not inspect.Parameter.VAR_KEYWORD}
+    for name in _OF_NETWORK:
+        kinds.pop(name, None)
+    kinds |= {flag: kinds[name] for flag, name in _FLAGS.items() if name in kinds}
+    found = dict(options)
+    for name, value in options.items():
         if name in _OF_NETWORK:
             raise TypeError(f"{method}() takes no {name!r}; give it to pfgmpp.load")
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
+            if name in _OF_LABELS:
+                hint = "; give labels, one for each image"
             raise TypeError(f"{method}() has no option {name!r}{hint}")
+        kind = set(get_args(kinds[name]) or [kinds[name]]) - {type(None)}
+        if value is not None and kind in ({int}, {float}):
+            found[name] = (whole if kind == {int} else number)(name, value)
+    return found
 
 
 def _refuse_lost(samples: Samples) -> None:

@@ -94,14 +94,13 @@ class PerturbationKernel:
 
         Args:
             noise: sigma*sqrt(D/c)*z, of shape [B, ...], on the generator's device.
-            sigma: noise level, a number or a tensor of shape [], [B] or [B, 1, 1, 1]. It is not
-                checked, because samplers call this in every step.
+            sigma: noise level, a number or a tensor of shape [], [B] or [B, 1, 1, 1].
             rng: source of all randomness.
         """
         ones = torch.ones([len(noise)], dtype=torch.float64, device=rng.device)
         if math.isinf(self.D):
             return ones
-        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=noise.device).flatten()
+        sigma = _level(sigma, noise.device).flatten()
         squared = (noise.to(torch.float64).flatten(1) / sigma.unsqueeze(1)).square().sum(dim=1)
         N = noise[0].numel()
         chi2 = 2 * torch._standard_gamma(ones * ((N + self.D) / 2), generator=rng)
@@ -185,17 +184,17 @@ def _level(sigma: float | torch.Tensor, device: torch.device, *, may_be_0: bool 
            ) -> torch.Tensor:
     """Returns noise levels as float64 on the device.
 
-    Tensors on a GPU are not checked, since that would wait for the GPU.
+    Tensors are not checked, since in every training step that would wait for the GPU.
 
     Raises:
-        ValueError: a level is negative, NaN, or 0 where it must be positive.
+        ValueError: a number is negative, NaN, or 0 where it must be positive.
         TypeError: they are not numbers.
     """
     try:
         levels = torch.as_tensor(sigma, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"sigma={shown(sigma)}: must be a number or a tensor of numbers") from None
-    if levels.device.type == "cpu":
+    if not isinstance(sigma, torch.Tensor):
         bad = levels[~(levels >= 0 if may_be_0 else levels > 0)]
         if len(bad):
             allowed = "0 or more" if may_be_0 else "positive"

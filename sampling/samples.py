@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,7 +67,7 @@ class Samples:
             window: center and width, in the data's units, of the values from black to white. None
                 shows what the network sees as -1 to 1.
         """
-        shown = self.scaling if window is None else display_window(*window)
+        shown = self.scaling if window is None else _window(window)
         return torch.from_numpy(shown.to_picture(self.data().numpy()))
 
     def pil(self, window: tuple[float, float] | None = None) -> list[PIL.Image.Image]:
@@ -80,7 +81,12 @@ class Samples:
 
         If all of up to 16 classes have equally many images, each class has rows of its own, which
         are labelled. Otherwise, the class is below each image.
+
+        Raises:
+            ValueError: there are no images.
         """
+        if not len(self):
+            raise ValueError("there are no images to show; give a slice that holds some")
         return square_grid(self.uint8(window).numpy(), self.classes, self.class_names)
 
     def __getitem__(self, part: slice) -> "Samples":
@@ -93,8 +99,10 @@ class Samples:
                 if (values := getattr(self, name)) is not None}
         return dataclasses.replace(self, **rows)
 
-    def _repr_png_(self) -> bytes:
-        """Returns the picture for a notebook: a grid of the first 64 images."""
+    def _repr_png_(self) -> bytes | None:
+        """Returns the picture for a notebook, a grid of the first 64 images; None without any."""
+        if not len(self):
+            return None
         file = io.BytesIO()
         self[:_MAX_SHOWN].grid().save(file, "PNG")
         return file.getvalue()
@@ -102,3 +110,14 @@ class Samples:
     def __repr__(self) -> str:
         count, *shape = self.images.shape
         return f"Samples({count} images {'x'.join(map(str, shape))})"
+
+
+def _window(window: tuple[float, float]) -> Scaling:
+    """Returns the scaling that shows a window. Raises ValueError unless it is one."""
+    try:
+        center, width = map(float, window)
+    except (TypeError, ValueError):
+        center = width = math.nan
+    if not (math.isfinite(center) and 0 < width < math.inf):
+        raise ValueError(f"window={window!r}: must be two numbers, a center and a width above 0")
+    return display_window(center, width)

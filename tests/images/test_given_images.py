@@ -78,7 +78,7 @@ def test_paths_stay_paths(tmp_path):
     (np.zeros([2, 1, 8, 8]), 1, r"2 images, but labels of shape \[\]; give one label for each"),
     ([PIL.Image.new("RGBA", (4, 4))], None, "image 0 has mode RGBA; make it gray or RGB"),
     (["a.png"], None, "image 0 is a str; images must be pictures, arrays or tensors"),
-    (7, None, "images are a int; must be the path of a data set, pictures, arrays")])
+    (7, None, "images are of type int; must be the path of a data set, pictures, arrays")])
 def test_what_are_no_images_is_refused(images, labels, words):
     with pytest.raises(ValueError, match=words):
         GivenImages(images, labels)

@@ -22,6 +22,7 @@ from sampling.latents import read_latents
 
 HU = Scaling((1023.5,), (2047.5,))
 CPU = "--device=cpu"
+PIXELS = np.zeros([1, 3, 8, 8], np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +174,7 @@ def test_a_notebook_shows_the_first_images_with_their_classes(model):
     assert part.images.equal(samples.images[1:3]) and part.labels.equal(samples.labels[1:3])
     with pytest.raises(TypeError, match="must be a slice"):
         samples[0]
+    assert samples[9:]._repr_png_() is None and samples[9:].pil() == []
 
 
 # ------------------------------------------------------------------- latents, restoration
@@ -319,7 +321,19 @@ def test_class_accuracy_asks_for_the_classes_of_the_seeds(model, tmp_path):
 
 @pytest.mark.parametrize("call, words", [
     (lambda m: m.sample(steps=0), r"--steps=0: must be at least 1"),
-    (lambda m: m.sample(S_churn=-1), "S_churn=-1"),
+    (lambda m: m.sample(S_churn=-1), "^--S_churn=-1: must be 0 or more$"),
+    (lambda m: m.sample(alpha=-1), "^--alpha=-1: must be 0 or more$"),
+    (lambda m: m.sample(alpha=math.nan), "^--alpha=nan: must be 0 or more$"),
+    (lambda m: m.sample(sigma_min=-1), "^--sigma_min=-1: must be positive$"),
+    (lambda m: m.sample(sigma_max=0), "^--sigma_max=0: must be positive$"),
+    (lambda m: m.sample(disc="bad"), "--disc=bad: must be one of vp, ve, iddpm, edm"),
+    (lambda m: m.sample(schedule="bad"), "--schedule=bad: must be one of vp, ve, linear"),
+    (lambda m: m.sample(scaling="bad"), "--scaling=bad: must be one of vp, none"),
+    *((lambda m, given=given: m.sample(guidance=2, guidance_interval=given),
+       "guidance interval .*: must be two numbers") for given in (3, "a", (1,), ("a", "b"))),
+    (lambda m: m.sample(2**70), "there are only 4294967296 seeds; give fewer"),
+    (lambda m: m.sample([0, -1]), "seeds: -1 is not a seed; must be 0 to 4294967295"),
+    (lambda m: m.sample([2**32]), "seeds: 4294967296 is not a seed; must be 0 to 4294967295"),
     (lambda m: m.sample([]), r"seeds=\[\]: there are no seeds"),
     (lambda m: m.sample(0), "seeds=0: there are no seeds; give a number of images, 1 or more"),
     (lambda m: m.sample(2, batch=0), "batch=0: must be 1 or more"),
@@ -342,6 +356,15 @@ def test_class_accuracy_asks_for_the_classes_of_the_seeds(model, tmp_path):
      "no pixel is measured; a mask must be white where pixels are known"),
     (lambda m: m.restore(np.zeros([1, 3, 8, 8]), sigma=1, measure="inpaint", mask=np.ones([4, 8])),
      "the mask is 8x4, but images of --init-image=given images are 8x8"),
+    (lambda m: m.restore(PIXELS, sigma=-1), "--init-sigma=-1: must be positive"),
+    (lambda m: m.restore(PIXELS, level=0), "--init-level=0: must be positive"),
+    (lambda m: m.restore(PIXELS, measure="denoise", level=-1), "--measure-level=-1: must be 0 or"),
+    (lambda m: m.restore(PIXELS, measure="denoise", sigma=0, measure_by="bad"),
+     "--measure-by=bad: must be one of guidance, projection"),
+    (lambda m: m.restore(PIXELS, measure=3, sigma=0), "--measure=3: must be denoise, inpaint"),
+    *((call, "images=None: must be the path of a data set, pictures, arrays") for call in (
+        lambda m: m.restore(None, sigma=1), lambda m: m.encode(None),
+        lambda m: m.likelihood(None))),
     (lambda m: m.encode(np.zeros([1, 3, 9, 8]), labels=[0]), "images are 3x9x8"),
     (lambda m: m.encode(np.zeros([1, 3, 8, 8])), "--encode=given images: has no labels"),
     (lambda m: m.sample(latents=m.encode(np.zeros([1, 3, 8, 8]), labels=[0]), labels=[[1, 2, 3]]),
@@ -350,6 +373,13 @@ def test_class_accuracy_asks_for_the_classes_of_the_seeds(model, tmp_path):
      "floating-point or 16-bit, but the network was trained on 8-bit"),
     (lambda m: m.likelihood(np.zeros([1, 3, 8, 8], np.uint8)), "given images: has no labels"),
     (lambda m: m.likelihood("nowhere.zip", [0]), "a data set has its labels in dataset.json"),
+    (lambda m: m.likelihood(PIXELS, [0], seed=-1), "seed=-1: must be 0 or more"),
+    (lambda m: m.likelihood(PIXELS, [0], count=0), "count=0: must be 1 or more"),
+    (lambda m: m.score(metrics=3), "metrics=3: must be among fid, kid"),
+    *((lambda m, given=given: m.sample(1, steps=1).grid(given),
+       "window=.*: must be two numbers, a center and a width above 0")
+      for given in (3, (0, 0), (1, -2), (1, 2, 3), ("a", 1), (math.nan, 1))),
+    (lambda m: m.sample(1, steps=1)[9:].grid(), "there are no images to show; give a slice"),
     (lambda m: m.score(), "ref: fid needs a reference; give"),
     (lambda m: m.score(metrics="fix"), "metrics=fix: must be among fid, kid"),
     (lambda m: m.score("nowhere.zip", seeds=1), "1 image, at least 2 needed"),
@@ -362,6 +392,11 @@ def test_a_mistake_is_one_line(model, call, words):
 
 @pytest.mark.parametrize("call, words", [
     (lambda m: m.sample(step=3), "sample() has no option 'step'; did you mean 'steps'?"),
+    (lambda m: m.restore(PIXELS, factor=3), "restore() has no option 'factor'"),
+    (lambda m: m.encode(PIXELS, factor=3), "encode() has no option 'factor'"),
+    (lambda m: m.score("a.zip", nums=3), "score() has no option 'nums'; did you mean 'num_steps'?"),
+    (lambda m: m.likelihood(PIXELS, class_idx=1),
+     "likelihood() has no option 'class_idx'; give labels, one for each image"),
     (lambda m: m.sample(xyz=3), "sample() has no option 'xyz'"),
     (lambda m: m.sample(steps=3, num_steps=4),
      "steps and num_steps mean the same; give one of them"),
@@ -378,7 +413,50 @@ def test_an_option_that_there_is_not_is_named(model, call, words):
     assert str(caught.value) == words
 
 
+@pytest.mark.parametrize("call, words", [
+    *((lambda m, name=name: m.sample(1, **{name: "a"}), f"{name}='a': must be a number")
+      for name in ("alpha", "S_churn", "S_noise", "sigma_min", "rho", "guidance", "init_sigma")),
+    *((lambda m, name=name, given=given: m.sample(1, **{name: given}),
+       f"{name}={given!r}: must be a whole number")
+      for name in ("steps", "batch", "bits", "order", "tile") for given in ("a", 2.5)),
+    (lambda m: m.sample(1, steps=True), "steps=True: must be a whole number"),
+    (lambda m: m.sample(1, alpha=torch.ones(2)), "alpha=a Tensor: must be a number"),
+    (lambda m: m.sample(["a"]), "seeds=['a']: must be a number of images or whole numbers, such as "
+     "range(16)"),
+    (lambda m: m.restore(PIXELS, sigma="a"), "sigma='a': must be a number"),
+    (lambda m: m.restore(PIXELS, level="a", measure="denoise"), "level='a': must be a number"),
+    *((lambda m, name=name: m.likelihood(PIXELS, [0], **{name: 2.5}),
+       f"{name}=2.5: must be a whole number")
+      for name in ("steps", "batch", "count", "seed", "probes")),
+    *((lambda m, name=name: m.score("a.zip", **{name: "a"}), f"{name}='a': must be a whole number")
+      for name in ("batch", "workers")),
+    (lambda m: m.score("a.zip", detector=3),
+     "detector=3: must be a name such as 'inception', or a path"),
+    (lambda m: m.sample(latents=torch.zeros(1, 3, 8, 8)), "latents=a Tensor: must be what encode() "
+     "has returned, or the path of a file of latents"),
+    (lambda m: m.sample(guidance=2, gnet=3),
+     "gnet=3: must be a Model, or the path or address of a network"),
+    (lambda _: load(None), "source=None: must be the path or address of a network"),
+    (lambda _: load(3), "source=3: must be the path or address of a network"),
+    (lambda _: load("a.pt", aug_dim="a"), "aug_dim='a': must be a number")])
+def test_a_value_of_the_wrong_type_is_named(model, call, words):
+    with pytest.raises(TypeError) as caught:
+        call(model)
+    assert str(caught.value) == words
+
+
+def test_numbers_may_be_of_any_type(model):
+    expected = model.sample(2, steps=2, alpha=0.5).images
+    for number in (np.int64(2), torch.tensor(2)):
+        found = model.sample(number, steps=number, batch=number, alpha=np.float32(0.5))
+        assert found.images.equal(expected)
+    assert model.sample(2, steps=2, alpha=torch.tensor(0.5)).images.equal(expected)
+
+
 def test_what_cannot_be_loaded_is_named(root):
+    for name in ("mps", "meta", "xpu"):
+        with pytest.raises(ValueError, match=f"device='{name}': must be 'cpu', 'cuda', 'cuda:N'"):
+            load(root / "few.pt", name)
     with pytest.raises(ValueError, match="device='gpu': must be 'cpu', 'cuda', 'cuda:N' or 'auto'"):
         load(root / "few.pt", "gpu")
     with pytest.raises(ValueError, match="device='cuda:99': there are [0-9]+ GPUs"):
