@@ -171,7 +171,7 @@ def test_the_scaling_is_measured_over_all_images(tmp_path, invoke, rule, workers
     np.testing.assert_allclose(record["scale"]["center"], center, rtol=1e-12)
     np.testing.assert_allclose(record["scale"]["spread"], spread, rtol=1e-12)
     x = (flat - np.array(center)[:, None]) / np.array(spread)[:, None]
-    assert f"all    standard deviation {x.std():.4f};" in output
+    assert f"all    standard deviation {x.std():.4f} in the scale" in output
     shown = call(invoke, dataset_tool.main, "show", tmp_path / "a.zip", "--workers=1")
     assert shown.splitlines()[1:] == output.splitlines()[1:]
 
