@@ -529,6 +529,7 @@ def run_dir(tmp_path):
     return folder
 
 
+@pytest.mark.long
 def test_the_networks_of_the_examples_have_the_scores_that_are_kept(run_dir, held_out, invoke):
     """The network takes labels, and begins at the blur's own level.
 
