@@ -29,8 +29,8 @@ def main(folder: str, as_json: bool) -> None:
     The time left of a run assumes the speed of its last tick and no scores.
 
     A run is running while its process holds the lock of its folder, finished once it has seen all
-    its images, stopped if a signal ended it after it had saved its state, and failed otherwise.
-    --resume=auto continues stopped and failed runs. The best score is the lowest FID (or other
+    its images, stopped if a signal ended it after it had saved its state, and failed otherwise, or
+    unknown without a log and statistics. --resume=auto continues stopped and failed runs. The best score is the lowest FID (or other
     Frechet distance) among those computed like the latest one: with the same number of images,
     sampler, steps, features and reference. If there is none, it is the highest PSNR.
 

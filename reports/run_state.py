@@ -4,6 +4,7 @@
     finished   it has been trained on all its images
     stopped    a signal ended it, and it wrote its state
     failed     it ended in another way: by an error, or killed
+    unknown    it has neither a log nor statistics
 
 No PyTorch is needed.
 """
