@@ -39,8 +39,6 @@ import math
 
 import torch
 
-from dnnlib.util import number, shown
-
 
 class PerturbationKernel:
     """Noise of PFGM++ for one D: how to draw it, its density, and the posterior mean it implies."""
@@ -52,9 +50,11 @@ class PerturbationKernel:
             ValueError: D is not in (0, inf].
             TypeError: D is not a number.
         """
-        if not number("D", D) > 0:
-            raise ValueError(f"D={D:g}: must be a positive number or inf")
+        if not hasattr(D, "__float__"):
+            raise TypeError(f"D={D!r}: must be a number")
         self.D = float(D)
+        if not self.D > 0:
+            raise ValueError(f"D={self.D:g}: must be a positive number or inf")
 
     def scale(self, batch: int, rng: torch.Generator) -> torch.Tensor:
         """Returns sqrt(D/c) for c ~ chi^2_D, [batch] float64 on the generator's device.
@@ -193,7 +193,7 @@ def _level(sigma: float | torch.Tensor, device: torch.device, *, may_be_0: bool 
     try:
         levels = torch.as_tensor(sigma, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"sigma={shown(sigma)}: must be a number or a tensor of numbers") from None
+        raise TypeError(f"sigma={sigma!r}: must be a number or a tensor of numbers") from None
     if not isinstance(sigma, torch.Tensor):
         bad = levels[~(levels >= 0 if may_be_0 else levels > 0)]
         if len(bad):
