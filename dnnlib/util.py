@@ -265,7 +265,7 @@ def open_url(url: str, sha256: str | None = None, *, verbose: bool = True) -> IO
         if "://" in str(url):
             raise OSError(f"{url}: only http and https URLs and local files can be opened")
         return open(url, "rb")
-    advice = "" if sha256 else "; try again, or download it by other means and name the file"
+    advice = "" if sha256 else "; try again, or download it by other means and give its path"
     url, _, pin = url.partition("#sha256:")
     sha256 = (sha256 or pin or "").lower() or None
     name = re.sub(r"[^\w.-]", "_", unquote(os.path.basename(urlparse(url).path))) or "download"

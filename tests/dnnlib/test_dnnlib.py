@@ -155,7 +155,7 @@ def test_of_a_failed_request_only_the_last_clause_is_told(error, clause, monkeyp
     with pytest.raises(OSError) as caught:
         open_url("https://h.co/a")
     assert str(caught.value) == (f"https://h.co/a: {clause}; try again, or download it by other "
-                                 "means and name the file")
+                                 "means and give its path")
 
 
 def test_one_is_singular_and_all_else_plural():
