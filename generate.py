@@ -500,8 +500,9 @@ def _save_pictures(sampler, folder, seeds, most: int, window: tuple[float, float
     count = len(seeds)
     seeds = [seed for seed in itertools.islice(seeds, _MAX_SEARCHED)
              if sampler.shape_of(seed) == sampler.shape_of(seeds[0])]
-    parts = [sampler.classes(seeds[i:i + most]) for i in range(0, len(seeds), most)]
-    classes = [k for part in parts for k in part] if is_sorted and None not in parts else None
+    classes = None
+    if is_sorted and sampler.label_kind == "classes":  # `most` at a time: each draws its latent too
+        classes = [k for i in range(0, len(seeds), most) for k in sampler.classes(seeds[i:i + most])]
     chosen = classes and even_classes(classes, most)
     if chosen is None:
         chosen = range(min(len(seeds), most))

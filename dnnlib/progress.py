@@ -65,7 +65,7 @@ class Progress:
         self._window_count = 0
         self._is_stage = is_stage
         self._note = ""
-        self._other: tuple[str, int, float | None] | None = None
+        self._other, self._other_sec = "", None  # what `set_other_work` said
         self._start = self._last_update = time.monotonic()
         self._first_line = self._start + (LINE_SEC if first_line_sec is None else first_line_sec)
         self._has_line = False
@@ -114,9 +114,7 @@ class Progress:
         self._show_note()
 
     def _show_note(self) -> None:
-        name, count, sec_each = self._other or ("", 0, None)
-        each = "" if sec_each is None else f" of {self._bar.format_interval(sec_each)}"
-        more = f"plus {count} {name if count == 1 else f'{name}s'}{each}" if count else ""
+        more = self._other and f"plus {self._other}"
         self._bar.set_postfix_str(", ".join(filter(None, (self._note, more))), refresh=False)
 
     def set_other_work(self, name: str, count: int, sec_each: float | None) -> None:
@@ -124,7 +122,9 @@ class Progress:
 
         Without `sec_each`, the lines only name it.
         """
-        self._other = (name, count, sec_each) if count else None
+        each = "" if sec_each is None else f" of {self._bar.format_interval(sec_each)}"
+        self._other = f"{count} {name if count == 1 else f'{name}s'}{each}" if count else ""
+        self._other_sec = None if sec_each is None else count * sec_each
         self._show_note()
 
     def restart_clock(self) -> None:
@@ -172,15 +172,11 @@ class Progress:
         return (f"{self._title}: " if self._title else "") + ", ".join(parts)
 
     def _time_left(self, sec: float) -> str:
-        if self._other is None:
+        if not self._other:
             return f"{self._bar.format_interval(sec)} left"
-        name, count, sec_each = self._other
-        name = name if count == 1 else f"{name}s"
-        if sec_each is None:
-            return f"{self._bar.format_interval(sec)} and {count} {name} left"
-        each = self._bar.format_interval(sec_each)
-        return (f"{self._bar.format_interval(sec + count * sec_each)} left with {count} {name} of "
-                f"{each}")
+        if self._other_sec is None:
+            return f"{self._bar.format_interval(sec)} and {self._other} left"
+        return f"{self._bar.format_interval(sec + self._other_sec)} left with {self._other}"
 
     def _number(self, value: int) -> str:
         return self._bar.format_sizeof(value) if self._is_scaled else str(value)

@@ -1,10 +1,8 @@
 """Attribute dictionaries, downloads, a log file beside the console, formatting, and checks."""
 
-import contextlib
 import hashlib
 import io
 import math
-import operator
 import os
 import re
 import sys
@@ -196,24 +194,6 @@ def shown(value: Any) -> str:
     if value is None or type(value) in (bool, int, float):
         return repr(value)
     return f"a {type(value).__name__}"
-
-
-def number(name: str, value: Any) -> float:
-    """Returns a number, also from an array or tensor of one. Raises TypeError for anything else."""
-    if isinstance(value, (int, float)):
-        return value
-    if not isinstance(value, (str, bytes)):
-        with contextlib.suppress(TypeError, ValueError, RuntimeError):
-            return float(value)
-    raise TypeError(f"{name}={shown(value)}: must be a number")
-
-
-def whole(name: str, value: Any) -> int:
-    """Returns a whole number of any integer type. Raises TypeError for anything else."""
-    with contextlib.suppress(TypeError):
-        if not isinstance(value, bool):
-            return operator.index(value)
-    raise TypeError(f"{name}={shown(value)}: must be a whole number")
 
 
 def cache_dir(*parts: str) -> Path:

@@ -31,8 +31,7 @@ NUM_HELD_OUT = 359
 NOISE = (0.1, 0.2, 0.4)  # alpha
 SAMPLES = "samples.npz"
 FEW_STEP_DIMS = ("8", "16", "64", "inf")
-NETWORK = ("--cond=1 --arch=ncsnpp --cres=1 --batch=128 --lr=2e-3 --lr-rampup=0.005 --dropout=0 "
-           "--augment=0 --ema=0.005 --sigma-data=auto --tick=10 --snap=2 --dump=100 --samples=16")
+NETWORK = "--preset=digits8 --dump=100 --samples=16"
 # Entries of a score that the repository keeps; it keeps no hashes of weights and no dates.
 _KEPT = ("metric", "value", "kimg", "num", "seeds", "detector", "reference", "of_class", "stderr",
          "range", "held_out", "nearest_num")
@@ -74,14 +73,14 @@ def commands(outdir: str, seeds: Sequence[int], size: Size) -> Iterator[Command]
               f"--metrics=fid,kid,ca --seeds=0-{size.num - 1} --device=cpu")
     kept = f"--val-data={HELD_OUT} --likelihood={size.likelihood}"
     noise = f"--alpha={','.join(f'{alpha:g}' for alpha in NOISE)}"
-    usual = f"-- {NETWORK} --cbase=32 --nblock=2 --duration={size.train:g} --val-data={HELD_OUT}"
+    usual = f"-- {NETWORK} --duration={size.train:g} --val-data={HELD_OUT}"
     small = f"-- {NETWORK} --cbase=8 --nblock=1 --duration={size.small:g} --val-data={HELD_OUT}"
     yield Command(f"dataset_tool.py split {SOURCE} --val=0.2 --dest={DATA} --val-dest={HELD_OUT}",
                   HELD_OUT)
     of_real = f"{outdir}/held-out/{SCORES_FILE}"
     yield Command(
         f"fid.py calc --images={HELD_OUT} --ref={DATA} --metrics=fid,kid,ca --detector={JUDGE} "
-        f"--num={NUM_HELD_OUT} --out={of_real} --device=cpu", of_real)
+        f"--count={NUM_HELD_OUT} --out={of_real} --device=cpu", of_real)
     yield Command(
         f"sweep.py {scores} --name=digits --aug_dims={size.dims} --ranges={size.ranges} {noise} "
         f"--steps=3,4,5,7 --bits={size.bits} --rounding-seeds=0,1,2 {kept} "

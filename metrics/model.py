@@ -5,6 +5,7 @@ It passes the scripts' settings to the classes that the scripts use, so results 
 those of `fid.py gen`. It is in this package because it needs both the sampler and the scores.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -18,7 +19,7 @@ import torch
 
 from checkpoints.names import find_network
 from dnnlib.progress import Progress
-from dnnlib.util import format_ranges, number, shown, whole
+from dnnlib.util import format_ranges, shown
 from images.given_images import GivenImages, as_numpy, given_images
 from images.scaling import Scaling
 from metrics.evaluator import check_asked
@@ -78,7 +79,7 @@ def load(source: str | os.PathLike, device: str | torch.device = "auto", *,
         TypeError: an argument is of the wrong type.
     """
     source = _path("source", source, "the path or address of a network")
-    aug_dim = None if aug_dim is None else number("aug_dim", aug_dim)
+    aug_dim = None if aug_dim is None else _number("aug_dim", aug_dim)
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}")
     place = _device(device)
@@ -229,7 +230,7 @@ class Model:
             ValueError, OSError, TypeError: as for `sample`.
         """
         images = _values(images)
-        level, sigma = (None if value is None else number(name, value)
+        level, sigma = (None if value is None else _number(name, value)
                         for name, value in (("level", level), ("sigma", sigma)))
         if measure is None:
             how = {"init_noise": 0, "init_level": level, "init_sigma": sigma, "mask": mask}
@@ -403,9 +404,27 @@ def _numbers(seeds: _Seeds, default: int) -> list[int]:
     return found
 
 
+def _number(name: str, value: Any) -> float:
+    """Returns a number, also from an array or tensor of one. Raises TypeError for anything else."""
+    if isinstance(value, (int, float)):
+        return value
+    if not isinstance(value, (str, bytes)):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            return float(value)
+    raise TypeError(f"{name}={shown(value)}: must be a number")
+
+
+def _whole(name: str, value: Any) -> int:
+    """Returns a whole number of any integer type. Raises TypeError for anything else."""
+    with contextlib.suppress(TypeError):
+        if not isinstance(value, bool):
+            return operator.index(value)
+    raise TypeError(f"{name}={shown(value)}: must be a whole number")
+
+
 def _at_least(lowest: int, name: str, value: Any) -> int:
     """Returns a whole number. Raises TypeError for anything else, ValueError if it is too low."""
-    found = whole(name, value)
+    found = _whole(name, value)
     if found < lowest:
         raise ValueError(f"{name}={found}: must be {lowest} or more")
     return found
@@ -492,7 +511,7 @@ def _checked(options: dict[str, Any], method: str, *functions: Any) -> dict[str,
             raise TypeError(f"{method}() has no option {name!r}{hint}")
         kind = set(get_args(kinds[name]) or [kinds[name]]) - {type(None)}
         if value is not None and kind in ({int}, {float}):
-            found[name] = (whole if kind == {int} else number)(name, value)
+            found[name] = (_whole if kind == {int} else _number)(name, value)
     return found
 
 

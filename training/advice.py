@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 LARGE_FOR_CPU = 10_000_000  # parameters
 _AMPERE = (8, 0)  # the first compute capability with bf16 and TF32
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is ARM's name
+_MAX_KEPT = 0.5  # share of transferred weights in the average at the end of a run
 _PUBLISHED_RAMPUP = 1 / 20  # of the duration: 10 of 200 Mimg
 
 
@@ -45,12 +46,15 @@ class Machine:
         return cls("cuda", torch.cuda.get_device_name(device), capability)
 
 
-def advice(config: TrainConfig, machine: Machine, parameters: int) -> list[str]:
+def advice(config: TrainConfig, machine: Machine, parameters: int, *,
+           has_ema_rampup: bool = True) -> list[str]:
     """Returns a line for each setting of a run that is probably a mistake.
 
-    `parameters` is the number of the network's parameters.
+    `parameters` is the number of the network's parameters. Without `has_ema_rampup`, the average
+    starts from transferred weights and keeps its whole half-life.
     """
     lines = [_on_rampup(config), _on_decay(config), _on_size(machine, parameters),
+             None if has_ema_rampup else _on_average(config),
              _on_precision(config.precision, machine)]
     return [line for line in lines if line]
 
@@ -83,6 +87,15 @@ def _on_decay(config: TrainConfig) -> str | None:
         return None
     return (f"--lr-decay-start={config.lr_decay_start:g} has no effect without --lr-decay=rsqrt or "
             "cosine")
+
+
+def _on_average(config: TrainConfig) -> str | None:
+    kept = 0.5 ** (config.total_nimg / (config.ema * 1e6)) if config.ema > 0 else 0.0
+    if config.method is not None or kept <= _MAX_KEPT:
+        return None
+    return (f"--ema={config.ema:g} is long for --duration={config.duration:g}: the averaged "
+            f"weights, which are sampled, will still be {100 * kept:.3g}% the transferred ones; "
+            f"give a shorter half-life, such as --ema={config.duration / 10:g}")
 
 
 def _on_size(machine: Machine, parameters: int) -> str | None:

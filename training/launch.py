@@ -188,9 +188,8 @@ def launch(
         elif config.transfer and not state:
             start = resuming.open_weights(config.transfer, net, dataset)
         if dry_run:
-            distributed.run_on_rank0(_print_plan, config, dataset, flags["rate"], torch_device)
-            for line in resuming.describe_start(start):
-                distributed.print0(line)
+            distributed.run_on_rank0(_print_plan, config, dataset, flags["rate"], torch_device,
+                                     start)
             return
         run_dir = distributed.run_on_rank0(
             _make_run_dir, config, dataset.name, Path(flags["outdir"]), fixed_dir, flags["desc"],
@@ -408,12 +407,13 @@ def _train(config, dataset, run_dir, device, start, held_out, pairs, teacher) ->
             raise
 
 
-def _print_plan(config, dataset, rate: float | None, device) -> None:
-    """Prints what --dry-run shows: options, data, what the run will take, and warnings."""
+def _print_plan(config, dataset, rate: float | None, device, start) -> None:
+    """Prints what --dry-run shows: options, data, what the run will take, start, and warnings."""
     from dnnlib.util import json_value
     from torch_utils import distributed, misc
     from training.advice import Machine, advice
     from training.estimate import describe as describe_estimate
+    from training.resume import Weights, describe_start
     from training.trainer import describe_data
     world_size = distributed.get_world_size()
     micro_batch, rounds = config.rounds(world_size)
@@ -428,9 +428,11 @@ def _print_plan(config, dataset, rate: float | None, device) -> None:
         f"Noise      {config.noise_name}",
         describe_estimate(config, network, world_size, rate),
         *(_cache_lines(dataset) if config.cache else []),
+        *describe_start(start),
         "Dry run: nothing was trained or written."]))
     parameters = misc.count_parameters(_network(config, dataset))
-    for line in advice(config, Machine.of(device), parameters):
+    is_all_given = isinstance(start, Weights) and start.share == 1
+    for line in advice(config, Machine.of(device), parameters, has_ema_rampup=not is_all_given):
         distributed.warn0(line)
 
 

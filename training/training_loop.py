@@ -500,11 +500,6 @@ def _announce(trainer: Trainer) -> None:
     if config.D < HEAVY_TAILED_D:
         distributed.warn0(f"noise of D = {config.D:g} can exceed float32; steps with such draws "
                           "are skipped and counted as bad steps")
-    kept = 0.5 ** (config.total_nimg / (config.ema * 1e6)) if config.ema > 0 else 0.0
-    if trainer.ema_rampup is None and config.method is None and kept > 0.5:
-        distributed.warn0(f"--ema={config.ema:g} is long for --duration={config.duration:g}: the "
-                          f"averaged weights, which are sampled, will still be {100 * kept:.3g}% "
-                          "the transferred ones; give a shorter half-life, such as "
-                          f"--ema={config.duration / 10:g}")
-    for line in advice(config, Machine.of(trainer.device), misc.count_parameters(trainer.net)):
+    for line in advice(config, Machine.of(trainer.device), misc.count_parameters(trainer.net),
+                       has_ema_rampup=trainer.ema_rampup is not None):
         distributed.warn0(line)

@@ -128,3 +128,14 @@ def test_a_run_that_is_meant_so_gets_no_warning(dataset_zip, tmp_path, invoke):
     result = invoke(train.main, f"--outdir={tmp_path}", "--name=a", f"--data={dataset_zip}",
                     *TINY_RUN, "--device=cpu", "--duration=0.000016")
     assert result.exit_code == 0 and "Warning" not in result.output, result.output
+
+
+def test_an_average_that_keeps_what_was_transferred_is_told_of():
+    """After one half-life, half is left; 0.1 of one leave 93.3%."""
+    def said(duration, **more):
+        return advice(TrainConfig(data="none", lr_rampup=0, ema=0.5, duration=duration, **more),
+                      H100, 1000, has_ema_rampup=False)
+    [line] = said(0.05)
+    assert "still be 93.3% the transferred ones" in line and line.endswith("such as --ema=0.005")
+    assert said(0.5) == said(5.0) == [] and len(said(0.499)) == 1
+    assert lines(lr_rampup=0, ema=0.5, duration=0.05) == [], "with a ramp-up it is forgotten"

@@ -62,6 +62,15 @@ def test_presets_are_the_published_commands():
         assert differ <= {"preset", "pfgmpp", "aug_dim", "seed"}, (preset, differ)
 
 
+@pytest.mark.parametrize("D", ["8", "inf"])
+def test_the_digits_of_the_examples_were_trained_by_their_preset(D):
+    """All but how often states were written; sigma_data was measured."""
+    recorded = checkpoint.load(ROOT / f"examples/digits8-{D}.pt")["options"]
+    preset = options("--preset=digits8").to_dict()
+    assert {key for key in PRESETS["digits8"] if recorded[key] != preset[key]} == {
+        "dump", "sigma_data"}
+
+
 def test_the_table_of_presets_says_what_they_set():
     text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
     table = text[text.index("| preset |"):].split("\n\n")[0].splitlines()

@@ -342,6 +342,9 @@ def test_a_dry_run_says_what_a_transfer_would_take(dataset_zip, tmp_path, invoke
     fits = start(invoke, dataset_zip, tmp_path / "runs", f"--transfer={path}", "--dry-run")
     assert fits.exit_code == 0 and "100% of the network's parameters" in fits.output
     assert "are transferred; the others start at random" not in fits.output
+    assert "will still be 57.4% the transferred ones" in fits.output
+    listed, end = (fits.output.index(words) for words in ("Transferred ", "Dry run: nothing"))
+    assert listed < end
     hardly = start(invoke, dataset_zip, tmp_path / "runs", f"--transfer={path}", "--dry-run",
                    "--cbase=12")
     assert "of this network's parameters are transferred; the others start" in hardly.output
