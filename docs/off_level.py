@@ -24,7 +24,8 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402 - the path above
+import numpy as np  # noqa: E402 - the path above
+import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from checkpoints import checkpoint  # noqa: E402
@@ -33,12 +34,13 @@ from dnnlib.atomic import append_line  # noqa: E402
 from dnnlib.cli import HELP_NAMES, FiniteNumber, run, user_errors  # noqa: E402
 from dnnlib.util import json_value  # noqa: E402
 from images.dataset import ImageFolderDataset  # noqa: E402
+from metrics.paired import psnr  # noqa: E402
 from metrics.score_names import SCORES_FILE  # noqa: E402
 from pfgmpp.kernel import PerturbationKernel  # noqa: E402
 from pfgmpp.samplers import sampler  # noqa: E402
 
 ERRORS = ("gaussian", "kernel", "half", "twice", "uniform", "blur")
-_SPAN = 2.0  # range of values in [-1, 1]
+_RANGE = (-1.0, 1.0)  # of the values that networks see
 
 
 def disturbed(y: torch.Tensor, error: str, S: float, D: float, seed: int
@@ -65,8 +67,7 @@ def _blurred(y: torch.Tensor) -> torch.Tensor:
 
 def mean_psnr(x: torch.Tensor, y: torch.Tensor) -> float:
     """Returns the mean peak signal-to-noise ratio of images [B, C, H, W] in dB."""
-    errors = (x - y).square().flatten(1).mean(1)
-    return float((10 * torch.log10(_SPAN**2 / errors)).mean())
+    return float(np.mean([psnr(*pair, _RANGE) for pair in zip(x.numpy(), y.numpy(), strict=True)]))
 
 
 def scores(network: str, data: ImageFolderDataset, level: float, num_steps: int, seed: int
@@ -89,7 +90,7 @@ def scores(network: str, data: ImageFolderDataset, level: float, num_steps: int,
             found.append({
                 "metric": "psnr", "value": mean_psnr(state, y), "what": name,
                 "network": str(network), "kimg": float(kimg_of_network(Path(network).name) or 0),
-                "num": len(data), "seeds": str(seed), "range": [-1.0, 1.0],
+                "num": len(data), "seeds": str(seed), "range": list(_RANGE),
                 "reference": str(data.path), "reference_sha256": data.fingerprint,
                 "sampler": {**common, "off_level": f"{error}, {name}", "level": round(S, 6),
                             "num_steps": steps}})
